@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all set-up themselves, on a machine with Python 3.11 or newer.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+MINUTES ?= 13
+BIN := .venv/bin
+
+.PHONY: help demo test test-slow test-gpu lint bench clean
+
+help:
+	@echo "make demo       train and compare plain AR and reAR, write runs/demo/report.html (MINUTES=13)"
+	@echo "make test       lint, types and tests"
+	@echo "make test-slow  the slower tests"
+	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "consonar needs Python 3.11 or newer; none found (set PYTHON=...)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/consonar demo --out runs/demo --minutes $(MINUTES)
+
+lint: .venv/installed
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
+
+bench: .venv/installed
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

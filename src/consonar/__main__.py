@@ -1,0 +1,5 @@
+"""`python -m consonar` is `consonar`."""
+
+from consonar.cli import main
+
+main()
