@@ -1,0 +1,289 @@
+"""Convolutional VQ tokenizer of LlamaGen's architecture family (arXiv 2406.06525, section 2.1), at any width.
+
+State-dict keys are those of the released `vq_ds16_c2i.pt`, so that released weights load without renaming. Facts kept
+from it: GroupNorm with eps 1e-6; single-head spatial attention at the lowest resolution (every residual block of that
+level and the middle); stride-2 convolutions padded on the right and bottom; nearest-neighbour upsampling; codes
+l2-normalised on both sides of the search; the output is not clamped.
+
+Letters: `B` batch, `N` tokens (raster order), `C` code width, `h`, `w` token grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.checkpoint import component_fingerprint
+from consonar.config_io import to_dict
+from consonar.errors import UserError
+from consonar.tokenizers import quantizer
+from consonar.types import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig:
+    """Shape of a convolutional VQ tokenizer."""
+
+    kind: Literal["vq"] = "vq"
+    image_size: int = 64
+    """Side of the square images, pixels."""
+    vocab_size: int = 1024
+    """Number of codes."""
+    code_dim: int = 8
+    """Width of one code."""
+    base_channels: int = 32
+    """Channels at full resolution."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    """Channels of each resolution as multiples of `base_channels`; every level but the last halves the resolution."""
+    num_res_blocks: int = 1
+    """Residual blocks per level in the encoder; the decoder has one more."""
+    latent_channels: int = 64
+    """Channels between the convolutions and the projection to `code_dim`."""
+    num_groups: int = 32
+    """Groups of every GroupNorm; divides every channel count."""
+    l2_normalize: bool = True
+    """Search and decode unit-norm codes."""
+
+    def __post_init__(self) -> None:
+        factor = 2 ** (len(self.channel_multipliers) - 1)
+        if not self.channel_multipliers or self.image_size % factor:
+            raise UserError(
+                f"model.image_size: {self.image_size} is not a multiple of {factor} "
+                f"(2 to the number of channel_multipliers less one)"
+            )
+        for multiplier in self.channel_multipliers:
+            if multiplier < 1 or self.base_channels * multiplier % self.num_groups:
+                raise UserError(
+                    f"model.num_groups: {self.num_groups} does not divide {self.base_channels * multiplier} channels"
+                )
+        for key in ("vocab_size", "code_dim", "num_res_blocks", "latent_channels"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
+
+
+@dataclass(frozen=True)
+class VQOutput:
+    """One training pass: reconstruction (B, 3, H, W); vectors, before the search, and codes (B*N, C); tokens (B, N)."""
+
+    reconstruction: Tensor
+    vectors: Tensor
+    codes: Tensor
+    tokens: Tensor
+
+
+def normalization(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the channels change."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int):
+        super().__init__()
+        self.norm1 = normalization(channels_in, groups)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = normalization(channels_out, groups)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        self.same_width = channels_in == channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return (x if self.same_width else self.nin_shortcut(x)) + hidden
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all places of the feature map."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = normalization(channels, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(x)
+        q, k, v = (layer(hidden).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, channels)
+        return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, with attention at the lowest one, and the change of resolution after them."""
+
+    # Set by the encoder or the decoder on all but the last level; called there.
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, groups: int, *, attend: bool):
+        super().__init__()
+        widths = [channels_in] + [channels_out] * num_blocks
+        self.res = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(SpatialAttention(channels_out, groups) for _ in range(num_blocks if attend else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        return x
+
+
+def middle(channels: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [
+            ResidualBlock(channels, channels, groups),
+            SpatialAttention(channels, groups),
+            ResidualBlock(channels, channels, groups),
+        ]
+    )
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
+        last = len(config.channel_multipliers) - 1
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for i in range(last + 1):
+            level = Level(widths[i], widths[i + 1], config.num_res_blocks, config.num_groups, attend=i == last)
+            if i != last:
+                level.downsample = Downsample(widths[i + 1])
+            self.conv_blocks.append(level)
+        self.mid = middle(widths[-1], config.num_groups)
+        self.norm_out = normalization(widths[-1], config.num_groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for index, level in enumerate(self.conv_blocks):
+            assert isinstance(level, Level)
+            x = level(x)
+            if index != len(self.conv_blocks) - 1:
+                x = level.downsample(x)
+        for block in self.mid:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [
+            config.base_channels * m for m in reversed((*config.channel_multipliers, config.channel_multipliers[-1]))
+        ]
+        last = len(config.channel_multipliers) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], config.num_groups)
+        self.conv_blocks = nn.ModuleList()
+        for i in range(last + 1):
+            level = Level(widths[i], widths[i + 1], config.num_res_blocks + 1, config.num_groups, attend=i == 0)
+            if i != last:
+                level.upsample = Upsample(widths[i + 1])
+            self.conv_blocks.append(level)
+        self.norm_out = normalization(widths[-1], config.num_groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.mid:
+            x = block(x)
+        for index, level in enumerate(self.conv_blocks):
+            assert isinstance(level, Level)
+            x = level(x)
+            if index != len(self.conv_blocks) - 1:
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    def __init__(self, vocab_size: int, code_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, code_dim)
+        self.embedding.weight.data.uniform_(-1.0, 1.0)
+
+
+class VQTokenizer(nn.Module):
+    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
+
+    def __init__(self, config: VQConfig, name: str = "vq"):
+        super().__init__()
+        self.config, self.name = config, name
+        self.vocab_size, self.code_dim, self.image_size = config.vocab_size, config.code_dim, config.image_size
+        side = config.image_size // 2 ** (len(config.channel_multipliers) - 1)
+        self.grid: Grid | None = Grid(side, side)
+        self.num_tokens = side * side
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = Codebook(config.vocab_size, config.code_dim)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and the weights."""
+        return component_fingerprint(to_dict(self.config), self.state_dict())
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, C): the codes as searched and decoded."""
+        weight = self.quantize.embedding.weight
+        return F.normalize(weight, dim=-1) if self.config.l2_normalize else weight
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """What is compared with the codes: (B*N, C) <- (B, 3, H, W)."""
+        latents = self.quant_conv(self.encoder(images)).float()  # (B, C, h, w)
+        vectors = latents.permute(0, 2, 3, 1).reshape(-1, self.code_dim)
+        return F.normalize(vectors, dim=-1) if self.config.l2_normalize else vectors
+
+    def encode(self, images: Tensor) -> Tensor:
+        self._check_images(images)
+        return quantizer.nearest_code(self.vectors(images), self.codebook).view(len(images), self.num_tokens)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.codebook)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.decode_embeddings(self.embed(tokens))
+
+    def decode_embeddings(self, codes: Tensor) -> Tensor:
+        assert self.grid is not None
+        latents = codes.transpose(1, 2).unflatten(2, (self.grid.rows, self.grid.columns))  # (B, C, h, w)
+        return self.decoder(self.post_quant_conv(latents)).float()
+
+    def forward(self, images: Tensor) -> VQOutput:
+        """One training pass with the straight-through gradient."""
+        self._check_images(images)
+        vectors, codebook = self.vectors(images), self.codebook
+        tokens = quantizer.nearest_code(vectors.detach(), codebook.detach())
+        codes = F.embedding(tokens, codebook)
+        passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
+        return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
