@@ -1,0 +1,259 @@
+"""The causal transformer of RAR (arXiv 2411.00776) and reAR (arXiv 2510.04450), in raster order.
+
+State-dict keys are those of the released checkpoints, so that released weights load without renaming. Facts kept from
+them: one embedding table for codes, the mask, the classes and the null class, in this order; sequence [cls, condition,
+token 0, ...]; the position that predicts token t also receives the target-aware embedding of row t + 2; AdaLN from
+SiLU(condition embedding + step embedding of the position); chunks shift, scale, gate for attention, then for the MLP,
+but scale, shift before the head; LayerNorm eps 1e-6 everywhere, on queries and keys too; exact GELU.
+
+Deviations: the last token is read in training (reAR's encode head regresses its code there) but no logits are made
+from it; the alignment heads live in `training.trainee`, not here; `forward` never corrupts its input.
+
+Letters: `B` batch, `N` tokens, `V` codes, `D` width, `L` = N + 2 positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.errors import UserError
+from consonar.generators.cache import KVCache
+
+# Spare rows of the position tables in the released checkpoints.
+SPARE_POSITIONS, SPARE_STEPS = 1024, 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReARConfig:
+    """Shape of a reAR/RAR generator. Recipes leave `vocab_size`, `num_tokens`, `num_classes` at 0: set by the data."""
+
+    kind: Literal["rear"] = "rear"
+    width: int = 768
+    """Hidden size."""
+    num_layers: int = 20
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads; divides `width`."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP as a multiple of `width`."""
+    dropout: float = 0.1
+    """Dropout after attention and MLP, and on the attention weights."""
+    vocab_size: int = 0
+    """Codes of the tokenizer; 0: taken from the token store."""
+    num_tokens: int = 0
+    """Tokens per image; 0: taken from the token store."""
+    num_classes: int = 0
+    """Classes; 0: taken from the token store."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.num_heads < 1 or self.width % self.num_heads:
+            raise UserError(f"model.num_heads: {self.num_heads} does not divide model.width {self.width}")
+        if self.num_layers < 1:
+            raise UserError(f"model.num_layers: {self.num_layers} is not positive")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout: {self.dropout} is not in [0, 1)")
+
+    def sized(self, vocab_size: int, num_tokens: int, num_classes: int) -> ReARConfig:
+        """This shape for given data; raises `UserError` when a size was set to something else."""
+        sizes = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": num_classes}
+        for key, size in sizes.items():
+            if getattr(self, key) not in (0, size):
+                raise UserError(f"model.{key}: {getattr(self, key)}, but the token store has {size}")
+        return replace(self, vocab_size=vocab_size, num_tokens=num_tokens, num_classes=num_classes)
+
+
+REAR_PRESETS = {
+    "tiny": ReARConfig(width=256, num_layers=6, num_heads=4, dropout=0.0),
+    "S": ReARConfig(width=768, num_layers=20),
+    "B": ReARConfig(width=768, num_layers=24),
+    "L": ReARConfig(width=1024, num_layers=24),
+}
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift (DiT, Peebles & Xie 2023)."""
+    return torch.addcmul(x + shift, x, scale)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with LayerNorm on queries and keys."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, L, dim)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if cache is None:
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+            )
+        else:
+            k, v = cache.append(layer, k, v)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=later_rows_mask(length, k.shape[2], x.device))
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+def later_rows_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """The last `num_queries` rows of a causal mask over `num_keys` positions; None where they see everything."""
+    if num_queries == 1:
+        return None
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return mask.tril(num_keys - num_queries)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + gate * attention(modulated norm(x)), then the same with the MLP."""
+
+    def __init__(self, config: ReARConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config.width, config.num_heads, config.dropout)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
+        # The released module starts with SiLU; it is applied once for all blocks, in `hidden_states`.
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.width, 6 * config.width))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, condition: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        """x, condition (B, L, D) -> (B, L, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        x = x + gate_a * self.dropout(self.attn(modulate(self.norm1(x), shift_a, scale_a), cache, layer))
+        return x + gate_m * self.dropout(self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
+
+
+class HeadModulation(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return modulate(self.norm_final(x), shift, scale)
+
+
+class ReARGenerator(nn.Module):
+    """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
+
+    prefix_length = 2
+
+    def __init__(self, config: ReARConfig):
+        super().__init__()
+        for key in ("vocab_size", "num_tokens", "num_classes"):
+            if getattr(config, key) < 1:
+                raise UserError(
+                    f"model.{key}: {getattr(config, key)} is not positive; set it or build from a token store"
+                )
+        self.config = config
+        self.vocab_size, self.num_tokens, self.num_classes = config.vocab_size, config.num_tokens, config.num_classes
+        self.num_layers, self.width = config.num_layers, config.width
+        self.mask_token = config.vocab_size
+        self.null_class = config.num_classes
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_POSITIONS, config.width))
+        self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_POSITIONS, config.width))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_STEPS, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)
+        self.adaln_before_head = HeadModulation(config.width)
+        self.lm_head = nn.Linear(config.width, config.vocab_size)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
+        """Truncated normals of std 0.02; biases 0; AdaLN projections 0, so that every block starts as the identity."""
+        for parameter in (self.cls_token, self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            nn.init.trunc_normal_(parameter, std=0.02, generator=rng)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=rng)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for module in [*self.blocks, self.adaln_before_head]:
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return torch.full_like(condition, self.null_class)
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
+        head_dim = self.width // self.config.num_heads
+        return KVCache(
+            self.num_layers,
+            batch_size,
+            self.config.num_heads,
+            self.prefix_length + self.num_tokens,
+            head_dim,
+            device=self.cls_token.device,
+            dtype=dtype or self.cls_token.dtype,
+        )
+
+    def forward(
+        self,
+        context: Tensor,
+        condition: Tensor,
+        *,
+        cache: KVCache | None = None,
+        tap_layers: tuple[int, ...] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits (B, n, V) for the n tokens of `context` (B, n) int64; (B, P + n, D) after each layer of `tap_layers`.
+
+        `condition` (B,) int64 class ids, `num_classes` = the null class. With a cache: `context` holds the tokens not
+        yet read, and the logits are those of the next token, (B, 1, V).
+        """
+        hidden, taps = self.hidden_states(context, condition, cache=cache, tap_layers=tap_layers)
+        predicting = hidden[:, -1:] if cache is not None else hidden[:, 1 : 1 + context.shape[1]]
+        return self.lm_head(predicting), taps
+
+    def hidden_states(
+        self,
+        context: Tensor,
+        condition: Tensor,
+        *,
+        cache: KVCache | None = None,
+        tap_layers: tuple[int, ...] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """What `lm_head` reads, at every new position: (B, P + n, D) without a cache."""
+        start = cache.length if cache is not None else 0
+        condition_embedding = self.embeddings(condition + self.vocab_size + 1).unsqueeze(1)  # (B, 1, D)
+        x = self.embeddings(context)
+        if start == 0:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), condition_embedding, x], 1)
+        end = start + x.shape[1]
+        x = x + self.pos_embed[:, start:end] + self._target_embedding(start, end)
+        step = F.silu(condition_embedding + self.timesteps_embeddings[:, start:end])  # (B, L, D)
+        taps = {}
+        for layer, block in enumerate(self.blocks):
+            x = block(x, step, cache, layer)
+            if layer in tap_layers:
+                taps[layer] = x
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.adaln_before_head(x, step), taps
+
+    def _target_embedding(self, start: int, end: int) -> Tensor:
+        """(1, end - start, D): row t + 2 where token t is predicted (position t + 1), 0 at cls and the last token."""
+        rows = self.target_aware_pos_embed[:, start + 1 : end + 1]
+        predicts = torch.arange(start, end, device=rows.device)
+        return rows * ((predicts >= 1) & (predicts <= self.num_tokens)).to(rows.dtype)[:, None]
