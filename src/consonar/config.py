@@ -1,0 +1,145 @@
+"""A run is one `TrainConfig`: frozen dataclasses, a sentence per field, checked when made.
+
+Files (YAML or JSON of the same shape) are read strictly: unknown keys and wrong types are refused with the key's path.
+A file may name a recipe with `base:` and give only what differs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from consonar.config_io import from_dict, merge, to_dict
+from consonar.distributed import DEVICES, PRECISIONS
+from consonar.errors import UserError, unknown
+from consonar.generators.rear import ReARConfig
+from consonar.tokenizers.vq import VQConfig
+from consonar.training.objectives import ConsistencyConfig
+from consonar.training.optim import OptimConfig
+from consonar.training.vq_objective import ReconstructionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on: a token store for generators, an image source for tokenizers."""
+
+    tokens: str | None = None
+    """Folder of the token store (made by `consonar tokenize`)."""
+    validation_tokens: str | None = None
+    """Folder of the token store used for validation."""
+    images: str | None = None
+    """Image source for a tokenizer: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
+    flip: bool = False
+    """Mirror half of the images (image sources; token stores hold their views)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, how often, on what."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Images per optimiser step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per step; divides the batch of one process."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    validate_every: int = 0
+    """Steps between validations; 0: at the end only."""
+    sample_every: int = 0
+    """Steps between sample grids; 0: at the end only."""
+    save_every: int = 0
+    """Steps between resume checkpoints; 0: at the end only."""
+    keep_checkpoints: int = 2
+    """Resume checkpoints kept."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of weights that is validated and exported; 0: none."""
+    precision: str = "auto"
+    """auto (bf16 where the hardware has it), fp32 or bf16; parameters stay float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    compile: bool = False
+    """Compile the generator's blocks."""
+    trackers: tuple[str, ...] = ()
+    """Copies of the metrics: tensorboard, wandb, trackio."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise UserError(f"loop.{key}: {getattr(self, key)} is not positive")
+        for key in ("validate_every", "sample_every", "save_every"):
+            if getattr(self, key) < 0:
+                raise UserError(f"loop.{key}: {getattr(self, key)} is negative")
+        for key, choices in (("device", DEVICES), ("precision", PRECISIONS)):
+            if getattr(self, key) not in choices:
+                raise unknown(f"loop.{key}", getattr(self, key), choices)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"loop.ema_decay: {self.ema_decay} is not in [0, 1)")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"loop.accumulation: {self.accumulation} does not divide loop.batch_size {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, complete."""
+
+    recipe: str
+    """What the run is called in logs and reports."""
+    tokenizer: str | None = None
+    """Name or folder of the frozen tokenizer (generators only)."""
+    model: ReARConfig | VQConfig = field(default_factory=ReARConfig)
+    """What is trained."""
+    objective: ConsistencyConfig | ReconstructionConfig = field(default_factory=ConsistencyConfig)
+    """What is minimised."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """The loop."""
+    seed: int = 0
+    """Every random number of the run derives from it."""
+
+    def __post_init__(self) -> None:
+        trains_generator = isinstance(self.model, ReARConfig)
+        if trains_generator != isinstance(self.objective, ConsistencyConfig):
+            fitting = "consistency" if trains_generator else "reconstruction"
+            raise UserError(
+                f"objective.kind: {self.objective.kind!r} does not train model.kind {self.model.kind!r}; "
+                f"choices: {fitting}"
+            )
+        if trains_generator and not self.tokenizer:
+            raise UserError("tokenizer: a generator needs the name or folder of its tokenizer")
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed} is negative")
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Also reads 1e-4, which YAML 1.1 takes for text and JSON for a number."""
+
+
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A YAML or JSON file of a `TrainConfig`, or of the changes to the recipe named under `base`."""
+    from consonar.recipes import find_recipe
+
+    try:
+        values = yaml.load(path.read_text(), ConfigLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a table of keys, got {type(values).__name__}")
+    if "base" in values:
+        base = values.pop("base")
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base: expected the name of a recipe, got {base!r}")
+        values = merge(to_dict(find_recipe(base)), {"recipe": path.stem, **values})
+    return from_dict(values, str(path), TrainConfig)

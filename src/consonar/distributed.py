@@ -1,0 +1,122 @@
+"""The only file that knows about processes and devices: start, wrap, reduce. One process needs none of it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from consonar.errors import UserError, unknown
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU. Raises `UserError` for a device that is not there."""
+    if name not in DEVICES:
+        raise unknown("loop.device", name, DEVICES)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("loop.device: 'cuda', but PyTorch sees no CUDA device; choices: auto, cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("loop.device: 'mps', but PyTorch sees no Metal device; choices: auto, cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type, or None for float32. `auto`: bf16 where the hardware multiplies it natively."""
+    if name not in PRECISIONS:
+        raise unknown("loop.precision", name, PRECISIONS)
+    if name == "auto":
+        native = {
+            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+            "mps": lambda: False,
+        }[device.type]()
+        return torch.bfloat16 if native else None
+    return torch.bfloat16 if name == "bf16" else None
+
+
+def start(device_name: str = "auto") -> World:
+    """Joins the process group that torchrun describes (NCCL on CUDA, gloo elsewhere); without one, a world of one."""
+    device = pick_device(device_name)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World(0, 1, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop(world: World) -> None:
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """The model itself, or DistributedDataParallel around it."""
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)
+
+
+def mean_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:
+    """Averages every value over the processes; all processes pass the same keys."""
+    if world.size == 1:
+        return values
+    stacked = torch.tensor(
+        list(values.values()), dtype=torch.float64, device=world.device if world.device.type == "cuda" else "cpu"
+    )
+    dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / world.size).tolist(), strict=True))
+
+
+def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The elementwise sum over the processes; the tensor itself in a world of one."""
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast(values: torch.Tensor, world: World) -> None:
+    """Overwrites `values` by those of rank 0."""
+    if world.size > 1:
+        dist.broadcast(values.detach(), 0)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The module inside DistributedDataParallel, or the module itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def without_sync(model: nn.Module) -> Any:
+    """Context in which backward passes do not exchange gradients (all but the last micro-batch of a step)."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,159 @@
+"""Where numbers go: metrics.jsonl always; TensorBoard, W&B or trackio when asked for; a line or a bar for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from consonar.errors import UserError, unknown
+
+
+class Sink(Protocol):
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoardSink:
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer.add_text("config", json.dumps(config, indent=1))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class RunSink:
+    """W&B and trackio have the same interface."""
+
+    def __init__(self, module_name: str, folder: Path, config: dict[str, Any]):
+        import importlib
+
+        self.module = importlib.import_module(module_name)
+        self.module.init(project="consonar", name=folder.name, config=config)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.module.log(values, step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+SINKS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], Sink]]] = {
+    "tensorboard": ("tensorboard", TensorBoardSink),
+    "wandb": ("wandb", lambda folder, config: RunSink("wandb", folder, config)),
+    "trackio": ("trackio", lambda folder, config: RunSink("trackio", folder, config)),
+}
+
+
+def check_sinks(names: tuple[str, ...]) -> None:
+    """`UserError` for an unknown sink or a package that is not installed; to be called before a run folder is made."""
+    for name in names:
+        if name not in SINKS:
+            raise unknown("loop.trackers", name, SINKS)
+        package = SINKS[name][0]
+        if find_spec(package) is None:
+            raise UserError(
+                f"loop.trackers: {name!r} needs the package {package!r}; install with: pip install {package}"
+            )
+
+
+def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> list[Sink]:
+    """The optional sinks by name; raises as `check_sinks`."""
+    check_sinks(names)
+    return [SINKS[name][1](folder, config) for name in names]
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, those with step <= `last_step` only when given; a cut last line is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the process was stopped while writing its last line
+        if last_step is None or record["step"] <= last_step:
+            records.append(record)
+    return records
+
+
+class Tracker:
+    """Logs numbers of one run in `folder`; only rank 0 writes. `resume_step` cuts lines that a resumed run repeats."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        total_steps: int,
+        resume_step: int = 0,
+        sinks: tuple[str, ...] = (),
+        enabled: bool = True,
+        quiet: bool = False,
+        description: str = "train",
+    ):
+        self.enabled = enabled
+        self.console = Console(quiet=quiet or not enabled, highlight=False, markup=False)
+        self.path = folder / "metrics.jsonl"
+        self.started = time.monotonic()
+        self.description, self.total_steps = description, total_steps
+        if not enabled:
+            return
+        kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
+        self.started -= kept[-1]["time"] if kept else 0.0
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.sinks = open_sinks(sinks, folder, config)
+        self.progress: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
+            )  # fmt: skip
+            self.progress = Progress(*columns, console=self.console, transient=False)
+            self.progress.start()
+            self.task = self.progress.add_task(description, total=total_steps, completed=resume_step, rate="", shown="")
+
+    def advance(self, step: int) -> None:
+        """Moves the bar; nothing when output is not a terminal."""
+        if self.enabled and self.progress:
+            self.progress.update(self.task, completed=step)
+
+    def log(self, step: int, values: dict[str, float], *, rate: float | None = None) -> None:
+        """One line of metrics.jsonl. Values that are not finite are written as null, which JSON can hold."""
+        if not self.enabled:
+            return
+        record: dict[str, float | None] = {"step": step, "time": round(time.monotonic() - self.started, 3)}
+        record |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for sink in self.sinks:
+            sink.log(step, values)
+        shown = "  ".join(f"{key.split('/')[-1]} {value:.4g}" for key, value in list(values.items())[:4])
+        speed = f"{rate:.2f} steps/s" if rate else ""
+        if self.progress:
+            fields: dict[str, Any] = {"rate": speed} if speed else {}  # without one the bar keeps the last rate
+            self.progress.update(self.task, completed=step, shown=shown, **fields)
+        else:
+            left = f"  {(self.total_steps - step) / rate / 60:.1f} min left" if rate else ""
+            self.console.print(f"{self.description} {step}/{self.total_steps}  {shown}  {speed}{left}", soft_wrap=True)
+
+    def close(self) -> None:
+        if not self.enabled:
+            return
+        if self.progress:
+            self.progress.stop()
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,211 @@
+"""The training loop: the one place that calls `.backward()`. Every method of this library runs through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from consonar import checkpoint, distributed
+from consonar.config import TrainConfig
+from consonar.distributed import World
+from consonar.tracking import Tracker
+from consonar.training.optim import learning_rate, update_average
+from consonar.types import Batch, Objective, Rollout
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is not finite; the message names the step and the last checkpoint."""
+
+
+class Batches(Protocol):
+    """Random access by step, so that resuming needs no state, and an ordered walk for validation."""
+
+    def batch(self, step: int) -> Batch: ...
+    def ordered(self, batch_size: int) -> Iterator[Batch]: ...
+
+
+@dataclass
+class Callbacks:
+    """What the loop does beside training, each at its own interval and at the end."""
+
+    validate: Callable[[Any], dict[str, float]] | None = None
+    """Metrics of the trainee with its (averaged) weights."""
+    preview: Callable[[Any, Path], None] | None = None
+    """Writes a picture of what the trainee makes to the given path."""
+
+
+@dataclass
+class State:
+    """What moves during training; all of it is in a resume checkpoint."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor] | None = None
+    step: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def payload(self) -> dict[str, Any]:
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "random": random_state,
+        }
+
+    def restore(self, payload: dict[str, Any], where: str) -> None:
+        checkpoint.load_weights(self.model, payload["model"], where)
+        self.optimizer.load_state_dict(payload["optimizer"])
+        if self.average is not None and payload["average"] is not None:
+            self.average = {key: value.to(self.device) for key, value in payload["average"].items()}
+        torch.set_rng_state(payload["random"]["cpu"])
+        if "cuda" in payload["random"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(payload["random"]["cuda"], self.device)
+        self.step = payload["step"]
+
+
+def train_loop(
+    config: TrainConfig,
+    state: State,
+    objective: Objective,
+    batches: Batches,
+    *,
+    tracker: Tracker,
+    folder: Path,
+    world: World,
+    callbacks: Callbacks,
+    stop_at: int | None = None,
+) -> None:
+    """Trains `state.model` in place from `state.step` to `config.loop.steps`, or to `stop_at` when that is earlier.
+
+    Raises `NonFiniteLoss`; the weights then are those before the step, and the last checkpoint stays.
+    """
+    loop, device = config.loop, state.device
+    autocast_dtype = distributed.pick_precision(loop.precision, device)
+    model = distributed.wrap(state.model, world)
+    last = min(loop.steps, stop_at or loop.steps)
+    clock, clock_step = time.monotonic(), state.step
+    model.train()
+    for step in range(state.step, last):
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(step, loop.steps, config.optim)
+        batch = to_device(batches.batch(step), device)
+        for rollout in objective.rollout(state.model, batch, step):
+            terms = update(model, state, objective, rollout, step, config, autocast_dtype, folder)
+        state.step = step + 1
+        if state.average is not None:
+            update_average(state.average, state.model, loop.ema_decay)
+        tracker.advance(state.step)
+        at_end = state.step == loop.steps
+        if state.step % loop.log_every == 0 or at_end:
+            values = distributed.mean_over_ranks({key: float(value) for key, value in terms.items()}, world)
+            rate = (state.step - clock_step) / (time.monotonic() - clock)
+            values |= {"learning_rate": state.optimizer.param_groups[0]["lr"], **objective.state(step)}
+            tracker.log(state.step, {f"train/{key}": value for key, value in values.items()}, rate=rate)
+            clock, clock_step = time.monotonic(), state.step
+        if callbacks.validate and (due(state.step, loop.validate_every) or at_end):
+            with evaluation_weights(state):
+                measured = callbacks.validate(state.model)
+            tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
+        if callbacks.preview and world.is_main and (due(state.step, loop.sample_every) or at_end):
+            with evaluation_weights(state):
+                callbacks.preview(state.model, folder / "samples" / f"step_{state.step:06d}.png")
+        if world.is_main and (due(state.step, loop.save_every) or state.step == last):
+            checkpoint.save_resume(folder / "checkpoints", state.step, state.payload(), loop.keep_checkpoints)
+    distributed.barrier(world)
+
+
+def update(
+    model: nn.Module,
+    state: State,
+    objective: Objective,
+    rollout: Rollout,
+    step: int,
+    config: TrainConfig,
+    autocast_dtype: torch.dtype | None,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """One optimiser step on one rollout, in `accumulation` micro-batches; returns the mean terms."""
+    parts = split(rollout, config.loop.accumulation)
+    sums: dict[str, Tensor] = {}
+    for index, part in enumerate(parts):
+        with torch.autocast(state.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            loss, terms = objective.loss(model, part, step)
+        if index < len(parts) - 1:
+            with distributed.without_sync(model):
+                (loss / len(parts)).backward()
+        else:
+            (loss / len(parts)).backward()
+        for key, value in {"loss": loss, **terms}.items():
+            sums[key] = sums.get(key, 0) + value.detach().float() / len(parts)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+    if not torch.isfinite(norm + sums["loss"]):
+        state.optimizer.zero_grad(set_to_none=True)
+        saved = checkpoint.list_resume(folder / "checkpoints")
+        kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+        raise NonFiniteLoss(f"step {step}: loss {float(sums['loss'])}, gradient norm {float(norm)}; {kept}")
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return sums | {"grad_norm": norm}
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def split(rollout: Rollout, parts: int) -> list[Rollout]:
+    """Equal slices along the first dimension, so that the mean of their losses is the loss of the whole."""
+    if parts == 1:
+        return [rollout]
+
+    def part(index: int) -> Rollout:
+        return map_tensors(rollout, lambda tensor: tensor.chunk(parts)[index])
+
+    return [part(index) for index in range(parts)]
+
+
+def map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same dataclass with `function` applied to every tensor in it, nested dataclasses and dicts included."""
+    changes: dict[str, Any] = {}
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            changes[item.name] = function(value)
+        elif dataclasses.is_dataclass(value):
+            changes[item.name] = map_tensors(value, function)
+        elif isinstance(value, dict):
+            changes[item.name] = {k: function(v) if isinstance(v, Tensor) else v for k, v in value.items()}
+    return dataclasses.replace(record, **changes)
+
+
+@contextmanager
+def evaluation_weights(state: State) -> Iterator[None]:
+    """Evaluation mode, without gradient, with the moving average of the weights where there is one; undone after it."""
+    model = state.model
+    with torch.inference_mode():
+        own = None
+        if state.average is not None:
+            own = {key: value.clone() for key, value in model.state_dict().items()}
+        try:
+            model.eval()
+            if state.average is not None:
+                model.load_state_dict(state.average)
+            yield
+        finally:
+            if own is not None:
+                model.load_state_dict(own)
+            model.train()

@@ -1,0 +1,66 @@
+"""Noisy context (reAR, arXiv 2510.04450): schedules of the largest rate; how tokens are replaced. Pure functions."""
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("none", "constant", "uniform", "linear", "truncated_linear")
+CORRUPTIONS = ("uniform", "mask", "nearest")
+
+
+def max_noise_rate(schedule: str, progress: float, *, max_rate: float = 1.0, anneal_end: float = 0.75) -> float:
+    """f(t), the upper end of the per-sequence rate at `progress` t = step / total steps in [0, 1].
+
+    none 0; constant and uniform `max_rate`; linear `max_rate` (1 - t); truncated_linear `max_rate` max(0, 1 - t /
+    `anneal_end`), which is the published one.
+    """
+    if schedule == "none":
+        return 0.0
+    if schedule in ("constant", "uniform"):
+        return max_rate
+    if schedule == "linear":
+        return max_rate * (1 - progress)
+    assert schedule == "truncated_linear", schedule
+    return max_rate * max(0.0, 1 - progress / anneal_end)
+
+
+def draw_noise_rates(schedule: str, max_rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
+    """eps of each sequence, (B,): U[0, max_rate], or `max_rate` itself under the constant schedule."""
+    rates = torch.rand(batch_size, generator=rng, device=rng.device) * max_rate
+    return torch.full_like(rates, max_rate) if schedule == "constant" else rates
+
+
+def corrupt_tokens(
+    tokens: Tensor,
+    rates: Tensor,
+    vocab_size: int,
+    rng: torch.Generator,
+    *,
+    corruption: str = "uniform",
+    mask_token: int | None = None,
+    neighbours: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replaces each token with probability rates[b]: context (B, N) and where it was replaced (B, N) bool.
+
+    `uniform`: by any code, the same one included. `mask`: by `mask_token`. `nearest`: by one of the codes listed in
+    `neighbours` (V, n) for it, all equally likely. Draws from `rng` only; `rng.device` is where the draws happen.
+    """
+    chosen = torch.rand(tokens.shape, generator=rng, device=rng.device).to(tokens.device)
+    corrupted = chosen < rates.to(tokens.device)[:, None]
+    if corruption == "mask":
+        assert mask_token is not None
+        replacement = torch.full_like(tokens, mask_token)
+    elif corruption == "nearest":
+        assert neighbours is not None
+        pick = torch.randint(neighbours.shape[1], tokens.shape, generator=rng, device=rng.device).to(tokens.device)
+        replacement = neighbours[tokens, pick]
+    else:
+        assert corruption == "uniform", corruption
+        replacement = torch.randint(vocab_size, tokens.shape, generator=rng, device=rng.device).to(tokens.device)
+    return torch.where(corrupted, replacement, tokens), corrupted
+
+
+def code_neighbours(codebook: Tensor, count: int) -> Tensor:
+    """The `count` nearest other codes of each code by Euclidean distance, nearest first: (V, count) <- (V, C)."""
+    distances = torch.cdist(codebook.float(), codebook.float())
+    distances.fill_diagonal_(torch.inf)
+    return distances.topk(count, largest=False).indices

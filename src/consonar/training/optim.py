@@ -1,0 +1,82 @@
+"""AdamW with explicit parameter groups, the learning-rate schedule, and the moving average of weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from consonar.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, warm-up and cosine."""
+
+    lr: float = 4e-4
+    """Learning rate after warm-up."""
+    min_lr: float = 1e-5
+    """Learning rate at the last step."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.96
+    """Decay of the second moment."""
+    weight_decay: float = 0.03
+    """On the weights of linear and convolutional layers only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"optim.lr: {self.lr} is not positive")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"optim.min_lr: {self.min_lr} is not between 0 and optim.lr {self.lr}")
+        if self.warmup_steps < 0:
+            raise UserError(f"optim.warmup_steps: {self.warmup_steps} is negative")
+        if self.weight_decay < 0:
+            raise UserError(f"optim.weight_decay: {self.weight_decay} is negative")
+        if self.max_grad_norm <= 0:
+            raise UserError(f"optim.max_grad_norm: {self.max_grad_norm} is not positive")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"optim.{key}: {getattr(self, key)} is not in [0, 1)")
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Linear from 0 (exclusive) over `warmup_steps`, then half a cosine from `lr` to `min_lr` at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weights of linear and convolutional layers decay; biases, norms, embeddings and position tables do not."""
+    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    chosen = {id(p) for p in decayed}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        {"params": [p for p in decayed if p.requires_grad], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.requires_grad], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), fused=fused
+    )
+
+
+@torch.no_grad()
+def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * weights, in place; integer entries are copied."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[key].lerp_(value, 1 - decay)
+        else:
+            average[key].copy_(value)

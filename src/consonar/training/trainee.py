@@ -1,0 +1,77 @@
+"""Trainee: a generator and the heads that exist during training only, behind one forward pass.
+
+The heads live beside the generator, so that the exported checkpoint is the generator's own state dict and inference is
+what it is without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from consonar.errors import UserError
+from consonar.generators.rear import ReARGenerator
+from consonar.types import Prediction
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """One alignment head: which layer it reads, and which token's code it regresses."""
+
+    name: str
+    layer: int
+    """0-based block whose output is read."""
+    target: Literal["current", "next"]
+    """`current`: at the position that reads token i; `next`: at the position that predicts token i."""
+    code_dim: int
+    depth: int
+    """Linear maps; SiLU between them."""
+    hidden: int
+    """Width between the linear maps."""
+
+
+def alignment_head(width: int, spec: HeadSpec) -> nn.Sequential:
+    """MLP width -> hidden -> ... -> code_dim with `depth` linear maps (released weights: 3, at indices 0, 2, 4)."""
+    widths = [width] + [spec.hidden] * (spec.depth - 1) + [spec.code_dim]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Trainee(nn.Module):
+    """`forward(context, condition)` -> `Prediction` with taps (B, N, C) by head name."""
+
+    def __init__(self, generator: ReARGenerator, heads: tuple[HeadSpec, ...] = ()):
+        super().__init__()
+        self.generator = generator
+        self.specs = heads
+        for spec in heads:
+            if not 0 <= spec.layer < generator.num_layers:
+                raise UserError(
+                    f"objective: {spec.name} head at layer {spec.layer}, "
+                    f"but the generator has layers 0..{generator.num_layers - 1}"
+                )
+        self.heads = nn.ModuleDict({spec.name: alignment_head(generator.width, spec) for spec in heads})
+
+    @torch.no_grad()
+    def reset_heads(self, rng: torch.Generator) -> None:
+        """Truncated normals of std 0.02, biases 0, drawn from `rng` (so heads never move the generator's start)."""
+        for module in self.heads.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=rng)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, context: Tensor, condition: Tensor) -> Prediction:
+        layers = tuple(spec.layer for spec in self.specs)
+        logits, hidden = self.generator(context, condition, tap_layers=layers)
+        prefix, length = self.generator.prefix_length, context.shape[1]
+        taps = {}
+        for spec in self.specs:
+            start = prefix if spec.target == "current" else prefix - 1
+            taps[spec.name] = self.heads[spec.name](hidden[spec.layer][:, start : start + length])
+        return Prediction(logits, taps)

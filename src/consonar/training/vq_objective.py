@@ -1,0 +1,185 @@
+"""Training a convolutional VQ tokenizer: pixels, features, codebook; optionally a patch discriminator.
+
+loss = mse [+ w_c chroma] + w_p perceptual + codebook + beta commitment [+ w_d adversarial]: VQ-VAE (van den Oord et
+al. 2017, eq. 3) with the terms of VQGAN (Esser et al. 2021, eq. 5-6). The chroma term is ours: on flat-coloured
+pictures the codes otherwise spend long on outlines before they carry colour. Codes that no vector has chosen for
+`revive_after` steps are moved onto encoder vectors of the current batch (Dhariwal et al. 2020, section 3.1: random
+restarts).
+
+Deviation: the discriminator's own loss and the generator's adversarial loss are summed and minimised by the one
+optimizer; the former sees detached images, the latter detached discriminator weights, so each moves only its own side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from consonar import distributed
+from consonar.errors import UserError
+from consonar.perceptual.efficientnet import PerceptualDistance
+from consonar.seeding import generator
+from consonar.tokenizers import quantizer
+from consonar.tokenizers.vq import VQTokenizer, normalization
+from consonar.types import Batch, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """Loss weights of a VQ tokenizer."""
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    mse_weight: float = 1.0
+    """Mean squared error of pixels in [-1, 1]."""
+    chroma_weight: float = 0.0
+    """Mean squared error of colour differences (pixel minus its grey level), on top of `mse_weight`."""
+    perceptual_weight: float = 0.1
+    """EfficientNet-Lite0 feature distance."""
+    codebook_weight: float = 1.0
+    """Pulls codes to encoder vectors."""
+    commitment_weight: float = 0.25
+    """Pulls encoder vectors to their codes (beta)."""
+    discriminator_weight: float = 0.0
+    """Adversarial term; 0 builds no discriminator."""
+    discriminator_start: int = 0
+    """Step from which the adversarial term counts."""
+    revive_after: int = 50
+    """Steps without use after which a code is moved onto an encoder vector; 0: never."""
+    revive_until: float = 0.8
+    """Share of training after which codes are left where they are."""
+
+    def __post_init__(self) -> None:
+        for key in (
+            "mse_weight",
+            "chroma_weight",
+            "perceptual_weight",
+            "codebook_weight",
+            "commitment_weight",
+            "discriminator_weight",
+        ):
+            if getattr(self, key) < 0:
+                raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
+        for key in ("discriminator_start", "revive_after"):
+            if getattr(self, key) < 0:
+                raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): one realness score per 16-pixel-stride patch, (B, 1, h, w)."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        widths = [width, 2 * width, 4 * width]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for a, b in pairwise(widths):
+            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), normalization(b, 8), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class TokenizerTrainee(nn.Module):
+    """The tokenizer, how long ago each code was used, and the discriminator if there is one."""
+
+    def __init__(self, tokenizer: VQTokenizer, *, discriminator: bool):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.register_buffer("steps_unused", torch.zeros(tokenizer.vocab_size, dtype=torch.int64))
+        self.discriminator = PatchDiscriminator() if discriminator else None
+        self.steps_unused: Tensor
+
+    def forward(self, images: Tensor) -> tuple[object, Tensor | None, Tensor | None, Tensor | None]:
+        """The tokenizer's `VQOutput`; discriminator scores of real, detached and live reconstructions (or None)."""
+        output = self.tokenizer(images)
+        if self.discriminator is None:
+            return output, None, None, None
+        frozen = {key: value.detach() for key, value in self.discriminator.named_parameters()}
+        live = functional_call(self.discriminator, frozen, (output.reconstruction,))
+        return output, self.discriminator(images), self.discriminator(output.reconstruction.detach()), live
+
+
+class Reconstruction:
+    """Follows `consonar.types.Objective`."""
+
+    def __init__(self, config: ReconstructionConfig, *, total_steps: int, seed: int, world: distributed.World):
+        self.config, self.total_steps, self.seed, self.world = config, total_steps, seed, world
+        self.perceptual = PerceptualDistance().to(world.device) if config.perceptual_weight > 0 else None
+
+    @torch.no_grad()
+    def rollout(self, model: TokenizerTrainee, batch: Batch, step: int) -> Iterator[Rollout]:
+        if self.config.revive_after and step and step < self.config.revive_until * self.total_steps:
+            self._revive(model, batch, step)
+        model.steps_unused += 1  # here and not in `loss`: a step may be several micro-batches
+        yield Rollout(batch)
+
+    def _revive(self, model: TokenizerTrainee, batch: Batch, step: int) -> None:
+        dead = (model.steps_unused > self.config.revive_after).nonzero().flatten()
+        if not len(dead):
+            return
+        assert batch.images is not None
+        vectors = model.tokenizer.vectors(batch.images)
+        pick = torch.randint(len(vectors), (len(dead),), generator=generator(self.seed, "revive", step)).to(dead.device)
+        codebook = model.tokenizer.quantize.embedding.weight
+        codebook[dead] = vectors[pick].to(codebook.dtype)
+        distributed.broadcast(codebook, self.world)
+        model.steps_unused[dead] = 0
+
+    def loss(self, model: TokenizerTrainee, rollout: Rollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        images = rollout.batch.images
+        assert images is not None
+        output, real, fake, live = model(images)
+        terms = {
+            "mse": F.mse_loss(output.reconstruction, images),
+            "codebook": quantizer.codebook_loss(output.vectors, output.codes),
+            "commitment": quantizer.commitment_loss(output.vectors, output.codes),
+        }
+        total = (
+            self.config.mse_weight * terms["mse"]
+            + self.config.codebook_weight * terms["codebook"]
+            + self.config.commitment_weight * terms["commitment"]
+        )
+        if self.config.chroma_weight > 0:
+            error = output.reconstruction - images
+            terms["chroma"] = (error - error.mean(1, keepdim=True)).square().mean()
+            total = total + self.config.chroma_weight * terms["chroma"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output.reconstruction, images).mean()
+            total = total + self.config.perceptual_weight * terms["perceptual"]
+        if real is not None:
+            # Before its start the term is 0 times its value: DistributedDataParallel needs every gradient every step.
+            started = float(step >= self.config.discriminator_start)
+            terms["discriminator"] = started * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+            terms["adversarial"] = started * -live.mean()
+            total = total + terms["discriminator"] + self.config.discriminator_weight * terms["adversarial"]
+        trainee = distributed.unwrap(model)
+        counts = quantizer.code_counts(output.tokens, trainee.tokenizer.vocab_size)
+        used = distributed.sum_over_ranks(counts, self.world) > 0
+        trainee.steps_unused.masked_fill_(used, 0)
+        return total, terms
+
+    def state(self, step: int) -> dict[str, float]:
+        """Nothing moves over training but the learning rate."""
+        return {}
+
+    @torch.no_grad()
+    def validate(self, model: TokenizerTrainee, batches: Iterator[Batch]) -> dict[str, float]:
+        """PSNR in dB (mean over images, clamped pixels), code usage 0..1 and perplexity on held-out images."""
+        tokenizer = model.tokenizer
+        counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+        psnr, count = 0.0, 0
+        for batch in batches:
+            assert batch.images is not None
+            tokens = tokenizer.encode(batch.images)
+            error = (tokenizer.decode(tokens).clamp(-1, 1) - batch.images).square().mean((1, 2, 3)) / 4
+            psnr += float((-10 * error.clamp_min(1e-10).log10()).sum())
+            counts += quantizer.code_counts(tokens, tokenizer.vocab_size).cpu()
+            count += len(tokens)
+        return {"psnr": psnr / count, "usage": quantizer.usage(counts), "perplexity": quantizer.perplexity(counts)}
