@@ -1,0 +1,38 @@
+"""Classifier-free guidance: how logits are combined, and how strongly at each position. Pure functions."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+SCHEDULES = ("constant", "linear", "power_cosine", "interval")
+
+
+def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """unconditional + scale (conditional - unconditional); scale 1 is the conditional model (Ho & Salimans 2022)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def power_cosine_scale(scale: float, power: float, position: int, num_tokens: int) -> float:
+    """1 + (scale - 1) (1 - cos(pi (i / N)^power)) / 2 (MDT, used by RAR and reAR): 1 at the first token, `scale` only
+    at i = N, which no token has."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * (position / num_tokens) ** power)) / 2
+
+
+def scale_at(
+    schedule: str, scale: float, position: int, num_tokens: int, *, power: float = 1.0, interval_end: int | None = None
+) -> float:
+    """Guidance scale for the token at `position` (0-based) of `num_tokens`.
+
+    constant: `scale`. linear: from 1 at the first token to `scale` at the last. power_cosine: see above. interval
+    (LlamaGen): `scale` up to and including position `interval_end` (None: always), 1 after it.
+    """
+    if schedule == "constant":
+        return scale
+    if schedule == "linear":
+        return 1 + (scale - 1) * position / max(1, num_tokens - 1)
+    if schedule == "power_cosine":
+        return power_cosine_scale(scale, power, position, num_tokens)
+    assert schedule == "interval", schedule
+    return scale if interval_end is None or position <= interval_end else 1.0

@@ -1,0 +1,168 @@
+"""Sampling jobs: many images to a file or folder, in shards that survive an interruption.
+
+Shard k holds images k * shard_size .. and is a function of the settings alone, so a second call with the same settings
+skips the shards that are there. What comes out: a picture (.png, one grid), an .npz in ADM layout (`arr_0` uint8
+(n, H, W, 3), plus labels, seeds, tokens, entropy and the settings), or a folder of PNG files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from consonar.checkpoint import component_fingerprint, write_atomically
+from consonar.config_io import to_dict
+from consonar.data.transforms import to_uint8
+from consonar.errors import UserError
+from consonar.pictures import save_grid
+from consonar.sampling.sample import SamplerConfig, check_classes, check_fit, sample
+from consonar.types import Generator, Tokenizer
+
+MAX_GRID_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is drawn: one class and one seed per image, and how."""
+
+    labels: Tensor
+    """(n,) int64."""
+    seeds: tuple[int, ...]
+    sampler: SamplerConfig
+    settings: dict[str, Any]
+    """Everything the result depends on, written beside it."""
+
+
+def make_job(
+    generator: Generator, tokenizer: Tokenizer, labels: Tensor, *, seed: int, sampler: SamplerConfig, source: str
+) -> Job:
+    """A job of len(labels) images; image i has seed `seed` + i. Raises `UserError` for wrong classes or tokenizer."""
+    check_fit(generator, tokenizer)
+    check_classes(labels, generator)
+    state = cast(nn.Module, generator).state_dict()
+    settings = {
+        "generator": source,
+        "generator_sha256": component_fingerprint({}, state),
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "sampler": to_dict(sampler),
+        "seed": seed,
+        "num_samples": len(labels),
+        "labels_sha256": component_fingerprint({}, {"labels": labels}),
+        "torch": torch.__version__,
+    }
+    return Job(labels, tuple(range(seed, seed + len(labels))), sampler, settings)
+
+
+def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
+    """Classes 0, 1, ..., 0, 1, ...: every class as often as the others, give or take one; (num_samples,) int64."""
+    return torch.arange(num_samples) % num_classes
+
+
+def run_job(
+    job: Job,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    batch_size: int = 64,
+    shard_size: int = 512,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Draws the job into `out` (.png, .npz, or a folder) and returns it. `progress` gets the number of images done.
+
+    Raises `UserError` when `out` exists, or when shards of another job lie beside it.
+    """
+    if out.exists():
+        raise UserError(f"--out: {out} exists; choose another name")
+    if out.suffix == ".png" and len(job.labels) > MAX_GRID_IMAGES:
+        raise UserError(
+            f"--out: {len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES}); use .npz or a folder"
+        )
+    if out.suffix not in (".png", ".npz", ""):
+        raise UserError(f"--out: {out.suffix!r} is not a known ending; choices: .png, .npz, or a folder (no ending)")
+    shards = shard_folder(job, out)
+    for start in range(0, len(job.labels), shard_size):
+        path = shards / f"shard_{start:08d}_{shard_size}.npz"
+        if not path.exists():
+            labels, seeds = job.labels[start : start + shard_size], job.seeds[start : start + shard_size]
+            drawn = sample(generator, tokenizer, labels, seeds=seeds, config=job.sampler, batch_size=batch_size)
+            arrays = {
+                "arr_0": to_uint8(drawn.images).numpy(),
+                "labels": labels.numpy(),
+                "seeds": np.array(seeds),
+                "tokens": drawn.tokens.numpy(),
+                "entropy": drawn.entropy.numpy(),
+            }
+            write_atomically(path, partial(write_npz, arrays=arrays))
+        if progress:
+            progress(min(start + shard_size, len(job.labels)))
+    assemble(sorted(shards.glob("shard_*.npz")), job, out)
+    shutil.rmtree(shards)
+    return out
+
+
+def shard_folder(job: Job, out: Path) -> Path:
+    """The folder of unfinished work beside `out`; made, or checked to be this job's."""
+    folder = out.with_name(f"{out.name}.parts")
+    description = folder / "job.json"
+    text = json.dumps(job.settings, indent=1, sort_keys=True)
+    if description.exists() and description.read_text() != text:
+        raise UserError(f"--out: {folder} holds unfinished samples of another job; remove it or choose another name")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(description, lambda path: path.write_text(text))
+    return folder
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **cast(dict[str, Any], arrays))  # else mypy holds the arrays against its flag
+
+
+def assemble(shards: Sequence[Path], job: Job, out: Path) -> None:
+    """Writes the finished output from the shards, one shard in memory at a time."""
+    if out.suffix == ".png":
+        images = np.concatenate([np.load(path)["arr_0"] for path in shards])
+        save_grid(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, out)
+    elif out.suffix == ".npz":
+        write_atomically(out, partial(merge_npz, shards, job))
+    else:
+        unfinished = out.with_name(f".{out.name}.partial")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        index = 0
+        for path in shards:
+            with np.load(path) as arrays:
+                for picture, label in zip(arrays["arr_0"], arrays["labels"], strict=True):
+                    Image.fromarray(picture).save(unfinished / f"{index:06d}_class{label}.png")
+                    index += 1
+        (unfinished / "settings.json").write_text(json.dumps(job.settings, indent=1))
+        unfinished.rename(out)
+
+
+def merge_npz(shards: Sequence[Path], job: Job, out: Path) -> None:
+    """Concatenates the arrays of all shards into one .npz without holding the images of more than one shard."""
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    with np.load(shards[0]) as first:
+        for key in first.files:
+            shapes[key] = ((len(job.labels), *first[key].shape[1:]), first[key].dtype)
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for key, (shape, dtype) in shapes.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                header = {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for path in shards:
+                    with np.load(path) as arrays:
+                        member.write(np.ascontiguousarray(arrays[key]).tobytes())
+        with archive.open("settings.npy", "w") as member:
+            np.lib.format.write_array(member, np.array(json.dumps(job.settings)), allow_pickle=False)
