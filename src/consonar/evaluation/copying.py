@@ -1,0 +1,160 @@
+"""Copy rate: how many samples are nearer to a training image than held-out images ever are.
+
+A Fréchet distance to a small training set rewards memorising it, so the rate is reported beside it. Definition of this
+project (specification, section 6); related: the nearest-neighbour tests of Meehan et al. 2020 (arXiv 2004.05675).
+
+Let d(x) be the distance of an image to its nearest training image, over all stored views (crops, flips) of that image.
+The threshold is the smallest d over the validation images; a sample is a copy when d(sample) is strictly below it.
+Distances: Hamming (number of differing tokens) or cosine (1 - cosine similarity of features).
+
+The minimum is one image: when a validation image is itself a near duplicate of a training image (threshold about 0)
+hardly any sample can count, and the rate says little. The `quantile` option takes that quantile of the validation
+distances instead; at q a share of q of the validation images would count as copies too, so read the rate against q.
+
+Shapes: `S` samples, `T` training images, `K` validation images, `F` features, `N` tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consonar.errors import UserError
+
+
+@dataclass(frozen=True)
+class CopyRate:
+    """Result of a copy test."""
+
+    share: float
+    """Share of samples that count as copies, in [0, 1]."""
+    threshold: float
+    """Distances below it count; differing tokens, or 1 - cosine similarity."""
+    quantile: float
+    """Which quantile of the validation distances the threshold is; 0 is the minimum."""
+    is_copy: Tensor
+    """(S,) bool."""
+    distances: Tensor
+    """(S,) float64: distance of each sample to its nearest training image."""
+    indices: Tensor
+    """(S,) int64: row of that training image."""
+
+
+def copy_rate_tokens(
+    samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, block: int = 1024
+) -> CopyRate:
+    """Copy rate by Hamming distance of tokens, 0 to N differing tokens.
+
+    `samples` (S, N), `train` (T, N) or (T, views, N), `validation` (K, N) or (K, views, N), integers that are not
+    negative. An image is as near as its nearest view. Memory is that of `block` x `block` small integers. Raises
+    UserError for empty sets, different N, or a quantile outside [0, 1].
+    """
+    if samples.ndim != 2 or any(tokens.shape[-1] != samples.shape[1] for tokens in (train, validation)):
+        raise UserError(
+            f"copy rate: tokens of shape {tuple(samples.shape)}, {tuple(train.shape)} and {tuple(validation.shape)} "
+            "for samples, train and validation; all need the same number of tokens per image (same tokenizer?)"
+        )
+    # All three in the smallest integer type that holds them: the comparison is bound by memory traffic.
+    largest = max(int(tokens.max()) if tokens.numel() else 0 for tokens in (samples, train, validation))
+    dtype = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+    samples, train, validation = samples.to(dtype), train.to(dtype), validation.to(dtype)
+    return _copy_rate(samples, train, validation, hamming_distances, quantile, block)
+
+
+def copy_rate_features(
+    samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, block: int = 1024
+) -> CopyRate:
+    """Copy rate by cosine distance of features, 0 to 2.
+
+    `samples` (S, F), `train` (T, F) or (T, views, F), `validation` (K, F) or (K, views, F), float32 or float64.
+    Memory is that of `block` x `block` distances. Raises UserError for empty sets, different F, a vector of length 0,
+    or a quantile outside [0, 1].
+    """
+    if samples.ndim != 2 or any(features.shape[-1] != samples.shape[1] for features in (train, validation)):
+        raise UserError(
+            f"copy rate: features of shape {tuple(samples.shape)}, {tuple(train.shape)} and {tuple(validation.shape)} "
+            "for samples, train and validation; all need the same number of features (same feature network?)"
+        )
+    return _copy_rate(_unit(samples), _unit(train), _unit(validation), _cosine_distances, quantile, block)
+
+
+def hamming_distances(left: Tensor, right: Tensor) -> Tensor:
+    """(L, R) int16 number of positions in which the rows of (L, N) and (R, N) differ; N < 32,768."""
+    shape = (len(left), len(right))
+    distances, differs = np.zeros(shape, np.int16), np.empty(shape, bool)
+    columns = zip(left.T.numpy(), np.ascontiguousarray(right.T.numpy()), strict=True)
+    # One position at a time, counted in bytes: an (L, R, N) block would be N times larger and far slower to sum, and
+    # numpy compares and adds bytes several times faster here than torch does.
+    while group := list(itertools.islice(columns, 255)):
+        counts = np.zeros(shape, np.uint8)
+        for left_tokens, right_tokens in group:
+            np.not_equal(left_tokens[:, None], right_tokens[None, :], out=differs)
+            counts += differs.view(np.uint8)
+        distances += counts
+    return torch.from_numpy(distances)
+
+
+def _cosine_distances(left: Tensor, right: Tensor) -> Tensor:
+    return (1 - left @ right.T).clamp_(min=0)
+
+
+def _unit(features: Tensor) -> Tensor:
+    lengths = features.norm(dim=-1, keepdim=True)
+    if not (lengths > 0).all():
+        raise UserError("copy rate: a feature vector has length 0 or is not a number, its cosine is not defined")
+    return features / lengths
+
+
+def _nearest(
+    queries: Tensor, rows: Tensor, distance: Callable[[Tensor, Tensor], Tensor], block: int
+) -> tuple[Tensor, Tensor]:
+    """Distance (Q,) of every query to its nearest row, and the index (Q,) of that row (the first one when equal)."""
+    best_distances, best_indices = [], []
+    for queries_block in queries.split(block):
+        best = torch.full((len(queries_block),), torch.inf, dtype=torch.float64)
+        index = torch.zeros(len(queries_block), dtype=torch.int64)
+        for start in range(0, len(rows), block):
+            nearest = distance(queries_block, rows[start : start + block]).min(1)
+            nearer = nearest.values < best
+            best = torch.where(nearer, nearest.values.to(best.dtype), best)
+            index = torch.where(nearer, nearest.indices + start, index)
+        best_distances.append(best)
+        best_indices.append(index)
+    return torch.cat(best_distances), torch.cat(best_indices)
+
+
+def _copy_rate(
+    samples: Tensor,
+    train: Tensor,
+    validation: Tensor,
+    distance: Callable[[Tensor, Tensor], Tensor],
+    quantile: float,
+    block: int,
+) -> CopyRate:
+    if not 0 <= quantile <= 1:
+        raise UserError(f"copy_quantile: {quantile}; choose a number from 0 (the minimum) to 1")
+    if min(len(samples), len(train), len(validation)) == 0:
+        raise UserError(
+            f"copy rate: {len(samples)} samples, {len(train)} training and {len(validation)} validation images; "
+            "it needs at least one of each"
+        )
+    num_views = train.shape[1] if train.ndim == 3 else 1
+    train_rows = train.reshape(-1, train.shape[-1])  # (T * views, F or N)
+    validation_distances, _ = _nearest(validation.reshape(-1, validation.shape[-1]), train_rows, distance, block)
+    per_image = validation_distances.reshape(len(validation), -1).amin(1)  # (K,): its nearest view counts
+    threshold = float(per_image.double().quantile(quantile, interpolation="lower"))
+    distances, indices = _nearest(samples, train_rows, distance, block)
+    is_copy = distances < threshold
+    return CopyRate(
+        share=float(is_copy.double().mean()),
+        threshold=threshold,
+        quantile=quantile,
+        is_copy=is_copy,
+        distances=distances,
+        indices=indices // num_views,
+    )

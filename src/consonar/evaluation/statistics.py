@@ -1,0 +1,230 @@
+"""Statistics of feature vectors: streaming moments, Fréchet distance, precision and recall, Inception score.
+
+Sources: Heusel et al. 2017 (arXiv 1706.08500, Eq. 6: Fréchet distance), Kynkäänniemi et al. 2019 (arXiv 1904.06991,
+Eq. 1-3: improved precision and recall), Salimans et al. 2016 (arXiv 1606.03498: Inception score), Chan et al. 1979
+(merging of means and scatter matrices). The protocol is that of the ADM evaluator (guided-diffusion).
+
+Deviations from ADM: the trace of the matrix square root comes from a symmetric eigen-decomposition, not from a general
+one (same value, much faster, and no imaginary part for a singular covariance); distances are taken in the precision of
+the features, never in float16 (ADM's rounding moves precision and recall by about 0.005).
+
+Shapes: `S` samples, `R` reference images, `F` features. Everything is on the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from consonar.errors import UserError
+
+EIGENVALUE_TOLERANCE = 1e-6
+"""Eigenvalues of a covariance down to -1e-6 times the largest count as rounding (float32 storage) and become 0."""
+
+
+class Moments:
+    """Mean and covariance of a stream of feature vectors in float64; its size depends on F only.
+
+    Each chunk is centred on its own mean before it is merged (Chan et al. 1979), so large means do not cancel.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(num_features, dtype=torch.float64)  # (F,)
+        self.scatter = torch.zeros(num_features, num_features, dtype=torch.float64)  # (F, F) sum of centred products
+
+    def update(self, features: Tensor) -> None:
+        """Add the rows of `features` (B, F). Raises ValueError for another width or values that are not finite."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features have shape {tuple(features.shape)}, expected (B, {len(self.mean)})")
+        if not features.isfinite().all():
+            raise ValueError("features hold values that are not finite")
+        if len(features) == 0:
+            return
+        features = features.to("cpu", torch.float64)
+        mean = features.mean(0)
+        centred = features - mean
+        self._add(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> None:
+        """Add all rows that `other` has seen; `other` is left as it is. Raises ValueError for another width."""
+        if len(other.mean) != len(self.mean):
+            raise ValueError(f"cannot merge moments of {len(other.mean)} features into moments of {len(self.mean)}")
+        if other.count:
+            self._add(other.count, other.mean, other.scatter)
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        delta = mean - self.mean
+        self.scatter += scatter
+        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    @property
+    def cov(self) -> Tensor:
+        """(F, F) float64 covariance with ddof = 1. Raises ValueError for fewer than two rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 rows, there are {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def symmetric_root(cov: Tensor) -> Tensor:
+    """The symmetric positive semi-definite square root of a covariance (F, F), in float64.
+
+    Rank-deficient covariances are fine. Raises UserError when the matrix is not symmetric, not finite, or has an
+    eigenvalue below -`EIGENVALUE_TOLERANCE` times the largest: such a matrix is not a covariance.
+    """
+    values, vectors = torch.linalg.eigh(_checked_symmetric(cov))
+    return (vectors * _clipped(values).sqrt()) @ vectors.T
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, root1: Tensor | None = None) -> float:
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, Eq. 6).
+
+    |mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^(1/2)), where the last trace is the sum of the square
+    roots of the eigenvalues of the symmetric matrix R cov2 R with R = cov1^(1/2). Means (F,), covariances (F, F), any
+    float type, calculated in float64. `root1` is `symmetric_root(cov1)` when the caller already has it (one reference,
+    many sets of samples). The result is >= 0 up to rounding. Raises UserError when a matrix is not a covariance or the
+    numbers of features differ.
+    """
+    if not (mean1.shape == mean2.shape and cov1.shape == cov2.shape == (*mean1.shape, *mean1.shape)):
+        raise UserError(
+            f"Fréchet distance: shapes {tuple(mean1.shape)}, {tuple(cov1.shape)} and {tuple(mean2.shape)}, "
+            f"{tuple(cov2.shape)} differ: were the statistics made with another feature network?"
+        )
+    root = symmetric_root(cov1) if root1 is None else root1
+    product = root @ _checked_symmetric(cov2) @ root
+    values = torch.linalg.eigvalsh((product + product.T) / 2)
+    # float64: the distance is a small difference of large traces.
+    difference = mean1.double() - mean2.double()
+    traces = cov1.double().trace() + cov2.double().trace()
+    return float(difference.square().sum() + traces - 2 * _clipped(values).sqrt().sum())
+
+
+def _checked_symmetric(cov: Tensor) -> Tensor:
+    cov = cov.double()
+    if not cov.isfinite().all():
+        raise UserError("covariance: holds values that are not finite; were the features computed correctly?")
+    asymmetry, scale = float((cov - cov.T).abs().max()), float(cov.abs().max())
+    if asymmetry > EIGENVALUE_TOLERANCE * scale:
+        raise UserError(f"covariance: not symmetric (differs by {asymmetry:.3g} at a scale of {scale:.3g})")
+    return (cov + cov.T) / 2
+
+
+def _clipped(values: Tensor) -> Tensor:
+    """Ascending eigenvalues with rounding errors below zero set to zero; anything more negative is an error."""
+    smallest, largest = float(values[0]), float(values[-1])
+    if smallest < -EIGENVALUE_TOLERANCE * max(largest, 0.0):
+        raise UserError(f"covariance: smallest eigenvalue {smallest:.3g}, largest {largest:.3g}: not a covariance")
+    return values.clamp(min=0)
+
+
+def squared_distances(left: Tensor, right: Tensor) -> Tensor:
+    """(L, R) squared Euclidean distances of the rows of (L, F) and (R, F), in their precision, never below 0."""
+    products = left @ right.T
+    return (left.square().sum(1)[:, None] - 2 * products + right.square().sum(1)[None, :]).clamp_(min=0)
+
+
+def neighbour_radii(features: Tensor, k: int = 3, block: int = 1024) -> Tensor:
+    """(R,) squared distance of every row of (R, F) to its k-th nearest other row (Kynkäänniemi et al. 2019, Eq. 1).
+
+    Memory is that of `block` x R distances. Raises UserError unless 1 <= k < R.
+    """
+    if not 1 <= k < len(features):
+        raise UserError(f"num_neighbours: {k} of {len(features)} images; choose 1 to {len(features) - 1}")
+    radii = []
+    for start in range(0, len(features), block):
+        distances = squared_distances(features[start : start + block], features)  # (block, R)
+        rows = torch.arange(len(distances))
+        distances[rows, start + rows] = torch.inf  # a row is not its own neighbour
+        radii.append(distances.topk(k, largest=False).values[:, -1])
+    return torch.cat(radii)
+
+
+def precision_recall(
+    reference: Tensor, samples: Tensor, k: int = 3, block: int = 1024, *, reference_radii: Tensor | None = None
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 2-3), both in [0, 1], higher is better.
+
+    Precision is the share of `samples` (S, F) inside the union of balls around the `reference` rows (R, F), each with
+    the distance to its k-th nearest other row as radius; recall the same with the roles exchanged. Distances are
+    squared, a point on the border counts, both inputs have one float type (float32 or float64), as in ADM. Memory is
+    that of `block` x max(R, S) distances. `reference_radii` is `neighbour_radii(reference, k)` when the caller has it.
+    Raises UserError when a set has no more than k rows.
+    """
+    if reference_radii is None:
+        reference_radii = neighbour_radii(reference, k, block)  # (R,)
+    sample_radii = neighbour_radii(samples, k, block)  # (S,)
+    num_inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool)
+    for start in range(0, len(samples), block):
+        distances = squared_distances(samples[start : start + block], reference)  # (block, R)
+        num_inside += int((distances <= reference_radii).any(1).sum())
+        covered |= (distances <= sample_radii[start : start + block, None]).any(0)
+    return num_inside / len(samples), float(covered.double().mean())
+
+
+class Target:
+    """A reference, prepared: matrix roots and radii are calculated once, however many sets of samples are compared.
+
+    `gaussians` are (mean (F,), covariance (F, F)) by the name of the set; `rows` (R, F) the vectors for precision and
+    recall with `k` neighbours, or None when only statistics are known. Raises UserError as `symmetric_root` and
+    `neighbour_radii` do.
+    """
+
+    def __init__(self, gaussians: dict[str, tuple[Tensor, Tensor]], rows: Tensor | None, k: int) -> None:
+        self.gaussians = {name: (mean, cov, symmetric_root(cov)) for name, (mean, cov) in gaussians.items()}
+        self.rows, self.k = rows, k
+        self.radii = None if rows is None else neighbour_radii(rows, k)
+
+    def frechet_distances(self, moments: Moments) -> dict[str, float]:
+        """`frechet_distance` of the samples with these moments to every set, by its name."""
+        return {
+            name: frechet_distance(mean, cov, moments.mean, moments.cov, root1=root)
+            for name, (mean, cov, root) in self.gaussians.items()
+        }
+
+    def noise_floor(self) -> dict[str, float]:
+        """`validation vs train`: their `frechet_distance`, what real images reach; nothing without both sets."""
+        if not {"train", "validation"} <= self.gaussians.keys():
+            return {}
+        (mean1, cov1, root), (mean2, cov2, _) = self.gaussians["train"], self.gaussians["validation"]
+        return {"validation vs train": frechet_distance(mean1, cov1, mean2, cov2, root1=root)}
+
+    def precision_recall(self, rows: Tensor) -> dict[str, float]:
+        """`precision` and `recall` of the samples (S, F); nothing when the reference has no vectors."""
+        if self.rows is None:
+            return {}
+        precision, recall = precision_recall(self.rows, rows, self.k, reference_radii=self.radii)
+        return {"precision": precision, "recall": recall}
+
+
+def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
+    """Inception score (Salimans et al. 2016): mean over splits of exp(mean KL(p(y|x) || p(y))); 1 to num_classes.
+
+    `probabilities` (S, num_classes) sum to one along the rows and come from any classifier; calculated in float64.
+    Consecutive splits of `split_size` rows; a last short split counts as much as the others, as in ADM. Raises
+    UserError for no rows or a split size below 1.
+    """
+    if len(probabilities) == 0 or split_size < 1:
+        raise UserError(f"inception_score: {len(probabilities)} rows, split_size {split_size}; both must be at least 1")
+    scores = []
+    for part in probabilities.double().split(split_size):
+        marginal = part.mean(0, keepdim=True).expand_as(part)
+        # xlogy: a probability of exactly 0 contributes 0.
+        divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, marginal)
+        scores.append(divergence.sum(1).mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+def random_parts(count: int, num_parts: int, rng: torch.Generator) -> Tensor:
+    """(count,) int64: which of `num_parts` disjoint parts of equal size each item is in; -1 for the remainder.
+
+    Raises UserError when `num_parts` is below 1.
+    """
+    if num_parts < 1:
+        raise UserError(f"draws: {num_parts}; choose 1 or more")
+    size = count // num_parts
+    parts = torch.full((count,), -1, dtype=torch.int64)
+    parts[torch.randperm(count, generator=rng)[: size * num_parts]] = torch.arange(num_parts).repeat_interleave(size)
+    return parts

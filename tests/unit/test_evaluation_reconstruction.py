@@ -1,0 +1,141 @@
+"""PSNR, SSIM, codebook usage and rFD of a real grey-level tokenizer and in closed form."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from torch.nn import functional
+
+from consonar.errors import UserError
+from consonar.evaluation.reconstruction import (
+    gaussian_filter,
+    psnr,
+    reconstruction_metrics,
+    round_to_8_bits,
+    ssim,
+    usage_and_perplexity,
+)
+from consonar.types import Grid
+
+
+class GreyLevels:
+    """A tokenizer: 4 x 4 pixel patches, token = the mean grey level in `vocab_size` steps."""
+
+    name, fingerprint, num_tokens, code_dim, image_size, grid = "grey", "0", 16, 1, 16, Grid(4, 4)
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def encode(self, images):
+        grey = functional.avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)
+        return ((grey + 1) / 2 * (self.vocab_size - 1)).round().long()
+
+    def embed(self, tokens):
+        return (tokens / (self.vocab_size - 1) * 2 - 1)[..., None]
+
+    def decode(self, tokens):
+        return self.decode_embeddings(self.embed(tokens))
+
+    def decode_embeddings(self, codes):
+        return functional.interpolate(codes.reshape(-1, 1, 4, 4), scale_factor=4).expand(-1, 3, -1, -1)
+
+
+class MeanColour:
+    name, weights_sha256, num_features = "mean-colour", "0", 3
+
+    def __call__(self, images):
+        return images.mean((2, 3))
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def test_rounding_is_that_of_an_8_bit_file():
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.7, 200 / 127.5 - 1])
+    assert (round_to_8_bits(values) * 255).tolist() == [0, 0, 128, 255, 255, 200]
+
+
+def test_psnr_of_a_constant_offset():
+    original = torch.full((2, 3, 8, 8), 0.25, dtype=torch.float64)
+    offset = torch.tensor([0.1, 0.01], dtype=torch.float64)[:, None, None, None]
+    assert psnr(original + offset, original).tolist() == pytest.approx([20, 40])
+    assert psnr(original, original).tolist() == [math.inf, math.inf]
+
+
+def test_gaussian_filter_equals_scipy(rng):
+    images = torch.rand(2, 3, 17, 14, generator=rng, dtype=torch.float64)
+    expected = scipy.ndimage.gaussian_filter(images.numpy(), sigma=(0, 0, 1.5, 1.5), radius=(0, 0, 5, 5))
+    assert np.allclose(gaussian_filter(images), expected[:, :, 5:-5, 5:-5], atol=1e-14)
+
+
+def test_ssim_equals_the_formula_on_scipy_filters(rng):
+    x = torch.rand(1, 3, 20, 16, generator=rng, dtype=torch.float64)
+    y = (x + 0.2 * torch.rand(x.shape, generator=rng, dtype=torch.float64)).clamp(max=1)
+
+    def mean(values):
+        return scipy.ndimage.gaussian_filter(values, (0, 0, 1.5, 1.5), radius=(0, 0, 5, 5))[:, :, 5:-5, 5:-5]
+
+    a, b = x.numpy(), y.numpy()
+    cov = mean(a * b) - mean(a) * mean(b)
+    var = mean(a * a) - mean(a) ** 2 + mean(b * b) - mean(b) ** 2
+    expected = (2 * mean(a) * mean(b) + 1e-4) * (2 * cov + 9e-4) / ((mean(a) ** 2 + mean(b) ** 2 + 1e-4) * (var + 9e-4))
+    assert ssim(x, y).item() == pytest.approx(expected.mean(), rel=1e-10)
+
+
+def test_ssim_in_closed_form(rng):
+    images = torch.rand(2, 3, 12, 12, generator=rng, dtype=torch.float64)
+    assert ssim(images, images).tolist() == pytest.approx([1, 1])
+    flat = torch.full((1, 3, 12, 12), 0.5, dtype=torch.float64)  # no variance: only the luminance term is left
+    assert ssim(flat, flat * 0.5).item() == pytest.approx((2 * 0.125 + 1e-4) / (0.25 + 0.0625 + 1e-4))
+    with pytest.raises(UserError, match="at least 11 px"):
+        ssim(images[..., :10], images[..., :10])
+
+
+def test_usage_and_perplexity_in_closed_form():
+    assert usage_and_perplexity(torch.tensor([5, 5, 5, 5])) == (1, pytest.approx(4))
+    assert usage_and_perplexity(torch.tensor([0, 7, 0, 0])) == (0.25, pytest.approx(1))
+    with pytest.raises(UserError, match="no tokens"):
+        usage_and_perplexity(torch.zeros(4, dtype=torch.int64))
+
+
+def test_metrics_of_images_that_the_tokenizer_reproduces():
+    levels = torch.tensor([-1.0, 1.0]).repeat(8)[torch.arange(32).reshape(2, 16) % 16]
+    tokenizer = GreyLevels(2)
+    images = tokenizer.decode(((levels + 1) / 2).long())
+    metrics = reconstruction_metrics(
+        tokenizer, [images], feature_network=MeanColour(), perceptual=lambda x, y: (x - y).abs().mean((1, 2, 3))
+    )
+    assert metrics == {
+        "psnr": math.inf, "ssim": 1, "l1": 0, "perceptual": 0, "num_images": 2, "usage": 1,
+        "perplexity": pytest.approx(2), "rFD(mean-colour)": pytest.approx(0, abs=1e-12),
+    }  # fmt: skip
+
+
+def test_metrics_do_not_depend_on_the_batches(rng):
+    images = torch.rand(7, 3, 16, 16, generator=rng) * 2 - 1
+    tokenizer, options = GreyLevels(64), {"feature_network": MeanColour()}
+    at_once = reconstruction_metrics(tokenizer, [images], **options)
+    in_parts = reconstruction_metrics(tokenizer, images.split(3), **options)
+    # 1e-6: the features are float32.
+    assert in_parts == {key: pytest.approx(value, rel=1e-6) for key, value in at_once.items()}
+    reconstruction, original = round_to_8_bits(tokenizer.decode(tokenizer.encode(images))), round_to_8_bits(images)
+    mse = (reconstruction - original).square().mean((1, 2, 3))
+    assert at_once["psnr"] == pytest.approx(float((10 * torch.log10(1 / mse)).mean()))
+    assert at_once["l1"] == pytest.approx(float((reconstruction - original).abs().mean()))
+    assert at_once["usage"] == len(tokenizer.encode(images).unique()) / 64
+    assert "perceptual" not in at_once
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(UserError, match="no images"):
+        reconstruction_metrics(GreyLevels(2), [])
+    with pytest.raises(UserError, match="at least 2 images"):
+        reconstruction_metrics(GreyLevels(2), [torch.zeros(1, 3, 16, 16)], feature_network=MeanColour())
+    tokenizer = GreyLevels(4)
+    tokenizer.encode = lambda images: torch.full((len(images), 16), 9)
+    with pytest.raises(UserError, match="token 9 from tokenizer grey, which has 4 codes"):
+        reconstruction_metrics(tokenizer, [torch.zeros(1, 3, 16, 16)])

@@ -1,0 +1,208 @@
+"""Moments, Fréchet distance, precision and recall, Inception score: closed forms, scipy, and the ADM goldens."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from consonar.errors import UserError
+from consonar.evaluation.statistics import (
+    Moments,
+    Target,
+    frechet_distance,
+    inception_score,
+    neighbour_radii,
+    precision_recall,
+    random_parts,
+    symmetric_root,
+)
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def adm():
+    """The stored arrays as tensors, and the golden comparison."""
+    spec = importlib.util.spec_from_file_location("fill", GOLDENS.parent / "parity" / "fill.py")
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    arrays, _ = fill.load("adm_metrics")
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}, fill.compare
+
+
+def moments_of(*chunks):
+    moments = Moments(chunks[0].shape[1])
+    for chunk in chunks:
+        moments.update(chunk)
+    return moments
+
+
+def test_moments_equal_numpy_however_the_stream_is_cut(rng):
+    features = torch.randn(101, 7, generator=rng, dtype=torch.float64) * 3 + 5
+    for sizes in ([101], [1] * 101, [50, 0, 51], [3, 98]):
+        moments = moments_of(*features.split(sizes))
+        assert moments.count == 101
+        assert np.allclose(moments.mean, features.mean(0), rtol=1e-13)
+        assert np.allclose(moments.cov, np.cov(features.numpy(), rowvar=False), rtol=1e-11)
+
+
+def test_merged_moments_equal_those_of_all_rows(rng):
+    features = torch.randn(30, 4, generator=rng)
+    left, right = moments_of(features[:11]), moments_of(features[11:])
+    left.merge(right)
+    left.merge(Moments(4))
+    everything = moments_of(features)
+    assert left.count == 30 and right.count == 19
+    assert torch.allclose(left.mean, everything.mean, rtol=1e-12)
+    assert torch.allclose(left.cov, everything.cov, rtol=1e-11)
+
+
+def test_moments_are_stable_under_a_large_offset(rng):
+    features = torch.randn(1000, 3, generator=rng, dtype=torch.float64)
+    shifted = moments_of(*(features + 1e8).split(64))
+    assert torch.allclose(
+        shifted.cov, moments_of(features).cov, atol=1e-6
+    )  # a raw sum of squares would lose everything
+
+
+def test_moments_refuse_wrong_rows(rng):
+    with pytest.raises(ValueError, match=r"\(B, 3\)"):
+        Moments(3).update(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="not finite"):
+        Moments(3).update(torch.tensor([[0.0, math.nan, 1.0]]))
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = moments_of(torch.zeros(1, 3)).cov
+
+
+def test_frechet_distance_of_two_gaussians_in_closed_form():
+    # Diagonal covariances commute: |m1 - m2|^2 + sum (s1 - s2)^2.
+    deviation1, deviation2 = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([4.0, 0.5, 3.0])
+    mean1, mean2 = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([3.0, 1.0, -2.0])
+    expected = 9 + 16 + 9 + 2.25 + 9
+    args = (mean1, deviation1.square().diag(), mean2, deviation2.square().diag())
+    assert frechet_distance(*args) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(*args, root1=symmetric_root(args[1])) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_equals_scipy_sqrtm(rng):
+    first, second = (
+        torch.randn(80, 12, generator=rng),
+        torch.randn(60, 12, generator=rng) @ torch.randn(12, 12, generator=rng),
+    )
+    one, two = moments_of(first), moments_of(second)
+    root = scipy.linalg.sqrtm(one.cov.numpy() @ two.cov.numpy()).real
+    expected = float((one.mean - two.mean).square().sum() + one.cov.trace() + two.cov.trace() - 2 * np.trace(root))
+    assert frechet_distance(one.mean, one.cov, two.mean, two.cov) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(two.mean, two.cov, one.mean, one.cov) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rank_deficient_covariances(rng):
+    few = moments_of(torch.randn(5, 40, generator=rng))
+    assert frechet_distance(few.mean, few.cov, few.mean, few.cov) == pytest.approx(0, abs=1e-5 * float(few.cov.trace()))
+    # A Gaussian on the line e1 and one on the line e2: nothing overlaps, the traces remain.
+    line1, line2 = torch.zeros(4, 4), torch.zeros(4, 4)
+    line1[0, 0], line2[1, 1] = 4.0, 9.0
+    assert frechet_distance(torch.zeros(4), line1, torch.zeros(4), line2) == pytest.approx(13)
+
+
+def test_what_is_not_a_covariance_is_refused():
+    mean, good = torch.zeros(2), torch.eye(2)
+    with pytest.raises(UserError, match="smallest eigenvalue -1"):
+        frechet_distance(mean, torch.diag(torch.tensor([1.0, -1.0])), mean, good)
+    with pytest.raises(UserError, match="smallest eigenvalue"):
+        frechet_distance(mean, good, mean, torch.diag(torch.tensor([1.0, -1.0])))
+    with pytest.raises(UserError, match="not symmetric"):
+        frechet_distance(mean, torch.tensor([[1.0, 0.5], [0.0, 1.0]]), mean, good)
+    with pytest.raises(UserError, match="another feature network"):
+        frechet_distance(mean, good, torch.zeros(3), torch.eye(3))
+    # Rounding of a float32 file passes and counts as zero.
+    rounded = torch.diag(torch.tensor([1.0, -1e-8]))
+    assert frechet_distance(mean, rounded, mean, rounded) == pytest.approx(0, abs=1e-7)
+
+
+def test_moments_and_frechet_distance_equal_adm(adm):
+    arrays, compare = adm
+    ref, sample, few = (moments_of(rows) for rows in (arrays["ref"], arrays["sample"], arrays["sample"][:30]))
+    compare("adm_metrics", "mu_ref", ref.mean, tol=1e-6)
+    compare("adm_metrics", "mu_sample", sample.mean, tol=1e-6)
+    compare("adm_metrics", "sigma_ref", ref.cov, tol=1e-6)
+    for key, other in (("fid", sample), ("fid_singular_n30", few)):
+        assert frechet_distance(ref.mean, ref.cov, other.mean, other.cov) == pytest.approx(float(arrays[key]), rel=1e-6)
+    itself = frechet_distance(ref.mean, ref.cov, ref.mean, ref.cov)
+    assert itself == pytest.approx(float(arrays["fid_self"]), abs=1e-6)
+
+
+def test_precision_and_recall_equal_adm(adm):
+    arrays, compare = adm
+    for dtype in (torch.float32, torch.float64):
+        ref, sample = arrays["ref"].to(dtype), arrays["sample"].to(dtype)
+        compare("adm_metrics", "radii_ref_f32", neighbour_radii(ref, 3), tol=1e-5)
+        compare("adm_metrics", "radii_sample_f32", neighbour_radii(sample, 3, block=64), tol=1e-5)
+        for block in (7, 1024):
+            assert precision_recall(ref, sample, 3, block) == tuple(arrays["prec_recall_f32"].tolist())
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    # Reference 0..3, radius 1 each for k = 1: it covers [-1, 4], borders included. Samples: two far away, two inside.
+    reference = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    samples = torch.tensor([[4.0], [0.5], [100.0], [101.0]])
+    assert neighbour_radii(reference, 1).tolist() == [1, 1, 1, 1]
+    assert neighbour_radii(samples, 1).tolist() == [3.5**2, 3.5**2, 1, 1]
+    assert precision_recall(reference, samples, 1, block=3) == (0.5, 1.0)
+    assert precision_recall(samples, reference, 1, block=3) == (1.0, 0.5)
+    assert precision_recall(reference, reference, 2) == (1.0, 1.0)
+
+
+def test_a_duplicate_is_a_neighbour_but_a_row_is_not_its_own():
+    assert neighbour_radii(torch.tensor([[0.0], [0.0], [5.0]]), 1).tolist() == [0, 0, 25]
+
+
+def test_too_few_rows_for_neighbours():
+    with pytest.raises(UserError, match="num_neighbours: 3 of 3 images; choose 1 to 2"):
+        neighbour_radii(torch.zeros(3, 2), 3)
+
+
+def test_inception_score_equals_adm(adm):
+    arrays, _ = adm
+    for split in (5000, 300, 250):
+        golden = float(arrays[f"inception_score_split{split}"])
+        assert inception_score(arrays["is_preds"], split) == pytest.approx(golden, rel=1e-6)
+
+
+def test_inception_score_in_closed_form():
+    assert inception_score(torch.full((8, 5), 0.2)) == pytest.approx(1)
+    assert inception_score(torch.eye(5).repeat(3, 1)) == pytest.approx(5)  # certain and balanced; zeros are no NaN
+    assert inception_score(torch.eye(4), split_size=1) == pytest.approx(1)
+    with pytest.raises(UserError, match="split_size 0"):
+        inception_score(torch.eye(4), split_size=0)
+
+
+def test_random_parts_are_disjoint_equal_and_drawn(rng):
+    parts = random_parts(11, 3, rng)
+    assert sorted(parts.tolist()) == [-1, -1, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert not torch.equal(parts, random_parts(11, 3, rng))
+    with pytest.raises(UserError, match="draws: 0"):
+        random_parts(11, 0, rng)
+
+
+def test_a_prepared_target_gives_the_plain_functions_values(rng):
+    train, samples = torch.randn(40, 5, generator=rng), torch.randn(30, 5, generator=rng) + 0.5
+    one, two = moments_of(train), moments_of(samples)
+    target = Target({"train": (one.mean, one.cov), "validation": (two.mean, two.cov)}, train, 3)
+    expected = frechet_distance(one.mean, one.cov, two.mean, two.cov)
+    distances = target.frechet_distances(two)
+    assert distances["train"] == pytest.approx(expected, rel=1e-12)
+    assert distances["validation"] == pytest.approx(0, abs=1e-9)
+    assert target.noise_floor() == {"validation vs train": pytest.approx(expected, rel=1e-12)}
+    precision, recall = precision_recall(train, samples, 3)
+    assert target.precision_recall(samples) == {"precision": precision, "recall": recall}
+    assert Target({"reference": (one.mean, one.cov)}, None, 3).precision_recall(samples) == {}
