@@ -1,0 +1,289 @@
+"""The report page: what it says is what the run folders hold, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from consonar.errors import UserError
+from consonar.report import (
+    MAX_RUNS,
+    Measurement,
+    load_runs,
+    measurement_text,
+    spread_of_difference,
+    verdict,
+    write_report,
+)
+from consonar.report.page import config_rows, findings
+
+FD = "FD(efficientnet-lite0) validation"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects images, tags and text, and fails where tags do not nest."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def images_of(page: Page) -> list[np.ndarray]:
+    sources = [value for tag, key, value in page.attributes if tag == "img" and key == "src"]
+    assert all(source.startswith("data:image/") for source in sources)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))) for source in sources]
+
+
+def write_run(folder: Path, *, weight: float = 0.0, noise: float = 0.0, config: dict | None = None) -> Path:
+    folder.mkdir(parents=True)
+    settings = {
+        "recipe": folder.name,
+        "objective": {"kind": "consistency", "embedding_weight": weight},
+        "data": {"source": "openmoji"},
+        "loop": {"steps": 20, "batch_size": 4},
+    }
+    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
+    lines = [{"step": s, "time": 6.0 * s, "train/cross_entropy": 7.0 - s / 10, "train/noise_rate": noise}
+             for s in (1, 10, 20)]  # fmt: skip
+    lines.append({"step": 20, "time": 120.0, "validation/cross_entropy": 5.125})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_results(
+    folder: Path, values: dict[float, float], *, spread: float | None = 1.0, copied: float = 0.03
+) -> None:
+    """Rows {temperature: FD}; one 8 x 8 sample per (class, seed) whose red channel is 10 * class + seed."""
+    labels, seeds = np.repeat(np.arange(3), 2), np.tile(np.arange(2), 3)
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    images[..., 0] = (10 * labels + seeds)[:, None, None]
+    names = np.array(["faces", "<i>food", "flags"])
+    rows = []
+    for temperature, value in values.items():
+        name = f"samples_t{temperature}.npz"
+        np.savez(folder / name, images=images, labels=labels, seeds=seeds, nearest_train=images + 1, class_names=names)
+        metrics = {FD: {"value": value, "spread": spread}, "copy rate (features)": {"value": copied, "spread": 0.001}}
+        metrics |= {"precision": {"value": 0.7}, "recall": {"value": temperature / 2}}
+        rows.append({"temperature": temperature, "num_samples": 2048, "metrics": metrics, "samples": name})
+    best = min(range(len(rows)), key=lambda i: rows[i]["metrics"][FD]["value"])
+    content = {"schema": 1, "rows": rows, "best": best, "checkpoint_sha256": "c0ffee", "versions": {"torch": "2.13.0"}}
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[Path]:
+    plain, rear = write_run(tmp_path / "plain"), write_run(tmp_path / "rear", weight=1.0, noise=0.5)
+    write_results(plain, {1.0: 64.5, 0.9: 62.25})
+    write_results(rear, {1.0: 58.75, 0.9: 60.0}, copied=0.05)
+    return [plain, rear]
+
+
+def test_the_page_is_one_file_that_parses_and_loads_nothing(two_runs, tmp_path):
+    html = write_report(two_runs, tmp_path / "new" / "report.html").read_text()
+    page = Page(html)
+    assert "script" not in page.tags and "link" not in page.tags and "http" not in html
+    assert not [a for a in page.attributes if a[1] in ("src", "href") and not a[2].startswith(("data:", "#"))]
+    ids = [value for _, key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(#|href="#)([^")]+)', html)
+    assert used and set(used) <= set(ids)
+    # Two runs, two settings: 12 samples each; one pair of sample and neighbour per class and run.
+    assert len(images_of(page)) == 2 * 12 + 2 * 6
+    assert page.tags.count("img") == len([a for a in page.attributes if a[:2] == ("img", "alt") and a[2]])
+
+
+def test_values_appear_and_samples_are_paired_by_seed(two_runs, tmp_path):
+    page = Page(write_report(two_runs, tmp_path / "r.html").read_text())
+    text = page.text.replace("\u00a0", " ")
+    for value in (
+        "64.5 ± 1.0",
+        "62.2 ± 1.0",
+        "58.8 ± 1.0",
+        "60.0 ± 1.0",
+        "5.00 ± 0.10 %",
+        "2,048",
+        "c0ffee",
+        "2.0 min",
+    ):
+        assert value in text
+    assert "CC BY-SA 4.0" in text and "<i>food" in text
+    red = [int(image[0, 0, 0]) for image in images_of(page)[:12]]
+    assert page.tags.count("svg") > 10 and "T 0.9" in text and "temperature" in text
+    assert red == [0, 1, 0, 1, 10, 11, 10, 11, 20, 21, 20, 21]
+
+
+def test_the_page_is_the_same_bytes_twice_and_existing_out_is_refused(two_runs, tmp_path):
+    first = write_report(two_runs, tmp_path / "a.html")
+    assert first.read_bytes() == write_report(two_runs, tmp_path / "b.html").read_bytes()
+    with pytest.raises(UserError, match="already exists"):
+        write_report(two_runs, first)
+    before = first.read_bytes()
+    write_report(two_runs, first, title="A <title>", overwrite=True)
+    assert first.read_bytes() != before and "<title>A &lt;title&gt;</title>" in first.read_text()
+    with pytest.raises(UserError, match="is a folder"):
+        write_report(two_runs, tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_names_are_escaped(tmp_path):
+    run = write_run(tmp_path / "<b>x", config={"note": "<script>alert(1)</script>"})
+    write_results(run, {1.0: 60.0})
+    page = Page(write_report([run], tmp_path / "r.html").read_text())
+    assert "script" not in page.tags and "b" not in page.tags and "Run <b>x" in page.text
+
+
+@pytest.mark.parametrize("missing", ["results.json", "metrics.jsonl", "both"])
+def test_a_run_with_missing_pieces_still_makes_a_page(two_runs, tmp_path, missing):
+    for name in ("results.json", "metrics.jsonl") if missing == "both" else (missing,):
+        (two_runs[0] / name).unlink()
+    page = Page(write_report(two_runs, tmp_path / "r.html").read_text())
+    assert "rear" in page.text and images_of(page)
+    alone = Page(write_report(two_runs[:1], tmp_path / "alone.html").read_text())
+    if missing == "both":
+        assert "Nothing has been measured" in alone.text and not images_of(alone)
+    if missing == "results.json":
+        assert "5.125 for plain at step 20" in alone.text
+
+
+def test_a_tokenizer_run_shows_pairs_and_its_numbers(tmp_path):
+    run = write_run(tmp_path / "tokenizer", config={"objective": {"kind": "reconstruction"}})
+    (run / "metrics.jsonl").write_text('{"step": 5, "time": 1.0, "train/mse": 0.1, "validation/psnr": 21.5}\n')
+    originals = np.full((3, 8, 8, 3), 200, np.uint8)
+    np.savez(
+        run / "reconstructions.npz", originals=originals, reconstructions=originals - 9, names=np.array(list("abc"))
+    )
+    (run / "reconstruction.json").write_text('{"psnr": 20.25, "usage": 0.93}')
+    (run / "samples").mkdir()
+    Image.fromarray(originals[0]).save(run / "samples" / "step_000005.png")
+    page = Page(write_report([run], tmp_path / "r.html").read_text())
+    assert [int(image[0, 0, 0]) for image in images_of(page)] == [200, 191] * 3 + [200]
+    assert "20.2 dB for tokenizer" in page.text and "93 % for tokenizer" in page.text and "Plain AR" not in page.text
+
+
+def _set(run: Path, name: str, text: str) -> None:
+    (run / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), "no config.json"),
+        (lambda run: _set(run, "config.json", "{"), "config.json: not valid JSON"),
+        (lambda run: _set(run, "config.json", "[]"), "holds a list"),
+        (lambda run: _set(run, "metrics.jsonl", '{"step": 1}\n{"st'), "metrics.jsonl line 2"),
+        (lambda run: _set(run, "metrics.jsonl", '{"loss": 1}\n'), "integer 'step'"),
+        (lambda run: _set(run, "results.json", '{"schema": 2}'), "reads schema 1"),
+        (lambda run: _set(run, "results.json", '{"schema": 1, "rows": []}'), "at least one row"),
+        (lambda run: _set(run, "results.json", '{"schema": 1, "rows": [{"metrics": {}}]}'), r"rows\[0\] is incomplete"),
+        (lambda run: (run / "samples_t1.0.npz").unlink(), "samples_t1.0.npz, which is not there"),
+        (lambda run: _set(run, "samples_t1.0.npz", "x"), "not a readable .npz"),
+        (lambda run: np.savez(run / "samples_t1.0.npz", images=np.zeros((1, 2, 2, 3))), "holds no labels, seeds"),
+    ],
+)
+def test_a_broken_run_is_one_clear_line(two_runs, tmp_path, damage, message):
+    damage(two_runs[0])
+    with pytest.raises(UserError, match=message) as error:
+        write_report(two_runs, tmp_path / "r.html")
+    assert "\n" not in str(error.value) and not (tmp_path / "r.html").exists()
+
+
+def test_wrong_runs_are_refused_and_equal_names_are_told_apart(tmp_path):
+    first, second = write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")
+    assert [run.name for run in load_runs([first, second])] == ["a/run", "b/run"]
+    for paths, message in [
+        ([], f"1 to {MAX_RUNS}"), ([first] * 7, f"1 to {MAX_RUNS}"), ([first, first], "more than once"),
+        ([tmp_path / "none"], "no such folder"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            load_runs(paths)
+
+
+def test_methods_are_read_off_what_was_logged(tmp_path):
+    runs = [write_run(tmp_path / f"{w}{n}", weight=w, noise=n) for w in (0.0, 1.0) for n in (0.0, 0.5)]
+    methods = [run.method for run in load_runs(runs)]
+    assert methods == ["plain AR", "noisy context only", "codebook alignment only", "reAR"]
+
+
+def test_verdicts_follow_the_spread_of_the_difference():
+    base = Measurement(10.0, 3.0)
+    assert spread_of_difference(base, Measurement(0.0, 4.0)) == 5.0
+    assert [verdict(base, Measurement(10 - d, 4.0)) for d in (5.0, 5.1, 10.0, 10.1)] == [
+        "within",
+        "hint",
+        "hint",
+        "clear",
+    ]
+    assert verdict(base, Measurement(0.0)) == "open"
+    assert measurement_text(Measurement(61.234, 1.26)) == "61.2\u00a0±\u00a01.3"
+    assert measurement_text(Measurement(0.031, 0.004), percent=True) == "3.10\u00a0±\u00a00.40\u00a0%"
+    assert measurement_text(Measurement(61.23456)) == "61.23"
+
+
+@pytest.mark.parametrize(
+    ("plain", "rear", "first", "second"),
+    [
+        ({1.0: 60.0}, {1.0: 61.0}, "rear cannot be told from plain", "rear cannot be told from plain"),
+        ({1.0: 60.0}, {1.0: 50.0}, "rear is ahead of plain by 10 ", "not only a matter of sharpness (10 there)"),
+        ({1.0: 50.0}, {1.0: 60.0}, "rear is behind plain by 10 ", "not only a matter of sharpness (10 there)"),
+        ({1.0: 62.0}, {1.0: 60.0}, "a hint, not a result", "a hint, not a result"),
+        ({1.0: 70.0, 0.8: 60.0}, {1.0: 60.0}, "ahead of plain by 10 ", "temperature alone can give"),
+        (
+            {1.0: 70.0, 0.8: 60.0},
+            {1.0: 55.0},
+            "ahead of plain by 15 ",
+            "part of the gap at temperature 1 was sharpness",
+        ),
+        ({1.0: 70.0, 0.8: 50.0}, {1.0: 60.0}, "ahead of plain by 10 ", "the order of temperature 1 turned round"),
+    ],
+)
+def test_three_sentences_say_which_way_it_went(tmp_path, plain, rear, first, second):
+    runs = [write_run(tmp_path / "rear", weight=1.0, noise=0.5), write_run(tmp_path / "plain")]
+    write_results(runs[0], rear, copied=0.05)
+    write_results(runs[1], plain)
+    said = findings(load_runs(runs))
+    assert len(said) == 3 and first in said[0] and second in said[1] and "highest for rear" in said[2]
+    assert "a sharper model is not in itself a better one" in said[1]
+
+
+def test_without_a_spread_the_page_says_that_it_is_open(tmp_path):
+    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "rear", weight=1.0)]
+    for run, value in zip(runs, (60.0, 50.0), strict=True):
+        write_results(run, {1.0: value}, spread=None)
+    assert "no spread was measured" in findings(load_runs(runs))[0]
+
+
+def test_configuration_puts_differences_first(two_runs):
+    rows = config_rows(load_runs(two_runs))
+    assert rows["differs"] == [("recipe", ["plain", "rear"]), ("objective.embedding_weight", ["0.0", "1.0"])]
+    assert ("loop.steps", ["20", "20"]) in rows["same"]

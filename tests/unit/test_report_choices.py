@@ -1,0 +1,23 @@
+"""Which samples, points and images of a run the report chooses to show."""
+
+import numpy as np
+
+from consonar.report.charts import MAX_POINTS, binned
+from consonar.report.images import Sheet, pair_samples, spread_evenly
+
+
+def test_samples_pair_only_seeds_that_all_runs_have():
+    def sheet(labels: list[int], seeds: list[int]) -> Sheet:
+        return Sheet(np.zeros((len(labels), 1, 1, 3), np.uint8), np.array(labels), np.array(seeds), None, None)
+
+    first, second = sheet([0, 0, 1], [5, 3, 1]), sheet([1, 0, 0], [9, 7, 5])
+    rows, paired = pair_samples([first, None, second], 4)
+    assert paired and [(row.name, row.rows) for row in rows] == [("class 0", ((0,), (), (2,)))]
+    rows, paired = pair_samples([sheet([0], [1]), sheet([0], [2])], 4)
+    assert not paired and rows[0].rows == ((0,), (0,))
+
+
+def test_long_logs_are_averaged_in_equal_bins_and_choices_are_even():
+    points = binned([{"step": s, "x": 2.0 * s} for s in range(2 * MAX_POINTS)], "x")
+    assert len(points) == MAX_POINTS and points[0] == (0.5, 1.0) and points[-1][1] == 2 * points[-1][0]
+    assert spread_evenly(9, 3) == [0, 4, 8] and spread_evenly(2, 3) == [0, 1]
