@@ -1,0 +1,102 @@
+"""The main job on real data: plain AR against reAR on OpenMoji, same seed, data order and budget; then one page.
+
+Every step that is finished is skipped when the demo is called again, so that an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from consonar.checkpoint import write_atomically
+from consonar.config import TrainConfig
+from consonar.data.images import open_source
+from consonar.data.tokens import write_token_store
+from consonar.errors import UserError
+from consonar.evaluation.frontier import evaluate_run
+from consonar.recipes import ar_openmoji, rear_openmoji
+from consonar.report import write_report
+from consonar.tokenizers import load_tokenizer
+from consonar.training.run import train
+
+TOKENIZER = "openmoji-64"
+STEPS_PER_MINUTE = 40
+"""Optimiser steps of each run per minute of budget: what two CPU cores manage with measuring included."""
+TEMPERATURES = (1.0, 0.9, 0.8)
+NUM_SAMPLES = 1024
+RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}
+
+
+def demo_config(name: str, out: Path, *, steps: int, seed: int) -> TrainConfig:
+    """The recipe of one run, at the demo's budget."""
+    recipe = RUNS[name]()
+    return replace(
+        recipe,
+        recipe=name,
+        seed=seed,
+        data=replace(recipe.data, tokens=str(out / "tokens"), validation_tokens=str(out / "tokens-validation")),
+        loop=replace(
+            recipe.loop, steps=steps, validate_every=max(1, steps // 8), sample_every=0, save_every=max(1, steps // 4)
+        ),
+    )
+
+
+def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
+    """Makes the token stores, trains and measures both runs, writes `out`/report.html and returns its path.
+
+    `minutes` sets the number of steps (not a clock: the same budget gives the same result on any machine). Raises
+    `UserError` when `out` holds a demo with another budget or seed, or something else.
+    """
+    steps = round(minutes * STEPS_PER_MINUTE)
+    if steps < 8:
+        raise UserError(f"--minutes: {minutes} is too short; at least {8 / STEPS_PER_MINUTE}")
+    claim(out, {"minutes": minutes, "seed": seed, "steps": steps})
+    page = out / "report.html"
+    if page.exists():
+        say(f"{page} is there already; remove {out} to run the demo again")
+        return page
+    started = time.monotonic()
+    tokenizer = load_tokenizer(TOKENIZER)
+    for split, folder, views in (("train", "tokens", "center_flip"), ("validation", "tokens-validation", "center")):
+        if not (out / folder).exists():
+            say(f"OpenMoji, {split} images -> tokens")
+            source = open_source("openmoji", split=split, image_size=tokenizer.image_size)
+            write_token_store(out / folder, source, tokenizer, views=views)
+    for name in RUNS:
+        if not (out / name / "model").exists():
+            say(f"training {name}: {steps} steps")
+            config = demo_config(name, out, steps=steps, seed=seed)
+            train(config, out / name, resume=(out / name / "config.json").exists())
+    for name in RUNS:
+        if not (out / name / "results.json").exists():
+            evaluate_run(
+                out / name,
+                reference=TOKENIZER,
+                temperatures=TEMPERATURES,
+                num_samples=NUM_SAMPLES,
+                seed=seed,
+                progress=say,
+            )
+    write_report([out / name for name in RUNS], page, title="Plain AR and reAR on OpenMoji")
+    say(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+    return page
+
+
+def claim(out: Path, settings: dict[str, float]) -> None:
+    """Makes `out` this demo's folder, or checks that it is."""
+    path = out / "demo.json"
+    if path.exists():
+        stored = json.loads(path.read_text())
+        for key, value in settings.items():
+            if stored.get(key) != value:
+                raise UserError(
+                    f"--{key}: {value:g}, but the demo in {out} was started with {stored.get(key)}; "
+                    "remove it or choose another --out"
+                )
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"--out: {out} exists and holds no demo; choose another folder")
+    text = json.dumps(settings, indent=1)
+    write_atomically(path, lambda partial: partial.write_text(text + "\n"))

@@ -1,0 +1,240 @@
+"""The command line as a user meets it: every command once on tiny real data, and one clear line for wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from consonar import cli
+from consonar.config import TrainConfig
+from consonar.config_io import to_dict
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, picture_folder: Path) -> Path:
+    """A folder with a token store `tokens`, a YAML file and a finished run `run`, all made by the command line."""
+    root = tmp_path_factory.mktemp("cli")
+    tokenizer, pictures = str(tokenizer_folder), str(picture_folder)
+    cli.main(["tokenize", "--tokenizer", tokenizer, "--data", pictures, "--out", str(root / "tokens")])
+    changes = {
+        "base": "rear-openmoji",
+        "tokenizer": tokenizer,
+        "model": {"width": 32, "num_layers": 2, "num_heads": 4},
+        "objective": {"head_width": 16},
+        "data": {"tokens": str(root / "tokens"), "validation_tokens": None},
+        "loop": {"steps": 4, "batch_size": 4, "log_every": 1},
+    }
+    (root / "tiny.yaml").write_text(yaml.safe_dump(changes))
+    cli.main(["train", str(root / "tiny.yaml"), "--out", str(root / "run"), "--optim.lr", "0.002"])
+    return root
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """The single line of standard error of a command that must fail with `code`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == code
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and error.startswith("consonar: "), error
+    return error
+
+
+def test_train_from_yaml_with_an_override(trained: Path) -> None:
+    config = json.loads((trained / "run" / "config.json").read_text())
+    assert (
+        config["recipe"] == "tiny" and config["optim"]["lr"] == 0.002 and config["objective"]["embedding_weight"] == 1
+    )
+    assert len((trained / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (trained / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_sample_to_npz_folder_and_png(trained: Path, tmp_path: Path) -> None:
+    run = str(trained / "run")
+    options = ["--classes", "0,0,0", "--guidance-scale", "2", "--seed", "5"]
+    cli.main(["sample", run, *options, "--out", str(tmp_path / "a.npz")])
+    cli.main(["sample", run, *options, "--out", str(tmp_path / "folder"), "--batch-size", "2"])
+    cli.main(["sample", run, *options, "--out", str(tmp_path / "a.png")])
+    with np.load(tmp_path / "a.npz") as arrays:
+        images, seeds, settings = arrays["arr_0"], arrays["seeds"], json.loads(str(arrays["settings"]))
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8 and seeds.tolist() == [5, 6, 7]
+    assert settings["sampler"]["guidance_scale"] == 2 and settings["seed"] == 5
+    files = sorted((tmp_path / "folder").glob("*.png"))
+    assert len(files) == 3
+    assert all(np.array_equal(np.asarray(Image.open(file)), image) for file, image in zip(files, images, strict=True))
+    assert Image.open(tmp_path / "a.png").size == (3 * 16 + 2 * 2, 16)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_an_interrupted_sampling_job_goes_on(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from consonar.generators import load_generator
+    from consonar.sampling import job as jobs
+    from consonar.sampling.sample import SamplerConfig
+    from consonar.tokenizers import load_tokenizer
+
+    generator = load_generator(trained / "run")
+    tokenizer = load_tokenizer(json.loads((trained / "run" / "model" / "config.json").read_text())["tokenizer"])
+    labels = jobs.balanced_labels(6, generator.num_classes)
+    job = jobs.make_job(generator, tokenizer, labels, seed=0, sampler=SamplerConfig(), source="run")
+    whole = jobs.run_job(job, generator, tokenizer, tmp_path / "whole.npz", shard_size=2)
+
+    def stop_after_two(done: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_job(job, generator, tokenizer, tmp_path / "cut.npz", shard_size=2, progress=stop_after_two)
+    assert not (tmp_path / "cut.npz").exists()
+    drawn: list[int] = []
+    original = jobs.sample
+    monkeypatch.setattr(jobs, "sample", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
+    resumed = jobs.run_job(job, generator, tokenizer, tmp_path / "cut.npz", shard_size=2)
+    assert drawn == [2]
+    with np.load(whole) as a, np.load(resumed) as b:
+        assert sorted(a.files) == sorted(b.files) and all(np.array_equal(a[key], b[key]) for key in a.files)
+
+
+def test_unfinished_samples_of_another_job_are_refused(trained: Path, tmp_path: Path, capsys) -> None:
+    parts = tmp_path / "a.npz.parts"
+    parts.mkdir()
+    (parts / "job.json").write_text("{}")
+    line = fails(["sample", str(trained / "run"), "--out", str(tmp_path / "a.npz")], capsys)
+    assert "a.npz.parts" in line and (parts / "job.json").read_text() == "{}"
+
+
+def test_report_on_a_run(trained: Path, tmp_path: Path, capsys) -> None:
+    cli.main(["report", str(trained / "run"), "--out", str(tmp_path / "page.html")])
+    assert "<html" in (tmp_path / "page.html").read_text()
+    assert "exists" in fails(["report", str(trained / "run"), "--out", str(tmp_path / "page.html")], capsys)
+
+
+def test_import_of_both_upstream_formats(tokenizer_folder: Path, tmp_path: Path, capsys) -> None:
+    lines = [json.dumps({"class_id": i % 2, "tokens": [i] * 16}) for i in range(3)]
+    (tmp_path / "rar.jsonl").write_text("\n".join(lines))
+    common = ["--tokenizer", str(tokenizer_folder)]
+    cli.main(
+        [
+            "import-tokens",
+            "--format",
+            "rar-jsonl",
+            "--data",
+            str(tmp_path / "rar.jsonl"),
+            *common,
+            "--out",
+            str(tmp_path / "a"),
+        ]
+    )
+    assert "3 images x 1 views x 16 tokens" in capsys.readouterr().out
+    for name, value in (("codes", np.ones((1, 2, 16), np.int64)), ("labels", np.zeros(1, np.int64))):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", value)
+    folders = ["--data", str(tmp_path / "codes"), "--labels", str(tmp_path / "labels")]
+    cli.main(["import-tokens", "--format", "llamagen-npy", *folders, *common, "--out", str(tmp_path / "b")])
+    assert "1 images x 2 views x 16 tokens" in capsys.readouterr().out
+    wrong = ["import-tokens", "--format", "nope", "--data", "x", *common, "--out", str(tmp_path / "c")]
+    assert "rar-jsonl, llamagen-npy" in fails(wrong, capsys)
+
+
+WRONG = {
+    "unknown command": (["trian"], "train"),
+    "unknown recipe": (["train", "rear-openmojy", "--out", "OUT"], "rear-openmoji"),
+    "no recipe": (["train"], "ar-openmoji"),
+    "unknown option": (["train", "rear-openmoji", "--out", "OUT", "--optim.lx", "1"], "--optim.lr"),
+    "wrong type": (["train", "rear-openmoji", "--out", "OUT", "--optim.lr", "fast"], "fast"),
+    "wrong value": (["train", "rear-openmoji", "--out", "OUT", "--optim.lr", "-1"], "optim.lr"),
+    "wrong choice": (["train", "rear-openmoji", "--out", "OUT", "--objective.noise.schedule", "x"], "truncated_linear"),
+    "missing file": (["train", "nowhere.yaml", "--out", "OUT"], "nowhere.yaml"),
+    "missing option": (["train", "rear-openmoji"], "--out"),
+    "no run": (["sample", "nowhere", "--out", "OUT.png"], "nowhere"),
+    "unknown class": (["sample", "RUN", "--classes", "0,99", "--out", "OUT.png"], "choices: 0..0"),
+    "class not a number": (["sample", "RUN", "--classes", "cat", "--out", "OUT.png"], "cat"),
+    "unknown ending": (["sample", "RUN", "--out", "OUT.gif"], ".npz"),
+    "output exists": (["sample", "RUN", "--out", "RUN"], "exists"),
+    "unknown tokenizer": (["tokenize", "--tokenizer", "nope", "--data", "PICTURES", "--out", "OUT"], "openmoji-64"),
+    "unknown views": (
+        ["tokenize", "--tokenizer", "TOKENIZER", "--data", "PICTURES", "--out", "OUT", "--views", "x"],
+        "ten_crop",
+    ),
+    "missing images": (["tokenize", "--tokenizer", "TOKENIZER", "--data", "nowhere", "--out", "OUT"], "nowhere"),
+    "device": (["sample", "RUN", "--out", "OUT.png", "--device", "tpu"], "cuda"),
+    "run exists": (["train", "YAML", "--out", "RUN"], "--resume"),
+    "resume of another": (["train", "YAML", "--out", "RUN", "--resume", "--seed", "3"], "optim.lr"),
+    "no tokens": (["train", "YAML", "--out", "OUT", "--data.tokens", "nowhere"], "consonar tokenize"),
+    "samples missing": (["evaluate", "nowhere.npz", "--reference", "openmoji"], "nowhere.npz"),
+    "report of nothing": (["report", "nowhere", "--out", "OUT.html"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line(case: str, trained, tokenizer_folder, picture_folder, tmp_path, capsys) -> None:
+    argv, expected = WRONG[case]
+    places = {
+        "OUT": tmp_path / "out", "RUN": trained / "run", "YAML": trained / "tiny.yaml",
+        "PICTURES": picture_folder, "TOKENIZER": tokenizer_folder,
+    }  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    filled = [
+        str(places[word.split(".")[0]]) + word[len(word.split(".")[0]) :] if word.split(".")[0] in places else word
+        for word in argv
+    ]
+    assert expected in fails(filled, capsys)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    trained: Path, tmp_path: Path, make_config: Callable[..., TrainConfig], capsys
+) -> None:
+    from consonar.tokenizers import load_tokenizer, save_tokenizer
+
+    config = to_dict(make_config())
+    other = load_tokenizer(config["tokenizer"])
+    other.requires_grad_(False)
+    other.post_quant_conv.weight.add_(1)
+    save_tokenizer(other, tmp_path / "other")
+    argv = ["train", str(trained / "tiny.yaml"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "other")]
+    assert "tokenizer" in fails(argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_shape_or_version(trained: Path, tmp_path: Path, capsys) -> None:
+    for name, change in (("width", 64), ("format_version", 99)):
+        shutil.copytree(trained / "run" / "model", tmp_path / name)
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: change}))
+        line = fails(["sample", str(tmp_path / name), "--out", str(tmp_path / "x.png")], capsys)
+        assert name in line or "not the weights" in line
+    weights = tmp_path / "width" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "damaged" in fails(["sample", str(tmp_path / "width"), "--out", str(tmp_path / "x.png")], capsys)
+
+
+def test_help_of_every_command(capsys) -> None:
+    cli.main(["--help"])
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in cli.COMMANDS)
+    for name in cli.COMMANDS:
+        if name == "train":
+            cli.main(["train", "--help"])
+        else:
+            with pytest.raises(SystemExit) as stop:
+                cli.main([name, "--help"])
+            assert stop.value.code in (0, None)
+        assert "usage" in capsys.readouterr().out
+
+
+def test_every_recipe_shows_its_options(capsys) -> None:
+    from consonar.recipes import RECIPES
+
+    for name in RECIPES:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", name, "--help"])
+        out = capsys.readouterr().out
+        assert stop.value.code in (0, None) and "--optim.lr" in out and "--loop.steps" in out

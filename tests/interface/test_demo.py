@@ -1,0 +1,45 @@
+"""The demo end to end at a toy budget, on the real data and the shipped tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from consonar import cli, demo
+from consonar.evaluation import frontier
+
+
+@pytest.mark.slow
+def test_demo_makes_a_page_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(demo, "NUM_SAMPLES", 40)
+    monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.9))
+    out = tmp_path / "demo"
+    argv = ["demo", "--out", str(out), "--minutes", "0.2"]
+    original = demo.evaluate_run
+    monkeypatch.setattr(demo, "evaluate_run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 130 and not (out / "report.html").exists()
+    weights = (out / "rear" / "model" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(demo, "evaluate_run", original)
+    cli.main(argv)
+    assert (out / "rear" / "model" / "model.safetensors").stat().st_mtime_ns == weights
+    page = (out / "report.html").read_text()
+    assert "reAR" in page and "CC BY-SA" in page
+    for name in demo.RUNS:
+        results = json.loads((out / name / "results.json").read_text())
+        assert [row["temperature"] for row in results["rows"]] == [1.0, 0.9]
+        assert results["best"] == frontier.best_row(results["rows"])
+        assert {"FD(efficientnet-lite0) train", "FD(efficientnet-lite0) validation", "precision", "recall"} <= set(
+            results["rows"][0]["metrics"]
+        )
+    capsys.readouterr()
+    cli.main(argv)
+    assert "there already" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*argv[:-1], "0.4"])
+    assert stop.value.code == 2 and "minutes" in capsys.readouterr().err
