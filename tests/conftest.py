@@ -1,0 +1,131 @@
+"""Tiny real models and data for all tests: nothing is mocked, nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from consonar.config import DataConfig, LoopConfig, TrainConfig
+from consonar.data.tokens import write_token_store
+from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.seeding import generator as seeded
+from consonar.tokenizers import load_tokenizer, save_tokenizer
+from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.training.objectives import ConsistencyConfig
+from consonar.training.optim import OptimConfig
+from consonar.types import ImageRecord
+
+# Sums are split over threads: bit-equality is only promised for a fixed number of them.
+torch.set_num_threads(1)
+
+NUM_CLASSES = 3
+TINY_VQ = VQConfig(
+    image_size=16, vocab_size=32, code_dim=4, base_channels=8, channel_multipliers=(1, 1, 2),
+    latent_channels=8, num_groups=4,
+)  # fmt: skip
+
+
+def picture(index: int, size: int = 16) -> Image.Image:
+    """A coloured disc on noise; every index another picture."""
+    rng = np.random.default_rng(index)
+    pixels = rng.integers(0, 256, (size, size, 3))
+    y, x = np.mgrid[:size, :size]
+    disc = (y - rng.integers(4, size - 4)) ** 2 + (x - rng.integers(4, size - 4)) ** 2 < rng.integers(9, 30)
+    pixels[disc] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+class Pictures:
+    """An `ImageSource` in memory: `count` pictures in `NUM_CLASSES` classes."""
+
+    class_names: tuple[str, ...] | None = tuple("abc")
+
+    def __init__(self, count: int, first: int = 0):
+        self.name, self.count, self.first = "pictures", count, first
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        for index in range(self.first, self.first + self.count):
+            yield ImageRecord(picture(index), f"picture {index}", index % NUM_CLASSES)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return seeded(0, "test")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A component folder of an untrained tokenizer: 16 px, 4 x 4 tokens, 32 codes."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "tiny-vq"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_tokenizer(VQTokenizer(TINY_VQ, name="tiny-vq"), folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder: Path) -> VQTokenizer:
+    return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Path]:
+    """Folders of a training store (40 images) and a validation store (10)."""
+    folder, tokenizer = tmp_path_factory.mktemp("stores"), load_tokenizer(tokenizer_folder)
+    write_token_store(folder / "train", Pictures(40), tokenizer, num_workers=1)
+    write_token_store(folder / "validation", Pictures(10, first=100), tokenizer, num_workers=1)
+    return folder / "train", folder / "validation"
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of PNG files with a train and a validation part."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, first, count in (("train", 0, 24), ("validation", 100, 6)):
+        (root / split / "all").mkdir(parents=True)
+        for index in range(first, first + count):
+            picture(index).save(root / split / "all" / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture
+def tiny_generator() -> Callable[..., ReARGenerator]:
+    """Makes a generator whose every weight is drawn, so that no path is switched off by a zero initialisation."""
+
+    def make(num_layers: int = 2, dropout: float = 0.0, seed: int = 0, **sizes: int) -> ReARGenerator:
+        sizes = {"vocab_size": 32, "num_tokens": 16, "num_classes": NUM_CLASSES} | sizes
+        generator = ReARGenerator(ReARConfig(width=32, num_layers=num_layers, num_heads=4, dropout=dropout, **sizes))
+        rng = seeded(seed, "tiny_generator")
+        with torch.no_grad():
+            for parameter in generator.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+        return generator.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_config(stores: tuple[Path, Path], tokenizer_folder: Path) -> Callable[..., TrainConfig]:
+    """Makes the configuration of a tiny plain AR run; keywords of `TrainConfig`, and `loop` and `optim` as dicts."""
+    train, validation = stores
+    base = TrainConfig(
+        recipe="tiny",
+        tokenizer=str(tokenizer_folder),
+        model=ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.0),
+        objective=ConsistencyConfig(),
+        data=DataConfig(tokens=str(train), validation_tokens=str(validation)),
+        optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_steps=2),
+        loop=LoopConfig(steps=6, batch_size=8, log_every=1, precision="fp32", device="cpu"),
+    )
+
+    def make(loop: dict | None = None, optim: dict | None = None, **changes: object) -> TrainConfig:
+        config = replace(base, **changes)
+        return replace(config, loop=replace(config.loop, **loop or {}), optim=replace(config.optim, **optim or {}))
+
+    return make

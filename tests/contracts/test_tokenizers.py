@@ -1,0 +1,83 @@
+"""What every registered tokenizer keeps: shapes, determinism, one decoder input, fingerprint, frozen weights."""
+
+import pytest
+import torch
+
+from consonar.errors import UserError
+from consonar.tokenizers import TOKENIZERS, load_tokenizer, save_tokenizer
+from consonar.types import Tokenizer
+
+
+@pytest.fixture(params=TOKENIZERS)
+def model(request, tokenizer):
+    """One tiny model of each kind; a new kind needs its own line here."""
+    return {"vq": tokenizer}[request.param]
+
+
+@pytest.fixture
+def images(model, rng):
+    return torch.rand(5, 3, model.image_size, model.image_size, generator=rng) * 2 - 1
+
+
+def test_it_is_a_tokenizer(model):
+    assert isinstance(model, Tokenizer)
+    assert model.grid is None or model.grid.num_tokens == model.num_tokens
+
+
+def test_shapes_and_ranges(model, images):
+    tokens = model.encode(images)
+    assert tokens.shape == (5, model.num_tokens) and tokens.dtype == torch.int64
+    assert tokens.min() >= 0 and tokens.max() < model.vocab_size
+    codes = model.embed(tokens)
+    assert codes.shape == (5, model.num_tokens, model.code_dim) and codes.dtype == torch.float32
+    decoded = model.decode(tokens)
+    assert decoded.shape == images.shape and decoded.dtype == torch.float32
+    assert decoded.isfinite().all()
+
+
+def test_encoding_is_deterministic_and_independent_of_the_batch(model, images):
+    tokens = model.encode(images)
+    assert torch.equal(tokens, model.encode(images))
+    assert torch.equal(tokens, torch.cat([model.encode(images[i : i + 1]) for i in range(5)]))
+
+
+def test_decode_is_decode_embeddings_of_embed(model, images):
+    tokens = model.encode(images)
+    assert torch.equal(model.decode(tokens), model.decode_embeddings(model.embed(tokens)))
+
+
+def test_every_token_has_an_embedding_of_its_own(model):
+    codes = model.embed(torch.arange(model.vocab_size)[None])[0]
+    assert len(codes.unique(dim=0)) == model.vocab_size
+
+
+def test_decode_embeddings_carries_gradient(model, images):
+    codes = model.embed(model.encode(images)).requires_grad_()
+    model.decode_embeddings(codes).square().mean().backward()
+    assert codes.grad is not None and (codes.grad.abs().sum((0, 2)) > 0).all()
+
+
+def test_images_of_another_size_are_refused(model):
+    with pytest.raises(UserError, match=rf"{model.name}.*\(3, 20, 20\)"):
+        model.encode(torch.zeros(1, 3, 20, 20))
+
+
+def test_fingerprint(model, tmp_path):
+    before = model.fingerprint
+    save_tokenizer(model, tmp_path / "same")
+    assert load_tokenizer(tmp_path / "same").fingerprint == before
+    key = next(iter(model.state_dict()))
+    with torch.no_grad():
+        model.state_dict()[key].view(-1)[0] += 1e-3
+    assert model.fingerprint != before
+    save_tokenizer(model, tmp_path / "half", dtype="float16")
+    rounded = load_tokenizer(tmp_path / "half")
+    assert rounded.fingerprint != model.fingerprint  # the fingerprint is that of the rounded weights
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.7 * (
+        (tmp_path / "same" / "model.safetensors").stat().st_size
+    )
+
+
+def test_loaded_tokenizers_are_frozen(model):
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,97 @@
+"""Two processes on gloo give what one process gives for the same global batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consonar import checkpoint
+from consonar.config import DataConfig
+from consonar.config_io import to_dict
+from consonar.tracking import read_metrics
+from consonar.training.objectives import ConsistencyConfig
+from consonar.training.run import train
+from consonar.training.vq_objective import ReconstructionConfig
+
+# Keeps the weights of both ranks: only rank 0 writes a run folder.
+WORKER = """
+import os, sys, torch
+from pathlib import Path
+import consonar.training.run as run
+from consonar.config import read_config
+torch.set_num_threads(1)
+inner = run.train_loop
+def recording(config, state, *args, **keywords):
+    inner(config, state, *args, **keywords)
+    torch.save(state.model.state_dict(), f"{out}.rank{os.environ['RANK']}.pt")
+run.train_loop = recording
+for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    out = Path(path).with_suffix("")
+    os.environ["MASTER_PORT"] = port
+    run.train(read_config(Path(path)), out, quiet=True)
+"""
+NO_GRADIENT = "k_norm.bias"  # see test_loop.py
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+@pytest.fixture
+def configs(make_config, tokenizer, picture_folder):
+    """Without per-rank draws: noise and class dropout are drawn by each rank for itself."""
+    objective = ConsistencyConfig(embedding_weight=0.5, head_width=16, class_dropout=0)
+    reconstruction = ReconstructionConfig(
+        perceptual_weight=0, discriminator_weight=0.1, discriminator_start=2, revive_after=0
+    )
+    return {
+        "generator": make_config(objective=objective, loop={"steps": 4, "accumulation": 2}),
+        "tokenizer": make_config(
+            recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config, objective=reconstruction,
+            data=DataConfig(images=str(picture_folder), flip=True), loop={"steps": 4},
+        ),
+    }  # fmt: skip
+
+
+def test_two_processes_equal_one(configs, tmp_path):
+    # One more tokenizer run, in which codes are revived: the ranks see different vectors and must still agree.
+    revived = replace(configs["tokenizer"].objective, revive_after=1)
+    both = configs | {"revived": replace(configs["tokenizer"], objective=revived)}
+    arguments = []
+    for name, config in both.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config)))
+        arguments += [str(tmp_path / f"{name}.json"), free_port()]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, *arguments], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for worker in workers:
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors
+    for name in both:
+        first, second = (torch.load(tmp_path / f"{name}.rank{rank}.pt") for rank in "01")
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    for name, config in configs.items():
+        alone = train(config, tmp_path / f"{name}-alone", quiet=True)
+        ours = checkpoint.load_resume(tmp_path / name / "checkpoints" / "step_00000004.pt")["model"]
+        theirs = checkpoint.load_resume(alone / "checkpoints" / "step_00000004.pt")["model"]
+        for key in ours:
+            if not key.endswith(NO_GRADIENT):
+                torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=5e-5, msg=f"{name} {key}")
+        for measured in ("train/loss", "train/grad_norm"):
+            curves = [
+                [line[measured] for line in read_metrics(run / "metrics.jsonl") if measured in line]
+                for run in (tmp_path / name, alone)
+            ]
+            assert curves[0] == pytest.approx(curves[1], rel=1e-3), (name, measured)

@@ -1,0 +1,222 @@
+"""The one training loop: plain AR to the bit, accumulation, moving average, overfitting, the stored curve."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from consonar import checkpoint
+from consonar.data.loader import TokenBatches
+from consonar.data.tokens import TokenStore
+from consonar.distributed import World
+from consonar.errors import UserError
+from consonar.generators import load_generator
+from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.seeding import derive_seed
+from consonar.seeding import generator as seeded
+from consonar.tracking import Tracker, read_metrics
+from consonar.training.loop import Callbacks, NonFiniteLoss, State, train_loop
+from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
+from consonar.training.optim import build_optimizer
+from consonar.training.run import train
+from consonar.training.trainee import Trainee
+
+REAR = ConsistencyConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="truncated_linear"))
+PLAIN = ConsistencyConfig(class_dropout=0)
+CURVE = Path(__file__).with_name("curve.json")
+# Attention does not change when every key moves by the same vector: this gradient is rounding noise, and Adam
+# amplifies it.
+NO_GRADIENT = "k_norm.bias"
+
+
+def resume_file(run: Path) -> dict:
+    return checkpoint.load_resume(checkpoint.list_resume(run / "checkpoints")[-1])
+
+
+def column(run: Path, key: str) -> list[float]:
+    return [line[key] for line in read_metrics(run / "metrics.jsonl") if key in line]
+
+
+def assert_close(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        if not key.endswith(NO_GRADIENT):
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=2e-5, msg=key)
+
+
+def hand_written(config) -> dict[str, torch.Tensor]:
+    """Teacher forcing with cross-entropy, and nothing else of this library but the model and the data order."""
+    shape = config.model.sized(32, 16, 3)
+    model = ReARGenerator(shape)
+    model.reset_parameters(seeded(config.seed, "init"))
+    batches = TokenBatches(TokenStore.open(config.data.tokens), batch_size=8, seed=config.seed)
+    torch.manual_seed(derive_seed(config.seed, "dropout", 0))
+    linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    rest = [p for p in model.parameters() if all(p is not w for w in linear)]
+    optim = config.optim
+    groups = [{"params": linear, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2))
+    for step in range(config.loop.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr
+        batch = batches.batch(step)
+        logits, _ = model.train()(batch.tokens, batch.condition)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_weight_zero_and_noise_zero_are_plain_ar_bit_for_bit(make_config, tmp_path):
+    constant = {"warmup_steps": 0, "min_lr": 2e-3}
+    shape = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.1)
+    config = make_config(loop={"steps": 5}, optim=constant, model=shape, objective=PLAIN)
+    expected = hand_written(config)
+    plain = load_generator(train(config, tmp_path / "plain", quiet=True)).state_dict()
+    switched_off = ConsistencyConfig(
+        embedding_weight=0, class_dropout=0, decode_layer=1, mask_noised=True,
+        noise=NoiseConfig(schedule="truncated_linear", max_rate=0),
+    )  # fmt: skip
+    config = make_config(loop={"steps": 5}, optim=constant, model=shape, objective=switched_off)
+    off = load_generator(train(config, tmp_path / "off", quiet=True)).state_dict()
+    assert expected.keys() == plain.keys() == off.keys()
+    for key in expected:
+        assert torch.equal(plain[key], expected[key]), key
+        assert torch.equal(off[key], expected[key]), key
+
+
+def test_heads_do_not_move_the_start_or_the_draws(make_config, tmp_path):
+    """With a vanishing weight, reAR sees the batches, classes, dropout masks and start of plain AR."""
+    shape = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.3)
+    tiny = ConsistencyConfig(embedding_weight=1e-12, head_width=16)
+    runs = [
+        train(make_config(loop={"steps": 1}, model=shape, objective=objective), tmp_path / name, quiet=True)
+        for name, objective in (("ar", ConsistencyConfig()), ("rear", tiny))
+    ]
+    assert column(runs[0], "train/cross_entropy") == column(runs[1], "train/cross_entropy")
+
+
+def test_heads_are_in_the_resume_file_and_never_in_the_model(make_config, tmp_path):
+    run = train(make_config(objective=REAR, loop={"ema_decay": 0.9}), tmp_path / "rear", quiet=True)
+    _, exported = checkpoint.read_component(run / "model")
+    plain = ReARGenerator(ReARConfig(width=32, num_layers=2, num_heads=4, vocab_size=32, num_tokens=16, num_classes=3))
+    assert exported.keys() == plain.state_dict().keys()
+    stored = resume_file(run)
+    for part in ("model", "average"):
+        heads = {key for key in stored[part] if key.startswith("heads.")}
+        assert len(heads) == 12 and set(stored[part]) - heads == {f"generator.{key}" for key in exported}
+
+
+def test_accumulation_does_not_change_the_step(make_config, tmp_path):
+    runs = [train(make_config(objective=REAR, loop={"accumulation": n}), tmp_path / str(n), quiet=True) for n in (1, 2)]
+    for key in ("train/loss", "train/align_current", "train/grad_norm", "validation/cross_entropy"):
+        assert column(runs[0], key) == pytest.approx(column(runs[1], key), rel=1e-4)
+    assert_close(*(resume_file(run)["model"] for run in runs))
+
+
+def test_moving_average(make_config, tmp_path):
+    """Stored beside the weights, exported instead of them, and what validation measures."""
+    decay = 0.7
+    config = make_config(loop={"steps": 4, "ema_decay": decay, "save_every": 1, "keep_checkpoints": 9})
+    run = train(config, tmp_path / "run", quiet=True)
+    files = [checkpoint.load_resume(path) for path in checkpoint.list_resume(run / "checkpoints")]
+    exported = load_generator(run)
+    for key, value in exported.state_dict().items():
+        key = f"generator.{key}"
+        for before, after in pairwise(files):
+            expected = decay * before["average"][key] + (1 - decay) * after["model"][key]
+            torch.testing.assert_close(after["average"][key], expected)
+        assert torch.equal(value, files[-1]["average"][key])
+    assert not torch.equal(exported.lm_head.weight, files[-1]["model"]["generator.lm_head.weight"])
+    store = TokenStore.open(config.data.validation_tokens)
+    tokens = store.read(torch.arange(10), torch.zeros(10, dtype=torch.int64))
+    logits = exported(tokens, store.labels)[0]
+    measured = F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
+    assert column(run, "validation/cross_entropy")[-1] == pytest.approx(measured, rel=1e-5)
+
+
+def test_intervals(make_config, tmp_path):
+    every = {"log_every": 2, "validate_every": 3, "sample_every": 4, "save_every": 2, "keep_checkpoints": 2}
+    run = train(make_config(loop={"steps": 5} | every), tmp_path / "run", quiet=True)
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 5]
+    assert [line["step"] for line in lines if "validation/cross_entropy" in line] == [3, 5]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_000004.png", "step_000005.png"]
+    kept = [path.name for path in checkpoint.list_resume(run / "checkpoints")]
+    assert kept == ["step_00000004.pt", "step_00000005.pt"]
+
+
+class OneBatch:
+    """The same batch at every step."""
+
+    def __init__(self, batches: TokenBatches):
+        self.batches = batches
+
+    def batch(self, step: int):
+        return self.batches.batch(0)
+
+    def ordered(self, batch_size: int):
+        return self.batches.ordered(batch_size)
+
+
+def test_one_batch_is_learnt_by_heart(make_config, tokenizer, tmp_path):
+    config = make_config(loop={"steps": 60, "log_every": 60}, optim={"lr": 1e-2}, objective=PLAIN)
+    batches = OneBatch(TokenBatches(TokenStore.open(config.data.tokens), batch_size=4, seed=0))
+    trainee = Trainee(ReARGenerator(config.model.sized(32, 16, 3)))
+    trainee.generator.reset_parameters(seeded(0, "init"))
+    state = State(trainee, build_optimizer(trainee, config.optim))
+    tracker = Tracker(tmp_path, {}, total_steps=60, quiet=True)
+    world = World(0, 1, torch.device("cpu"))
+    objective = Consistency(PLAIN, tokenizer, total_steps=60, seed=0)
+    train_loop(config, state, objective, batches, tracker=tracker, folder=tmp_path, world=world, callbacks=Callbacks())
+    assert column(tmp_path, "train/cross_entropy")[-1] < 0.3  # from ln 32 = 3.47
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(make_config, tmp_path):
+    config = make_config(optim={"lr": 1e30, "warmup_steps": 0}, loop={"save_every": 1})
+    with pytest.raises(NonFiniteLoss) as caught:
+        train(config, tmp_path / "run", quiet=True)
+    (saved,) = checkpoint.list_resume(tmp_path / "run" / "checkpoints")
+    assert str(caught.value).startswith("step 1: loss") and str(saved) in str(caught.value)
+    assert checkpoint.load_resume(saved)["step"] == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
+    with pytest.raises(UserError, match="has not finished"):
+        load_generator(tmp_path / "run")
+    with pytest.raises(NonFiniteLoss, match=r"step 0: .*no checkpoint was written yet"):
+        poisoned = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0)
+        train_poisoned(make_config(model=poisoned), tmp_path / "poisoned")
+
+
+def train_poisoned(config, folder: Path) -> None:
+    """One step on a model with an infinite weight; it must not move the other weights."""
+    trainee = Trainee(ReARGenerator(config.model.sized(32, 16, 3)))
+    with torch.no_grad():
+        trainee.generator.lm_head.bias[0] = torch.inf
+    before = {key: value.clone() for key, value in trainee.state_dict().items()}
+    batches = TokenBatches(TokenStore.open(config.data.tokens), batch_size=8, seed=0)
+    folder.mkdir()
+    try:
+        train_loop(
+            config,
+            State(trainee, build_optimizer(trainee, config.optim)),
+            Consistency(PLAIN, None, total_steps=6, seed=0),
+            batches,
+            tracker=Tracker(folder, {}, total_steps=6, quiet=True),
+            folder=folder,
+            world=World(0, 1, torch.device("cpu")),
+            callbacks=Callbacks(),
+        )
+    finally:
+        assert all(torch.equal(value, before[key]) for key, value in trainee.state_dict().items())
+
+
+def test_loss_curve(make_config, tmp_path):
+    """20 steps of reAR against the stored curve: silent changes of the numerics show here."""
+    run = train(make_config(objective=REAR, loop={"steps": 20}), tmp_path / "run", quiet=True)
+    stored = json.loads(CURVE.read_text())
+    for key, values in stored.items():
+        assert column(run, key) == pytest.approx(values, rel=1e-3), key

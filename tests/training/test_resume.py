@@ -1,0 +1,152 @@
+"""Exact resume, and what a run folder refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consonar import checkpoint
+from consonar.config import DataConfig
+from consonar.errors import UserError
+from consonar.generators import load_generator
+from consonar.generators.rear import ReARConfig
+from consonar.tokenizers import load_tokenizer, save_tokenizer
+from consonar.tracking import read_metrics
+from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.run import train
+from consonar.training.vq_objective import ReconstructionConfig
+
+STEPS = 8
+
+
+@pytest.fixture
+def generator_config(make_config):
+    """Everything that draws or moves is on."""
+    return make_config(
+        model=ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.1),
+        objective=ConsistencyConfig(embedding_weight=0.5, head_width=16, noise=NoiseConfig(schedule="linear")),
+        loop={"steps": STEPS, "ema_decay": 0.9, "accumulation": 2},
+    )
+
+
+@pytest.fixture
+def tokenizer_config(make_config, tokenizer, picture_folder):
+    objective = ReconstructionConfig(
+        perceptual_weight=0, discriminator_weight=0.1, discriminator_start=3, revive_after=1
+    )
+    return make_config(
+        recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config, objective=objective,
+        data=DataConfig(images=str(picture_folder), flip=True),
+        loop={"steps": STEPS, "ema_decay": 0.9, "accumulation": 2},
+    )  # fmt: skip
+
+
+def flat(payload, path=""):
+    """Every leaf of nested dicts and lists, by path."""
+    items = payload.items() if isinstance(payload, dict) else enumerate(payload)
+    leaves = {}
+    for key, value in items:
+        if isinstance(value, dict | list | tuple):
+            leaves |= flat(value, f"{path}{key}.")
+        else:
+            leaves[f"{path}{key}"] = value
+    return leaves
+
+
+@pytest.mark.parametrize("kind", ["generator_config", "tokenizer_config"])
+@pytest.mark.parametrize("stop", [3])
+def test_resume_is_exact(kind, stop, request, tmp_path):
+    config = request.getfixturevalue(kind)
+    straight = train(config, tmp_path / "straight", quiet=True)
+    broken = train(config, tmp_path / "broken", stop_at=stop, quiet=True)
+    assert not (broken / "model").exists()
+    torch.manual_seed(12345)  # another process would be in another state
+    train(config, broken, resume=True, quiet=True)
+    last = f"checkpoints/step_{STEPS:08d}.pt"
+    ours, theirs = (flat(checkpoint.load_resume(run / last)) for run in (straight, broken))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        same = torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key]
+        assert same, key
+    lines = [read_metrics(run / "metrics.jsonl") for run in (straight, broken)]
+    strip = [[{k: v for k, v in line.items() if k != "time"} for line in run] for run in lines]
+    assert strip[0] == strip[1]
+    assert [line["step"] for line in lines[0] if "train/loss" in line] == list(range(1, STEPS + 1))
+    if kind == "tokenizer_config":
+        assert ours["model.steps_unused"].max() < STEPS, "no code was revived: the test shows nothing"
+        assert load_tokenizer(broken / "model").fingerprint == load_tokenizer(straight / "model").fingerprint
+    else:
+        assert load_generator(broken).config == load_generator(straight).config
+
+
+def test_a_finished_run_can_be_resumed_and_does_nothing(generator_config, tmp_path):
+    run = train(generator_config, tmp_path / "run", quiet=True)
+    before = (run / "metrics.jsonl").read_text(), (run / "model" / "model.safetensors").read_bytes()
+    train(generator_config, run, resume=True, quiet=True)
+    assert before == ((run / "metrics.jsonl").read_text(), (run / "model" / "model.safetensors").read_bytes())
+
+
+def test_folders_that_are_refused(generator_config, tmp_path):
+    run = train(generator_config, tmp_path / "run", stop_at=1, quiet=True)
+    files = sorted(run.rglob("*"))
+    with pytest.raises(UserError, match=r"--out: .*run already holds a run; .*--resume"):
+        train(generator_config, run, quiet=True)
+    other = replace(generator_config, optim=replace(generator_config.optim, lr=0.5))
+    with pytest.raises(UserError, match=r"--resume: optim\.lr is 0\.5, but .* was started with 0\.002"):
+        train(other, run, resume=True, quiet=True)
+    with pytest.raises(UserError, match=r"--resume: .* holds no run"):
+        train(generator_config, tmp_path / "nothing", resume=True, quiet=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    with pytest.raises(UserError, match="exists and is not a run"):
+        train(generator_config, tmp_path / "photos", quiet=True)
+    assert sorted(run.rglob("*")) == files and sorted(p.name for p in tmp_path.iterdir()) == ["photos", "run"]
+
+
+def test_a_damaged_checkpoint_is_named(generator_config, tmp_path):
+    run = train(generator_config, tmp_path / "run", stop_at=2, quiet=True)
+    (saved,) = checkpoint.list_resume(run / "checkpoints")
+    saved.write_bytes(saved.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"step_00000002\.pt: damaged or cut short"):
+        train(generator_config, run, resume=True, quiet=True)
+
+
+def test_a_store_of_another_tokenizer_is_refused(generator_config, tokenizer, tmp_path):
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight[0, 0] += 0.5
+    save_tokenizer(tokenizer, tmp_path / "other")
+    config = replace(generator_config, tokenizer=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="was made with tokenizer 'tiny-vq'"):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loop": {"trackers": ("tensorbord",)}}, r"loop\.trackers: unknown 'tensorbord' \(did you mean 'tensorboard'"),
+        ({"loop": {"batch_size": 9, "accumulation": 3}, "data": DataConfig()}, r"data\.tokens: no token store given"),
+        ({"data": DataConfig(tokens="nowhere")}, r"data\.tokens: no token store at nowhere; make it with: consonar"),
+        (
+            {"model": ReARConfig(width=32, num_heads=4, vocab_size=9)},
+            r"model\.vocab_size: 9, but the token store has 32",
+        ),
+        ({"objective": ConsistencyConfig(embedding_weight=1, encode_layer=7)}, r"head at layer 7, .* layers 0\.\.1"),
+        ({"tokenizer": "nothing"}, r"tokenizer: unknown 'nothing'"),
+    ],
+)
+def test_mistakes_leave_no_folder_behind(changes, message, make_config, tmp_path):
+    """Else the corrected command would be told that the folder already holds a run."""
+    with pytest.raises(UserError, match=message) as caught:
+        train(make_config(**changes), tmp_path / "run", quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_folder_says_what_was_run(generator_config, tmp_path):
+    from consonar.config import read_config
+
+    run = train(generator_config, tmp_path / "run", stop_at=1, quiet=True)
+    assert read_config(run / "config.json") == generator_config
+    assert json.loads((run / "config.json").read_text())["loop"]["steps"] == STEPS

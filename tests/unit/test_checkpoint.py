@@ -1,0 +1,182 @@
+"""Component folders and resume files: round trip, damage, full disk."""
+
+import errno
+import json
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from consonar import checkpoint
+from consonar.errors import UserError
+from consonar.generators import load_generator, save_generator
+from consonar.tokenizers import load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_generator):
+    save_generator(tiny_generator(), tmp_path / "model", tokenizer="tiny-vq")
+    return tmp_path / "model"
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_fingerprint_depends_on_names_shapes_values_and_config():
+    state = {"a": torch.arange(4.0), "b": torch.ones(2)}
+    base = checkpoint.component_fingerprint({"x": 1}, state)
+    assert checkpoint.component_fingerprint({"x": 1}, dict(reversed(state.items()))) == base
+    others = [
+        checkpoint.component_fingerprint({"x": 2}, state),
+        checkpoint.component_fingerprint({"x": 1}, state | {"a": torch.arange(4.0).view(2, 2)}),
+        checkpoint.component_fingerprint({"x": 1}, {"a": state["a"], "c": state["b"]}),
+        checkpoint.component_fingerprint({"x": 1}, state | {"b": torch.tensor([1.0, 1.0001])}),
+    ]
+    assert len({base, *others}) == 5
+    half = {key: value.half() for key, value in state.items()}
+    assert checkpoint.component_fingerprint({"x": 1}, half) == base  # values count, not their type
+
+
+def test_missing_files(folder, tmp_path):
+    with pytest.raises(UserError, match=r"generator: no folder .*nowhere"):
+        load_generator(tmp_path / "nowhere")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors; a model folder holds"):
+        load_generator(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_generator(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 4000])
+def test_cut_weights(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged or cut short") as caught:
+        load_generator(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config\.json: not valid JSON"),
+        ("[]", r"config\.json: holds a list"),
+        ("{}", r"config\.json: format_version None; this consonar reads 1"),
+    ],
+)
+def test_damaged_config(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_generator(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, r"format_version 2; this consonar reads 1"),
+        ({"component": "tokenizer"}, r"not a generator folder"),
+        ({"kind": "gpt"}, r"kind: unknown 'gpt'; choices: rear"),
+        ({"widht": 3}, r"config\.json: widht: unknown .*'width'"),
+        ({"num_layers": 3}, r"not the weights of this model: missing blocks\.2\."),
+        ({"num_layers": 1}, r"unknown blocks\.1\."),
+        ({"vocab_size": 31}, r"embeddings\.weight is \(37, 32\), the model has \(36, 32\)"),
+    ],
+)
+def test_configs_of_another_model(folder, changes, message):
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_generator(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_generator_is_no_tokenizer(folder):
+    with pytest.raises(UserError, match="not a tokenizer folder"):
+        load_tokenizer(folder)
+
+
+FULL_DISK = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+]
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=lambda error: type(error).__name__)
+def test_a_full_disk_leaves_the_old_files(folder, error, monkeypatch, tiny_generator):
+    """The write stops half way: the old file is as it was, and the half-written one is gone."""
+
+    def cut_short(tensors, path):
+        path.write_bytes(b"half")
+        raise error
+
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(safetensors.torch, "save_file", cut_short)
+    with pytest.raises(UserError, match=r"model\.safetensors: the disk is full \(\d+ MB free\); nothing was replaced"):
+        save_generator(tiny_generator(seed=1), folder, tokenizer="tiny-vq")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_write_errors_are_not_called_a_full_disk(folder):
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        checkpoint.write_atomically(folder / "config.json", forbidden)
+    assert json.loads((folder / "config.json").read_text())["component"] == "generator"
+
+
+def test_a_full_disk_keeps_the_resume_files(tmp_path, monkeypatch):
+    checkpoint.save_resume(tmp_path, 1, {"a": torch.ones(2)}, keep=1)
+
+    def full(payload, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"step_00000002\.pt: the disk is full"):
+            checkpoint.save_resume(tmp_path, 2, {}, keep=1)
+    (kept,) = tmp_path.iterdir()
+    assert checkpoint.load_resume(kept)["step"] == 1
+
+
+def test_resume_files(tmp_path):
+    for step in (1, 20, 300):
+        checkpoint.save_resume(tmp_path, step, {"a": torch.full((2,), float(step))}, keep=2)
+    (tmp_path / "step_1.pt").touch()  # not one of ours
+    assert [path.name for path in checkpoint.list_resume(tmp_path)] == ["step_00000020.pt", "step_00000300.pt"]
+    assert checkpoint.load_resume(tmp_path / "step_00000300.pt")["a"].tolist() == [300, 300]
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", "cut", "evil", "other", "list"])
+def test_resume_files_that_are_refused(content, tmp_path):
+    """Damaged, of another version, or with code in them: nothing of it runs."""
+    path = tmp_path / "step_00000001.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        payload = {"cut": {"a": torch.ones(99)}, "evil": {"a": Evil()}, "other": {"format_version": 0}, "list": [1]}
+        torch.save(payload[content], path)
+        if content == "cut":
+            path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match=rf"{path.name}: (damaged|not a resume file)"):
+        checkpoint.load_resume(path)
+
+
+def test_load_weights_converts_types_and_refuses_shapes():
+    layer = nn.Linear(2, 1)
+    checkpoint.load_weights(layer, {"weight": torch.ones(1, 2).half(), "bias": torch.zeros(1).half()}, "here")
+    assert layer.weight.dtype == torch.float32 and layer.weight.tolist() == [[1, 1]]
+    with pytest.raises(UserError, match=r"here: not the weights .*: missing bias; weight is \(2,\), the model"):
+        checkpoint.load_weights(layer, {"weight": torch.ones(2)}, "here")
+    assert layer.weight.tolist() == [[1, 1]]

@@ -1,0 +1,203 @@
+"""Configurations: read strictly, refused in one line, and every field is read somewhere."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import consonar
+from consonar.config import DataConfig, LoopConfig, TrainConfig, read_config
+from consonar.config_io import from_dict, merge, to_dict
+from consonar.errors import UserError
+from consonar.generators.rear import ReARConfig
+from consonar.recipes import RECIPES, find_recipe
+from consonar.tokenizers.vq import VQConfig
+from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.optim import OptimConfig
+from consonar.training.vq_objective import ReconstructionConfig
+
+SOURCE = Path(consonar.__file__).parent
+
+
+def read(tmp_path: Path, text: str, name: str = "mine.yaml") -> TrainConfig:
+    path = tmp_path / name
+    path.write_text(text)
+    return read_config(path)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name):
+    config = find_recipe(name)
+    assert config.recipe == name
+    assert from_dict(json.loads(json.dumps(to_dict(config))), name, TrainConfig) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_written_config_can_be_read_as_a_file(name, tmp_path):
+    """JSON writes 1e-05, which YAML 1.1 would take for text."""
+    assert read(tmp_path, json.dumps(to_dict(find_recipe(name))), "config.json") == find_recipe(name)
+
+
+def test_base_and_changes(tmp_path):
+    config = read(
+        tmp_path,
+        "base: rear-openmoji\noptim: {lr: 1e-4, min_lr: 1.5e-5}\n"
+        "objective:\n  noise: {corruption: mask}\nloop: {trackers: [wandb]}\n",
+    )
+    base = find_recipe("rear-openmoji")
+    assert config.recipe == "mine"
+    assert config.optim == dataclasses.replace(base.optim, lr=1e-4, min_lr=1.5e-5)
+    assert config.objective.noise == dataclasses.replace(base.objective.noise, corruption="mask")
+    assert config.objective.embedding_weight == base.objective.embedding_weight
+    assert config.loop.trackers == ("wandb",) and config.model == base.model
+
+
+def test_another_kind_replaces_the_whole_table():
+    base = {"model": {"kind": "rear", "width": 3}, "seed": 1}
+    assert merge(base, {"model": {"kind": "vq", "vocab_size": 8}})["model"] == {"kind": "vq", "vocab_size": 8}
+    assert merge(base, {"model": {"width": 4}}) == {"model": {"kind": "rear", "width": 4}, "seed": 1}
+    assert base["model"]["width"] == 3
+
+
+MISTAKES = {
+    "unknown key": ("base: ar-openmoji\noptim: {rate: 1}", r"optim\.rate: unknown .*choices: lr, min_lr"),
+    "misspelt": ("base: ar-openmoji\nlop: {steps: 1}", r"lop: unknown 'lop' \(did you mean 'loop'\?\)"),
+    "nested": ("base: ar-openmoji\nobjective: {noise: {shedule: none}}", r"objective\.noise\.shedule: .*'schedule'"),
+    "type": ("base: ar-openmoji\nloop: {steps: many}", r"loop\.steps: input should be a valid integer, got 'many'"),
+    "float for int": ("base: ar-openmoji\nloop: {steps: 1.5}", r"loop\.steps: .*got 1\.5"),
+    "text for bool": ("base: ar-openmoji\ndata: {flip: 'yes'}", r"data\.flip: .*got 'yes'"),
+    "table for number": ("base: ar-openmoji\nseed: {a: 1}", r"seed: .*got \{'a': 1\}"),
+    "number for table": ("base: ar-openmoji\nloop: 3", r"loop: expected a table of keys, got 3"),
+    "list for table": ("base: ar-openmoji\nmodel: [1]", r"model\.kind: unknown None; choices: rear, vq"),
+    "choice": (
+        "base: ar-openmoji\nobjective: {noise: {schedule: cosine}}",
+        r"objective\.noise\.schedule: input should be 'none', 'constant', .*got 'cosine'",
+    ),
+    "value": ("base: ar-openmoji\noptim: {lr: -1}", r"optim\.lr: -1.* is not positive"),
+    "value of the second kind": (
+        "base: tokenizer-openmoji-64\nmodel: {vocab_size: 0}", r"model\.vocab_size: 0 is not positive"
+    ),
+    "type in the second kind": (
+        "base: tokenizer-openmoji-64\nmodel: {base_channels: wide}", r"model\.base_channels: .*got 'wide'"
+    ),
+    "kind": ("base: ar-openmoji\nmodel: {kind: gan}", r"model\.kind: unknown 'gan'; choices: rear, vq"),
+    "other kind": ("base: ar-openmoji\nmodel: {kind: vq}", r"objective\.kind: 'consistency' does not train .*'vq'"),
+    "base": ("base: ar-openmojo", r"recipe: unknown 'ar-openmojo' \(did you mean 'ar-openmoji'\?\)"),
+    "base list": ("base: [a, b]", r"base: expected the name of a recipe, got \['a', 'b'\]"),
+    "missing": ("tokenizer: openmoji-64", r"recipe: missing"),
+    "no tokenizer": ("recipe: x", r"tokenizer: a generator needs"),
+    "YAML": ("a: [1", r"mine\.yaml: not valid YAML"),
+    "list": ("- 1", r"mine\.yaml: expected a table of keys, got list"),
+    "empty": ("", r"expected a table of keys, got NoneType"),
+    "date": ("base: ar-openmoji\nseed: 2026-01-01", r"neither number, text, list nor table"),
+    "device": ("base: ar-openmoji\nloop: {device: gpu}", r"loop\.device: unknown 'gpu' .*: auto, cpu, cuda, mps"),
+    "precision": ("base: ar-openmoji\nloop: {precision: fp16}", r"loop\.precision: unknown 'fp16' .*auto, fp32, bf16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_with_key_and_value(name, tmp_path):
+    text, message = MISTAKES[name]
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoopConfig(steps=0), r"loop\.steps: 0 is not positive"),
+        (lambda: LoopConfig(batch_size=8, accumulation=3), r"loop\.accumulation: 3 does not divide loop\.batch_size 8"),
+        (lambda: LoopConfig(ema_decay=1), r"loop\.ema_decay: 1 is not in"),
+        (lambda: LoopConfig(save_every=-1), r"loop\.save_every: -1 is negative"),
+        (lambda: ReARConfig(width=30, num_heads=4), r"model\.num_heads: 4 does not divide model\.width 30"),
+        (lambda: ReARConfig(dropout=1), r"model\.dropout: 1 is not in"),
+        (lambda: ConsistencyConfig(embedding_weight=-1), r"objective\.embedding_weight: -1 is negative"),
+        (lambda: ConsistencyConfig(class_dropout=1), r"objective\.class_dropout: 1 is not in"),
+        (lambda: NoiseConfig(max_rate=1.5), r"objective\.noise\.max_rate: 1\.5 is not in"),
+        (lambda: NoiseConfig(anneal_end=0), r"objective\.noise\.anneal_end: 0 is not in"),
+        (lambda: ReconstructionConfig(mse_weight=-1), r"objective\.mse_weight: -1 is negative"),
+        (lambda: TrainConfig(recipe="x", tokenizer="t", seed=-1), r"seed: -1 is negative"),
+        (lambda: TrainConfig(recipe="x", model=VQConfig()), r"objective\.kind: .*choices: reconstruction"),
+    ],
+)
+def test_wrong_values_from_python(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+# What the code calls a configuration of each class where it reads it.
+CALLED = {
+    TrainConfig: {"config"},
+    DataConfig: {"data"},
+    LoopConfig: {"loop"},
+    OptimConfig: {"optim", "config"},
+    ReARConfig: {"model", "config"},
+    VQConfig: {"model", "config"},
+    ConsistencyConfig: {"objective", "config"},
+    ReconstructionConfig: {"objective", "config"},
+    NoiseConfig: {"noise", "settings"},
+}
+
+
+def test_every_field_is_read():
+    """`x.field` occurs outside of `__post_init__`, where x is what such a configuration is called, or `self` in it."""
+    reads: set[tuple[str, str]] = set()
+
+    class Reader(ast.NodeVisitor):
+        owner = ""
+
+        def visit_ClassDef(self, node):
+            outer, self.owner = self.owner, node.name
+            self.generic_visit(node)
+            self.owner = outer
+
+        def visit_FunctionDef(self, node):
+            if node.name != "__post_init__" or self.owner == "TrainConfig":
+                self.generic_visit(node)
+
+        def visit_Attribute(self, node):
+            base = node.value
+            name = base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
+            reads.add((self.owner if name == "self" else name, node.attr))
+            self.generic_visit(node)
+
+    for path in SOURCE.rglob("*.py"):
+        Reader().visit(ast.parse(path.read_text()))
+    unread = [
+        f"{kind.__name__}.{item.name}"
+        for kind, names in CALLED.items()
+        for item in dataclasses.fields(kind)
+        if not any((name, item.name) in reads for name in (*names, kind.__name__))
+    ]
+    assert unread == []
+    assert sum(len(dataclasses.fields(kind)) for kind in CALLED) > 60  # the table above is not empty
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+def test_one_file_trains_and_one_file_knows_processes():
+    sources = {path.relative_to(SOURCE).as_posix(): path for path in SOURCE.rglob("*.py")}
+    nodes = {name: list(ast.walk(ast.parse(path.read_text()))) for name, path in sources.items()}
+    backward = [name for name in nodes if any(getattr(node, "attr", None) == "backward" for node in nodes[name])]
+    assert backward == ["training/loop.py"]
+    knowing = [name for name, path in sources.items() if any(i.startswith("torch.distributed") for i in imports(path))]
+    assert knowing == ["distributed.py"]

@@ -1,0 +1,191 @@
+import pytest
+import torch
+
+from consonar.errors import UserError
+from consonar.sampling.sample import SamplerConfig, choose, filter_logits, sample, sample_tokens, uniforms
+
+PROBABILITIES = torch.tensor([[0.125, 0.5, 0.25, 0.125]])
+
+
+def kept(**settings) -> list[int]:
+    return filter_logits(PROBABILITIES.log(), **settings).isfinite()[0].nonzero().flatten().tolist()
+
+
+def test_top_k():
+    assert kept(top_k=1) == [1] and kept(top_k=2) == [1, 2]
+    assert kept(top_k=0) == kept(top_k=4) == kept(top_k=99) == [0, 1, 2, 3]
+    # Equally likely tokens stay together: which one is dropped would depend on the sorting.
+    assert kept(top_k=3) == [0, 1, 2, 3]
+
+
+def test_top_p():
+    assert kept(top_p=1e-9) == kept(top_p=0.5) == [1]  # the most likely token always stays
+    assert kept(top_p=0.51) == kept(top_p=0.75) == [1, 2]
+    assert len(kept(top_p=0.76)) == 3 and kept(top_p=1.0) == [0, 1, 2, 3]
+
+
+def test_top_p_counts_what_top_k_left():
+    """After top-k 2 the two tokens have 2/3 and 1/3."""
+    assert kept(top_k=2, top_p=0.66) == [1] and kept(top_k=2, top_p=0.67) == [1, 2]
+
+
+def test_filter_treats_rows_alone_and_keeps_values(rng):
+    logits = torch.randn(5, 30, generator=rng)
+    filtered = filter_logits(logits, top_k=7, top_p=0.8)
+    assert torch.equal(filtered, torch.cat([filter_logits(row[None], top_k=7, top_p=0.8) for row in logits]))
+    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])
+
+
+def test_choose_is_the_inverse_transform():
+    edges = [0, 0.125 - 1e-12, 0.125 + 1e-12, 0.625 - 1e-12, 0.625 + 1e-12, 0.875 - 1e-12, 0.875 + 1e-12, 1 - 2**-53]
+    uniform = torch.tensor(edges, dtype=torch.float64)
+    logits = PROBABILITIES.double().log().expand(len(uniform), -1)
+    assert choose(logits, uniform).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("blocked", [[0], [3], [0, 1, 3]])
+def test_choose_never_takes_a_token_of_probability_zero(blocked):
+    logits = PROBABILITIES.log().clone()
+    logits[:, blocked] = -torch.inf
+    uniform = torch.tensor([0, 2**-53, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert not torch.isin(choose(logits.expand(len(uniform), -1), uniform), torch.tensor(blocked)).any()
+
+
+def test_choose_follows_the_distribution(rng):
+    draws = choose(PROBABILITIES.log().expand(40000, -1), torch.rand(40000, generator=rng))
+    shares = draws.bincount(minlength=4) / 40000
+    torch.testing.assert_close(shares, PROBABILITIES[0], rtol=0, atol=5 * 0.5 / 200)
+
+
+def test_uniforms_belong_to_seeds():
+    numbers = uniforms([5, 7, 5], 6)
+    assert numbers.dtype == torch.float64 and torch.equal(numbers[0], numbers[2])
+    assert not torch.equal(numbers[0], numbers[1])
+    assert torch.equal(numbers[1:2], uniforms([7], 6))
+    assert torch.equal(numbers[:, :4], uniforms([5, 7, 5], 4))
+
+
+SETTINGS = {
+    "plain": SamplerConfig(),
+    "guided": SamplerConfig(guidance_scale=3, guidance_schedule="power_cosine", temperature=0.9, top_k=20),
+    "interval": SamplerConfig(guidance_scale=3, guidance_schedule="interval", guidance_interval=4, top_p=0.9),
+    "greedy": SamplerConfig(temperature=0),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_sample_does_not_depend_on_its_batch(name, tiny_generator):
+    generator, config = tiny_generator(), SETTINGS[name]
+    classes, seeds = torch.tensor([2, 0, 1, 0, 2]), [11, 12, 13, 14, 15]
+    together, entropy = sample_tokens(generator, classes, seeds, config)
+    order = [3, 1, 4, 0, 2]
+    shuffled, _ = sample_tokens(generator, classes[order], [seeds[i] for i in order], config)
+    assert torch.equal(shuffled, together[order])
+    for i in range(5):
+        alone, own_entropy = sample_tokens(generator, classes[i : i + 1], seeds[i : i + 1], config)
+        assert torch.equal(alone[0], together[i])
+        torch.testing.assert_close(own_entropy[0], entropy[i])
+    if name != "greedy":
+        other, _ = sample_tokens(generator, classes, [s + 100 for s in seeds], config)
+        assert not torch.equal(other, together)
+
+
+class Counting:
+    """A generator that records how many rows each call has."""
+
+    def __init__(self, generator):
+        self.inner, self.rows = generator, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, context, condition, **keywords):
+        self.rows.append(len(condition))
+        return self.inner(context, condition, **keywords)
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, 2), (1.5, 4), (0.0, 4)])
+def test_null_rows_run_only_while_guidance_is_on(scale, rows, tiny_generator):
+    counting = Counting(tiny_generator())
+    sample_tokens(counting, torch.tensor([0, 1]), [0, 1], SamplerConfig(guidance_scale=scale))
+    assert counting.rows == [rows] * 16
+
+
+def test_guidance_scale_zero_is_the_unconditional_model(tiny_generator):
+    generator = tiny_generator()
+    off, _ = sample_tokens(generator, torch.tensor([0, 1]), [3, 3], SamplerConfig(guidance_scale=0))
+    null, _ = sample_tokens(generator, torch.tensor([3, 3]), [3, 3], SamplerConfig())
+    assert torch.equal(off, null) and torch.equal(off[0], off[1])
+
+
+def test_tokens_follow_the_uncached_model(tiny_generator):
+    """Redraws every token from teacher-forced logits: the sampler is exact, guidance and filter included."""
+    generator, config, seeds = tiny_generator(), SETTINGS["guided"], [4, 9]
+    classes = torch.tensor([1, 2])
+    tokens, _ = sample_tokens(generator, classes, seeds, config)
+    with torch.inference_mode():
+        conditional = generator(tokens, classes)[0]
+        unconditional = generator(tokens, generator.null_condition(classes))[0]
+    draws = uniforms(seeds, 16)
+    for i in range(16):
+        scale = config.scale(i, 16)
+        logits = unconditional[:, i] + scale * (conditional[:, i] - unconditional[:, i])
+        expected = choose(filter_logits(logits / 0.9, top_k=20), draws[:, i])
+        assert torch.equal(tokens[:, i], expected)
+
+
+def test_entropy_and_callback(tiny_generator):
+    generator, seen = tiny_generator(), []
+    classes = torch.tensor([1, 2])
+    tokens, entropy = sample_tokens(
+        generator, classes, [4, 9], SamplerConfig(), on_token=lambda i, t: seen.append((i, t[:, i].tolist()))
+    )
+    assert seen == [(i, tokens[:, i].tolist()) for i in range(16)]
+    with torch.inference_mode():
+        log_probs = generator(tokens, classes)[0].log_softmax(-1)
+    torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(-1).mean(1))
+
+
+def test_sample_decodes_and_is_split_into_batches(tiny_generator, tokenizer):
+    generator, classes = tiny_generator(), torch.tensor([0, 1, 2, 0, 1])
+    whole = sample(generator, tokenizer, classes, seeds=range(5))
+    parts = sample(generator, tokenizer, classes, seeds=range(5), batch_size=2)
+    assert torch.equal(whole.tokens, parts.tokens) and whole.images.shape == (5, 3, 16, 16)
+    torch.testing.assert_close(whole.images, tokenizer.decode(whole.tokens).clamp(-1, 1))
+    assert whole.images.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "seeds", "message"),
+    [
+        ([0, 3], [0, 1], r"classes: 3 is not a class of this generator; choices: 0\.\.2"),
+        ([-1], [0], r"classes: -1 is not a class"),
+        ([0, 1], [0], r"seeds: 1 seeds for 2 conditions"),
+        ([0, 1], [0, 1, 2, 3], r"seeds: 4 seeds for 2 conditions"),
+        ([], [], r"seeds: 0 seeds for 0 conditions"),
+    ],
+)
+def test_wrong_requests(classes, seeds, message, tiny_generator, tokenizer):
+    with pytest.raises(UserError, match=message):
+        sample(tiny_generator(), tokenizer, torch.tensor(classes, dtype=torch.int64), seeds=seeds, batch_size=2)
+
+
+def test_a_tokenizer_that_does_not_fit(tiny_generator, tokenizer):
+    with pytest.raises(UserError, match=r"tokenizer: tiny-vq has vocab_size 32, the generator was trained with 33"):
+        sample(tiny_generator(vocab_size=33), tokenizer, torch.tensor([0]), seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("guidance_scale", -1.0),
+        ("guidance_power", 0.0),
+    ],
+)
+def test_wrong_settings(key, value):
+    with pytest.raises(UserError, match=f"^{key}: {value} is"):
+        SamplerConfig(**{key: value})
