@@ -1,0 +1,83 @@
+"""A training step of reAR against one of plain AR: same generator, batch and precision.
+
+Run: python benchmarks/training.py. The tiny preset of the demo by default; `--preset S --layers 2` for the S shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from common import interleaved, ratio, write_result
+
+from consonar.distributed import pick_device, pick_precision
+from consonar.generators.rear import REAR_PRESETS, ReARGenerator
+from consonar.seeding import generator as seeded
+from consonar.tokenizers import load_tokenizer
+from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
+from consonar.training.optim import OptimConfig, build_optimizer
+from consonar.training.trainee import Trainee
+from consonar.types import Batch
+
+
+def make_step(objective_config: ConsistencyConfig, args: argparse.Namespace, precision: str) -> Callable[[], None]:
+    """One full optimiser step (rollout, forward, backward, clip, update) as a callable."""
+    device = pick_device("auto")
+    tokenizer = load_tokenizer("openmoji-64").to(device)
+    shape = REAR_PRESETS[args.preset].sized(tokenizer.vocab_size, tokenizer.num_tokens, 10)
+    shape = replace(shape, num_layers=args.layers or shape.num_layers)
+    model = Trainee(ReARGenerator(shape), objective_config.head_specs(shape.num_layers, tokenizer.code_dim))
+    model.generator.reset_parameters(seeded(0, "benchmark"))
+    model.reset_heads(seeded(0, "benchmark_heads"))
+    model.to(device).train()
+    objective = Consistency(objective_config, tokenizer, total_steps=1000, seed=0)
+    optimizer = build_optimizer(model, OptimConfig())
+    tokens = torch.randint(tokenizer.vocab_size, (args.batch_size, tokenizer.num_tokens), generator=seeded(0, "tokens"))
+    batch = Batch(tokens=tokens.to(device), condition=torch.arange(args.batch_size, device=device) % 10)
+    dtype = pick_precision(precision, device)
+
+    def step() -> None:
+        for rollout in objective.rollout(model, batch, 1):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss, _ = objective.loss(model, rollout, 1)
+            torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", choices=list(REAR_PRESETS), default="tiny")
+    parser.add_argument("--layers", type=int, default=0, help="0: the preset's own")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=6)
+    args = parser.parse_args()
+    head_width = 256 if args.preset == "tiny" else 2048
+    rear = ConsistencyConfig(
+        embedding_weight=1.0, head_width=head_width, noise=NoiseConfig(schedule="truncated_linear")
+    )
+    seconds = interleaved(
+        {
+            "plain AR": make_step(ConsistencyConfig(), args, "auto"),
+            "reAR": make_step(rear, args, "auto"),
+            "plain AR fp32": make_step(ConsistencyConfig(), args, "fp32"),
+        },
+        args.rounds,
+    )
+    figures = {
+        "reAR / plain AR": round(ratio(seconds, "reAR", "plain AR"), 3),
+        "fp32 / auto precision": round(ratio(seconds, "plain AR fp32", "plain AR"), 2),
+        "auto precision": str(pick_precision("auto", pick_device("auto"))),
+        "seconds": seconds,
+    }
+    config = {"preset": args.preset, "layers": args.layers, "batch_size": args.batch_size, "head_width": head_width}
+    write_result("training", config, 0, figures)
+
+
+if __name__ == "__main__":
+    main()
