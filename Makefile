@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 MINUTES ?= 13
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu lint bench clean
+.PHONY: help demo test test-slow test-gpu lint bench results clean
 
 help:
 	@echo "make demo       train and compare plain AR and reAR, write runs/demo/report.html (MINUTES=13)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-slow  the slower tests"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
+	@echo "make results    docs/results.md from the files of a finished demo"
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "consonar needs Python 3.11 or newer; none found (set PYTHON=...)"; exit 2; }
@@ -23,8 +24,8 @@ demo: .venv/installed
 	$(BIN)/consonar demo --out runs/demo --minutes $(MINUTES)
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 
 test: lint
@@ -41,3 +42,6 @@ bench: .venv/installed
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+
+results:
+	$(BIN)/python docs/make_results.py runs/demo

@@ -4,6 +4,7 @@ Wrong input prints one line and exits with 2; a run that fails by itself (a loss
 """
 
 import contextlib
+import errno
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -359,6 +360,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_command(args[0], args[1:])
     except UserError as error:
         print(f"consonar: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" while writing {error.filename}" if error.filename else ""
+        print(f"consonar: the disk is full{place}; what was complete is kept", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("consonar: interrupted", file=sys.stderr)

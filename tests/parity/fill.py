@@ -52,7 +52,7 @@ def make_image(shape: tuple[int, ...], k: int = 1, unit: bool = False) -> torch.
 def compare(
     name: str, key: str, array: np.ndarray | torch.Tensor, tol: float | None = None, folder: Path = GOLDENS
 ) -> float:
-    """Error over tolerance (`tol`, else the golden's own), at most 1; AssertionError otherwise. Integers must be equal."""
+    """Error over tolerance (`tol`, else the golden's own), at most 1; AssertionError otherwise. Integers are equal."""
     arrays, meta = load(name, folder)
     golden, info = arrays[key], meta["arrays"][key]
     array = np.asarray(array.detach() if isinstance(array, torch.Tensor) else array)

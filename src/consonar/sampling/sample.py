@@ -143,9 +143,9 @@ def sample_tokens(
 def sample(
     generator: Generator,
     tokenizer: Tokenizer,
-    condition: Tensor,
+    condition: Tensor | Sequence[int],
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None = None,
     config: SamplerConfig | None = None,
     batch_size: int = 64,
 ) -> Samples:
@@ -154,6 +154,8 @@ def sample(
     Drawn in batches of `batch_size` on the generator's device, which the tokenizer shares; returned on the CPU.
     Raises `UserError` for a class that the generator does not have or a tokenizer that does not fit it.
     """
+    condition = torch.as_tensor(condition, dtype=torch.int64)
+    seeds = range(len(condition)) if seeds is None else seeds
     check_fit(generator, tokenizer)
     check_classes(condition, generator)
     if not 0 < len(condition) == len(seeds):

@@ -1,0 +1,120 @@
+# ruff: noqa: E501  (the sentences of the page)
+"""Writes docs/results.md and its pictures from a finished demo: python docs/make_results.py [runs/demo].
+
+Every number comes from the demo's own result files; nothing is typed in by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from consonar.pictures import save_grid
+from consonar.tracking import read_metrics
+
+DOCS = Path(__file__).parent
+NAMES = {"plain-ar": "plain AR", "rear": "reAR"}
+COLUMNS = ("FD(efficientnet-lite0) validation", "FD(efficientnet-lite0) train", "precision", "recall",
+           "copy rate (features)", "copy rate (tokens)", "entropy")  # fmt: skip
+
+
+def to_images(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def cell(entry: dict[str, float | None] | None) -> str:
+    """Value and spread with digits that fit the spread."""
+    if entry is None or entry["value"] is None:
+        return "-"
+    value, spread = entry["value"], entry["spread"]
+    digits = 1 if value >= 10 else 3
+    return f"{value:.{digits}f}" if spread is None else f"{value:.{digits}f} ± {spread:.{digits}f}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| model | temperature | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
+    for run, content in results.items():
+        for index, row in enumerate(content["rows"]):
+            best = " (best)" if index == content["best"] else ""
+            cells = [cell(row["metrics"].get(column)) for column in COLUMNS]
+            lines.append(f"| {NAMES[run]} | {row['temperature']:g}{best} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def pictures(demo: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Samples at equal seeds and classes (rows of ten: one per class), and reconstructions."""
+    images = DOCS / "images"
+    for run, content in results.items():
+        for label, index in (("t1", 0), ("best", content["best"])):
+            with np.load(demo / run / content["rows"][index]["samples"]) as arrays:
+                save_grid(to_images(arrays["images"][:40]), images / f"{run}-{label}.png", columns=10)
+    with np.load(demo / "rear" / "reconstructions.npz") as arrays:
+        rows = [
+            part
+            for i in (0, 10, 20)
+            for part in (arrays["originals"][i : i + 10], arrays["reconstructions"][i : i + 10])
+        ]
+    save_grid(to_images(np.concatenate(rows)), images / "reconstructions.png", columns=10)
+
+
+def main() -> None:
+    demo = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    settings = json.loads((demo / "demo.json").read_text())
+    results = {run: json.loads((demo / run / "results.json").read_text()) for run in NAMES}
+    last = {run: read_metrics(demo / run / "metrics.jsonl") for run in NAMES}
+    final = {
+        run: next(line for line in reversed(lines) if "validation/cross_entropy" in line) for run, lines in last.items()
+    }
+    reconstruction = json.loads((demo / "rear" / "reconstruction.json").read_text())
+    first = results["rear"]
+    row = first["rows"][0]
+    floor = first["noise_floor"].get("FD(efficientnet-lite0) validation", {}).get("value")
+    pictures(demo, results)
+    lines = [
+        "# Results", "",
+        "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own.", "",
+        f"- Command: `make demo` (`consonar demo --minutes {settings['minutes']:g} --seed {settings['seed']:g}`), "
+        f"{settings['steps']:g} steps of batch 64 per run.",
+        f"- Machine: {first['machine']}, 2 cores; {', '.join(f'{k} {v}' for k, v in first['versions'].items())}.",
+        f"- Data: OpenMoji, {first['reference']['num_train']} training and {first['reference']['num_validation']} validation images.",
+        f"- Tokenizer: `{first['tokenizer']['name']}` (fingerprint {first['tokenizer']['fingerprint'][:12]}): validation PSNR "
+        f"{reconstruction['psnr']:.2f} dB, SSIM {reconstruction['ssim']:.3f}, code usage {reconstruction['usage']:.1%}, "
+        f"rFD(efficientnet-lite0) {reconstruction['rFD(efficientnet-lite0)']:.1f}.",
+        f"- Feature network: {first['feature_network']['name']}, SHA-256 {first['feature_network']['sha256'][:12]}. "
+        "`FD(efficientnet-lite0)` is not FID.",
+        f"- {row['num_samples']} samples per row, the same classes and seeds for all rows; ± is the standard deviation over "
+        f"{first['draws']} disjoint parts of them (parts are smaller than the whole, so it overstates the uncertainty of the value).",
+        "", "## Plain AR and reAR", "", *table(results), "",
+        "Checkpoints: " + ", ".join(f"{NAMES[run]} {content['checkpoint_sha256'][:12]}" for run, content in results.items()) + ".",
+        "", "Teacher-forced on the validation images (clean context): "
+        + "; ".join(
+            f"{NAMES[run]} cross-entropy {line['validation/cross_entropy']:.3f} nats, accuracy {line['validation/accuracy']:.3f}"
+            for run, line in final.items()
+        ) + ".",
+        "" if floor is None else f"\nReal validation images against the training images: FD {floor:.1f}.", "",
+        "One seed and one budget: a difference smaller than the spread is no difference, and the spread does not cover "
+        "training again with another seed.", "",
+    ]  # fmt: skip
+    for label, title in (("t1", "Temperature 1"), ("best", "Each model's best temperature (by validation FD)")):
+        lines += [f"### {title}", "Columns are the ten classes; equal places have equal seeds.", ""]
+        for run, content in results.items():
+            temperature = content["rows"][0 if label == "t1" else content["best"]]["temperature"]
+            lines += [
+                f"{NAMES[run]}, temperature {temperature:g}:",
+                "",
+                f"![{NAMES[run]} samples](images/{run}-{label}.png)",
+                "",
+            ]
+    lines += ["### Tokenizer", "Validation images (odd rows) and what the tokenizer makes of them (even rows):", "",
+              "![reconstructions](images/reconstructions.png)", "",
+              "Emoji by [OpenMoji](https://openmoji.org), CC BY-SA 4.0."]  # fmt: skip
+    (DOCS / "results.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
