@@ -1,0 +1,70 @@
+"""The command line: `consonar COMMAND ...`. Only this folder imports tyro; a command is a function with a docstring.
+
+Wrong input prints one line and exits with 2; a run that fails by itself (a loss that is not finite) exits with 1.
+"""
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+
+from consonar.cli.console import say
+from consonar.cli.making import demo, import_tokens, recipes, sample_command, tokenize, train_command
+from consonar.cli.measuring import evaluate, report
+from consonar.cli.parsing import parse
+from consonar.errors import UserError, unknown
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "tokenize": tokenize,
+    "train": train_command,
+    "sample": sample_command,
+    "evaluate": evaluate,
+    "report": report,
+    "import-tokens": import_tokens,
+    "recipes": recipes,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `consonar`."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        say("usage: consonar COMMAND ...\n")
+        for name, function in COMMANDS.items():
+            say(f"  {name:16}{(function.__doc__ or '').splitlines()[0]}")
+        say("\nOptions of a command: consonar COMMAND --help")
+        return
+    if args[0] == "--version":
+        from consonar import __version__
+
+        say(__version__)
+        return
+    try:
+        if args[0] not in COMMANDS:
+            raise unknown("command", args[0], COMMANDS)
+        run_command(args[0], args[1:])
+    except UserError as error:
+        print(f"consonar: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" while writing {error.filename}" if error.filename else ""
+        print(f"consonar: the disk is full{place}; what was complete is kept", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("consonar: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_command(name: str, args: list[str]) -> None:
+    from consonar.training.loop import NonFiniteLoss
+
+    try:
+        if COMMANDS[name] in (train_command, sample_command):
+            COMMANDS[name](args)
+        else:
+            parse(COMMANDS[name], args, name)
+    except NonFiniteLoss as error:
+        print(f"consonar: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,186 @@
+"""Commands that make things: the demo, token stores, runs, samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from consonar.cli.console import counting, say
+from consonar.cli.parsing import parse
+from consonar.errors import UserError, unknown
+
+
+def demo(*, out: Path = Path("runs/demo"), minutes: float = 13.0, seed: int = 0) -> None:
+    """Plain AR against reAR on OpenMoji with the shipped tokenizer: trains both, measures both, writes a page.
+
+    Args:
+        out: Folder to make; the page is OUT/report.html.
+        minutes: Budget on two CPU cores; more is better pictures.
+        seed: Of both runs.
+    """
+    from consonar.demo import run_demo
+
+    page = run_demo(out, minutes=minutes, seed=seed, say=say)
+    say(f"the page: {page.resolve()}")
+
+
+def train_command(args: Sequence[str]) -> None:
+    """Train a recipe or a YAML file: consonar train rear-openmoji --out runs/mine [--optim.lr 1e-4 ...]."""
+    from consonar.config import TrainConfig, read_config
+    from consonar.recipes import RECIPES, find_recipe
+    from consonar.training.run import train
+
+    if not args or args[0].startswith("-"):
+        if {"-h", "--help"} & set(args):
+            print("usage: consonar train RECIPE|FILE.yaml --out DIR [options]\n\nrecipes: " + ", ".join(RECIPES))
+            print("\nAll options of one recipe: consonar train RECIPE --help")
+            return
+        raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
+    default = read_config(Path(args[0])) if args[0].endswith((".yaml", ".yml", ".json")) else find_recipe(args[0])
+
+    @dataclass(frozen=True, kw_only=True)
+    class Train:
+        out: Path
+        """Run folder to make."""
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default
+        resume: tyro.conf.FlagCreatePairsOff[bool] = False
+        """Go on with the run in --out from its last checkpoint."""
+        stop_at: int | None = None
+        """Stop early after this step (and resume later)."""
+        quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+        """Print nothing."""
+
+    chosen = parse(Train, args[1:], "train")
+    folder = train(chosen.config, chosen.out, resume=chosen.resume, stop_at=chosen.stop_at, quiet=chosen.quiet)
+    say(f"run folder: {folder}")
+
+
+def tokenize(
+    *,
+    tokenizer: str,
+    data: str,
+    out: Path,
+    split: str = "train",
+    views: str = "center_flip",
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Tokenise images into a token store.
+
+    Args:
+        tokenizer: Name (openmoji-64) or folder of the tokenizer.
+        data: openmoji, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name.
+        out: Folder of the token store to make.
+        split: Which split of the data.
+        views: Crops kept of each image: center, center_flip, ten_crop.
+        batch_size: Crops per call of the encoder.
+        device: auto, cpu, cuda or mps.
+    """
+    from consonar.data.images import open_source
+    from consonar.data.tokens import write_token_store
+    from consonar.distributed import pick_device
+    from consonar.tokenizers import load_tokenizer
+
+    place = pick_device(device)
+    model = load_tokenizer(tokenizer).to(place)
+    source = open_source(data, split=split, image_size=model.image_size)
+    with counting("tokenize") as count:
+        store = write_token_store(
+            out, source, model, views=views, batch_size=batch_size, device=str(place), progress=count
+        )
+    say(
+        f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens, {store.num_classes} classes: {out}"
+    )
+
+
+def import_tokens(*, format: str, data: Path, tokenizer: str, out: Path, labels: Path | None = None) -> None:
+    """Turn the token files of RAR (.jsonl) or LlamaGen (.npy folders) into a token store.
+
+    Args:
+        format: rar-jsonl or llamagen-npy.
+        data: The .jsonl file, or the folder of codes.
+        tokenizer: Name or folder of the tokenizer that made the tokens.
+        out: Folder of the token store to make.
+        labels: Folder of label files (llamagen-npy).
+    """
+    from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
+    from consonar.tokenizers import load_tokenizer
+
+    formats = ("rar-jsonl", "llamagen-npy")
+    if format not in formats:
+        raise unknown("--format", format, formats)
+    if (labels is None) != (format == "rar-jsonl"):
+        raise UserError("--labels: needed by llamagen-npy and by nothing else")
+    model = load_tokenizer(tokenizer)
+    store = import_rar_jsonl(data, out, model) if labels is None else import_llamagen_npy(data, labels, out, model)
+    say(f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens: {out}")
+
+
+def sample_command(args: Sequence[str]) -> None:
+    """Draw images from a trained generator: consonar sample RUN --out samples.png|samples.npz|FOLDER [options]."""
+    from consonar.sampling.sample import SamplerConfig
+
+    def sample(
+        generator: tyro.conf.Positional[Path],
+        *,
+        out: Path,
+        sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = SamplerConfig(),  # noqa: B008
+        classes: str | None = None,
+        num_samples: int | None = None,
+        tokenizer: str | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        device: str = "auto",
+    ) -> None:
+        """Draw images from a trained generator into a .png grid, an .npz, or a folder of PNG files.
+
+        Args:
+            generator: Run folder or model folder.
+            out: samples.png (one grid), samples.npz (ADM layout), or a folder.
+            sampler: How tokens are drawn.
+            classes: Class ids, e.g. 0,3,3,7 (default: all classes in turn).
+            num_samples: How many images; classes repeat in turn (default: one per class given).
+            tokenizer: Name or folder (default: the one it was trained with).
+            seed: Seed of the first image; image i has seed + i.
+            batch_size: Images drawn together; does not change them.
+            device: auto, cpu, cuda or mps.
+        """
+        from consonar.distributed import pick_device
+        from consonar.generators import load_generator, read_tokenizer_name
+        from consonar.sampling.job import make_job, run_job
+        from consonar.tokenizers import load_tokenizer
+
+        place = pick_device(device)
+        model = load_generator(generator).to(place)
+        codec = load_tokenizer(tokenizer or read_tokenizer_name(generator)).to(place)
+        labels = class_list(classes, num_samples, model.num_classes)
+        job = make_job(model, codec, labels, seed=seed, sampler=sampler, source=str(generator))
+        with counting("sample") as count:
+            run_job(job, model, codec, out, batch_size=batch_size, progress=lambda done: count(done, len(labels)))
+        say(f"{len(labels)} images: {out}")
+
+    parse(sample, args, "sample")
+
+
+def class_list(classes: str | None, num_samples: int | None, num_classes: int) -> Any:
+    """Class of every image, (n,) int64, from `0,3,3,7` and a count; `UserError` for what is not a number."""
+    import torch
+
+    try:
+        chosen = list(range(num_classes)) if classes is None else [int(word) for word in classes.split(",")]
+    except ValueError as error:
+        raise UserError(f"--classes: {classes!r} is not a list of class ids such as 0,3,3,7") from error
+    if num_samples is not None and num_samples < 1:
+        raise UserError(f"--num-samples: {num_samples} is not positive")
+    count = len(chosen) if num_samples is None else num_samples
+    return torch.tensor([chosen[i % len(chosen)] for i in range(count)], dtype=torch.int64)
+
+
+def recipes() -> None:
+    """List the recipes."""
+    from consonar.recipes import RECIPES
+
+    for name, function in RECIPES.items():
+        say(f"{name:24}{(function.__doc__ or '').splitlines()[0]}")

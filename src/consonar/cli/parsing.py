@@ -1,0 +1,37 @@
+"""From words to a call: tyro, with its boxed errors told in one line."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from consonar.errors import UserError
+
+FLAGS = (tyro.conf.AvoidSubcommands,)
+
+
+def parse(target: Any, args: Sequence[str], command: str) -> Any:
+    """`tyro.cli`, with its boxed errors told in one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(target, args=list(args), prog=f"consonar {command}", config=FLAGS)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{command}: {flatten(captured.getvalue())}; see: consonar {command} --help") from stop
+
+
+def flatten(box: str) -> str:
+    """The message and the first suggestion of a tyro error box, in one line."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:  # the first line is the box's title
+        text = line.strip("│╭╮╰╯|+ ")
+        if text and not text.strip("─-"):
+            paragraphs.append([])
+        elif text:
+            paragraphs[-1].append(text)
+    found = [" ".join(words) for words in paragraphs if words and "full helptext" not in " ".join(words)]
+    return " (".join(found[:2]) + (")" if len(found) > 1 else "")
