@@ -52,11 +52,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def component_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
@@ -72,7 +70,13 @@ def save_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, 
     """Writes a component folder: what it is (config.json) and its weights (model.safetensors)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    write_atomically(folder / "model.safetensors", lambda path: safetensors.torch.save_file(tensors, path))
+
+    def save(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path)
+        # safetensors makes its file for the owner alone: give it to those who may read the folder.
+        path.chmod(folder.stat().st_mode & 0o666)
+
+    write_atomically(folder / "model.safetensors", save)
     text = json.dumps({"format_version": FORMAT_VERSION, **config}, indent=1)
     write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
 

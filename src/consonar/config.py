@@ -16,6 +16,7 @@ from consonar.config_io import from_dict, merge, to_dict
 from consonar.distributed import DEVICES, PRECISIONS
 from consonar.errors import UserError, unknown
 from consonar.generators.rear import ReARConfig
+from consonar.perceptual.efficientnet import SMALLEST_INPUT
 from consonar.tokenizers.vq import VQConfig
 from consonar.training.objectives import ConsistencyConfig
 from consonar.training.optim import OptimConfig
@@ -29,7 +30,7 @@ class DataConfig:
     tokens: str | None = None
     """Folder of the token store (made by `consonar tokenize`)."""
     validation_tokens: str | None = None
-    """Folder of the token store used for validation."""
+    """Folder of the token store used for validation; None: `TOKENS-validation` where there is one, else none."""
     images: str | None = None
     """Image source for a tokenizer: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
     flip: bool = False
@@ -61,7 +62,7 @@ class LoopConfig:
     precision: str = "auto"
     """auto (bf16 where the hardware has it), fp32 or bf16; parameters stay float32."""
     device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    """auto, cpu or cuda."""
     compile: bool = False
     """Compile the generator's blocks."""
     trackers: tuple[str, ...] = ()
@@ -112,8 +113,23 @@ class TrainConfig:
                 f"objective.kind: {self.objective.kind!r} does not train model.kind {self.model.kind!r}; "
                 f"choices: {fitting}"
             )
+        unread = ("images", "flip") if trains_generator else ("tokens", "validation_tokens")
+        for key in unread:
+            if getattr(self.data, key):
+                other = "tokenizer" if trains_generator else "generator"
+                raise UserError(
+                    f"data.{key}: {getattr(self.data, key)!r} is read only when a {other} is trained; remove it"
+                )
+        if not trains_generator and self.tokenizer:
+            raise UserError(f"tokenizer: {self.tokenizer!r} is read only when a generator is trained; remove it")
         if trains_generator and not self.tokenizer:
             raise UserError("tokenizer: a generator needs the name or folder of its tokenizer")
+        compares_features = isinstance(self.objective, ReconstructionConfig) and self.objective.perceptual_weight > 0
+        if compares_features and isinstance(self.model, VQConfig) and self.model.image_size < SMALLEST_INPUT:
+            raise UserError(
+                f"objective.perceptual_weight: its network reads images of {SMALLEST_INPUT} px or more, "
+                f"model.image_size is {self.model.image_size}; set it to 0"
+            )
         if self.seed < 0:
             raise UserError(f"seed: {self.seed} is negative")
 

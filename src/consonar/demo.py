@@ -6,6 +6,7 @@ Every step that is finished is skipped when the demo is called again, so that an
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +38,7 @@ def demo_config(name: str, out: Path, *, steps: int, seed: int) -> TrainConfig:
         recipe,
         recipe=name,
         seed=seed,
-        data=replace(recipe.data, tokens=str(out / "tokens"), validation_tokens=str(out / "tokens-validation")),
+        data=replace(recipe.data, tokens=str(out / "tokens")),
         loop=replace(
             recipe.loop, steps=steps, validate_every=max(1, steps // 8), sample_every=0, save_every=max(1, steps // 4)
         ),
@@ -50,7 +51,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
     `minutes` sets the number of steps (not a clock: the same budget gives the same result on any machine). Raises
     `UserError` when `out` holds a demo with another budget or seed, or something else.
     """
-    steps = round(minutes * STEPS_PER_MINUTE)
+    steps = round(minutes * STEPS_PER_MINUTE) if math.isfinite(minutes) else 0
     if steps < 8:
         raise UserError(f"--minutes: {minutes} is too short; at least {8 / STEPS_PER_MINUTE}")
     claim(out, {"minutes": minutes, "seed": seed, "steps": steps})

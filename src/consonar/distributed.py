@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from consonar.errors import UserError, unknown
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -39,8 +39,6 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("loop.device: 'cuda', but PyTorch sees no CUDA device; choices: auto, cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("loop.device: 'mps', but PyTorch sees no Metal device; choices: auto, cpu")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
@@ -52,7 +50,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
         native = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
             "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-            "mps": lambda: False,
         }[device.type]()
         return torch.bfloat16 if native else None
     return torch.bfloat16 if name == "bf16" else None

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Wrong input. The message is one line with the key, the value and the choices; the command line exits with 2."""
 
 
+class MissingSplit(UserError):
+    """The data are there, but not the split that was asked for."""
+
+
 def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     """A `UserError` for a name that is not in a table: says which names are."""
     names = [str(choice) for choice in choices]

@@ -21,7 +21,7 @@ def ar_openmoji() -> TrainConfig:
         tokenizer="openmoji-64",
         model=REAR_PRESETS["tiny"],
         objective=ConsistencyConfig(),
-        data=DataConfig(tokens="tokens/openmoji-64", validation_tokens="tokens/openmoji-64-validation"),
+        data=DataConfig(tokens="tokens/openmoji-64"),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=50),
         loop=LoopConfig(steps=900, batch_size=64, log_every=10, validate_every=100, sample_every=300, save_every=300),
     )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from consonar.checkpoint import write_atomically
 from consonar.errors import UserError, unknown
 
 
@@ -114,7 +115,8 @@ class Tracker:
             return
         kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
         self.started -= kept[-1]["time"] if kept else 0.0
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self.path, lambda partial: partial.write_text(text))  # a full disk must not cost the history
         self.sinks = open_sinks(sinks, folder, config)
         self.progress: Progress | None = None
         if self.console.is_terminal and not quiet:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import NUM_CLASSES
 
-from consonar.generators import GENERATORS, load_generator, save_generator
+from consonar.generators import GENERATORS, Origin, load_generator, save_generator
 from consonar.types import Generator
 
 LENGTH = 16
@@ -119,7 +120,16 @@ def test_taps_read_token_i_at_prefix_plus_i(model, tokens):
 
 
 def test_save_and_load(model, tokens, tmp_path):
-    save_generator(model, tmp_path / "model", tokenizer="tiny-vq")
+    save_generator(model, tmp_path / "model", Origin(tokenizer="tiny-vq"))
     loaded = load_generator(tmp_path / "model")
     assert torch.equal(loaded(tokens, CONDITION)[0], model(tokens, CONDITION)[0])
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_one_projection_per_class_equals_one_per_image(tiny_generator, rng) -> None:
+    generator = tiny_generator(num_layers=3)
+    tokens = torch.randint(32, (12, 16), generator=rng)
+    classes = torch.randint(NUM_CLASSES + 1, (12,), generator=rng)
+    many, _ = generator(tokens, classes)  # 12 images, 4 classes with the null class: one row per class
+    few = torch.cat([generator(tokens[i : i + 3], classes[i : i + 3])[0] for i in range(0, 12, 3)])
+    assert torch.allclose(many, few, atol=1e-5, rtol=1e-5)

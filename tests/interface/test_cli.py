@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, pi
         "tokenizer": tokenizer,
         "model": {"width": 32, "num_layers": 2, "num_heads": 4},
         "objective": {"head_width": 16},
-        "data": {"tokens": str(root / "tokens"), "validation_tokens": None},
+        "data": {"tokens": str(root / "tokens")},
         "loop": {"steps": 4, "batch_size": 4, "log_every": 1},
     }
     (root / "tiny.yaml").write_text(yaml.safe_dump(changes))
@@ -52,7 +52,10 @@ def test_train_from_yaml_with_an_override(trained: Path) -> None:
     assert (
         config["recipe"] == "tiny" and config["optim"]["lr"] == 0.002 and config["objective"]["embedding_weight"] == 1
     )
-    assert len((trained / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    lines = [json.loads(line) for line in (trained / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    # tokenize made the validation store, train found it
+    assert (trained / "tokens-validation").is_dir() and "validation/cross_entropy" in lines[-1]
     assert (trained / "run" / "model" / "model.safetensors").is_file()
 
 
@@ -113,6 +116,67 @@ def test_report_on_a_run(trained: Path, tmp_path: Path, capsys) -> None:
     cli.main(["report", str(trained / "run"), "--out", str(tmp_path / "page.html")])
     assert "<html" in (tmp_path / "page.html").read_text()
     assert "exists" in fails(["report", str(trained / "run"), "--out", str(tmp_path / "page.html")], capsys)
+
+
+def test_evaluate_a_run_and_samples(trained: Path, picture_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    options = ["--num-samples", "16", "--draws", "2", "--temperatures", "1,0.5"]
+    cli.main(["evaluate", str(run), "--reference", str(picture_folder), *options])
+    results = json.loads((run / "results.json").read_text())
+    assert [row["temperature"] for row in results["rows"]] == [1.0, 0.5] and results["best"] in (0, 1)
+    metrics = results["rows"][0]["metrics"]
+    assert {"FD(efficientnet-lite0) validation", "precision", "recall", "copy rate (tokens)"} <= set(metrics)
+    assert (
+        metrics["FD(efficientnet-lite0) train"]["value"] > 0 and metrics["FD(efficientnet-lite0) train"]["spread"] > 0
+    )
+    # A flatter distribution has more entropy, whatever the model.
+    assert results["rows"][0]["metrics"]["entropy"]["value"] > results["rows"][1]["metrics"]["entropy"]["value"]
+    with np.load(run / "samples_t0.5.npz") as arrays:
+        assert arrays["images"].shape == arrays["nearest_train"].shape == (16, 16, 16, 3)
+    assert json.loads((run / "reconstruction.json").read_text())["num_images"] == 6
+    assert not list(run.glob(".samples*"))
+    assert "--overwrite" in fails(["evaluate", str(run), "--reference", str(picture_folder)], capsys)
+    cli.main(["sample", str(run), "--num-samples", "16", "--out", str(tmp_path / "a.npz")])
+    out = tmp_path / "a.json"
+    cli.main(
+        ["evaluate", str(tmp_path / "a.npz"), "--reference", str(picture_folder), "--draws", "2", "--out", str(out)]
+    )
+    stored = json.loads(out.read_text())
+    # The same seeds, classes and settings: the same images, so the same number.
+    value = stored["metrics"]["FD(efficientnet-lite0) train"]["value"]
+    assert value == pytest.approx(metrics["FD(efficientnet-lite0) train"]["value"], rel=1e-6)
+    assert (
+        stored["feature_network"]["sha256"]
+        and stored["versions"]["torch"]
+        and stored["samples"]["settings"]["seed"] == 0
+    )
+
+
+def test_train_and_evaluate_a_tokenizer(picture_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    changes = {
+        "base": "tokenizer-openmoji-64",
+        "model": {
+            "image_size": 16,
+            "vocab_size": 32,
+            "base_channels": 8,
+            "channel_multipliers": [1, 2],
+            "num_groups": 8,
+        },
+        "objective": {"perceptual_weight": 0.0},
+        "data": {"images": str(picture_folder)},
+        "loop": {"steps": 3, "batch_size": 4},
+    }
+    (tmp_path / "tok.yaml").write_text(yaml.safe_dump(changes))
+    cli.main(["train", str(tmp_path / "tok.yaml"), "--out", str(tmp_path / "tok")])
+    cli.main(["evaluate", str(tmp_path / "tok"), "--reference", str(picture_folder)])
+    metrics = json.loads((tmp_path / "tok" / "reconstruction.json").read_text())
+    assert metrics["num_images"] == 6 and 0 < metrics["usage"] <= 1 and metrics["psnr"] > 0
+    cli.main(["report", str(tmp_path / "tok"), "--out", str(tmp_path / "tok.html")])
+    model = str(tmp_path / "tok" / "model")
+    cli.main(["tokenize", "--tokenizer", model, "--data", str(picture_folder), "--out", str(tmp_path / "tokens")])
+    assert (tmp_path / "tokens").is_dir()
 
 
 def test_import_of_both_upstream_formats(tokenizer_folder: Path, tmp_path: Path, capsys) -> None:

@@ -11,13 +11,13 @@ from torch import nn
 
 from consonar import checkpoint
 from consonar.errors import UserError
-from consonar.generators import load_generator, save_generator
+from consonar.generators import Origin, load_generator, save_generator
 from consonar.tokenizers import load_tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path, tiny_generator):
-    save_generator(tiny_generator(), tmp_path / "model", tokenizer="tiny-vq")
+    save_generator(tiny_generator(), tmp_path / "model", Origin(tokenizer="tiny-vq"))
     return tmp_path / "model"
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_old_files(folder, error, monkeypatch, tiny_gener
     before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(safetensors.torch, "save_file", cut_short)
     with pytest.raises(UserError, match=r"model\.safetensors: the disk is full \(\d+ MB free\); nothing was replaced"):
-        save_generator(tiny_generator(seed=1), folder, tokenizer="tiny-vq")
+        save_generator(tiny_generator(seed=1), folder, Origin(tokenizer="tiny-vq"))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -9,7 +9,7 @@ import tyro
 
 from consonar.cli.console import counting, say
 from consonar.cli.parsing import parse
-from consonar.errors import UserError, unknown
+from consonar.errors import MissingSplit, UserError, unknown
 
 
 def demo(*, out: Path = Path("runs/demo"), minutes: float = 13.0, seed: int = 0) -> None:
@@ -62,21 +62,21 @@ def tokenize(
     tokenizer: str,
     data: str,
     out: Path,
-    split: str = "train",
+    split: str | None = None,
     views: str = "center_flip",
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Tokenise images into a token store.
+    """Tokenise images into a token store, and their validation images into a second one beside it.
 
     Args:
         tokenizer: Name (openmoji-64) or folder of the tokenizer.
         data: openmoji, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name.
-        out: Folder of the token store to make.
-        split: Which split of the data.
-        views: Crops kept of each image: center, center_flip, ten_crop.
+        out: Folder of the token store to make; validation images go to OUT-validation.
+        split: Make only the store of this split, in OUT (default: train, and validation where the data have one).
+        views: Crops kept of each training image: center, center_flip, ten_crop; of other splits the centre is kept.
         batch_size: Crops per call of the encoder.
-        device: auto, cpu, cuda or mps.
+        device: auto, cpu or cuda.
     """
     from consonar.data.images import open_source
     from consonar.data.tokens import write_token_store
@@ -85,14 +85,27 @@ def tokenize(
 
     place = pick_device(device)
     model = load_tokenizer(tokenizer).to(place)
-    source = open_source(data, split=split, image_size=model.image_size)
-    with counting("tokenize") as count:
-        store = write_token_store(
-            out, source, model, views=views, batch_size=batch_size, device=str(place), progress=count
-        )
-    say(
-        f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens, {store.num_classes} classes: {out}"
-    )
+    wanted = {split or "train": out}
+    if split is None:
+        wanted["validation"] = out.with_name(f"{out.name}-validation")
+    sources = {}
+    for name in wanted:
+        try:
+            sources[name] = open_source(data, split=name, image_size=model.image_size)
+        except MissingSplit:
+            if split is not None or name == "train":
+                raise
+    taken = [path for name, path in wanted.items() if name in sources and path.exists()]
+    if taken:
+        raise UserError(f"--out: {taken[0]} exists; choose another folder")
+    for name, source in sources.items():
+        kept = views if name == "train" else "center"
+        with counting(f"tokenize {name}") as count:
+            store = write_token_store(
+                wanted[name], source, model, views=kept, batch_size=batch_size, device=str(place), progress=count
+            )
+        shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
+        say(f"{name}: {shape}, {store.num_classes} classes: {store.path}")
 
 
 def import_tokens(*, format: str, data: Path, tokenizer: str, out: Path, labels: Path | None = None) -> None:
@@ -145,7 +158,7 @@ def sample_command(args: Sequence[str]) -> None:
             tokenizer: Name or folder (default: the one it was trained with).
             seed: Seed of the first image; image i has seed + i.
             batch_size: Images drawn together; does not change them.
-            device: auto, cpu, cuda or mps.
+            device: auto, cpu or cuda.
         """
         from consonar.distributed import pick_device
         from consonar.generators import load_generator, read_tokenizer_name

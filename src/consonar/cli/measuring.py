@@ -21,10 +21,11 @@ def evaluate(
     device: str = "auto",
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> None:
-    """Measure samples (.npz or a folder of images), or a trained run over a grid of temperatures.
+    """Measure samples (.npz or a folder of images), a trained generator over a grid of temperatures, or a tokenizer.
 
     Args:
-        samples: Samples, or a run folder: then it is sampled and RUN/results.json is written for `consonar report`.
+        samples: Samples, or a run folder: a generator is sampled, a tokenizer reconstructs the validation images;
+            the results are written into the run, where `consonar report` finds them.
         reference: openmoji-64, an .npz of images or statistics, a folder, hf:owner/name.
         out: Where to write the results of samples (JSON).
         temperatures: Of a run: the grid, e.g. 1,0.9,0.8.
@@ -32,17 +33,22 @@ def evaluate(
         draws: Disjoint parts whose spread is reported.
         seed: Of a run's first sample, and of the parts.
         batch_size: Images per call of a network.
-        device: auto, cpu, cuda or mps.
+        device: auto, cpu or cuda.
         overwrite: Replace results that are there.
     """
     from consonar.distributed import pick_device
+    from consonar.generators import read_component_kind
 
     place = str(pick_device(device))
     if (samples / "config.json").is_file() and (samples / "metrics.jsonl").is_file():
-        from consonar.evaluation.frontier import evaluate_run
+        from consonar.evaluation.frontier import evaluate_run, evaluate_tokenizer
 
         if out is not None:
             raise UserError("--out: the results of a run are written into its folder; leave --out away")
+        if read_component_kind(samples) == "tokenizer":
+            metrics = evaluate_tokenizer(samples, reference=reference, device=place, overwrite=overwrite)
+            print_metrics({key: {"value": value, "spread": None} for key, value in metrics.items()}, str(samples))
+            return
         try:
             grid = [float(word) for word in temperatures.split(",")]
         except ValueError as error:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 from PIL import Image, UnidentifiedImageError
 
 from consonar.data.transforms import to_rgb
-from consonar.errors import UserError, unknown
+from consonar.errors import MissingSplit, UserError, unknown
 from consonar.types import ImageRecord, ImageSource
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -69,7 +69,7 @@ def _choose_split(split: str, available: list[str], where: str) -> str:
     """The name among `available` that stands for `split`."""
     found = [name for name in SPLIT_NAMES.get(split, (split,)) if name in available]
     if not found:
-        raise UserError(f"split: {where} has no {split!r}; choices: {', '.join(available)}")
+        raise MissingSplit(f"split: {where} has no {split!r}; choices: {', '.join(available)}")
     return found[0]
 
 
@@ -123,7 +123,7 @@ class ImageFolder:
         splits = [path for path in children if path.name in split_names]
         if not any(path.name != "test" for path in splits):
             if split != "train":
-                raise UserError(f"split: {str(root)!r} has no folder {split!r}, so all of it is the train split")
+                raise MissingSplit(f"split: {str(root)!r} has no folder {split!r}, so all of it is the train split")
             return root, children
         others = [path.name for path in children if path not in splits and _image_files(path)]
         if others:
@@ -266,7 +266,7 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
     if isinstance(loaded, dict):
         loaded = loaded[_choose_split(split, list(loaded), target)]
     elif split != "train":
-        raise UserError(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
+        raise MissingSplit(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
     kind = DatasetImages if isinstance(loaded, datasets.IterableDataset) else IndexedDatasetImages
     return kind(loaded, f"{spec.partition('?')[0]}[{split}]", columns)
 

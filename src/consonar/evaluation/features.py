@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consonar.cache import cache_dir
+from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, unknown
 from consonar.evaluation.statistics import Moments
 from consonar.types import ImageSource
@@ -70,9 +71,11 @@ class EfficientNetLite0Features:
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float in [-1, 1] on any device -> (B, 1280) float32 on the network's device."""
         size = (self.input_size, self.input_size)
-        images = functional.interpolate(images.to(self.device), size=size, mode="bilinear", antialias=True)
-        _, pooled = self.backbone(images)  # (B, 1280)
-        return pooled.float()
+        pooled = []  # a CPU is twice as fast on pieces that stay in its caches, and with the channels last
+        for part in images.to(self.device).split(16 if self.device.type == "cpu" else max(1, len(images))):
+            part = functional.interpolate(part, size=size, mode="bilinear", antialias=True)
+            pooled.append(self.backbone(part.contiguous(memory_format=torch.channels_last))[1])
+        return torch.cat(pooled).float()  # (B, 1280)
 
 
 FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {"efficientnet-lite0": EfficientNetLite0Features}
@@ -229,12 +232,6 @@ def extract_features(
         if progress:
             progress(images.name, moments.count)
     return FeatureSet(moments, torch.cat(rows) if rows else torch.zeros(0, network.num_features), tuple(parts))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_hash(batches: Iterable[np.ndarray]) -> str:

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from consonar import checkpoint
+from consonar.config_io import to_dict
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import (
     Reference,
+    Results,
     encode_reference,
     evaluate,
     load_samples,
@@ -27,15 +29,17 @@ from consonar.evaluation.evaluate import (
 )
 from consonar.evaluation.features import ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
-from consonar.generators import load_generator, model_folder, read_tokenizer_name
+from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
-from consonar.sampling.sample import SamplerConfig
+from consonar.sampling.sample import SamplerConfig, check_batch_size
 from consonar.tokenizers import load_tokenizer
 from consonar.types import Tokenizer
 
 KEPT_IMAGES = 80
 RECONSTRUCTIONS = 32
 RESULTS_SCHEMA = 1
+NUM_NEIGHBOURS = 3
+"""k of improved precision and recall (Kynkäänniemi et al. 2019)."""
 
 
 def evaluate_run(
@@ -61,42 +65,30 @@ def evaluate_run(
     path = run / "results.json"
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; add --overwrite to measure again")
-    generator = load_generator(run).to(device)
-    tokenizer = load_tokenizer(read_tokenizer_name(run)).to(device)
+    generator, class_names = load_generator(run).to(device), read_origin(run).class_names
+    tokenizer = load_own_tokenizer(run).to(device)
+    check_batch_size(batch_size)
+    if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
+        raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
+    samplers = [replace(sampler or SamplerConfig(), temperature=temperature) for temperature in temperatures]
     target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
     labels = balanced_labels(num_samples, generator.num_classes)
     rows = []
-    for temperature in temperatures:
+    for settings in samplers:
         if progress:
-            progress(f"{run.name}: {num_samples} samples at temperature {temperature:g}")
-        settings = replace(sampler or SamplerConfig(), temperature=temperature)
+            progress(f"{run.name}: {num_samples} samples at temperature {settings.temperature:g}")
         job = make_job(generator, tokenizer, labels, seed=seed, sampler=settings, source=str(run))
-        drawn = run / f".samples_t{temperature:g}.npz"
+        drawn = run / f".samples_t{settings.temperature:g}.npz"
         drawn.unlink(missing_ok=True)
         run_job(job, generator, tokenizer, drawn, batch_size=batch_size)
-        results = evaluate(drawn, target, draws=draws, device=device, seed=seed, batch_size=batch_size)
-        kept = run / f"samples_t{temperature:g}.npz"
-        nearest = results.copies["features"].indices[:KEPT_IMAGES] if "features" in results.copies else None
-        keep_first(drawn, kept, target, nearest)
-        with np.load(drawn) as arrays:
-            entropy = arrays["entropy"]
-        drawn.unlink()
-        metrics = {key: {"value": m.value, "spread": m.spread} for key, m in results.metrics.items()}
-        metrics["entropy"] = {"value": float(entropy.mean()), "spread": None}
-        rows.append(
-            {
-                "temperature": temperature,
-                "guidance_scale": settings.guidance_scale,
-                "guidance_schedule": settings.guidance_schedule,
-                "top_k": settings.top_k,
-                "top_p": settings.top_p,
-                "num_samples": num_samples,
-                "seed": seed,
-                "metrics": metrics,
-                "samples": kept.name,
-                "copies": {k: {"threshold": c.threshold} for k, c in results.copies.items()},
-            }
+        results = evaluate(
+            drawn, target, num_neighbours=NUM_NEIGHBOURS, draws=draws, device=device, seed=seed, batch_size=batch_size
         )
+        kept = run / f"samples_t{settings.temperature:g}.npz"
+        nearest = results.copies["features"].indices[:KEPT_IMAGES] if "features" in results.copies else None
+        keep_first(drawn, kept, target, nearest, class_names)
+        rows.append(result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed})
+        drawn.unlink()
     content = {
         "schema": RESULTS_SCHEMA,
         "rows": rows,
@@ -106,6 +98,7 @@ def evaluate_run(
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         "reference": {"name": target.name, **{f"num_{k}": v for k, v in results.num_reference.items()}},
         "noise_floor": {key: {"value": value} for key, value in results.noise_floor.items()},
+        "config": results.config,
         "draws": draws,
         "versions": results.versions,
         "machine": machine_name(device),
@@ -117,6 +110,19 @@ def evaluate_run(
     return content
 
 
+def result_row(settings: SamplerConfig, results: Results, drawn: Path) -> dict[str, Any]:
+    """One row of results.json: the sampler's settings, the metrics, and the samples' mean entropy from their file."""
+    with np.load(drawn) as arrays:
+        entropy = float(arrays["entropy"].mean())
+    metrics = {key: {"value": m.value, "spread": m.spread} for key, m in results.metrics.items()}
+    return {
+        **to_dict(settings),
+        "num_samples": results.num_samples,
+        "metrics": metrics | {"entropy": {"value": entropy, "spread": None}},
+        "copies": {kind: {"threshold": copies.threshold} for kind, copies in results.copies.items()},
+    }
+
+
 def best_row(rows: list[dict[str, Any]]) -> int:
     """Index of the row with the lowest Fréchet distance, to the validation images where it was measured."""
     names = [key for key in rows[0]["metrics"] if key.startswith("FD(")]
@@ -124,7 +130,9 @@ def best_row(rows: list[dict[str, Any]]) -> int:
     return min(range(len(rows)), key=lambda i: rows[i]["metrics"][name]["value"])
 
 
-def keep_first(drawn: Path, kept: Path, reference: Reference, nearest: torch.Tensor | None) -> None:
+def keep_first(
+    drawn: Path, kept: Path, reference: Reference, nearest: torch.Tensor | None, class_names: tuple[str, ...] | None
+) -> None:
     """The first images of a sample file, with the nearest training image of each, into a small file for reports."""
     samples = load_samples(drawn)
     images = next(samples.images.stream(KEPT_IMAGES))
@@ -137,10 +145,8 @@ def keep_first(drawn: Path, kept: Path, reference: Reference, nearest: torch.Ten
     }
     if nearest is not None:
         arrays["nearest_train"] = pick(reference.images["train"], nearest)
-    if reference.name.startswith("openmoji"):
-        from consonar.data.openmoji import CLASS_NAMES
-
-        arrays["class_names"] = np.array(CLASS_NAMES)
+    if class_names is not None:
+        arrays["class_names"] = np.array(class_names)
     checkpoint.write_atomically(kept, lambda partial: write_npz(partial, arrays))
 
 
@@ -154,8 +160,23 @@ def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
     return np.stack([found[row] for row in rows.tolist()])
 
 
-def measure_reconstruction(run: Path, tokenizer: Tokenizer, images: ImageSet, device: str) -> None:
-    """Writes reconstruction.json (all validation images) and reconstructions.npz (some, evenly spaced)."""
+def evaluate_tokenizer(run: Path, *, reference: str, device: str = "cpu", overwrite: bool = False) -> dict[str, float]:
+    """Measures the tokenizer of a run on the validation images of `reference` (on all, when it has one set).
+
+    Writes reconstruction.json and reconstructions.npz into the run and returns the metrics. Raises `UserError` when
+    they exist (unless `overwrite`).
+    """
+    if (run / "reconstruction.json").exists() and not overwrite:
+        raise UserError(f"{run / 'reconstruction.json'} exists; add --overwrite to measure again")
+    tokenizer = load_tokenizer(model_folder(run)).to(device)
+    images = open_reference(reference, tokenizer.image_size).images
+    if not images:
+        raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
+    return measure_reconstruction(run, tokenizer, images.get("validation") or next(iter(images.values())), device)
+
+
+def measure_reconstruction(run: Path, tokenizer: Tokenizer, images: ImageSet, device: str) -> dict[str, float]:
+    """Writes reconstruction.json (all images of the set) and reconstructions.npz (some, evenly spaced)."""
     metrics = reconstruction_metrics(
         tokenizer, (to_float(batch).to(device) for batch in images.stream(64)),
         feature_network=load_feature_network("efficientnet-lite0", device),
@@ -169,8 +190,9 @@ def measure_reconstruction(run: Path, tokenizer: Tokenizer, images: ImageSet, de
     arrays = {
         "originals": originals,
         "reconstructions": pixels,
-        "names": np.array([f"validation image {i}" for i in rows]),
+        "names": np.array([f"{images.name} {i}" for i in rows]),
     }
     checkpoint.write_atomically(run / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
     text = json.dumps(metrics, indent=1)
     checkpoint.write_atomically(run / "reconstruction.json", lambda partial: partial.write_text(text + "\n"))
+    return metrics

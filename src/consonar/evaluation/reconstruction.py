@@ -20,6 +20,7 @@ from torch.nn import functional
 from consonar.errors import UserError
 from consonar.evaluation.features import FeatureNetwork
 from consonar.evaluation.statistics import Moments, frechet_distance
+from consonar.tokenizers import quantizer
 from consonar.types import Tokenizer
 
 SSIM_WINDOW = 11
@@ -78,12 +79,9 @@ def usage_and_perplexity(counts: Tensor) -> tuple[float, float]:
 
     Raises UserError when nothing was counted.
     """
-    total = counts.sum()
-    if total == 0:
+    if counts.sum() == 0:
         raise UserError("codebook usage: no tokens were counted; is the image set empty?")
-    frequencies = counts.double() / total
-    entropy = -torch.special.xlogy(frequencies, frequencies).sum()
-    return float((counts > 0).double().mean()), float(entropy.exp())
+    return quantizer.usage(counts), quantizer.perplexity(counts)
 
 
 @torch.inference_mode()

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
 from consonar.errors import UserError, unknown
 from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.tokenizers import load_tokenizer
+from consonar.tokenizers.vq import VQTokenizer
 
 GENERATORS = {"rear": (ReARConfig, ReARGenerator)}
 
 
-def save_generator(generator: ReARGenerator, folder: Path, *, tokenizer: str) -> None:
-    """Writes a component folder; `tokenizer` is the name or folder of the tokenizer it was trained with."""
-    config = {"component": "generator", "tokenizer": tokenizer, **to_dict(generator.config)}
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a stored generator was trained on; None where that is not known."""
+
+    tokenizer: str
+    """Name or folder of the tokenizer."""
+    tokenizer_fingerprint: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def save_generator(generator: ReARGenerator, folder: Path, origin: Origin) -> None:
+    """Writes a component folder: the generator's shape, its origin and its weights."""
+    config = {"component": "generator", **to_dict(origin), **to_dict(generator.config)}
     checkpoint.save_component(folder, config, generator.state_dict())
 
 
@@ -32,10 +45,40 @@ def model_folder(path: str | Path) -> Path:
     return path
 
 
+def read_component_kind(path: str | Path) -> str:
+    """What a run or component folder holds: `generator` or `tokenizer`."""
+    config, _ = checkpoint.read_component(model_folder(path))
+    return str(config.get("component", ""))
+
+
+def read_origin(path: str | Path) -> Origin:
+    """The origin of a stored generator; `UserError` for a folder that is no generator or names no tokenizer."""
+    folder = model_folder(path)
+    config, _ = checkpoint.read_component(folder)
+    if config.get("component") != "generator":
+        raise UserError(f"{folder}: not a generator folder (component in config.json)")
+    values = {f.name: config[f.name] for f in fields(Origin) if f.name in config}
+    return from_dict(values, str(folder / "config.json"), Origin)
+
+
 def read_tokenizer_name(path: str | Path) -> str:
     """The name or folder of the tokenizer that a stored generator was trained with."""
-    config, _ = checkpoint.read_component(model_folder(path))
-    return str(config.get("tokenizer", ""))
+    return read_origin(path).tokenizer
+
+
+def load_own_tokenizer(path: str | Path) -> VQTokenizer:
+    """The tokenizer that a stored generator was trained with, frozen, on the CPU.
+
+    Raises `UserError` when it is not there or its weights have changed since: other codes would decode to noise.
+    """
+    origin = read_origin(path)
+    tokenizer = load_tokenizer(origin.tokenizer)
+    if origin.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"tokenizer: {origin.tokenizer!r} has changed since {path} was trained with it "
+            f"(fingerprint {tokenizer.fingerprint[:12]}, then {str(origin.tokenizer_fingerprint)[:12]}); train again"
+        )
+    return tokenizer
 
 
 def load_generator(path: str | Path) -> ReARGenerator:
@@ -47,7 +90,8 @@ def load_generator(path: str | Path) -> ReARGenerator:
     config, state = checkpoint.read_component(folder)
     if config.pop("component", None) != "generator":
         raise UserError(f"{folder}: not a generator folder (component in config.json)")
-    config.pop("tokenizer", None)
+    for item in fields(Origin):
+        config.pop(item.name, None)
     kind = config.get("kind")
     if kind not in GENERATORS:
         raise unknown(f"{folder}: kind", kind, GENERATORS)

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
 
+# Plain products instead of the fused kernel where `causal_attention` says; benchmarks switch it off to compare.
+FAST_CPU_TRAINING = True
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
 
@@ -55,6 +57,10 @@ class ReARConfig:
             raise UserError(f"model.num_heads: {self.num_heads} does not divide model.width {self.width}")
         if self.num_layers < 1:
             raise UserError(f"model.num_layers: {self.num_layers} is not positive")
+        if self.width * self.mlp_ratio < 1:
+            raise UserError(
+                f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP without a unit; at least 1 / model.width"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout: {self.dropout} is not in [0, 1)")
 
@@ -80,6 +86,25 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(x + shift, x, scale)
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What AdaLN reads at every position: `vectors` (R, L, D), and which of them belongs to each image.
+
+    With fewer classes than images there is one row per class, so that the projections, a third of the model's
+    arithmetic, run once per class; `rows` (B,) then says which. None: row b is image b.
+    """
+
+    vectors: Tensor
+    rows: Tensor | None = None
+
+    def project(self, projection: nn.Module) -> Tensor:
+        """(B, L, n D) <- projection of D to n D."""
+        projected = projection(self.vectors)
+        if self.rows is None:
+            return projected
+        return F.embedding(self.rows, projected.flatten(1)).unflatten(1, projected.shape[1:])
+
+
 class Attention(nn.Module):
     """Causal self-attention with LayerNorm on queries and keys."""
 
@@ -96,13 +121,25 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, L, dim)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if cache is None:
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-            )
+            mixed = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:
             k, v = cache.append(layer, k, v)
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=later_rows_mask(length, k.shape[2], x.device))
         return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal softmax(q k^T / sqrt(dim)) v, all (B, heads, L, dim).
+
+    PyTorch's fused kernel, but for training on a CPU, where its backward pass on short sequences takes three times as
+    long as these plain products (benchmarks/training.py measures both).
+    """
+    if not (FAST_CPU_TRAINING and q.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    length = q.shape[2]
+    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(future, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return (scores.softmax(-1, dtype=q.dtype) @ v.flatten(0, 1)).view_as(q)
 
 
 def later_rows_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
@@ -136,9 +173,9 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.width, 6 * config.width))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, condition: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        """x, condition (B, L, D) -> (B, L, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
+    def forward(self, x: Tensor, condition: Condition, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.project(self.adaLN_modulation).chunk(6, dim=-1)
         x = x + gate_a * self.dropout(self.attn(modulate(self.norm1(x), shift_a, scale_a), cache, layer))
         return x + gate_m * self.dropout(self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
@@ -149,8 +186,8 @@ class HeadModulation(nn.Module):
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        scale, shift = condition.project(self.adaLN_modulation).chunk(2, dim=-1)
         return modulate(self.norm_final(x), shift, scale)
 
 
@@ -242,7 +279,10 @@ class ReARGenerator(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), condition_embedding, x], 1)
         end = start + x.shape[1]
         x = x + self.pos_embed[:, start:end] + self._target_embedding(start, end)
-        step = F.silu(condition_embedding + self.timesteps_embeddings[:, start:end])  # (B, L, D)
+        rows = None
+        if cache is None and self.num_classes + 1 < len(condition):
+            rows, condition_embedding = condition, self.embeddings.weight[self.vocab_size + 1 :].unsqueeze(1)
+        step = Condition(F.silu(condition_embedding + self.timesteps_embeddings[:, start:end]), rows)
         taps = {}
         for layer, block in enumerate(self.blocks):
             x = block(x, step, cache, layer)

@@ -21,13 +21,15 @@ from consonar.errors import UserError
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # Last block of each resolution: 1/2, 1/4, 1/8, 1/16, 1/32 of the input.
 STAGE_ENDS = (0, 2, 4, 10, 15)
+SMALLEST_INPUT = 32
+"""Pixels; below it a kernel is larger than the map it is moved over."""
 MEAN, STD = 127.0 / 255.0, 128.0 / 255.0
 
 
 class EfficientNetLite0(nn.Module):
     """Frozen backbone: images (B, 3, H, W) in [-1, 1] -> five stage maps and pooled features (B, 1280).
 
-    H and W are multiples of 32; images are not resized here. Gradients flow to the images, never to the weights.
+    H and W are `SMALLEST_INPUT` or more, not resized here. Gradients flow to the images, never to the weights.
     """
 
     num_features = 1280

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from consonar.checkpoint import write_atomically
 from consonar.errors import UserError
 
 MAX_RUNS = 6
@@ -97,8 +97,9 @@ class Run:
     reconstruction: Mapping[str, float] = field(default_factory=dict)
 
     def last(self, key: str) -> tuple[int, float] | None:
-        """The last logged (step, value) of one metric, or None where it was never logged."""
-        return next(((line["step"], line[key]) for line in reversed(self.metrics) if key in line), None)
+        """The last logged (step, value) of one metric, or None where it was never logged as a finite number."""
+        found = ((line["step"], line[key]) for line in reversed(self.metrics) if line.get(key) is not None)
+        return next(found, None)
 
     @property
     def method(self) -> str:
@@ -161,15 +162,9 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None, o
     if out.is_dir():
         raise UserError(f"out {out}: is a folder; name a file, for example {out / 'report.html'}")
     if out.exists() and not overwrite:
-        raise UserError(f"out {out}: already exists; choose another name or pass overwrite=True")
+        raise UserError(f"out {out}: already exists; choose another name, or overwrite it (--overwrite)")
     html = render(load_runs(runs), title=title)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8"))
     return out
 
 

@@ -207,7 +207,7 @@ def curve_charts(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 def binned(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """The (step, value) pairs of one metric, as means of equal bins where there are more than `MAX_POINTS`."""
-    points = [(float(line["step"]), float(line[key])) for line in metrics if key in line]
+    points = [(float(line["step"]), float(line[key])) for line in metrics if line.get(key) is not None]
     size = -(-len(points) // MAX_POINTS) or 1
     bins = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(s for s, _ in b) / len(b), sum(v for _, v in b) / len(b)) for b in bins]

@@ -26,7 +26,7 @@ from consonar.config_io import to_dict
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.pictures import save_grid
-from consonar.sampling.sample import SamplerConfig, check_classes, check_fit, sample
+from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
 from consonar.types import Generator, Tokenizer
 
 MAX_GRID_IMAGES = 1024
@@ -47,7 +47,12 @@ class Job:
 def make_job(
     generator: Generator, tokenizer: Tokenizer, labels: Tensor, *, seed: int, sampler: SamplerConfig, source: str
 ) -> Job:
-    """A job of len(labels) images; image i has seed `seed` + i. Raises `UserError` for wrong classes or tokenizer."""
+    """A job of len(labels) images; image i has seed `seed` + i, from 0 to 2^63 - 1.
+
+    Raises `UserError` for a seed outside that range, wrong classes or a tokenizer that does not fit.
+    """
+    if not 0 <= seed <= 2**63 - 1 - len(labels):
+        raise UserError(f"seed: {seed} is not between 0 and 2^63 - 1 less the number of images")
     check_fit(generator, tokenizer)
     check_classes(labels, generator)
     state = cast(nn.Module, generator).state_dict()
@@ -82,8 +87,12 @@ def run_job(
 ) -> Path:
     """Draws the job into `out` (.png, .npz, or a folder) and returns it. `progress` gets the number of images done.
 
-    Raises `UserError` when `out` exists, or when shards of another job lie beside it.
+    Raises `UserError` when `out` exists, for no images or a batch size below 1, and when shards of another job lie
+    beside it.
     """
+    if len(job.labels) == 0:
+        raise UserError("num_samples: a job of 0 images; 1 or more")
+    check_batch_size(batch_size)
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another name")
     if out.suffix == ".png" and len(job.labels) > MAX_GRID_IMAGES:
@@ -108,7 +117,7 @@ def run_job(
             write_atomically(path, partial(write_npz, arrays=arrays))
         if progress:
             progress(min(start + shard_size, len(job.labels)))
-    assemble(sorted(shards.glob("shard_*.npz")), job, out)
+    assemble(shards, job, out)
     shutil.rmtree(shards)
     return out
 
@@ -130,15 +139,16 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **cast(dict[str, Any], arrays))  # else mypy holds the arrays against its flag
 
 
-def assemble(shards: Sequence[Path], job: Job, out: Path) -> None:
-    """Writes the finished output from the shards, one shard in memory at a time."""
+def assemble(folder: Path, job: Job, out: Path) -> None:
+    """Writes the finished output from the shards in `folder`, one shard in memory at a time."""
+    shards = sorted(folder.glob("shard_*.npz"))
     if out.suffix == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path in shards])
         save_grid(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, out)
     elif out.suffix == ".npz":
         write_atomically(out, partial(merge_npz, shards, job))
     else:
-        unfinished = out.with_name(f".{out.name}.partial")
+        unfinished = folder / "pictures"
         unfinished.mkdir(parents=True, exist_ok=True)
         index = 0
         for path in shards:

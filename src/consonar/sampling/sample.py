@@ -7,6 +7,7 @@ on its seed, class and settings, not on the batch it is drawn in; two models sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -40,15 +41,14 @@ class SamplerConfig:
     """Last guided position of interval; None: all."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature: {self.temperature} is negative")
+        for key in ("temperature", "guidance_scale", "guidance_power"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"{key}: {getattr(self, key)} is negative or not finite")
         if self.top_k < 0:
             raise UserError(f"top_k: {self.top_k} is negative")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
-        if self.guidance_scale < 0:
-            raise UserError(f"guidance_scale: {self.guidance_scale} is negative")
-        if self.guidance_power <= 0:
+        if self.guidance_power == 0:
             raise UserError(f"guidance_power: {self.guidance_power} is not positive")
 
     def scale(self, position: int, num_tokens: int) -> float:
@@ -152,10 +152,12 @@ def sample(
     """Images for class ids `condition` (B,) int64, row b from `seeds[b]`.
 
     Drawn in batches of `batch_size` on the generator's device, which the tokenizer shares; returned on the CPU.
-    Raises `UserError` for a class that the generator does not have or a tokenizer that does not fit it.
+    Raises `UserError` for a class that the generator does not have, a tokenizer that does not fit it, or a batch size
+    below 1.
     """
     condition = torch.as_tensor(condition, dtype=torch.int64)
     seeds = range(len(condition)) if seeds is None else seeds
+    check_batch_size(batch_size)
     check_fit(generator, tokenizer)
     check_classes(condition, generator)
     if not 0 < len(condition) == len(seeds):
@@ -169,6 +171,11 @@ def sample(
         parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
     images, tokens, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return Samples(images, tokens, entropy)
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not a number of images, 1 or more")
 
 
 def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:

@@ -49,8 +49,21 @@ class VQConfig:
     """Search and decode unit-norm codes."""
 
     def __post_init__(self) -> None:
+        for key in (
+            "image_size",
+            "base_channels",
+            "num_groups",
+            "vocab_size",
+            "code_dim",
+            "num_res_blocks",
+            "latent_channels",
+        ):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
+        if not self.channel_multipliers:
+            raise UserError("model.channel_multipliers: empty; one number per resolution, e.g. 1 2 4 8")
         factor = 2 ** (len(self.channel_multipliers) - 1)
-        if not self.channel_multipliers or self.image_size % factor:
+        if self.image_size % factor:
             raise UserError(
                 f"model.image_size: {self.image_size} is not a multiple of {factor} "
                 f"(2 to the number of channel_multipliers less one)"
@@ -60,9 +73,6 @@ class VQConfig:
                 raise UserError(
                     f"model.num_groups: {self.num_groups} does not divide {self.base_channels * multiplier} channels"
                 )
-        for key in ("vocab_size", "code_dim", "num_res_blocks", "latent_channels"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
 
 
 @dataclass(frozen=True)

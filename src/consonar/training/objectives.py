@@ -101,10 +101,7 @@ class Consistency:
     def __init__(self, config: ConsistencyConfig, tokenizer: Tokenizer, *, total_steps: int, seed: int, rank: int = 0):
         self.config, self.tokenizer = config, tokenizer
         self.total_steps, self.seed, self.rank = total_steps, seed, rank
-        self.neighbours: Tensor | None = None
-        if config.noise.corruption == "nearest":
-            codebook = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
-            self.neighbours = noise.code_neighbours(codebook, min(config.noise.num_neighbours, len(codebook) - 1))
+        self.neighbours: Tensor | None = None  # made when first needed, on the device of the tokens
 
     def noise_rate(self, step: int) -> float:
         """f(t) at this step."""
@@ -137,7 +134,9 @@ class Consistency:
                 raise UserError(
                     "objective.noise.corruption: 'mask' needs a generator with a mask token; choices: uniform, nearest"
                 )
-        neighbours = None if self.neighbours is None else self.neighbours.to(tokens.device)
+        if settings.corruption == "nearest" and self.neighbours is None:
+            codebook = self.tokenizer.embed(torch.arange(self.tokenizer.vocab_size, device=tokens.device)[None])[0]
+            self.neighbours = noise.code_neighbours(codebook, min(settings.num_neighbours, len(codebook) - 1))
         return noise.corrupt_tokens(
             tokens,
             noise.draw_noise_rates(settings.schedule, rate, len(tokens), rng),
@@ -145,7 +144,7 @@ class Consistency:
             rng,
             corruption=settings.corruption,
             mask_token=mask_token,
-            neighbours=neighbours,
+            neighbours=self.neighbours,
         )
 
     def loss(self, model: Trainee, rollout: Rollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:

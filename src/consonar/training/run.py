@@ -17,7 +17,7 @@ from consonar.data.loader import ImageBatches, TokenBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.generators import save_generator
+from consonar.generators import Origin, save_generator
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed, generator
 from consonar.tokenizers import load_tokenizer, save_tokenizer
@@ -44,6 +44,8 @@ def train(
 
     Raises `UserError` when the folder already has a run, or for data that do not fit, and `NonFiniteLoss`.
     """
+    if stop_at is not None and stop_at < 1:
+        raise UserError(f"--stop-at: {stop_at} is not a step, 1 or more")
     out = Path(out)
     world = distributed.start(config.loop.device)
     try:
@@ -92,7 +94,7 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
     finally:
         tracker.close()
     if world.is_main and state.step == config.loop.steps:
-        export(state, out / "model", config)
+        export(state, out / "model", config, batches)
     return out
 
 
@@ -138,8 +140,11 @@ def build_generator_run(
     )
     batches = TokenBatches(store, batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
-    if config.data.validation_tokens:
-        held_out = open_store(config.data.validation_tokens, "data.validation_tokens", tokenizer)
+    beside = f"{store.path}-validation"
+    validation_tokens = config.data.validation_tokens or (beside if Path(beside).is_dir() else None)
+    if validation_tokens:
+        held_out = open_store(validation_tokens, "data.validation_tokens", tokenizer)
+        check_classes(store, held_out)
         validation = TokenBatches(held_out, batch_size=batch_size, seed=config.seed)
         callbacks.validate = lambda model: objective.validate(model, on_device(validation, batch_size, world))
     return trainee, objective, batches, callbacks
@@ -195,6 +200,21 @@ def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
     return store
 
 
+def check_classes(store: TokenStore, held_out: TokenStore) -> None:
+    """Raises `UserError` unless label i means the same in both stores, and training has every label of validation."""
+    same_names = held_out.class_names == store.class_names
+    if (
+        not same_names
+        or held_out.num_classes > store.num_classes
+        or bool(held_out.num_classes) != bool(store.num_classes)
+    ):
+        ours, theirs = (", ".join(s.class_names or ()) or f"{s.num_classes} without names" for s in (store, held_out))
+        raise UserError(
+            f"data.validation_tokens: {held_out.path} has the classes {theirs}, but {store.path} has {ours}; "
+            "tokenize both as splits of one data set"
+        )
+
+
 def load_images(spec: str, split: str, image_size: int) -> torch.Tensor:
     """All images of a source, centre-cropped: (n, S, S, 3) uint8 in memory."""
     import numpy as np
@@ -232,13 +252,18 @@ def compile_blocks(trainee: nn.Module) -> None:
         trainee.tokenizer.decoder.compile()
 
 
-def export(state: State, folder: Path, config: TrainConfig) -> None:
+def export(state: State, folder: Path, config: TrainConfig, batches: Batches) -> None:
     """Writes the released component: the averaged weights where there is an average, heads left out."""
     model = state.model
     if state.average is not None:
         model.load_state_dict(state.average)
     if isinstance(model, Trainee):
-        save_generator(model.generator, folder, tokenizer=config.tokenizer or "")
+        assert isinstance(batches, TokenBatches) and config.tokenizer
+        store = batches.store
+        origin = Origin(
+            tokenizer=config.tokenizer, tokenizer_fingerprint=store.fingerprint, class_names=store.class_names
+        )
+        save_generator(model.generator, folder, origin)
     else:
         assert isinstance(model, TokenizerTrainee)
         save_tokenizer(model.tokenizer, folder)

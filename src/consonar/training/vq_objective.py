@@ -66,6 +66,8 @@ class ReconstructionConfig:
         ):
             if getattr(self, key) < 0:
                 raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
+        if not 0 <= self.revive_until <= 1:
+            raise UserError(f"objective.revive_until: {self.revive_until} is not in [0, 1]")
         for key in ("discriminator_start", "revive_after"):
             if getattr(self, key) < 0:
                 raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
