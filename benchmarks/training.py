@@ -13,6 +13,7 @@ import torch
 from common import interleaved, ratio, write_result
 
 from consonar.distributed import pick_device, pick_precision
+from consonar.generators import rear as rear_module
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import load_tokenizer
@@ -61,22 +62,31 @@ def main() -> None:
     rear = ConsistencyConfig(
         embedding_weight=1.0, head_width=head_width, noise=NoiseConfig(schedule="truncated_linear")
     )
+    plain = make_step(ConsistencyConfig(), args, "auto")
+
+    def fused_attention() -> None:
+        rear_module.FAST_CPU_TRAINING = False
+        plain()
+        rear_module.FAST_CPU_TRAINING = True
+
     seconds = interleaved(
         {
-            "plain AR": make_step(ConsistencyConfig(), args, "auto"),
+            "plain AR": plain,
             "reAR": make_step(rear, args, "auto"),
             "plain AR fp32": make_step(ConsistencyConfig(), args, "fp32"),
+            "plain AR fused attention": fused_attention,
         },
         args.rounds,
     )
     figures = {
         "reAR / plain AR": round(ratio(seconds, "reAR", "plain AR"), 3),
         "fp32 / auto precision": round(ratio(seconds, "plain AR fp32", "plain AR"), 2),
+        "fused attention / plain products": round(ratio(seconds, "plain AR fused attention", "plain AR"), 2),
         "auto precision": str(pick_precision("auto", pick_device("auto"))),
         "seconds": seconds,
     }
     config = {"preset": args.preset, "layers": args.layers, "batch_size": args.batch_size, "head_width": head_width}
-    write_result("training", config, 0, figures)
+    write_result(f"training_{args.preset}", config, 0, figures)
 
 
 if __name__ == "__main__":

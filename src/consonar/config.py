@@ -16,7 +16,7 @@ from consonar.config_io import from_dict, merge, to_dict
 from consonar.distributed import DEVICES, PRECISIONS
 from consonar.errors import UserError, unknown
 from consonar.generators.rear import ReARConfig
-from consonar.perceptual.efficientnet import SMALLEST_INPUT
+from consonar.perceptual import SMALLEST_INPUT
 from consonar.tokenizers.vq import VQConfig
 from consonar.training.objectives import ConsistencyConfig
 from consonar.training.optim import OptimConfig
@@ -30,7 +30,7 @@ class DataConfig:
     tokens: str | None = None
     """Folder of the token store (made by `consonar tokenize`)."""
     validation_tokens: str | None = None
-    """Folder of the token store used for validation; None: `TOKENS-validation` where there is one, else none."""
+    """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
     images: str | None = None
     """Image source for a tokenizer: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
     flip: bool = False
@@ -53,7 +53,7 @@ class LoopConfig:
     """Steps between validations; 0: at the end only."""
     sample_every: int = 0
     """Steps between sample grids; 0: at the end only."""
-    save_every: int = 0
+    save_every: int = 500
     """Steps between resume checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
     """Resume checkpoints kept."""
@@ -124,12 +124,13 @@ class TrainConfig:
             raise UserError(f"tokenizer: {self.tokenizer!r} is read only when a generator is trained; remove it")
         if trains_generator and not self.tokenizer:
             raise UserError("tokenizer: a generator needs the name or folder of its tokenizer")
-        compares_features = isinstance(self.objective, ReconstructionConfig) and self.objective.perceptual_weight > 0
-        if compares_features and isinstance(self.model, VQConfig) and self.model.image_size < SMALLEST_INPUT:
-            raise UserError(
-                f"objective.perceptual_weight: its network reads images of {SMALLEST_INPUT} px or more, "
-                f"model.image_size is {self.model.image_size}; set it to 0"
-            )
+        if isinstance(self.objective, ReconstructionConfig) and isinstance(self.model, VQConfig):
+            smallest = SMALLEST_INPUT[self.objective.perceptual]
+            if self.objective.perceptual_weight > 0 and self.model.image_size < smallest:
+                raise UserError(
+                    f"objective.perceptual_weight: {self.objective.perceptual} reads images of {smallest} px or more, "
+                    f"model.image_size is {self.model.image_size}; set it to 0"
+                )
         if self.seed < 0:
             raise UserError(f"seed: {self.seed} is negative")
 

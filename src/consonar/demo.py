@@ -24,7 +24,7 @@ from consonar.tokenizers import load_tokenizer
 from consonar.training.run import train
 
 TOKENIZER = "openmoji-64"
-STEPS_PER_MINUTE = 52
+STEPS_PER_MINUTE = 46
 """Optimiser steps of each run per minute of budget: what two CPU cores manage with measuring included."""
 TEMPERATURES = (1.0, 0.9, 0.8)
 NUM_SAMPLES = 1024

@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from consonar.checkpoint import file_sha256
+from consonar.config import TrainConfig
 from consonar.distributed import World
-from consonar.tokenizers.vq import VQTokenizer
+from consonar.errors import UserError
+from consonar.perceptual import lpips
+from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
 from consonar.training.trainee import Trainee
 from consonar.training.vq_objective import Reconstruction, ReconstructionConfig, TokenizerTrainee
@@ -213,3 +217,51 @@ def test_reconstruction_validation(reconstruction, batch):
     assert measured["psnr"] == pytest.approx((10 * (4 / error).log10()).mean().item(), rel=1e-5)
     assert measured["usage"] == pytest.approx(len(tokens.unique()) / 32)
     assert 1 <= measured["perplexity"] <= len(tokens.unique()) + 1e-6
+
+
+def test_lpips_is_the_perceptual_term_when_chosen(reconstruction, batch, tmp_path, monkeypatch):
+    path = tmp_path / "vgg16.pth"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(lpips.VGG16Features().state_dict(), path)
+    monkeypatch.setattr(lpips, "WEIGHTS_SHA256_PREFIX", file_sha256(path)[:8])  # stand-in weights, not the published
+    config = ReconstructionConfig(perceptual="lpips", perceptual_weights=str(path), perceptual_weight=0.5)
+    objective, trainee = reconstruction(config)
+    path.unlink()
+    loss, terms = objective.loss(trainee, only_rollout(objective, trainee, batch), 0)
+    output = trainee.tokenizer(batch.images)
+    torch.testing.assert_close(terms["perceptual"], objective.perceptual(output.reconstruction, batch.images).mean())
+    assert objective.perceptual.name == "lpips" and terms["perceptual"] > 0
+    rest = terms["mse"] + terms["codebook"] + 0.25 * terms["commitment"]
+    torch.testing.assert_close(loss, rest + 0.5 * terms["perceptual"])
+    terms["perceptual"].backward()
+    assert trainee.tokenizer.decoder.conv_out.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in objective.perceptual.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"perceptual": "lpip"}, "objective.perceptual: unknown 'lpip' (did you mean 'lpips'?)"),
+        ({"perceptual_weights": "vgg16.pth"}, "objective.perceptual_weights: 'vgg16.pth' is read only with"),
+        ({"perceptual": "lpips", "perceptual_weight": 0, "perceptual_weights": "vgg16.pth"}, "remove it"),
+    ],
+)
+def test_a_perceptual_setting_that_nothing_reads_is_refused(settings, expected):
+    with pytest.raises(UserError) as caught:
+        ReconstructionConfig(**settings)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("perceptual", "smallest"), [("efficientnet-lite0", 32), ("lpips", 16)])
+def test_images_too_small_for_the_perceptual_network_are_refused(perceptual, smallest):
+    def config(size: int) -> TrainConfig:
+        return TrainConfig(
+            recipe="tiny",
+            model=VQConfig(image_size=size, channel_multipliers=(1, 1, 2)),
+            objective=ReconstructionConfig(perceptual=perceptual),
+        )
+
+    assert config(smallest).model.image_size == smallest
+    with pytest.raises(UserError, match=f"{perceptual} reads images of {smallest} px or more"):
+        config(smallest // 2)

@@ -47,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"consonar: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = f" while writing {error.filename}" if error.filename else ""
-        print(f"consonar: the disk is full{place}; what was complete is kept", file=sys.stderr)
+        # The machine said no (full disk, no permission, a file where a folder should be): the user's to mend.
+        place = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full; what was complete is kept" if full else error.strerror or str(error)
+        print(f"consonar: {place}{reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("consonar: interrupted", file=sys.stderr)
+        print("consonar: interrupted; the same command (train: with --resume) goes on", file=sys.stderr)
         sys.exit(130)
 
 

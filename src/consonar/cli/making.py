@@ -161,13 +161,13 @@ def sample_command(args: Sequence[str]) -> None:
             device: auto, cpu or cuda.
         """
         from consonar.distributed import pick_device
-        from consonar.generators import load_generator, read_tokenizer_name
+        from consonar.generators import load_generator, load_own_tokenizer
         from consonar.sampling.job import make_job, run_job
         from consonar.tokenizers import load_tokenizer
 
         place = pick_device(device)
         model = load_generator(generator).to(place)
-        codec = load_tokenizer(tokenizer or read_tokenizer_name(generator)).to(place)
+        codec = (load_tokenizer(tokenizer) if tokenizer else load_own_tokenizer(generator)).to(place)
         labels = class_list(classes, num_samples, model.num_classes)
         job = make_job(model, codec, labels, seed=seed, sampler=sampler, source=str(generator))
         with counting("sample") as count:

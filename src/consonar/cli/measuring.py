@@ -1,6 +1,7 @@
 """Commands that measure and show: evaluate, report."""
 
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -13,6 +14,7 @@ def evaluate(
     *,
     reference: str,
     out: Path | None = None,
+    tokenizer: str | None = None,
     temperatures: str = "1",
     num_samples: int = 2048,
     draws: int = 4,
@@ -28,6 +30,8 @@ def evaluate(
             the results are written into the run, where `consonar report` finds them.
         reference: openmoji-64, an .npz of images or statistics, a folder, hf:owner/name.
         out: Where to write the results of samples (JSON).
+        tokenizer: Of samples: name or folder of their tokenizer, for the copy rate in tokens (default: the one that
+            the file names, when it is a shipped one).
         temperatures: Of a run: the grid, e.g. 1,0.9,0.8.
         num_samples: Of a run: images drawn per temperature.
         draws: Disjoint parts whose spread is reported.
@@ -37,42 +41,68 @@ def evaluate(
         overwrite: Replace results that are there.
     """
     from consonar.distributed import pick_device
-    from consonar.generators import read_component_kind
 
     place = str(pick_device(device))
     if (samples / "config.json").is_file() and (samples / "metrics.jsonl").is_file():
-        from consonar.evaluation.frontier import evaluate_run, evaluate_tokenizer
-
         if out is not None:
             raise UserError("--out: the results of a run are written into its folder; leave --out away")
-        if read_component_kind(samples) == "tokenizer":
-            metrics = evaluate_tokenizer(samples, reference=reference, device=place, overwrite=overwrite)
-            print_metrics({key: {"value": value, "spread": None} for key, value in metrics.items()}, str(samples))
-            return
-        try:
-            grid = [float(word) for word in temperatures.split(",")]
-        except ValueError as error:
-            raise UserError(f"--temperatures: {temperatures!r} is not a list of numbers such as 1,0.9,0.8") from error
-        content = evaluate_run(
-            samples, reference=reference, temperatures=grid, num_samples=num_samples, draws=draws,
-            seed=seed, batch_size=batch_size, device=place, overwrite=overwrite, progress=say,
-        )  # fmt: skip
-        for row in content["rows"]:
-            print_metrics(row["metrics"], f"temperature {row['temperature']:g}")
-        say(f"results: {samples / 'results.json'}")
+        if tokenizer is not None:
+            raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
+        grid = number_list(temperatures)
+        sampling = {"num_samples": num_samples, "draws": draws, "seed": seed, "batch_size": batch_size}
+        evaluate_folder(samples, reference, place, overwrite=overwrite, temperatures=grid, **sampling)
+    else:
+        settings = {"draws": draws, "seed": seed, "batch_size": batch_size, "device": place}
+        evaluate_samples(samples, reference, out, tokenizer, overwrite=overwrite, **settings)
+
+
+def number_list(text: str) -> list[float]:
+    """[1.0, 0.9] <- "1,0.9"; `UserError` for what is not a number."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--temperatures: {text!r} is not a list of numbers such as 1,0.9,0.8") from error
+
+
+def evaluate_folder(run: Path, reference: str, device: str, *, overwrite: bool, **sampling: Any) -> None:
+    """Measures a run folder by what it holds: a tokenizer, or a generator."""
+    from consonar.evaluation.frontier import evaluate_run, evaluate_tokenizer
+    from consonar.generators import read_component_kind
+
+    if read_component_kind(run) == "tokenizer":
+        metrics = evaluate_tokenizer(run, reference=reference, device=device, overwrite=overwrite)
+        print_metrics({key: {"value": value, "spread": None} for key, value in metrics.items()}, str(run))
         return
+    content = evaluate_run(run, reference=reference, device=device, overwrite=overwrite, progress=say, **sampling)
+    for row in content["rows"]:
+        print_metrics(row["metrics"], f"temperature {row['temperature']:g}")
+    say(f"results: {run / 'results.json'}")
+
+
+def evaluate_samples(
+    path: Path, reference: str, out: Path | None, tokenizer: str | None, *, overwrite: bool, **settings: Any
+) -> None:
+    """Measures a sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
+    from consonar.evaluation.evaluate import encode_reference, load_samples, open_reference
     from consonar.evaluation.evaluate import evaluate as measure
+    from consonar.tokenizers import SHIPPED, load_tokenizer
 
     if out is not None and out.exists() and not overwrite:
         raise UserError(f"--out: {out} exists; choose another name, or add --overwrite")
+    samples = load_samples(path)
+    target = open_reference(reference, samples.image_size)
+    stored = samples.settings or {}
+    name = tokenizer or (stored.get("tokenizer") if stored.get("tokenizer") in SHIPPED else None)
+    if name is not None and samples.tokens is not None:
+        codec = load_tokenizer(name)
+        if stored.get("tokenizer_fingerprint", codec.fingerprint) != codec.fingerprint:
+            raise UserError(f"tokenizer: {path} was decoded by other weights than those of {name!r} here")
+        target = encode_reference(target, codec)
     with counting("evaluate") as count:
-        results = measure(
-            samples, reference, draws=draws, seed=seed, batch_size=batch_size, device=place,
-            progress=lambda name, done: count(done, None),
-        )  # fmt: skip
-    print_metrics({k: {"value": m.value, "spread": m.spread} for k, m in results.metrics.items()}, str(samples))
-    for name, reason in results.unavailable.items():
-        say(f"{name}: not measured ({reason})")
+        results = measure(samples, target, progress=lambda name, done: count(done, None), **settings)
+    print_metrics({k: {"value": m.value, "spread": m.spread} for k, m in results.metrics.items()}, str(path))
+    for metric, reason in results.unavailable.items():
+        say(f"{metric}: not measured ({reason})")
     if out is not None:
         results.to_json(out, overwrite=overwrite)
         say(f"results: {out}")

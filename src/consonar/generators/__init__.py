@@ -61,11 +61,6 @@ def read_origin(path: str | Path) -> Origin:
     return from_dict(values, str(folder / "config.json"), Origin)
 
 
-def read_tokenizer_name(path: str | Path) -> str:
-    """The name or folder of the tokenizer that a stored generator was trained with."""
-    return read_origin(path).tokenizer
-
-
 def load_own_tokenizer(path: str | Path) -> VQTokenizer:
     """The tokenizer that a stored generator was trained with, frozen, on the CPU.
 

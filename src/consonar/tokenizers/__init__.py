@@ -26,7 +26,7 @@ def save_tokenizer(tokenizer: VQTokenizer, folder: Path, *, dtype: str = "float3
 
 
 def load_tokenizer(name_or_path: str | Path) -> VQTokenizer:
-    """A frozen tokenizer in evaluation mode on the CPU, from a name (`openmoji-64`) or a component folder.
+    """A frozen tokenizer in evaluation mode on the CPU, from a name (`openmoji-64`), a run or a component folder.
 
     Raises `UserError` for an unknown name, a missing or damaged folder, or weights of another shape.
     """
@@ -35,6 +35,8 @@ def load_tokenizer(name_or_path: str | Path) -> VQTokenizer:
         path = PRETRAINED / str(name_or_path)
     elif not path.is_dir():
         raise unknown("tokenizer", str(name_or_path), [*SHIPPED, "a folder with config.json and model.safetensors"])
+    elif (path / "model").is_dir():
+        path = path / "model"
     config, state = checkpoint.read_component(path)
     if config.pop("component", None) != "tokenizer":
         raise UserError(f"{path}: not a tokenizer folder (component in config.json)")

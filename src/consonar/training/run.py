@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from consonar.errors import UserError
 from consonar.generators import Origin, save_generator
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed, generator
-from consonar.tokenizers import load_tokenizer, save_tokenizer
+from consonar.tokenizers import SHIPPED, load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.tracking import Tracker, check_sinks
 from consonar.training.loop import Batches, Callbacks, State, to_device, train_loop
@@ -61,6 +62,7 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
             f"loop.batch_size: {config.loop.batch_size} is not a multiple of {world.size} processes "
             f"x {config.loop.accumulation} micro-batches"
         )
+    config = with_validation(config)
     check_sinks(config.loop.trackers)
     check_folder(config, out, resume)
     build = build_generator_run if isinstance(config.model, ReARConfig) else build_tokenizer_run
@@ -96,6 +98,14 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
     if world.is_main and state.step == config.loop.steps:
         export(state, out / "model", config, batches)
     return out
+
+
+def with_validation(config: TrainConfig) -> TrainConfig:
+    """The configuration with the validation store that lies beside the training store named, where it was left open."""
+    beside = f"{config.data.tokens}-validation"
+    if config.data.tokens and config.data.validation_tokens is None and Path(beside).is_dir():
+        return replace(config, data=replace(config.data, validation_tokens=beside))
+    return config
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
@@ -140,10 +150,8 @@ def build_generator_run(
     )
     batches = TokenBatches(store, batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
-    beside = f"{store.path}-validation"
-    validation_tokens = config.data.validation_tokens or (beside if Path(beside).is_dir() else None)
-    if validation_tokens:
-        held_out = open_store(validation_tokens, "data.validation_tokens", tokenizer)
+    if config.data.validation_tokens:
+        held_out = open_store(config.data.validation_tokens, "data.validation_tokens", tokenizer)
         check_classes(store, held_out)
         validation = TokenBatches(held_out, batch_size=batch_size, seed=config.seed)
         callbacks.validate = lambda model: objective.validate(model, on_device(validation, batch_size, world))
@@ -260,9 +268,9 @@ def export(state: State, folder: Path, config: TrainConfig, batches: Batches) ->
     if isinstance(model, Trainee):
         assert isinstance(batches, TokenBatches) and config.tokenizer
         store = batches.store
-        origin = Origin(
-            tokenizer=config.tokenizer, tokenizer_fingerprint=store.fingerprint, class_names=store.class_names
-        )
+        # A folder is stored whole, so that the model works from any directory.
+        name = config.tokenizer if config.tokenizer in SHIPPED else str(Path(config.tokenizer).resolve())
+        origin = Origin(tokenizer=name, tokenizer_fingerprint=store.fingerprint, class_names=store.class_names)
         save_generator(model.generator, folder, origin)
     else:
         assert isinstance(model, TokenizerTrainee)

@@ -23,8 +23,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from consonar import distributed
-from consonar.errors import UserError
+from consonar.errors import UserError, unknown
+from consonar.perceptual import SMALLEST_INPUT
 from consonar.perceptual.efficientnet import PerceptualDistance
+from consonar.perceptual.lpips import load_lpips
 from consonar.seeding import generator
 from consonar.tokenizers import quantizer
 from consonar.tokenizers.vq import VQTokenizer, normalization
@@ -41,7 +43,11 @@ class ReconstructionConfig:
     chroma_weight: float = 0.0
     """Mean squared error of colour differences (pixel minus its grey level), on top of `mse_weight`."""
     perceptual_weight: float = 0.1
-    """EfficientNet-Lite0 feature distance."""
+    """Distance of network features, by `perceptual`."""
+    perceptual: Literal["efficientnet-lite0", "lpips"] = "efficientnet-lite0"
+    """Which feature distance: EfficientNet-Lite0 (comes with pip) or LPIPS (needs the VGG16 weights)."""
+    perceptual_weights: str | None = None
+    """File of torchvision's VGG16 weights, for lpips; None: vgg16-397923af.pth in the cache folder."""
     codebook_weight: float = 1.0
     """Pulls codes to encoder vectors."""
     commitment_weight: float = 0.25
@@ -66,6 +72,13 @@ class ReconstructionConfig:
         ):
             if getattr(self, key) < 0:
                 raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
+        if self.perceptual not in SMALLEST_INPUT:
+            raise unknown("objective.perceptual", self.perceptual, SMALLEST_INPUT)
+        if self.perceptual_weights is not None and not (self.perceptual == "lpips" and self.perceptual_weight > 0):
+            raise UserError(
+                f"objective.perceptual_weights: {self.perceptual_weights!r} is read only with objective.perceptual "
+                "'lpips' and a perceptual_weight over 0; remove it"
+            )
         if not 0 <= self.revive_until <= 1:
             raise UserError(f"objective.revive_until: {self.revive_until} is not in [0, 1]")
         for key in ("discriminator_start", "revive_after"):
@@ -113,7 +126,11 @@ class Reconstruction:
 
     def __init__(self, config: ReconstructionConfig, *, total_steps: int, seed: int, world: distributed.World):
         self.config, self.total_steps, self.seed, self.world = config, total_steps, seed, world
-        self.perceptual = PerceptualDistance().to(world.device) if config.perceptual_weight > 0 else None
+        self.perceptual: nn.Module | None = None
+        if config.perceptual_weight > 0:
+            lpips = config.perceptual == "lpips"
+            distance = load_lpips(config.perceptual_weights) if lpips else PerceptualDistance()
+            self.perceptual = distance.to(world.device)
 
     @torch.no_grad()
     def rollout(self, model: TokenizerTrainee, batch: Batch, step: int) -> Iterator[Rollout]:
