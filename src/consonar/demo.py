@@ -24,10 +24,10 @@ from consonar.tokenizers import load_tokenizer
 from consonar.training.run import train
 
 TOKENIZER = "openmoji-64"
-STEPS_PER_MINUTE = 46
+STEPS_PER_MINUTE = 34
 """Optimiser steps of each run per minute of budget: what two CPU cores manage with measuring included."""
-TEMPERATURES = (1.0, 0.9, 0.8)
-NUM_SAMPLES = 1024
+TEMPERATURES = (1.0, 0.8, 0.6)
+NUM_SAMPLES = 768
 RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}
 
 

@@ -280,7 +280,7 @@ class ReARGenerator(nn.Module):
         end = start + x.shape[1]
         x = x + self.pos_embed[:, start:end] + self._target_embedding(start, end)
         rows = None
-        if cache is None and self.num_classes + 1 < len(condition):
+        if self.num_classes + 1 < len(condition):
             rows, condition_embedding = condition, self.embeddings.weight[self.vocab_size + 1 :].unsqueeze(1)
         step = Condition(F.silu(condition_embedding + self.timesteps_embeddings[:, start:end]), rows)
         taps = {}

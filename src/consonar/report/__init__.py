@@ -27,7 +27,7 @@ RESULTS_SCHEMA = 1
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number of `results.json`; `spread` is its standard deviation over repeated draws, where it was measured."""
+    """One number of `results.json`; `spread` is its standard deviation over disjoint parts of the samples, or None."""
 
     value: float
     spread: float | None = None

@@ -42,6 +42,7 @@ CURVES = {
     "train/align_current": "Alignment with the current token's code (cosine distance)",
     "train/align_next": "Alignment with the next token's code (cosine distance)",
     "validation/accuracy": "Validation accuracy (share of tokens)",
+    "validation/entropy": "Validation entropy (nats per token)",
     "validation/psnr": "Validation PSNR (dB)",
     "train/mse": "Training squared error",
     "train/perceptual": "Training perceptual distance",
@@ -130,7 +131,7 @@ def _distance_chart(series: Sequence[tuple[int, list[tuple[float, Any]]]], runs:
     label = "Line chart: Fréchet distance to held-out images over sampling temperature"
     return {
         "title": "Distance to held-out images over temperature",
-        "note": f"Lower is closer. Bars are the spread over repeated draws.{real}",
+        "note": f"Lower is closer. Bars are the spread.{real}",
         "svg": _svg(draw, "fd", label, inches=(4.6, 3.1)),
     }
 

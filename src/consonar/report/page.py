@@ -20,6 +20,8 @@ from consonar.report.images import nearest_blocks, reconstruction_groups, sample
 HEADINGS = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
+    "l1": "mean absolute error",
+    "num_images": "images measured",
     "usage": "codes used",
     "perplexity": "perplexity",
     "entropy": "entropy (nats)",
@@ -163,8 +165,10 @@ def _sharpness(base: str, at_one: Mapping[str, Measurement], best: Mapping[str, 
 
 
 def _copy_finding(best: Mapping[str, ResultRow]) -> str:
-    name = next((n for row in best.values() for n in row.metrics if n.startswith("copy rate (features)")), None)
-    name = name or next((n for row in best.values() for n in row.metrics if n.startswith("copy rate")), None)
+    # Of several copy rates the one that finds most copies: the others would hide them.
+    names = sorted({n for row in best.values() for n in row.metrics if n.startswith("copy rate")})
+    highest = {n: max(row.metrics[n].value for row in best.values() if n in row.metrics) for n in names}
+    name = max(names, key=lambda n: highest[n], default=None)
     rates = {n: row.metrics[name] for n, row in best.items() if name in row.metrics} if name else {}
     if not rates:
         return "No copy rate was measured, so it stays open how much of any score is memory of the training images."
