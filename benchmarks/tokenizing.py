@@ -62,7 +62,7 @@ def main() -> None:
         "images per second, whole": round(args.images / min(seconds["whole"]), 1),
         "seconds": seconds,
     }
-    write_result("tokenize", {"images": args.images, "source": "jpeg 320x256", "batch_size": 64}, 0, figures)
+    write_result("tokenizing", {"images": args.images, "source": "jpeg 320x256", "batch_size": 64}, 0, figures)
 
 
 def decoded(record: ImageRecord) -> torch.Tensor:

@@ -62,6 +62,24 @@ def pictures(demo: Path, results: dict[str, dict[str, Any]]) -> None:
     save_grid(to_images(np.concatenate(rows)), images / "reconstructions.png", columns=10)
 
 
+def overview(demo: Path, results: dict[str, dict[str, Any]]) -> None:
+    """The README's picture, twenty images each: originals, reconstructions, plain AR, reAR (both at the middle temperature)."""
+    with np.load(demo / "rear" / "reconstructions.npz") as arrays:
+        parts = [arrays["originals"][:20], arrays["reconstructions"][:20]]
+    for run, content in results.items():
+        with np.load(demo / run / content["rows"][1]["samples"]) as arrays:
+            parts.append(arrays["images"][:20])
+    save_grid(to_images(np.concatenate(parts)), DOCS / "images" / "overview.png", columns=10)
+
+
+def lowest(lines: list[dict[str, float]]) -> str:
+    """Where validation cross-entropy was lowest."""
+    line = min(
+        (line for line in lines if "validation/cross_entropy" in line), key=lambda e: e["validation/cross_entropy"]
+    )
+    return f"{line['validation/cross_entropy']:.3f} at step {line['step']}"
+
+
 def main() -> None:
     demo = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     settings = json.loads((demo / "demo.json").read_text())
@@ -73,8 +91,9 @@ def main() -> None:
     reconstruction = json.loads((demo / "rear" / "reconstruction.json").read_text())
     first = results["rear"]
     row = first["rows"][0]
-    floor = first["noise_floor"].get("FD(efficientnet-lite0) validation", {}).get("value")
+    floor = next((entry["value"] for entry in first["noise_floor"].values()), None)
     pictures(demo, results)
+    overview(demo, results)
     lines = [
         "# Results", "",
         "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own.", "",
@@ -95,7 +114,9 @@ def main() -> None:
         + "; ".join(
             f"{NAMES[run]} cross-entropy {line['validation/cross_entropy']:.3f} nats, accuracy {line['validation/accuracy']:.3f}"
             for run, line in final.items()
-        ) + ".",
+        ) + ". Lowest on the way: "
+        + "; ".join(f"{NAMES[run]} {lowest(lines)}" for run, lines in last.items())
+        + ".",
         "" if floor is None else f"\nReal validation images against the training images: FD {floor:.1f}.", "",
         "One seed and one budget: a difference smaller than the spread is no difference, and the spread does not cover "
         "training again with another seed.", "",
