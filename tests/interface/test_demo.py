@@ -18,7 +18,7 @@ def test_demo_makes_a_page_and_goes_on_where_it_stopped(
     monkeypatch.setattr(demo, "NUM_SAMPLES", 40)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.9))
     out = tmp_path / "demo"
-    argv = ["demo", "--out", str(out), "--minutes", "0.2"]
+    argv = ["demo", "--out", str(out), "--minutes", "0.3"]
     original = demo.evaluate_run
     monkeypatch.setattr(demo, "evaluate_run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as stop:
