@@ -63,7 +63,7 @@ def check_keys(values: Any, kind: type, where: str, path: str = "") -> None:
         if key not in known:
             raise UserError(f"{where}: {unknown(f'{path}{key}', key, known)}")
         options = variants(known[key])
-        if options:
+        if options and value is not None:
             check_keys(value, pick_variant(value, options, f"{path}{key}", where), where, f"{path}{key}.")
 
 

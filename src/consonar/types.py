@@ -50,13 +50,37 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True)
+class TextCondition:
+    """Captions as the features of a text encoder, padded on the left."""
+
+    features: Tensor
+    """(B, L, F) float."""
+    mask: Tensor
+    """(B, L) bool, False at padding."""
+
+
+@dataclass(frozen=True)
+class PromptCondition:
+    """Captions as token ids of the generator's own language model, padded on the left, start-of-image token last."""
+
+    tokens: Tensor
+    """(B, L) int64."""
+    mask: Tensor
+    """(B, L) bool, False at padding."""
+
+
+Condition = Tensor | TextCondition | PromptCondition
+"""Class ids (B,) int64, or captions."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one optimiser step reads. Every tensor has the same first dimension B."""
 
     tokens: Tensor | None = None
     """(B, N) int64, or None when a tokenizer is trained."""
-    condition: Tensor | None = None
-    """(B,) int64 class labels."""
+    condition: Condition | None = None
+    """(B,) int64 class labels, or captions."""
     images: Tensor | None = None
     """(B, 3, H, W) float in [-1, 1]."""
     indices: Tensor | None = None
@@ -78,8 +102,8 @@ class Rollout:
     batch: Batch
     context: Tensor | None = None
     """(B, N) int64: the tokens fed under teacher forcing, maybe corrupted."""
-    condition: Tensor | None = None
-    """(B,) int64: the condition fed, maybe dropped to the null condition."""
+    condition: Condition | None = None
+    """The condition fed, maybe dropped to the null condition."""
     corrupted: Tensor | None = None
     """(B, N) bool: where `context` was replaced."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -136,9 +160,13 @@ class Generator(Protocol):
     width: int
     prefix_length: int
     """P: hidden states at P + i read token i, those at P + i - 1 predict it."""
+    config: Any
+    """The frozen dataclass that it was made from; has `kind` and `sized`."""
+    blocks: Any
+    """Its transformer blocks, an `nn.ModuleList`: what `loop.compile` compiles."""
 
     def __call__(
-        self, context: Tensor, condition: Tensor, *, cache: Any = None, tap_layers: tuple[int, ...] = ()
+        self, context: Tensor, condition: Any, *, cache: Any = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits (B, N, V) and the hidden states (B, P + N, D) after each layer of `tap_layers`.
 
@@ -147,8 +175,12 @@ class Generator(Protocol):
         """
         ...
 
-    def null_condition(self, condition: Tensor) -> Tensor:
-        """The condition that guidance and condition dropout use instead, same shape."""
+    def null_condition(self, condition: Any) -> Any:
+        """The condition that guidance and condition dropout use instead, same type and shape."""
+        ...
+
+    def reset_parameters(self, rng: Any = None) -> None:
+        """Draws every weight anew, from `rng`."""
         ...
 
     def new_cache(self, batch_size: int) -> Any:

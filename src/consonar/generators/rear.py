@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
+from consonar.types import Grid
 
 # Plain products instead of the fused kernel where `causal_attention` says; benchmarks switch it off to compare.
 FAST_CPU_TRAINING = True
@@ -64,8 +65,11 @@ class ReARConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout: {self.dropout} is not in [0, 1)")
 
-    def sized(self, vocab_size: int, num_tokens: int, num_classes: int) -> ReARConfig:
-        """This shape for given data; raises `UserError` when a size was set to something else."""
+    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> ReARConfig:
+        """This shape for given data; raises `UserError` when a size was set to something else.
+
+        `grid` says where the tokens sit; this architecture learns its positions and does not ask.
+        """
         sizes = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": num_classes}
         for key, size in sizes.items():
             if getattr(self, key) not in (0, size):

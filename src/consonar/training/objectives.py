@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
+from consonar.generators import conditions
 from consonar.seeding import generator
 from consonar.training import losses, noise
 from consonar.training.trainee import HeadSpec, Trainee
@@ -116,8 +117,8 @@ class Consistency:
         assert batch.tokens is not None and batch.condition is not None
         tokens, condition = batch.tokens, batch.condition
         dropped = torch.rand(len(tokens), generator=generator(self.seed, "class_dropout", step, self.rank))
-        keep = (dropped >= self.config.class_dropout).to(condition.device)
-        condition = torch.where(keep, condition, model.generator.null_condition(condition))
+        keep = (dropped >= self.config.class_dropout).to(tokens.device)
+        condition = conditions.select(keep, condition, model.generator.null_condition(condition))
         context, corrupted = self._corrupt(model, tokens, step)
         yield Rollout(batch, context=context, condition=condition, corrupted=corrupted)
 

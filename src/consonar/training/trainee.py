@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError
-from consonar.generators.rear import ReARGenerator
-from consonar.types import Prediction
+from consonar.types import Condition, Prediction
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def alignment_head(width: int, spec: HeadSpec) -> nn.Sequential:
 class Trainee(nn.Module):
     """`forward(context, condition)` -> `Prediction` with taps (B, N, C) by head name."""
 
-    def __init__(self, generator: ReARGenerator, heads: tuple[HeadSpec, ...] = ()):
+    def __init__(self, generator: Any, heads: tuple[HeadSpec, ...] = ()):
         super().__init__()
         self.generator = generator
         self.specs = heads
@@ -66,7 +65,7 @@ class Trainee(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=rng)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, context: Tensor, condition: Tensor) -> Prediction:
+    def forward(self, context: Tensor, condition: Condition) -> Prediction:
         layers = tuple(spec.layer for spec in self.specs)
         logits, hidden = self.generator(context, condition, tap_layers=layers)
         prefix, length = self.generator.prefix_length, context.shape[1]
