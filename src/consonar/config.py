@@ -18,21 +18,24 @@ from consonar.errors import UserError, unknown
 from consonar.generators.rear import ReARConfig
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.tokenizers.vq import VQConfig
+from consonar.training.alignment import AlignmentConfig
+from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives import ConsistencyConfig
 from consonar.training.optim import OptimConfig
+from consonar.training.policy_objective import PolicyConfig
 from consonar.training.vq_objective import ReconstructionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on: a token store for generators, an image source for tokenizers."""
+    """What is trained on: a token store for generators, an image source for tokenizers and for post-training."""
 
     tokens: str | None = None
     """Folder of the token store (made by `consonar tokenize`)."""
     validation_tokens: str | None = None
     """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
     images: str | None = None
-    """Image source for a tokenizer: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
+    """Image source, for tokenizers and post-training: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
     flip: bool = False
     """Mirror half of the images (image sources; token stores hold their views)."""
 
@@ -57,6 +60,9 @@ class LoopConfig:
     """Steps between resume checkpoints; 0: at the end only."""
     keep_checkpoints: int = 2
     """Resume checkpoints kept."""
+    fd_samples: int = 0
+    """Images drawn at every validation for the Fréchet distance to the validation images (post-training); the model
+    with the lowest one is kept in best/. 0: none."""
     ema_decay: float = 0.0
     """Decay of the moving average of weights that is validated and exported; 0: none."""
     precision: str = "auto"
@@ -72,7 +78,7 @@ class LoopConfig:
         for key in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise UserError(f"loop.{key}: {getattr(self, key)} is not positive")
-        for key in ("validate_every", "sample_every", "save_every"):
+        for key in ("validate_every", "sample_every", "save_every", "fd_samples"):
             if getattr(self, key) < 0:
                 raise UserError(f"loop.{key}: {getattr(self, key)} is negative")
         for key, choices in (("device", DEVICES), ("precision", PRECISIONS)):
@@ -90,11 +96,15 @@ class TrainConfig:
 
     recipe: str
     """What the run is called in logs and reports."""
+    init: str | None = None
+    """Run or model folder of the generator to start from; None: from random weights."""
     tokenizer: str | None = None
-    """Name or folder of the frozen tokenizer (generators only)."""
-    model: ReARConfig | VQConfig = field(default_factory=ReARConfig)
-    """What is trained."""
-    objective: ConsistencyConfig | ReconstructionConfig = field(default_factory=ConsistencyConfig)
+    """Name or folder of the frozen tokenizer (generators only); None: that of `init`."""
+    model: ReARConfig | VQConfig | None = field(default_factory=ReARConfig)
+    """What is trained; None: the architecture of `init`."""
+    objective: ConsistencyConfig | PolicyConfig | CrossEntropyConfig | StraightThroughConfig | ReconstructionConfig = (
+        field(default_factory=ConsistencyConfig)
+    )
     """What is minimised."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is read."""
@@ -106,24 +116,27 @@ class TrainConfig:
     """Every random number of the run derives from it."""
 
     def __post_init__(self) -> None:
-        trains_generator = isinstance(self.model, ReARConfig)
-        if trains_generator != isinstance(self.objective, ConsistencyConfig):
-            fitting = "consistency" if trains_generator else "reconstruction"
+        trains_generator = not isinstance(self.model, VQConfig)
+        if trains_generator == isinstance(self.objective, ReconstructionConfig):
+            fitting = "consistency, policy, cross_entropy, straight_through" if trains_generator else "reconstruction"
+            kind = self.model.kind if self.model else "that of init"
             raise UserError(
-                f"objective.kind: {self.objective.kind!r} does not train model.kind {self.model.kind!r}; "
-                f"choices: {fitting}"
+                f"objective.kind: {self.objective.kind!r} does not train model.kind {kind!r}; choices: {fitting}"
             )
-        unread = ("images", "flip") if trains_generator else ("tokens", "validation_tokens")
-        for key in unread:
+        for key in ("tokens", "validation_tokens") if self.reads_images else ("images", "flip"):
             if getattr(self.data, key):
-                other = "tokenizer" if trains_generator else "generator"
+                reads = "images" if self.reads_images else "tokens"
                 raise UserError(
-                    f"data.{key}: {getattr(self.data, key)!r} is read only when a {other} is trained; remove it"
+                    f"data.{key}: {getattr(self.data, key)!r} is not read by objective.kind {self.objective.kind!r}, "
+                    f"which trains on {reads}; remove it"
                 )
-        if not trains_generator and self.tokenizer:
-            raise UserError(f"tokenizer: {self.tokenizer!r} is read only when a generator is trained; remove it")
-        if trains_generator and not self.tokenizer:
+        for key in ("init", "tokenizer"):
+            if not trains_generator and getattr(self, key):
+                raise UserError(f"{key}: {getattr(self, key)!r} is read only when a generator is trained; remove it")
+        if trains_generator and not self.aligns and not (self.tokenizer or self.init):
             raise UserError("tokenizer: a generator needs the name or folder of its tokenizer")
+        if self.loop.fd_samples and not self.aligns:
+            raise UserError(f"loop.fd_samples: {self.loop.fd_samples} is read only in post-training; remove it")
         if isinstance(self.objective, ReconstructionConfig) and isinstance(self.model, VQConfig):
             smallest = SMALLEST_INPUT[self.objective.perceptual]
             if self.objective.perceptual_weight > 0 and self.model.image_size < smallest:
@@ -133,6 +146,16 @@ class TrainConfig:
                 )
         if self.seed < 0:
             raise UserError(f"seed: {self.seed} is negative")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether this post-trains a generator with its tokenizer's decoder in view."""
+        return isinstance(self.objective, AlignmentConfig)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the data are images and not tokens."""
+        return self.aligns or isinstance(self.objective, ReconstructionConfig)
 
 
 class ConfigLoader(yaml.SafeLoader):

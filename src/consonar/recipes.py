@@ -9,9 +9,13 @@ from consonar.config import DataConfig, LoopConfig, TrainConfig
 from consonar.errors import unknown
 from consonar.generators.rear import REAR_PRESETS
 from consonar.tokenizers.vq import VQConfig
+from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives import ConsistencyConfig, NoiseConfig
 from consonar.training.optim import OptimConfig
+from consonar.training.policy_objective import PolicyConfig
 from consonar.training.vq_objective import ReconstructionConfig
+
+OPENMOJI_REWARDS = {"mse": 1.0, "efficientnet-lite0": 1.0}
 
 
 def ar_openmoji() -> TrainConfig:
@@ -58,10 +62,69 @@ def tokenizer_openmoji_64() -> TrainConfig:
     )
 
 
+def vapi_openmoji() -> TrainConfig:
+    """VA-pi on a generator trained on OpenMoji, `--init RUN`; the perceptual distance that needs no download."""
+    return TrainConfig(
+        recipe="vapi-openmoji",
+        model=None,
+        objective=PolicyConfig(rewards=OPENMOJI_REWARDS, ce_weight=0.1),
+        data=DataConfig(images="openmoji"),
+        optim=OptimConfig(lr=1e-4, min_lr=1e-4, warmup_steps=0, beta2=0.999, weight_decay=1e-4),
+        loop=LoopConfig(steps=100, batch_size=32, log_every=5, validate_every=50, sample_every=0, save_every=50),
+    )
+
+
+def vapi_spatial_openmoji() -> TrainConfig:
+    """VA-pi with credit by place, smoothed over the decoder's receptive field; otherwise `vapi-openmoji`."""
+    return replace(
+        vapi_openmoji(),
+        recipe="vapi-spatial-openmoji",
+        objective=PolicyConfig(rewards=OPENMOJI_REWARDS, ce_weight=0.1, credit="token", smooth_credit=True),
+    )
+
+
+def ce_openmoji() -> TrainConfig:
+    """The control of `vapi-openmoji`: cross-entropy alone, same images, noise and steps."""
+    return replace(vapi_openmoji(), recipe="ce-openmoji", objective=CrossEntropyConfig(rewards=OPENMOJI_REWARDS))
+
+
+def soft_openmoji() -> TrainConfig:
+    """Cross-entropy against targets softened by code distance; otherwise `ce-openmoji`."""
+    return replace(
+        vapi_openmoji(),
+        recipe="soft-openmoji",
+        objective=CrossEntropyConfig(rewards=OPENMOJI_REWARDS, target="soft"),
+    )
+
+
+def ste_openmoji() -> TrainConfig:
+    """Straight-through gradients of the pixel loss; otherwise `vapi-openmoji`."""
+    return replace(
+        vapi_openmoji(),
+        recipe="ste-openmoji",
+        objective=StraightThroughConfig(rewards=OPENMOJI_REWARDS, perceptual="efficientnet-lite0"),
+    )
+
+
+def free_openmoji() -> TrainConfig:
+    """AR-GRPO: free-running rollouts, rewarded by how near their features are to a real image of the class."""
+    return replace(
+        vapi_openmoji(),
+        recipe="free-openmoji",
+        objective=PolicyConfig(rollout="free", rewards={"embedding": 1.0}, kl_weight=0.01),
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "ar-openmoji": ar_openmoji,
     "rear-openmoji": rear_openmoji,
     "tokenizer-openmoji-64": tokenizer_openmoji_64,
+    "vapi-openmoji": vapi_openmoji,
+    "vapi-spatial-openmoji": vapi_spatial_openmoji,
+    "ce-openmoji": ce_openmoji,
+    "soft-openmoji": soft_openmoji,
+    "ste-openmoji": ste_openmoji,
+    "free-openmoji": free_openmoji,
 }
 
 

@@ -152,6 +152,11 @@ class Tracker:
             left = f"  {(self.total_steps - step) / rate / 60:.1f} min left" if rate else ""
             self.console.print(f"{self.description} {step}/{self.total_steps}  {shown}  {speed}{left}", soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """A line on stderr that is not lost behind a bar."""
+        if self.enabled:
+            Console(stderr=True, highlight=False, markup=False).print(f"{self.description}: {text}", soft_wrap=True)
+
     def close(self) -> None:
         if not self.enabled:
             return

@@ -6,7 +6,7 @@ Letters used for shapes everywhere: `B` batch, `N` tokens per image, `V` vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -207,6 +207,10 @@ class Objective(Protocol):
 
     def state(self, step: int) -> dict[str, float]:
         """What else moves over training at this step (a noise rate, say), by name, for the log."""
+        ...
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """Why training must stop here, judged by these logged values; None: go on."""
         ...
 
     def validate(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Commands that make things: the demo, token stores, runs, samples."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,11 @@ def demo(*, out: Path = Path("runs/demo"), minutes: float = 13.0, seed: int = 0)
 
 
 def train_command(args: Sequence[str]) -> None:
-    """Train a recipe or a YAML file: consonar train rear-openmoji --out runs/mine [--optim.lr 1e-4 ...]."""
+    """Train a recipe or a YAML file: consonar train rear-openmoji --out runs/mine [--optim.lr 1e-4 ...].
+
+    Two words that the options of the configuration do not have: `--data SPEC` is `--data.images SPEC`, and
+    `--objective.rewards NAME=WEIGHT,...` replaces the rewards, whatever they are called.
+    """
     from consonar.config import TrainConfig, read_config
     from consonar.recipes import RECIPES, find_recipe
     from consonar.training.run import train
@@ -39,6 +43,10 @@ def train_command(args: Sequence[str]) -> None:
             return
         raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
     default = read_config(Path(args[0])) if args[0].endswith((".yaml", ".yml", ".json")) else find_recipe(args[0])
+    args = ["--data.images" if word == "--data" else word for word in args]
+    args, rewards = take_option(args, "--objective.rewards")
+    if rewards is not None:
+        default = with_rewards(default, rewards)
 
     @dataclass(frozen=True, kw_only=True)
     class Train:
@@ -55,6 +63,38 @@ def train_command(args: Sequence[str]) -> None:
     chosen = parse(Train, args[1:], "train")
     folder = train(chosen.config, chosen.out, resume=chosen.resume, stop_at=chosen.stop_at, quiet=chosen.quiet)
     say(f"run folder: {folder}")
+
+
+def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
+    """The words without `name VALUE` or `name=VALUE`, and the value; None where it is not given."""
+    for index, word in enumerate(args):
+        if word == name:
+            if index + 1 == len(args):
+                raise UserError(f"{name}: a value is missing")
+            return args[:index] + args[index + 2 :], args[index + 1]
+        if word.startswith(f"{name}="):
+            return args[:index] + args[index + 1 :], word.removeprefix(f"{name}=")
+    return args, None
+
+
+def with_rewards(config: Any, text: str) -> Any:
+    """The configuration with the rewards of `NAME=WEIGHT,...`; `UserError` names the part that is not of this form."""
+    from consonar.training.alignment import AlignmentConfig
+
+    if not isinstance(config.objective, AlignmentConfig):
+        raise UserError(f"objective.rewards: recipe {config.recipe!r} has no rewards")
+    weights = {}
+    for part in text.split(","):
+        reward, equals, weight = part.strip().rpartition("=")
+        try:
+            weights[reward] = float(weight)
+        except ValueError:
+            equals = ""
+        if not (equals and reward):
+            raise UserError(
+                f"objective.rewards: {part!r} is not NAME=WEIGHT, e.g. mse=1,ssim=0.5,my.module:mine=1"
+            )
+    return replace(config, objective=replace(config.objective, rewards=weights))
 
 
 def tokenize(

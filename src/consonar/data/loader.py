@@ -11,11 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from consonar.data.images import IndexedSource
-from consonar.data.transforms import from_uint8
+from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.seeding import generator
 from consonar.types import Batch, ImageRecord, ImageSource
@@ -146,6 +147,42 @@ class ImageBatches:
         """Every item once, in order and not mirrored, for validation; the last batch may be short."""
         for rows in torch.arange(self.num_items).split(batch_size):
             yield self._read(rows)
+
+
+class SourceBatches(ImageBatches):
+    """The same batches of images that are read when they are needed, by several threads: for sets beyond memory.
+
+    A label is that of the record read (condition 0 where it has none).
+    """
+
+    def __init__(
+        self,
+        source: IndexedSource,
+        image_size: int,
+        *,
+        batch_size: int,
+        seed: int,
+        flip: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check_batching(len(source), batch_size, rank, world_size, source.name)
+        self.source, self.image_size = source, image_size
+        self.batch_size, self.seed, self.flip, self.rank, self.world_size = batch_size, seed, flip, rank, world_size
+        self.pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS))
+
+    @property
+    def num_items(self) -> int:
+        return len(self.source)
+
+    def _read(self, rows: Tensor) -> Batch:
+        def read(index: int) -> tuple[np.ndarray, int]:
+            record = self.source.read(index)
+            return np.asarray(center_crop(record.image, self.image_size)), record.label or 0
+
+        pixels, labels = zip(*self.pool.map(read, rows.tolist()), strict=True)
+        images = from_uint8(torch.from_numpy(np.stack(pixels)))
+        return Batch(images=images, condition=torch.tensor(labels), indices=rows)
 
 
 def prefetch(

@@ -127,7 +127,14 @@ class PerceptualDistance(nn.Module):
         return torch.stack([layer.mean((1, 2)) for layer in self.maps(images, originals)]).sum(0)
 
     def maps(self, images: Tensor, originals: Tensor) -> list[Tensor]:
-        """Per stage, where the two images differ: (B, h, w)."""
+        """Per stage, where the two images differ: (B * G, h, w) <- images (B * G, ...), originals (B, ...).
+
+        With G > 1, the G images of one original follow each other.
+        """
+        group = len(images) // len(originals)
         with torch.no_grad():
             target = self.backbone.stages(originals)
-        return [normalized_difference(a, b) for a, b in zip(self.backbone.stages(images), target, strict=True)]
+        return [
+            normalized_difference(a, b.repeat_interleave(group, 0) if group > 1 else b)
+            for a, b in zip(self.backbone.stages(images), target, strict=True)
+        ]

@@ -129,11 +129,17 @@ class LPIPS(nn.Module):
         return self.trunk((images - self.shift) / self.scale)
 
     def maps(self, images: Tensor, originals: Tensor) -> list[Tensor]:
-        """Per layer, where the two images differ: (B, h, w); the distance is the sum of their means."""
+        """Per layer, where the two images differ: (B * G, h, w) <- images (B * G, ...), originals (B, ...).
+
+        The distance is the sum of their means. With G > 1, the G images of one original follow each other.
+        """
+        group = len(images) // len(originals)
         with torch.no_grad():
             target = self.layers(originals)
         return [
-            weighted_difference(a, b, self.get_buffer(f"linear{index}"))
+            weighted_difference(
+                a, b.repeat_interleave(group, 0) if group > 1 else b, self.get_buffer(f"linear{index}")
+            )
             for index, (a, b) in enumerate(zip(self.layers(images), target, strict=True))
         ]
 

@@ -40,6 +40,8 @@ class Callbacks:
     """Metrics of the trainee with its (averaged) weights."""
     preview: Callable[[Any, Path], None] | None = None
     """Writes a picture of what the trainee makes to the given path."""
+    keep_best: Callable[[Any, int, dict[str, float]], None] | None = None
+    """Keeps the trainee, at this step and with these validation metrics, if it is the best so far."""
 
 
 @dataclass
@@ -50,6 +52,8 @@ class State:
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] | None = None
     step: int = 0
+    stopped: str | None = None
+    """Why the objective ended training early."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def payload(self) -> dict[str, Any]:
@@ -88,7 +92,8 @@ def train_loop(
 ) -> None:
     """Trains `state.model` in place from `state.step` to `config.loop.steps`, or to `stop_at` when that is earlier.
 
-    Raises `NonFiniteLoss`; the weights then are those before the step, and the last checkpoint stays.
+    Ends before that, with all that the end does, when the objective finds a breach (`state.stopped`). Raises
+    `NonFiniteLoss`; the weights then are those before the step, and the last checkpoint stays.
     """
     loop, device = config.loop, state.device
     autocast_dtype = distributed.pick_precision(loop.precision, device)
@@ -109,19 +114,26 @@ def train_loop(
         at_end = state.step == loop.steps
         if state.step % loop.log_every == 0 or at_end:
             values = distributed.mean_over_ranks({key: float(value) for key, value in terms.items()}, world)
+            state.stopped = objective.breach(values)
             rate = (state.step - clock_step) / (time.monotonic() - clock)
             values |= {"learning_rate": state.optimizer.param_groups[0]["lr"], **objective.state(step)}
             tracker.log(state.step, {f"train/{key}": value for key, value in values.items()}, rate=rate)
             clock, clock_step = time.monotonic(), state.step
-        if callbacks.validate and (due(state.step, loop.validate_every) or at_end):
+        if callbacks.validate and (due(state.step, loop.validate_every) or at_end or state.stopped):
             with evaluation_weights(state):
                 measured = callbacks.validate(state.model)
+                if callbacks.keep_best and world.is_main:
+                    callbacks.keep_best(state.model, state.step, measured)
             tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
-        if callbacks.preview and world.is_main and (due(state.step, loop.sample_every) or at_end):
+            state.stopped = state.stopped or objective.breach(measured)
+        if callbacks.preview and world.is_main and (due(state.step, loop.sample_every) or at_end or state.stopped):
             with evaluation_weights(state):
                 callbacks.preview(state.model, folder / "samples" / f"step_{state.step:06d}.png")
-        if world.is_main and (due(state.step, loop.save_every) or state.step == last):
+        if world.is_main and (due(state.step, loop.save_every) or state.step == last or state.stopped):
             checkpoint.save_resume(folder / "checkpoints", state.step, state.payload(), loop.keep_checkpoints)
+        if state.stopped:
+            tracker.warn(f"stopped at step {state.step}: {state.stopped}; the model of this step is kept")
+            break
     distributed.barrier(world)
 
 

@@ -13,6 +13,11 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
 
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -sum_k target_k log pi_k: scalar <- logits (B, N, V), target distributions (B, N, V). In float32."""
+    return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
 def next_token_accuracy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Share of positions whose most likely token is the true one, 0..1."""
     return (logits.argmax(-1) == tokens).float().mean()

@@ -11,7 +11,7 @@ released behaviour).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -168,6 +168,10 @@ class Consistency:
     def state(self, step: int) -> dict[str, float]:
         """What the log shows beside the terms."""
         return {"noise_rate": self.noise_rate(step)}
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """Nothing stops such a run early."""
+        return None
 
     @torch.no_grad()
     def validate(self, model: Trainee, batches: Iterator[Batch]) -> dict[str, float]:

@@ -12,7 +12,7 @@ optimizer; the former sees detached images, the latter detached discriminator we
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -187,6 +187,10 @@ class Reconstruction:
     def state(self, step: int) -> dict[str, float]:
         """Nothing moves over training but the learning rate."""
         return {}
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """Nothing stops such a run early."""
+        return None
 
     @torch.no_grad()
     def validate(self, model: TokenizerTrainee, batches: Iterator[Batch]) -> dict[str, float]:

@@ -1,0 +1,231 @@
+"""What every post-training method shares: noisy teacher-forced context, frozen decoder, rewards, start model, guard.
+
+VA-pi (arXiv 2512.19680) and its controls (`policy_objective`, `baselines`) differ in the loss alone: images, tokens,
+noise, steps and measurements are the same code and, for equal seeds, the same numbers. Dropout is off throughout, so
+that tokens are drawn from the distribution that is updated.
+
+Letters: `B` images, `N` tokens, `V` codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from consonar.distributed import World
+from consonar.errors import UserError
+from consonar.generators import conditions
+from consonar.seeding import generator
+from consonar.training import losses, noise, policy
+from consonar.training.rewards import build_rewards, check_rewards
+from consonar.training.trainee import Trainee
+from consonar.types import Batch, Rollout, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """The band that the policy must stay in; outside of it the run stops with a warning and keeps what it has."""
+
+    min_entropy: float | None = None
+    """Lowest teacher-forced entropy, nats."""
+    max_entropy: float | None = None
+    """Highest teacher-forced entropy, nats."""
+    max_kl: float | None = None
+    """Largest KL to the start model, nats per token."""
+    measure_kl: bool = True
+    """Keep the start model in memory and measure KL to it at every validation."""
+
+    def __post_init__(self) -> None:
+        for key in ("min_entropy", "max_entropy", "max_kl"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise UserError(f"objective.guard.{key}: {value} is negative")
+        if self.max_kl is not None and not self.measure_kl:
+            raise UserError("objective.guard.measure_kl: False, but objective.guard.max_kl needs the KL")
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """What is outside of the band in these logged values; None when nothing is, or nothing is measured here."""
+        bounds = (("entropy", self.min_entropy, self.max_entropy), ("kl", None, self.max_kl))
+        for key, low, high in bounds:
+            if key not in values:
+                continue
+            if low is not None and values[key] < low:
+                return f"{key} {values[key]:.4g} is below objective.guard.min_{key} {low:g}"
+            if high is not None and values[key] > high:
+                return f"{key} {values[key]:.4g} is above objective.guard.max_{key} {high:g}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """What all post-training objectives have."""
+
+    context_noise: float = 0.0
+    """xi: probability that a context token is replaced by any code."""
+    noise_schedule: Literal["constant", "linear", "truncated_linear"] = "constant"
+    """How xi moves over training: constant, or down to 0 as reAR's schedules do."""
+    class_dropout: float = 0.0
+    """Probability of training an image without its class, so that guidance keeps its null distribution."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
+    """Weight of each reward by name or dotted path; what is measured, and what a policy maximises."""
+    lpips_weights: str | None = None
+    """File of torchvision's VGG16 weights, for the reward lpips; None: vgg16-397923af.pth in the cache folder."""
+    discriminator: str | None = None
+    """Folder of a discriminator, for the reward patch-discriminator."""
+    chunk: int = 64
+    """Images decoded and rewarded at once; bounds memory."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """When to stop early."""
+
+    def __post_init__(self) -> None:
+        for key in ("context_noise", "class_dropout"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"objective.{key}: {getattr(self, key)} is not in [0, 1]")
+        if self.chunk < 1:
+            raise UserError(f"objective.chunk: {self.chunk} is not a number of images, 1 or more")
+        if not self.rewards:
+            raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
+        check_rewards(self.rewards, discriminator=self.discriminator)
+
+
+class AlignmentTrainee(Trainee):
+    """A trained generator in post-training. Dropout stays off; the running reward of REINFORCE is kept with it."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.register_buffer("reward_baseline", torch.zeros(model.num_tokens))
+        self.register_buffer("num_baseline_updates", torch.zeros(()))
+        self.reward_baseline: Tensor
+        self.num_baseline_updates: Tensor
+
+    def train(self, mode: bool = True) -> AlignmentTrainee:
+        """Stays in evaluation mode, whatever the loop asks for."""
+        return super().train(False)
+
+
+class Alignment:
+    """The shared part of a post-training objective; follows `consonar.types.Objective` but for `loss`.
+
+    `prior` is the frozen start model, or None where no KL is wanted. Raises `UserError` for rewards that cannot be
+    built.
+    """
+
+    config: AlignmentConfig
+
+    def __init__(
+        self,
+        config: AlignmentConfig,
+        tokenizer: Tokenizer,
+        prior: Any | None,
+        *,
+        total_steps: int,
+        seed: int,
+        world: World,
+        autocast_dtype: torch.dtype | None = None,
+    ):
+        self.tokenizer, self.prior, self.world = tokenizer, prior, world
+        self.total_steps, self.seed, self.autocast_dtype = total_steps, seed, autocast_dtype
+        self.rewards = build_rewards(
+            config.rewards, device=world.device, lpips_weights=config.lpips_weights,
+            discriminator=config.discriminator, chunk=config.chunk,
+        )  # fmt: skip
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the update, for passes of the generator outside of it."""
+        return torch.autocast(self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def codebook(self) -> Tensor:
+        """(V, C): what the decoder receives for each token."""
+        tokens = torch.arange(self.tokenizer.vocab_size, device=self.world.device)
+        return self.tokenizer.embed(tokens[None])[0].detach().float()
+
+    def noise_rate(self, step: int) -> float:
+        """xi at this step."""
+        return noise.max_noise_rate(
+            self.config.noise_schedule, step / self.total_steps, max_rate=self.config.context_noise
+        )
+
+    def prepare(self, model: AlignmentTrainee, batch: Batch, step: int) -> Rollout:
+        """Tokens of the images, a noisy context, maybe a dropped condition; each from a generator of its own."""
+        assert batch.images is not None and batch.condition is not None
+        tokens = self.tokenizer.encode(batch.images) if batch.tokens is None else batch.tokens
+        batch = Batch(tokens, batch.condition, batch.images, batch.indices)
+        condition = batch.condition
+        if self.config.class_dropout > 0:
+            draws = torch.rand(len(tokens), generator=generator(self.seed, "class_dropout", step, self.world.rank))
+            keep = (draws >= self.config.class_dropout).to(tokens.device)
+            condition = conditions.select(keep, condition, model.generator.null_condition(condition))
+        context, corrupted, rate = tokens, torch.zeros_like(tokens, dtype=torch.bool), self.noise_rate(step)
+        if rate > 0:
+            rng = generator(self.seed, "noise", step, self.world.rank)
+            rates = torch.full((len(tokens),), rate)
+            context, corrupted = noise.corrupt_tokens(tokens, rates, self.tokenizer.vocab_size, rng)
+        return Rollout(batch, context=context, condition=condition, corrupted=corrupted)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images (n, 3, H, W) of tokens (n, N), not clamped, in chunks and in float32 whatever the update runs in."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return torch.cat([self.tokenizer.decode(part) for part in tokens.split(self.config.chunk)])
+
+    @torch.no_grad()
+    def prior_logits(self, rollout: Rollout) -> Tensor:
+        """(B, N, V) of the start model on the same context."""
+        assert self.prior is not None
+        with self.autocast():
+            logits, _ = self.prior(rollout.context, rollout.condition)
+        return logits.float()
+
+    def state(self, step: int) -> dict[str, float]:
+        """What the log shows beside the terms."""
+        return {"noise_rate": self.noise_rate(step)}
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """Why the run should stop here; see `GuardConfig`."""
+        return self.config.guard.breach(values)
+
+    @torch.no_grad()
+    def validate(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:
+        """Under a clean context with the true class, on held-out images: means over all of them.
+
+        cross_entropy, entropy and kl (to the start model, exact) in nats per token; accuracy 0..1; reward and its parts
+        of one draw of every token, the same uniform numbers whatever the model is (common random numbers).
+        """
+        sums: dict[str, float] = {}
+        count = 0
+        for batch in batches:
+            assert batch.images is not None
+            rollout = self.prepare_clean(batch)
+            tokens = rollout.batch.tokens
+            assert tokens is not None
+            with self.autocast():
+                logits = model(tokens, batch.condition).logits.float()
+            rng = generator(self.seed, "validation", count)
+            uniforms = torch.rand(len(tokens), 1, tokens.shape[1], generator=rng, dtype=torch.float64)
+            drawn = policy.draw_actions(logits, uniforms)[:, 0]
+            total, parts, _ = self.rewards.measure(self.decode(drawn), rollout.batch)
+            values = {
+                "cross_entropy": losses.next_token_loss(logits, tokens),
+                "accuracy": losses.next_token_accuracy(logits, tokens),
+                "entropy": losses.entropy(logits).mean(),
+                "reward": total.mean(),
+            }
+            values |= {f"reward_{name}": part.mean() for name, part in parts.items()}
+            if self.prior is not None:
+                values["kl"] = policy.kl_exact(logits, self.prior_logits(rollout)).mean()
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0.0) + float(value) * len(tokens)
+            count += len(tokens)
+        return {key: value / count for key, value in sums.items()}
+
+    def prepare_clean(self, batch: Batch) -> Rollout:
+        """The batch with its tokens, and these as the context."""
+        assert batch.images is not None
+        tokens = self.tokenizer.encode(batch.images) if batch.tokens is None else batch.tokens
+        return Rollout(
+            Batch(tokens, batch.condition, batch.images, batch.indices), context=tokens, condition=batch.condition
+        )

@@ -1,0 +1,59 @@
+"""The best model of a run by the Fréchet distance of its free-running samples to the validation images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consonar import checkpoint
+from consonar.data.loader import ImageBatches
+from consonar.evaluation.features import load_feature_network
+from consonar.evaluation.statistics import Moments, frechet_distance
+from consonar.generators import Origin, save_generator
+from consonar.sampling.job import balanced_labels
+from consonar.sampling.sample import sample
+from consonar.types import Tokenizer
+
+NETWORK = "efficientnet-lite0"
+METRIC = f"FD({NETWORK}) validation"
+
+
+class ValidationDistance:
+    """FD to the validation images of `num_samples` samples at temperature 1, the same seeds at every call."""
+
+    def __init__(self, validation: ImageBatches, tokenizer: Tokenizer, num_samples: int, device: torch.device):
+        self.tokenizer, self.num_samples = tokenizer, num_samples
+        self.network = load_feature_network(NETWORK, str(device))
+        self.batch_size = validation.batch_size
+        self.target = Moments(self.network.num_features)
+        for batch in validation.ordered(self.batch_size):
+            assert batch.images is not None
+            self.target.update(self.network(batch.images))
+
+    def __call__(self, generator: Any) -> float:
+        labels = balanced_labels(self.num_samples, max(1, generator.num_classes))
+        images = sample(generator, self.tokenizer, labels, batch_size=self.batch_size).images
+        moments = Moments(self.network.num_features)
+        for part in images.split(self.batch_size):
+            moments.update(self.network(part))
+        return frechet_distance(moments.mean, moments.cov, self.target.mean, self.target.cov)
+
+
+class KeepBest:
+    """Keeps the generator of the lowest `METRIC` so far in `folder`, and the step and value in best.json beside it."""
+
+    def __init__(self, folder: Path, origin: Origin):
+        self.folder, self.origin = folder, origin
+
+    def __call__(self, trainee: Any, step: int, metrics: dict[str, float]) -> None:
+        record = self.folder.parent / "best.json"
+        # A record of a later step is left from before a resume: the run will come by there again.
+        known = json.loads(record.read_text()) if record.exists() else None
+        if known is not None and known["step"] < step and known["value"] <= metrics[METRIC]:
+            return
+        save_generator(trainee.generator, self.folder, self.origin)
+        text = json.dumps({"step": step, "metric": METRIC, "value": metrics[METRIC]}) + "\n"
+        checkpoint.write_atomically(record, lambda path: path.write_text(text))

@@ -1,0 +1,214 @@
+"""From a configuration to what the loop needs: data, trainee, objective, callbacks, and how the result is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from consonar import distributed
+from consonar.config import TrainConfig
+from consonar.data.images import open_source
+from consonar.data.loader import TokenBatches
+from consonar.distributed import World
+from consonar.errors import MissingSplit, UserError
+from consonar.generators import build_generator, load_generator, read_origin, save_generator
+from consonar.seeding import derive_seed, generator
+from consonar.tokenizers import load_tokenizer, save_tokenizer
+from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.training.alignment import AlignmentConfig, AlignmentTrainee
+from consonar.training.baselines import (
+    CrossEntropyAlignment,
+    CrossEntropyConfig,
+    StraightThrough,
+    StraightThroughConfig,
+)
+from consonar.training.best import METRIC, KeepBest, ValidationDistance
+from consonar.training.discriminator import save_discriminator
+from consonar.training.inputs import (
+    check_classes,
+    image_batches,
+    on_device,
+    open_store,
+    preview_reconstructions,
+    preview_samples,
+)
+from consonar.training.loop import Batches, Callbacks, to_device
+from consonar.training.objectives import Consistency, ConsistencyConfig
+from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
+from consonar.training.start import load_start, origin_of
+from consonar.training.trainee import Trainee
+from consonar.training.vq_objective import Reconstruction, ReconstructionConfig, TokenizerTrainee
+from consonar.types import ImageSource, Objective
+
+ALIGNMENTS: dict[type, Callable[..., Any]] = {
+    PolicyConfig: PolicyAlignment,
+    CrossEntropyConfig: CrossEntropyAlignment,
+    StraightThroughConfig: StraightThrough,
+}
+PROBE_IMAGES = 8
+"""From how many images the decoder's receptive field is measured."""
+
+
+@dataclass
+class Made:
+    """What `train` hands to the loop, and `export(trainee, run_folder)`, which writes the released component."""
+
+    trainee: nn.Module
+    objective: Objective
+    batches: Batches
+    callbacks: Callbacks
+    export: Callable[[Any, Path], None]
+
+
+def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Made:
+    """Everything of a run whose `init` is resolved; `batch_size` is that of this process. Raises `UserError`."""
+    if isinstance(config.model, VQConfig):
+        return build_tokenizer_run(config, world, batch_size)
+    if config.aligns:
+        return build_alignment_run(config, world, batch_size, out)
+    return build_generator_run(config, world, batch_size)
+
+
+def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> Made:
+    """Training on tokens: plain AR and reAR, from random weights or from those of `init`."""
+    assert isinstance(config.objective, ConsistencyConfig) and config.tokenizer and config.model
+    tokenizer = load_tokenizer(config.tokenizer).to(world.device)
+    store = open_store(config.data.tokens, "data.tokens", tokenizer)
+    shape = cast(Any, config.model).sized(
+        store.vocab_size, store.num_tokens, max(1, store.num_classes), grid=tokenizer.grid
+    )
+    model = load_start(config, shape, tokenizer) if config.init else build_generator(shape)
+    if not config.init:
+        model.reset_parameters(generator(config.seed, "init"))
+    trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
+    trainee.reset_heads(generator(config.seed, "init_heads"))
+    objective = Consistency(
+        config.objective, tokenizer, total_steps=config.loop.steps, seed=config.seed, rank=world.rank
+    )
+    batches = TokenBatches(store, batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
+    callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
+    if config.data.validation_tokens:
+        held_out = open_store(config.data.validation_tokens, "data.validation_tokens", tokenizer)
+        check_classes(store, held_out)
+        validation = TokenBatches(held_out, batch_size=batch_size, seed=config.seed)
+        callbacks.validate = lambda model: objective.validate(model, on_device(validation, batch_size, world))
+    origin = origin_of(config, store.fingerprint, store.class_names)
+    return Made(
+        trainee, objective, batches, callbacks,
+        lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
+    )  # fmt: skip
+
+
+def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out: Path) -> Made:
+    """Post-training on images: VA-pi and its controls, from the generator of `init`."""
+    assert isinstance(config.objective, AlignmentConfig) and config.tokenizer and config.model and config.init
+    tokenizer = load_tokenizer(config.tokenizer).to(world.device)
+    if not config.data.images:
+        raise UserError(
+            "data.images: post-training needs the images themselves; "
+            "choices: openmoji, a folder, imagefolder:PATH, hf:owner/name"
+        )
+    model = load_start(config, config.model, tokenizer)
+    train_source = open_source(config.data.images, split="train", image_size=tokenizer.image_size)
+    check_image_classes(config, train_source, model)
+    rank = {"rank": world.rank, "world_size": world.size}
+    batches = image_batches(config, train_source, tokenizer.image_size, batch_size, flip=config.data.flip, **rank)
+    guard = config.objective.guard
+    needs_prior = guard.measure_kl or getattr(config.objective, "kl_weight", 0) > 0
+    prior = load_generator(config.init).to(world.device) if needs_prior else None
+    settings: dict[str, Any] = {
+        "total_steps": config.loop.steps, "seed": config.seed, "world": world,
+        "autocast_dtype": distributed.pick_precision(config.loop.precision, world.device),
+    }  # fmt: skip
+    if isinstance(config.objective, PolicyConfig) and config.objective.smooth_credit:
+        probe = next(batches.ordered(min(PROBE_IMAGES, batches.num_items)))
+        settings["probe"] = to_device(probe, world.device).images
+    objective = ALIGNMENTS[type(config.objective)](config.objective, tokenizer, prior, **settings)
+    callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
+    origin = origin_of(config, tokenizer.fingerprint, train_source.class_names)
+    try:
+        held_out = open_source(config.data.images, split="validation", image_size=tokenizer.image_size)
+    except MissingSplit:
+        held_out = None
+    if config.loop.fd_samples and held_out is None:
+        raise UserError(f"loop.fd_samples: {config.data.images} has no validation images to compare with; set it to 0")
+    if held_out is not None:
+        validation = image_batches(config, held_out, tokenizer.image_size, batch_size)
+        distance = None
+        if config.loop.fd_samples:
+            distance = ValidationDistance(validation, tokenizer, config.loop.fd_samples, world.device)
+            callbacks.keep_best = KeepBest(out / "best", origin)
+
+        def validate(model: Any) -> dict[str, float]:
+            values = objective.validate(model, on_device(validation, batch_size, world))
+            return values | ({METRIC: distance(model.generator)} if distance else {})
+
+        callbacks.validate = validate
+    return Made(
+        AlignmentTrainee(model), objective, batches, callbacks,
+        lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
+    )  # fmt: skip
+
+
+def check_image_classes(config: TrainConfig, source: ImageSource, model: Any) -> None:
+    """Raises `UserError` unless label i of the images is class i of the generator."""
+    assert config.init is not None
+    known, given = read_origin(config.init).class_names, source.class_names
+    if known is not None and given is not None and tuple(known) != tuple(given):
+        raise UserError(
+            f"data.images: {config.data.images} has the classes {', '.join(given[:4])}... ({len(given)}), "
+            f"but {config.init} was trained with {', '.join(known[:4])}... ({len(known)})"
+        )
+    if given is not None and len(given) > model.num_classes:
+        raise UserError(
+            f"data.images: {config.data.images} has {len(given)} classes, the generator in {config.init} "
+            f"{model.num_classes}"
+        )
+
+
+def build_tokenizer_run(config: TrainConfig, world: World, batch_size: int) -> Made:
+    """Training a tokenizer on images."""
+    assert isinstance(config.model, VQConfig) and isinstance(config.objective, ReconstructionConfig)
+    if not config.data.images:
+        raise UserError(
+            "data.images: a tokenizer needs an image source; "
+            "choices: openmoji, a folder, imagefolder:PATH, hf:owner/name"
+        )
+    tokenizer = VQTokenizer(config.model, name=config.recipe.removeprefix("tokenizer-"))
+    trainee = TokenizerTrainee(tokenizer, discriminator=config.objective.discriminator_weight > 0)
+    reset_trainee(trainee, config.seed)
+    objective = Reconstruction(config.objective, total_steps=config.loop.steps, seed=config.seed, world=world)
+    size = config.model.image_size
+    source = open_source(config.data.images, split="train", image_size=size)
+    rank = {"rank": world.rank, "world_size": world.size}
+    batches = image_batches(config, source, size, batch_size, flip=config.data.flip, **rank)
+    held_out = open_source(config.data.images, split="validation", image_size=size)
+    validation = image_batches(config, held_out, size, batch_size)
+    callbacks = Callbacks(
+        validate=lambda model: objective.validate(model, on_device(validation, batch_size, world)),
+        preview=lambda model, path: preview_reconstructions(model.tokenizer, validation, world, path),
+    )
+    return Made(trainee, objective, batches, callbacks, export_tokenizer)
+
+
+def export_tokenizer(trainee: TokenizerTrainee, out: Path) -> None:
+    """The tokenizer in model/, and the discriminator that it was trained against in discriminator/."""
+    save_tokenizer(trainee.tokenizer, out / "model")
+    if trainee.discriminator is not None:
+        save_discriminator(trainee.discriminator, out / "discriminator")
+
+
+@torch.no_grad()
+def reset_trainee(trainee: TokenizerTrainee, seed: int) -> None:
+    """The layers' default initialisation, drawn from the run's seed whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init"))
+        for module in trainee.modules():
+            if hasattr(module, "reset_parameters"):
+                cast(Any, module).reset_parameters()
+        trainee.tokenizer.quantize.embedding.weight.uniform_(-1, 1)

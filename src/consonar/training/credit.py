@@ -1,0 +1,153 @@
+"""Spatial credit: which tokens an error in an image is due to.
+
+VA-pi (arXiv 2512.19680) gives all tokens of an image one reward; a reward for each token is ours. It is that of the
+token's own cell of the grid, or the mean of the cells weighted by the token's influence: the share of the pixel change
+that falls on each cell when the token is replaced. That is measured, and not taken from the decoder's receptive field.
+
+Simplified: the influence is one kernel of relative offsets for all positions and codes. A decoder with attention or
+group normalisation also changes slightly everywhere; the kernel then is wide and low at its ends.
+
+Letters: `B` images, `N` tokens, `M` cells (rows x columns, so N less the prefix), `P` replaced tokens, `V` codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consonar.errors import UserError
+from consonar.types import Grid, Tokenizer
+
+
+def area_weights(source: int, target: int) -> Tensor:
+    """(target, source), rows sum to 1: how much of target interval i lies in source interval j, both over [0, 1]."""
+    # In units of 1 / (source * target), where all borders are whole numbers.
+    starts, ends = (torch.arange(target + 1)[:, None] * source)[:-1], (torch.arange(target + 1)[:, None] * source)[1:]
+    borders = torch.arange(source + 1) * target
+    return (torch.minimum(ends, borders[1:]) - torch.maximum(starts, borders[:-1])).clamp_min(0) / source
+
+
+def resize_to_grid(maps: Tensor, grid: Grid) -> Tensor:
+    """(B, rows, columns) <- (B, h, w): the mean over each cell's area. The mean over all stays what it was.
+
+    Average pooling where the places divide evenly; where a map is coarser than the grid, cells share its values.
+    """
+    vertical, horizontal = area_weights(maps.shape[1], grid.rows), area_weights(maps.shape[2], grid.columns)
+    return vertical.to(maps) @ maps @ horizontal.to(maps).T
+
+
+def relative_offsets(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Row and column of the kernel's entry for cell j seen from cell i: two (M, M) int64."""
+    cells = torch.arange(grid.rows * grid.columns)
+    y, x = cells // grid.columns, cells % grid.columns
+    return y[None] - y[:, None] + grid.rows - 1, x[None] - x[:, None] + grid.columns - 1
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Where the effect of replacing one token falls, by offset from the token's own cell (the centre of the arrays)."""
+
+    kernel: Tensor
+    """(2 * rows - 1, 2 * columns - 1) float32: mean share of the squared pixel change at each offset; sums to 1."""
+    coverage: Tensor
+    """Same shape, 0..1: share of the replaced tokens from which that offset lies inside the image."""
+
+    def matrix(self, grid: Grid) -> Tensor:
+        """W (M, M) float32: W[i, j] is the share of token i's effect that falls on cell j; rows sum to 1.
+
+        A token at the border spreads its whole effect over the cells that exist: far offsets, which few of the replaced
+        tokens could reach, count as often as near ones.
+        """
+        assert self.kernel.shape == (2 * grid.rows - 1, 2 * grid.columns - 1), "measured on another grid"
+        density = torch.where(self.coverage > 0, self.kernel / self.coverage.clamp_min(1e-12), 0.0)
+        weights = density[relative_offsets(grid)]  # (M, M)
+        total = weights.sum(1, keepdim=True)
+        assert (total > 0).all(), "a cell from which no effect was seen inside the image"
+        return weights / total
+
+    def radius(self, share: float = 0.9) -> int:
+        """Smallest r such that the cells at most r rows and r columns away hold `share` (0..1) of the effect."""
+        assert 0 <= share <= 1
+        rows, columns = ((size - 1) // 2 for size in self.kernel.shape)
+        largest = max(rows, columns)
+        for r in range(largest):
+            square = self.kernel[max(0, rows - r) : rows + r + 1, max(0, columns - r) : columns + r + 1]
+            if float(square.double().sum()) >= share:
+                return r
+        return largest
+
+
+def token_grid(tokenizer: Tokenizer) -> Grid:
+    """The grid of a tokenizer whose tokens have a place; `UserError` for a 1D tokenizer."""
+    if tokenizer.grid is None:
+        raise UserError(
+            f"objective.credit: 'token' needs tokens with a place; {tokenizer.name} is a 1D tokenizer; "
+            "choices: sequence"
+        )
+    return tokenizer.grid
+
+
+@torch.no_grad()
+def measure_influence(
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    *,
+    num_positions: int | None = None,
+    rng: torch.Generator,
+    chunk: int = 32,
+) -> Influence:
+    """Replaces single tokens of real sequences `tokens` (B, N) by another random code and decodes: where does it show?
+
+    `num_positions` places of each sequence are tried, drawn without repetition from `rng` (on the CPU); None: all but
+    the prefix. Every replacement counts the same, however much it changes. `chunk` images are decoded at once.
+
+    Raises `UserError` for a 1D tokenizer, more positions than cells, or a decoder that ignores its tokens.
+    """
+    grid = token_grid(tokenizer)
+    num_cells = grid.rows * grid.columns
+    if num_positions is not None and not 1 <= num_positions <= num_cells:
+        raise UserError(f"num_positions: {num_positions} is not in 1..{num_cells}, the cells of {tokenizer.name}")
+    sums, counts = (torch.zeros(2 * grid.rows - 1, 2 * grid.columns - 1, dtype=torch.float64) for _ in range(2))
+    vertical, horizontal = relative_offsets(grid)
+    for sequence in tokens:  # (N,)
+        original = tokenizer.decode(sequence[None])  # (1, 3, H, W)
+        replaced = torch.randperm(num_cells, generator=rng)[:num_positions]
+        shifts = torch.randint(1, tokenizer.vocab_size, (len(replaced),), generator=rng)
+        for cells, shift in zip(replaced.split(chunk), shifts.split(chunk), strict=True):
+            changed = replace_tokens(sequence, grid.prefix + cells, shift, tokenizer.vocab_size)  # (P, N)
+            change = (tokenizer.decode(changed) - original).double().square().mean(1)  # (P, H, W)
+            change = resize_to_grid(change, grid).flatten(1).cpu()  # (P, M)
+            seen = change.sum(1) > 0  # a code may decode like another: it then says nothing about places
+            place = (vertical[cells[seen]], horizontal[cells[seen]])
+            sums.index_put_(place, change[seen] / change[seen].sum(1, keepdim=True), accumulate=True)
+            counts.index_put_(place, torch.ones_like(change[seen]), accumulate=True)
+    total = float(sums.sum())
+    if total == 0:
+        raise UserError(f"{tokenizer.name}: replacing tokens changes no pixel; there is no influence to measure")
+    return Influence((sums / total).float(), (counts / total).float())
+
+
+def replace_tokens(sequence: Tensor, positions: Tensor, shift: Tensor, vocab_size: int) -> Tensor:
+    """(P, N) <- (N,): row p has the code at positions[p] moved on by shift[p] (1 .. V - 1), hence to another one."""
+    positions, shift = positions.to(sequence.device), shift.to(sequence.device)
+    changed = sequence.repeat(len(positions), 1)
+    changed[torch.arange(len(positions), device=sequence.device), positions] = (
+        sequence[positions] + shift
+    ) % vocab_size
+    return changed
+
+
+def spatial_credit(maps: Tensor, influence: Influence | None, grid: Grid) -> Tensor:
+    """One reward for each token: (B, N) <- rewards of the cells (B, rows, columns).
+
+    Without `influence` a token gets its own cell's reward, with it the mean over cells weighted by `Influence.matrix`.
+    Prefix tokens have no place: they get the mean over all cells.
+    """
+    cells = maps.flatten(1)  # (B, M)
+    assert cells.shape[1] == grid.rows * grid.columns
+    prefix = cells.mean(1, keepdim=True).expand(-1, grid.prefix)
+    if influence is not None:
+        cells = cells @ influence.matrix(grid).to(cells).T
+    return torch.cat([prefix, cells], 1)

@@ -1,0 +1,105 @@
+"""What runs read: token stores, images, and pictures of what a trainee makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consonar.config import TrainConfig
+from consonar.data.images import IndexedSource
+from consonar.data.loader import ImageBatches, SourceBatches
+from consonar.data.tokens import TokenStore
+from consonar.distributed import World
+from consonar.errors import UserError
+from consonar.tokenizers.vq import VQTokenizer
+from consonar.training.loop import to_device
+from consonar.types import Batch, ImageSource, Tokenizer
+
+PREVIEW_IMAGES = 16
+MAX_MEMORY = 4e9
+"""Bytes of decoded images held in memory; a larger source is read again in every epoch."""
+
+
+def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
+    """A token store made with this tokenizer, or a `UserError` that says how to make one."""
+    if not path:
+        raise UserError(
+            f"{key}: no token store given; make one with: "
+            f"consonar tokenize --tokenizer {tokenizer.name} --data ... --out DIR"
+        )
+    if not Path(path).exists():
+        split = " --split validation" if "validation" in key else ""
+        raise UserError(
+            f"{key}: no token store at {path}; make it with: "
+            f"consonar tokenize --tokenizer {tokenizer.name} --data openmoji{split} --out {path}"
+        )
+    store = TokenStore.open(path)
+    store.check_tokenizer(tokenizer)
+    return store
+
+
+def check_classes(store: TokenStore, held_out: TokenStore) -> None:
+    """Raises `UserError` unless label i means the same in both stores, and training has every label of validation."""
+    same_names = held_out.class_names == store.class_names
+    if (
+        not same_names
+        or held_out.num_classes > store.num_classes
+        or bool(held_out.num_classes) != bool(store.num_classes)
+    ):
+        ours, theirs = (", ".join(s.class_names or ()) or f"{s.num_classes} without names" for s in (store, held_out))
+        raise UserError(
+            f"data.validation_tokens: {held_out.path} has the classes {theirs}, but {store.path} has {ours}; "
+            "tokenize both as splits of one data set"
+        )
+
+
+def image_batches(
+    config: TrainConfig, source: ImageSource, image_size: int, batch_size: int, **settings: Any
+) -> ImageBatches:
+    """Batches of centre-cropped images: from memory where all of them fit, else read in every epoch."""
+    if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
+        return SourceBatches(source, image_size, batch_size=batch_size, seed=config.seed, **settings)
+    images, labels = load_images(source, image_size)
+    return ImageBatches(images, labels, batch_size=batch_size, seed=config.seed, **settings)
+
+
+def load_images(source: ImageSource, image_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All images of a source, centre-cropped: (n, S, S, 3) uint8; and labels (n,), None where there are no classes."""
+    import numpy as np
+
+    from consonar.data.transforms import center_crop
+
+    images, labels = [], []
+    for record in source:
+        images.append(np.asarray(center_crop(record.image, image_size)))
+        labels.append(record.label)
+    if not images:
+        raise UserError(f"data.images: {source.name} holds no image")
+    if None in labels:
+        return torch.from_numpy(np.stack(images)), None
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+def on_device(batches: Any, batch_size: int, world: World) -> Iterator[Batch]:
+    return (to_device(batch, world.device) for batch in batches.ordered(batch_size))
+
+
+def preview_samples(model: Any, tokenizer: Tokenizer, path: Path) -> None:
+    from consonar.pictures import save_grid
+    from consonar.sampling.sample import SamplerConfig, sample
+
+    labels = torch.arange(PREVIEW_IMAGES) % max(1, model.num_classes)
+    result = sample(model, tokenizer, labels, seeds=range(PREVIEW_IMAGES), config=SamplerConfig())
+    save_grid(result.images, path, columns=8)
+
+
+def preview_reconstructions(tokenizer: VQTokenizer, validation: ImageBatches, world: World, path: Path) -> None:
+    from consonar.pictures import save_grid
+
+    rows = torch.linspace(0, validation.num_items - 1, min(PREVIEW_IMAGES, validation.num_items)).long()
+    images = validation.images[rows].permute(0, 3, 1, 2).float().to(world.device) / 127.5 - 1
+    pairs = torch.stack([images, tokenizer.decode(tokenizer.encode(images))], 1).flatten(0, 1)
+    save_grid(pairs, path, columns=8)

@@ -1,0 +1,309 @@
+"""Rewards: what an image is worth, as callables (images, originals, batch) -> (B,), higher is better.
+
+VA-pi (arXiv 2512.19680) rewards a decoded image with -(mse + lpips) against the original, both on [-1, 1] and,
+as in the released code, not clamped first. The other rewards are ours. `psnr` and `ssim` are defined on a bounded
+range: they clamp first, on both sides.
+
+A reward that is an error with a place (`PlacedReward`) also says where: `Rewards.maps` gives it per cell of the token
+grid. Maps of any size are resized by area, which keeps the mean: that of the cells is the reward itself.
+
+Letters: `B` images, `H`, `W` pixels, `h`, `w` places of one layer's map.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from consonar.errors import UserError, unknown
+from consonar.evaluation import reconstruction
+from consonar.evaluation.features import EfficientNetLite0Features
+from consonar.generators import conditions
+from consonar.perceptual import SMALLEST_INPUT
+from consonar.perceptual.efficientnet import PerceptualDistance
+from consonar.perceptual.lpips import load_lpips
+from consonar.training.credit import resize_to_grid
+from consonar.training.discriminator import load_discriminator
+from consonar.types import Batch, Grid, Reward
+
+KEY = "objective.rewards"
+LARGEST_PSNR = 100.0
+"""dB; what equal images get, whose PSNR is infinite."""
+DOTTED_PATH = "package.module:function"
+
+
+@dataclass(frozen=True)
+class PlacedReward:
+    """Minus an error that has a place; follows `consonar.types.Reward`."""
+
+    errors: Callable[[Tensor, Tensor], list[Tensor]]
+    """(images (B * G, 3, H, W), originals (B, 3, H, W)) -> maps (B * G, h, w), not negative; the error of an image is
+    the sum of its maps' means. The G images of one original follow each other."""
+
+    def __call__(self, images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+        return reward_of(self.errors(images, originals))
+
+
+def reward_of(layers: list[Tensor]) -> Tensor:
+    """Minus the sum of the maps' means: (B,) <- maps (B, h, w)."""
+    return -torch.stack([layer.mean((1, 2)) for layer in layers]).sum(0)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What rewards are made from."""
+
+    device: torch.device
+    """Where the networks run."""
+    lpips_weights: str | None = None
+    """File of torchvision's VGG16 weights; None: the one in the cache folder."""
+    discriminator: str | None = None
+    """Folder of a patch discriminator, or of the tokenizer run that trained it."""
+
+
+def squared_errors(images: Tensor, originals: Tensor) -> list[Tensor]:
+    """One map, the mean over channels: (B, H, W)."""
+    return [(images.unflatten(0, (len(originals), -1)) - originals[:, None]).square().mean(2).flatten(0, 1)]
+
+
+def absolute_errors(images: Tensor, originals: Tensor) -> list[Tensor]:
+    """One map, the mean over channels: (B, H, W)."""
+    return [(images.unflatten(0, (len(originals), -1)) - originals[:, None]).abs().mean(2).flatten(0, 1)]
+
+
+def as_unit_range(images: Tensor) -> Tensor:
+    """[-1, 1], clamped there -> [0, 1]."""
+    return (images.clamp(-1, 1) + 1) / 2
+
+
+def psnr(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+    """Peak signal-to-noise ratio in dB of clamped images, at most `LARGEST_PSNR`."""
+    return reconstruction.psnr(as_unit_range(images), as_unit_range(originals)).clamp_max(LARGEST_PSNR)
+
+
+def ssim(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+    """Structural similarity of clamped images, in [-1, 1]; 11 px or more."""
+    # float64: the variances are differences of nearly equal numbers where a picture is flat.
+    return reconstruction.ssim(as_unit_range(images).double(), as_unit_range(originals).double()).float()
+
+
+def lpips(resources: Resources) -> Reward:
+    """Minus LPIPS v0.1 (VGG16)."""
+    return PlacedReward(load_lpips(resources.lpips_weights).to(resources.device).maps)
+
+
+def efficientnet_lite0(resources: Resources) -> Reward:
+    """Minus the EfficientNet-Lite0 distance, at the images' own size."""
+    # A copy: the backbone is shared by all who load it, and must not move to this device for all of them.
+    return PlacedReward(copy.deepcopy(PerceptualDistance()).to(resources.device).maps)
+
+
+def embedding(resources: Resources) -> Reward:
+    """Cosine of the pooled EfficientNet-Lite0 features of both images, resized to 224 px as for a Fréchet distance."""
+    network = EfficientNetLite0Features(str(resources.device))
+
+    def cosine(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+        return F.cosine_similarity(network(images), network(originals), dim=1)
+
+    return cosine
+
+
+def patch_discriminator(resources: Resources) -> Reward:
+    """Mean realness over patches; the originals do not matter."""
+    assert resources.discriminator is not None
+    discriminator = load_discriminator(resources.discriminator).to(resources.device)
+
+    def realness(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+        return discriminator(images).mean((1, 2, 3))
+
+    return realness
+
+
+REWARDS: dict[str, Callable[[Resources], Reward]] = {
+    "mse": lambda _: PlacedReward(squared_errors),
+    "l1": lambda _: PlacedReward(absolute_errors),
+    "psnr": lambda _: psnr,
+    "ssim": lambda _: ssim,
+    "lpips": lpips,
+    "efficientnet-lite0": efficientnet_lite0,
+    "embedding": embedding,
+    "patch-discriminator": patch_discriminator,
+}
+PLACED_REWARDS = ("mse", "l1", "lpips", "efficientnet-lite0")
+"""Those that say where in the image they were lost; a user's own does when it is a `PlacedReward`."""
+RECONSTRUCTION_REWARDS = frozenset(REWARDS) - {"patch-discriminator"}
+"""Those that compare with the original: none is higher for another image than for the original itself."""
+
+
+class Rewards:
+    """Named rewards and their weights, measured together: sum_k w_k r_k."""
+
+    def __init__(self, functions: Mapping[str, Reward], weights: Mapping[str, float], *, chunk: int = 32):
+        """`chunk` is how many images the networks see at once: memory, not results, depends on it."""
+        assert list(functions) == list(weights) and chunk > 0
+        self.functions, self.weights, self.chunk = dict(functions), dict(weights), chunk
+
+    def __call__(self, images: Tensor, originals: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum (B,) and every reward by name (B,), float32; images and originals (B, 3, H, W) in [-1, 1].
+
+        `batch` is what the images were made from, one row for each. Raises `UserError` as `measure`.
+        """
+        total, values, _ = self.measure(images, dataclasses.replace(batch, images=originals))
+        return total, values
+
+    def maps(self, images: Tensor, originals: Tensor, grid: Grid) -> Tensor:
+        """The weighted sum at each cell of the token grid, (B, rows, columns); the mean over cells is `__call__`'s sum.
+
+        Raises `UserError` as `measure`.
+        """
+        maps = self.measure(images, Batch(images=originals), grid=grid)[2]
+        assert maps is not None
+        return maps
+
+    @torch.no_grad()
+    def measure(
+        self, images: Tensor, batch: Batch, *, grid: Grid | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
+
+        `images` (B * G, 3, H, W), the G made from row b of `batch` one after the other, so that networks see each
+        original once. Raises `UserError` for images too small for a network, for a reward that returns anything but
+        one finite number per image, and, with a grid, when a reward with a weight over 0 has no place.
+        """
+        assert batch.images is not None
+        self._check_size(images)
+        if grid is not None:
+            self._check_places()
+        group = len(images) // len(batch.images)
+        step = max(1, self.chunk // group)
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.functions}
+        maps: list[Tensor] = []
+        for start in range(0, len(batch.images), step):
+            some = images[start * group : (start + step) * group].float()
+            rows = batch_rows(batch, slice(start, start + step), len(batch.images))
+            assert rows.images is not None
+            originals = rows.images.float()
+            repeated = repeat_rows(rows, group)
+            cells = []
+            for name, function in self.functions.items():
+                if isinstance(function, PlacedReward):
+                    layers = function.errors(some, originals)
+                    values: object = reward_of(layers)
+                    if grid is not None and self.weights[name] > 0:
+                        placed = torch.stack([resize_to_grid(layer, grid) for layer in layers]).sum(0)
+                        cells.append(-self.weights[name] * placed)
+                else:
+                    values = function(some, originals.repeat_interleave(group, 0), repeated)
+                parts[name].append(checked(name, values, len(some), start * group).to(images.device))
+            if grid is not None:
+                maps.append(torch.stack(cells).sum(0))
+        values_by_name = {name: torch.cat(part) for name, part in parts.items()}
+        total = torch.stack([self.weights[name] * value for name, value in values_by_name.items()]).sum(0)
+        return total, values_by_name, torch.cat(maps) if grid is not None else None
+
+    def _check_places(self) -> None:
+        counted = [name for name, weight in self.weights.items() if weight > 0]
+        if without := [name for name in counted if not isinstance(self.functions[name], PlacedReward)]:
+            raise UserError(
+                f"{KEY}: {', '.join(map(repr, without))} has no place in the image, as a reward for each token needs; "
+                f"choices: {', '.join(PLACED_REWARDS)}, or a PlacedReward of your own"
+            )
+
+    def _check_size(self, images: Tensor) -> None:
+        side = min(images.shape[-2:])
+        for name in self.functions:
+            if name in SMALLEST_INPUT and side < SMALLEST_INPUT[name]:
+                raise UserError(f"{KEY}: {name!r} reads images of {SMALLEST_INPUT[name]} px or more, these have {side}")
+
+
+def check_rewards(weights: Mapping[str, float], *, discriminator: str | None) -> None:
+    """Raises `UserError` unless the names are known or dotted paths and the weights can be used. Loads nothing."""
+    for name, weight in weights.items():
+        if name not in REWARDS and ":" not in name:
+            raise unknown(KEY, name, [*REWARDS, DOTTED_PATH])
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{KEY}.{name}: {weight} is not 0 or more; every reward is better when higher, losses too")
+    if not any(weights.values()):
+        raise UserError(f"{KEY}: no weight is over 0; choices: {', '.join([*REWARDS, DOTTED_PATH])}")
+    if "patch-discriminator" in weights and discriminator is None:
+        raise UserError(
+            f"{KEY}: 'patch-discriminator' needs the folder of a discriminator; "
+            "one comes from training a tokenizer with objective.discriminator_weight over 0"
+        )
+
+
+def build_rewards(
+    weights: Mapping[str, float],
+    *,
+    device: torch.device | str,
+    lpips_weights: str | None = None,
+    discriminator: str | None = None,
+    chunk: int = 32,
+) -> Rewards:
+    """Rewards by name, from `REWARDS` or a user's own by dotted path; a weight of 0 is measured and does not count.
+
+    Raises `UserError` for unknown names, weights under 0, and files or functions that are missing.
+    """
+    check_rewards(weights, discriminator=discriminator)
+    resources = Resources(torch.device(device), lpips_weights, discriminator)
+    functions = {name: REWARDS[name](resources) if name in REWARDS else import_reward(name) for name in weights}
+    return Rewards(functions, weights, chunk=chunk)
+
+
+def import_reward(path: str) -> Reward:
+    """A user's own reward, from `package.module:function`. Raises `UserError` when there is no such thing to call."""
+    module_name, _, attribute = path.partition(":")
+    if not (module_name and attribute):
+        raise UserError(f"{KEY}: {path!r} is not of the form {DOTTED_PATH}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{KEY}: {path!r}: {error}; is its folder installed, or named in PYTHONPATH?") from error
+    if attribute not in vars(module):
+        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise unknown(f"{KEY}: module {module_name}", attribute, functions)
+    reward = vars(module)[attribute]
+    if not callable(reward):
+        raise UserError(
+            f"{KEY}: {path!r} is of type {type(reward).__name__}, not a function (images, originals, batch)"
+        )
+    return reward
+
+
+def checked(name: str, values: object, count: int, start: int) -> Tensor:
+    """`values` as float32 (count,); `UserError` names the reward, what it returned and for which image of the batch."""
+    if not isinstance(values, Tensor):
+        raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
+    if values.shape != (count,):
+        shape = tuple(values.shape)
+        raise UserError(f"reward {name!r}: returned shape {shape} for {count} images, expected ({count},)")
+    values = values.detach().float()
+    if wrong := (~values.isfinite()).nonzero().flatten().tolist():
+        value, image = float(values[wrong[0]]), start + wrong[0]
+        raise UserError(f"reward {name!r}: returned {value} for image {image} of the batch")
+    return values
+
+
+def batch_rows(batch: Batch, rows: slice, num_images: int) -> Batch:
+    """Some rows of every tensor of a batch, which has one for each image."""
+    present = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    present = {name: value for name, value in present.items() if value is not None}
+    assert all(conditions.num_rows(value) == num_images for value in present.values()), "one row for each image"
+    return dataclasses.replace(batch, **{name: conditions.rows(value, rows) for name, value in present.items()})
+
+
+def repeat_rows(batch: Batch, times: int) -> Batch:
+    """Each row `times` times in a row."""
+    assert batch.images is not None
+    chosen = torch.arange(len(batch.images), device=batch.images.device).repeat_interleave(times)
+    present = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    kept = {name: conditions.rows(value, chosen) for name, value in present.items() if value is not None}
+    return dataclasses.replace(batch, **kept)
