@@ -16,6 +16,7 @@ def evaluate(
     out: Path | None = None,
     tokenizer: str | None = None,
     temperatures: str = "1",
+    match: tuple[Path, ...] = (),
     num_samples: int = 2048,
     draws: int = 4,
     seed: int = 0,
@@ -33,6 +34,7 @@ def evaluate(
         tokenizer: Of samples: name or folder of their tokenizer, for the copy rate in tokens (default: the one that
             the file names, when it is a shipped one).
         temperatures: Of a run: the grid, e.g. 1,0.9,0.8.
+        match: Of a run: other runs; each adds the temperature at which this one has its teacher-forced entropy.
         num_samples: Of a run: images drawn per temperature.
         draws: Disjoint parts whose spread is reported.
         seed: Of a run's first sample, and of the parts.
@@ -49,7 +51,9 @@ def evaluate(
         if tokenizer is not None:
             raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
         grid = number_list(temperatures)
-        sampling = {"num_samples": num_samples, "draws": draws, "seed": seed, "batch_size": batch_size}
+        sampling = {
+            "num_samples": num_samples, "draws": draws, "seed": seed, "batch_size": batch_size, "match": match
+        }  # fmt: skip
         evaluate_folder(samples, reference, place, overwrite=overwrite, temperatures=grid, **sampling)
     else:
         settings = {"draws": draws, "seed": seed, "batch_size": batch_size, "device": place}

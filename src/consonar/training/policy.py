@@ -27,8 +27,8 @@ def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> 
     for image, numbers in enumerate(uniforms.to(logits.device)):  # one image at a time: float64 over V is large
         cumulative = (logits[image].double() / temperature).softmax(-1).cumsum(-1)  # (N, V)
         # `right`: a draw of exactly 0 must not fall on a token of probability 0.
-        found = torch.searchsorted(cumulative, numbers.double().t() * cumulative[:, -1:], right=True)  # (N, G)
-        actions[image] = found.t()
+        thresholds = (numbers.double().t() * cumulative[:, -1:]).contiguous()  # (N, G)
+        actions[image] = torch.searchsorted(cumulative, thresholds, right=True).t()
     return actions.clamp_max_(logits.shape[-1] - 1)
 
 

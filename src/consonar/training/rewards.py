@@ -7,7 +7,7 @@ range: they clamp first, on both sides.
 A reward that is an error with a place (`PlacedReward`) also says where: `Rewards.maps` gives it per cell of the token
 grid. Maps of any size are resized by area, which keeps the mean: that of the cells is the reward itself.
 
-Letters: `B` images, `H`, `W` pixels, `h`, `w` places of one layer's map.
+Letters: `B` originals, `G` images of each (1 if not said), `H`, `W` pixels, `h`, `w` places of one layer's map.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class Resources:
 
 
 def squared_errors(images: Tensor, originals: Tensor) -> list[Tensor]:
-    """One map, the mean over channels: (B, H, W)."""
+    """One map, the mean over channels: (B * G, H, W)."""
     return [(images.unflatten(0, (len(originals), -1)) - originals[:, None]).square().mean(2).flatten(0, 1)]
 
 
 def absolute_errors(images: Tensor, originals: Tensor) -> list[Tensor]:
-    """One map, the mean over channels: (B, H, W)."""
+    """One map, the mean over channels: (B * G, H, W)."""
     return [(images.unflatten(0, (len(originals), -1)) - originals[:, None]).abs().mean(2).flatten(0, 1)]
 
 
@@ -156,14 +156,10 @@ class Rewards:
 
         `batch` is what the images were made from, one row for each. Raises `UserError` as `measure`.
         """
-        total, values, _ = self.measure(images, dataclasses.replace(batch, images=originals))
-        return total, values
+        return self.measure(images, dataclasses.replace(batch, images=originals))[:2]
 
     def maps(self, images: Tensor, originals: Tensor, grid: Grid) -> Tensor:
-        """The weighted sum at each cell of the token grid, (B, rows, columns); the mean over cells is `__call__`'s sum.
-
-        Raises `UserError` as `measure`.
-        """
+        """The weighted sum at each cell of the token grid, (B, rows, columns); the mean over cells is `__call__`'s."""
         maps = self.measure(images, Batch(images=originals), grid=grid)[2]
         assert maps is not None
         return maps
@@ -182,32 +178,35 @@ class Rewards:
         self._check_size(images)
         if grid is not None:
             self._check_places()
-        group = len(images) // len(batch.images)
+        group, rest = divmod(len(images), len(batch.images))
+        assert not rest, "the same number of images for each row of the batch"
         step = max(1, self.chunk // group)
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.functions}
-        maps: list[Tensor] = []
-        for start in range(0, len(batch.images), step):
-            some = images[start * group : (start + step) * group].float()
-            rows = batch_rows(batch, slice(start, start + step), len(batch.images))
-            assert rows.images is not None
-            originals = rows.images.float()
-            repeated = repeat_rows(rows, group)
-            cells = []
-            for name, function in self.functions.items():
-                if isinstance(function, PlacedReward):
-                    layers = function.errors(some, originals)
-                    values: object = reward_of(layers)
-                    if grid is not None and self.weights[name] > 0:
-                        placed = torch.stack([resize_to_grid(layer, grid) for layer in layers]).sum(0)
-                        cells.append(-self.weights[name] * placed)
-                else:
-                    values = function(some, originals.repeat_interleave(group, 0), repeated)
-                parts[name].append(checked(name, values, len(some), start * group).to(images.device))
-            if grid is not None:
-                maps.append(torch.stack(cells).sum(0))
-        values_by_name = {name: torch.cat(part) for name, part in parts.items()}
-        total = torch.stack([self.weights[name] * value for name, value in values_by_name.items()]).sum(0)
-        return total, values_by_name, torch.cat(maps) if grid is not None else None
+        parts = []
+        # In float32 even inside an update in bf16: samples of one image differ by less than bf16 would leave.
+        with torch.autocast(images.device.type, enabled=False):
+            for start in range(0, len(batch.images), step):
+                rows = batch_rows(batch, slice(start, start + step))
+                parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid, start * group))
+        values = {name: torch.cat([part[name] for part, _ in parts]) for name in self.functions}
+        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
+        return total, values, None if grid is None else torch.cat([maps for _, maps in parts])
+
+    def _chunk(self, images: Tensor, batch: Batch, grid: Grid | None, start: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Every reward of some images, the first of which is image `start`; their sum at the cells (empty: no grid)."""
+        assert batch.images is not None
+        originals = batch.images.float()
+        chosen = torch.arange(len(originals), device=originals.device).repeat_interleave(len(images) // len(originals))
+        values, cells = {}, []
+        for name, function in self.functions.items():
+            if isinstance(function, PlacedReward):
+                layers = function.errors(images, originals)
+                returned: object = reward_of(layers)
+                if grid is not None and self.weights[name] > 0:
+                    cells += [-self.weights[name] * resize_to_grid(layer, grid) for layer in layers]
+            else:
+                returned = function(images, originals[chosen], batch_rows(batch, chosen))
+            values[name] = checked(name, returned, len(images), start).to(images.device)
+        return values, torch.stack(cells).sum(0) if cells else images.new_empty(0)
 
     def _check_places(self) -> None:
         counted = [name for name, weight in self.weights.items() if weight > 0]
@@ -283,8 +282,7 @@ def checked(name: str, values: object, count: int, start: int) -> Tensor:
     if not isinstance(values, Tensor):
         raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
     if values.shape != (count,):
-        shape = tuple(values.shape)
-        raise UserError(f"reward {name!r}: returned shape {shape} for {count} images, expected ({count},)")
+        raise UserError(f"reward {name!r}: returned shape {tuple(values.shape)}, expected ({count},), one per image")
     values = values.detach().float()
     if wrong := (~values.isfinite()).nonzero().flatten().tolist():
         value, image = float(values[wrong[0]]), start + wrong[0]
@@ -292,18 +290,9 @@ def checked(name: str, values: object, count: int, start: int) -> Tensor:
     return values
 
 
-def batch_rows(batch: Batch, rows: slice, num_images: int) -> Batch:
-    """Some rows of every tensor of a batch, which has one for each image."""
+def batch_rows(batch: Batch, chosen: slice | Tensor) -> Batch:
+    """Some rows of every tensor of a batch."""
     present = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     present = {name: value for name, value in present.items() if value is not None}
-    assert all(conditions.num_rows(value) == num_images for value in present.values()), "one row for each image"
-    return dataclasses.replace(batch, **{name: conditions.rows(value, rows) for name, value in present.items()})
-
-
-def repeat_rows(batch: Batch, times: int) -> Batch:
-    """Each row `times` times in a row."""
-    assert batch.images is not None
-    chosen = torch.arange(len(batch.images), device=batch.images.device).repeat_interleave(times)
-    present = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    kept = {name: conditions.rows(value, chosen) for name, value in present.items() if value is not None}
-    return dataclasses.replace(batch, **kept)
+    assert len({conditions.num_rows(value) for value in present.values()}) == 1, "one row for each original"
+    return dataclasses.replace(batch, **{name: conditions.rows(value, chosen) for name, value in present.items()})

@@ -1,0 +1,328 @@
+"""What every post-training objective keeps: terms that sum to the loss, a frozen tokenizer, one pass per image."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consonar.distributed import World
+from consonar.errors import UserError
+from consonar.generators import conditions
+from consonar.training import losses, policy
+from consonar.training.alignment import AlignmentTrainee, GuardConfig
+from consonar.training.baselines import (
+    CrossEntropyAlignment,
+    CrossEntropyConfig,
+    StraightThrough,
+    StraightThroughConfig,
+)
+from consonar.training.build import ALIGNMENTS
+from consonar.training.loop import split
+from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
+from consonar.types import Batch
+
+REWARDS = {"mse": 1.0, "l1": 0.5}
+VAPI = PolicyConfig(rewards=REWARDS, group_size=3)
+CASES = {
+    "vapi": VAPI,
+    "noise": replace(VAPI, context_noise=0.5),
+    "kl": replace(VAPI, kl_weight=0.3),
+    "exact kl": replace(VAPI, kl_weight=0.3, kl="exact", temperature=0.8),
+    "no prior": replace(VAPI, ce_weight=0.0),
+    "rloo": replace(VAPI, estimator="rloo"),
+    "dr_grpo": replace(VAPI, estimator="dr_grpo"),
+    "gspo": replace(VAPI, estimator="gspo"),
+    "dapo": replace(VAPI, estimator="dapo"),
+    "reinforce": replace(VAPI, estimator="reinforce", group_size=1),
+    "tokens": replace(VAPI, credit="token"),
+    "smooth": replace(VAPI, credit="token", smooth_credit=True),
+    "reinforce tokens": replace(VAPI, estimator="reinforce", credit="token"),
+    "epochs": replace(VAPI, inner_epochs=2),
+    "free": replace(VAPI, rollout="free", guidance_scale=2.0, kl_weight=0.1),
+    "free epochs": replace(VAPI, rollout="free", inner_epochs=2),
+    "ce": CrossEntropyConfig(rewards=REWARDS, context_noise=0.3),
+    "soft": CrossEntropyConfig(rewards=REWARDS, target="soft", tau=0.5),
+    "ste": StraightThroughConfig(rewards=REWARDS, perceptual_weight=0.0),
+}
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def batch(rng):
+    images = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
+    return Batch(condition=torch.arange(4) % 3, images=images)
+
+
+@pytest.fixture
+def make(tokenizer, tiny_generator, batch):
+    start, prior = tiny_generator(dropout=0.2), tiny_generator(seed=1).requires_grad_(False)
+
+    def make(config, **settings):
+        if isinstance(config, PolicyConfig) and config.smooth_credit:
+            settings["probe"] = batch.images
+        objective = ALIGNMENTS[type(config)](config, tokenizer, prior, total_steps=10, seed=3, world=WORLD, **settings)
+        return objective, AlignmentTrainee(copy.deepcopy(start))
+
+    return make
+
+
+def test_every_objective_has_a_case():
+    assert {type(config) for config in CASES.values()} == set(ALIGNMENTS)
+    assert {PolicyAlignment, CrossEntropyAlignment, StraightThrough} == set(ALIGNMENTS.values())
+    estimators = {config.estimator for config in CASES.values() if isinstance(config, PolicyConfig)}
+    assert estimators == set(policy.ESTIMATORS)
+
+
+def weighted_terms(config, terms):
+    """The loss as the sum of its named terms."""
+    if isinstance(config, PolicyConfig):
+        prior = config.ce_weight * terms["cross_entropy"] if config.rollout == "teacher_forced" else 0
+        return terms["policy"] + prior + config.kl_weight * terms.get("kl", torch.zeros(()))
+    if isinstance(config, CrossEntropyConfig):
+        return terms["soft_cross_entropy" if config.target == "soft" else "cross_entropy"]
+    return config.mse_weight * terms["mse"] + config.ce_weight * terms["cross_entropy"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_terms_sum_to_the_loss_and_only_the_generator_learns(name, make, batch, tokenizer):
+    objective, trainee = make(CASES[name])
+    trainee.train()
+    rollouts = list(objective.rollout(trainee, batch, 0))
+    assert len(rollouts) == getattr(CASES[name], "inner_epochs", 1)
+    for rollout in rollouts:
+        assert torch.equal(rollout.batch.tokens, tokenizer.encode(batch.images))
+        loss, terms = objective.loss(trainee, rollout, 0)
+        assert loss.isfinite() and loss.ndim == 0
+        torch.testing.assert_close(loss, weighted_terms(CASES[name], terms))
+        loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainee.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in trainee.parameters())
+    assert all(p.grad is None for p in tokenizer.parameters())
+    assert all(p.grad is None for p in objective.prior.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_have_the_loss_of_the_whole(name, make, batch):
+    """Draws and noise are prepared for the whole batch: splitting it changes nothing."""
+    if CASES[name] == CASES["reinforce"] or CASES[name] == CASES["reinforce tokens"]:
+        pytest.skip("its baseline moves with every micro-batch")
+    gradients = []
+    for parts in (1, 2):
+        objective, trainee = make(CASES[name])
+        rollout = next(iter(objective.rollout(trainee, batch, 4)))
+        for part in split(rollout, parts):
+            (objective.loss(trainee, part, 4)[0] / parts).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainee.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vapi", "noise", "kl", "exact kl", "gspo", "tokens", "smooth"])
+def test_shared_context_equals_one_pass_for_each_sample(name, make, batch):
+    """The released form repeats the whole generator for each of the G samples; the gradient is the same."""
+    config = CASES[name]
+    objective, trainee = make(config)
+    (rollout,) = objective.rollout(trainee, batch, 2)
+    ours, _ = objective.loss(trainee, rollout, 2)
+    ours.backward()
+    shared = torch.cat([p.grad.flatten() for p in trainee.parameters()])
+    trainee.zero_grad()
+
+    group = config.group_size
+    rows = torch.arange(4).repeat_interleave(group)
+    with torch.no_grad():
+        drawn = objective.draw(trainee, trainee(rollout.context, rollout.condition).logits, rollout)
+        prior = objective.prior(rollout.context[rows], rollout.condition[rows])[0]
+    actions = drawn["actions"].flatten(0, 1)[:, None]  # (B * G, 1, N)
+    logits = trainee(rollout.context[rows], rollout.condition[rows]).logits  # (B * G, N, V)
+    log_probs = policy.token_log_probs(logits, actions, config.temperature)
+    ratio = policy.probability_ratio(log_probs, log_probs.detach(), whole_sequence=config.estimator == "gspo")
+    advantages = drawn["advantages"].flatten(0, 1)[:, None]
+    loss = policy.clipped_policy_loss(ratio, advantages, config.clip_range, config.clip_high).mean()
+    loss = loss + config.ce_weight * losses.next_token_loss(logits, rollout.batch.tokens[rows])
+    if config.kl == "exact":
+        divergence = policy.kl_exact(logits / config.temperature, prior / config.temperature).mean()
+    else:
+        divergence = policy.kl_k3(log_probs, policy.token_log_probs(prior, actions, config.temperature)).mean()
+    loss = loss + config.kl_weight * divergence
+    loss.backward()
+    repeated = torch.cat([p.grad.flatten() for p in trainee.parameters()])
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shared, repeated, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("group", [2, 16])
+def test_one_pass_of_the_generator_whatever_the_group(group, make, batch):
+    """One forward with gradient and none without; the start model runs only when its KL is wanted."""
+    objective, trainee = make(replace(VAPI, group_size=group))
+    calls = {"policy": 0, "prior": 0}
+    for key, module in (("policy", trainee.generator), ("prior", objective.prior)):
+        module.register_forward_hook(lambda *_, key=key: calls.__setitem__(key, calls[key] + 1))
+    for rollout in objective.rollout(trainee, batch, 0):
+        objective.loss(trainee, rollout, 0)[0].backward()
+    assert calls == {"policy": 1, "prior": 0}
+
+
+def test_with_one_epoch_the_ratio_is_one_and_with_more_it_moves(make, batch):
+    objective, trainee = make(replace(VAPI, inner_epochs=3, clip_range=1e-4))
+    optimizer = torch.optim.SGD(trainee.parameters(), lr=0.1)
+    deviations, clipped = [], []
+    for rollout in objective.rollout(trainee, batch, 0):
+        loss, terms = objective.loss(trainee, rollout, 0)
+        deviations.append(float(terms["ratio_deviation"]))
+        clipped.append(float(terms["clip_fraction"]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # The draw ran without gradient, through another attention kernel: equal but for rounding.
+    assert deviations[0] < 1e-4 < deviations[1]
+    assert clipped[0] < 0.05 < clipped[1] <= clipped[2]
+    objective, trainee = make(VAPI)
+    (rollout,) = objective.rollout(trainee.train(), batch, 0)
+    terms = objective.loss(trainee, rollout, 0)[1]
+    assert terms["ratio_deviation"] == 0 and terms["clip_fraction"] == 0
+
+
+def test_dropout_stays_off(make, batch):
+    _, trainee = make(VAPI)
+    trainee.train()
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    first, second = (trainee(tokens, torch.tensor([0, 1])).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert not any(module.training for module in trainee.modules())
+
+
+def test_the_reward_rises_under_the_policy_gradient(make, batch):
+    """A hundred steps on one batch: the mean reward of the draws goes up by more than its own spread."""
+    objective, trainee = make(replace(VAPI, group_size=8, ce_weight=0.0))
+    optimizer = torch.optim.Adam(trainee.parameters(), lr=2e-3)
+    rewards = []
+    for step in range(60):
+        (rollout,) = objective.rollout(trainee, batch, step)
+        loss, terms = objective.loss(trainee, rollout, step)
+        rewards.append(float(terms["reward"]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    first, last = torch.tensor(rewards[:10]), torch.tensor(rewards[-10:])
+    assert last.mean() > first.mean() + 2 * first.std()
+
+
+def test_the_running_baseline_of_reinforce(make, batch):
+    objective, trainee = make(replace(CASES["reinforce"], baseline_decay=0.75))
+    seen = []
+    for step in range(3):
+        (rollout,) = objective.rollout(trainee, batch, step)
+        seen.append(float(objective.loss(trainee, rollout, step)[1]["reward"]))
+    expected = seen[0]
+    for reward in seen:
+        expected = 0.75 * expected + 0.25 * reward
+    torch.testing.assert_close(trainee.reward_baseline[0], torch.tensor(expected))
+
+
+def test_free_rollouts_are_samples_of_the_policy(make, batch):
+    objective, trainee = make(replace(VAPI, rollout="free", group_size=2))
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    actions = rollout.extra["actions"]
+    assert actions.shape == (4, 2, 16) and not torch.equal(actions[:, 0], actions[:, 1])
+    (again,) = objective.rollout(trainee, batch, 0)
+    assert torch.equal(actions, again.extra["actions"])
+    (other,) = objective.rollout(trainee, batch, 1)
+    assert not torch.equal(actions, other.extra["actions"])
+
+
+def test_straight_through_has_hard_values_and_soft_gradient(rng):
+    from consonar.training.baselines import straight_through
+
+    logits = torch.randn(2, 3, 5, generator=rng, requires_grad=True)
+    chosen = straight_through(logits, 0.7)
+    torch.testing.assert_close(chosen.sum(-1), torch.ones(2, 3))
+    assert torch.equal(chosen.argmax(-1), logits.argmax(-1)) and chosen.max(-1).values.allclose(torch.ones(2, 3))
+    weights = torch.randn(5, generator=rng)
+    (ours,) = torch.autograd.grad((chosen * weights).sum(), logits)
+    (soft,) = torch.autograd.grad(((logits / 0.7).softmax(-1) * weights).sum(), logits)
+    torch.testing.assert_close(ours, soft)
+
+
+def test_straight_through_gradient_reaches_the_generator_through_the_decoder(make, batch):
+    objective, trainee = make(replace(CASES["ste"], ce_weight=0.0))
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    objective.loss(trainee, rollout, 0)[0].backward()
+    assert trainee.generator.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_class_dropout_reaches_draw_and_update_alike(make, batch):
+    objective, trainee = make(replace(VAPI, class_dropout=1.0))
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    assert torch.equal(rollout.condition, trainee.generator.null_condition(batch.condition))
+    assert conditions.num_rows(rollout.condition) == 4
+
+
+def test_validation_is_of_the_true_context_and_the_same_for_all(make, batch):
+    """The start model against itself has KL 0; every objective measures the same numbers."""
+    measured = {}
+    for name in ("vapi", "ce", "ste"):
+        objective, trainee = make(CASES[name])
+        measured[name] = objective.validate(trainee, iter([batch, batch]))
+    assert measured["vapi"] == measured["ce"] == measured["ste"]
+    assert measured["vapi"]["kl"] > 0
+    assert {"cross_entropy", "entropy", "accuracy", "reward", "reward_mse", "reward_l1"} < set(measured["vapi"])
+    objective, trainee = make(VAPI)
+    objective.prior = trainee.generator
+    assert objective.validate(trainee, iter([batch]))["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_guard_names_what_left_its_band():
+    guard = GuardConfig(min_entropy=1.0, max_entropy=3.0, max_kl=0.5)
+    assert guard.breach({"entropy": 2.0, "kl": 0.4, "loss": 9.0}) is None
+    assert guard.breach({"loss": 1.0}) is None
+    assert guard.breach({"entropy": 0.9}) == "entropy 0.9 is below objective.guard.min_entropy 1"
+    assert guard.breach({"entropy": 3.5}) == "entropy 3.5 is above objective.guard.max_entropy 3"
+    assert guard.breach({"kl": 0.75}) == "kl 0.75 is above objective.guard.max_kl 0.5"
+
+
+MISTAKES = {
+    "group of one": (lambda: PolicyConfig(group_size=1), "objective.group_size: 1, but grpo compares"),
+    "no epochs": (lambda: PolicyConfig(inner_epochs=0), "objective.inner_epochs: 0"),
+    "temperature": (lambda: PolicyConfig(temperature=0.0), "objective.temperature: 0.0"),
+    "noise": (lambda: PolicyConfig(context_noise=1.5), r"objective.context_noise: 1.5 is not in \[0, 1\]"),
+    "unknown reward": (lambda: PolicyConfig(rewards={"mze": 1.0}), "mze"),
+    "no reward": (lambda: PolicyConfig(rewards={}), "objective.rewards: empty"),
+    "smooth alone": (lambda: PolicyConfig(smooth_credit=True), "objective.smooth_credit: read only with"),
+    "free by token": (lambda: PolicyConfig(rollout="free", credit="token"), "choices here: sequence"),
+    "free noise": (lambda: PolicyConfig(rollout="free", context_noise=0.1), "objective.context_noise: free rollouts"),
+    "guided forcing": (lambda: PolicyConfig(guidance_scale=2.0), "objective.guidance_scale: read only with"),
+    "kl unmeasured": (lambda: GuardConfig(max_kl=1.0, measure_kl=False), "objective.guard.measure_kl: False"),
+    "tau": (lambda: CrossEntropyConfig(tau=0.0), "objective.tau: 0.0"),
+    "gumbel": (lambda: StraightThroughConfig(gumbel_temperature=0.0), "objective.gumbel_temperature: 0.0"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(name):
+    build, message = MISTAKES[name]
+    with pytest.raises(UserError, match=message) as caught:
+        build()
+    assert "\n" not in str(caught.value)
+
+
+def test_token_credit_needs_tokens_with_a_place(tokenizer):
+    tokenizer.grid = None
+    with pytest.raises(UserError, match=r"objective.credit: 'token' needs tokens with a place; tiny-vq is a 1D"):
+        PolicyAlignment(CASES["tokens"], tokenizer, None, total_steps=1, seed=0, world=WORLD)
+
+
+def bad_reward(images, originals, batch):
+    return torch.full((len(images),), float("nan"))
+
+
+def wide_reward(images, originals, batch):
+    return images.mean((2, 3))
+
+
+@pytest.mark.parametrize(("name", "message"), [("bad_reward", "returned nan"), ("wide_reward", "returned shape")])
+def test_a_reward_that_returns_nonsense_is_one_line(name, message, make, batch):
+    objective, trainee = make(replace(VAPI, rewards={f"test_alignment:{name}": 1.0}))
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        objective.loss(trainee, rollout, 0)

@@ -1,0 +1,212 @@
+"""Post-training as a user starts it: from a trained run, resumed, stopped by the guard, best kept, two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import NUM_CLASSES, TINY_VQ, picture
+
+from consonar import checkpoint
+from consonar.config import DataConfig
+from consonar.config_io import to_dict
+from consonar.errors import UserError
+from consonar.generators import load_generator, read_origin
+from consonar.generators.rear import ReARConfig
+from consonar.tokenizers import save_tokenizer
+from consonar.tokenizers.vq import VQTokenizer
+from consonar.tracking import read_metrics
+from consonar.training.alignment import GuardConfig
+from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives import ConsistencyConfig
+from consonar.training.policy_objective import PolicyConfig
+from consonar.training.run import train
+
+REWARDS = {"mse": 1.0}
+VAPI = PolicyConfig(rewards=REWARDS, group_size=4, context_noise=0.2)
+OBJECTIVES = {
+    "vapi": VAPI,
+    "reinforce": replace(VAPI, estimator="reinforce", class_dropout=0.2),
+    "spatial": replace(VAPI, credit="token", smooth_credit=True, inner_epochs=2),
+    "free": PolicyConfig(rewards=REWARDS, group_size=2, rollout="free", kl_weight=0.1),
+    "soft": CrossEntropyConfig(rewards=REWARDS, target="soft"),
+    "ste": StraightThroughConfig(rewards=REWARDS, perceptual_weight=0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def labelled_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("labelled")
+    for split, first, count in (("train", 0, 24), ("validation", 100, 6)):
+        for index in range(first, first + count):
+            folder = root / split / "abc"[index % NUM_CLASSES]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(index).save(folder / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture
+def start(make_config, tmp_path):
+    """A finished run of plain AR."""
+    return train(make_config(loop={"steps": 3}), tmp_path / "start", quiet=True)
+
+
+@pytest.fixture
+def make(make_config, labelled_folder, start):
+    def make(objective=VAPI, loop=None, **changes):
+        data = DataConfig(images=str(labelled_folder))
+        settings = {"init": str(start), "tokenizer": None, "model": None, "data": data, "objective": objective}
+        return make_config(loop={"steps": 4, "batch_size": 4} | (loop or {}), **{**settings, **changes})
+
+    return make
+
+
+def weights(run):
+    return checkpoint.read_component(run / "model")[1]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_resume_is_exact(name, make, tmp_path):
+    config = make(OBJECTIVES[name], loop={"accumulation": 2})
+    whole = train(config, tmp_path / "whole", quiet=True)
+    train(config, tmp_path / "parts", stop_at=2, quiet=True)
+    parts = train(config, tmp_path / "parts", resume=True, quiet=True)
+    one, two = weights(whole), weights(parts)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    columns = [
+        [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(run / "metrics.jsonl")]
+        for run in (whole, parts)
+    ]
+    assert columns[0] == columns[1]
+
+
+def test_a_run_starts_at_the_weights_of_init_and_moves_away(make, start, tmp_path):
+    config = make(loop={"steps": 1}, optim={"lr": 1e-12, "min_lr": 0.0, "warmup_steps": 0})
+    run = train(config, tmp_path / "run", quiet=True)
+    before, after = weights(start), weights(run)
+    assert all(torch.allclose(before[key], after[key], atol=1e-9) for key in before)
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["model"]["width"] == 32 and stored["init"] == str(start.resolve())
+    assert stored["tokenizer"] and read_origin(run).tokenizer_fingerprint == read_origin(start).tokenizer_fingerprint
+    lines = read_metrics(run / "metrics.jsonl")
+    assert lines[0]["train/ratio_deviation"] == 0
+    assert {"train/reward", "train/reward_mse", "train/entropy", "train/clip_fraction"} < set(lines[0])
+    assert {"validation/reward", "validation/reward_mse", "validation/kl", "validation/entropy"} < set(lines[1])
+    assert load_generator(run).config.dropout == 0.0
+
+
+def test_rear_training_also_starts_from_init(make_config, start, tmp_path):
+    config = make_config(
+        init=str(start), objective=ConsistencyConfig(embedding_weight=0.5, head_width=16),
+        loop={"steps": 1}, optim={"lr": 1e-12, "min_lr": 0.0, "warmup_steps": 0},
+    )  # fmt: skip
+    run = train(config, tmp_path / "run", quiet=True)
+    before, after = weights(start), weights(run)
+    assert all(torch.allclose(before[key], after[key], atol=1e-9) for key in before)
+
+
+def test_the_guard_stops_the_run_and_keeps_its_model(make, tmp_path, capsys):
+    config = make(replace(VAPI, guard=GuardConfig(max_entropy=0.5)))
+    run = train(config, tmp_path / "run")
+    reason = json.loads((run / "stopped.json").read_text())
+    assert reason["step"] == 1 and "objective.guard.max_entropy 0.5" in reason["reason"]
+    assert "stopped at step 1: entropy" in capsys.readouterr().err
+    assert (run / "model" / "model.safetensors").is_file()
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 1]
+
+
+def test_the_guard_also_reads_validation(make, tmp_path):
+    config = make(
+        replace(VAPI, guard=GuardConfig(max_kl=1e-9)), loop={"validate_every": 2},
+        optim={"lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 0},
+    )  # fmt: skip
+    run = train(config, tmp_path / "run", quiet=True)
+    reason = json.loads((run / "stopped.json").read_text())
+    assert reason["step"] == 2 and reason["reason"].startswith("kl ")
+
+
+def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
+    config = make(
+        loop={"steps": 3, "validate_every": 1, "fd_samples": 8},
+        optim={"lr": 2e-2, "min_lr": 2e-2, "warmup_steps": 0},
+    )  # fmt: skip
+    run = train(config, tmp_path / "run", quiet=True)
+    key = "validation/FD(efficientnet-lite0) validation"
+    distances = {line["step"]: line[key] for line in read_metrics(run / "metrics.jsonl") if key in line}
+    best = json.loads((run / "best.json").read_text())
+    assert len(distances) == 3 and best["value"] == min(distances.values()) == distances[best["step"]]
+    kept, last = checkpoint.read_component(run / "best")[1], weights(run)
+    same = all(torch.equal(kept[name], last[name]) for name in kept)
+    assert same == (best["step"] == 3)
+    load_generator(run / "best")
+
+
+WORKER = """
+import os, sys, torch
+from pathlib import Path
+from consonar.config import read_config
+from consonar.training.run import train
+torch.set_num_threads(1)
+for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    os.environ["MASTER_PORT"] = port
+    train(read_config(Path(path)), Path(path).with_suffix(""), quiet=True)
+"""
+
+
+def test_two_processes_learn_and_agree_on_one_model(make, tmp_path):
+    """Each rank draws its own tokens, so weights differ from one process; cross-entropy alone must be the same."""
+    configs = {
+        "ce": make(CrossEntropyConfig(rewards=REWARDS), loop={"steps": 3}),
+        "reinforce": make(replace(OBJECTIVES["reinforce"], group_size=2), loop={"steps": 3}),
+    }
+    arguments = []
+    for name, config in configs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config)))
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            arguments += [str(tmp_path / f"{name}.json"), str(sock.getsockname()[1])]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, *arguments], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for worker in workers:
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors
+    alone = train(configs["ce"], tmp_path / "alone", quiet=True)
+    one, two = weights(alone), weights(tmp_path / "ce")
+    for key in one:
+        if not key.endswith("k_norm.bias"):  # its gradient is rounding: see test_loop.py
+            torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
+    lines = read_metrics(tmp_path / "reinforce" / "metrics.jsonl")
+    assert all(line["train/reward"] < 0 for line in lines if "train/reward" in line)
+
+
+def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_folder):
+    other = VQTokenizer(TINY_VQ, name="other")
+    with torch.no_grad():
+        other.quantize.embedding.weight.add_(1.0)
+    save_tokenizer(other, tmp_path / "other")
+    mistakes = {
+        "no init": (make(init=None), "init: 'tiny' starts from a trained generator"),
+        "no folder": (make(init=str(tmp_path / "nothing")), "generator: no folder"),
+        "a tokenizer": (make(init=str(tokenizer_folder)), "not a generator folder"),
+        "another tokenizer": (make(tokenizer=str(tmp_path / "other")), "was trained with another tokenizer"),
+        "another shape": (
+            make(model=ReARConfig(width=64, num_layers=2, num_heads=4, dropout=0.0)),
+            "model.width: 64, but the generator in",
+        ),
+        "no images": (make(data=DataConfig()), "data.images: post-training needs the images"),
+    }
+    for name, (config, message) in mistakes.items():
+        with pytest.raises(UserError, match=message) as caught:
+            train(config, tmp_path / name.replace(" ", "-"), quiet=True)
+        assert "\n" not in str(caught.value), name
+        assert not (tmp_path / name.replace(" ", "-")).exists(), name
