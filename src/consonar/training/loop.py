@@ -101,6 +101,8 @@ def train_loop(
     last = min(loop.steps, stop_at or loop.steps)
     clock, clock_step = time.monotonic(), state.step
     model.train()
+    if callbacks.validate and state.step == 0 and config.init:
+        validate(state, callbacks, tracker, world)  # where the run starts from is worth a line
     for step in range(state.step, last):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(step, loop.steps, config.optim)
@@ -120,11 +122,7 @@ def train_loop(
             tracker.log(state.step, {f"train/{key}": value for key, value in values.items()}, rate=rate)
             clock, clock_step = time.monotonic(), state.step
         if callbacks.validate and (due(state.step, loop.validate_every) or at_end or state.stopped):
-            with evaluation_weights(state):
-                measured = callbacks.validate(state.model)
-                if callbacks.keep_best and world.is_main:
-                    callbacks.keep_best(state.model, state.step, measured)
-            tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
+            measured = validate(state, callbacks, tracker, world)
             state.stopped = state.stopped or objective.breach(measured)
         if callbacks.preview and world.is_main and (due(state.step, loop.sample_every) or at_end or state.stopped):
             with evaluation_weights(state):
@@ -169,6 +167,17 @@ def update(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return sums | {"grad_norm": norm}
+
+
+def validate(state: State, callbacks: Callbacks, tracker: Tracker, world: World) -> dict[str, float]:
+    """Validation metrics with the averaged weights, logged; the model is kept where it is the best so far."""
+    assert callbacks.validate is not None
+    with evaluation_weights(state):
+        measured = callbacks.validate(state.model)
+        if callbacks.keep_best and world.is_main:
+            callbacks.keep_best(state.model, state.step, measured)
+    tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
+    return measured
 
 
 def due(step: int, every: int) -> bool:
