@@ -15,6 +15,9 @@ import yaml
 from consonar.config_io import from_dict, merge, to_dict
 from consonar.distributed import DEVICES, PRECISIONS
 from consonar.errors import UserError, unknown
+from consonar.generators.alitok import AliTokARConfig
+from consonar.generators.janus import JanusConfig
+from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.tokenizers.vq import VQConfig
@@ -24,6 +27,8 @@ from consonar.training.objectives import ConsistencyConfig
 from consonar.training.optim import OptimConfig
 from consonar.training.policy_objective import PolicyConfig
 from consonar.training.vq_objective import ReconstructionConfig
+
+GeneratorConfig = ReARConfig | LlamaGenConfig | AliTokARConfig | JanusConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ class TrainConfig:
     """Run or model folder of the generator to start from; None: from random weights."""
     tokenizer: str | None = None
     """Name or folder of the frozen tokenizer (generators only); None: that of `init`."""
-    model: ReARConfig | VQConfig | None = field(default_factory=ReARConfig)
+    model: GeneratorConfig | VQConfig | None = field(default_factory=ReARConfig)
     """What is trained; None: the architecture of `init`."""
     objective: ConsistencyConfig | PolicyConfig | CrossEntropyConfig | StraightThroughConfig | ReconstructionConfig = (
         field(default_factory=ConsistencyConfig)

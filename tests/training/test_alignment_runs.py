@@ -93,9 +93,10 @@ def test_a_run_starts_at_the_weights_of_init_and_moves_away(make, start, tmp_pat
     assert stored["model"]["width"] == 32 and stored["init"] == str(start.resolve())
     assert stored["tokenizer"] and read_origin(run).tokenizer_fingerprint == read_origin(start).tokenizer_fingerprint
     lines = read_metrics(run / "metrics.jsonl")
-    assert lines[0]["train/ratio_deviation"] == 0
-    assert {"train/reward", "train/reward_mse", "train/entropy", "train/clip_fraction"} < set(lines[0])
-    assert {"validation/reward", "validation/reward_mse", "validation/kl", "validation/entropy"} < set(lines[1])
+    assert [line["step"] for line in lines] == [0, 1, 1] and lines[0]["validation/kl"] < 1e-6
+    assert lines[1]["train/ratio_deviation"] == 0
+    assert {"train/reward", "train/reward_mse", "train/entropy", "train/clip_fraction"} < set(lines[1])
+    assert {"validation/reward", "validation/reward_mse", "validation/kl", "validation/entropy"} < set(lines[2])
     assert load_generator(run).config.dropout == 0.0
 
 
@@ -116,7 +117,7 @@ def test_the_guard_stops_the_run_and_keeps_its_model(make, tmp_path, capsys):
     assert reason["step"] == 1 and "objective.guard.max_entropy 0.5" in reason["reason"]
     assert "stopped at step 1: entropy" in capsys.readouterr().err
     assert (run / "model" / "model.safetensors").is_file()
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 1]
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 1]
 
 
 def test_the_guard_also_reads_validation(make, tmp_path):
@@ -138,7 +139,7 @@ def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
     key = "validation/FD(efficientnet-lite0) validation"
     distances = {line["step"]: line[key] for line in read_metrics(run / "metrics.jsonl") if key in line}
     best = json.loads((run / "best.json").read_text())
-    assert len(distances) == 3 and best["value"] == min(distances.values()) == distances[best["step"]]
+    assert len(distances) == 4 and best["value"] == min(distances.values()) == distances[best["step"]]
     kept, last = checkpoint.read_component(run / "best")[1], weights(run)
     same = all(torch.equal(kept[name], last[name]) for name in kept)
     assert same == (best["step"] == 3)

@@ -54,6 +54,8 @@ def evaluate_run(
     reference: str = "openmoji-64",
     temperatures: Sequence[float] = (1.0,),
     match: Sequence[Path] = (),
+    target: Reference | None = None,
+    reconstruct: bool = True,
     sampler: SamplerConfig | None = None,
     num_samples: int = 1024,
     seed: int = 0,
@@ -66,10 +68,11 @@ def evaluate_run(
     """Samples a finished run at every temperature, measures each against `reference`, and writes `run`/results.json.
 
     Every run in `match` adds a row at the temperature at which this one has that one's teacher-forced entropy (at
-    temperature 1, on the validation images). Beside results.json: samples_tX.npz (the first images of each row, with
-    their nearest training images) and, when the reference has validation images, reconstructions.npz and
-    reconstruction.json. Returns the content of results.json. Raises `UserError` when results exist (unless
-    `overwrite`) or the run has no model.
+    temperature 1, on the validation images). `target` is the encoded reference where several runs share it; else it is
+    opened here. Beside results.json: samples_tX.npz (the first images of each row, with their nearest training images)
+    and, when the reference has validation images and with `reconstruct`, reconstructions.npz and reconstruction.json.
+    Returns the content of results.json. Raises `UserError` when results exist (unless `overwrite`) or the run has no
+    model.
     """
     path = run / "results.json"
     if path.exists() and not overwrite:
@@ -82,7 +85,8 @@ def evaluate_run(
     sharpness = Sharpness(reference, tokenizer, batch_size, device)
     matched = {round(sharpness.match(generator, other), 4): other.name for other in match}
     samplers = [replace(sampler or SamplerConfig(), temperature=t) for t in dict.fromkeys([*temperatures, *matched])]
-    target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
+    if target is None:
+        target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
     labels = balanced_labels(num_samples, generator.num_classes)
     rows = []
     for settings in samplers:
@@ -119,7 +123,7 @@ def evaluate_run(
         "versions": results.versions,
         "machine": machine_name(device),
     }
-    if "validation" in target.images:
+    if reconstruct and "validation" in target.images:
         measure_reconstruction(run, tokenizer, target.images["validation"], device)
     text = json.dumps(content, indent=1)
     checkpoint.write_atomically(path, lambda partial: partial.write_text(text + "\n"))

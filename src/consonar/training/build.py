@@ -85,6 +85,7 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
     model = load_start(config, shape, tokenizer) if config.init else build_generator(shape)
     if not config.init:
         model.reset_parameters(generator(config.seed, "init"))
+    check_takes_classes(model, config)
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
     trainee.reset_heads(generator(config.seed, "init_heads"))
     objective = Consistency(
@@ -115,6 +116,7 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
         )
     model = load_start(config, config.model, tokenizer)
     train_source = open_source(config.data.images, split="train", image_size=tokenizer.image_size)
+    check_takes_classes(model, config)
     check_image_classes(config, train_source, model)
     rank = {"rank": world.rank, "world_size": world.size}
     batches = image_batches(config, train_source, tokenizer.image_size, batch_size, flip=config.data.flip, **rank)
@@ -153,6 +155,15 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
         AlignmentTrainee(model), objective, batches, callbacks,
         lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
     )  # fmt: skip
+
+
+def check_takes_classes(model: Any, config: TrainConfig) -> None:
+    """Raises `UserError` for a generator that is conditioned on text: token stores and image sources give classes."""
+    if model.num_classes == 0:
+        raise UserError(
+            f"model.kind: {config.model.kind if config.model else ''!r} is conditioned on text, and `train` reads "
+            "classes; use the objectives with your own batches of TextCondition or PromptCondition"
+        )
 
 
 def check_image_classes(config: TrainConfig, source: ImageSource, model: Any) -> None:

@@ -30,8 +30,8 @@ from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import derive_seed, generator
 from consonar.training import losses, policy
 from consonar.training.alignment import Alignment, AlignmentConfig, AlignmentTrainee
-from consonar.training.credit import Influence, measure_influence, spatial_credit
-from consonar.types import Batch, Grid, Rollout
+from consonar.training.credit import Influence, measure_influence, spatial_credit, token_grid
+from consonar.types import Batch, Rollout
 
 INFLUENCE_POSITIONS = 64
 """At how many positions of each probe image the decoder's receptive field is measured."""
@@ -118,7 +118,7 @@ class PolicyAlignment(Alignment):
         super().__init__(config, *args, **settings)
         self.influence: Influence | None = None
         if config.credit == "token":
-            self.place()
+            token_grid(self.tokenizer)  # found out now and not after the first draws
         if config.smooth_credit:
             assert probe is not None
             self.influence = measure_influence(
@@ -155,7 +155,7 @@ class PolicyAlignment(Alignment):
     def reward(self, model: Any, actions: Tensor, batch: Batch) -> dict[str, Any]:
         """Advantages (B, G, 1 or N) of actions (B, G, N), and for the log the rewards (B, G) and their parts."""
         group, by_token = actions.shape[1], self.config.credit == "token"
-        grid = self.place() if by_token else None
+        grid = token_grid(self.tokenizer) if by_token else None
         images = self.decode(actions.flatten(0, 1))  # (B * G, 3, H, W)
         total, parts, maps = self.rewards.measure(images, batch, grid=grid)
         rewards = total.view(-1, group, 1)
@@ -170,15 +170,6 @@ class PolicyAlignment(Alignment):
         )
         shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
         return {"advantages": advantages, **{key: value.view(-1, group) for key, value in shown.items()}}
-
-    def place(self) -> Grid:
-        """Where the tokens sit; `UserError` for tokens without a place."""
-        if self.tokenizer.grid is None:
-            raise UserError(
-                f"objective.credit: 'token' needs tokens with a place; {self.tokenizer.name} is a 1D tokenizer; "
-                "choices: sequence"
-            )
-        return self.tokenizer.grid
 
     def update_baseline(self, trainee: AlignmentTrainee, rewards: Tensor) -> Tensor:
         """The running mean before this batch (its own mean at the very first), (N,) or a scalar; then updates it."""

@@ -33,7 +33,7 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
         config = replace(config, tokenizer=origin.tokenizer)
     if config.model is None:
         config = replace(config, model=load_generator(start).config)
-    return replace(config, init=str(Path(start).resolve()))
+    return replace(config, init=start if start.startswith("hf:") else str(Path(start).resolve()))
 
 
 def load_start(config: TrainConfig, shape: Any, tokenizer: Tokenizer) -> Any:
