@@ -11,11 +11,26 @@ import consonar
 from consonar.config import DataConfig, LoopConfig, TrainConfig, read_config
 from consonar.config_io import from_dict, merge, to_dict
 from consonar.errors import UserError
+from consonar.generators import GENERATORS
+from consonar.generators.alitok import AliTokARConfig
+from consonar.generators.janus import JanusConfig
+from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.recipes import RECIPES, find_recipe
+from consonar.sampling.sample import SamplerConfig
+from consonar.tokenizers import TOKENIZERS
+from consonar.tokenizers.alitok import AliTokConfig
+from consonar.tokenizers.maskgit import MaskGITConfig
+from consonar.tokenizers.titok import TiTokConfig
+from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
+from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
+from consonar.training.alignment import GuardConfig
+from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.build import ALIGNMENTS
 from consonar.training.objectives import ConsistencyConfig, NoiseConfig
 from consonar.training.optim import OptimConfig
+from consonar.training.policy_objective import PolicyConfig
 from consonar.training.vq_objective import ReconstructionConfig
 
 SOURCE = Path(consonar.__file__).parent
@@ -70,7 +85,7 @@ MISTAKES = {
     "text for bool": ("base: ar-openmoji\ndata: {flip: 'yes'}", r"data\.flip: .*got 'yes'"),
     "table for number": ("base: ar-openmoji\nseed: {a: 1}", r"seed: .*got \{'a': 1\}"),
     "number for table": ("base: ar-openmoji\nloop: 3", r"loop: expected a table of keys, got 3"),
-    "list for table": ("base: ar-openmoji\nmodel: [1]", r"model\.kind: unknown None; choices: rear, vq"),
+    "list for table": ("base: ar-openmoji\nmodel: [1]", r"model\.kind: unknown None; choices: rear, llamagen, alitok-ar, janus, vq"),
     "choice": (
         "base: ar-openmoji\nobjective: {noise: {schedule: cosine}}",
         r"objective\.noise\.schedule: input should be 'none', 'constant', .*got 'cosine'",
@@ -82,7 +97,7 @@ MISTAKES = {
     "type in the second kind": (
         "base: tokenizer-openmoji-64\nmodel: {base_channels: wide}", r"model\.base_channels: .*got 'wide'"
     ),
-    "kind": ("base: ar-openmoji\nmodel: {kind: gan}", r"model\.kind: unknown 'gan'; choices: rear, vq"),
+    "kind": ("base: ar-openmoji\nmodel: {kind: gan}", r"model\.kind: unknown 'gan'; choices: rear, llamagen, alitok-ar, janus, vq"),
     "other kind": ("base: ar-openmoji\nmodel: {kind: vq}", r"objective\.kind: 'consistency' does not train .*'vq'"),
     "base": ("base: ar-openmojo", r"recipe: unknown 'ar-openmojo' \(did you mean 'ar-openmoji'\?\)"),
     "base list": ("base: [a, b]", r"base: expected the name of a recipe, got \['a', 'b'\]"),
@@ -147,7 +162,27 @@ CALLED = {
     ConsistencyConfig: {"objective", "config"},
     ReconstructionConfig: {"objective", "config"},
     NoiseConfig: {"noise", "settings"},
+    PolicyConfig: {"config", "objective", "AlignmentConfig"},
+    CrossEntropyConfig: {"config", "AlignmentConfig"},
+    StraightThroughConfig: {"config", "AlignmentConfig"},
+    GuardConfig: {"guard"},
+    LlamaGenConfig: {"config", "RotaryConfig"},
+    AliTokARConfig: {"config", "RotaryConfig"},
+    JanusConfig: {"config"},
+    MaskGITConfig: {"config", "ConvConfig"},
+    VQGANPlusConfig: {"config", "ConvConfig"},
+    TiTokConfig: {"config", "ViTConfig"},
+    AliTokConfig: {"config", "ViTConfig"},
+    TransformerConfig: {"config", "encoder", "decoder"},
+    SamplerConfig: {"config", "settings", "sampler"},
 }
+
+
+def test_every_kind_of_configuration_is_in_the_table():
+    """Those of the registries and of `TrainConfig`."""
+    known = {pair[0] for registry in (GENERATORS, TOKENIZERS) for pair in registry.values()}
+    known |= set(ALIGNMENTS) | {ConsistencyConfig, ReconstructionConfig}
+    assert known <= set(CALLED)
 
 
 def test_every_field_is_read():
@@ -181,7 +216,7 @@ def test_every_field_is_read():
         if not any((name, item.name) in reads for name in (*names, kind.__name__))
     ]
     assert unread == []
-    assert sum(len(dataclasses.fields(kind)) for kind in CALLED) > 60  # the table above is not empty
+    assert sum(len(dataclasses.fields(kind)) for kind in CALLED) > 150  # the table above is not empty
 
 
 def imports(path: Path) -> set[str]:
