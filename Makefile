@@ -3,15 +3,16 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 MINUTES ?= 13
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu lint bench results clean
+.PHONY: help demo test test-slow test-gpu lint bench results claims-vapi clean
 
 help:
-	@echo "make demo       train and compare plain AR and reAR, write runs/demo/report.html (MINUTES=13)"
+	@echo "make demo       train plain AR and reAR, post-train both by VA-pi, write runs/demo/report.html (MINUTES=13)"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the slower tests"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
-	@echo "make results    docs/results.md from the files of a finished demo"
+	@echo "make results    docs/results.md from the files of a finished demo and of finished claims"
+	@echo "make claims-vapi  VA-pi against its controls over 3 seeds, docs/vapi.md (at most 90 minutes on 2 cores)"
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "consonar needs Python 3.11 or newer; none found (set PYTHON=...)"; exit 2; }
@@ -24,8 +25,8 @@ demo: .venv/installed
 	$(BIN)/consonar demo --out runs/demo --minutes $(MINUTES)
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs claims
+	$(BIN)/ruff format --check src tests benchmarks docs claims
 	$(BIN)/mypy
 
 test: lint
@@ -43,5 +44,8 @@ bench: .venv/installed
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
 
-results:
+results: .venv/installed
 	$(BIN)/python docs/make_results.py runs/demo
+
+claims-vapi: .venv/installed
+	$(BIN)/python claims/vapi.py --out runs/claims-vapi
