@@ -12,7 +12,7 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
 	@echo "make results    docs/results.md from the files of a finished demo and of finished claims"
-	@echo "make claims-vapi  VA-pi against its controls over 3 seeds, docs/vapi.md (at most 90 minutes on 2 cores)"
+	@echo "make claims-vapi  VA-pi against its controls over 3 seeds, into docs/results.md (at most 90 minutes on 2 cores)"
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "consonar needs Python 3.11 or newer; none found (set PYTHON=...)"; exit 2; }

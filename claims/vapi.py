@@ -3,13 +3,15 @@
 
 One start model (plain AR, stopped where its validation cross-entropy is lowest), then for every seed the same number of
 updates on the same images with each method; frontiers of free-running samples for all. Every step that is finished is
-skipped when the command is called again. Writes OUT/summary.json and docs/vapi.md; every number comes from result files.
+skipped when the command is called again. Writes OUT/summary.json and the section on VA-pi of docs/results.md; every
+number comes from result files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +129,10 @@ def cell(values: list[float], digits: int = 3) -> str:
 
 
 def page(summary: dict[str, Any], minutes: float) -> str:
-    """docs/vapi.md from the summary."""
+    """The section of docs/results.md, from the summary."""
     seeds, forced, frontier = range(summary["seeds"]), summary["teacher_forced"], summary["frontier"]
     lines = [
-        "# VA-pi on OpenMoji against its controls",
+        "## VA-pi on OpenMoji against its controls",
         "",
         f"Made by `make claims-vapi` in {minutes:.0f} minutes on {summary['machine']} (torch {summary['versions']['torch']}); numbers in",
         f"`runs/claims-vapi/summary.json`. One start model (plain AR, {START_STEPS} steps, weights {summary['start_sha256'][:12]}), then",
@@ -138,7 +140,7 @@ def page(summary: dict[str, Any], minutes: float) -> str:
         f"seed. Samples: {summary['samples']} per row, the same classes and random numbers in every row. ± is the standard deviation over",
         "seeds; for the start model, which is one, the spread over four disjoint parts of the samples.",
         "",
-        "## Under teacher forcing, on held-out images",
+        "### Under teacher forcing, on held-out images",
         "",
         "One draw of every token under the true context, decoded, against the image itself.",
         "",
@@ -170,7 +172,7 @@ def page(summary: dict[str, Any], minutes: float) -> str:
             lines.append(f"| {title} | {wins[0]} of {len(seeds)} | {wins[1]} of {len(seeds)} |")
     lines += [
         "",
-        "## Free-running samples: the frontier",
+        "### Free-running samples: the frontier",
         "",
         "| model | temperature | " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * (len(COLUMNS) + 2),
@@ -199,13 +201,22 @@ def page(summary: dict[str, Any], minutes: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_section(path: Path, text: str) -> None:
+    """Replaces the section between the marks, or adds it at the end."""
+    section = f"<!-- claims-vapi -->\n{text}<!-- /claims-vapi -->"
+    before = path.read_text() if path.exists() else ""
+    marks = re.compile(r"<!-- claims-vapi -->.*<!-- /claims-vapi -->", re.DOTALL)
+    after = marks.sub(lambda _: section, before) if marks.search(before) else f"{before}\n{section}\n"
+    write_atomically(path, lambda partial: partial.write_text(after))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/claims-vapi"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=2560)
-    parser.add_argument("--page", type=Path, default=DOCS / "vapi.md")
+    parser.add_argument("--page", type=Path, default=DOCS / "results.md")
     args = parser.parse_args()
     started = time.monotonic()
     make_runs(args.out, args.seeds, args.steps)
@@ -216,7 +227,7 @@ def main() -> None:
     summary = summarise(args.out, args.seeds, args.steps, args.samples) | {"minutes": minutes}
     text = json.dumps(summary, indent=1) + "\n"
     write_atomically(args.out / "summary.json", lambda path: path.write_text(text))
-    args.page.write_text(page(summary, minutes))
+    write_section(args.page, page(summary, minutes))
     print(f"{args.page}: {minutes:.0f} minutes", flush=True)
 
 

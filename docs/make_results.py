@@ -7,6 +7,7 @@ Every number comes from the demo's own result files; nothing is typed in by hand
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,19 @@ from consonar.pictures import save_grid
 from consonar.tracking import read_metrics
 
 DOCS = Path(__file__).parent
-NAMES = {"plain-ar": "plain AR", "rear": "reAR"}
+NAMES = {
+    "plain-ar": "plain AR",
+    "plain-ar-ce": "plain AR, CE control",
+    "plain-ar-vapi": "plain AR, VA-pi",
+    "rear": "reAR",
+    "rear-ce": "reAR, CE control",
+    "rear-vapi": "reAR, VA-pi",
+}
+TRAINED = ("plain-ar", "rear")
+SHOWN = ("plain-ar", "plain-ar-vapi", "rear", "rear-vapi")
 COLUMNS = ("FD(efficientnet-lite0) validation", "FD(efficientnet-lite0) train", "precision", "recall",
-           "copy rate (features)", "copy rate (tokens)", "entropy")  # fmt: skip
+           "copy rate (features)", "copy rate (tokens)", "entropy (teacher-forced)")  # fmt: skip
+CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /claims-vapi -->", re.DOTALL)
 
 
 def to_images(pixels: np.ndarray) -> torch.Tensor:
@@ -41,6 +52,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     for run, content in results.items():
         for index, row in enumerate(content["rows"]):
             best = " (best)" if index == content["best"] else ""
+            if row.get("matched_to"):
+                best += f", entropy of {NAMES[row['matched_to']]}"
             cells = [cell(row["metrics"].get(column)) for column in COLUMNS]
             lines.append(f"| {NAMES[run]} | {row['temperature']:g}{best} | " + " | ".join(cells) + " |")
     return lines
@@ -49,7 +62,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 def pictures(demo: Path, results: dict[str, dict[str, Any]]) -> None:
     """Samples at equal seeds and classes (rows of ten: one per class), and reconstructions."""
     images = DOCS / "images"
-    for run, content in results.items():
+    for run, content in ((run, results[run]) for run in SHOWN):
         for label, index in (("t1", 0), ("best", content["best"])):
             with np.load(demo / run / content["rows"][index]["samples"]) as arrays:
                 save_grid(to_images(arrays["images"][:40]), images / f"{run}-{label}.png", columns=10)
@@ -63,10 +76,10 @@ def pictures(demo: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def overview(demo: Path, results: dict[str, dict[str, Any]]) -> None:
-    """The README's picture, twenty images each: originals, reconstructions, plain AR, reAR (both at the middle temperature)."""
+    """The README's picture, twenty images each: originals, reconstructions, plain AR, reAR, reAR after VA-pi (second temperature)."""
     with np.load(demo / "rear" / "reconstructions.npz") as arrays:
         parts = [arrays["originals"][:20], arrays["reconstructions"][:20]]
-    for run, content in results.items():
+    for run, content in ((run, results[run]) for run in ("plain-ar", "rear", "rear-vapi")):
         with np.load(demo / run / content["rows"][1]["samples"]) as arrays:
             parts.append(arrays["images"][:20])
     save_grid(to_images(np.concatenate(parts)), DOCS / "images" / "overview.png", columns=10)
@@ -98,7 +111,8 @@ def main() -> None:
         "# Results", "",
         "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own.", "",
         f"- Command: `make demo` (`consonar demo --minutes {settings['minutes']:g} --seed {settings['seed']:g}`), "
-        f"{settings['steps']:g} steps of batch 64 per run.",
+        f"{settings['steps']:g} steps of batch 64 per training run, "
+        f"{last['rear-vapi'][-1]['step']} updates of batch 32 per post-training run (VA-pi with spatial credit).",
         f"- Machine: {first['machine']}, 2 cores; {', '.join(f'{k} {v}' for k, v in first['versions'].items())}.",
         f"- Data: OpenMoji, {first['reference']['num_train']} training and {first['reference']['num_validation']} validation images.",
         f"- Tokenizer: `{first['tokenizer']['name']}` (fingerprint {first['tokenizer']['fingerprint'][:12]}): validation PSNR "
@@ -108,14 +122,14 @@ def main() -> None:
         "`FD(efficientnet-lite0)` is not FID.",
         f"- {row['num_samples']} samples per row, the same classes and seeds for all rows; ± is the standard deviation over "
         f"{first['draws']} disjoint parts of them (parts are smaller than the whole, so it overstates the uncertainty of the value).",
-        "", "## Plain AR and reAR", "", *table(results), "",
+        "", "## Plain AR, reAR, and both post-trained", "", *table(results), "",
         "Checkpoints: " + ", ".join(f"{NAMES[run]} {content['checkpoint_sha256'][:12]}" for run, content in results.items()) + ".",
         "", "Teacher-forced on the validation images (clean context): "
         + "; ".join(
             f"{NAMES[run]} cross-entropy {line['validation/cross_entropy']:.3f} nats, accuracy {line['validation/accuracy']:.3f}"
-            for run, line in final.items()
+            for run, line in final.items() if run in TRAINED
         ) + ". Lowest on the way: "
-        + "; ".join(f"{NAMES[run]} {lowest(lines)}" for run, lines in last.items())
+        + "; ".join(f"{NAMES[run]} {lowest(last[run])}" for run in TRAINED)
         + ".",
         "" if floor is None else f"\nReal validation images against the training images: FD {floor:.1f}.", "",
         "One seed and one budget: a difference smaller than the spread is no difference, and the spread does not cover "
@@ -123,7 +137,7 @@ def main() -> None:
     ]  # fmt: skip
     for label, title in (("t1", "Temperature 1"), ("best", "Each model's best temperature (by validation FD)")):
         lines += [f"### {title}", "Columns are the ten classes; equal places have equal seeds.", ""]
-        for run, content in results.items():
+        for run, content in ((run, results[run]) for run in SHOWN):
             temperature = content["rows"][0 if label == "t1" else content["best"]]["temperature"]
             lines += [
                 f"{NAMES[run]}, temperature {temperature:g}:",
@@ -131,6 +145,9 @@ def main() -> None:
                 f"![{NAMES[run]} samples](images/{run}-{label}.png)",
                 "",
             ]
+    before = (DOCS / "results.md").read_text() if (DOCS / "results.md").exists() else ""
+    claims = CLAIMS.search(before)
+    lines += [claims[0] if claims else "<!-- claims-vapi --><!-- /claims-vapi -->", ""]
     lines += ["### Tokenizer", "Validation images (odd rows) and what the tokenizer makes of them (even rows):", "",
               "![reconstructions](images/reconstructions.png)", "",
               "Emoji by [OpenMoji](https://openmoji.org), CC BY-SA 4.0."]  # fmt: skip

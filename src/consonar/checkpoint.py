@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +66,30 @@ def component_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]
     return digest.hexdigest()
 
 
+def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes a .safetensors file, all of it or nothing."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+    def save(partial: Path) -> None:
+        safetensors.torch.save_file(tensors, partial)
+        # safetensors makes its file for the owner alone: give it to those who may read the folder.
+        partial.chmod(path.parent.stat().st_mode & 0o666)
+
+    write_atomically(path, save)
+
+
 def save_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Writes a component folder: what it is (config.json) and its weights (model.safetensors)."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-
-    def save(path: Path) -> None:
-        safetensors.torch.save_file(tensors, path)
-        # safetensors makes its file for the owner alone: give it to those who may read the folder.
-        path.chmod(folder.stat().st_mode & 0o666)
-
-    write_atomically(folder / "model.safetensors", save)
+    save_tensors(folder / "model.safetensors", state)
     text = json.dumps({"format_version": FORMAT_VERSION, **config}, indent=1)
     write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
 
 
-def read_component(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the weights of a component folder; `UserError` for a missing, damaged or newer one."""
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    for path in (config_path, weights_path):
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a component folder, without its format version; `UserError` for a damaged or newer one."""
+    config_path = folder / "config.json"
+    for path in (config_path, folder / "model.safetensors"):
         if not path.is_file():
             raise UserError(f"{folder}: no {path.name}; a model folder holds config.json and model.safetensors")
     try:
@@ -96,26 +101,83 @@ def read_component(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{config_path}: format_version {version!r}; this consonar reads {FORMAT_VERSION}")
+    return config
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, mapped: read from the disk when used, and gone when the file changes."""
     try:
-        return config, safetensors.torch.load_file(weights_path)
+        with safetensors.safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{weights_path}: damaged or cut short ({error})") from error
+        raise UserError(f"{path}: damaged or cut short ({error})") from error
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Loads exactly these weights; `UserError` lists what is missing, unknown or of another shape."""
-    own = module.state_dict()
+def read_component(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the mapped weights of a component folder; `UserError` for a missing, damaged or newer one."""
+    return read_config(folder), map_tensors(folder / "model.safetensors")
+
+
+def first_of(keys: Sequence[str], count: int = 8) -> str:
+    """The first keys of many, and how many more there are."""
+    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
+
+
+def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """`UserError` lists the keys of `own` that `state` lacks, those it has besides, and those of another shape."""
     problems = []
     if missing := [key for key in own if key not in state]:
-        problems.append(f"missing {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}")
+        problems.append(f"missing {first_of(missing)}")
     if extra := [key for key in state if key not in own]:
-        problems.append(f"unknown {', '.join(extra[:4])}{' ...' if len(extra) > 4 else ''}")
+        problems.append(f"unknown {first_of(extra)}")
     for key in own:
         if key in state and own[key].shape != state[key].shape:
             problems.append(f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}")
     if problems:
         raise UserError(f"{where}: not the weights of this model: {'; '.join(problems[:4])}")
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Copies exactly these weights into a module; `UserError` lists what is missing, unknown or of another shape."""
+    own = module.state_dict()
+    check_weights(own, state, where)
     module.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
+
+
+def load_module(build: Callable[[], Any], folder: Path) -> Any:
+    """The module that `build` makes, with the weights of a component folder, in evaluation mode and frozen.
+
+    The module is built without memory and is given each tensor as it is read, so that the peak is one copy of the
+    weights. They are read, not mapped: a file that is replaced meanwhile changes nothing.
+    """
+    path = folder / "model.safetensors"
+    with torch.device("meta"):
+        module = build()
+    own, mapped = module.state_dict(), map_tensors(path)
+    check_weights(own, mapped, str(folder))
+    module.load_state_dict(read_tensors(path, mapped, own), assign=True)
+    left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+    assert not left, f"{type(module).__name__}: not in its state dict, so without a value: {left}"
+    return module.eval().requires_grad_(False)
+
+
+def read_tensors(path: Path, mapped: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file in memory of their own, with the types of `like`.
+
+    `mapped` is what `map_tensors` found, so the file is known to be well-formed. Its pages are not touched here: those
+    of a mapped file that were read count as memory too.
+    """
+    tensors = {}
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for key in mapped:
+            tensor = torch.empty(mapped[key].shape, dtype=mapped[key].dtype)
+            file.seek(8 + size + header[key]["data_offsets"][0])
+            if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise UserError(f"{path}: cut short while it was read")
+            tensors[key] = tensor.to(like[key].dtype)
+    return tensors
 
 
 def save_resume(folder: Path, step: int, payload: Mapping[str, Any], keep: int) -> Path:

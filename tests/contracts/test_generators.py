@@ -1,19 +1,62 @@
 """What every registered generator keeps: causality, alignment, cache, batch, condition, taps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import NUM_CLASSES
 
-from consonar.generators import GENERATORS, Origin, load_generator, save_generator
-from consonar.types import Generator
+from consonar.generators import GENERATORS, Origin, conditions, load_generator, save_generator
+from consonar.generators.alitok import AliTokARConfig
+from consonar.generators.janus import JanusConfig, pad_prompts
+from consonar.generators.llamagen import LlamaGenConfig
+from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.seeding import generator as seeded
+from consonar.types import Generator, Grid, TextCondition
 
 LENGTH = 16
+ROTARY = {
+    "width": 32, "num_layers": 2, "num_heads": 4, "multiple_of": 8, "token_dropout": 0.0, "attention_dropout": 0.0,
+    "residual_dropout": 0.0, "ffn_dropout": 0.0, "vocab_size": 32, "num_tokens": LENGTH,
+}  # fmt: skip
+LLAMAGEN = LlamaGenConfig(**ROTARY, num_classes=NUM_CLASSES, grid=Grid(4, 4))
+# One tiny model of each kind that `tiny_generator` does not make; a new kind needs its own line here.
+CONFIGS = {
+    "llamagen": LLAMAGEN,
+    "llamagen, text": replace(LLAMAGEN, condition="text", num_condition_tokens=4, caption_dim=6, num_classes=0),
+    "alitok-ar": AliTokARConfig(**ROTARY, num_classes=NUM_CLASSES, grid=Grid(3, 4, prefix=4)),
+    "janus": JanusConfig(
+        width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=48, text_vocab_size=20, pad_token=1,
+        max_prompt_tokens=9, code_dim=4, head_width=24, vocab_size=32, num_tokens=LENGTH,
+    ),
+}  # fmt: skip
 
 
-@pytest.fixture(params=GENERATORS)
+@pytest.fixture(params=["rear", *CONFIGS])
 def model(request, tiny_generator):
-    """One tiny model of each kind; a new kind needs its own line here."""
-    return {"rear": tiny_generator}[request.param]()
+    """Every weight is drawn, so that no path is switched off by a zero initialisation."""
+    if request.param == "rear":
+        return tiny_generator()
+    if request.param == "janus":
+        pytest.importorskip("transformers")
+    config = CONFIGS[request.param]
+    generator, rng = GENERATORS[config.kind][1](config), seeded(0, request.param)
+    generator.reset_parameters(rng)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    return generator.eval()
+
+
+@pytest.fixture
+def condition(model, rng):
+    """Three conditions, all different."""
+    if model.num_classes:
+        return torch.tensor([0, 2, 1])
+    if model.config.kind == "janus":
+        return pad_prompts([[2, 5, 6, 3], [2, 7, 8, 9, 5, 3], [2, 6, 3]], model.config.pad_token)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    return TextCondition(torch.randn(3, 4, 6, generator=rng), mask)
 
 
 @pytest.fixture
@@ -21,7 +64,8 @@ def tokens(rng):
     return torch.randint(32, (3, LENGTH), generator=rng)
 
 
-CONDITION = torch.tensor([0, 2, 1])
+def test_every_kind_has_a_tiny_model():
+    assert {"rear", *(config.kind for config in CONFIGS.values())} == set(GENERATORS)
 
 
 def test_it_is_a_generator(model):
@@ -29,38 +73,38 @@ def test_it_is_a_generator(model):
 
 
 @pytest.mark.parametrize("changed", [0, 7, LENGTH - 1])
-def test_a_token_does_not_see_itself_or_the_future(model, tokens, changed):
+def test_a_token_does_not_see_itself_or_the_future(model, condition, tokens, changed):
     """logits[:, i] may depend on tokens < i alone: bit-equal up to the changed token, another value right after it."""
     other = tokens.clone()
     other[:, changed] = (other[:, changed] + 1) % model.vocab_size
-    before, after = model(tokens, CONDITION)[0], model(other, CONDITION)[0]
+    before, after = model(tokens, condition)[0], model(other, condition)[0]
     assert torch.equal(before[:, : changed + 1], after[:, : changed + 1])
     if changed + 1 < LENGTH:
         assert not torch.isclose(before[:, changed + 1], after[:, changed + 1]).all(-1).any()
 
 
-def test_shapes_and_alignment_do_not_depend_on_the_mode(model, tokens):
-    evaluated = model(tokens, CONDITION)[0]
-    trained = model.train()(tokens, CONDITION)[0]
+def test_shapes_and_alignment_do_not_depend_on_the_mode(model, condition, tokens):
+    evaluated = model(tokens, condition)[0]
+    trained = model.train()(tokens, condition)[0]
     assert evaluated.shape == (3, LENGTH, model.vocab_size)
     assert torch.equal(evaluated, trained)  # dropout is 0
 
 
-def test_a_prefix_gives_the_first_logits(model, tokens):
-    whole = model(tokens, CONDITION)[0]
-    torch.testing.assert_close(model(tokens[:, :5], CONDITION)[0], whole[:, :5])
+def test_a_prefix_gives_the_first_logits(model, condition, tokens):
+    whole = model(tokens, condition)[0]
+    torch.testing.assert_close(model(tokens[:, :5], condition)[0], whole[:, :5])
 
 
 @pytest.mark.parametrize("pieces", [[1] * 15, [3, 1, 7, 4], [15]])
 @torch.inference_mode()
-def test_cached_logits_equal_uncached_ones(model, tokens, pieces):
-    whole = model(tokens, CONDITION)[0]
+def test_cached_logits_equal_uncached_ones(model, condition, tokens, pieces):
+    whole = model(tokens, condition)[0]
     cache = model.new_cache(3)
-    first, _ = model(tokens[:, :0], CONDITION, cache=cache)
+    first, _ = model(tokens[:, :0], condition, cache=cache)
     torch.testing.assert_close(first[:, 0], whole[:, 0])
     read = 0
     for piece in pieces:
-        logits, _ = model(tokens[:, read : read + piece], CONDITION, cache=cache)
+        logits, _ = model(tokens[:, read : read + piece], condition, cache=cache)
         read += piece
         assert logits.shape == (3, 1, model.vocab_size)
         torch.testing.assert_close(logits[:, 0], whole[:, read], rtol=1e-4, atol=1e-5)
@@ -68,61 +112,77 @@ def test_cached_logits_equal_uncached_ones(model, tokens, pieces):
 
 
 @torch.inference_mode()
-def test_tokens_may_come_with_the_first_cached_call(model, tokens):
-    logits, _ = model(tokens[:, :4], CONDITION, cache=model.new_cache(3))
-    torch.testing.assert_close(logits[:, 0], model(tokens, CONDITION)[0][:, 4], rtol=1e-4, atol=1e-5)
+def test_tokens_may_come_with_the_first_cached_call(model, condition, tokens):
+    logits, _ = model(tokens[:, :4], condition, cache=model.new_cache(3))
+    torch.testing.assert_close(logits[:, 0], model(tokens, condition)[0][:, 4], rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_a_full_cache_refuses_more(model, tokens):
+def test_a_full_cache_refuses_more(model, condition, tokens):
     cache = model.new_cache(3)
-    model(tokens, CONDITION, cache=cache)
+    model(tokens, condition, cache=cache)
     with pytest.raises(AssertionError, match="asked to hold"):
-        model(tokens[:, :1], CONDITION, cache=cache)
+        model(tokens[:, :1], condition, cache=cache)
 
 
-def test_a_row_does_not_depend_on_its_batch(model, tokens):
-    together = model(tokens, CONDITION)[0]
-    alone = torch.cat([model(tokens[i : i + 1], CONDITION[i : i + 1])[0] for i in range(3)])
+def test_a_row_does_not_depend_on_its_batch(model, condition, tokens):
+    together = model(tokens, condition)[0]
+    alone = torch.cat([model(tokens[i : i + 1], conditions.rows(condition, slice(i, i + 1)))[0] for i in range(3)])
     torch.testing.assert_close(together, alone)
 
 
-def test_two_calls_are_equal(model, tokens):
-    assert torch.equal(model(tokens, CONDITION)[0], model(tokens, CONDITION)[0])
+def test_two_calls_are_equal(model, condition, tokens):
+    assert torch.equal(model(tokens, condition)[0], model(tokens, condition)[0])
 
 
-def test_every_condition_differs_and_the_null_one_is_its_own(model, tokens):
-    row, conditions = tokens[:1].expand(4, -1), torch.arange(4)
-    null = model.null_condition(CONDITION)
-    assert null.shape == CONDITION.shape and torch.equal(model.null_condition(null), null)
-    conditions[3] = null[0]
-    logits = model(row, conditions)[0]
+def fields(condition) -> list[torch.Tensor]:
+    return [condition] if isinstance(condition, torch.Tensor) else list(vars(condition).values())
+
+
+def test_every_condition_differs_and_the_null_one_is_its_own(model, condition, tokens):
+    null = model.null_condition(condition)
+    for given, ours, again in zip(*map(fields, (condition, null, model.null_condition(null))), strict=True):
+        assert ours.shape == given.shape and ours.dtype == given.dtype and torch.equal(again, ours)
+    all_four = conditions.concatenate(condition, conditions.rows(null, slice(0, 1)))
+    logits = model(tokens[:1].expand(4, -1), all_four)[0]
     for i in range(4):
         for j in range(i):
             assert not torch.isclose(logits[i, 0], logits[j, 0]).all()
 
 
-def test_taps_do_not_change_logits(model, tokens):
-    plain, none = model(tokens, CONDITION)
-    tapped, taps = model(tokens, CONDITION, tap_layers=(0, model.num_layers - 1))
+@torch.inference_mode()
+def test_guided_samples_are_the_most_likely_tokens_of_the_guided_logits(model, condition):
+    config = SamplerConfig(temperature=0, guidance_scale=2.5)
+    tokens, _ = sample_tokens(model, condition, range(3), config)
+    conditional, unconditional = model(tokens, condition)[0], model(tokens, model.null_condition(condition))[0]
+    guided = unconditional + 2.5 * (conditional - unconditional)
+    best, second = guided.topk(2).values.unbind(-1)
+    clear = best - second > 1e-3
+    assert clear.float().mean() > 0.9 and len(tokens.unique()) > 4
+    assert torch.equal(guided.argmax(-1)[clear], tokens[clear])
+
+
+def test_taps_do_not_change_logits(model, condition, tokens):
+    plain, none = model(tokens, condition)
+    tapped, taps = model(tokens, condition, tap_layers=(0, model.num_layers - 1))
     assert torch.equal(plain, tapped) and none == {}
     assert set(taps) == {0, model.num_layers - 1}
     assert all(tap.shape == (3, model.prefix_length + LENGTH, model.width) for tap in taps.values())
 
 
-def test_taps_read_token_i_at_prefix_plus_i(model, tokens):
+def test_taps_read_token_i_at_prefix_plus_i(model, condition, tokens):
     other = tokens.clone()
     other[:, 5] = (other[:, 5] + 1) % model.vocab_size
-    before, after = (model(t, CONDITION, tap_layers=(0,))[1][0] for t in (tokens, other))
+    before, after = (model(t, condition, tap_layers=(0,))[1][0] for t in (tokens, other))
     place = model.prefix_length + 5
     assert torch.equal(before[:, :place], after[:, :place])
     assert not torch.isclose(before[:, place], after[:, place]).all(-1).any()
 
 
-def test_save_and_load(model, tokens, tmp_path):
+def test_save_and_load(model, condition, tokens, tmp_path):
     save_generator(model, tmp_path / "model", Origin(tokenizer="tiny-vq"))
     loaded = load_generator(tmp_path / "model")
-    assert torch.equal(loaded(tokens, CONDITION)[0], model(tokens, CONDITION)[0])
+    assert torch.equal(loaded(tokens, condition)[0], model(tokens, condition)[0])
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 

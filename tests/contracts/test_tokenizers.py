@@ -5,13 +5,34 @@ import torch
 
 from consonar.errors import UserError
 from consonar.tokenizers import TOKENIZERS, load_tokenizer, save_tokenizer
+from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
+from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
+from consonar.tokenizers.vit import TransformerConfig
+from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.types import Tokenizer
+
+TINY_CONV = {
+    "image_size": 16, "base_channels": 8, "channel_multipliers": (1, 1, 2), "num_res_blocks": 1, "num_groups": 4,
+}  # fmt: skip
+TINY_SIDE = TransformerConfig(width=32, num_layers=2, num_heads=4, patch_size=4)
+TINY_VIT = {"image_size": 16, "vocab_size": 32, "code_dim": 4, "encoder": TINY_SIDE, "decoder": TINY_SIDE}
+TINY_PIXELS = MaskGITConfig(vocab_size=16, code_dim=4, **TINY_CONV)
 
 
 @pytest.fixture(params=TOKENIZERS)
 def model(request, tokenizer):
-    """One tiny model of each kind; a new kind needs its own line here."""
-    return {"vq": tokenizer}[request.param]
+    """One tiny model of each kind, frozen; a new kind needs its own line here."""
+    models = {
+        "vq": lambda: tokenizer,
+        "maskgit-vq": lambda: MaskGITTokenizer(MaskGITConfig(vocab_size=32, code_dim=4, **TINY_CONV)),
+        "vqgan-plus": lambda: VQGANPlusTokenizer(VQGANPlusConfig(vocab_size=32, code_dim=4, **TINY_CONV)),
+        "titok": lambda: TiTokTokenizer(TiTokConfig(num_tokens=6, pixel_decoder=TINY_PIXELS, **TINY_VIT)),
+        "alitok": lambda: AliTokTokenizer(AliTokConfig(num_prefix_tokens=3, num_buffer_tokens=2, **TINY_VIT)),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return models[request.param]().eval().requires_grad_(False)
 
 
 @pytest.fixture

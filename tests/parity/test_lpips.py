@@ -1,36 +1,29 @@
-"""LPIPS against the official package (tests/goldens: lpips_vgg), and what can be said of it in closed form."""
+"""What can be said of LPIPS in closed form, and its files; the official package's values are in `golden_lpips.py`."""
 
 import json
 from functools import lru_cache
 from pathlib import Path
 
+import golden_lpips
 import numpy as np
 import pytest
 import torch
-from fill import GOLDENS, compare, fill, load, make_image
+from fill import GOLDENS
+from golden import Golden
 from safetensors.torch import save_file
 
 from consonar.errors import UserError
 from consonar.perceptual import lpips
 from consonar.perceptual.lpips import LPIPS, VGG16Features, load_lpips, weighted_difference
 
-COVERED = {
-    "distance", "per_layer", "distance_self", "distance_normalize_flag", "distance_llamagen_copy",
-    "feat0", "feat1", "feat2", "feat3", "feat4",
-}  # fmt: skip
-
 
 @lru_cache
 def filled() -> LPIPS:
-    with torch.device("meta"):
-        trunk = VGG16Features()
-    return LPIPS(fill(trunk.to_empty(device="cpu")), "filled")
+    return golden_lpips.filled()
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = make_image((2, 3, 64, 64), 1), make_image((2, 3, 64, 64), 1.5)
-    second[1] = 0.5 * first[1] + 0.1
-    return first, second
+    return golden_lpips.images_of(Golden("lpips_vgg", GOLDENS))
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +33,6 @@ def weights(tmp_path_factory) -> Path:
     torch.save({**filled().trunk.state_dict(), "classifier.6.bias": torch.zeros(1000)}, path)
     yield path
     path.unlink()
-
-
-@torch.no_grad()
-def test_every_array():
-    assert set(load("lpips_vgg")[1]["arrays"]) == COVERED
-    distance, (first, second) = filled(), images()
-    ours = distance(first, second)
-    assert ours.shape == (2,)
-    compare("lpips_vgg", "distance", ours.view(2, 1, 1, 1))
-    compare("lpips_vgg", "distance_llamagen_copy", ours.view(2, 1, 1, 1))
-    compare("lpips_vgg", "distance_normalize_flag", ours.view(2, 1, 1, 1))  # ours reads [-1, 1] only
-    compare("lpips_vgg", "distance_self", distance(first, first).view(2, 1, 1, 1))
-    maps = distance.maps(first, second)
-    assert [tuple(layer.shape) for layer in maps] == [(2, side, side) for side in (64, 32, 16, 8, 4)]
-    compare("lpips_vgg", "per_layer", torch.stack([layer.mean((1, 2)) for layer in maps]))
-    for index, layer in enumerate(distance.layers(first)):
-        compare("lpips_vgg", f"feat{index}", layer)
 
 
 def test_released_shapes():

@@ -223,7 +223,7 @@ def test_wrong_input_is_named(tmp_path, data):
         (lambda: evaluate(samples, tmp_path / "small.npz", feature_network=network), "8 px, but the samples have 16"),
         (lambda: evaluate(samples, "openmoji-64", feature_network=network), "64 px.*16 px; use 'openmoji'"),
         (lambda: evaluate(samples, tmp_path / "nowhere", feature_network=network), "nowhere"),
-        (lambda: evaluate(samples, reference, feature_network="inception"), "feature_network: unknown 'inception'"),
+        (lambda: evaluate(samples, reference, feature_network="vgg"), "feature_network: unknown 'vgg'"),
         (lambda: evaluate(samples, reference, feature_network=network, draws=10), "30 images; each of 10 draws needs"),
         (lambda: evaluate(samples, reference, feature_network=network, draws=0), "draws: 0"),
         (lambda: evaluate(samples, reference, feature_network=network, copy_quantile=2), "copy_quantile: 2"),

@@ -1,8 +1,6 @@
-"""Moments, Fréchet distance, precision and recall, Inception score: closed forms, scipy, and the ADM goldens."""
+"""Moments, Fréchet distance, precision and recall, Inception score: closed forms, scipy (ADM: tests/parity)."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,22 +19,10 @@ from consonar.evaluation.statistics import (
     symmetric_root,
 )
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
 
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def adm():
-    """The stored arrays as tensors, and the golden comparison."""
-    spec = importlib.util.spec_from_file_location("fill", GOLDENS.parent / "parity" / "fill.py")
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
-    arrays, _ = fill.load("adm_metrics")
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}, fill.compare
 
 
 def moments_of(*chunks):
@@ -129,28 +115,6 @@ def test_what_is_not_a_covariance_is_refused():
     assert frechet_distance(mean, rounded, mean, rounded) == pytest.approx(0, abs=1e-7)
 
 
-def test_moments_and_frechet_distance_equal_adm(adm):
-    arrays, compare = adm
-    ref, sample, few = (moments_of(rows) for rows in (arrays["ref"], arrays["sample"], arrays["sample"][:30]))
-    compare("adm_metrics", "mu_ref", ref.mean, tol=1e-6)
-    compare("adm_metrics", "mu_sample", sample.mean, tol=1e-6)
-    compare("adm_metrics", "sigma_ref", ref.cov, tol=1e-6)
-    for key, other in (("fid", sample), ("fid_singular_n30", few)):
-        assert frechet_distance(ref.mean, ref.cov, other.mean, other.cov) == pytest.approx(float(arrays[key]), rel=1e-6)
-    itself = frechet_distance(ref.mean, ref.cov, ref.mean, ref.cov)
-    assert itself == pytest.approx(float(arrays["fid_self"]), abs=1e-6)
-
-
-def test_precision_and_recall_equal_adm(adm):
-    arrays, compare = adm
-    for dtype in (torch.float32, torch.float64):
-        ref, sample = arrays["ref"].to(dtype), arrays["sample"].to(dtype)
-        compare("adm_metrics", "radii_ref_f32", neighbour_radii(ref, 3), tol=1e-5)
-        compare("adm_metrics", "radii_sample_f32", neighbour_radii(sample, 3, block=64), tol=1e-5)
-        for block in (7, 1024):
-            assert precision_recall(ref, sample, 3, block) == tuple(arrays["prec_recall_f32"].tolist())
-
-
 def test_precision_and_recall_of_points_on_a_line():
     # Reference 0..3, radius 1 each for k = 1: it covers [-1, 4], borders included. Samples: two far away, two inside.
     reference = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
@@ -169,13 +133,6 @@ def test_a_duplicate_is_a_neighbour_but_a_row_is_not_its_own():
 def test_too_few_rows_for_neighbours():
     with pytest.raises(UserError, match="num_neighbours: 3 of 3 images; choose 1 to 2"):
         neighbour_radii(torch.zeros(3, 2), 3)
-
-
-def test_inception_score_equals_adm(adm):
-    arrays, _ = adm
-    for split in (5000, 300, 250):
-        golden = float(arrays[f"inception_score_split{split}"])
-        assert inception_score(arrays["is_preds"], split) == pytest.approx(golden, rel=1e-6)
 
 
 def test_inception_score_in_closed_form():

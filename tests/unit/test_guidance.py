@@ -33,6 +33,17 @@ def test_other_schedules():
     assert scale_at("power_cosine", 4, 3, N, power=2) == power_cosine_scale(4, 2, 3, N)
 
 
+def test_vapi_counts_from_the_second_token_and_guides_the_first_fully():
+    scales = [scale_at("power_cosine_vapi", 4, i, N, power=2) for i in range(N)]
+    assert scales[:2] == [4, 1] and scales[1:] == [power_cosine_scale(4, 2, i, N - 1) for i in range(N - 1)]
+    assert scale_at("power_cosine_vapi", 4, 0, 1) == 4  # a single token
+
+
+def test_scale_one_is_the_conditional_model_to_the_last_bit():
+    conditional, unconditional = torch.tensor([[0.1, 1e-8]]), torch.tensor([[-1e6, 3.3]])
+    assert torch.equal(guided_logits(conditional, unconditional, 1.0), conditional)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_scale_one_is_off_everywhere(schedule):
     assert all(scale_at(schedule, 1, i, N, power=2.5, interval_end=3) == 1 for i in range(N))

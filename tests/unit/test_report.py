@@ -222,7 +222,7 @@ def test_wrong_runs_are_refused_and_equal_names_are_told_apart(tmp_path):
     first, second = write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")
     assert [run.name for run in load_runs([first, second])] == ["a/run", "b/run"]
     for paths, message in [
-        ([], f"1 to {MAX_RUNS}"), ([first] * 7, f"1 to {MAX_RUNS}"), ([first, first], "more than once"),
+        ([], f"1 to {MAX_RUNS}"), ([first] * (MAX_RUNS + 1), f"1 to {MAX_RUNS}"), ([first, first], "more than once"),
         ([tmp_path / "none"], "no such folder"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -134,6 +134,22 @@ def test_tokens_follow_the_uncached_model(tiny_generator):
         assert torch.equal(tokens[:, i], expected)
 
 
+@torch.inference_mode()
+def test_fewer_tokens_are_the_first_ones_under_a_schedule_of_that_length(tiny_generator):
+    generator, classes = tiny_generator(), torch.tensor([1, 2])
+    plain = SamplerConfig()
+    whole, _ = sample_tokens(generator, classes, [4, 9], plain)
+    assert torch.equal(sample_tokens(generator, classes, [4, 9], plain, num_tokens=6)[0], whole[:, :6])
+    rising = SamplerConfig(guidance_scale=9, guidance_schedule="linear", temperature=0)
+    short, _ = sample_tokens(generator, classes, [4, 9], rising, num_tokens=2)
+    conditional = generator(short, classes)[0][:, 1]
+    unconditional = generator(short, generator.null_condition(classes))[0][:, 1]
+    assert torch.equal(short[:, 1], (unconditional + 9 * (conditional - unconditional)).argmax(-1))
+    for wrong in (0, 17):
+        with pytest.raises(UserError, match=rf"num_tokens: {wrong} is not between 1 and the generator's 16"):
+            sample_tokens(generator, classes, [4, 9], plain, num_tokens=wrong)
+
+
 def test_entropy_and_callback(tiny_generator):
     generator, seen = tiny_generator(), []
     classes = torch.tensor([1, 2])

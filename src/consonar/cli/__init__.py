@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from consonar.cli.console import say
 from consonar.cli.making import demo, import_tokens, recipes, sample_command, tokenize, train_command
 from consonar.cli.measuring import evaluate, report
+from consonar.cli.models import convert, models
 from consonar.cli.parsing import parse
 from consonar.errors import UserError, unknown
 
@@ -21,6 +22,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "report": report,
     "import-tokens": import_tokens,
+    "convert": convert,
+    "models": models,
     "recipes": recipes,
 }
 

@@ -1,9 +1,15 @@
 """What commands print."""
 
+from __future__ import annotations
+
 import contextlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from consonar.convert.published import Published
 
 
 def print_metrics(metrics: dict[str, dict[str, float | None]], title: str) -> None:
@@ -14,6 +20,24 @@ def print_metrics(metrics: dict[str, dict[str, float | None]], title: str) -> No
         spread = entry["spread"]
         table.add_row(name, f"{entry['value']:.4g}", "" if spread is None else f"{spread:.2g}")
     Console(highlight=False).print(table)
+
+
+def print_models(title: str, models: Sequence[Published]) -> None:
+    """A table of released models that fits into 80 columns."""
+    from rich.table import Table
+
+    # Plain lines: what is piped into a file or a mail stays legible.
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    for heading, side in {
+        "name": "left", "params": "right", "tokens": "right", "codes": "right", "licence": "left", "parity": "left",
+    }.items():  # fmt: skip
+        table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    for model in models:
+        codes = str(model.vocab_size) + (f"x{model.code_dim}" if model.code_dim else "")
+        millions = f"{model.parameters / 1e6:,.0f}M"
+        table.add_row(model.name, millions, str(model.num_tokens), codes, model.licence, model.parity)
+    Console(highlight=False).print(table)
+    say("")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Commands that make things: the demo, token stores, runs, samples."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,7 @@ def train_command(args: Sequence[str]) -> None:
         """Print nothing."""
 
     chosen = parse(Train, args[1:], "train")
+    sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
     folder = train(chosen.config, chosen.out, resume=chosen.resume, stop_at=chosen.stop_at, quiet=chosen.quiet)
     say(f"run folder: {folder}")
 
@@ -91,9 +93,7 @@ def with_rewards(config: Any, text: str) -> Any:
         except ValueError:
             equals = ""
         if not (equals and reward):
-            raise UserError(
-                f"objective.rewards: {part!r} is not NAME=WEIGHT, e.g. mse=1,ssim=0.5,my.module:mine=1"
-            )
+            raise UserError(f"objective.rewards: {part!r} is not NAME=WEIGHT, e.g. mse=1,ssim=0.5,my.module:mine=1")
     return replace(config, objective=replace(config.objective, rewards=weights))
 
 
@@ -235,5 +235,7 @@ def recipes() -> None:
     """List the recipes."""
     from consonar.recipes import RECIPES
 
+    width = max(map(len, RECIPES))
     for name, function in RECIPES.items():
-        say(f"{name:24}{(function.__doc__ or '').splitlines()[0]}")
+        say(f"{name:{width}}  {(function.__doc__ or '').splitlines()[0]}")
+    say("\nAll options of one: consonar train RECIPE --help")

@@ -1,7 +1,8 @@
-"""Samples against a reference: Fréchet distances, precision, recall, copy rates, and the file that records them.
+"""Samples against a reference: Fréchet distances, precision, recall, Inception score and copy rates.
 
-The formulas and their papers are in `statistics.py` and `copying.py`. Deviations from the ADM protocol: another feature
-network by default (so the metric has another name), and an uncertainty: with `draws` > 1 the samples are split at
+The formulas and their papers are in `statistics.py` and `copying.py`, the file that records them in `results.py`. The
+ADM protocol is `feature_network="inception"` (see `inception.py`). Deviations from it: another feature network by
+default (so the metric has another name), and an uncertainty: with `draws` > 1 the samples are split at
 random into that many disjoint equal parts, and the standard deviation of a metric over the parts is its `spread`. A
 Fréchet distance is biased upwards for few samples, so the value of a part is larger than that of all samples: parts
 compare among themselves only, and their values are not reported.
@@ -10,11 +11,8 @@ compare among themselves only, and their values are not reported.
 from __future__ import annotations
 
 import json
-import platform
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -23,12 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar import __version__
+from consonar.checkpoint import file_sha256
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation.copying import CopyRate, copy_rate_features, copy_rate_tokens
-from consonar.evaluation.features import FeatureNetwork, FeatureSet, ImageSet, load_feature_network
-from consonar.evaluation.statistics import Moments, Target, random_parts
+from consonar.evaluation.features import FeatureNetwork, FeatureSet, ScoringNetwork, load_feature_network
+from consonar.evaluation.image_sets import ImageSet, folder_image_set, npz_image_set, npz_keys, source_image_set
+from consonar.evaluation.results import Metric, Results, library_versions, machine_name
+from consonar.evaluation.statistics import Target, random_parts
 from consonar.sampling.sample import check_batch_size
 from consonar.seeding import generator
 from consonar.types import Tokenizer
@@ -61,68 +61,11 @@ class Reference:
     name: str
     images: dict[str, ImageSet]
     statistics: tuple[Tensor, Tensor] | None = None
-    """Mean (F,) and covariance (F, F) instead of images; then only the Fréchet distance exists."""
+    """Mean (F,) and covariance (F, F) that replace those of the images; without images only this distance exists."""
+    spatial_statistics: tuple[Tensor, Tensor] | None = None
+    """The same of spatial features, for sFID."""
     tokens: dict[str, Tensor] | None = None
     """Tokens (T, N) or (T, views, N) of the same images by the same names; see `encode_reference`."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A value over all samples, and its standard deviation over `draws` disjoint parts (None for one draw)."""
-
-    value: float
-    spread: float | None
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that the numbers depend on."""
-    python, numpy = platform.python_version(), np.__version__
-    return {"python": python, "torch": torch.__version__, "numpy": numpy, "consonar": __version__}
-
-
-def machine_name(device: str) -> str:
-    """The accelerator's name, or the processor's for `cpu`."""
-    if torch.device(device).type != "cpu":
-        return str(torch.get_device_module(device).get_device_name(device))
-    table = Path("/proc/cpuinfo")  # Linux only; elsewhere Python knows as much as there is
-    found = re.search(r"^model name\s*: (.*)$", table.read_text() if table.exists() else "", re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything that makes a metric a result. `to_json` writes all of it but the per-sample part of `copies`."""
-
-    metrics: dict[str, Metric]
-    unavailable: dict[str, str]
-    """Metrics that this reference or these samples do not allow, and why."""
-    noise_floor: dict[str, float]
-    """Fréchet distance of validation to training images: what real images reach."""
-    copies: dict[str, CopyRate]
-    """`tokens` and `features`: threshold, and nearest training image of every sample."""
-    num_samples: int
-    num_reference: dict[str, int]
-    """Images per set of the reference; none for statistics."""
-    samples: dict[str, Any]
-    """Name and SHA-256 of the file, and the sampler's settings when it holds them."""
-    reference: str
-    feature_network: dict[str, str]
-    seed: int
-    config: dict[str, Any]
-    machine: str
-    versions: dict[str, str] = field(default_factory=library_versions)
-    timestamp: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    schema: int = 1
-
-    def to_json(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the results. Raises UserError when the file exists (unless `overwrite`) or cannot be written."""
-        path = Path(path)
-        if path.exists() and not overwrite:
-            raise UserError(f"results: {path} exists; give another path, or ask to overwrite it")
-        content = asdict(replace(self, copies={}))
-        content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
-        with sets.atomic_file(path) as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def load_samples(path: str | Path) -> Samples:
@@ -134,9 +77,9 @@ def load_samples(path: str | Path) -> Samples:
     """
     path = Path(path)
     if path.is_dir():
-        images, shape, sha256 = sets.folder_image_set(path)
+        images, shape, sha256 = folder_image_set(path)
         return Samples(images, shape[0], _square(path, shape), sha256)
-    images, shape = sets.npz_image_set(path)
+    images, shape = npz_image_set(path)
     extra: dict[str, Any] = {}
     with np.load(path) as arrays:
         for key, name in (("labels", "labels"), ("arr_1", "labels"), ("tokens", "tokens"), ("seeds", "seeds")):
@@ -148,15 +91,17 @@ def load_samples(path: str | Path) -> Samples:
                 extra[name] = torch.from_numpy(array.astype(np.int64))
         if "settings" in arrays:
             extra["settings"] = json.loads(str(arrays["settings"]))
-    return Samples(images, shape[0], _square(path, shape), sets.file_sha256(path), **extra)
+    return Samples(images, shape[0], _square(path, shape), file_sha256(path), **extra)
 
 
 def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...] | None = None) -> Reference:
     """The reference called `spec`, for samples of `image_size` px.
 
-    A name in `REFERENCES`; an .npz of images (as for `load_samples`) or of statistics (`mu` (F,), `sigma` (F, F));
-    otherwise what `consonar.data.images.open_source` takes, centre-cropped to `image_size`. `splits` of such a source:
-    by default train and validation for `openmoji` and a folder with both sub-folders, else its images as one set.
+    A name in `REFERENCES`; an .npz of images (as for `load_samples`), of statistics (`mu` (F,), `sigma` (F, F), and for
+    sFID `mu_s`, `sigma_s`) or of both, as ADM publishes them: then distances are to the statistics, and neighbours come
+    from the images; otherwise what `consonar.data.images.open_source` takes, centre-cropped to `image_size`. `splits`
+    of such a source: by default train and validation for `openmoji` and a folder with both sub-folders, else its images
+    as one set.
     Raises UserError for an unknown spec or another image size.
     """
     spec = str(spec)
@@ -166,24 +111,31 @@ def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...]
             raise UserError(f"reference {spec} has {size} px, but the samples have {image_size} px; use {source!r}")
         return replace(open_reference(source, size), name=spec)
     if spec.endswith(".npz"):
-        path = Path(spec)
-        if {"mu", "sigma"} <= set(sets.npz_keys(path)):
-            with np.load(path) as arrays:
-                return Reference(spec, {}, (torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])))
-        images, shape = sets.npz_image_set(path)
-        if _square(path, shape) != image_size:
-            raise UserError(f"reference {spec}: images of {shape[1]} px, but the samples have {image_size} px")
-        return Reference(spec, {"reference": images})
+        return _open_npz_reference(Path(spec), image_size)
     from consonar.data.images import SPLIT_NAMES, open_source
 
     folder = Path(spec.removeprefix("imagefolder:")).expanduser()
     both = all(any((folder / name).is_dir() for name in SPLIT_NAMES[split]) for split in ("train", "validation"))
     chosen = splits or (("train", "validation") if both or spec == "openmoji" else None)
     opened = {
-        name: sets.source_image_set(open_source(spec, split=name, image_size=image_size), image_size)
+        name: source_image_set(open_source(spec, split=name, image_size=image_size), image_size)
         for name in chosen or ("train",)
     }
     return Reference(spec, opened if chosen else {"reference": opened["train"]})
+
+
+def _open_npz_reference(path: Path, image_size: int) -> Reference:
+    keys, images = set(npz_keys(path)), {}
+    with np.load(path) as arrays:
+        statistics, spatial_statistics = (
+            (torch.from_numpy(arrays[mean]), torch.from_numpy(arrays[cov])) if keys.issuperset((mean, cov)) else None
+            for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
+        )
+    if statistics is None or keys & {"images", "arr_0"}:
+        images["reference"], shape = npz_image_set(path)
+        if _square(path, shape) != image_size:
+            raise UserError(f"reference {path}: images of {shape[1]} px, but the samples have {image_size} px")
+    return Reference(str(path), images, statistics, spatial_statistics)
 
 
 def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: int = 64) -> Reference:
@@ -213,8 +165,9 @@ def evaluate(
 
     `FD(NETWORK) train` and `FD(NETWORK) validation` (`FD(NETWORK)` for a reference of one set), `precision` and
     `recall` against the training set with k = `num_neighbours`, `copy rate (features)` and `copy rate (tokens)` at the
-    threshold of `copy_quantile`. Means and covariances run over all images; precision, recall and the feature copy rate
-    over the first `max_neighbours_images` of each set, as in ADM, so shuffle a larger set that is ordered by class.
+    threshold of `copy_quantile`; of a `ScoringNetwork` also `sFD(NETWORK)` and `IS(NETWORK)`. Means and covariances run
+    over all images; precision, recall and the feature copy rate over the first `max_neighbours_images` of each set, as
+    in ADM, so shuffle a larger set that is ordered by class (for IS too, which is a mean over 5,000 images in a row).
     `draws` > 1 adds the spread over disjoint parts, drawn with `seed`. A network given by name runs on `device`.
     `progress` gets a set's name and the number of images done. Raises UserError for wrong input or too few samples.
     """
@@ -229,17 +182,22 @@ def evaluate(
         raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
     keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "progress": progress}
     known = {name: sets.cached_features(network, images, **keep) for name, images in reference.images.items()}
-    target = _prepare(network, reference, known, num_neighbours)
+    targets, without = _prepare(network, reference, known, num_neighbours)
     found = sets.extract_features(network, samples.images, part_of=part_of if draws > 1 else None, **keep)
     copies, unavailable = _copy_rates(samples, found, reference, known, copy_quantile)
-    values = _measure(target, network.name, found.moments, found.rows, copies, part_of >= -1)
-    parts = [_measure(target, network.name, p, found.rows, copies, part_of == i) for i, p in enumerate(found.parts)]
+    values = _measure(targets, network.name, found, 0, copies, part_of >= -1)
+    num_parts = len(found.parts)
+    parts = [_measure(targets, network.name, found, 1 + i, copies, part_of == i) for i in range(num_parts)]
     limits = {"num_neighbours": num_neighbours, "max_neighbours_images": max_neighbours_images}
     config = {**limits, "copy_quantile": copy_quantile, "batch_size": batch_size, "device": device, "draws": draws}
     return Results(
         metrics={k: Metric(value, stdev(part[k] for part in parts) if parts else None) for k, value in values.items()},
-        unavailable=unavailable,
-        noise_floor={f"FD({network.name}) {name}": value for name, value in target.noise_floor().items()},
+        unavailable=without | unavailable,
+        noise_floor={
+            f"{kind}({network.name}) {name}": value
+            for kind, target in targets.items()
+            for name, value in target.noise_floor().items()
+        },
         copies=copies,
         num_samples=samples.count,
         num_reference={name: features.moments.count for name, features in known.items()},
@@ -249,29 +207,54 @@ def evaluate(
         seed=seed,
         config=config,
         machine=machine_name(device),
+        versions=library_versions(),
     )
 
 
-def _prepare(network: FeatureNetwork, reference: Reference, known: dict[str, FeatureSet], k: int) -> Target:
-    gaussians = {name: (features.moments.mean, features.moments.cov) for name, features in known.items()}
-    if reference.statistics:
-        gaussians["reference"] = reference.statistics
-        width = len(reference.statistics[0])
-        if width != network.num_features:
-            raise UserError(f"reference {reference.name}: {width} features, {network.name} has {network.num_features}")
+def _prepare(
+    network: FeatureNetwork, reference: Reference, known: dict[str, FeatureSet], k: int
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """Targets `FD` and, of a `ScoringNetwork`, `sFD`; and why there is none."""
     near = known.get("train") or known.get("reference")
-    return Target(gaussians, near.rows if near else None, k)
+    features = {name: (found.moments.mean, found.moments.cov) for name, found in known.items()}
+    features |= _given(reference, reference.statistics, network.name, network.num_features)
+    targets = {"FD": Target(features, near.rows if near else None, k)}
+    if not isinstance(network, ScoringNetwork):
+        return targets, {}
+    if reference.statistics and not reference.spatial_statistics:
+        return targets, {f"sFD({network.name})": "the reference's statistics have no mu_s and sigma_s"}
+    spatial = {name: (found.spatial[0].mean, found.spatial[0].cov) for name, found in known.items()}
+    spatial |= _given(reference, reference.spatial_statistics, f"{network.name} (spatial)", network.num_spatial)
+    return targets | {"sFD": Target(spatial, None, k)}, {}
+
+
+def _given(
+    reference: Reference, statistics: tuple[Tensor, Tensor] | None, network: str, num_features: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The Gaussian that the reference brings instead of images. Raises UserError for another number of features."""
+    if statistics is None:
+        return {}
+    if len(statistics[0]) != num_features:
+        raise UserError(f"reference {reference.name}: {len(statistics[0])} features, {network} has {num_features}")
+    return {"reference": statistics}
 
 
 def _measure(
-    target: Target, network: str, moments: Moments, rows: Tensor, copies: dict[str, CopyRate], members: Tensor
+    targets: dict[str, Target], network: str, found: FeatureSet, part: int, copies: dict[str, CopyRate], members: Tensor
 ) -> dict[str, float]:
-    """Metrics of a part of the samples: its moments, and (S,) bool which of all `rows` and `copies` are in it."""
-    distances = target.frechet_distances(moments)
-    values = {f"FD({network}) {name}".removesuffix(" reference"): value for name, value in distances.items()}
-    values |= target.precision_recall(rows[members[: len(rows)]])
-    for kind, found in copies.items():
-        values[f"copy rate ({kind})"] = float(found.is_copy[members[: len(found.is_copy)]].double().mean())
+    """Metrics of all samples (`part` 0) or of one part (1, 2, ...); `members` (S,) bool says which samples they are."""
+    moments = {"FD": (found.moments, *found.parts)[part]}
+    if found.spatial:
+        moments["sFD"] = found.spatial[part]
+    values: dict[str, float] = {}
+    for kind, target in targets.items():
+        distances = target.frechet_distances(moments[kind])
+        values |= {f"{kind}({network}) {name}".removesuffix(" reference"): value for name, value in distances.items()}
+    if found.scores:
+        values[f"IS({network})"] = found.scores[part].value
+    values |= targets["FD"].precision_recall(found.rows[members[: len(found.rows)]])
+    for kind, copied in copies.items():
+        values[f"copy rate ({kind})"] = float(copied.is_copy[members[: len(copied.is_copy)]].double().mean())
     return values
 
 
@@ -280,7 +263,7 @@ def _copy_rates(
 ) -> tuple[dict[str, CopyRate], dict[str, str]]:
     """The copy rates that can be measured, and why other metrics cannot."""
     without_images = "the reference holds statistics, no images"
-    why = dict.fromkeys(("precision", "recall"), without_images) if reference.statistics else {}
+    why = {} if reference.images else dict.fromkeys(("precision", "recall"), without_images)
     if not {"train", "validation"} <= known.keys():
         reason = "the reference has no train and validation images"
         return {}, why | dict.fromkeys(("copy rate (features)", "copy rate (tokens)"), reason)

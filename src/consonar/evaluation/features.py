@@ -1,7 +1,8 @@
 """Feature networks, and the features of image sets that are streamed, never held as floats.
 
 The offline network is EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946, Lite variant), ImageNet weights. A Fréchet
-distance of its features is named `FD(efficientnet-lite0)`: it is not FID, which is defined by one Inception network.
+distance of its features is named `FD(efficientnet-lite0)`: it is not FID, which is defined by one Inception network,
+`inception` here (`inception.py`); its weights are a file that the user brings.
 
 Shapes: `B` batch, `F` features. Images on this side are uint8 (B, H, W, 3) numpy arrays until the network is called.
 """
@@ -10,16 +11,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
-import math
 import os
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,12 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from consonar.cache import cache_dir
-from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, unknown
-from consonar.evaluation.statistics import Moments
-from consonar.types import ImageSource
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inception import load_inception
+from consonar.evaluation.statistics import InceptionScore, Moments
 
 
 @runtime_checkable
@@ -45,6 +42,17 @@ class FeatureNetwork(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float in [-1, 1], any H and W -> (B, F) float32; one image's features ignore its batch."""
+        ...
+
+
+@runtime_checkable
+class ScoringNetwork(FeatureNetwork, Protocol):
+    """A feature network that also gives what sFID and the Inception score are made of."""
+
+    num_spatial: int
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The features (B, F), spatial features (B, num_spatial) and class probabilities (B, K), all float32."""
         ...
 
 
@@ -78,111 +86,18 @@ class EfficientNetLite0Features:
         return torch.cat(pooled).float()  # (B, 1280)
 
 
-FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {"efficientnet-lite0": EfficientNetLite0Features}
+FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
+    "efficientnet-lite0": EfficientNetLite0Features,
+    "inception": partial(load_inception, "inception"),
+    "inception-pytorch-fid": partial(load_inception, "inception-pytorch-fid"),
+}
 
 
 def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
-    """The feature network called `name` on `device`. Raises UserError for a name outside `FEATURE_NETWORKS`."""
+    """The feature network called `name` on `device`; UserError for another name, or where its weights are missing."""
     if name not in FEATURE_NETWORKS:
         raise unknown("feature_network", name, FEATURE_NETWORKS)
     return FEATURE_NETWORKS[name](device)
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A set of images of one size that can be streamed more than once."""
-
-    name: str
-    stream: Callable[[int], Iterator[np.ndarray]]
-    """Batch size -> uint8 (B, H, W, 3) arrays, always in the same order; the last one may be short."""
-
-
-def npz_keys(path: Path) -> list[str]:
-    """Names of the arrays in an .npz. Raises UserError when there is no such file or it is not an .npz."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give an .npz or a folder of images")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not an .npz file, or a truncated one; give an .npz or a folder of images")
-    with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
-
-
-def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
-    """The uint8 array `images` or `arr_0` (count, H, W, 3) of an .npz, read batch by batch, and its shape.
-
-    `np.load` would hold the whole array (10 GB for 50,000 images of 256 px). Raises UserError for a file without such
-    an array and, while streaming, for a damaged one.
-    """
-    keys = npz_keys(path)
-    key = next((key for key in ("images", "arr_0") if key in keys), None)
-    if key is None:
-        raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys)}")
-    with _npz_member(path, key) as (_, shape, fortran_order, dtype):
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or 0 in shape:
-            raise UserError(f"{path}: {key} is {dtype} {shape}; expected uint8 (count, height, width, 3) in C order")
-
-    def stream(batch_size: int) -> Iterator[np.ndarray]:
-        with _npz_member(path, key) as (file, shape, *_):
-            for start in range(0, shape[0], batch_size):
-                batch_shape = (min(batch_size, shape[0] - start), *shape[1:])
-                yield np.frombuffer(file.read(math.prod(batch_shape)), np.uint8).reshape(batch_shape)
-
-    return ImageSet(str(path), stream), shape
-
-
-@contextmanager
-def _npz_member(path: Path, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            yield file, *readers[np.lib.format.read_magic(file)](file)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: {key} cannot be read ({error}); the file is damaged, make it again") from error
-
-
-def folder_image_set(folder: Path) -> tuple[ImageSet, tuple[int, ...], str]:
-    """All image files below `folder` in the order of their names, the shape (count, H, W, 3), and a SHA-256 of it all.
-
-    Images are neither cropped nor resized. Raises UserError for an empty folder and, while streaming, for an image that
-    cannot be read or whose size differs from the first one's.
-    """
-    from consonar.data.images import read_image
-
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not files:
-        raise UserError(f"{folder}: no images; looked for files ending in {', '.join(IMAGE_ENDINGS)}")
-    width, height = read_image(files[0], str(files[0])).size
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(folder)}\0{file_sha256(file)}\n".encode())
-
-    def arrays() -> Iterator[np.ndarray]:
-        for path in files:
-            image = read_image(path, str(path))
-            if image.size != (width, height):
-                raise UserError(f"{path}: {image.size[0]} x {image.size[1]} px; the first has {width} x {height} px")
-            yield np.asarray(image)
-
-    images = ImageSet(str(folder), lambda batch_size: _stacked(arrays(), batch_size))
-    return images, (len(files), height, width, 3), digest.hexdigest()
-
-
-def source_image_set(source: ImageSource, image_size: int) -> ImageSet:
-    """The images of `source` under the ADM centre crop to `image_size` px (nothing is done to those of that size)."""
-
-    def arrays() -> Iterator[np.ndarray]:
-        from consonar.data.transforms import center_crop
-
-        for record in source:
-            whole = record.image.size == (image_size, image_size)
-            yield np.asarray(record.image if whole else center_crop(record.image, image_size))
-
-    return ImageSet(source.name, lambda batch_size: _stacked(arrays(), batch_size))
-
-
-def _stacked(arrays: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    while batch := list(itertools.islice(arrays, batch_size)):
-        yield np.stack(batch)
 
 
 @dataclass(frozen=True)
@@ -194,6 +109,10 @@ class FeatureSet:
     """(min(count, max_rows), F) float32: the features of the first images, for neighbours."""
     parts: tuple[Moments, ...] = ()
     """Moments of disjoint parts, when they were asked for."""
+    spatial: tuple[Moments, ...] = ()
+    """Of a `ScoringNetwork`: moments of the spatial features of all images, then of each part."""
+    scores: tuple[InceptionScore, ...] = ()
+    """Of a `ScoringNetwork`: the Inception score of all images, then of each part; not kept of a reference."""
 
 
 def to_float(images: np.ndarray) -> Tensor:
@@ -212,26 +131,36 @@ def extract_features(
 ) -> FeatureSet:
     """Features of a set of images; keeps the moments of all and the first `max_rows` vectors.
 
-    `part_of` (count,) int64 asks for the moments of each part as well (-1: in no part). Memory does not depend on the
-    number of images beyond `max_rows`. `progress` gets the set's name and the number of images done so far. Raises
-    ValueError when the network returns another shape than it declares or values that are not finite.
+    Of a `ScoringNetwork` also the moments of the spatial features, and the Inception score. `part_of` (count,) int64
+    asks for all of that of each part as well (-1: in no part). Memory does not depend on the number of images beyond
+    `max_rows`. `progress` gets the set's name and the number of images done so far. Raises ValueError when the network
+    returns another shape than it declares or values that are not finite.
     """
-    num_parts = 0 if part_of is None else int(part_of.max()) + 1
-    moments, *parts = [Moments(network.num_features) for _ in range(1 + num_parts)]
+    num_sets = 1 if part_of is None else 2 + int(part_of.max())
+    moments = [Moments(network.num_features) for _ in range(num_sets)]
+    scoring = network if isinstance(network, ScoringNetwork) else None
+    spatial = [Moments(scoring.num_spatial) for _ in range(num_sets)] if scoring else []
+    scores = [InceptionScore() for _ in range(num_sets)] if scoring else []
+    gathered: tuple[Sequence[Moments | InceptionScore], ...] = (moments, spatial, scores)
     rows, num_rows = [], 0
     for batch in images.stream(batch_size):
-        features = network(to_float(batch)).to("cpu", torch.float32)  # (B, F)
-        if part_of is not None:
-            members = part_of[moments.count : moments.count + len(features)]
-            for part, part_moments in enumerate(parts):
-                part_moments.update(features[members == part])
-        moments.update(features)
+        inputs = to_float(batch)
+        outputs: tuple[Tensor, ...] = scoring.outputs(inputs) if scoring else (network(inputs),)
+        first = moments[0].count
         if num_rows < max_rows:
-            rows.append(features[: max_rows - num_rows].clone())
+            rows.append(outputs[0][: max_rows - num_rows].to("cpu", torch.float32, copy=True))
             num_rows += len(rows[-1])
+        for kept, output in zip(gathered, outputs, strict=False):
+            output = output.to("cpu", torch.float32)  # (B, F), (B, num_spatial) or (B, K)
+            kept[0].update(output)
+            if part_of is not None:
+                members = part_of[first : first + len(output)]  # (B,)
+                for part, of_part in enumerate(kept[1:]):
+                    of_part.update(output[members == part])
         if progress:
-            progress(images.name, moments.count)
-    return FeatureSet(moments, torch.cat(rows) if rows else torch.zeros(0, network.num_features), tuple(parts))
+            progress(images.name, moments[0].count)
+    vectors = torch.cat(rows) if rows else torch.zeros(0, network.num_features)
+    return FeatureSet(moments[0], vectors, tuple(moments[1:]), tuple(spatial), tuple(scores))
 
 
 def content_hash(batches: Iterable[np.ndarray]) -> str:
@@ -253,20 +182,23 @@ def cached_features(
 ) -> FeatureSet:
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
-    The key hashes the pixels (so the size, too), the network's name and weights, and `max_rows`; reading the images
-    once for the hash costs little beside the network. Files are written under a temporary name and renamed. Raises
-    UserError when a cached file cannot be read: delete it.
+    The key hashes the pixels (so the size, too), the network's name, weights and kind, and `max_rows`; reading the
+    images once for the hash costs little beside the network. Files are written under a temporary name and renamed.
+    Raises UserError when a cached file cannot be read: delete it.
     """
     content = content_hash(images.stream(batch_size))
-    key = hashlib.sha256(f"{content}/{network.name}/{network.weights_sha256}/{max_rows}".encode()).hexdigest()
+    kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
+    key = hashlib.sha256(f"{content}/{network.name}/{network.weights_sha256}/{max_rows}{kind}".encode()).hexdigest()
     path = cache_dir() / "features" / f"{key[:32]}.npz"
     if path.exists():
         return _read_features(path)
     features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    moments = features.moments
+    arrays: dict[str, Any] = {"rows": features.rows.numpy(), **_moment_arrays("", features.moments)}
+    if features.spatial:
+        arrays |= _moment_arrays("spatial_", features.spatial[0])
     with atomic_file(path) as file:
-        np.savez(file, count=moments.count, mean=moments.mean, scatter=moments.scatter, rows=features.rows)
+        np.savez(file, **arrays)
     return features
 
 
@@ -287,9 +219,20 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def _read_features(path: Path) -> FeatureSet:
     try:
         with np.load(path) as arrays:
-            moments = Moments(len(arrays["mean"]))
-            moments.count = int(arrays["count"])
-            moments.mean, moments.scatter = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scatter"])
-            return FeatureSet(moments, torch.from_numpy(arrays["rows"]))
+            spatial = (_read_moments(arrays, "spatial_"),) if "spatial_mean" in arrays else ()
+            return FeatureSet(_read_moments(arrays, ""), torch.from_numpy(arrays["rows"]), spatial=spatial)
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"feature cache: {path} cannot be read ({error}); delete it, it is made again") from error
+
+
+def _moment_arrays(prefix: str, moments: Moments) -> dict[str, np.ndarray]:
+    count, mean, scatter = np.array(moments.count), moments.mean.numpy(), moments.scatter.numpy()
+    return {f"{prefix}count": count, f"{prefix}mean": mean, f"{prefix}scatter": scatter}
+
+
+def _read_moments(arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:
+    moments = Moments(len(arrays[f"{prefix}mean"]))
+    moments.count = int(arrays[f"{prefix}count"])
+    moments.mean = torch.from_numpy(arrays[f"{prefix}mean"])
+    moments.scatter = torch.from_numpy(arrays[f"{prefix}scatter"])
+    return moments

@@ -13,6 +13,8 @@ Shapes: `S` samples, `R` reference images, `F` features. Everything is on the CP
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -199,22 +201,56 @@ class Target:
         return {"precision": precision, "recall": recall}
 
 
-def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
-    """Inception score (Salimans et al. 2016): mean over splits of exp(mean KL(p(y|x) || p(y))); 1 to num_classes.
+class InceptionScore:
+    """Inception score (Salimans et al. 2016) of a stream of class probabilities; its size depends on the classes only.
 
-    `probabilities` (S, num_classes) sum to one along the rows and come from any classifier; calculated in float64.
-    Consecutive splits of `split_size` rows; a last short split counts as much as the others, as in ADM. Raises
-    UserError for no rows or a split size below 1.
+    Consecutive splits of `split_size` rows, as in ADM; a last short split counts as much as the others. Everything is
+    summed in float64. Raises UserError for a split size below 1.
     """
-    if len(probabilities) == 0 or split_size < 1:
-        raise UserError(f"inception_score: {len(probabilities)} rows, split_size {split_size}; both must be at least 1")
-    scores = []
-    for part in probabilities.double().split(split_size):
-        marginal = part.mean(0, keepdim=True).expand_as(part)
-        # xlogy: a probability of exactly 0 contributes 0.
-        divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, marginal)
-        scores.append(divergence.sum(1).mean().exp())
-    return float(torch.stack(scores).mean())
+
+    def __init__(self, split_size: int = 5000) -> None:
+        if split_size < 1:
+            raise UserError(f"inception_score: split_size {split_size}; must be at least 1")
+        self.split_size = split_size
+        self.finished: list[float] = []
+        self._empty()
+
+    def _empty(self) -> None:
+        """Start a split: no rows, sum of p(y|x), sum of p(y|x) log p(y|x)."""
+        self.count, self.total, self.negative_entropy = 0, torch.zeros(1, dtype=torch.float64), 0.0
+
+    def update(self, probabilities: Tensor) -> None:
+        """Add rows (B, num_classes), each of which sums to one."""
+        rows = probabilities.to("cpu", torch.float64)
+        while len(rows):
+            part, rows = rows[: self.split_size - self.count], rows[self.split_size - self.count :]
+            self.count += len(part)
+            self.total = self.total + part.sum(0)  # (num_classes,)
+            # xlogy: a probability of exactly 0 contributes 0.
+            self.negative_entropy += float(torch.special.xlogy(part, part).sum())
+            if self.count == self.split_size:
+                self.finished.append(self._split_score())
+                self._empty()
+
+    def _split_score(self) -> float:
+        """exp of the mean KL(p(y|x) || p(y)): mean of p(y|x) log p(y|x), less p(y) log p(y)."""
+        marginal = self.total / self.count
+        return math.exp(self.negative_entropy / self.count - float(torch.special.xlogy(marginal, marginal).sum()))
+
+    @property
+    def value(self) -> float:
+        """Mean over the splits, 1 to num_classes. Raises UserError when there were no rows."""
+        splits = [*self.finished, self._split_score()] if self.count else self.finished
+        if not splits:
+            raise UserError("inception_score: 0 rows; must be at least 1")
+        return sum(splits) / len(splits)
+
+
+def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
+    """`InceptionScore` of probabilities (S, num_classes) that are there at once."""
+    score = InceptionScore(split_size)
+    score.update(probabilities)
+    return score.value
 
 
 def random_parts(count: int, num_parts: int, rng: torch.Generator) -> Tensor:

@@ -4,35 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
 from consonar.errors import UserError, unknown
+from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
+from consonar.generators.janus import JanusConfig, JanusGenerator
+from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rear import ReARConfig, ReARGenerator
-from consonar.tokenizers import load_tokenizer
-from consonar.tokenizers.vq import VQTokenizer
+from consonar.tokenizers import TokenizerModule, load_tokenizer
 
-GENERATORS = {"rear": (ReARConfig, ReARGenerator)}
+# Kind to (class of its configuration, class of the generator, which follows `types.Generator`).
+GENERATORS: dict[str, tuple[type[Any], type[Any]]] = {
+    "rear": (ReARConfig, ReARGenerator),
+    "llamagen": (LlamaGenConfig, LlamaGenGenerator),
+    "alitok-ar": (AliTokARConfig, AliTokARGenerator),
+    # Needs transformers, which is imported when one is built.
+    "janus": (JanusConfig, JanusGenerator),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """What a stored generator was trained on; None where that is not known."""
 
-    tokenizer: str
+    tokenizer: str | None = None
     """Name or folder of the tokenizer."""
     tokenizer_fingerprint: str | None = None
     class_names: tuple[str, ...] | None = None
 
 
-def save_generator(generator: ReARGenerator, folder: Path, origin: Origin) -> None:
+def build_generator(config: Any) -> Any:
+    """A generator of this configuration, of whatever kind, with random weights."""
+    return GENERATORS[config.kind][1](config)
+
+
+def save_generator(generator: Any, folder: Path, origin: Origin) -> None:
     """Writes a component folder: the generator's shape, its origin and its weights."""
     config = {"component": "generator", **to_dict(origin), **to_dict(generator.config)}
     checkpoint.save_component(folder, config, generator.state_dict())
 
 
 def model_folder(path: str | Path) -> Path:
-    """The component folder that a path means: itself, or `model` inside a run folder."""
+    """The component folder that a path means: itself, `model` inside a run folder, or what an `hf:` name stands for."""
+    if str(path).startswith("hf:"):
+        from consonar.convert.hub import fetch_component
+
+        return fetch_component(str(path), "generator")
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"generator: no folder {path}; give a run folder or a model folder")
@@ -47,26 +66,28 @@ def model_folder(path: str | Path) -> Path:
 
 def read_component_kind(path: str | Path) -> str:
     """What a run or component folder holds: `generator` or `tokenizer`."""
-    config, _ = checkpoint.read_component(model_folder(path))
+    config = checkpoint.read_config(model_folder(path))
     return str(config.get("component", ""))
 
 
 def read_origin(path: str | Path) -> Origin:
     """The origin of a stored generator; `UserError` for a folder that is no generator or names no tokenizer."""
     folder = model_folder(path)
-    config, _ = checkpoint.read_component(folder)
+    config = checkpoint.read_config(folder)
     if config.get("component") != "generator":
         raise UserError(f"{folder}: not a generator folder (component in config.json)")
     values = {f.name: config[f.name] for f in fields(Origin) if f.name in config}
     return from_dict(values, str(folder / "config.json"), Origin)
 
 
-def load_own_tokenizer(path: str | Path) -> VQTokenizer:
+def load_own_tokenizer(path: str | Path) -> TokenizerModule:
     """The tokenizer that a stored generator was trained with, frozen, on the CPU.
 
     Raises `UserError` when it is not there or its weights have changed since: other codes would decode to noise.
     """
     origin = read_origin(path)
+    if origin.tokenizer is None:
+        raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
     tokenizer = load_tokenizer(origin.tokenizer)
     if origin.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise UserError(
@@ -76,13 +97,14 @@ def load_own_tokenizer(path: str | Path) -> VQTokenizer:
     return tokenizer
 
 
-def load_generator(path: str | Path) -> ReARGenerator:
-    """A generator in evaluation mode on the CPU, from a run folder or a component folder.
+def load_generator(path: str | Path) -> Any:
+    """A generator in evaluation mode on the CPU, from a run folder, a component folder, or a released file.
 
+    A released file is `hf:` and the name of a published model or owner/repository/file (see `consonar.convert.hub`).
     Raises `UserError` for a missing, damaged or unfinished folder, and for weights of another shape.
     """
     folder = model_folder(path)
-    config, state = checkpoint.read_component(folder)
+    config = checkpoint.read_config(folder)
     if config.pop("component", None) != "generator":
         raise UserError(f"{folder}: not a generator folder (component in config.json)")
     for item in fields(Origin):
@@ -91,6 +113,5 @@ def load_generator(path: str | Path) -> ReARGenerator:
     if kind not in GENERATORS:
         raise unknown(f"{folder}: kind", kind, GENERATORS)
     config_class, generator_class = GENERATORS[kind]
-    generator = generator_class(from_dict(config, str(folder / "config.json"), config_class))
-    checkpoint.load_weights(generator, state, str(folder))
-    return generator.eval().requires_grad_(False)
+    settings = from_dict(config, str(folder / "config.json"), config_class)
+    return checkpoint.load_module(lambda: generator_class(settings), folder)

@@ -17,11 +17,13 @@ import numpy as np
 from PIL import Image
 
 from consonar.errors import UserError
-from consonar.report import Run
+from consonar.report.records import Run
 
 MAX_CLASSES = 10
 MAX_RECONSTRUCTIONS = 16
 MAX_NEAREST = 8
+MAX_NEAREST_OF_MANY = 4
+"""Samples beside their nearest training images, of each run, on a page of more than three."""
 MAX_GRIDS = 3
 SMALL = 96
 """Images up to this many pixels wide are shown at 2x with hard pixel edges."""
@@ -244,7 +246,8 @@ def nearest_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if sheet is None or sheet.nearest is None:
                 continue
             firsts = [cell for row in pair_samples([sheet], 1)[0] for cell in row.rows[0]]
-            chosen = [firsts[i] for i in spread_evenly(len(firsts), MAX_NEAREST)]
+            limit = MAX_NEAREST_OF_MANY if len(runs) > 3 else MAX_NEAREST
+            chosen = [firsts[i] for i in spread_evenly(len(firsts), limit)]
             pairs = [
                 (_sample(sheet, i, run), picture(sheet.nearest[i], "the training image nearest to it")) for i in chosen
             ]

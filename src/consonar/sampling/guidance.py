@@ -6,11 +6,13 @@ import math
 
 from torch import Tensor
 
-SCHEDULES = ("constant", "linear", "power_cosine", "interval")
+SCHEDULES = ("constant", "linear", "power_cosine", "power_cosine_vapi", "interval")
 
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """unconditional + scale (conditional - unconditional); scale 1 is the conditional model (Ho & Salimans 2022)."""
+    if scale == 1:  # exactly, where the sum would be off by rounding
+        return conditional
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -25,8 +27,11 @@ def scale_at(
 ) -> float:
     """Guidance scale for the token at `position` (0-based) of `num_tokens`.
 
-    constant: `scale`. linear: from 1 at the first token to `scale` at the last. power_cosine: see above. interval
-    (LlamaGen): `scale` up to and including position `interval_end` (None: always), 1 after it.
+    constant: `scale`. linear: from 1 at the first token to `scale` at the last. power_cosine: see above.
+    power_cosine_vapi: `scale` at the first token, then power_cosine over the others, so 1 at the second: VA-pi's
+    sampler does not count the token that the prefill predicts. interval: `scale` up to and including position
+    `interval_end` (None: always), 1 after it; LlamaGen's cfg_interval k, which does not count that token either, is
+    `interval_end` k + 1, and its -1 is None.
     """
     if schedule == "constant":
         return scale
@@ -34,5 +39,7 @@ def scale_at(
         return 1 + (scale - 1) * position / max(1, num_tokens - 1)
     if schedule == "power_cosine":
         return power_cosine_scale(scale, power, position, num_tokens)
+    if schedule == "power_cosine_vapi":
+        return scale if position == 0 else power_cosine_scale(scale, power, position - 1, num_tokens - 1)
     assert schedule == "interval", schedule
     return scale if interval_end is None or position <= interval_end else 1.0

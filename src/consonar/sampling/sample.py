@@ -1,24 +1,26 @@
 """Sampling: tokens one by one with a cache, then one decode.
 
 Every image has a seed of its own and draws one uniform number per token by inverse transform, so that a sample depends
-on its seed, class and settings, not on the batch it is drawn in; two models sampled with equal seeds see equal numbers
-(common random numbers).
+on its seed, condition and settings, not on the batch it is drawn in; two models sampled with equal seeds see equal
+numbers (common random numbers). Guidance, temperature, top-k and top-p apply in this order, as in LlamaGen's sampler.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError
+from consonar.generators import conditions
 from consonar.sampling.guidance import guided_logits, scale_at
 from consonar.seeding import generator as seeded
-from consonar.types import Generator, Tokenizer
+from consonar.types import Condition, Generator, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +35,12 @@ class SamplerConfig:
     """Only the most likely tokens that together reach this probability; 1: all."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1: none."""
-    guidance_schedule: Literal["constant", "linear", "power_cosine", "interval"] = "constant"
+    guidance_schedule: Literal["constant", "linear", "power_cosine", "power_cosine_vapi", "interval"] = "constant"
     """How guidance moves over positions."""
     guidance_power: float = 1.0
-    """Exponent of power_cosine."""
+    """Exponent of power_cosine and power_cosine_vapi."""
     guidance_interval: int | None = None
-    """Last guided position of interval; None: all."""
+    """Last guided position of interval, from 0; None: all. LlamaGen's cfg_interval is this less 1."""
 
     def __post_init__(self) -> None:
         for key in ("temperature", "guidance_scale", "guidance_power"):
@@ -68,7 +70,10 @@ class Samples:
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """-inf outside the k most likely tokens, then outside the smallest set that reaches `top_p`: (B, V) -> (B, V)."""
+    """-inf outside the k most likely tokens, then outside the smallest set that reaches `top_p`: (B, V) -> (B, V).
+
+    Released samplers keep one token more where the set's probability is `top_p` to the last bit.
+    """
     if top_k and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -99,29 +104,35 @@ def uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
 @torch.inference_mode()
 def sample_tokens(
     generator: Generator,
-    condition: Tensor,
+    condition: Condition,
     seeds: Sequence[int],
     config: SamplerConfig,
     *,
+    num_tokens: int | None = None,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (B, N) and the mean entropy (B,) of the filtered distributions, for conditions (B,) and one seed per row.
+    """Tokens (B, N) and the mean entropy (B,) of the filtered distributions, for B conditions and one seed per row.
 
-    Conditional and null rows run as one batch of 2B while guidance is on at any position. `on_token(position, tokens)`
-    is called after each token.
+    Conditional and null rows run as one batch of 2B while guidance is on at any position. `num_tokens`: only the first
+    ones, which are also all that the guidance schedule knows of. `on_token(position, tokens)` is called after each
+    token.
     """
-    if len(seeds) != len(condition):
-        raise UserError(f"seeds: {len(seeds)} seeds for {len(condition)} conditions")
-    count, device = len(condition), condition.device
-    scales = [config.scale(i, generator.num_tokens) for i in range(generator.num_tokens)]
+    count, device = conditions.num_rows(condition), conditions.first_tensor(condition).device
+    if len(seeds) != count:
+        raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions")
+    length = generator.num_tokens if num_tokens is None else num_tokens
+    if not 1 <= length <= generator.num_tokens:
+        raise UserError(f"num_tokens: {num_tokens} is not between 1 and the generator's {generator.num_tokens}")
+    scales = [config.scale(i, length) for i in range(length)]
     guided = any(scale != 1 for scale in scales)
-    rows = torch.cat([condition, generator.null_condition(condition)]) if guided else condition
-    cache = generator.new_cache(len(rows))
-    draws = uniforms(seeds, generator.num_tokens).to(device)
-    tokens = torch.empty(count, generator.num_tokens, dtype=torch.int64, device=device)
+    rows: Any = conditions.concatenate(condition, generator.null_condition(condition)) if guided else condition
+    num_rows = conditions.num_rows(rows)
+    cache = generator.new_cache(num_rows)
+    draws = uniforms(seeds, length).to(device)
+    tokens = torch.empty(count, length, dtype=torch.int64, device=device)
     entropy = torch.zeros(count, device=device)
-    new = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-    for position in range(generator.num_tokens):
+    new = torch.empty(num_rows, 0, dtype=torch.int64, device=device)
+    for position in range(length):
         logits, _ = generator(new, rows, cache=cache)
         logits = logits[:, -1].float()
         if guided:
@@ -131,7 +142,7 @@ def sample_tokens(
         else:
             logits = filter_logits(logits / config.temperature, config.top_k, config.top_p)
             token = choose(logits, draws[:, position])
-            entropy += torch.special.entr(logits.softmax(-1)).sum(-1) / generator.num_tokens
+            entropy += torch.special.entr(logits.softmax(-1)).sum(-1) / length
         tokens[:, position] = token
         if on_token:
             on_token(position, tokens)
@@ -143,34 +154,44 @@ def sample_tokens(
 def sample(
     generator: Generator,
     tokenizer: Tokenizer,
-    condition: Tensor | Sequence[int],
+    condition: Condition | Sequence[int],
     *,
     seeds: Sequence[int] | None = None,
     config: SamplerConfig | None = None,
     batch_size: int = 64,
 ) -> Samples:
-    """Images for class ids `condition` (B,) int64, row b from `seeds[b]`.
+    """Images for conditions (class ids (B,) int64, or captions), row b from `seeds[b]`.
 
     Drawn in batches of `batch_size` on the generator's device, which the tokenizer shares; returned on the CPU.
-    Raises `UserError` for a class that the generator does not have, a tokenizer that does not fit it, or a batch size
-    below 1.
+    Raises `UserError` for conditions that the generator does not have, a tokenizer that does not fit it, or a batch
+    size below 1.
     """
-    condition = torch.as_tensor(condition, dtype=torch.int64)
-    seeds = range(len(condition)) if seeds is None else seeds
+    if isinstance(condition, Sequence | Tensor):
+        condition = torch.as_tensor(condition, dtype=torch.int64)
+    count = conditions.num_rows(condition)
+    seeds = range(count) if seeds is None else seeds
     check_batch_size(batch_size)
     check_fit(generator, tokenizer)
-    check_classes(condition, generator)
-    if not 0 < len(condition) == len(seeds):
-        raise UserError(f"seeds: {len(seeds)} seeds for {len(condition)} conditions; give one each, and at least one")
+    check_condition(condition, generator)
+    if not 0 < count == len(seeds):
+        raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions; give one each, and at least one")
     device = next(cast(nn.Module, generator).parameters()).device
     parts = []
-    for start in range(0, len(condition), batch_size):
-        rows = condition[start : start + batch_size].to(device)
+    for start in range(0, count, batch_size):
+        rows = to_device(conditions.rows(condition, slice(start, start + batch_size)), device)
         tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config or SamplerConfig())
         images = tokenizer.decode(tokens).clamp(-1, 1)
         parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
     images, tokens, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return Samples(images, tokens, entropy)
+
+
+def to_device(condition: Any, device: torch.device) -> Any:
+    """The condition on `device`."""
+    if isinstance(condition, Tensor):
+        return condition.to(device)
+    names = [item.name for item in dataclasses.fields(condition)]
+    return dataclasses.replace(condition, **{name: getattr(condition, name).to(device) for name in names})
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -186,7 +207,18 @@ def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:
             raise UserError(f"tokenizer: {tokenizer.name} has {key} {theirs}, the generator was trained with {ours}")
 
 
+def check_condition(condition: Condition, generator: Generator) -> None:
+    """Raises `UserError` for class ids that the generator does not have, and captions where it takes class ids."""
+    if isinstance(condition, Tensor):
+        check_classes(condition, generator)
+    elif generator.num_classes:
+        last = generator.num_classes - 1
+        raise UserError(f"condition: a {type(condition).__name__}, but this generator takes class ids 0..{last}")
+
+
 def check_classes(condition: Tensor, generator: Generator) -> None:
+    if generator.num_classes == 0:
+        raise UserError("classes: this generator has none; it takes captions (`TextCondition`, `PromptCondition`)")
     wrong = condition[(condition < 0) | (condition >= generator.num_classes)]
     if len(wrong):
         last = generator.num_classes - 1

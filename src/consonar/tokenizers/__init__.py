@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
 from consonar.errors import UserError, unknown
+from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
+from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
+from consonar.types import Tokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Tokenizers whose weights are part of the package.
 SHIPPED = ("openmoji-64",)
-TOKENIZERS = {"vq": (VQConfig, VQTokenizer)}
 
 
-def save_tokenizer(tokenizer: VQTokenizer, folder: Path, *, dtype: str = "float32") -> None:
+class TokenizerModule(Tokenizer, Protocol):
+    """A tokenizer that is a module: what `load_tokenizer` returns."""
+
+    config: Any
+    """The frozen dataclass that it was made from; has `kind`."""
+
+    @property
+    def codebook(self) -> Tensor:
+        """(V, C): the codes as the decoder receives them."""
+        ...
+
+    def to(self, device: Any) -> Self: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+TOKENIZERS: dict[str, tuple[type, Callable[..., Any]]] = {
+    "vq": (VQConfig, VQTokenizer),
+    "maskgit-vq": (MaskGITConfig, MaskGITTokenizer),
+    "vqgan-plus": (VQGANPlusConfig, VQGANPlusTokenizer),
+    "titok": (TiTokConfig, TiTokTokenizer),
+    "alitok": (AliTokConfig, AliTokTokenizer),
+}
+
+
+def save_tokenizer(tokenizer: TokenizerModule, folder: Path, *, dtype: str = "float32") -> None:
     """Writes a component folder; `dtype` float16 halves the file (the fingerprint is that of the rounded weights)."""
     state = {key: value.to(getattr(torch, dtype)) for key, value in tokenizer.state_dict().items()}
     checkpoint.save_component(
@@ -25,19 +57,24 @@ def save_tokenizer(tokenizer: VQTokenizer, folder: Path, *, dtype: str = "float3
     )
 
 
-def load_tokenizer(name_or_path: str | Path) -> VQTokenizer:
+def load_tokenizer(name_or_path: str | Path) -> TokenizerModule:
     """A frozen tokenizer in evaluation mode on the CPU, from a name (`openmoji-64`), a run or a component folder.
 
+    `hf:` and the name of a published model, or owner/repository/file, is a released file (`consonar.convert.hub`).
     Raises `UserError` for an unknown name, a missing or damaged folder, or weights of another shape.
     """
     path = Path(name_or_path)
     if str(name_or_path) in SHIPPED:
         path = PRETRAINED / str(name_or_path)
+    elif str(name_or_path).startswith("hf:"):
+        from consonar.convert.hub import fetch_component
+
+        path = fetch_component(str(name_or_path), "tokenizer")
     elif not path.is_dir():
         raise unknown("tokenizer", str(name_or_path), [*SHIPPED, "a folder with config.json and model.safetensors"])
     elif (path / "model").is_dir():
         path = path / "model"
-    config, state = checkpoint.read_component(path)
+    config = checkpoint.read_config(path)
     if config.pop("component", None) != "tokenizer":
         raise UserError(f"{path}: not a tokenizer folder (component in config.json)")
     name = config.pop("name", path.name)
@@ -45,6 +82,5 @@ def load_tokenizer(name_or_path: str | Path) -> VQTokenizer:
     if kind not in TOKENIZERS:
         raise unknown(f"{path}: kind", kind, TOKENIZERS)
     config_class, tokenizer_class = TOKENIZERS[kind]
-    tokenizer = tokenizer_class(from_dict(config, str(path / "config.json"), config_class), name=name)
-    checkpoint.load_weights(tokenizer, state, str(path))
-    return tokenizer.eval().requires_grad_(False)
+    settings = from_dict(config, str(path / "config.json"), config_class)
+    return checkpoint.load_module(lambda: tokenizer_class(settings, name=name), path)

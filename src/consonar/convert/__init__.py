@@ -1,0 +1,191 @@
+"""Released weight files to component folders and back, bit for bit.
+
+`convert("c2i_B_256.pt", Path("models/llamagen-b"))` recognises the architecture by the keys and shapes alone, checks
+every key, and writes what `load_generator` and `load_tokenizer` read: `config.json`, `model.safetensors`, beside them
+`unused.safetensors` (what the file holds and we do not need: a usage buffer, training heads) and `source.json` (where
+it came from). `to_official` makes the released layout again, from a converted folder or from one that was trained here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consonar import checkpoint
+from consonar.config_io import to_dict
+from consonar.convert.back import SOURCE, UNUSED, to_official
+from consonar.convert.containers import Weights, read_weights
+from consonar.convert.examine import Found, examine, image_size_in_name
+from consonar.convert.janus import split_parts
+from consonar.errors import UserError
+from consonar.official import State
+
+__all__ = ["Converted", "convert", "to_official"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One component folder that was written, and what is in it."""
+
+    folder: Path
+    recognised_as: str
+    component: str
+    num_parameters: int
+    vocab_size: int
+    num_tokens: int
+    code_dim: int | None
+    """Width of a code; None for generators."""
+    notes: tuple[str, ...]
+    """What was assumed, taken from an entry, ignored, set aside."""
+
+
+def convert(
+    path: Path,
+    to: Path,
+    *,
+    image_size: int | None = None,
+    entry: str | None = None,
+    tokenizer: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Converted]:
+    """Writes a released file as the component folder `to`; with both halves in it, as TO/generator and TO/tokenizer.
+
+    `image_size` says what LlamaGen's shapes cannot (default: 384 or 512 if the file name says so, else 256); `settings`
+    replaces other fields of the configuration (with both halves: of the generator's); `entry` is the part of a training
+    checkpoint to take; `tokenizer` is written down as the one that a generator belongs to, after a check that the sizes
+    agree. Raises `UserError` when `to` exists, for a file that cannot be read, and for keys that are unknown or
+    missing; then nothing is written.
+    """
+    if to.exists():
+        raise UserError(f"--out: {to} exists; choose another folder")
+    if (path / "config.json").is_file() and (path / SOURCE).is_file():
+        raise UserError(f"{path}: converted already; the way back is --to-official FILE")
+    weights = read_weights(path, entry)
+    halves = split_parts(weights.tensors)
+    if len(halves) == 1:
+        found, notes = examine_one(weights.tensors, path, image_size, settings)
+        if tokenizer is not None and found.official.component == "tokenizer":
+            raise UserError("--tokenizer: for generators alone; leave --tokenizer away")
+        parts = {"": found}
+    else:
+        if image_size is not None or tokenizer is not None:
+            raise UserError(f"--image-size, --tokenizer: {path} has a tokenizer of its own; leave them away")
+        # The tokenizer first, because the generator's config.json names it.
+        parts = {
+            "tokenizer": examine(halves["tokenizer"], f"{path} (tokenizer)"),
+            "generator": examine(halves["generator"], f"{path} (generator)", settings=settings),
+        }
+        notes = []
+    hashes = {file.name: checkpoint.file_sha256(file) for file in weights.files}
+    written = []
+    with folder_at_once(to) as partial:
+        for part, found in parts.items():
+            state = halves[part] if part else weights.tensors
+            own = tokenizer if not part else str((to / "tokenizer").resolve())
+            origin = origin_of(found, own, partial / "tokenizer")
+            told = write(partial / part, to / part, found, state, origin, weights, hashes)
+            written.append(summary(to / part, found, (*notes, *told)))
+    return written
+
+
+def examine_one(
+    state: State, path: Path, image_size: int | None, settings: Mapping[str, Any] | None
+) -> tuple[Found, list[str]]:
+    """`examine` for a file with one component, with the image size that its name says where shapes do not."""
+    found = examine(state, str(path), image_size=image_size, settings=settings)
+    named = image_size_in_name(path)
+    if found.config.kind != "llamagen" or image_size is not None or named is None:
+        return found, []
+    found = examine(state, str(path), image_size=named, settings=settings)
+    return found, [f"for images of {named} pixels, because the file's name says so (--image-size says another)"]
+
+
+def origin_of(found: Found, tokenizer: str | None, beside: Path) -> dict[str, Any]:
+    """What a generator's config.json says of its tokenizer, once the sizes are seen to agree; nothing of a tokenizer's.
+
+    `beside` is where a tokenizer from the same file was just written, and `tokenizer` then where it will be.
+    """
+    from consonar.generators import Origin
+    from consonar.tokenizers import load_tokenizer
+
+    if found.official.component == "tokenizer":
+        return {}
+    if tokenizer is None or tokenizer.startswith("hf:"):
+        return to_dict(Origin(tokenizer=tokenizer))
+    loaded = load_tokenizer(beside if beside.is_dir() else tokenizer)
+    for key in ("vocab_size", "num_tokens"):
+        if getattr(loaded, key) != getattr(found.module, key):
+            raise UserError(
+                f"--tokenizer: {tokenizer} has {key} {getattr(loaded, key)}, the generator {getattr(found.module, key)}"
+            )
+    name = tokenizer if beside.is_dir() or not Path(tokenizer).is_dir() else str(Path(tokenizer).resolve())
+    return to_dict(Origin(tokenizer=name, tokenizer_fingerprint=loaded.fingerprint))
+
+
+def write(
+    folder: Path,
+    final: Path,
+    found: Found,
+    state: State,
+    origin: Mapping[str, Any],
+    weights: Weights,
+    hashes: Mapping[str, str],
+) -> list[str]:
+    """Writes one component folder, and says what was set aside or left alone."""
+    official = found.official
+    ours, unused = official.to_ours(state, found.config)
+    head: dict[str, Any] = {"component": official.component, **origin}
+    if official.component == "tokenizer":
+        head["name"] = final.name if final.name != "tokenizer" else final.parent.name
+    checkpoint.save_component(folder, {**head, **to_dict(found.config)}, ours)
+    if unused:
+        checkpoint.save_tensors(folder / UNUSED, unused)
+    source = {
+        "recognised_as": official.name,
+        "files": dict(hashes),
+        "entry": list(weights.entry),
+        "ignored_entries": list(weights.ignored),
+        "prefix": weights.prefix,
+    }
+    text = json.dumps(source, indent=1) + "\n"
+    checkpoint.write_atomically(folder / SOURCE, lambda path: path.write_text(text))
+    notes = [f"from its entry {'/'.join(weights.entry)!r}"] if weights.entry else []
+    if weights.ignored:
+        notes.append(f"left alone beside it: {', '.join(weights.ignored[:6])}")
+    if unused:
+        notes.append(f"set aside for the way back: {len(unused)} tensors ({', '.join(list(unused)[:2])} ...)")
+    return notes
+
+
+def summary(folder: Path, found: Found, notes: tuple[str, ...]) -> Converted:
+    module = found.module
+    is_tokenizer = found.official.component == "tokenizer"
+    return Converted(
+        folder=folder,
+        recognised_as=found.official.name,
+        component=found.official.component,
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        vocab_size=module.vocab_size,
+        num_tokens=module.num_tokens,
+        code_dim=module.code_dim if is_tokenizer else None,
+        notes=notes,
+    )
+
+
+@contextlib.contextmanager
+def folder_at_once(to: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `to` when the block ends well, and nothing when it does not."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""The way back: a component folder in the released layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consonar import checkpoint
+from consonar.config_io import from_dict
+from consonar.convert import registry
+from consonar.convert.containers import TORCH_ENDINGS
+from consonar.errors import UserError
+from consonar.official import State
+
+SOURCE, UNUSED = "source.json", "unused.safetensors"
+
+
+def to_official(folder: Path, out: Path) -> str:
+    """Writes the released layout of a component folder to a .pt or .safetensors file; returns the architecture's name.
+
+    A converted folder gives the tensors of the file that it came from, bit for bit, in the same entry; a folder with
+    both halves gives one file. One that was trained here gives what the released code loads. Raises `UserError` when
+    `out` exists and for a model that has no released layout.
+    """
+    if out.exists():
+        raise UserError(f"--to-official: {out} exists; choose another name")
+    if out.suffix not in (*TORCH_ENDINGS, ".safetensors"):
+        raise UserError(
+            f"--to-official: {out} ends in {out.suffix!r}; choose .safetensors or {', '.join(TORCH_ENDINGS)}"
+        )
+    halves = [folder / part for part in ("generator", "tokenizer") if (folder / part / "config.json").is_file()]
+    state: State = {}
+    names: list[str] = []
+    entry: list[str] = []
+    for half in halves or [folder / "model" if (folder / "model").is_dir() else folder]:
+        name, tensors, entry = official_state(half)
+        names.append(name)
+        state |= tensors
+    if out.suffix == ".safetensors":
+        checkpoint.save_tensors(out, state)
+    else:
+        payload: dict[str, Any] = state
+        for key in reversed(entry):
+            payload = {key: payload}
+        checkpoint.write_atomically(out, lambda path: torch.save(payload, path))
+    return " and ".join(names)
+
+
+def official_state(folder: Path) -> tuple[str, State, list[str]]:
+    """Architecture, released state dict and entry of one component folder."""
+    from consonar.generators import GENERATORS, Origin
+    from consonar.tokenizers import TOKENIZERS
+
+    values, ours = checkpoint.read_component(folder)
+    component = values.pop("component", None)
+    registries: dict[str, dict[str, Any]] = {"tokenizer": {**TOKENIZERS}, "generator": {**GENERATORS}}
+    kinds = registries.get(str(component), {})
+    if values.get("kind") not in kinds:
+        raise UserError(f"{folder}: not a folder of a tokenizer or generator (component and kind in config.json)")
+    for name in ("name", *(Origin.__dataclass_fields__)):
+        values.pop(name, None)
+    config = from_dict(values, str(folder / "config.json"), kinds[values["kind"]][0])
+    unused = checkpoint.map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
+    entry: list[str] = []
+    if (folder / SOURCE).is_file():
+        source = json.loads((folder / SOURCE).read_text())
+        entry = source["entry"]
+        official = next((o for o in registry.officials() if o.name == source["recognised_as"]), None)
+    else:
+        shapes = registry.shapes_of(ours)
+        official = next((o for o in registry.officials() if o.component == component and o.recognises(shapes)), None)
+    if official is None:
+        raise UserError(f"{folder}: a {component} of kind {values['kind']!r} has no released layout that is known here")
+    return official.name, official.to_official(ours, unused, config), entry

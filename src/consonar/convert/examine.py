@@ -1,0 +1,71 @@
+"""What a state dict is, by keys, shapes and types alone: nothing is read or written before all is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consonar import checkpoint
+from consonar.config_io import from_dict, to_dict
+from consonar.convert import registry
+from consonar.errors import UserError
+from consonar.official import Official, State
+from consonar.types import Grid
+
+# Reduction of the tokenizers that LlamaGen's released generators were trained with.
+LLAMAGEN_REDUCTION = 16
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a state dict is: the record, our configuration, and our module on the meta device."""
+
+    official: Official
+    config: Any
+    module: Any
+
+
+def image_size_in_name(path: Path) -> int | None:
+    """384 or 512 where LlamaGen's file names say so (`c2i_XL_384.pt`); shapes do not."""
+    named = re.search(r"(?<!\d)(384|512)(?!\d)", path.name)
+    return int(named[1]) if named else None
+
+
+def examine(
+    state: State, where: str, *, image_size: int | None = None, settings: Mapping[str, Any] | None = None
+) -> Found:
+    """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes."""
+    meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
+    official = registry.recognise(registry.shapes_of(meta), where)
+    try:
+        config = official.config(registry.shapes_of(meta))
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        cause = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: looks like {official.name}, but {cause}") from error
+    config = configured(config, image_size, settings or {}, where)
+    ours, unused = official.to_ours(meta, config)
+    module = registry.build(official.component, config, "converted")
+    checkpoint.check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
+    back = official.to_official(ours, unused, config)
+    assert registry.shapes_of(back) == registry.shapes_of(meta), f"{official.name}: the way back changes keys or shapes"
+    return Found(official, config, module)
+
+
+def configured(config: Any, image_size: int | None, settings: Mapping[str, Any], where: str) -> Any:
+    """`config` for this image size and with these settings; `UserError` for a field that it does not have."""
+    changes = dict(settings)
+    if image_size is not None and hasattr(config, "image_size"):
+        changes = {"image_size": image_size, **changes}
+    elif image_size is not None and config.kind == "llamagen":
+        side, rest = divmod(image_size, LLAMAGEN_REDUCTION)
+        if rest:
+            raise UserError(f"--image-size: {image_size} is not a multiple of {LLAMAGEN_REDUCTION}")
+        changes = {"grid": to_dict(Grid(side, side)), "num_tokens": side * side, **changes}
+    elif image_size is not None:
+        raise UserError(f"--image-size: the shapes of {where} say how many tokens an image has; leave it away")
+    return from_dict({**to_dict(config), **changes}, where, type(config)) if changes else config

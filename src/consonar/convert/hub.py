@@ -1,0 +1,130 @@
+"""`hf:` names: released files from the Hugging Face hub, converted once into the cache folder and read from there.
+
+`hf:rar-b` is a published model by name (`consonar models`), `hf:owner/repository/path/to/file` any file that `convert`
+recognises; `@384` behind either says the image size where shapes do not. A file that is put into the folder named in
+the messages is taken instead of a download, so that all of this works without a network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from consonar.cache import cache_dir
+from consonar.checkpoint import file_sha256
+from consonar.convert.published import PUBLISHED, Published
+from consonar.errors import UserError, unknown
+
+PREFIX = "hf:"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an `hf:` name stands for."""
+
+    text: str
+    file: str
+    repository: str | None
+    image_size: int | None
+    published: Published | None = None
+
+    @property
+    def place(self) -> Path:
+        """Where the released file may be put by hand."""
+        folder = self.repository or (self.published.name if self.published else "")
+        return cache_dir() / "released" / folder / self.file
+
+    @property
+    def converted(self) -> Path:
+        name = f"{self.repository}/{self.file}" if self.repository or not self.published else self.published.name
+        size = f"@{self.image_size}" if self.image_size else ""
+        return cache_dir() / "converted" / f"{name.replace('/', '--')}{size}"
+
+
+def read_name(text: str) -> Wanted:
+    """What an `hf:` name stands for; `UserError` for a name that is neither published nor owner/repository/file."""
+    rest, _, size = text.removeprefix(PREFIX).partition("@")
+    if size and not re.fullmatch(r"[1-9]\d*", size):
+        raise UserError(f"{text}: {size!r} behind @ is not an image size in pixels")
+    image_size = int(size) if size else None
+    if rest in PUBLISHED:
+        model = PUBLISHED[rest]
+        return Wanted(text, model.file, model.repository, image_size or model.image_size, model)
+    parts = rest.split("/", 2)
+    if len(parts) < 3 or not all(parts) or ".." in rest.split("/"):
+        raise unknown("hf: name", rest, [*PUBLISHED, "owner/repository/file"])
+    repository = f"{parts[0]}/{parts[1]}"
+    known = next((m for m in PUBLISHED.values() if (m.repository, m.file) == (repository, parts[2])), None)
+    return Wanted(text, parts[2], repository, image_size or (known.image_size if known else None), known)
+
+
+def fetch_component(text: str, component: str) -> Path:
+    """The component folder of an `hf:` name, converted at the first call.
+
+    Raises `UserError` when the file cannot be had, with where to put it; when its hash is not the published one; when
+    it cannot be converted; and when it holds no `component`.
+    """
+    wanted = read_name(text)
+    folder = wanted.converted
+    if not folder.exists():
+        convert_once(wanted, folder)
+    if (folder / component / "config.json").is_file():
+        return folder / component
+    found = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if found.get("component") != component:
+        raise UserError(f"{text}: holds no {component}")
+    return folder
+
+
+def convert_once(wanted: Wanted, folder: Path) -> None:
+    """Converts the released file into `folder`, unless another process was quicker."""
+    from consonar.convert import convert
+
+    file = released_file(wanted)
+    model = wanted.published
+    if model is not None and model.sha256 is not None and file_sha256(file) != model.sha256:
+        raise UserError(f"{wanted.text}: {file} is not the published file (its SHA-256 is not {model.sha256[:12]}...)")
+    try:
+        convert(file, folder, image_size=wanted.image_size, tokenizer=model.tokenizer if model else None)
+    except (UserError, OSError):
+        if not folder.exists():
+            raise
+
+
+def released_file(wanted: Wanted) -> Path:
+    """The released file: put there by hand, or downloaded; for an index of shards, with all shards beside it."""
+    if wanted.place.is_file():
+        return wanted.place
+    if wanted.repository is None:
+        assert wanted.published is not None and wanted.published.elsewhere is not None
+        raise UserError(
+            f"{wanted.text}: not on the hub ({wanted.published.elsewhere}); put {wanted.file} at {wanted.place}"
+        )
+    file = Path(guarded_download(wanted, wanted.file))
+    if wanted.file.endswith(".index.json"):
+        for shard in sorted(set(json.loads(file.read_text())["weight_map"].values())):
+            guarded_download(wanted, str(Path(wanted.file).with_name(shard)))
+    return file
+
+
+def guarded_download(wanted: Wanted, file: str) -> str:
+    """`download`, with one line for whatever goes wrong between here and there."""
+    assert wanted.repository is not None
+    try:
+        return download(wanted.repository, file)
+    # No network, no such file, no permission, offline mode, a proxy's page: each library below has errors of its own.
+    except Exception as error:
+        cause = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"{wanted.text}: cannot download {file} of https://huggingface.co/{wanted.repository} ({cause}); "
+            f"get it elsewhere and put it at {wanted.place.with_name(Path(file).name)}"
+        ) from error
+
+
+def download(repository: str, file: str) -> str:
+    """The path of a hub file on this machine; the only place that touches the network."""
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repo_id=repository, filename=file)

@@ -1,0 +1,122 @@
+"""Sets of images of one size that are streamed from an .npz, a folder or a data source, never held as floats.
+
+Shapes: `B` batch. Images are uint8 (B, H, W, 3) numpy arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from consonar.checkpoint import file_sha256
+from consonar.errors import UserError
+from consonar.types import ImageSource
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of images of one size that can be streamed more than once."""
+
+    name: str
+    stream: Callable[[int], Iterator[np.ndarray]]
+    """Batch size -> uint8 (B, H, W, 3) arrays, always in the same order; the last one may be short."""
+
+
+def npz_keys(path: Path) -> list[str]:
+    """Names of the arrays in an .npz. Raises UserError when there is no such file or it is not an .npz."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give an .npz or a folder of images")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not an .npz file, or a truncated one; give an .npz or a folder of images")
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
+    """The uint8 array `images` or `arr_0` (count, H, W, 3) of an .npz, read batch by batch, and its shape.
+
+    `np.load` would hold the whole array (10 GB for 50,000 images of 256 px). Raises UserError for a file without such
+    an array and, while streaming, for a damaged one.
+    """
+    keys = npz_keys(path)
+    key = next((key for key in ("images", "arr_0") if key in keys), None)
+    if key is None:
+        raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys)}")
+    with _npz_member(path, key) as (_, shape, fortran_order, dtype):
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or 0 in shape:
+            raise UserError(f"{path}: {key} is {dtype} {shape}; expected uint8 (count, height, width, 3) in C order")
+
+    def stream(batch_size: int) -> Iterator[np.ndarray]:
+        with _npz_member(path, key) as (file, shape, *_):
+            for start in range(0, shape[0], batch_size):
+                batch_shape = (min(batch_size, shape[0] - start), *shape[1:])
+                yield np.frombuffer(file.read(math.prod(batch_shape)), np.uint8).reshape(batch_shape)
+
+    return ImageSet(str(path), stream), shape
+
+
+@contextmanager
+def _npz_member(path: Path, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+            yield file, *readers[np.lib.format.read_magic(file)](file)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: {key} cannot be read ({error}); the file is damaged, make it again") from error
+
+
+def folder_image_set(folder: Path) -> tuple[ImageSet, tuple[int, ...], str]:
+    """All image files below `folder` in the order of their names, the shape (count, H, W, 3), and a SHA-256 of it all.
+
+    Images are neither cropped nor resized. Raises UserError for an empty folder and, while streaming, for an image that
+    cannot be read or whose size differs from the first one's.
+    """
+    from consonar.data.images import read_image
+
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    if not files:
+        raise UserError(f"{folder}: no images; looked for files ending in {', '.join(IMAGE_ENDINGS)}")
+    width, height = read_image(files[0], str(files[0])).size
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(folder)}\0{file_sha256(file)}\n".encode())
+
+    def arrays() -> Iterator[np.ndarray]:
+        for path in files:
+            image = read_image(path, str(path))
+            if image.size != (width, height):
+                raise UserError(f"{path}: {image.size[0]} x {image.size[1]} px; the first has {width} x {height} px")
+            yield np.asarray(image)
+
+    images = ImageSet(str(folder), lambda batch_size: _stacked(arrays(), batch_size))
+    return images, (len(files), height, width, 3), digest.hexdigest()
+
+
+def source_image_set(source: ImageSource, image_size: int) -> ImageSet:
+    """The images of `source` under the ADM centre crop to `image_size` px (nothing is done to those of that size)."""
+
+    def arrays() -> Iterator[np.ndarray]:
+        from consonar.data.transforms import center_crop
+
+        for record in source:
+            whole = record.image.size == (image_size, image_size)
+            yield np.asarray(record.image if whole else center_crop(record.image, image_size))
+
+    return ImageSet(source.name, lambda batch_size: _stacked(arrays(), batch_size))
+
+
+def _stacked(arrays: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    while batch := list(itertools.islice(arrays, batch_size)):
+        yield np.stack(batch)

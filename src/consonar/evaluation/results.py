@@ -1,0 +1,78 @@
+"""What `evaluate` returns: metrics with everything that makes them a result, and the file that records it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from consonar import __version__
+from consonar.errors import UserError
+from consonar.evaluation.copying import CopyRate
+from consonar.evaluation.features import atomic_file
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value over all samples, and its standard deviation over `draws` disjoint parts (None for one draw)."""
+
+    value: float
+    spread: float | None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on."""
+    python, numpy = platform.python_version(), np.__version__
+    return {"python": python, "torch": torch.__version__, "numpy": numpy, "consonar": __version__}
+
+
+def machine_name(device: str) -> str:
+    """The accelerator's name, or the processor's for `cpu`."""
+    if torch.device(device).type != "cpu":
+        return str(torch.get_device_module(device).get_device_name(device))
+    table = Path("/proc/cpuinfo")  # Linux only; elsewhere Python knows as much as there is
+    found = re.search(r"^model name\s*: (.*)$", table.read_text() if table.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that makes a metric a result. `to_json` writes all of it but the per-sample part of `copies`."""
+
+    metrics: dict[str, Metric]
+    unavailable: dict[str, str]
+    """Metrics that this reference or these samples do not allow, and why."""
+    noise_floor: dict[str, float]
+    """Fréchet distances of validation to training images: what real images reach."""
+    copies: dict[str, CopyRate]
+    """`tokens` and `features`: threshold, and nearest training image of every sample."""
+    num_samples: int
+    num_reference: dict[str, int]
+    """Images per set of the reference; none for statistics."""
+    samples: dict[str, Any]
+    """Name and SHA-256 of the file, and the sampler's settings when it holds them."""
+    reference: str
+    feature_network: dict[str, str]
+    seed: int
+    config: dict[str, Any]
+    machine: str
+    versions: dict[str, str]
+    timestamp: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema: int = 1
+
+    def to_json(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the results. Raises UserError when the file exists (unless `overwrite`) or cannot be written."""
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise UserError(f"results: {path} exists; give another path, or ask to overwrite it")
+        content = asdict(replace(self, copies={}))
+        content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
+        with atomic_file(path) as file:
+            file.write(json.dumps(content, indent=1, allow_nan=False).encode())

@@ -1,0 +1,145 @@
+"""The autoregressive model of AliTok (arXiv 2506.05289), a Llama-style transformer in reAR's vocabulary.
+
+State-dict keys are those of the released checkpoints, so that released weights load without renaming. Facts kept from
+them: one embedding table for codes, an unused row, the classes and the null class, in this order; sequence [condition,
+17 prefix tokens, 256 grid tokens], where the prefix has positions 0 .. 16 on a line and the grid rows and columns
+17 .. 32 (`layers.rotary_table`); queries and keys are RMS-normalised per head before they are turned; biases in
+attention and output but not in the SwiGLU; RMSNorm eps 1e-5.
+
+Deviations: the table of positions follows from the grid of the tokens (released: 17 + 16 x 16, hard-coded); the unused
+row serves as the mask of `corruption: mask`, as in reAR; condition dropout belongs to the objective.
+
+Letters: `B` batch, `n` new positions, `N` tokens, `V` codes, `D` width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from consonar.generators.cache import KVCache
+from consonar.generators.layers import Linear, RMSNorm, SwiGLU, attend, rotate, swiglu_width
+from consonar.generators.rotary import RotaryConfig, RotaryGenerator
+from consonar.official import Official, Shapes, State
+from consonar.types import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliTokARConfig(RotaryConfig):
+    """Shape of an AliTok generator."""
+
+    kind: Literal["alitok-ar"] = "alitok-ar"
+    num_layers: int = 24
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads; cuts `width` into heads of a multiple of 4."""
+    attention_dropout: float = 0.1
+    """Dropout on the attention weights."""
+
+
+ALITOK_PRESETS = {
+    "B": AliTokARConfig(width=768, num_layers=24),
+    "L": AliTokARConfig(width=1024, num_layers=24),
+    "XL": AliTokARConfig(width=1280, num_layers=32),
+}
+"""Published sizes."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with RMSNorm on queries and keys, then rotary positions."""
+
+    def __init__(self, config: AliTokARConfig):
+        super().__init__()
+        self.num_heads, self.dropout = config.num_heads, config.attention_dropout
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.q_norm = RMSNorm(config.width // config.num_heads, config.norm_eps)
+        self.k_norm = RMSNorm(config.width // config.num_heads, config.norm_eps)
+        self.proj = Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, width)
+        q, k = (rotate(norm(y), table).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        dropout = self.dropout if self.training else 0.0
+        return self.proj(attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + SwiGLU(norm x)."""
+
+    def __init__(self, config: AliTokARConfig):
+        super().__init__()
+        self.norm1 = RMSNorm(config.width, config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.hidden_units, config.ffn_dropout)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, n, D) -> (B, n, D)."""
+        x = x + self.dropout(self.attn(self.norm1(x), table, mask, cache, layer))
+        return x + self.mlp(self.norm2(x))
+
+
+class AliTokARGenerator(RotaryGenerator):
+    """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
+
+    config: AliTokARConfig
+
+    def __init__(self, config: AliTokARConfig):
+        super().__init__(config)
+        self.mask_token = config.vocab_size
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.output = Linear(config.width, config.vocab_size)
+        self.reset_parameters()
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return self.embeddings(tokens)
+
+    def embed_condition(self, condition: Tensor) -> Tensor:
+        return self.embeddings(condition + self.vocab_size + 1)[:, None]
+
+    def kept_positions(self, condition: Tensor) -> None:
+        return None
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return torch.full_like(condition, self.num_classes)
+
+
+def recognises(shapes: Shapes) -> bool:
+    """AliTok's generator: Llama-style blocks under reAR's names, without AdaLN."""
+    needed = {"embeddings.weight", "output.weight", "blocks.0.attn.q_norm.weight", "blocks.0.mlp.w3.weight"}
+    return needed <= shapes.keys()
+
+
+def config_of(shapes: Shapes) -> AliTokARConfig:
+    """From the shapes, which do not tell where the tokens sit: 17 and 16 x 16, as published. Codes and classes share a
+    table; the rows of the output say how many are codes."""
+    vocab_size, width = shapes["output.weight"]
+    hidden = shapes["blocks.0.mlp.w1.weight"][0]
+    return AliTokARConfig(
+        width=width,
+        num_layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+        num_heads=width // shapes["blocks.0.attn.q_norm.weight"][0],
+        ffn_width=0 if hidden == swiglu_width(width, 256) else hidden,
+        vocab_size=vocab_size,
+        num_tokens=273,
+        num_classes=shapes["embeddings.weight"][0] - vocab_size - 2,
+        grid=Grid(16, 16, prefix=17),
+    )
+
+
+def to_ours(state: State, config: AliTokARConfig) -> tuple[State, State]:
+    return dict(state), {}
+
+
+def to_official(state: State, unused: State, config: AliTokARConfig) -> State:
+    return {**state, **unused}
+
+
+OFFICIAL = Official("AliTok generator", "generator", recognises, config_of, to_ours, to_official)

@@ -1,0 +1,252 @@
+"""Image generation of Janus (arXiv 2410.13848) and Janus-Pro (arXiv 2501.17811): a Llama that reads a prompt, then
+image tokens.
+
+The network is transformers' own (extra `text`): the blocks of its `LlamaModel`, Janus' aligner and generation head;
+keys are those of its `JanusModel`. Facts kept from the released code: image tokens enter as aligner(embedding of the
+code), a table of its own, not the tokenizer's codebook; the head is Linear, exact GELU, Linear; the first image token
+is predicted where the start-of-image token, the last of the prompt, is read; the null prompt has every token between
+its first (begin of sentence) and its last (start of image) replaced by the padding token, which is then attended to
+like any other; rotary positions, base 10000.
+
+Deviations: prompts of one batch may differ in length. They are padded on the left, padding is masked, and positions
+are counted without it, so that a row equals the same row alone. (The released sampler reads one prompt at a time.
+VA-pi's trainer pads on the right and counts padding, and takes the logits of slot i where token i itself has been read;
+here slot i comes from the position before.) There are no classes: the condition is a `PromptCondition`, `num_classes`
+is 0, and token stores with or without classes fit. The understanding half (vision encoder, its aligner, text head) is
+not built.
+
+Letters: `B` batch, `L` prompt positions of a batch, `P` of the longest prompt allowed, `n` image tokens, `V` codes,
+`D` width, `T` positions read so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.errors import UserError
+from consonar.generators.cache import KVCache
+from consonar.generators.janus_parts import CacheLayers, build_parts, rotary, visible
+from consonar.types import Grid, PromptCondition
+
+# "<｜▁pad▁｜>" of the tokenizer of both released models.
+PAD_TOKEN = 100002
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusConfig:
+    """Shape of a Janus generator; the defaults are Janus-Pro-1B. Recipes leave `vocab_size`, `num_tokens` at 0."""
+
+    kind: Literal["janus"] = "janus"
+    width: int = 2048
+    """Hidden size of the language model."""
+    num_layers: int = 24
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads; divides `width`."""
+    num_kv_heads: int = 0
+    """Heads of keys and values; divides `num_heads`; 0: as many."""
+    mlp_width: int = 5632
+    """Hidden units of the gated MLP."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    text_vocab_size: int = 102400
+    """Tokens of the language model's text vocabulary."""
+    pad_token: int = PAD_TOKEN
+    """Text token that pads prompts and stands for every word of the null prompt."""
+    max_prompt_tokens: int = 256
+    """Longest prompt, with the begin-of-sentence and the start-of-image token."""
+    code_dim: int = 8
+    """Width of the generator's own embedding of a code."""
+    head_width: int = 0
+    """Hidden units of the generation head; 0: as many as `width`."""
+    vocab_size: int = 0
+    """Codes of the tokenizer; 0: taken from the token store."""
+    num_tokens: int = 0
+    """Tokens per image; 0: taken from the token store."""
+
+    def __post_init__(self) -> None:
+        for key in ("width", "num_layers", "num_heads", "mlp_width", "text_vocab_size", "code_dim"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
+        if self.width % (2 * self.num_heads):
+            raise UserError(
+                f"model.num_heads: {self.num_heads} does not split model.width {self.width} into heads of even width"
+            )
+        if self.num_kv_heads < 0 or (self.num_kv_heads and self.num_heads % self.num_kv_heads):
+            raise UserError(f"model.num_kv_heads: {self.num_kv_heads} does not divide model.num_heads {self.num_heads}")
+        if self.head_width < 0:
+            raise UserError(f"model.head_width: {self.head_width} is negative")
+        if not 0 <= self.pad_token < self.text_vocab_size:
+            raise UserError(
+                f"model.pad_token: {self.pad_token} is not a text token; choices: 0..{self.text_vocab_size - 1} "
+                f"(model.text_vocab_size {self.text_vocab_size})"
+            )
+        if self.max_prompt_tokens < 2:
+            raise UserError(
+                f"model.max_prompt_tokens: {self.max_prompt_tokens}; a prompt has a first and a start-of-image token"
+            )
+        for key in ("rope_base", "norm_eps"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
+
+    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> JanusConfig:
+        """This shape for given data; raises `UserError` when a size was set to something else.
+
+        Prompts are the condition whatever `num_classes` is, and positions are on a line whatever `grid` is.
+        """
+        for key, size in {"vocab_size": vocab_size, "num_tokens": num_tokens}.items():
+            if getattr(self, key) not in (0, size):
+                raise UserError(f"model.{key}: {getattr(self, key)}, but the token store has {size}")
+        return replace(self, vocab_size=vocab_size, num_tokens=num_tokens)
+
+
+JANUS_PRESETS = {
+    "1B": JanusConfig(),
+    "7B": JanusConfig(width=4096, num_layers=30, num_heads=32, mlp_width=11008),
+}
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_token: int = PAD_TOKEN) -> PromptCondition:
+    """Prompts of text tokens, each with its start-of-image token last, padded on the left to the longest: (B, L)."""
+    if not prompts or not all(prompts):
+        raise UserError("prompts: empty; a prompt has at least its start-of-image token")
+    length = max(len(prompt) for prompt in prompts)
+    tokens = [[pad_token] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[False] * (length - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return PromptCondition(torch.tensor(tokens, dtype=torch.int64), torch.tensor(mask))
+
+
+class JanusGenerator(nn.Module):
+    """The generator; follows `consonar.types.Generator`. `config` has all sizes set; needs transformers.
+
+    `prefix_length` is `config.max_prompt_tokens`, whatever the length of the prompts given: hidden states are padded on
+    the left with zeros to that many.
+    """
+
+    num_classes = 0
+    language_model: Any
+    generation_embeddings: nn.Module
+    generation_aligner: nn.Module
+    generation_head: nn.Module
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        for key in ("vocab_size", "num_tokens"):
+            if getattr(config, key) < 1:
+                raise UserError(
+                    f"model.{key}: {getattr(config, key)} is not positive; set it or build from a token store"
+                )
+        self.config = config
+        self.vocab_size, self.num_tokens = config.vocab_size, config.num_tokens
+        self.num_layers, self.width = config.num_layers, config.width
+        self.prefix_length = config.max_prompt_tokens
+        for name, part in build_parts(config).items():
+            self.add_module(name, part)
+        device = torch.get_default_device()
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.language_model.layers
+
+    @torch.no_grad()
+    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
+        """Normals of std 0.02, as transformers draws them; biases 0, norms 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02, generator=rng)
+            else:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+
+    def null_condition(self, condition: PromptCondition) -> PromptCondition:
+        """The same prompts with padding tokens between their first and their last token; the mask stays."""
+        starts = condition.mask & (condition.mask.cumsum(1) == 1)
+        starts[:, -1] = True
+        tokens = condition.tokens.masked_fill(condition.mask & ~starts, self.config.pad_token)
+        return replace(condition, tokens=tokens)
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
+        weight = self.language_model.norm.weight
+        return KVCache(
+            self.num_layers,
+            batch_size,
+            self.config.num_kv_heads or self.config.num_heads,
+            self.prefix_length + self.num_tokens,
+            self.width // self.config.num_heads,
+            device=weight.device,
+            dtype=dtype or weight.dtype,
+        )
+
+    def forward(
+        self,
+        context: Tensor,
+        condition: PromptCondition,
+        *,
+        cache: KVCache | None = None,
+        tap_layers: tuple[int, ...] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits (B, n, V) for the n tokens of `context` (B, n) int64; (B, P + n, D) after each layer of `tap_layers`.
+
+        Row i comes from the position before token i: from the start-of-image token for i = 0. With a cache: `context`
+        holds the tokens not yet read, the logits are those of the next token, (B, 1, V), and the taps those of the
+        positions read by this call. Raises `UserError` for a condition that is no prompt, too long, or not padded on
+        the left.
+        """
+        reads_prompt = cache is None or cache.length == 0
+        if reads_prompt:
+            self._check(condition)
+        length = condition.tokens.shape[1]
+        spare = self.prefix_length - length
+        # Under autocast the aligner's output has fewer bits than the residual stream, which starts as an embedding.
+        x = self.generation_aligner(self.generation_embeddings(context)).to(self.language_model.norm.weight.dtype)
+        if reads_prompt:
+            x = torch.cat([self.language_model.embed_tokens(condition.tokens), x], 1)
+        if cache is not None and cache.length == 0:
+            cache.advance(spare)  # positions of the longest prompt that this one leaves unused; masked
+        start = cache.length if cache is not None else 0
+        end = start + x.shape[1]
+        valid = F.pad(condition.mask, (spare if cache is not None else 0, 0), value=False)
+        valid = F.pad(valid, (0, end - valid.shape[1]), value=True)  # (B, T)
+        x, taps = self._blocks(x, valid, start, cache, tap_layers)
+        if reads_prompt:
+            taps = {layer: F.pad(tap, (0, 0, spare, 0)) for layer, tap in taps.items()}
+        if cache is not None:
+            cache.advance(end - start)
+        predicting = x[:, -1:] if cache is not None else x[:, length - 1 : length - 1 + context.shape[1]]
+        return self.generation_head(self.language_model.norm(predicting)), taps
+
+    def _blocks(
+        self, x: Tensor, valid: Tensor, start: int, cache: KVCache | None, tap_layers: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """x (B, T - start, D) through all blocks, and what comes out of those of `tap_layers`."""
+        positions = (valid.cumsum(1) - 1).clamp_min(0)[:, start:]  # of padding: 0, where nobody looks
+        tables = rotary(positions, self.width // self.config.num_heads, self.config.rope_base)
+        tables = (tables[0].to(x.dtype), tables[1].to(x.dtype))
+        mask, taps = visible(valid, start), {}
+        layers = CacheLayers(cache) if cache is not None else None
+        for index, block in enumerate(self.blocks):
+            x = block(x, attention_mask=mask, past_key_values=layers, position_embeddings=tables)
+            if index in tap_layers:
+                taps[index] = x
+        return x, taps
+
+    def _check(self, condition: PromptCondition) -> None:
+        if not isinstance(condition, PromptCondition):
+            raise UserError(f"condition: {type(condition).__name__}; this generator reads prompts (PromptCondition)")
+        if condition.tokens.shape[1] > self.prefix_length:
+            raise UserError(
+                f"condition: prompts of {condition.tokens.shape[1]} tokens; model.max_prompt_tokens is "
+                f"{self.prefix_length}"
+            )
+        if not (condition.mask[:, -1].all() and (condition.mask.diff(dim=1).sum(1) <= 1).all()):
+            raise UserError("condition: prompts are not padded on the left, with the start-of-image token last")

@@ -1,0 +1,148 @@
+"""Layers that the generators of LlamaGen (arXiv 2406.06525) and AliTok (arXiv 2506.05289) share: RMSNorm, SwiGLU,
+rotary positions (RoFormer, arXiv 2104.09864) on a line or a grid, causal attention with padding and a cache.
+
+Facts kept from the released code: rotary pairs are neighbours (2i, 2i + 1); on a grid the first half of the pairs turns
+with the row, the second half with the column; the rows of the table that belong to the condition are zero, not the
+identity, so queries and keys of condition tokens vanish and every image token gives all of them the score 0; rotation
+and RMSNorm run in float32, the norm's weight is applied after the cast back.
+
+Letters: `B` batch, `n` new positions, `T` positions read so far with them, `P` condition tokens, `N` image tokens, `H`
+heads, `E` width of one head.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.generators.cache import KVCache
+from consonar.generators.rear import causal_attention, later_rows_mask
+from consonar.types import Grid
+
+# oneDNN's product instead of PyTorch's default where `Linear` says; benchmarks switch it off to compare.
+FAST_CPU_SAMPLING = True
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Multiplications below which calling oneDNN costs more than it saves.
+SMALLEST_PRODUCT = 2**20
+
+
+class Linear(nn.Linear):
+    """x A^T + b.
+
+    While sampling on a CPU in float32, oneDNN multiplies: on AMD processors it takes half the time of PyTorch's default
+    there, MKL (benchmarks/llamagen_sampling.py). Results differ by rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            FAST_CPU_SAMPLING
+            and HAS_ONEDNN
+            and torch.is_inference_mode_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and x.numel() * weight.shape[0] >= SMALLEST_PRODUCT
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), no biases (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.w1 = Linear(width, hidden, bias=False)
+        self.w3 = Linear(width, hidden, bias=False)
+        self.w2 = Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+def swiglu_width(width: int, multiple_of: int) -> int:
+    """8/3 of `width`, so that three matrices cost what two of 4 `width` do, rounded up to a multiple."""
+    return -(8 * width // 3 // -multiple_of) * multiple_of
+
+
+def rotary_angles(positions: Tensor, num_pairs: int, base: float) -> Tensor:
+    """positions * base^(-i / num_pairs) for pair i: (n, num_pairs) float32 <- (n,)."""
+    exponents = torch.arange(num_pairs, dtype=torch.float32) / num_pairs
+    return positions.float()[:, None] * (1.0 / base**exponents)
+
+
+@lru_cache(maxsize=64)
+def rotary_table(
+    head_dim: int, num_condition_tokens: int, num_tokens: int, grid: Grid | None, base: float, device: torch.device
+) -> Tensor:
+    """(P + N, head_dim / 2, 2) float32, cosine and sine of every position's angles; zeros for the condition.
+
+    Tokens without a place (all of them where `grid` is None, else its prefix) have positions 0, 1, ... on a line; rows
+    and columns of a grid are counted on from there, as in AliTok (without a prefix: from 0, as in LlamaGen).
+    """
+    # A table made while sampling serves training too, where autograd refuses tensors of inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        num_on_line = num_tokens if grid is None else grid.prefix
+        angles = rotary_angles(torch.arange(num_on_line), head_dim // 2, base)
+        if grid is not None:
+            rows = rotary_angles(grid.prefix + torch.arange(grid.rows), head_dim // 4, base)
+            columns = rotary_angles(grid.prefix + torch.arange(grid.columns), head_dim // 4, base)
+            places = [rows.repeat_interleave(grid.columns, 0), columns.repeat(grid.rows, 1)]
+            angles = torch.cat([angles, torch.cat(places, -1)])  # (N, head_dim / 2)
+        table = torch.stack([angles.cos(), angles.sin()], -1)
+        return torch.cat([table.new_zeros(num_condition_tokens, *table.shape[1:]), table]).to(device)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns the neighbouring pairs of x (..., n, E) by the table (n, E / 2, 2); in float32, returned as it came."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = table.unbind(-1)
+    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], -1).flatten(-2).to(x.dtype)
+
+
+def attention_mask(
+    num_queries: int, num_keys: int, kept: Tensor | None, *, cached: bool, device: torch.device
+) -> Tensor | None:
+    """Which of T keys the last n positions may read, (B or 1, 1, n, T) bool; None: what `attend` does by itself.
+
+    `kept` (B, P) is False at padding of the condition: nothing reads it but the padded position itself (a row that may
+    read nothing has no softmax).
+    """
+    if kept is None:
+        return later_rows_mask(num_queries, num_keys, device) if cached else None
+    places = torch.arange(num_keys, device=device)
+    queries = places[num_keys - num_queries :, None]
+    visible = F.pad(kept, (0, num_keys - kept.shape[1]), value=True)[:, None]  # (B, 1, T)
+    return ((places <= queries) & visible | (places == queries))[:, None]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, cache: KVCache | None, layer: int, dropout: float
+) -> Tensor:
+    """Causal attention (B, n, H E) of q (B, H, n, E) over k, v (B, key heads, n, E) and what the cache holds."""
+    if cache is not None:
+        k, v = cache.append(layer, k, v)
+    if k.shape[1] != q.shape[1]:  # grouped queries: neighbouring heads share keys
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    if cache is None and mask is None:
+        mixed = causal_attention(q, k, v, dropout)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2)

@@ -1,0 +1,264 @@
+"""The Llama-style transformer of LlamaGen (arXiv 2406.06525), conditioned on a class or on caption features.
+
+State-dict keys are those of the released checkpoints, so that released weights load without renaming. Facts kept from
+them: no biases; SwiGLU of 8/3 the width rounded up to a multiple of 256; RMSNorm eps 1e-5; one table row per class and
+one for the null class; caption features go through two linear maps with a tanh GELU; the tables of positions are zero
+at the condition (`layers`); padded caption columns are hidden from everybody but themselves, under guidance for the
+null captions too; the null caption (`uncond_embedding`) is drawn once and not trained: a buffer here as there.
+
+Deviations: logits are aligned and of one shape in both modes (released: sliced when training, whole otherwise); the
+last token is read in training, no logits are made from it; condition dropout belongs to the objective; no stochastic
+depth, which no released model used; the cache holds as many heads of keys as there are (released: fails when fewer).
+
+Letters: `B` batch, `n` new positions, `N` tokens, `V` codes, `D` width, `P` condition tokens, `F` width of a caption
+feature.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.errors import UserError
+from consonar.generators.cache import KVCache
+from consonar.generators.layers import Linear, RMSNorm, SwiGLU, attend, rotate, swiglu_width
+from consonar.generators.rotary import RotaryConfig, RotaryGenerator
+from consonar.official import Official, Shapes, State
+from consonar.types import Grid, TextCondition
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaGenConfig(RotaryConfig):
+    """Shape of a LlamaGen generator."""
+
+    kind: Literal["llamagen"] = "llamagen"
+    condition: Literal["class", "text"] = "class"
+    """What it is conditioned on: a class id, or the features of a caption."""
+    caption_dim: int = 2048
+    """Width of a caption feature (text only)."""
+    num_condition_tokens: int = 0
+    """Positions of the condition; 0: 1 for a class, 120 for text."""
+    num_kv_heads: int = 0
+    """Heads of keys and values, shared by neighbouring heads of queries; 0: as many as `num_heads`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("num_condition_tokens", "num_kv_heads"):
+            if getattr(self, key) < 0:
+                raise UserError(f"model.{key}: {getattr(self, key)} is negative")
+        if self.num_heads % self.num_key_heads:
+            raise UserError(f"model.num_kv_heads: {self.num_kv_heads} does not divide model.num_heads {self.num_heads}")
+        if self.condition == "class" and self.num_condition_tokens > 1:
+            raise UserError(f"model.num_condition_tokens: {self.num_condition_tokens}, but a class has 1 position")
+        if self.condition == "text" and self.num_classes:
+            raise UserError(f"model.num_classes: {self.num_classes}, but model.condition is text, which has none")
+        if self.condition == "text" and self.caption_dim < 1:
+            raise UserError(f"model.caption_dim: {self.caption_dim} is not positive")
+
+    @property
+    def needed_sizes(self) -> tuple[str, ...]:
+        return ("vocab_size", "num_tokens") if self.condition == "text" else super().needed_sizes
+
+    @property
+    def prefix_length(self) -> int:
+        return self.num_condition_tokens or {"class": 1, "text": 120}[self.condition]
+
+    @property
+    def num_key_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
+        """As `RotaryConfig.sized`; with captions the store's classes are of no use."""
+        return super().sized(vocab_size, num_tokens, 0 if self.condition == "text" else num_classes, grid)
+
+
+LLAMAGEN_PRESETS = {
+    "B": LlamaGenConfig(width=768, num_layers=12, num_heads=12),
+    "L": LlamaGenConfig(width=1024, num_layers=24, num_heads=16),
+    "XL": LlamaGenConfig(width=1280, num_layers=36, num_heads=20),
+    "XXL": LlamaGenConfig(width=1536, num_layers=48, num_heads=24),
+    "XXXL": LlamaGenConfig(width=2560, num_layers=48, num_heads=40),
+    "3B": LlamaGenConfig(width=3200, num_layers=24, num_heads=32),
+}
+"""Published sizes, for classes; `replace(preset, condition="text")` for captions."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; queries, keys and values from one product."""
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.num_heads, self.num_key_heads = config.num_heads, config.num_key_heads
+        self.head_dim, self.dropout = config.width // config.num_heads, config.attention_dropout
+        self.wqkv = Linear(config.width, (self.num_heads + 2 * self.num_key_heads) * self.head_dim, bias=False)
+        self.wo = Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads of q, k, v, n, width)
+        turned, v = heads.split([self.num_heads + self.num_key_heads, self.num_key_heads], 1)
+        q, k = rotate(turned, table).split([self.num_heads, self.num_key_heads], 1)
+        dropout = self.dropout if self.training else 0.0
+        return self.wo(attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + SwiGLU(norm x)."""
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = SwiGLU(config.width, config.hidden_units, config.ffn_dropout)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, n, D) -> (B, n, D)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, mask, cache, layer))
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    """One row per class, the null class last."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)[:, None]  # (B, 1, D)
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, caption_dim: int, width: int):
+        super().__init__()
+        self.fc1 = Linear(caption_dim, width, bias=False)
+        self.fc2 = Linear(width, width, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(features.to(self.fc1.weight.dtype)), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """(B, P, D) from caption features (B, P, F), and the features (P, F) that stand for no caption."""
+
+    uncond_embedding: Tensor
+
+    def __init__(self, num_tokens: int, caption_dim: int, width: int):
+        super().__init__()
+        self.cap_proj = CaptionProjection(caption_dim, width)
+        self.register_buffer("uncond_embedding", torch.zeros(num_tokens, caption_dim))
+
+    def forward(self, condition: TextCondition) -> Tensor:
+        # Padding is hidden by the mask; zeros are what the released model was fed there.
+        return self.cap_proj(condition.features * condition.mask[:, :, None])
+
+
+class LlamaGenGenerator(RotaryGenerator):
+    """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
+
+    config: LlamaGenConfig
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__(config)
+        if config.condition == "class":
+            self.cls_embedding: nn.Module = ClassEmbedding(config.num_classes, config.width)
+        else:
+            self.cls_embedding = CaptionEmbedding(config.prefix_length, config.caption_dim, config.width)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.output = Linear(config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The released name of the list is `layers`."""
+        return self.layers
+
+    @torch.no_grad()
+    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
+        """As `RotaryGenerator.reset_parameters`; the null caption has rows of length about 1."""
+        super().reset_parameters(rng)
+        if isinstance(self.cls_embedding, CaptionEmbedding):
+            null = self.cls_embedding.uncond_embedding
+            nn.init.normal_(null, std=1 / math.sqrt(null.shape[1]), generator=rng)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return self.tok_embeddings(tokens)
+
+    def embed_condition(self, condition: Tensor | TextCondition) -> Tensor:
+        if self.config.condition == "text":
+            assert isinstance(condition, TextCondition), "this generator takes captions"
+            expected = (self.prefix_length, self.config.caption_dim)
+            if condition.features.shape[1:] != expected:
+                given = tuple(condition.features.shape[1:])
+                raise UserError(f"condition.features: {given} per caption, the generator takes {expected}")
+        return self.cls_embedding(condition)
+
+    def kept_positions(self, condition: Tensor | TextCondition) -> Tensor | None:
+        return condition.mask if isinstance(condition, TextCondition) else None
+
+    def null_condition(self, condition: Any) -> Any:
+        """The null class, or the null caption under the mask of the caption (so the released sampler does)."""
+        if not isinstance(condition, TextCondition):
+            return torch.full_like(condition, self.num_classes)
+        assert isinstance(self.cls_embedding, CaptionEmbedding)
+        null = self.cls_embedding.uncond_embedding.to(condition.features.dtype)
+        return replace(condition, features=null.expand_as(condition.features))
+
+
+def recognises(shapes: Shapes) -> bool:
+    """LlamaGen's transformer, for classes or captions."""
+    needed = {"tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight", "norm.weight"}
+    embedding = {"cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"}
+    return needed <= shapes.keys() and bool(embedding & shapes.keys())
+
+
+def config_of(shapes: Shapes) -> LlamaGenConfig:
+    """From the shapes. They tell neither heads (the published number of the width, else heads of 64) nor image size
+    (256 px in 16 x 16 tokens: `replace` grid and num_tokens for 384 and 512), and the null class is taken to exist."""
+    vocab_size, width = shapes["tok_embeddings.weight"]
+    published = {preset.width: preset.num_heads for preset in LLAMAGEN_PRESETS.values()}
+    num_heads = published.get(width, 1 if width % 64 else width // 64)
+    hidden = shapes["layers.0.feed_forward.w1.weight"][0]
+    head_dim, rows = width // num_heads, shapes["layers.0.attention.wqkv.weight"][0]
+    num_key_heads = (rows - width) // (2 * head_dim)
+    config = LlamaGenConfig(
+        width=width,
+        num_layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers.")),
+        num_heads=num_heads,
+        num_kv_heads=0 if num_key_heads == num_heads else num_key_heads,
+        ffn_width=0 if hidden == swiglu_width(width, 256) else hidden,
+        vocab_size=vocab_size,
+        num_tokens=256,
+        grid=Grid(16, 16),
+    )
+    classes = shapes.get("cls_embedding.embedding_table.weight")
+    if classes:
+        return replace(config, num_classes=classes[0] - 1)
+    num_condition_tokens, caption_dim = shapes["cls_embedding.uncond_embedding"]
+    return replace(config, condition="text", num_condition_tokens=num_condition_tokens, caption_dim=caption_dim)
+
+
+# The released sampler leaves its cache in the module, hence in files saved after sampling.
+CACHE_KEY = re.compile(r"layers\.\d+\.attention\.kv_cache\.[kv]_cache")
+
+
+def to_ours(state: State, config: LlamaGenConfig) -> tuple[State, State]:
+    unused = {key: value for key, value in state.items() if CACHE_KEY.fullmatch(key)}
+    return {key: value for key, value in state.items() if key not in unused}, unused
+
+
+def to_official(state: State, unused: State, config: LlamaGenConfig) -> State:
+    return {**state, **unused}
+
+
+OFFICIAL = Official("LlamaGen generator", "generator", recognises, config_of, to_ours, to_official)

@@ -1,0 +1,62 @@
+"""Recipes: functions that return a complete `TrainConfig`. Variants use `dataclasses.replace`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from consonar.config import TrainConfig
+from consonar.errors import unknown
+from consonar.recipes.openmoji import (
+    ar_openmoji,
+    ce_openmoji,
+    free_openmoji,
+    rear_openmoji,
+    soft_openmoji,
+    ste_openmoji,
+    tokenizer_openmoji_64,
+    vapi_openmoji,
+    vapi_spatial_openmoji,
+)
+from consonar.recipes.published import (
+    ar_b_alitok,
+    ar_b_titok,
+    ar_l,
+    rear_b,
+    rear_b_alitok,
+    rear_b_titok,
+    rear_l,
+    rear_l_vqgan_plus,
+    rear_s,
+    vapi_llamagen_xl,
+    vapi_llamagen_xxl,
+)
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "ar-openmoji": ar_openmoji,
+    "rear-openmoji": rear_openmoji,
+    "tokenizer-openmoji-64": tokenizer_openmoji_64,
+    "vapi-openmoji": vapi_openmoji,
+    "vapi-spatial-openmoji": vapi_spatial_openmoji,
+    "ce-openmoji": ce_openmoji,
+    "soft-openmoji": soft_openmoji,
+    "ste-openmoji": ste_openmoji,
+    "free-openmoji": free_openmoji,
+    "rear-s": rear_s,
+    "rear-b": rear_b,
+    "rear-l": rear_l,
+    "ar-l": ar_l,
+    "rear-l-vqgan-plus": rear_l_vqgan_plus,
+    "rear-b-titok": rear_b_titok,
+    "ar-b-titok": ar_b_titok,
+    "rear-b-alitok": rear_b_alitok,
+    "ar-b-alitok": ar_b_alitok,
+    "vapi-llamagen-xxl": vapi_llamagen_xxl,
+    "vapi-llamagen-xl": vapi_llamagen_xl,
+}
+
+
+def find_recipe(name: str) -> TrainConfig:
+    """The recipe called `name`; `UserError` lists the choices."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]()

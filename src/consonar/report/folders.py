@@ -1,0 +1,128 @@
+"""Reads run folders into records. What is missing stays empty; what is there and broken is a `UserError`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from consonar.errors import UserError
+from consonar.report.records import Measurement, ResultRow, Results, Run
+
+MAX_RUNS = 8
+RESULTS_SCHEMA = 1
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read 1 to 8 run folders, in the given order, and name each by its folder (with its parent's where two agree).
+
+    Raises `UserError` for another number, for one folder given twice, and for what is missing or broken in one.
+    """
+    if not 1 <= len(paths) <= MAX_RUNS:
+        raise UserError(f"runs: {len(paths)} given; a report compares 1 to {MAX_RUNS} run folders")
+    folders = [Path(path).resolve() for path in paths]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"runs: {folder} is given more than once; name each run folder once")
+    short = [folder.name for folder in folders]
+    names = [f.name if short.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [_load_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _load_run(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"run {folder}: no such folder; pass a folder that `consonar train` wrote")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"run {folder}: holds no config.json; pass a folder that `consonar train` wrote")
+    results_path = folder / "results.json"
+    return Run(
+        path=folder,
+        name=name,
+        config=_read_object(folder / "config.json"),
+        metrics=_read_metrics(folder / "metrics.jsonl"),
+        results=_read_results(results_path) if results_path.is_file() else None,
+        reconstruction=_read_note(folder / "reconstruction.json") or {},
+        stopped=_read_note(folder / "stopped.json", step=int, reason=str),
+        best_model=_read_note(folder / "best.json", step=int, metric=str, value=(int, float)),
+    )
+
+
+def _read_note(path: Path, **entries: Any) -> dict[str, Any] | None:
+    """A small file of named entries of given types, or None where it is not there."""
+    if not path.is_file():
+        return None
+    note = _read_object(path)
+    for key, kind in entries.items():
+        if not isinstance(note.get(key), kind):
+            raise UserError(f"{path}: {key} is {note.get(key)!r}; expected {', '.join(entries)}, as training writes it")
+    return note
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); write it again or leave this run out") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object with named entries")
+    return value
+
+
+def _read_metrics(path: Path) -> tuple[Mapping[str, Any], ...]:
+    if not path.is_file():
+        return ()
+    lines: list[Mapping[str, Any]] = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: not valid JSON; remove the line if writing was cut off") from error
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise UserError(f"{path} line {number}: {text[:60]!r} is not an object with an integer 'step'")
+        lines.append(line)
+    return tuple(lines)
+
+
+def _read_results(path: Path) -> Results:
+    content = _read_object(path)
+    if content.get("schema") != RESULTS_SCHEMA:
+        raise UserError(
+            f"{path}: schema {content.get('schema')!r}; this version reads schema {RESULTS_SCHEMA}: evaluate again"
+        )
+    if not isinstance(content.get("rows"), list) or not content["rows"]:
+        raise UserError(f"{path}: rows is {content.get('rows')!r:.60}; expected a list with at least one row")
+    rows = tuple(_read_row(path, number, row) for number, row in enumerate(content["rows"]))
+    best = content.get("best")
+    if best is not None and not (isinstance(best, int) and 0 <= best < len(rows)):
+        raise UserError(f"{path}: best is {best!r}; expected the index of a row, 0 to {len(rows) - 1}")
+    return Results(rows=rows, best=best, provenance={k: v for k, v in content.items() if k not in ("rows", "best")})
+
+
+def _read_row(path: Path, number: int, row: Mapping[str, Any]) -> ResultRow:
+    try:
+        measured = {
+            name: Measurement(float(entry["value"]), None if entry.get("spread") is None else float(entry["spread"]))
+            for name, entry in row["metrics"].items()
+        }
+        result = ResultRow(
+            temperature=float(row["temperature"]),
+            num_samples=int(row["num_samples"]),
+            metrics=measured,
+            guidance_scale=float(row.get("guidance_scale", 1.0)),
+            top_k=int(row.get("top_k", 0)),
+            top_p=float(row.get("top_p", 1.0)),
+            seed=row.get("seed"),
+            samples=path.parent / row["samples"] if row.get("samples") else None,
+            matched_to=str(row["matched_to"]) if row.get("matched_to") else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: rows[{number}] is incomplete ({type(error).__name__}: {error}); "
+            "expected temperature, num_samples and metrics with a value each"
+        ) from error
+    if result.samples is not None and not result.samples.is_file():
+        raise UserError(f"{path}: rows[{number}] names {result.samples.name}, which is not there; sample again")
+    return result

@@ -1,0 +1,231 @@
+"""The page's part about post-training: VA-pi and its controls, each beside the model that it started from.
+
+They have few steps of their own, so they get charts of their own. Validation at step 0 is that of the start model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from consonar.report.charts import CURVES, NOT_DRAWN, curve_chart, logged_keys
+from consonar.report.records import (
+    Measurement,
+    Run,
+    find_start,
+    listed,
+    row_of_matched,
+    start_folder,
+    start_text,
+)
+from consonar.report.wording import Base, Pair, clauses
+
+METHODS = {
+    "VA-pi": "draws several sequences of tokens under the true tokens of a picture, decodes them, and makes those more "
+    "likely whose picture is nearer to the original",
+    "AR-GRPO": "draws whole sequences freely and makes those more likely that score higher than others of their class",
+    "cross-entropy": "is the control: the same further training, with the true next token as its only aim",
+    "soft targets": "is cross-entropy in which codes that are near the true one count as well",
+    "straight-through": "sends the pixel error back through the decoder",
+}
+CHARTS = {
+    "validation/reward": "Validation reward (weighted sum)",
+    "train/reward": "Training reward (mean of the draws)",
+    "validation/kl": "KL to the start model (nats per token)",
+    "validation/entropy": "Validation entropy (nats per token)",
+    "train/entropy": "Training entropy (nats per token)",
+    "train/clip_fraction": "Clip fraction (share of ratios)",
+    "train/ratio_deviation": "Largest deviation of the ratio from 1",
+    "validation/cross_entropy": CURVES["validation/cross_entropy"],
+    "validation/accuracy": CURVES["validation/accuracy"],
+    "train/kl": "KL term in training (nats per token)",
+    "train/soft_cross_entropy": "Training cross-entropy against soft targets (nats per token)",
+}
+RATIO = {"train/clip_fraction", "train/ratio_deviation"}
+POLICY_LOSS = "train/policy"
+"""Not drawn: minus the mean advantage while the ratio is 1, about 0 whatever is learnt; only its gradient matters."""
+CONTROL = Base("its cross-entropy control", "their cross-entropy controls")
+EQUAL_ENTROPY = Base("its start at equal entropy", "their starts at equal entropy")
+COLUMNS = {
+    "validation/reward": "reward (higher is better)",
+    "validation/kl": "KL to the start",
+    "validation/entropy": "entropy",
+    "validation/cross_entropy": "cross-entropy",
+    "validation/accuracy": "accuracy",
+}
+
+
+def post_training_section(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """{"indices", "methods", "columns", "keeps_best", "rows", "notes", "charts"}; None without such a run."""
+    entries = [(index, run) for index, run in enumerate(runs) if run.post_trains]
+    if not entries:
+        return None
+    chosen = [run for _, run in entries]
+    logged = logged_keys(entries)
+    columns = {key: heading for key, heading in _columns(logged).items() if key in logged}
+    present = dict.fromkeys(run.method.partition(" (")[0] for run in chosen)
+    return {
+        "indices": [index for index, _ in entries],
+        "methods": [(name, METHODS[name]) for name in present],
+        "columns": list(columns.values()),
+        "keeps_best": any(run.best_model for run in chosen),
+        "rows": [_row(index, run, runs, columns) for index, run in entries],
+        "notes": [*_end_notes(chosen), *_reading_notes(chosen)],
+        "charts": _charts(entries),
+    }
+
+
+def _columns(logged: set[str]) -> dict[str, str]:
+    distances = sorted(key for key in logged if key.startswith("validation/FD("))
+    return COLUMNS | {key: f"{key.removeprefix('validation/')} (lower is better)" for key in distances}
+
+
+def _row(index: int, run: Run, runs: Sequence[Run], columns: dict[str, str]) -> dict[str, Any]:
+    """{"index", "run", "start", "steps", "best", "cells"}: from the start model to the end."""
+    steps = f"{run.metrics[-1]['step']:,}" if run.metrics else "0"
+    steps += ", stopped" if run.stopped else ""
+    return {
+        "index": index,
+        "run": run,
+        "start": start_text(run, runs) or "–",
+        "steps": steps,
+        "best": f"{run.best_model['step']:,}" if run.best_model else "–",
+        "cells": [_from_to(run, key) for key in columns],
+    }
+
+
+def _from_to(run: Run, key: str) -> str:
+    """ "-0.512 → -0.498": the value at step 0, where it was logged, and the last one."""
+    series = run.series(key)
+    if not series:
+        return "–"
+    last = f"{series[-1][1]:.4g}"
+    if key == "validation/kl" or series[0][0] != 0 or len(series) == 1:
+        return last
+    return f"{series[0][1]:.4g} → {last}"
+
+
+def _end_notes(runs: Sequence[Run]) -> list[str]:
+    """How runs ended: stopped by the guard, and what their best step means."""
+    notes = []
+    for run in runs:
+        if run.stopped is not None:
+            text = f"{run.name} was stopped by its guard at step {run.stopped['step']:,}: {run.stopped['reason']}."
+            last = run.metrics[-1]["step"] if run.metrics else 0
+            notes.append(text + (f" It was resumed later, to step {last:,}." if last > run.stopped["step"] else ""))
+    if metrics := dict.fromkeys(run.best_model["metric"] for run in runs if run.best_model):
+        notes.append(
+            f"The best step is that of the lowest {listed(list(metrics))} on the way (ringed below; step 0 is the "
+            "start model). That model is in best/; everything else on this page is about the last one."
+        )
+    return notes
+
+
+def _reading_notes(runs: Sequence[Run]) -> list[str]:
+    """What to know when reading the charts."""
+    notes = []
+    policies = [run for run in runs if run.objective["kind"] == "policy"]
+    if policies and not _moves_ratio(runs):
+        notes.append("Each draw serves one update, so the probability ratio is exactly 1 and nothing is clipped.")
+    if len({str(run.objective.get("rewards")) for run in runs}) > 1:
+        notes.append("The weights of the rewards differ between runs: compare the parts, not the sum.")
+    noisy = [run.name for run in runs if any(line.get("train/noise_rate", 0) > 0 for line in run.metrics)]
+    if noisy:
+        notes.append(f"Training values of {listed(noisy)} are under a noisy context; validation never is.")
+    return notes
+
+
+def _moves_ratio(runs: Sequence[Run]) -> bool:
+    return any(run.objective.get("inner_epochs", 1) > 1 for run in runs)
+
+
+def _charts(entries: Sequence[tuple[int, Run]]) -> list[dict[str, str]]:
+    logged = logged_keys(entries)
+    validated = "validation/reward" in logged
+    parts = {key for key in logged if key.startswith(("validation/reward_", "train/reward_"))}
+    shown_parts = sorted(key for key in parts if key.startswith("validation/" if validated else "train/"))
+    titles = {
+        key: f"{'Validation' if validated else 'Training'} reward: {key.partition('_')[2]}" for key in shown_parts
+    }
+    order = {"validation/reward": CHARTS["validation/reward"], **titles, **CHARTS}
+    hidden = NOT_DRAWN | parts | {POLICY_LOSS} | (set() if _moves_ratio([run for _, run in entries]) else RATIO)
+    drawn = [key for key in order if key in logged and (key not in hidden or key in titles)]
+    drawn += sorted(logged - hidden - order.keys())
+    ringed = {
+        f"validation/{run.best_model['metric']}": {
+            (index, float(other.best_model["step"])) for index, other in entries if other.best_model is not None
+        }
+        for _, run in entries
+        if run.best_model is not None
+    }
+    return [
+        curve_chart(entries, key, order.get(key, _title(key)), prefix="post", ringed=ringed.get(key, ()))
+        for key in drawn
+    ]
+
+
+def _title(key: str) -> str:
+    if key.startswith("validation/FD("):
+        return f"{key.removeprefix('validation/')}, of samples on the way"
+    return CURVES.get(key, key)
+
+
+def training_finding(runs: Sequence[Run]) -> list[str]:
+    """At most one sentence: how far the logs of post-trained runs say that reward and entropy moved."""
+    keys = ("validation/reward", "validation/entropy")
+    chosen = [run for run in runs if run.post_trains and all(len(run.series(key)) > 1 for key in keys)]
+    if not chosen:
+        return []
+    reward, entropy = (listed([f"{_change(run, key)} ({run.name})" for run in chosen]) for key in keys)
+    return [
+        f"From the start model to the end, the reward on held-out images moved by {reward}, higher being nearer to the "
+        f"original, and the entropy under the true context by {entropy} nats per token; a model of lower entropy is a "
+        "sharper one, which a lower temperature gives as well."
+    ]
+
+
+def _change(run: Run, key: str) -> str:
+    series = run.series(key)
+    return f"{series[-1][1] - series[0][1]:+.2g}".replace("-", "\u2212")
+
+
+def control_finding(runs: Sequence[Run]) -> list[str]:
+    """At most one sentence: what post-training has over cross-entropy alone, and over the start at equal entropy."""
+    methods = [run for run in runs if run.post_trains and not run.is_cross_entropy_control]
+    if not methods:
+        return []
+    pairs = [pair for run in methods if (pair := _against_cross_entropy(run, runs))]
+    matched = _at_equal_entropy(runs)
+    said = clauses([*pairs, *matched], brief=len(pairs) + len(matched) > 2)
+    if not pairs:
+        said.append("no cross-entropy control from the same start was measured: what more training gives alone is open")
+    if not matched:
+        said.append("no start was measured at equal entropy: how much is sharpness alone is open")
+    return [f"What a method itself gives is what its controls lack: {'; '.join(said)}."]
+
+
+def _distance_at_one(run: Run) -> Measurement | None:
+    row = run.results.temperature_one if run.results else None
+    return row.held_out_fd if row else None
+
+
+def _against_cross_entropy(run: Run, runs: Sequence[Run]) -> Pair | None:
+    folder = start_folder(run)
+    control = next((o for o in runs if folder and o.is_cross_entropy_control and start_folder(o) == folder), None)
+    score, base = _distance_at_one(run), _distance_at_one(control) if control else None
+    if control is None or score is None or base is None:
+        return None
+    return Pair(run.name, CONTROL, score, base)
+
+
+def _at_equal_entropy(runs: Sequence[Run]) -> list[Pair]:
+    """Post-trained runs at temperature 1 against their start at the temperature of the same entropy."""
+    pairs = []
+    for start in runs:
+        for row in start.results.rows if start.results else ():
+            other, trained = row_of_matched(row, start, runs)
+            if other is None or trained is None or find_start(other, runs) is not start:
+                continue
+            if trained.held_out_fd is not None and row.held_out_fd is not None:
+                pairs.append(Pair(other.name, EQUAL_ENTROPY, trained.held_out_fd, row.held_out_fd))
+    return pairs

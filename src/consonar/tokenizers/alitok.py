@@ -1,0 +1,149 @@
+"""AliTok: 17 prefix tokens and a 16 x 16 grid of tokens that suit a causal generator (arXiv 2506.05289; `alitok.py`).
+
+State-dict keys are those of the released `AliTok.pth`. Facts kept from its code, besides those of `vit.py`: the
+encoder reads [patches, latents] without a class token; latents are the prefix (the code's "auxiliary" tokens) first and
+then the grid in raster order; the decoder reads [32 learned tokens, latents], and its outputs at the grid become the
+image; the last layer is a sigmoid, so that decoded images lie within [-1, 1]; codes are not normalised. The causal
+decoder of the paper belongs to its first training stage; the released one, of the second, sees all tokens.
+
+Deviations: the released sizes are constants, here they are the fields' defaults. The training losses of the two stages
+are not here.
+
+Letters: those of `vit.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from consonar.errors import UserError
+from consonar.official import Official, Shapes, State
+from consonar.tokenizers.conv import Codebook
+from consonar.tokenizers.vit import (
+    BASE,
+    LARGE,
+    Attention,
+    Encoder,
+    Transformer,
+    TransformerConfig,
+    ViTConfig,
+    ViTTokenizer,
+    as_grid,
+    initialise,
+    learned_table,
+    patches_to_image,
+    transformer_from_shapes,
+)
+from consonar.types import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliTokConfig(ViTConfig):
+    """Shape of an AliTok tokenizer; the defaults are the released one."""
+
+    kind: Literal["alitok"] = "alitok"
+    code_dim: int = 32
+    """Width of one code."""
+    num_prefix_tokens: int = 17
+    """Tokens before the grid; the grid has one token per patch of the decoder."""
+    num_buffer_tokens: int = 32
+    """Learned vectors that the decoder reads before the tokens."""
+    encoder: TransformerConfig = BASE
+    """The transformer that reads the image."""
+    decoder: TransformerConfig = LARGE
+    """The transformer that writes the image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("num_prefix_tokens", "num_buffer_tokens"):
+            if getattr(self, key) < 0:
+                raise UserError(f"model.{key}: {getattr(self, key)} is negative")
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.decoder_side, self.decoder_side, self.num_prefix_tokens)
+
+
+class AliTokDecoder(Transformer):
+    """(B, 3, H, W) within [0, 1] <- codes (B, N, C)."""
+
+    def __init__(self, config: AliTokConfig):
+        super().__init__(config.decoder, Attention)
+        width, self.patch_size, self.side = config.decoder.width, config.decoder.patch_size, config.decoder_side
+        self.decoder_embed = nn.Linear(config.code_dim, width)
+        self.class_embedding = learned_table(config.num_buffer_tokens, width)
+        num_positions = config.num_buffer_tokens + config.grid.num_tokens
+        self.latent_token_positional_embedding = learned_table(num_positions, width)
+        self.ffn = nn.Sequential(nn.Conv2d(width, 3 * self.patch_size**2, 1))
+        self.conv_out = nn.Conv2d(3, 3, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        buffer = self.class_embedding.expand(len(codes), -1, -1)
+        x = torch.cat([buffer, self.decoder_embed(codes)], dim=1) + self.latent_token_positional_embedding
+        x = self.run(x, slice(-(self.side**2), None))
+        image = patches_to_image(self.ffn(as_grid(x, self.side)), self.patch_size)
+        return self.conv_out(image).sigmoid()
+
+
+class AliTokTokenizer(ViTTokenizer):
+    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
+
+    def __init__(self, config: AliTokConfig, name: str = "alitok"):
+        num_tokens = config.grid.num_tokens
+        super().__init__(config, name, num_tokens, config.grid, l2_normalize=False)
+        self.config = config
+        self.encoder = Encoder(config, num_tokens, Attention, class_token=False, scrambled=False)
+        self.decoder = AliTokDecoder(config)
+        self.latent_tokens = learned_table(num_tokens, config.encoder.width)
+        self.quantize = Codebook(config.vocab_size, config.code_dim)
+        self.apply(initialise)
+
+
+def recognises(shapes: Shapes) -> bool:
+    """Learned latents and an encoder without a class token or TiTok's mask token."""
+    own = ("latent_tokens", "decoder.class_embedding", "encoder.patch_embed.weight", "quantize.embedding.weight")
+    foreign = ("encoder.class_embedding", "decoder.mask_token")
+    return all(key in shapes for key in own) and not any(key in shapes for key in foreign)
+
+
+def config_from_shapes(shapes: Shapes) -> AliTokConfig:
+    """All sizes from the file; heads as published (see `vit.py`)."""
+    num_encoder_patches = shapes["encoder.positional_embedding"][0]
+    image_size = math.isqrt(num_encoder_patches) * shapes["encoder.patch_embed.weight"][-1]
+    decoder_patch_size = math.isqrt(shapes["decoder.ffn.0.weight"][0] // 3)
+    num_decoder_patches = (image_size // decoder_patch_size) ** 2
+    vocab_size, code_dim = shapes["quantize.embedding.weight"]
+    return AliTokConfig(
+        image_size=image_size,
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+        num_prefix_tokens=shapes["latent_tokens"][0] - num_decoder_patches,
+        num_buffer_tokens=shapes["decoder.class_embedding"][0],
+        encoder=transformer_from_shapes(shapes, "encoder", image_size, num_encoder_patches),
+        decoder=transformer_from_shapes(shapes, "decoder", image_size, num_decoder_patches),
+    )
+
+
+def to_ours(state: Mapping[str, Tensor], config: AliTokConfig) -> tuple[State, State]:
+    """Our keys are the file's; nothing is left over."""
+    return dict(state), {}
+
+
+def to_official(state: Mapping[str, Tensor], unused: Mapping[str, Tensor], config: AliTokConfig) -> State:
+    return {**state, **unused}
+
+
+OFFICIAL = Official(
+    name="AliTok tokenizer",
+    component="tokenizer",
+    recognises=recognises,
+    config=config_from_shapes,
+    to_ours=to_ours,
+    to_official=to_official,
+)

@@ -1,0 +1,202 @@
+"""TiTok: an image as a short row of tokens without places (arXiv 2406.07550; code of 1d-tokenizer, `titok.py`).
+
+Two published forms, with the state-dict keys of their files. The first (l-32, b-64, s-128) writes logits over the codes
+of MaskGIT's VQGAN, the paper's "proxy codes"; their softmax weighs that codebook, and MaskGIT's convolutional decoder,
+which is part of the file, makes the pixels (`pixel_decoder` is set). The second (bl-64, bl-128, sl-256, 8192 codes)
+writes pixels (`pixel_decoder` is None).
+
+Facts kept from the released code, besides those of `vit.py`: the encoder reads [class, patches, latents], the decoder
+[class, mask tokens, latents] and its outputs at the mask tokens become the image; the first form's encoder reads its
+latents (B, N, D) as (B, D, N) without a transposition ("is_legacy"), which its weights depend on; nothing is clamped.
+
+Deviations: "is_legacy" and "finetune_decoder", which no published model has apart, are one field; the first form
+without a pixel decoder (stage 1 of its training, no pixels) and TiTok with a continuous or text-aware latent are not
+here. The released code freezes encoder and codes while the pixel decoder is trained; here the caller decides.
+Files do not tell whether codes are normalised: the first form's are, the second's are not, as published. They do not
+tell the pixel decoder's groups either: 32, as published.
+
+Letters: those of `vit.py`; `K` codes of the pixel decoder, `Z` their width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from consonar.errors import UserError
+from consonar.official import Official, Shapes, State
+from consonar.tokenizers.conv import Codebook, num_indices
+from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITDecoder
+from consonar.tokenizers.vit import (
+    LARGE,
+    Encoder,
+    PackedAttention,
+    Transformer,
+    TransformerConfig,
+    ViTConfig,
+    ViTTokenizer,
+    as_grid,
+    initialise,
+    learned_table,
+    patches_to_image,
+    transformer_from_shapes,
+)
+
+RELEASED_PIXEL_DECODER = MaskGITConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiTokConfig(ViTConfig):
+    """Shape of a TiTok tokenizer; the defaults are TiTok-L-32."""
+
+    kind: Literal["titok"] = "titok"
+    num_tokens: int = 32
+    """Tokens per image."""
+    code_dim: int = 12
+    """Width of one code."""
+    encoder: TransformerConfig = LARGE
+    """The transformer that reads the image."""
+    decoder: TransformerConfig = LARGE
+    """The transformer that writes the image, or the logits for `pixel_decoder`."""
+    l2_normalize: bool = True
+    """Search and decode unit-norm codes."""
+    pixel_decoder: MaskGITConfig | None = RELEASED_PIXEL_DECODER
+    """The MaskGIT-VQGAN whose codebook and decoder make the pixels (first form), or None (second form)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_tokens < 1:
+            raise UserError(f"model.num_tokens: {self.num_tokens} is not positive")
+        if self.pixel_decoder is None:
+            return
+        if self.pixel_decoder.image_size != self.image_size:
+            raise UserError(
+                f"model.pixel_decoder.image_size: {self.pixel_decoder.image_size} is not the image_size "
+                f"{self.image_size}"
+            )
+        if self.pixel_decoder.downsampling != self.decoder.patch_size:
+            raise UserError(
+                f"model.decoder.patch_size: {self.decoder.patch_size} is not the {self.pixel_decoder.downsampling} "
+                "pixels per code of pixel_decoder (2 to the number of its channel_multipliers less one)"
+            )
+
+
+class TiTokDecoder(Transformer):
+    """(B, 3, H, W) in [0, 1], or logits (B, K, h, w) over the pixel decoder's codes <- codes (B, N, C)."""
+
+    def __init__(self, config: TiTokConfig):
+        super().__init__(config.decoder, PackedAttention)
+        width, self.patch_size, self.side = config.decoder.width, config.decoder.patch_size, config.decoder_side
+        self.writes_pixels = config.pixel_decoder is None
+        self.decoder_embed = nn.Linear(config.code_dim, width)
+        self.class_embedding = learned_table(1, width)
+        self.positional_embedding = learned_table(self.side**2 + 1, width)
+        self.mask_token = nn.Parameter(learned_table(1, width).detach()[None])  # (1, 1, D)
+        self.latent_token_positional_embedding = learned_table(config.num_tokens, width)
+        if config.pixel_decoder is None:
+            self.ffn = nn.Sequential(nn.Conv2d(width, 3 * self.patch_size**2, 1))
+            self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+        else:
+            num_codes = config.pixel_decoder.vocab_size
+            self.ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, num_codes, 1))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        latents = self.decoder_embed(codes) + self.latent_token_positional_embedding  # (B, N, D)
+        image = torch.cat([self.class_embedding, self.mask_token[0].expand(self.side**2, -1)])  # (1 + h*w, D)
+        image = (image + self.positional_embedding).expand(len(codes), -1, -1)
+        x = self.run(torch.cat([image, latents], dim=1), slice(1, 1 + self.side**2))
+        x = self.ffn(as_grid(x, self.side))
+        return self.conv_out(patches_to_image(x, self.patch_size)) if self.writes_pixels else x
+
+
+class TiTokTokenizer(ViTTokenizer):
+    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
+
+    def __init__(self, config: TiTokConfig, name: str = "titok"):
+        super().__init__(config, name, config.num_tokens, None, l2_normalize=config.l2_normalize)
+        self.config = config
+        self.encoder = Encoder(
+            config,
+            config.num_tokens,
+            PackedAttention,
+            class_token=True,
+            scrambled=config.pixel_decoder is not None,
+        )
+        self.decoder = TiTokDecoder(config)
+        self.latent_tokens = learned_table(config.num_tokens, config.encoder.width)
+        self.apply(initialise)
+        self.quantize = Codebook(config.vocab_size, config.code_dim)
+        if config.pixel_decoder is not None:
+            self.pixel_quantize = Codebook(config.pixel_decoder.vocab_size, config.pixel_decoder.code_dim)
+            self.pixel_decoder = MaskGITDecoder(config.pixel_decoder)
+
+    def pixels(self, codes: Tensor) -> Tensor:
+        decoded = self.decoder(codes)
+        if self.config.pixel_decoder is None:
+            return decoded
+        weights = decoded.softmax(1)  # (B, K, h, w)
+        latents = torch.einsum("bkhw,kz->bzhw", weights, self.pixel_quantize.embedding.weight)
+        return self.pixel_decoder(latents)
+
+
+def recognises(shapes: Shapes) -> bool:
+    """TiTok's own keys, with a codebook and without the text of TA-TiTok."""
+    own = ("latent_tokens", "encoder.class_embedding", "decoder.mask_token", "quantize.embedding.weight")
+    return all(key in shapes for key in own) and not any(key.startswith("decoder.text_guidance") for key in shapes)
+
+
+def pixel_decoder_from_shapes(shapes: Shapes, image_size: int) -> MaskGITConfig:
+    """The convolutional part of the first form."""
+    levels = range(num_indices(shapes, "pixel_decoder.up."))
+    widths = [shapes[f"pixel_decoder.up.{level}.block.0.conv1.weight"][0] for level in levels]
+    vocab_size, code_dim = shapes["pixel_quantize.embedding.weight"]
+    return MaskGITConfig(
+        image_size=image_size,
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+        base_channels=widths[0],
+        channel_multipliers=tuple(width // widths[0] for width in widths),
+        num_res_blocks=num_indices(shapes, "pixel_decoder.mid."),
+    )
+
+
+def config_from_shapes(shapes: Shapes) -> TiTokConfig:
+    """All sizes from the file; heads, normalisation of codes and groups as published (see the module's docstring)."""
+    num_patches = {side: shapes[f"{side}.positional_embedding"][0] - 1 for side in ("encoder", "decoder")}
+    image_size = math.isqrt(num_patches["encoder"]) * shapes["encoder.patch_embed.weight"][-1]
+    first_form = "pixel_quantize.embedding.weight" in shapes
+    vocab_size, code_dim = shapes["quantize.embedding.weight"]
+    return TiTokConfig(
+        image_size=image_size,
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+        num_tokens=shapes["latent_tokens"][0],
+        encoder=transformer_from_shapes(shapes, "encoder", image_size, num_patches["encoder"]),
+        decoder=transformer_from_shapes(shapes, "decoder", image_size, num_patches["decoder"]),
+        l2_normalize=first_form,
+        pixel_decoder=pixel_decoder_from_shapes(shapes, image_size) if first_form else None,
+    )
+
+
+def to_ours(state: Mapping[str, Tensor], config: TiTokConfig) -> tuple[State, State]:
+    """Our keys are the file's; nothing is left over."""
+    return dict(state), {}
+
+
+def to_official(state: Mapping[str, Tensor], unused: Mapping[str, Tensor], config: TiTokConfig) -> State:
+    return {**state, **unused}
+
+
+OFFICIAL = Official(
+    name="TiTok tokenizer",
+    component="tokenizer",
+    recognises=recognises,
+    config=config_from_shapes,
+    to_ours=to_ours,
+    to_official=to_official,
+)

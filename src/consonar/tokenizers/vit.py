@@ -1,0 +1,300 @@
+"""What TiTok and AliTok share: transformer blocks, the encoder of latent tokens, and the tokenizer around them.
+
+Facts kept from the released code of both (1d-tokenizer `modules/blocks.py`, `alitok.py`): pre-norm blocks with exact
+GELU, an MLP of four times the width and LayerNorm with eps 1e-5; no dropout and no mask, every position sees every
+other; the encoder reads image patches first and learned queries after them, and its outputs at the queries are the
+latents; the networks work on pixels in [0, 1], so images change range at the border of `ViTTokenizer`; pixels leave a
+decoder as patches whose channels are ordered (row, column, colour).
+
+Deviations: widths, depths and patches are fields, released sizes are fixed or named. Files do not tell the number of
+heads: all published widths (512, 768, 1024) have heads of 64; a narrower transformer is read as one head.
+
+Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `D` transformer width, `L` positions, `P` patch side,
+`h`, `w` patch grid, `H`, `W` pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.checkpoint import component_fingerprint
+from consonar.config_io import to_dict
+from consonar.errors import UserError
+from consonar.official import Shapes
+from consonar.tokenizers import quantizer
+from consonar.tokenizers.conv import num_indices
+from consonar.tokenizers.vq import VQOutput
+from consonar.types import Grid
+
+PUBLISHED_HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of one side, encoder or decoder."""
+
+    width: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Number of blocks."""
+    num_heads: int
+    """Attention heads per block; divides `width`."""
+    patch_size: int = 16
+    """Side of the square patches that the image is cut into, pixels."""
+
+    def check(self, key: str, image_size: int) -> None:
+        """Raises `UserError` under `key` for sizes that do not fit together or do not fit the image."""
+        for name in ("width", "num_layers", "num_heads", "patch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{key}.{name}: {getattr(self, name)} is not positive")
+        if self.width % self.num_heads:
+            raise UserError(f"{key}.num_heads: {self.num_heads} does not divide the width {self.width}")
+        if image_size % self.patch_size:
+            raise UserError(f"{key}.patch_size: {self.patch_size} does not divide the image_size {image_size}")
+
+
+BASE = TransformerConfig(width=768, num_layers=12, num_heads=12)
+LARGE = TransformerConfig(width=1024, num_layers=24, num_heads=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Shape of a tokenizer with a transformer on either side; `TiTokConfig` and `AliTokConfig` set the defaults."""
+
+    image_size: int = 256
+    """Side of the square images, pixels."""
+    vocab_size: int = 4096
+    """Number of codes."""
+    code_dim: int
+    """Width of one code."""
+    encoder: TransformerConfig
+    """The transformer that reads the image."""
+    decoder: TransformerConfig
+    """The transformer that writes the image."""
+
+    def __post_init__(self) -> None:
+        for key in ("image_size", "vocab_size", "code_dim"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
+        self.encoder.check("model.encoder", self.image_size)
+        self.decoder.check("model.decoder", self.image_size)
+
+    @property
+    def encoder_side(self) -> int:
+        """Patches along one side of the image as the encoder reads it."""
+        return self.image_size // self.encoder.patch_size
+
+    @property
+    def decoder_side(self) -> int:
+        """Patches along one side of the image as the decoder writes it."""
+        return self.image_size // self.decoder.patch_size
+
+
+def transformer_from_shapes(shapes: Shapes, side: str, image_size: int, num_patches: int) -> TransformerConfig:
+    """The sizes of `encoder` or `decoder`, whichever `side` names, that cuts the image into `num_patches`."""
+    width = shapes[f"{side}.ln_post.weight"][0]
+    return TransformerConfig(
+        width=width,
+        num_layers=num_indices(shapes, f"{side}.transformer."),
+        num_heads=max(1, width // PUBLISHED_HEAD_WIDTH),
+        patch_size=image_size // math.isqrt(num_patches),
+    )
+
+
+def attend(projected: Tensor, num_heads: int) -> Tensor:
+    """Every position over all: (B, L, D) <- queries, keys and values (B, L, 3 * D)."""
+    q, k, v = projected.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Self-attention; `in_proj` is a layer, as in AliTok's files."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(attend(self.in_proj(x), self.num_heads))
+
+
+class PackedAttention(nn.Module):
+    """Self-attention; the projection has the names of `nn.MultiheadAttention`, as in TiTok's files."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(attend(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads))
+
+
+AttentionClass = type[Attention] | type[PackedAttention]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, attention: nn.Module):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = attention
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """What encoders and decoders are made of: norm, blocks, norm. Subclasses add what goes in and out."""
+
+    def __init__(self, config: TransformerConfig, attention: AttentionClass):
+        super().__init__()
+        self.ln_pre = nn.LayerNorm(config.width)
+        self.transformer = nn.ModuleList(
+            Block(config.width, attention(config.width, config.num_heads)) for _ in range(config.num_layers)
+        )
+        self.ln_post = nn.LayerNorm(config.width)
+
+    def run(self, x: Tensor, kept: slice) -> Tensor:
+        """(B, kept, D) <- (B, L, D): the outputs at the positions `kept`."""
+        x = self.ln_pre(x)
+        for block in self.transformer:
+            x = block(x)
+        return self.ln_post(x[:, kept])
+
+
+class Encoder(Transformer):
+    """Latents (B, N, C) <- images (B, 3, H, W) in [0, 1] and queries (N, D); a class token first where there is one."""
+
+    def __init__(
+        self, config: ViTConfig, num_tokens: int, attention: AttentionClass, *, class_token: bool, scrambled: bool
+    ):
+        super().__init__(config.encoder, attention)
+        width, patch_size = config.encoder.width, config.encoder.patch_size
+        self.num_tokens, self.class_token, self.scrambled = num_tokens, class_token, scrambled
+        self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        if class_token:
+            self.class_embedding = learned_table(1, width)
+        self.positional_embedding = learned_table(config.encoder_side**2 + class_token, width)
+        self.latent_token_positional_embedding = learned_table(num_tokens, width)
+        self.conv_out = nn.Conv2d(width, config.code_dim, 1)
+
+    def forward(self, images: Tensor, queries: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, h*w, D)
+        if self.class_token:
+            x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)
+        queries = (queries + self.latent_token_positional_embedding).expand(len(x), -1, -1)
+        x = torch.cat([x + self.positional_embedding, queries], dim=1)
+        latents = self.run(x, slice(-self.num_tokens, None))  # (B, N, D)
+        if self.scrambled:
+            # The first TiTok was trained with (B, N, D) read as (B, D, N): each output mixes positions and channels.
+            latents = latents.reshape(len(x), -1, self.num_tokens)
+        else:
+            latents = latents.transpose(1, 2)
+        return self.conv_out(latents.unsqueeze(3)).squeeze(3).transpose(1, 2)
+
+
+def learned_table(rows: int, width: int) -> nn.Parameter:
+    """Learned vectors (rows, width), drawn as the released code does."""
+    return nn.Parameter(width**-0.5 * torch.randn(rows, width))
+
+
+def initialise(module: nn.Module) -> None:
+    """For `Module.apply`: the released code's draw of linear, convolution and embedding weights."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def as_grid(x: Tensor, side: int) -> Tensor:
+    """(B, D, h, w) <- (B, h*w, D) in raster order."""
+    return x.transpose(1, 2).unflatten(2, (side, side))
+
+
+def patches_to_image(x: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, h*P, w*P) <- (B, P*P*3, h, w), channels ordered (row, column, colour)."""
+    patches = x.unflatten(1, (patch_size, patch_size, 3))  # (B, P, P, 3, h, w)
+    return patches.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+
+
+class ViTTokenizer(nn.Module):
+    """Images of [-1, 1] around an encoder, a search and a decoder of [0, 1]; follows `consonar.types.Tokenizer`."""
+
+    # Set by subclasses: networks, codes and the encoder's learned queries (N, D).
+    encoder: Encoder
+    decoder: nn.Module
+    quantize: nn.Module
+    latent_tokens: nn.Parameter
+
+    def __init__(self, config: ViTConfig, name: str, num_tokens: int, grid: Grid | None, *, l2_normalize: bool):
+        super().__init__()
+        self.name, self.num_tokens, self.l2_normalize = name, num_tokens, l2_normalize
+        self.grid: Grid | None = grid
+        self.vocab_size, self.code_dim, self.image_size = config.vocab_size, config.code_dim, config.image_size
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and the weights."""
+        return component_fingerprint(to_dict(self.config), self.state_dict())
+
+    @property
+    def codebook(self) -> Tensor:
+        """(V, C): the codes as searched and decoded."""
+        weight = self.quantize.get_parameter("embedding.weight")
+        return F.normalize(weight, dim=-1) if self.l2_normalize else weight
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """What is compared with the codes: (B*N, C) <- (B, 3, H, W) in [-1, 1]."""
+        vectors = self.encoder((images + 1) / 2, self.latent_tokens).float().flatten(0, 1)
+        return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
+
+    def pixels(self, codes: Tensor) -> Tensor:
+        """(B, 3, H, W) on the scale [0, 1], not clamped <- (B, N, C)."""
+        return self.decoder(codes)
+
+    def encode(self, images: Tensor) -> Tensor:
+        self._check_images(images)
+        return quantizer.nearest_code(self.vectors(images), self.codebook).view(len(images), self.num_tokens)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.codebook)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.decode_embeddings(self.embed(tokens))
+
+    def decode_embeddings(self, codes: Tensor) -> Tensor:
+        if codes.shape[1] != self.num_tokens:
+            # One token would be broadcast to all positions without an error.
+            raise UserError(f"{self.name}: {codes.shape[1]} tokens per image, this tokenizer decodes {self.num_tokens}")
+        return 2 * self.pixels(codes).float() - 1
+
+    def forward(self, images: Tensor) -> VQOutput:
+        """One training pass with the straight-through gradient."""
+        self._check_images(images)
+        vectors, codebook = self.vectors(images), self.codebook
+        tokens = quantizer.nearest_code(vectors.detach(), codebook.detach())
+        codes = F.embedding(tokens, codebook)
+        passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
+        return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")

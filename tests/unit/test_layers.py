@@ -1,0 +1,193 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from consonar.generators import layers
+from consonar.generators.cache import KVCache
+from consonar.generators.layers import (
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    attend,
+    attention_mask,
+    rotary_table,
+    rotate,
+    swiglu_width,
+)
+from consonar.types import Grid
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16, 512), (4, 4, 512), (2, 3, 3, 512)])
+def test_fast_products_are_products(bias, shape, rng, monkeypatch):
+    """The same up to rounding, also of strided inputs; another kernel only where it pays, and never under gradients."""
+    linear, x = Linear(512, 256, bias), torch.randn(shape, generator=rng)
+    nn.init.normal_(linear.weight, generator=rng)
+    strided = torch.stack([x, x], -1)[..., 0]
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    with torch.inference_mode():
+        for given in (x, strided):
+            torch.testing.assert_close(linear(given).double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias)) and linear(x).requires_grad
+    monkeypatch.setattr(layers, "FAST_CPU_SAMPLING", False)
+    with torch.inference_mode():
+        assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+
+
+@torch.inference_mode()
+def test_small_half_precision_and_autocast_products_are_pytorchs(rng):
+    linear = Linear(1024, 1024)
+    for x in (torch.randn(0, 1024), torch.randn(3, 1024, generator=rng).bfloat16()):
+        assert torch.equal(linear.to(x.dtype)(x), F.linear(x, linear.weight, linear.bias))
+    linear.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(3, 1024, generator=rng)).dtype == torch.bfloat16
+    small, x = Linear(8, 8), torch.randn(3, 8, generator=rng)
+    assert torch.equal(small(x), F.linear(x, small.weight, small.bias))
+
+
+def test_rms_norm_is_its_formula(rng):
+    x, norm = torch.randn(2, 5, 8, generator=rng), RMSNorm(8, eps=0.1)
+    nn.init.normal_(norm.weight, generator=rng)
+    expected = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_rms_norm_of_half_precision_is_calculated_in_float32(rng):
+    """In bfloat16 the mean square of 4096 entries would be off by percents; the weight applies after the cast."""
+    x, norm = (256 + torch.randn(4096, generator=rng)).bfloat16(), RMSNorm(4096).bfloat16()
+    assert torch.equal(norm(x), (x.float() / x.float().square().mean().sqrt()).bfloat16())
+    nn.init.constant_(norm.weight, 3.0)
+    assert torch.equal(norm(x), (x.float() / x.float().square().mean().sqrt()).bfloat16() * 3)
+
+
+def test_swiglu_is_its_formula(rng):
+    x, layer = torch.randn(4, 8, generator=rng), SwiGLU(8, 12, dropout=0.0)
+    up, gate, down = layer.w3.weight, layer.w1.weight, layer.w2.weight
+    torch.testing.assert_close(layer(x), F.silu(x @ gate.T) * (x @ up.T) @ down.T)
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden"), [(768, 2048), (1024, 2816), (1280, 3584), (1536, 4096), (2560, 6912), (3200, 8704)]
+)
+def test_swiglu_widths_are_the_published_ones(width, hidden):
+    assert swiglu_width(width, 256) == hidden
+
+
+def test_swiglu_width_is_rounded_up_only_where_needed():
+    assert [swiglu_width(width, 16) for width in (24, 25, 6)] == [64, 80, 16]
+
+
+def test_rotation_turns_neighbouring_pairs():
+    table = torch.tensor([[[0.0, 1.0], [math.cos(0.5), math.sin(0.5)]]])  # a quarter turn, then 0.5
+    turned = rotate(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), table)
+    torch.testing.assert_close(turned, torch.tensor([[-2.0, 1.0, 3 * math.cos(0.5), 3 * math.sin(0.5)]]))
+
+
+def test_rotation_keeps_the_type_and_rounds_once(rng):
+    x, table = torch.randn(2, 3, 6, 8, generator=rng), rotary_table(8, 0, 6, None, 10000.0, CPU)
+    turned = rotate(x.bfloat16(), table)
+    assert turned.dtype == torch.bfloat16 and torch.equal(turned, rotate(x.bfloat16().float(), table).bfloat16())
+    torch.testing.assert_close(rotate(x, table).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_condition_rows_are_zero_and_line_positions_count_from_zero():
+    table = rotary_table(8, 3, 5, None, 100.0, CPU)
+    assert table.shape == (8, 4, 2) and table[:3].abs().sum() == 0
+    angles = torch.arange(5.0)[:, None] * 100.0 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(table[3:], torch.stack([angles.cos(), angles.sin()], -1))
+
+
+def test_grid_positions_are_rows_then_columns():
+    """The first half of the pairs turns with the row, the second with the column; both start behind the prefix."""
+    table = rotary_table(8, 1, 3 + 2 * 4, Grid(2, 4, prefix=3), 100.0, CPU)
+    line = rotary_table(8, 0, 3, None, 100.0, CPU)
+    assert torch.equal(table[1:4], line)
+    frequencies = 100.0 ** (-torch.arange(2) / 2)
+    for row in range(2):
+        for column in range(4):
+            angles = torch.cat([(3 + row) * frequencies, (3 + column) * frequencies])
+            expected = torch.stack([angles.cos(), angles.sin()], -1)
+            torch.testing.assert_close(table[4 + 4 * row + column], expected)
+
+
+def test_scores_on_a_grid_depend_on_the_distance_alone(rng):
+    table = rotary_table(8, 0, 30, Grid(5, 6), 10000.0, CPU).view(5, 6, 4, 2)
+    q, k = torch.randn(2, 8, generator=rng)
+
+    def score(a, b) -> float:
+        return float(rotate(q[None], table[a][None]) @ rotate(k[None], table[b][None]).T)
+
+    assert score((1, 1), (3, 2)) == pytest.approx(score((2, 4), (4, 5)), abs=1e-5)
+    assert score((1, 1), (3, 2)) != pytest.approx(score((1, 1), (2, 3)), abs=1e-3)
+
+
+def test_a_table_made_while_sampling_serves_training(rng):
+    with torch.inference_mode():
+        table = rotary_table(12, 1, 7, None, 54321.0, CPU)
+    x = torch.randn(8, 12, generator=rng, requires_grad=True)
+    (rotate(x, table)[1:] ** 2).sum().backward()
+    assert x.grad[0].abs().sum() == 0 and x.grad[1:].abs().sum() > 0
+    assert rotary_table(12, 1, 7, None, 54321.0, CPU) is table  # made once
+
+
+KEPT = torch.tensor([[False, True], [True, True], [False, False]])
+
+
+def test_the_mask_hides_padding_from_everybody_but_itself():
+    mask = attention_mask(4, 4, KEPT, cached=False, device=CPU)
+    assert mask.shape == (3, 1, 4, 4)
+    for row in range(3):
+        for query in range(4):
+            for key in range(4):
+                readable = key <= query and (key >= 2 or bool(KEPT[row, key]))
+                assert bool(mask[row, 0, query, key]) == (readable or key == query)
+
+
+@pytest.mark.parametrize("kept", [None, KEPT])
+@pytest.mark.parametrize("num_queries", [1, 3, 5])
+def test_a_cached_mask_is_the_last_rows_of_the_whole(kept, num_queries):
+    mask = attention_mask(num_queries, 5, kept, cached=True, device=CPU)
+    whole = attention_mask(5, 5, KEPT if kept is not None else torch.ones(3, 2).bool(), cached=False, device=CPU)
+    if mask is None:  # the last position reads everything
+        assert kept is None and num_queries == 1
+        mask = torch.ones(1, 5).bool()
+    assert torch.equal(mask.expand(3, 1, num_queries, 5), whole[:, :, -num_queries:])
+
+
+def test_nothing_is_masked_where_attention_is_plainly_causal():
+    assert attention_mask(5, 5, None, cached=False, device=CPU) is None
+
+
+@pytest.mark.parametrize("num_key_heads", [4, 2, 1])
+@torch.inference_mode()
+def test_attention_through_the_cache_equals_attention_without(num_key_heads, rng):
+    q = torch.randn(3, 4, 6, 8, generator=rng)
+    k, v = torch.randn(2, 3, num_key_heads, 6, 8, generator=rng)
+    whole = attend(q, k, v, mask=None, cache=None, layer=0, dropout=0.0)
+    repeated = [x.repeat_interleave(4 // num_key_heads, 1) for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q, *repeated, is_causal=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(whole, expected)
+    cache, start = KVCache(1, 3, num_key_heads, 6, 8), 0
+    for piece in (2, 1, 3):
+        new = slice(start, start + piece)
+        mask = attention_mask(piece, start + piece, None, cached=True, device=CPU)
+        mixed = attend(q[:, :, new], k[:, :, new], v[:, :, new], mask=mask, cache=cache, layer=0, dropout=0.0)
+        torch.testing.assert_close(mixed, whole[:, new])
+        cache.advance(piece)
+        start += piece
+
+
+def test_dropout_acts_on_attention_weights(rng):
+    q, k = torch.randn(2, 1, 1, 6, 4, generator=rng)
+    mask, ones = attention_mask(6, 6, torch.ones(1, 1).bool(), cached=False, device=CPU), torch.ones(1, 1, 6, 4)
+    for given in (None, mask):
+        kept = attend(q, k, ones, mask=given, cache=None, layer=0, dropout=0.0)
+        torch.testing.assert_close(kept, torch.ones(1, 6, 4))
+        dropped = attend(q, k, ones, mask=given, cache=None, layer=0, dropout=0.5)
+        assert not torch.isclose(dropped, kept).all()
