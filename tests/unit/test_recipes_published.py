@@ -166,19 +166,12 @@ def test_a_missing_tokenizer_folder_is_named(tmp_path, monkeypatch):
         train(replace(config, loop=replace(config.loop, device="cpu")), tmp_path / "run", quiet=True)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_recipe_says_what_to_expect_and_on_what(name):
-    text = RECIPES[name].__doc__
-    assert "FID" in text or "no number published" in text
-    assert "ublished" in text and ("8 " in text or "ssumed" in text or PLAIN_OF.get(name))
-
-
 def test_recipes_are_listed_in_a_line_each(capsys):
     cli.main(["recipes"])
     lines = capsys.readouterr().out.splitlines()
     for name, function in RECIPES.items():
         (line,) = (line for line in lines if line.split(" ")[0] == name)
-        assert line.endswith(function.__doc__.splitlines()[0]) and len(line) <= 130
+        assert line.endswith(function.__doc__.splitlines()[0]) and len(line) <= 128
         assert len(line.split(maxsplit=1)[1]) > 20
 
 
@@ -186,7 +179,7 @@ def tiny(config: TrainConfig, **data: object) -> TrainConfig:
     """The recipe at width 32, 2 layers, 4 heads, 2 steps of 8 images on the CPU, with its other settings."""
     changes: dict = data
     if config.model is not None:
-        changes["model"] = replace(config.model, width=32, num_layers=2, num_heads=2)
+        changes["model"] = replace(config.model, width=32, num_layers=2, num_heads=4)
         changes["objective"] = replace(config.objective, head_width=32)
     else:
         changes["objective"] = replace(config.objective, rewards={"mse": 1.0})
@@ -195,7 +188,7 @@ def tiny(config: TrainConfig, **data: object) -> TrainConfig:
 
 
 def losses(run: Path) -> list[float]:
-    return [row["train/loss"] for row in read_metrics(run) if "train/loss" in row]
+    return [row["train/loss"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
 
 
 @pytest.mark.parametrize("name", ON_TOKENS)
@@ -209,16 +202,15 @@ def test_it_trains_on_tokens_at_tiny_size(name, stores, tokenizer_folder, tmp_pa
     start = math.log(TINY_VQ.vocab_size) + (0 if name in PLAIN_OF else 2)
     assert abs(values[0] - start) < 0.8
     generator = load_generator(run)
-    assert generator.config.kind == recipe.model.kind and not any("head" in key for key in generator.state_dict())
+    assert generator.config.kind == recipe.model.kind
+    assert not any(key.startswith("heads.") for key in generator.state_dict())
 
 
 @pytest.mark.parametrize("name", POST_TRAINING)
 def test_it_post_trains_a_tiny_llamagen(name, picture_folder, tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(tokenizer_folder)
-    shape = LlamaGenConfig(width=32, num_layers=2, num_heads=2, multiple_of=32)
-    start = LlamaGenGenerator(
-        shape.sized(tokenizer.vocab_size, tokenizer.num_tokens, NUM_CLASSES, grid=tokenizer.grid)
-    )
+    shape = LlamaGenConfig(width=32, num_layers=2, num_heads=4, multiple_of=32)
+    start = LlamaGenGenerator(shape.sized(tokenizer.vocab_size, tokenizer.num_tokens, NUM_CLASSES, grid=tokenizer.grid))
     start.reset_parameters(torch.Generator().manual_seed(0))
     save_generator(start, tmp_path / "start", Origin())
     config = tiny(

@@ -14,12 +14,12 @@ from consonar.errors import MissingSplit, UserError, unknown
 
 
 def demo(*, out: Path = Path("runs/demo"), minutes: float = 13.0, seed: int = 0) -> None:
-    """Plain AR against reAR on OpenMoji with the shipped tokenizer: trains both, measures both, writes a page.
+    """Plain AR, reAR and VA-pi on OpenMoji with the shipped tokenizer: trains them, measures them, writes a page.
 
     Args:
         out: Folder to make; the page is OUT/report.html.
         minutes: Budget on two CPU cores; more is better pictures.
-        seed: Of both runs.
+        seed: Of all runs.
     """
     from consonar.demo import run_demo
 

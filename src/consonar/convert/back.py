@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,29 @@ def official_state(folder: Path) -> tuple[str, State, list[str]]:
     kinds = registries.get(str(component), {})
     if values.get("kind") not in kinds:
         raise UserError(f"{folder}: not a folder of a tokenizer or generator (component and kind in config.json)")
-    for name in ("name", *(Origin.__dataclass_fields__)):
-        values.pop(name, None)
+    for key in ("name", *(field.name for field in fields(Origin))):
+        values.pop(key, None)
     config = from_dict(values, str(folder / "config.json"), kinds[values["kind"]][0])
     unused = checkpoint.map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
     entry: list[str] = []
     if (folder / SOURCE).is_file():
-        source = json.loads((folder / SOURCE).read_text())
-        entry = source["entry"]
-        official = next((o for o in registry.officials() if o.name == source["recognised_as"]), None)
+        name, entry = read_source(folder / SOURCE)
+        official = next((o for o in registry.officials() if o.name == name), None)
     else:
         shapes = registry.shapes_of(ours)
         official = next((o for o in registry.officials() if o.component == component and o.recognises(shapes)), None)
     if official is None:
         raise UserError(f"{folder}: a {component} of kind {values['kind']!r} has no released layout that is known here")
     return official.name, official.to_official(ours, unused, config), entry
+
+
+def read_source(path: Path) -> tuple[str, list[str]]:
+    """What a converted folder was recognised as, and the entry that it was taken from."""
+    try:
+        source = json.loads(path.read_text())
+        name, entry = source["recognised_as"], source["entry"]
+        if not (isinstance(name, str) and isinstance(entry, list) and all(isinstance(key, str) for key in entry)):
+            raise TypeError("recognised_as is a text, entry a list of texts")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); convert again") from error
+    return name, entry

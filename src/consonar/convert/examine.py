@@ -44,7 +44,7 @@ def examine(
     official = registry.recognise(registry.shapes_of(meta), where)
     try:
         config = official.config(registry.shapes_of(meta))
-    except (KeyError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         cause = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{where}: looks like {official.name}, but {cause}") from error
     config = configured(config, image_size, settings or {}, where)

@@ -31,7 +31,8 @@ from consonar.training.optim import OptimConfig
 from consonar.training.policy_objective import PolicyConfig
 
 PLAIN = ConsistencyConfig(class_dropout=0.1)
-# Layers 0 and three quarters of the depth (15 of 20, 18 of 24); the rate falls from 1 to 0 at three quarters of the run.
+# Heads at layer 0 and at three quarters of the depth (15 of 20, 18 of 24); the largest noise rate falls from 1 at the
+# start to 0 at three quarters of the run (187,500 of 250,000 steps).
 REGULARISED = replace(
     PLAIN,
     embedding_weight=1.0,
@@ -97,8 +98,9 @@ def ar_l() -> TrainConfig:
 def rear_l_vqgan_plus() -> TrainConfig:
     """reAR-L on VQGAN+ (12 bit), ImageNet 256, 400 epochs: no number published
 
-    Published: the configuration alone, `rear-l` with learning rate 1e-4, for the tokenizer with 4,096 codes of width 64
-    (`vqgan_plus_12bit.bin`). The released code cannot run it: its heads are made for codes of width 256.
+    Published: the configuration alone, `rear-l` with learning rate 1e-4, on 8 GPUs, for the tokenizer with 4,096 codes
+    of width 64 (`vqgan_plus_12bit.bin`); 468M parameters. The released code cannot run it: its heads are made for codes
+    of width 256.
     """
     return replace(
         rear_l(),
@@ -180,8 +182,9 @@ def vapi_llamagen_xxl() -> TrainConfig:
 
 
 def vapi_llamagen_xl() -> TrainConfig:
-    """VA-pi on LlamaGen-XL at 384 px, otherwise `vapi-llamagen-xxl`: published FID 15.55 -> 9.23, IS 79.16 -> 111.59
+    """VA-pi on LlamaGen-XL at 384 px, 100 updates: published FID 15.55 -> 9.23, IS 79.16 -> 111.59
 
-    775M parameters. Assumed, for the released script is for XXL: the same settings.
+    Otherwise `vapi-llamagen-xxl`, with `--init` of 775M parameters. Assumed, for the released script is that of XXL:
+    its settings, and 384 px.
     """
     return replace(vapi_llamagen_xxl(), recipe="vapi-llamagen-xl")

@@ -5,7 +5,8 @@ They have few steps of their own, so they get charts of their own. Validation at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from consonar.report.charts import CURVES, NOT_DRAWN, curve_chart, logged_keys
@@ -16,15 +17,14 @@ from consonar.report.records import (
     listed,
     row_of_matched,
     start_folder,
-    start_text,
 )
 from consonar.report.wording import Base, Pair, clauses
 
 METHODS = {
     "VA-pi": "draws several sequences of tokens under the true tokens of a picture, decodes them, and makes those more "
     "likely whose picture is nearer to the original",
-    "AR-GRPO": "draws whole sequences freely and makes those more likely that score higher than others of their class",
-    "cross-entropy": "is the control: the same further training, with the true next token as its only aim",
+    "AR-GRPO": "draws whole sequences freely and makes those more likely that earn more reward than the others",
+    "cross-entropy": "is the control: further training with the true next token as its only aim",
     "soft targets": "is cross-entropy in which codes that are near the true one count as well",
     "straight-through": "sends the pixel error back through the decoder",
 }
@@ -41,17 +41,18 @@ CHARTS = {
     "train/kl": "KL term in training (nats per token)",
     "train/soft_cross_entropy": "Training cross-entropy against soft targets (nats per token)",
 }
+MINUS = "\u2212"
 RATIO = {"train/clip_fraction", "train/ratio_deviation"}
 POLICY_LOSS = "train/policy"
 """Not drawn: minus the mean advantage while the ratio is 1, about 0 whatever is learnt; only its gradient matters."""
 CONTROL = Base("its cross-entropy control", "their cross-entropy controls")
 EQUAL_ENTROPY = Base("its start at equal entropy", "their starts at equal entropy")
 COLUMNS = {
-    "validation/reward": "reward (higher is better)",
-    "validation/kl": "KL to the start",
-    "validation/entropy": "entropy",
-    "validation/cross_entropy": "cross-entropy",
-    "validation/accuracy": "accuracy",
+    "validation/reward": ("reward", "higher is better"),
+    "validation/kl": ("KL to the start", ""),
+    "validation/entropy": ("entropy", ""),
+    "validation/cross_entropy": ("cross-entropy", "lower is better"),
+    "validation/accuracy": ("accuracy", "higher is better"),
 }
 
 
@@ -69,25 +70,24 @@ def post_training_section(runs: Sequence[Run]) -> dict[str, Any] | None:
         "methods": [(name, METHODS[name]) for name in present],
         "columns": list(columns.values()),
         "keeps_best": any(run.best_model for run in chosen),
-        "rows": [_row(index, run, runs, columns) for index, run in entries],
+        "rows": [_row(index, run, columns) for index, run in entries],
         "notes": [*_end_notes(chosen), *_reading_notes(chosen)],
         "charts": _charts(entries),
     }
 
 
-def _columns(logged: set[str]) -> dict[str, str]:
+def _columns(logged: set[str]) -> dict[str, tuple[str, str]]:
     distances = sorted(key for key in logged if key.startswith("validation/FD("))
-    return COLUMNS | {key: f"{key.removeprefix('validation/')} (lower is better)" for key in distances}
+    return COLUMNS | {key: (key.removeprefix("validation/"), "lower is better") for key in distances}
 
 
-def _row(index: int, run: Run, runs: Sequence[Run], columns: dict[str, str]) -> dict[str, Any]:
-    """{"index", "run", "start", "steps", "best", "cells"}: from the start model to the end."""
+def _row(index: int, run: Run, columns: Iterable[str]) -> dict[str, Any]:
+    """{"index", "run", "steps", "best", "cells"}: from the start model to the end."""
     steps = f"{run.metrics[-1]['step']:,}" if run.metrics else "0"
     steps += ", stopped" if run.stopped else ""
     return {
         "index": index,
         "run": run,
-        "start": start_text(run, runs) or "–",
         "steps": steps,
         "best": f"{run.best_model['step']:,}" if run.best_model else "–",
         "cells": [_from_to(run, key) for key in columns],
@@ -95,14 +95,14 @@ def _row(index: int, run: Run, runs: Sequence[Run], columns: dict[str, str]) -> 
 
 
 def _from_to(run: Run, key: str) -> str:
-    """ "-0.512 → -0.498": the value at step 0, where it was logged, and the last one."""
+    """ "-0.5120 → -0.4983": the value at step 0, where it was logged, and the last one, to equal places."""
     series = run.series(key)
     if not series:
         return "–"
-    last = f"{series[-1][1]:.4g}"
-    if key == "validation/kl" or series[0][0] != 0 or len(series) == 1:
-        return last
-    return f"{series[0][1]:.4g} → {last}"
+    values = [series[-1][1]] if key == "validation/kl" or series[0][0] != 0 else [series[0][1], series[-1][1]]
+    largest = max(abs(value) for value in values)
+    places = 4 if largest == 0 else min(4, max(0, 3 - math.floor(math.log10(largest))))
+    return " → ".join(f"{value:.{places}f}".replace("-", MINUS) for value in values)
 
 
 def _end_notes(runs: Sequence[Run]) -> list[str]:
@@ -147,7 +147,8 @@ def _charts(entries: Sequence[tuple[int, Run]]) -> list[dict[str, str]]:
     titles = {
         key: f"{'Validation' if validated else 'Training'} reward: {key.partition('_')[2]}" for key in shown_parts
     }
-    order = {"validation/reward": CHARTS["validation/reward"], **titles, **CHARTS}
+    total = "validation/reward" if validated else "train/reward"
+    order = {total: CHARTS[total], **titles, **CHARTS}
     hidden = NOT_DRAWN | parts | {POLICY_LOSS} | (set() if _moves_ratio([run for _, run in entries]) else RATIO)
     drawn = [key for key in order if key in logged and (key not in hidden or key in titles)]
     drawn += sorted(logged - hidden - order.keys())
@@ -178,15 +179,15 @@ def training_finding(runs: Sequence[Run]) -> list[str]:
         return []
     reward, entropy = (listed([f"{_change(run, key)} ({run.name})" for run in chosen]) for key in keys)
     return [
-        f"From the start model to the end, the reward on held-out images moved by {reward}, higher being nearer to the "
-        f"original, and the entropy under the true context by {entropy} nats per token; a model of lower entropy is a "
+        f"From the start model to the end, the reward on held-out images moved by {reward}, higher being better, and "
+        f"the entropy under the true context by {entropy} nats per token; a model of lower entropy is a "
         "sharper one, which a lower temperature gives as well."
     ]
 
 
 def _change(run: Run, key: str) -> str:
     series = run.series(key)
-    return f"{series[-1][1] - series[0][1]:+.2g}".replace("-", "\u2212")
+    return f"{series[-1][1] - series[0][1]:+#.2g}".rstrip(".").replace("-", MINUS)
 
 
 def control_finding(runs: Sequence[Run]) -> list[str]:

@@ -138,6 +138,7 @@ class Alignment:
             config.rewards, device=world.device, lpips_weights=config.lpips_weights,
             discriminator=config.discriminator, chunk=config.chunk,
         )  # fmt: skip
+        self.rewards.check_size(tokenizer.image_size)
 
     def autocast(self) -> torch.autocast:
         """The precision of the update, for passes of the generator outside of it."""

@@ -175,7 +175,7 @@ class Rewards:
         one finite number per image, and, with a grid, when a reward with a weight over 0 has no place.
         """
         assert batch.images is not None
-        self._check_size(images)
+        self.check_size(min(images.shape[-2:]))
         if grid is not None:
             self._check_places()
         group, rest = divmod(len(images), len(batch.images))
@@ -216,8 +216,8 @@ class Rewards:
                 f"choices: {', '.join(PLACED_REWARDS)}, or a PlacedReward of your own"
             )
 
-    def _check_size(self, images: Tensor) -> None:
-        side = min(images.shape[-2:])
+    def check_size(self, side: int) -> None:
+        """Raises `UserError` when a network cannot read images of `side` pixels."""
         for name in self.functions:
             if name in SMALLEST_INPUT and side < SMALLEST_INPUT[name]:
                 raise UserError(f"{KEY}: {name!r} reads images of {SMALLEST_INPUT[name]} px or more, these have {side}")

@@ -1,0 +1,104 @@
+"""Post-training from the command line: what a user types, and what a user mistypes."""
+
+import json
+
+import pytest
+from conftest import NUM_CLASSES, picture
+
+from consonar import cli
+from consonar.tracking import read_metrics
+from consonar.training.run import train
+
+
+@pytest.fixture
+def start(make_config, tmp_path):
+    return train(make_config(loop={"steps": 2}), tmp_path / "start", quiet=True)
+
+
+@pytest.fixture
+def images(tmp_path):
+    for index in range(12):
+        folder = tmp_path / "images" / ("train" if index < 9 else "validation") / "abc"[index % NUM_CLASSES]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(index).save(folder / f"{index}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def words(start, images, tmp_path):
+    """The command line of a tiny run, and its folder."""
+    out = tmp_path / "out"
+    options = [
+        "--init", str(start), "--out", str(out), "--data", f"imagefolder:{images}", "--loop.steps", "2",
+        "--loop.batch-size", "4", "--loop.log-every", "1", "--loop.device", "cpu", "--quiet",
+    ]  # fmt: skip
+    return options, out
+
+
+def fails(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert "\n" not in text and "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rewards", "options"),
+    [
+        ("vapi-openmoji", "mse=1,l1=0.5", ["--objective.estimator", "rloo", "--objective.group-size", "3"]),
+        ("vapi-openmoji", "mse=1", ["--objective.context-noise", "0.3", "--objective.kl-weight", "0.01"]),
+        ("vapi-spatial-openmoji", "mse=1", []),
+        ("ce-openmoji", "mse=1", []),
+        ("soft-openmoji", "ssim=1", []),
+        ("ste-openmoji", "mse=1", ["--objective.perceptual-weight", "0"]),
+        ("free-openmoji", "mse=1", ["--objective.group-size", "2"]),
+    ],
+)
+def test_recipes_run_with_options(recipe, rewards, options, words):
+    argv, out = words
+    cli.main(["train", recipe, *argv, "--objective.rewards", rewards, *options])
+    names = {part.split("=")[0] for part in rewards.split(",")}
+    last = [line for line in read_metrics(out / "metrics.jsonl") if "validation/reward" in line][-1]
+    assert {f"validation/reward_{name}" for name in names} <= set(last)
+    assert set(json.loads((out / "config.json").read_text())["objective"]["rewards"]) == names
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_a_reward_of_ones_own_from_the_working_directory(words, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "my_rewards_of_this_test.py").write_text(
+        "def brightness(images, originals, batch):\n"
+        "    return -(images.mean((1, 2, 3)) - originals.mean((1, 2, 3))).abs()\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    argv, out = words
+    cli.main(["train", "vapi-openmoji", *argv, "--objective.rewards", "my_rewards_of_this_test:brightness=2"])
+    assert any(
+        "train/reward_my_rewards_of_this_test:brightness" in line for line in read_metrics(out / "metrics.jsonl")
+    )
+
+
+def test_mistakes(words, capsys, tmp_path):
+    argv, out = words
+    vapi = ["train", "vapi-openmoji", *argv]
+    good = [*vapi, "--objective.rewards", "mse=1"]
+    assert "objective.group_size: 1" in fails(capsys, *good, "--objective.group-size", "1")
+    assert "is not NAME=WEIGHT" in fails(capsys, *vapi, "--objective.rewards", "mse")
+    assert "unknown 'mze'" in fails(capsys, *vapi, "--objective.rewards", "mze=1")
+    assert "no VGG16 weights at" in fails(
+        capsys, *vapi, "--objective.rewards", "mse=1,lpips=1", "--objective.lpips-weights", str(tmp_path / "no.pth")
+    )
+    (tmp_path / "wrong.pth").write_bytes(b"not the weights")
+    assert "the published vgg16-397923af.pth" in fails(
+        capsys, *vapi, "--objective.rewards", "lpips=1", "--objective.lpips-weights", str(tmp_path / "wrong.pth")
+    )
+    assert "start from" in fails(capsys, "train", "vapi-openmoji", "--out", str(out)).replace("starts", "start")
+    assert "reads images of 32 px or more" in fails(capsys, *vapi)  # the recipe's own reward, on 16 px
+    assert not out.exists()
+    nonsense = tmp_path / "nonsense_of_this_test.py"
+    nonsense.write_text("def nan(images, originals, batch):\n    return images.mean((1, 2, 3)) * float('nan')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        assert "returned nan" in fails(capsys, *vapi, "--objective.rewards", "nonsense_of_this_test:nan=1")

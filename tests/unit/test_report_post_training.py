@@ -1,0 +1,301 @@
+"""The report page on post-training: starts, controls, charts, runs that were stopped, six runs on one page."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import NUM_CLASSES, picture
+from test_report import FD, Page, images_of, write_results, write_run
+
+from consonar.config import DataConfig
+from consonar.errors import UserError
+from consonar.report import MAX_RUNS, load_runs, write_report
+from consonar.report.charts import LOOKS, direction
+from consonar.report.findings import findings
+from consonar.report.frontier import RING_OF_OTHERS, frontier_charts
+from consonar.report.post_training import post_training_section
+from consonar.report.records import find_start, post_training_method, start_text
+from consonar.report.tables import control_sections, result_columns
+from consonar.training.baselines import CrossEntropyConfig
+from consonar.training.policy_objective import PolicyConfig
+from consonar.training.run import train
+
+ENTROPY = "entropy (teacher-forced)"
+
+
+def write_trained(folder: Path, start: Path | str, *, kind: str = "policy", noise: float = 0.0, **objective) -> Path:
+    """A run of post-training as it logs itself: reward -0.5 to -0.4, entropy 4 to 3, KL 0 to 0.25, 20 steps."""
+    settings = {"kind": kind, "rewards": {"mse": 1.0, "own:bright": 0.5}} | objective
+    write_run(folder, config={"init": str(start), "objective": settings})
+    lines = []
+    for step in (0, 10, 20):
+        done = step / 20
+        lines.append({
+            "step": step, "time": 1.0 * step, "validation/reward": -0.5 + 0.1 * done, "validation/reward_mse": -0.3,
+            "validation/reward_own:bright": -0.4, "validation/kl": 0.25 * done, "validation/entropy": 4 - done,
+            "validation/cross_entropy": 5.0, "validation/accuracy": 0.1,
+        })  # fmt: skip
+        if step and kind == "policy":
+            lines.append({
+                "step": step, "time": 1.0 * step, "train/reward": -0.5, "train/reward_mse": -0.3, "train/policy": 0.0,
+                "train/ratio_deviation": 0.0, "train/clip_fraction": 0.0, "train/noise_rate": noise,
+            })  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def add_results(run: Path, values: dict[float, float], entropies: dict[float, float], matched=None, **settings) -> None:
+    """`write_results` with the entropy of each row, and `matched` {temperature: run name}."""
+    write_results(run, values, **settings)
+    content = json.loads((run / "results.json").read_text())
+    for row in content["rows"]:
+        row["metrics"][ENTROPY] = {"value": entropies[row["temperature"]], "spread": None}
+        if matched and row["temperature"] in matched:
+            row["matched_to"] = matched[row["temperature"]]
+    (run / "results.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def six_runs(tmp_path: Path) -> list[Path]:
+    """Plain AR and reAR, each with cross-entropy and with VA-pi from it; VA-pi is as good as its start made sharper."""
+    runs = []
+    for name, settings, value in (("plain-ar", {}, 80.0), ("rear", {"weight": 1.0, "noise": 0.5}, 70.0)):
+        start = write_run(tmp_path / name, **settings)
+        control = write_trained(tmp_path / f"{name}-ce", start, kind="cross_entropy")
+        trained = write_trained(tmp_path / f"{name}-vapi", start, noise=0.25)
+        add_results(start, {1.0: value, 0.8: value - 20}, {1.0: 4.0, 0.8: 3.0}, {0.8: f"{name}-vapi"})
+        add_results(control, {1.0: value - 0.5}, {1.0: 3.9})
+        add_results(trained, {1.0: value - 20.5}, {1.0: 3.0})
+        runs += [start, control, trained]
+    return runs
+
+
+def test_six_runs_fit_one_page_with_samples_of_equal_seeds(six_runs, tmp_path):
+    html = write_report(six_runs, tmp_path / "page.html").read_text()
+    page = Page(html)
+    for text in ("VA-pi, from plain-ar", "cross-entropy, from rear", "The temperature control", "Post-training"):
+        assert text in page.text
+    red = [int(image[0, 0, 0]) for image in images_of(page)]
+    assert red[:18] == [0] * 6 + [10] * 6 + [20] * 6  # a line per class: the first seed of it, once for each run
+    ids = [value for _, key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+    assert write_report(six_runs, tmp_path / "again.html").read_bytes() == html.encode()
+
+
+def test_every_run_of_the_largest_page_has_a_look_of_its_own(tmp_path):
+    assert MAX_RUNS == 8 and len(LOOKS) == MAX_RUNS
+    assert all(len({getattr(look, key) for look in LOOKS}) == MAX_RUNS for key in ("colour", "marker", "shape"))
+    runs = [write_run(tmp_path / f"run-{index}") for index in range(MAX_RUNS)]
+    assert f"run-{MAX_RUNS - 1}" in write_report(runs, tmp_path / "page.html").read_text()
+
+
+def test_findings_judge_a_method_by_its_controls(six_runs):
+    at_one, best, controls, moved, _ = findings(load_runs(six_runs))
+    assert "plain-ar-ce and rear-ce cannot be told from their starts" in at_one
+    assert "plain-ar-vapi and rear-vapi are ahead of their starts by 20.5 and 20.5, more than twice" in at_one
+    assert "rear is ahead of plain-ar by 10" in at_one and "± " not in at_one
+    assert "plain-ar-vapi and rear-vapi cannot be told from their starts" in best
+    assert "temperature alone can give what temperature 1 showed" in best
+    assert "plain-ar-vapi and rear-vapi are ahead of their cross-entropy controls by 20 and 20" in controls
+    assert "plain-ar-vapi and rear-vapi cannot be told from their starts at equal entropy" in controls
+    assert "+0.10 (plain-ar-vapi)" in moved and "\u22121.0 (rear-vapi)" in moved
+
+
+def test_controls_that_are_missing_are_named(tmp_path):
+    start = write_run(tmp_path / "rear")
+    trained = write_trained(tmp_path / "vapi", start)
+    assert "higher being better" in findings(load_runs([start, trained]))[0]  # nothing sampled yet
+    for run, value in ((start, 60.0), (trained, 50.0)):
+        write_results(run, {1.0: value})
+    said = findings(load_runs([start, trained]))
+    assert "vapi is ahead of rear by 10 (spread of the difference 1.4), more than twice that spread" in said[0]
+    assert "no cross-entropy control from the same start" in said[2] and "no start was measured at equal" in said[2]
+
+
+def test_the_temperature_control_stands_beside_the_run_it_is_for(six_runs):
+    runs = load_runs(six_runs)
+    sections = control_sections(runs, result_columns(runs))
+    assert [made["title"] for made in sections] == [f"{name} at the entropy of others" for name in ("plain-ar", "rear")]
+    shown = [(row["run"].name, row["row"].temperature, row["row"].matched_to) for row in sections[1]["rows"]]
+    assert shown == [("rear", 1.0, None), ("rear-vapi", 1.0, None), ("rear", 0.8, "rear-vapi")]
+    cells = [row["cells"][0] for row in sections[1]["rows"]]
+    assert [cell["mark"] for cell in cells] == ["", "best", "close"]
+
+
+def rings_of(chart: dict[str, str]) -> set[str]:
+    """Colours of the hollow circles of a chart, as Matplotlib writes markers without a fill."""
+    return set(re.findall(r'style="fill-opacity: 0; stroke: (#\w+)', chart["svg"]))
+
+
+def test_frontier_charts_ring_the_control_in_the_colour_of_its_run(six_runs):
+    temperature, entropy, shares = frontier_charts(load_runs(six_runs))
+    for chart in (temperature, entropy):
+        assert rings_of(chart) == {LOOKS[2].colour, LOOKS[5].colour}
+        assert "A ring marks the temperature control" in chart["note"]
+    assert "A thin line joins it to that run" in entropy["note"] and not rings_of(shares)
+    alone = frontier_charts(load_runs(six_runs[:1]))
+    assert rings_of(alone[0]) == {RING_OF_OTHERS} and "thin line" not in alone[1]["note"]
+    old = load_runs(six_runs[:1])
+    rows = tuple(replace(row, metrics={FD: row.metrics[FD]}, matched_to=None) for row in old[0].results.rows)
+    only = frontier_charts([replace(old[0], results=replace(old[0].results, rows=rows))])
+    assert [chart["title"] for chart in only] == ["Distance to held-out images over temperature"]
+    assert "ring" not in only[0]["note"]
+
+
+def section(*runs: Path) -> dict:
+    made = post_training_section(load_runs(list(runs)))
+    assert made is not None
+    return made
+
+
+def test_charts_follow_what_was_logged(tmp_path):
+    trained = write_trained(tmp_path / "vapi", tmp_path, noise=0.25)
+    made = section(trained)
+    titles = [chart["title"] for chart in made["charts"]]
+    assert titles[:3] == ["Validation reward (weighted sum)", "Validation reward: mse", "Validation reward: own:bright"]
+    assert titles[3:6] == ["Training reward (mean of the draws)", "KL to the start model (nats per token)",
+                           "Validation entropy (nats per token)"]  # fmt: skip
+    assert not [title for title in titles if "ratio" in title or "policy" in title or "noise" in title]
+    assert any("ratio is exactly 1" in note for note in made["notes"])
+    assert any(note.startswith("Training values of vapi are under a noisy context") for note in made["notes"])
+    epochs = section(trained, write_trained(tmp_path / "epochs", tmp_path, inner_epochs=2))
+    titles = [chart["title"] for chart in epochs["charts"]]
+    assert "Clip fraction (share of ratios)" in titles and "Largest deviation of the ratio from 1" in titles
+    assert not any("exactly 1" in note for note in epochs["notes"])
+    control = section(write_trained(tmp_path / "ce", tmp_path, kind="cross_entropy"))
+    assert not any("ratio" in note for note in control["notes"])
+
+
+def test_training_parts_are_shown_where_nothing_was_validated(tmp_path):
+    trained = write_trained(tmp_path / "vapi", tmp_path)
+    lines = [line for line in (trained / "metrics.jsonl").read_text().splitlines() if "train/reward" in line]
+    (trained / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    made = section(trained)
+    titles = [chart["title"] for chart in made["charts"]]
+    assert titles[:2] == ["Training reward (mean of the draws)", "Training reward: mse"]
+    assert made["columns"] == [] and made["rows"][0]["cells"] == []
+    assert "Nothing has been measured" in findings(load_runs([trained]))[0]
+
+
+def test_the_table_goes_from_the_start_model_to_the_end(tmp_path):
+    trained = write_trained(tmp_path / "vapi", tmp_path)
+    made = section(trained)
+    headings = [heading for heading, _ in made["columns"]]
+    assert headings == ["reward", "KL to the start", "entropy", "cross-entropy", "accuracy"]
+    (row,) = made["rows"]
+    assert row["cells"][:3] == ["\u22120.5000 → \u22120.4000", "0.2500", "4.000 → 3.000"] and row["steps"] == "20"
+
+
+def test_a_run_that_was_stopped_and_its_best_step_are_told(tmp_path):
+    trained, other = (write_trained(tmp_path / name, tmp_path) for name in ("vapi", "other"))
+    metric = "validation/FD(net) validation"
+    with (trained / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"step": s, metric: v}) + "\n" for s, v in ((0, 90.0), (10, 80.0), (20, 85.0))))
+    (trained / "stopped.json").write_text('{"step": 20, "reason": "kl 0.31 is above <0.3>"}')
+    (trained / "best.json").write_text('{"step": 10, "metric": "FD(net) validation", "value": 80.0}')
+    made = section(trained, other)
+    assert [(row["steps"], row["best"]) for row in made["rows"]] == [("20, stopped", "10"), ("20", "–")]
+    assert made["rows"][0]["cells"][-1] == "90.00 → 85.00" and made["rows"][1]["cells"][-1] == "–"
+    assert "vapi was stopped by its guard at step 20: kl 0.31 is above <0.3>." in made["notes"]
+    assert any("lowest FD(net) validation on the way" in note for note in made["notes"])
+    chart = next(chart for chart in made["charts"] if chart["title"].startswith("FD(net) validation"))
+    assert rings_of(chart) == {LOOKS[0].colour} and not rings_of(made["charts"][0])
+    assert "&lt;0.3&gt;" in write_report([trained], tmp_path / "page.html").read_text()
+    (trained / "stopped.json").write_text('{"step": 10, "reason": "kl 0.31"}')
+    assert "kl 0.31. It was resumed later, to step 20." in section(trained)["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("stopped.json", '{"step": 1}', "stopped.json: reason is None; expected step, reason"),
+        ("stopped.json", "[", "stopped.json: not valid JSON"),
+        ("best.json", '{"step": "a", "metric": "FD", "value": 1.0}', "best.json: step is 'a'"),
+    ],
+)
+def test_broken_notes_of_a_run_are_one_clear_line(tmp_path, name, text, message):
+    trained = write_trained(tmp_path / "vapi", tmp_path)
+    (trained / name).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_runs([trained])
+    assert "\n" not in str(error.value)
+
+
+def test_different_weights_of_rewards_are_told(tmp_path):
+    runs = [write_trained(tmp_path / "a", tmp_path), write_trained(tmp_path / "b", tmp_path, rewards={"mse": 2.0})]
+    assert any("weights of the rewards differ" in note for note in section(*runs)["notes"])
+    assert not any("weights" in note for note in section(runs[0])["notes"])
+
+
+def test_the_start_is_found_by_its_folder_and_never_by_name_alone(tmp_path):
+    start, same_name = write_run(tmp_path / "demo" / "rear"), write_run(tmp_path / "else" / "rear")
+    inits = {"a": start, "b": start / "model", "c": start / "best", "d": tmp_path / "gone" / "rear"}
+    folders = [write_trained(tmp_path / "demo" / name, init) for name, init in inits.items()]
+    runs = load_runs([start, same_name, *folders])
+    assert [run.name for run in runs[:2]] == ["demo/rear", "else/rear"]
+    texts = [start_text(run, runs) for run in runs]
+    assert texts == ["", "", "demo/rear", "demo/rear", "demo/rear (its best model)", "demo/rear"]
+    assert find_start(runs[5], runs) is runs[0]  # its start is gone from where it was, and one of its name lies beside
+    others = [runs[1], runs[2]]
+    assert find_start(runs[2], others) is None and start_text(runs[2], others) == "rear"
+
+
+@pytest.mark.parametrize(
+    ("objective", "method"),
+    [
+        ({"kind": "policy"}, "VA-pi"),
+        ({"kind": "policy", "estimator": "rloo", "credit": "token"}, "VA-pi (rloo, credit by place)"),
+        ({"kind": "policy", "rollout": "free", "estimator": "grpo"}, "AR-GRPO"),
+        ({"kind": "cross_entropy", "target": "one_hot"}, "cross-entropy"),
+        ({"kind": "cross_entropy", "target": "soft"}, "soft targets"),
+        ({"kind": "straight_through"}, "straight-through"),
+    ],
+)
+def test_methods_of_post_training_have_names(objective, method, tmp_path):
+    assert post_training_method(objective) == method
+    trained = write_trained(tmp_path / "run", tmp_path, **objective)
+    with (trained / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "train/mse": 0.1}\n')  # logged by straight-through, and by tokenizers
+    (run,) = load_runs([trained])
+    assert run.method == method
+    assert f"{method.partition(' (')[0]} " in Page(write_report([trained], tmp_path / "page.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("FD(inception) train", -1), ("sFD(inception)", -1), ("IS(inception)", 1), ("copy rate (tokens)", -1),
+     ("recall", 1), ("ISO", 0), (ENTROPY, 0), ("entropy", 0)],
+)  # fmt: skip
+def test_directions_of_metrics(metric, expected):
+    assert direction(metric) == expected
+
+
+def test_real_runs_of_post_training_make_a_page(make_config, tmp_path):
+    """What the loop writes is what the page reads: a start, VA-pi that its guard stops, and its control."""
+    for split, count in (("train", 12), ("validation", 3)):
+        for index in range(count):
+            folder = tmp_path / "data" / split / "abc"[index % NUM_CLASSES]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(index).save(folder / f"{index}.png")
+    start = train(make_config(loop={"steps": 2}), tmp_path / "start", quiet=True)
+    settings = {"init": str(start), "tokenizer": None, "model": None, "data": DataConfig(images=str(tmp_path / "data"))}
+    loop = {"steps": 3, "batch_size": 4, "validate_every": 1}
+    rewards = {"mse": 1.0, "l1": 0.0}
+    policy = PolicyConfig(rewards=rewards, group_size=2, context_noise=0.25, inner_epochs=2, kl_weight=0.1)
+    policy = replace(policy, guard=replace(policy.guard, max_entropy=0.1))
+    vapi = train(make_config(loop=loop, objective=policy, **settings), tmp_path / "vapi", quiet=True)
+    control = CrossEntropyConfig(rewards=rewards)
+    ce = train(make_config(loop=loop, objective=control, **settings), tmp_path / "ce", quiet=True)
+    made = section(start, vapi, ce)
+    assert made["indices"] == [1, 2] and made["rows"][0]["steps"] == "1, stopped" and made["rows"][1]["steps"] == "3"
+    assert all(" → " in row["cells"][0] for row in made["rows"])
+    titles = {chart["title"] for chart in made["charts"]}
+    assert {"Validation reward: l1", "Training reward (mean of the draws)", "Clip fraction (share of ratios)",
+            "KL to the start model (nats per token)", "KL term in training (nats per token)"} <= titles  # fmt: skip
+    assert not [title for title in titles if title.startswith(("train/", "validation/"))]
+    page = Page(write_report([start, vapi, ce], tmp_path / "page.html").read_text())
+    assert "VA-pi, from start" in page.text and "above objective.guard.max_entropy 0.1" in page.text
