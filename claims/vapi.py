@@ -35,11 +35,10 @@ METHODS = {
     "vapi": ("vapi-openmoji", "VA-pi"),
     "spatial": ("vapi-spatial-openmoji", "VA-pi, spatial credit"),
     "ste": ("ste-openmoji", "straight-through"),
-    "soft": ("soft-openmoji", "soft targets"),
 }
 MATCHED = ("vapi", "spatial")
 START_STEPS = 240
-TEMPERATURES = (1.0, 0.85, 0.7)
+TEMPERATURES = (1.0, 0.8)
 FD = "FD(efficientnet-lite0) validation"
 ENTROPY = "entropy (teacher-forced)"
 COLUMNS = (FD, "precision", "recall", "copy rate (tokens)", ENTROPY)

@@ -185,7 +185,7 @@ def test_a_damaged_source_file_is_told(bare, tmp_path):
 
 def test_the_command_says_what_it_found(tmp_path, capsys):
     torch.save({"model": released("vq"), "steps": 3}, tmp_path / "vq.pt")
-    main(["convert", str(tmp_path / "vq.pt"), "--out", str(tmp_path / "codes"), "--setting", "l2_normalize=false"])
+    main(["convert", str(tmp_path / "vq.pt"), "--to", str(tmp_path / "codes"), "--setting", "l2_normalize=false"])
     text = capsys.readouterr().out
     assert "LlamaGen VQ tokenizer: " in text and "M parameters, 16384 tokens, 16 codes of width 4" in text
     assert "left alone beside it: steps" in text and "set aside for the way back: 1 tensors" in text
@@ -197,5 +197,5 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
         ([], "give either --out FOLDER, or --to-official FILE"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main(["convert", str(tmp_path / "vq.pt"), *(["--out", "x"] if arguments else []), *arguments])
+            main(["convert", str(tmp_path / "vq.pt"), *(["--to", "x"] if arguments else []), *arguments])
         assert stop.value.code == 2 and message in capsys.readouterr().err

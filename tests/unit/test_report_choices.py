@@ -1,8 +1,9 @@
 """Which samples, points and images of a run the report chooses to show."""
 
 import numpy as np
+import pytest
 
-from consonar.report.charts import MAX_POINTS, binned
+from consonar.report.charts import MAX_POINTS, binned, direction
 from consonar.report.images import Sheet, pair_samples, spread_evenly
 
 
@@ -21,3 +22,12 @@ def test_long_logs_are_averaged_in_equal_bins_and_choices_are_even():
     points = binned([{"step": s, "x": 2.0 * s} for s in range(2 * MAX_POINTS)], "x")
     assert len(points) == MAX_POINTS and points[0] == (0.5, 1.0) and points[-1][1] == 2 * points[-1][0]
     assert spread_evenly(9, 3) == [0, 4, 8] and spread_evenly(2, 3) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("FD(inception) train", -1), ("sFD(inception)", -1), ("IS(inception)", 1), ("copy rate (tokens)", -1),
+     ("recall", 1), ("ISO", 0), ("entropy (teacher-forced)", 0), ("entropy", 0)],
+)  # fmt: skip
+def test_directions_of_metrics(metric, expected):
+    assert direction(metric) == expected

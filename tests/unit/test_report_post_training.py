@@ -14,11 +14,11 @@ from test_report import FD, Page, images_of, write_results, write_run
 from consonar.config import DataConfig
 from consonar.errors import UserError
 from consonar.report import MAX_RUNS, load_runs, write_report
-from consonar.report.charts import LOOKS, direction
+from consonar.report.charts import LOOKS
 from consonar.report.findings import findings
 from consonar.report.frontier import RING_OF_OTHERS, frontier_charts
 from consonar.report.post_training import post_training_section
-from consonar.report.records import find_start, post_training_method, start_text
+from consonar.report.records import find_start, post_training_method, share_start, start_text
 from consonar.report.tables import control_sections, result_columns
 from consonar.training.baselines import CrossEntropyConfig
 from consonar.training.policy_objective import PolicyConfig
@@ -109,8 +109,8 @@ def test_controls_that_are_missing_are_named(tmp_path):
     start = write_run(tmp_path / "rear")
     trained = write_trained(tmp_path / "vapi", start)
     assert "higher being better" in findings(load_runs([start, trained]))[0]  # nothing sampled yet
-    for run, value in ((start, 60.0), (trained, 50.0)):
-        write_results(run, {1.0: value})
+    write_results(start, {1.0: 60.0})
+    write_results(trained, {1.0: 50.0})
     said = findings(load_runs([start, trained]))
     assert "vapi is ahead of rear by 10 (spread of the difference 1.4), more than twice that spread" in said[0]
     assert "no cross-entropy control from the same start" in said[2] and "no start was measured at equal" in said[2]
@@ -147,9 +147,7 @@ def test_frontier_charts_ring_the_control_in_the_colour_of_its_run(six_runs):
 
 
 def section(*runs: Path) -> dict:
-    made = post_training_section(load_runs(list(runs)))
-    assert made is not None
-    return made
+    return post_training_section(load_runs(list(runs))) or {}
 
 
 def test_charts_follow_what_was_logged(tmp_path):
@@ -240,8 +238,17 @@ def test_the_start_is_found_by_its_folder_and_never_by_name_alone(tmp_path):
     texts = [start_text(run, runs) for run in runs]
     assert texts == ["", "", "demo/rear", "demo/rear", "demo/rear (its best model)", "demo/rear"]
     assert find_start(runs[5], runs) is runs[0]  # its start is gone from where it was, and one of its name lies beside
+    assert find_start(runs[4], runs) is None  # the best model is not what the page measures of its run
     others = [runs[1], runs[2]]
     assert find_start(runs[2], others) is None and start_text(runs[2], others) == "rear"
+    hub = load_runs(
+        [
+            write_trained(tmp_path / name, "hf:rar-b", kind=kind)
+            for name, kind in (("x", "policy"), ("y", "cross_entropy"))
+        ]
+    )
+    assert start_text(hub[0], hub) == "hf:rar-b" and share_start(*hub)
+    assert [share_start(runs[2], run) for run in runs[3:]] == [True, False, False] and not share_start(runs[0], runs[1])
 
 
 @pytest.mark.parametrize(
@@ -263,15 +270,6 @@ def test_methods_of_post_training_have_names(objective, method, tmp_path):
     (run,) = load_runs([trained])
     assert run.method == method
     assert f"{method.partition(' (')[0]} " in Page(write_report([trained], tmp_path / "page.html").read_text()).text
-
-
-@pytest.mark.parametrize(
-    ("metric", "expected"),
-    [("FD(inception) train", -1), ("sFD(inception)", -1), ("IS(inception)", 1), ("copy rate (tokens)", -1),
-     ("recall", 1), ("ISO", 0), (ENTROPY, 0), ("entropy", 0)],
-)  # fmt: skip
-def test_directions_of_metrics(metric, expected):
-    assert direction(metric) == expected
 
 
 def test_real_runs_of_post_training_make_a_page(make_config, tmp_path):

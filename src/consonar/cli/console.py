@@ -23,20 +23,26 @@ def print_metrics(metrics: dict[str, dict[str, float | None]], title: str) -> No
 
 
 def print_models(title: str, models: Sequence[Published]) -> None:
-    """A table of released models that fits into 80 columns."""
+    """A table of released models; narrow terminals fold the place of publication."""
     from rich.table import Table
 
     # Plain lines: what is piped into a file or a mail stays legible.
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
     for heading, side in {
-        "name": "left", "params": "right", "tokens": "right", "codes": "right", "licence": "left", "parity": "left",
+        "name": "left", "kind": "left", "params": "right", "tokens": "right", "codes": "right", "licence": "left",
+        "parity": "left",
     }.items():  # fmt: skip
         table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("published at", overflow="fold")
     for model in models:
         codes = str(model.vocab_size) + (f"x{model.code_dim}" if model.code_dim else "")
         millions = f"{model.parameters / 1e6:,.0f}M"
-        table.add_row(model.name, millions, str(model.num_tokens), codes, model.licence, model.parity)
-    Console(highlight=False).print(table)
+        place = f"{model.repository}/{model.file}" if model.repository else str(model.elsewhere)
+        table.add_row(
+            model.name, model.kind, millions, str(model.num_tokens), codes, model.licence, model.parity, place
+        )
+    console = Console(highlight=False)
+    Console(highlight=False, width=console.width if console.is_terminal else 200).print(table)
     say("")
 
 

@@ -103,6 +103,7 @@ def tokenize(
     data: str,
     out: Path,
     split: str | None = None,
+    image_size: int | None = None,
     views: str = "center_flip",
     batch_size: int = 64,
     device: str = "auto",
@@ -114,6 +115,7 @@ def tokenize(
         data: openmoji, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name.
         out: Folder of the token store to make; validation images go to OUT-validation.
         split: Make only the store of this split, in OUT (default: train, and validation where the data have one).
+        image_size: Pixels, for a tokenizer that takes any size (default: its own).
         views: Crops kept of each training image: center, center_flip, ten_crop; of other splits the centre is kept.
         batch_size: Crops per call of the encoder.
         device: auto, cpu or cuda.
@@ -125,6 +127,11 @@ def tokenize(
 
     place = pick_device(device)
     model = load_tokenizer(tokenizer).to(place)
+    if image_size is not None and image_size != model.image_size:
+        model = load_tokenizer(tokenizer, num_tokens=round((image_size**2 * model.num_tokens) / model.image_size**2))
+        if model.image_size != image_size:
+            raise UserError(f"--image-size: {image_size}, but {model.name} takes {model.image_size}")
+        model = model.to(place)
     wanted = {split or "train": out}
     if split is None:
         wanted["validation"] = out.with_name(f"{out.name}-validation")
@@ -207,7 +214,8 @@ def sample_command(args: Sequence[str]) -> None:
 
         place = pick_device(device)
         model = load_generator(generator).to(place)
-        codec = (load_tokenizer(tokenizer) if tokenizer else load_own_tokenizer(generator)).to(place)
+        own = load_own_tokenizer(generator) if tokenizer is None else None
+        codec = (own or load_tokenizer(str(tokenizer), num_tokens=model.num_tokens)).to(place)
         labels = class_list(classes, num_samples, model.num_classes)
         job = make_job(model, codec, labels, seed=seed, sampler=sampler, source=str(generator))
         with counting("sample") as count:

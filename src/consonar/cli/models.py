@@ -13,7 +13,7 @@ from consonar.errors import UserError, unknown
 def convert(
     source: tyro.conf.Positional[Path],
     *,
-    out: Path | None = None,
+    to: Path | None = None,
     to_official: Path | None = None,
     image_size: int | None = None,
     tokenizer: str | None = None,
@@ -24,7 +24,7 @@ def convert(
 
     Args:
         source: A .pt, .pth, .bin or .safetensors file, an index of shards, or (--to-official) a model folder.
-        out: Model folder to make; for a file with both halves OUT/generator and OUT/tokenizer.
+        to: Model folder to make; for a file with both halves TO/generator and TO/tokenizer.
         to_official: File to write in the released layout: .pt, .pth, .bin or .safetensors.
         image_size: Pixels, where shapes do not say it (default: as published, or as the file name says).
         tokenizer: Of a generator: name or folder of its tokenizer, kept for `consonar sample`.
@@ -33,16 +33,16 @@ def convert(
     """
     from consonar import convert as conversion
 
-    if (out is None) == (to_official is None):
-        raise UserError("convert: give either --out FOLDER, or --to-official FILE for the way back")
+    if (to is None) == (to_official is None):
+        raise UserError("convert: give either --to FOLDER, or --to-official FILE for the way back")
     if to_official is not None:
         if image_size is not None or tokenizer is not None or entry is not None or setting:
             raise UserError("--to-official: takes no other option")
         say(f"{conversion.to_official(source, to_official)}: {to_official}")
         return
-    assert out is not None
+    assert to is not None
     made = conversion.convert(
-        source, out, image_size=image_size, tokenizer=tokenizer, entry=entry, settings=read_settings(setting)
+        source, to, image_size=image_size, tokenizer=tokenizer, entry=entry, settings=read_settings(setting)
     )
     for part in made:
         codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")

@@ -118,7 +118,7 @@ def origin_of(found: Found, tokenizer: str | None, beside: Path) -> dict[str, An
         return {}
     if tokenizer is None or tokenizer.startswith("hf:"):
         return to_dict(Origin(tokenizer=tokenizer))
-    loaded = load_tokenizer(beside if beside.is_dir() else tokenizer)
+    loaded = load_tokenizer(beside if beside.is_dir() else tokenizer, num_tokens=found.module.num_tokens)
     for key in ("vocab_size", "num_tokens"):
         if getattr(loaded, key) != getattr(found.module, key):
             raise UserError(

@@ -88,7 +88,8 @@ def load_own_tokenizer(path: str | Path) -> TokenizerModule:
     origin = read_origin(path)
     if origin.tokenizer is None:
         raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
-    tokenizer = load_tokenizer(origin.tokenizer)
+    num_tokens = checkpoint.read_config(model_folder(path)).get("num_tokens")
+    tokenizer = load_tokenizer(origin.tokenizer, num_tokens=num_tokens)
     if origin.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise UserError(
             f"tokenizer: {origin.tokenizer!r} has changed since {path} was trained with it "

@@ -6,7 +6,7 @@ of these runs. A docstring says what was published, on how many GPUs, and what i
 
 The folders that the recipes name are made once, from released files and from ImageNet (docs/training.md):
 
-    consonar convert maskgit-vqgan-imagenet-f16-256.bin --out models/maskgit-vqgan
+    consonar convert maskgit-vqgan-imagenet-f16-256.bin --to models/maskgit-vqgan
     consonar tokenize --tokenizer models/maskgit-vqgan --data imagefolder:IMAGENET --views ten_crop \\
         --out tokens/imagenet-maskgit-vqgan
 

@@ -16,7 +16,7 @@ from consonar.report.records import (
     find_start,
     listed,
     row_of_matched,
-    start_folder,
+    share_start,
 )
 from consonar.report.wording import Base, Pair, clauses
 
@@ -211,8 +211,7 @@ def _distance_at_one(run: Run) -> Measurement | None:
 
 
 def _against_cross_entropy(run: Run, runs: Sequence[Run]) -> Pair | None:
-    folder = start_folder(run)
-    control = next((o for o in runs if folder and o.is_cross_entropy_control and start_folder(o) == folder), None)
+    control = next((other for other in runs if other.is_cross_entropy_control and share_start(run, other)), None)
     score, base = _distance_at_one(run), _distance_at_one(control) if control else None
     if control is None or score is None or base is None:
         return None

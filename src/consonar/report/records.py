@@ -151,17 +151,28 @@ def post_training_method(objective: Mapping[str, Any]) -> str:
     return f"{name} ({', '.join(extras)})" if extras else name
 
 
-def start_folder(run: Run) -> Path | None:
-    """The run folder that `init` lies in, or `init` itself; None for a run from random weights."""
+def start_of(run: Run) -> tuple[Path | None, bool]:
+    """The run folder that `init` lies in, or `init` itself, and whether it is the best model of that run.
+
+    None for a start from random weights or from a model of the hub.
+    """
     init = run.config.get("init")
-    if not init:
-        return None
-    return Path(init).parent if Path(init).name in COMPONENTS else Path(init)
+    if not init or init.startswith("hf:"):
+        return None, False
+    return Path(init).parent if Path(init).name in COMPONENTS else Path(init), Path(init).name == "best"
 
 
-def find_start(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run among `runs` that this one started from; None where it is not there, or there was none."""
-    folder = start_folder(run)
+def share_start(run: Run, other: Run) -> bool:
+    """Whether both runs started from the same model, on this page or not."""
+    folder, _ = start_of(run)
+    if folder is None:
+        return bool(run.config.get("init")) and run.config["init"] == other.config.get("init")
+    return start_of(run) == start_of(other)
+
+
+def run_of_start(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The run on this page that `run` started from, its last model or its best one."""
+    folder, _ = start_of(run)
     if folder is None:
         return None
     found = next((other for other in runs if other.path == folder), None)
@@ -171,14 +182,18 @@ def find_start(run: Run, runs: Sequence[Run]) -> Run | None:
     return next((other for other in runs if other is not run and other.path == run.path.parent / folder.name), None)
 
 
+def find_start(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The run on this page whose last model `run` started from. A best model is not measured here, so it is None."""
+    return None if start_of(run)[1] else run_of_start(run, runs)
+
+
 def start_text(run: Run, runs: Sequence[Run]) -> str:
     """Name of what the run started from, as it is called on this page; "" for a run from random weights."""
-    folder = start_folder(run)
+    folder, best = start_of(run)
     if folder is None:
-        return ""
-    found = find_start(run, runs)
-    which = " (its best model)" if Path(run.config["init"]).name == "best" else ""
-    return f"{found.name if found else folder.name}{which}"
+        return str(run.config.get("init") or "")
+    found = run_of_start(run, runs)
+    return f"{found.name if found else folder.name}{' (its best model)' if best else ''}"
 
 
 def find_matched(row: ResultRow, run: Run, runs: Sequence[Run]) -> Run | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -22,6 +24,8 @@ from consonar.types import Tokenizer
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Tokenizers whose weights are part of the package.
 SHIPPED = ("openmoji-64",)
+# Kinds whose weights serve any image size.
+RESIZABLE = ("vq", "maskgit-vq", "vqgan-plus")
 
 
 class TokenizerModule(Tokenizer, Protocol):
@@ -57,8 +61,22 @@ def save_tokenizer(tokenizer: TokenizerModule, folder: Path, *, dtype: str = "fl
     )
 
 
-def load_tokenizer(name_or_path: str | Path) -> TokenizerModule:
+def resized(config: Any, num_tokens: int) -> Any:
+    """The configuration for square images of `num_tokens` tokens, where the architecture takes any size.
+
+    Convolutions do: LlamaGen's VQ serves its generators at 256, 384 and 512 px with the same weights. Others come back
+    as they are, and so does one that no square image gives so many tokens.
+    """
+    side = math.isqrt(num_tokens)
+    if config.kind not in RESIZABLE or side * side != num_tokens:
+        return config
+    return replace(config, image_size=side * 2 ** (len(config.channel_multipliers) - 1))
+
+
+def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -> TokenizerModule:
     """A frozen tokenizer in evaluation mode on the CPU, from a name (`openmoji-64`), a run or a component folder.
+
+    `num_tokens`: for images of so many tokens, where its architecture takes any image size (see `resized`).
 
     `hf:` and the name of a published model, or owner/repository/file, is a released file (`consonar.convert.hub`).
     Raises `UserError` for an unknown name, a missing or damaged folder, or weights of another shape.
@@ -83,4 +101,6 @@ def load_tokenizer(name_or_path: str | Path) -> TokenizerModule:
         raise unknown(f"{path}: kind", kind, TOKENIZERS)
     config_class, tokenizer_class = TOKENIZERS[kind]
     settings = from_dict(config, str(path / "config.json"), config_class)
+    if num_tokens is not None:
+        settings = resized(settings, num_tokens)
     return checkpoint.load_module(lambda: tokenizer_class(settings, name=name), path)

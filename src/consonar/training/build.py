@@ -36,6 +36,7 @@ from consonar.training.inputs import (
     open_store,
     preview_reconstructions,
     preview_samples,
+    stored_num_tokens,
 )
 from consonar.training.loop import Batches, Callbacks, to_device
 from consonar.training.objectives import Consistency, ConsistencyConfig
@@ -77,7 +78,7 @@ def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Made
 def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> Made:
     """Training on tokens: plain AR and reAR, from random weights or from those of `init`."""
     assert isinstance(config.objective, ConsistencyConfig) and config.tokenizer and config.model
-    tokenizer = load_tokenizer(config.tokenizer).to(world.device)
+    tokenizer = load_tokenizer(config.tokenizer, num_tokens=stored_num_tokens(config.data.tokens)).to(world.device)
     store = open_store(config.data.tokens, "data.tokens", tokenizer)
     shape = cast(Any, config.model).sized(
         store.vocab_size, store.num_tokens, max(1, store.num_classes), grid=tokenizer.grid
@@ -108,7 +109,8 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
 def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out: Path) -> Made:
     """Post-training on images: VA-pi and its controls, from the generator of `init`."""
     assert isinstance(config.objective, AlignmentConfig) and config.tokenizer and config.model and config.init
-    tokenizer = load_tokenizer(config.tokenizer).to(world.device)
+    num_tokens = cast(Any, config.model).num_tokens
+    tokenizer = load_tokenizer(config.tokenizer, num_tokens=num_tokens).to(world.device)
     if not config.data.images:
         raise UserError(
             "data.images: post-training needs the images themselves; "

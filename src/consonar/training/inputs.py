@@ -23,6 +23,11 @@ MAX_MEMORY = 4e9
 """Bytes of decoded images held in memory; a larger source is read again in every epoch."""
 
 
+def stored_num_tokens(path: str | None) -> int | None:
+    """Tokens per image of the store at `path`; None where there is none (`open_store` then says so)."""
+    return TokenStore.open(path).num_tokens if path and Path(path).exists() else None
+
+
 def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
     """A token store made with this tokenizer, or a `UserError` that says how to make one."""
     if not path:

@@ -67,5 +67,6 @@ def origin_of(config: TrainConfig, fingerprint: str, class_names: tuple[str, ...
     """What an exported generator says about its making."""
     assert config.tokenizer is not None
     # A folder is stored whole, so that the model works from any directory.
-    name = config.tokenizer if config.tokenizer in SHIPPED else str(Path(config.tokenizer).resolve())
+    by_name = config.tokenizer in SHIPPED or config.tokenizer.startswith("hf:")
+    name = config.tokenizer if by_name else str(Path(config.tokenizer).resolve())
     return Origin(tokenizer=name, tokenizer_fingerprint=fingerprint, class_names=class_names)
