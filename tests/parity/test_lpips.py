@@ -150,3 +150,23 @@ def test_damaged_and_other_files_are_refused_in_one_line(weights, tmp_path):
     ):
         torch.save(value, tmp_path / "other.pth")
         assert expected in refused(tmp_path / "other.pth")
+
+
+def test_a_file_of_the_hub_put_there_by_hand(weights, tmp_path, monkeypatch):
+    """No network: what lies in the folder that the message names is taken; what does not is one line."""
+    from consonar.convert import hub
+
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path))
+
+    def unplugged(repository, file):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(hub, "download", unplugged)
+    name = "hf:someone/vgg/vgg16.pth"
+    with pytest.raises(UserError, match=r"cannot download vgg16.pth .*put it at") as caught:
+        load_lpips(name)
+    place = Path(str(caught.value).rsplit("put it at ", 1)[1])
+    place.parent.mkdir(parents=True)
+    place.symlink_to(weights)
+    first, second = images()
+    torch.testing.assert_close(load_lpips(name)(first, second), filled()(first, second))

@@ -36,5 +36,5 @@ def test_the_matching_temperature_gives_the_entropy_back(tiny_generator, tokeniz
 def test_an_entropy_out_of_reach_is_one_line():
     assert matching_temperature([1.0, 2.0, 4.0], 3.0, [0.5, 1.0, 2.0]) == pytest.approx(1.5)
     assert matching_temperature([1.0, 2.0, 4.0], 1.0, [0.5, 1.0, 2.0]) == pytest.approx(0.5)
-    with pytest.raises(UserError, match="entropy 5.000 is not reached at temperatures 0.5 to 2"):
+    with pytest.raises(UserError, match=r"entropy 5.000 is not reached at temperatures 0.5 to 2"):
         matching_temperature([1.0, 2.0, 4.0], 5.0, [0.5, 1.0, 2.0])

@@ -60,6 +60,11 @@ def read_name(text: str) -> Wanted:
     return Wanted(text, parts[2], repository, image_size or (known.image_size if known else None), known)
 
 
+def fetch_file(text: str) -> Path:
+    """The released file of an `hf:` name, as it is; `UserError` when it cannot be had, with where to put it."""
+    return released_file(read_name(text))
+
+
 def fetch_component(text: str, component: str) -> Path:
     """The component folder of an `hf:` name, converted at the first call.
 

@@ -145,12 +145,18 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(path: str | Path | None = None, *, check_hash: bool = True) -> LPIPS:
-    """LPIPS with the VGG16 weights of a local file; `None`: `vgg16-397923af.pth` in `cache_dir()`. Never downloads.
+    """LPIPS with the VGG16 weights of a local file; `None`: `vgg16-397923af.pth` in `cache_dir()`.
 
     The file is torchvision's (.pth), or with `check_hash=False` any state dict with its `features.*` keys (.pth or
-    .safetensors); other keys, such as the classifier's, are not read. Raises `UserError` when the file is missing,
-    damaged, has other keys or shapes, or its SHA-256 is not the published one.
+    .safetensors); other keys, such as the classifier's, are not read. `hf:owner/repository/file` is such a file of the
+    Hugging Face hub, e.g. `hf:timm/vgg16.tv_in1k/model.safetensors`: the only download, and its hash is not checked.
+    Raises `UserError` when the file is missing, damaged, has other keys or shapes, or its SHA-256 is not the published
+    one.
     """
+    if path is not None and str(path).startswith("hf:"):
+        from consonar.convert.hub import fetch_file
+
+        path, check_hash = fetch_file(str(path)), False
     file = Path(path).expanduser() if path is not None else cache_dir() / WEIGHTS_FILE
     if not file.is_file():
         raise UserError(

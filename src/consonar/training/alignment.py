@@ -73,7 +73,7 @@ class AlignmentConfig:
     rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
     """Weight of each reward by name or dotted path; what is measured, and what a policy maximises."""
     lpips_weights: str | None = None
-    """File of torchvision's VGG16 weights, for the reward lpips; None: vgg16-397923af.pth in the cache folder."""
+    """VGG16 weights for the reward lpips: a file or hf:owner/repository/file; None: vgg16-397923af.pth in the cache."""
     discriminator: str | None = None
     """Folder of a discriminator, for the reward patch-discriminator."""
     chunk: int = 64
