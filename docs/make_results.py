@@ -22,10 +22,10 @@ DOCS = Path(__file__).parent
 NAMES = {
     "plain-ar": "plain AR",
     "plain-ar-ce": "plain AR, CE control",
-    "plain-ar-vapi": "plain AR, VA-pi",
+    "plain-ar-vapi": "plain AR, VA-pi (spatial credit)",
     "rear": "reAR",
     "rear-ce": "reAR, CE control",
-    "rear-vapi": "reAR, VA-pi",
+    "rear-vapi": "reAR, VA-pi (spatial credit)",
 }
 TRAINED = ("plain-ar", "rear")
 SHOWN = ("plain-ar", "plain-ar-vapi", "rear", "rear-vapi")

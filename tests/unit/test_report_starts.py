@@ -70,7 +70,7 @@ def test_only_the_own_start_is_a_control_at_equal_entropy(tmp_path):
         write_results(run, {1.0: 60.0, 0.8: 55.0})
     for run, expected in (
         (stranger, "no start was measured at equal entropy"),
-        (start, "from its start at equal entropy"),
+        (start, "vapi is behind its start at equal entropy by 5"),
     ):
         content = json.loads((run / "results.json").read_text())
         content["rows"][1]["matched_to"] = "vapi"

@@ -66,10 +66,7 @@ class ReARConfig:
             raise UserError(f"model.dropout: {self.dropout} is not in [0, 1)")
 
     def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> ReARConfig:
-        """This shape for given data; raises `UserError` when a size was set to something else.
-
-        `grid` says where the tokens sit; this architecture learns its positions and does not ask.
-        """
+        """This shape for given data (positions are learned: `grid` is not asked); `UserError` for other sizes."""
         sizes = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": num_classes}
         for key, size in sizes.items():
             if getattr(self, key) not in (0, size):
