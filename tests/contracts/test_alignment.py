@@ -39,8 +39,8 @@ CASES = {
     "smooth": replace(VAPI, credit="token", smooth_credit=True),
     "reinforce tokens": replace(VAPI, estimator="reinforce", credit="token"),
     "epochs": replace(VAPI, inner_epochs=2),
-    "free": replace(VAPI, rollout="free", guidance_scale=2.0, kl_weight=0.1),
-    "free epochs": replace(VAPI, rollout="free", inner_epochs=2),
+    "free": replace(VAPI, rollout="free", guidance_scale=2.0, kl_weight=0.1, ce_weight=0.0),
+    "free epochs": replace(VAPI, rollout="free", inner_epochs=2, ce_weight=0.0),
     "ce": CrossEntropyConfig(rewards=REWARDS, context_noise=0.3),
     "soft": CrossEntropyConfig(rewards=REWARDS, target="soft", tau=0.5),
     "ste": StraightThroughConfig(rewards=REWARDS, perceptual_weight=0.0),
@@ -77,7 +77,7 @@ def test_every_objective_has_a_case():
 def weighted_terms(config, terms):
     """The loss as the sum of its named terms."""
     if isinstance(config, PolicyConfig):
-        prior = config.ce_weight * terms["cross_entropy"] if config.rollout == "teacher_forced" else 0
+        prior = config.ce_weight * terms.get("cross_entropy", torch.zeros(()))
         return terms["policy"] + prior + config.kl_weight * terms.get("kl", torch.zeros(()))
     if isinstance(config, CrossEntropyConfig):
         return terms["soft_cross_entropy" if config.target == "soft" else "cross_entropy"]
@@ -221,7 +221,7 @@ def test_the_running_baseline_of_reinforce(make, batch):
 
 
 def test_free_rollouts_are_samples_of_the_policy(make, batch):
-    objective, trainee = make(replace(VAPI, rollout="free", group_size=2))
+    objective, trainee = make(replace(VAPI, rollout="free", group_size=2, ce_weight=0.0))
     (rollout,) = objective.rollout(trainee, batch, 0)
     actions = rollout.extra["actions"]
     assert actions.shape == (4, 2, 16) and not torch.equal(actions[:, 0], actions[:, 1])
@@ -290,7 +290,8 @@ MISTAKES = {
     "no reward": (lambda: PolicyConfig(rewards={}), "objective.rewards: empty"),
     "smooth alone": (lambda: PolicyConfig(smooth_credit=True), "objective.smooth_credit: read only with"),
     "free by token": (lambda: PolicyConfig(rollout="free", credit="token"), "choices here: sequence"),
-    "free noise": (lambda: PolicyConfig(rollout="free", context_noise=0.1), "objective.context_noise: free rollouts"),
+    "free noise": (lambda: PolicyConfig(rollout="free", context_noise=0.1), "objective.context_noise: 0.1, but free"),
+    "free prior": (lambda: PolicyConfig(rollout="free"), "objective.ce_weight: 0.1, but free rollouts"),
     "guided forcing": (lambda: PolicyConfig(guidance_scale=2.0), "objective.guidance_scale: read only with"),
     "kl unmeasured": (lambda: GuardConfig(max_kl=1.0, measure_kl=False), "objective.guard.measure_kl: False"),
     "tau": (lambda: CrossEntropyConfig(tau=0.0), "objective.tau: 0.0"),

@@ -32,7 +32,7 @@ OBJECTIVES = {
     "vapi": VAPI,
     "reinforce": replace(VAPI, estimator="reinforce", class_dropout=0.2),
     "spatial": replace(VAPI, credit="token", smooth_credit=True, inner_epochs=2),
-    "free": PolicyConfig(rewards=REWARDS, group_size=2, rollout="free", kl_weight=0.1),
+    "free": PolicyConfig(rewards=REWARDS, group_size=2, rollout="free", kl_weight=0.1, ce_weight=0.0),
     "soft": CrossEntropyConfig(rewards=REWARDS, target="soft"),
     "ste": StraightThroughConfig(rewards=REWARDS, perceptual_weight=0.0),
 }
@@ -118,6 +118,8 @@ def test_the_guard_stops_the_run_and_keeps_its_model(make, tmp_path, capsys):
     assert "stopped at step 1: entropy" in capsys.readouterr().err
     assert (run / "model" / "model.safetensors").is_file()
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 1]
+    train(config, run, resume=True, stop_at=1, quiet=True)
+    assert not (run / "stopped.json").exists()
 
 
 def test_the_guard_also_reads_validation(make, tmp_path):

@@ -122,7 +122,7 @@ def report(
     """Write one self-contained HTML page that compares runs.
 
     Args:
-        runs: One to six run folders.
+        runs: One to eight run folders.
         out: The page to write.
         title: Its title.
         overwrite: Replace a page that is there.

@@ -109,5 +109,5 @@ def free_openmoji() -> TrainConfig:
     return replace(
         vapi_openmoji(),
         recipe="free-openmoji",
-        objective=PolicyConfig(rollout="free", rewards={"embedding": 1.0}, kl_weight=0.01),
+        objective=PolicyConfig(rollout="free", rewards={"embedding": 1.0}, ce_weight=0.0, kl_weight=0.01),
     )

@@ -96,8 +96,11 @@ class PolicyConfig(AlignmentConfig):
         if self.rollout == "free":
             if self.credit == "token":
                 raise UserError("objective.credit: 'token' compares an image with its original; choices here: sequence")
-            if self.context_noise:
-                raise UserError("objective.context_noise: free rollouts have no true context; remove it")
+            for key in ("context_noise", "ce_weight"):
+                if getattr(self, key):
+                    raise UserError(
+                        f"objective.{key}: {getattr(self, key)}, but free rollouts have no true context; set it to 0"
+                    )
         elif self.guidance_scale != 1:
             raise UserError("objective.guidance_scale: read only with objective.rollout 'free'; remove it")
 

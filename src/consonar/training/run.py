@@ -73,6 +73,7 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
     distributed.barrier(world)
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
+        (out / "stopped.json").unlink(missing_ok=True)  # a resumed run is not a stopped one
         text = json.dumps(to_dict(config), indent=1) + "\n"
         checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
     tracker = Tracker(

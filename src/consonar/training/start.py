@@ -31,8 +31,11 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
         if origin.tokenizer is None:
             raise UserError(f"tokenizer: {config.init} does not say which tokenizer it goes with; add --tokenizer")
         config = replace(config, tokenizer=origin.tokenizer)
-    if config.model is None:
-        config = replace(config, model=load_generator(start).config)
+    if config.model is None or config.aligns:
+        stored = load_generator(start).config
+        if config.model is not None:
+            check_same_shape(start, asdict(stored), asdict(config.model))
+        config = replace(config, model=stored)
     return replace(config, init=start if start.startswith("hf:") else str(Path(start).resolve()))
 
 
@@ -57,9 +60,9 @@ def load_start(config: TrainConfig, shape: Any, tokenizer: Tokenizer) -> Any:
 
 
 def check_same_shape(where: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises `UserError` for the first key but dropouts in which the two configurations differ."""
+    """Raises `UserError` for the first key in which the configurations differ; not for dropouts and sizes left open."""
     for key, value in wanted.items():
-        if "drop" not in key and stored.get(key) != value:
+        if "drop" not in key and value not in (0, None) and stored.get(key) != value:
             raise UserError(f"model.{key}: {value!r}, but the generator in {where} has {stored.get(key)!r}")
 
 
