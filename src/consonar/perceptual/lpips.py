@@ -137,9 +137,7 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             target = self.layers(originals)
         return [
-            weighted_difference(
-                a, b.repeat_interleave(group, 0) if group > 1 else b, self.get_buffer(f"linear{index}")
-            )
+            weighted_difference(a, b.repeat_interleave(group, 0) if group > 1 else b, self.get_buffer(f"linear{index}"))
             for index, (a, b) in enumerate(zip(self.layers(images), target, strict=True))
         ]
 
