@@ -22,8 +22,9 @@ from consonar.checkpoint import file_sha256, write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
 from consonar.data.tokens import write_token_store
-from consonar.evaluation.evaluate import library_versions, machine_name
+from consonar.evaluation.evaluate import encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
+from consonar.evaluation.results import library_versions, machine_name
 from consonar.recipes import find_recipe
 from consonar.tokenizers import load_tokenizer
 from consonar.tracking import read_metrics
@@ -79,12 +80,17 @@ def make_runs(out: Path, seeds: int, steps: int) -> None:
 
 def measure_runs(out: Path, seeds: int, samples: int) -> None:
     """Frontiers; the start model also at the temperatures of the aligned models' entropies."""
+    target = None  # opened once: the runs share it
     for run in ["start", *(f"{name}-{seed}" for seed in range(seeds) for name in METHODS)]:
         if (out / run / "results.json").exists():
             continue
         started = time.monotonic()
         match = [out / f"{name}-{seed}" for name in MATCHED for seed in range(seeds)] if run == "start" else []
-        evaluate_run(out / run, temperatures=TEMPERATURES, match=match, num_samples=samples, batch_size=128)
+        target = target or encode_reference(open_reference("openmoji-64", 64), load_tokenizer("openmoji-64"))
+        evaluate_run(
+            out / run, target=target, reconstruct=False, temperatures=TEMPERATURES, match=match, num_samples=samples,
+            batch_size=128,
+        )  # fmt: skip
         print(f"measured {run}: {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -117,7 +117,7 @@ def test_an_unknown_model_is_told_with_what_is_known(tmp_path):
 
 def test_nothing_is_overwritten(bare, tmp_path):
     convert(bare, tmp_path / "ours")
-    with pytest.raises(UserError, match=r"--out: .*ours exists; choose another folder"):
+    with pytest.raises(UserError, match=r"--to: .*ours exists; choose another folder"):
         convert(bare, tmp_path / "ours")
     with pytest.raises(UserError, match=r"--to-official: .*rar\.bin exists"):
         to_official(tmp_path / "ours", bare)
@@ -165,9 +165,14 @@ def test_a_generator_keeps_its_tokenizer_if_the_sizes_agree(tmp_path):
     origin = read_origin(tmp_path / "gpt")
     assert origin.tokenizer == str(tmp_path / "codes")
     assert origin.tokenizer_fingerprint == load_tokenizer(tmp_path / "codes").fingerprint
+    # Convolutions serve any size: the fingerprint is that of the size which the generator needs.
     convert(tmp_path / "vq.pt", tmp_path / "larger", image_size=64)
-    with pytest.raises(UserError, match=r"larger has num_tokens 1024, the generator 256"):
-        convert(tmp_path / "gpt.pt", tmp_path / "other", tokenizer=str(tmp_path / "larger"))
+    convert(tmp_path / "gpt.pt", tmp_path / "resized", tokenizer=str(tmp_path / "larger"))
+    assert read_origin(tmp_path / "resized").tokenizer_fingerprint == origin.tokenizer_fingerprint
+    torch.save(released("titok, pixels"), tmp_path / "titok.bin")
+    convert(tmp_path / "titok.bin", tmp_path / "titok")
+    with pytest.raises(UserError, match=r"titok has num_tokens 3, the generator 256"):
+        convert(tmp_path / "gpt.pt", tmp_path / "other", tokenizer=str(tmp_path / "titok"))
     with pytest.raises(UserError, match="--tokenizer: for generators alone"):
         convert(tmp_path / "vq.pt", tmp_path / "other", tokenizer=str(tmp_path / "codes"))
     convert(tmp_path / "gpt.pt", tmp_path / "alone")
@@ -194,7 +199,7 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
     assert same(load(tmp_path / "back.pt")["model"], released("vq"))
     for arguments, message in (
         (["--setting", "l2"], "--setting: 'l2' is not of the form field=value"),
-        ([], "give either --out FOLDER, or --to-official FILE"),
+        ([], "give either --to FOLDER, or --to-official FILE"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["convert", str(tmp_path / "vq.pt"), *(["--to", "x"] if arguments else []), *arguments])

@@ -63,7 +63,7 @@ def convert(
     missing; then nothing is written.
     """
     if to.exists():
-        raise UserError(f"--out: {to} exists; choose another folder")
+        raise UserError(f"--to: {to} exists; choose another folder")
     if (path / "config.json").is_file() and (path / SOURCE).is_file():
         raise UserError(f"{path}: converted already; the way back is --to-official FILE")
     weights = read_weights(path, entry)
