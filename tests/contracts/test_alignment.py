@@ -102,11 +102,12 @@ def test_terms_sum_to_the_loss_and_only_the_generator_learns(name, make, batch, 
     assert all(p.grad is None for p in objective.prior.parameters())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "reinforce" not in name])
 def test_micro_batches_have_the_loss_of_the_whole(name, make, batch):
-    """Draws and noise are prepared for the whole batch: splitting it changes nothing."""
-    if CASES[name] == CASES["reinforce"] or CASES[name] == CASES["reinforce tokens"]:
-        pytest.skip("its baseline moves with every micro-batch")
+    """Draws and noise are prepared for the whole batch: splitting it changes nothing.
+
+    But for REINFORCE, whose running baseline moves with every micro-batch.
+    """
     gradients = []
     for parts in (1, 2):
         objective, trainee = make(CASES[name])

@@ -8,6 +8,7 @@ Letters: `B` batch, `n` new tokens, `N` tokens, `V` codes, `D` width, `P` condit
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, cast
 
@@ -105,7 +106,7 @@ class RotaryConfig:
         return replace(self, vocab_size=vocab_size, num_tokens=num_tokens, num_classes=num_classes, grid=grid)
 
 
-class RotaryGenerator(nn.Module):
+class RotaryGenerator(nn.Module, ABC):
     """Follows `consonar.types.Generator`.
 
     A subclass makes `blocks`, each called with (x, table, mask, cache, layer), the modules declared here, and the four
@@ -125,21 +126,25 @@ class RotaryGenerator(nn.Module):
         self.vocab_size, self.num_tokens, self.num_classes = config.vocab_size, config.num_tokens, config.num_classes
         self.num_layers, self.width, self.prefix_length = config.num_layers, config.width, config.prefix_length
 
+    @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """(B, n, D) <- (B, n) int64."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def embed_condition(self, condition: Any) -> Tensor:
         """(B, P, D)."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def kept_positions(self, condition: Any) -> Tensor | None:
         """Which of the P condition tokens are no padding, (B, P) bool; None: all."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def null_condition(self, condition: Any) -> Any:
         """What guidance and condition dropout use instead."""
-        raise NotImplementedError
+        ...
 
     @torch.no_grad()
     def reset_parameters(self, rng: torch.Generator | None = None) -> None:
