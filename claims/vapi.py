@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from consonar.allocator import keep_freed_memory
 from consonar.checkpoint import file_sha256, write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
@@ -39,7 +40,7 @@ METHODS = {
 }
 MATCHED = ("vapi", "spatial")
 START_STEPS = 240
-TEMPERATURES = (1.0, 0.8)
+TEMPERATURES = (1.0, 0.8, 0.6)
 FD = "FD(efficientnet-lite0) validation"
 ENTROPY = "entropy (teacher-forced)"
 COLUMNS = (FD, "precision", "recall", "copy rate (tokens)", ENTROPY)
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2560)
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
     args = parser.parse_args()
+    keep_freed_memory()
     started = time.monotonic()
     make_runs(args.out, args.seeds, args.steps)
     measure_runs(args.out, args.seeds, args.samples)

@@ -7,6 +7,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
+from consonar.allocator import keep_freed_memory
 from consonar.cli.console import say
 from consonar.cli.making import demo, import_tokens, recipes, sample_command, tokenize, train_command
 from consonar.cli.measuring import evaluate, report
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         say(__version__)
         return
+    keep_freed_memory()
     try:
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)

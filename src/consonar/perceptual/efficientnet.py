@@ -37,7 +37,7 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, network: Any):
         super().__init__()
         # Any: the package is untyped, and layers reached through `nn.Module` would all be `Tensor | Module`.
-        self.network: Any = fold_batch_norms(network).eval().requires_grad_(False)
+        self.network: Any = spare_copies(fold_batch_norms(network)).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
         """Stays in evaluation mode: batch statistics of a frozen network never move."""
@@ -82,6 +82,19 @@ def fold_batch_norms(network: Any) -> Any:
         block._bn1 = fold(block._depthwise_conv, block._bn1)
         block._bn2 = fold(block._project_conv, block._bn2)
     network._bn1 = fold(network._conv_head, network._bn1)
+    return network
+
+
+def spare_copies(network: Any) -> Any:
+    """Even padding inside the convolutions, activations in place: the same bits in half the time on a CPU."""
+    for module in network.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+        padding = getattr(module, "static_padding", None)
+        if isinstance(padding, nn.ZeroPad2d):
+            left, right, top, bottom = padding.padding
+            if left == right and top == bottom:  # not so where the stride is 2
+                module.padding, module.static_padding = (top, left), nn.Identity()
     return network
 
 
