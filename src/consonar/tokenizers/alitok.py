@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from consonar.errors import UserError
 from consonar.official import Official, Shapes, State
-from consonar.tokenizers.conv import Codebook
+from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.vit import (
     BASE,
     LARGE,
@@ -97,7 +97,6 @@ class AliTokTokenizer(ViTTokenizer):
     def __init__(self, config: AliTokConfig, name: str = "alitok"):
         num_tokens = config.grid.num_tokens
         super().__init__(config, name, num_tokens, config.grid, l2_normalize=False)
-        self.config = config
         self.encoder = Encoder(config, num_tokens, Attention, class_token=False, scrambled=False)
         self.decoder = AliTokDecoder(config)
         self.latent_tokens = learned_table(num_tokens, config.encoder.width)

@@ -1,7 +1,7 @@
-"""What MaskGIT's VQGAN and VQGAN+ share: residual blocks, the configuration, and the tokenizer around them.
+"""What the convolutional tokenizers share: configuration and layout; and what MaskGIT's VQGAN and VQGAN+ share: blocks.
 
-Facts kept from the released code of both (1d-tokenizer's `maskgit_vqgan.py`, MaskBit's `autoencoder.py`): the networks
-work on pixels in [0, 1], so images change range at the border of `ConvTokenizer`; GroupNorm with eps 1e-6; residual
+Facts kept from the released code of the two (1d-tokenizer's `maskgit_vqgan.py`, MaskBit's `autoencoder.py`): networks
+work on pixels in [0, 1], so images change range at the border of the tokenizer; GroupNorm with eps 1e-6; residual
 blocks have no biases in their convolutions and, where the number of channels changes, their 1x1 shortcut is applied to
 the OUTPUT of the branch, so that the block's input is dropped; "same" padding, which for stride 2 is one row below and
 one column on the right.
@@ -13,7 +13,6 @@ Letters: `B` batch, `N` tokens (raster order), `V` vocabulary, `C` code width, `
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,17 +20,14 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.checkpoint import component_fingerprint
-from consonar.config_io import to_dict
 from consonar.errors import UserError
-from consonar.tokenizers import quantizer
-from consonar.tokenizers.vq import VQOutput, normalization
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvConfig:
-    """Shape of a convolutional tokenizer without attention."""
+    """Shape of a convolutional tokenizer; the defaults are MaskGIT's."""
 
     image_size: int = 256
     """Side of the square images, pixels."""
@@ -76,6 +72,10 @@ class ConvConfig:
         return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
 
 
+def normalization(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
 class ResidualBlock(nn.Module):
     """x + r(x) with r = conv(silu(norm(conv(silu(norm(x)))))); r(x) + shortcut(r(x)) where the channels change."""
 
@@ -107,79 +107,32 @@ def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
     return x
 
 
-class Codebook(nn.Module):
-    """Codes (V, C), drawn as the released code does: uniformly within 1 / V of 0."""
-
-    def __init__(self, vocab_size: int, code_dim: int):
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, code_dim)
-        self.embedding.weight.data.uniform_(-1.0 / vocab_size, 1.0 / vocab_size)
-
-
 def num_indices(keys: Iterable[str], prefix: str) -> int:
     """How many entries the module list `prefix` has in a state dict with these keys."""
     return len({key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)})
 
 
-class ConvTokenizer(nn.Module, ABC):
-    """Images of [-1, 1] around an encoder, a search and a decoder of [0, 1]; follows `consonar.types.Tokenizer`."""
+class ConvTokenizer(CodebookTokenizer):
+    """A tokenizer whose networks keep the places of an image: one token per place of the grid, in raster order."""
 
-    config: ConvConfig
     encoder: nn.Module
     decoder: nn.Module
 
-    def __init__(self, config: ConvConfig, name: str):
-        super().__init__()
-        self.config, self.name = config, name
-        self.vocab_size, self.code_dim, self.image_size = config.vocab_size, config.code_dim, config.image_size
+    def __init__(self, config: ConvConfig, name: str, *, l2_normalize: bool = False):
         side = config.image_size // config.downsampling
-        self.grid: Grid | None = Grid(side, side)
-        self.num_tokens = side * side
+        super().__init__(config, name, side * side, Grid(side, side), l2_normalize=l2_normalize)
+        self.side = side
 
-    @property
-    @abstractmethod
-    def codebook(self) -> Tensor:
-        """(V, C): the codes as searched and decoded."""
+    def maps(self, images: Tensor) -> Tensor:
+        """(B, C, h, w) <- (B, 3, H, W)."""
+        return self.encoder(images)
 
-    def vectors(self, images: Tensor) -> Tensor:
-        """What is compared with the codes, here the encoder's output: (B*N, C) <- (B, 3, H, W)."""
-        latents = self.encoder((images + 1) / 2).float()  # (B, C, h, w)
-        return latents.permute(0, 2, 3, 1).reshape(-1, self.code_dim)
+    def images(self, maps: Tensor) -> Tensor:
+        """(B, 3, H, W) <- (B, C, h, w)."""
+        return self.decoder(maps)
 
-    def search(self, vectors: Tensor) -> Tensor:
-        """The code of each vector: (B*N,) int64 <- (B*N, C)."""
-        return quantizer.nearest_code(vectors, self.codebook)
+    def latents(self, images: Tensor) -> Tensor:
+        return self.maps(images).flatten(2).transpose(1, 2)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the configuration and the weights."""
-        return component_fingerprint(to_dict(self.config), self.state_dict())
-
-    def encode(self, images: Tensor) -> Tensor:
-        self._check_images(images)
-        return self.search(self.vectors(images)).view(len(images), self.num_tokens)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.codebook)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self.decode_embeddings(self.embed(tokens))
-
-    def decode_embeddings(self, codes: Tensor) -> Tensor:
-        assert self.grid is not None
-        latents = codes.transpose(1, 2).unflatten(2, (self.grid.rows, self.grid.columns))  # (B, C, h, w)
-        return 2 * self.decoder(latents).float() - 1
-
-    def forward(self, images: Tensor) -> VQOutput:
-        """One training pass with the straight-through gradient."""
-        self._check_images(images)
-        vectors = self.vectors(images)
-        tokens = self.search(vectors.detach())
-        codes = self.embed(tokens)
-        passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
-        return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
-
-    def _check_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
+    def pixels(self, codes: Tensor) -> Tensor:
+        return self.images(codes.transpose(1, 2).unflatten(2, (self.side, self.side)))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.official import Official, Shapes
-from consonar.tokenizers.conv import Codebook, ConvConfig, ConvTokenizer, num_indices, residual_blocks, run
-from consonar.tokenizers.vq import normalization
+from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, num_indices, residual_blocks, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,6 @@ class MaskGITTokenizer(ConvTokenizer):
         super().__init__(config, name)
         self.encoder, self.decoder = MaskGITEncoder(config), MaskGITDecoder(config)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
-
-    @property
-    def codebook(self) -> Tensor:
-        return self.quantize.embedding.weight
 
 
 # VQGAN of taming-transformers shares the names of the levels, but not those of the middle.

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from consonar.errors import UserError
 from consonar.official import Official, Shapes, State
-from consonar.tokenizers.conv import Codebook, num_indices
+from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.conv import num_indices
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITDecoder
 from consonar.tokenizers.vit import (
     LARGE,
@@ -119,7 +120,6 @@ class TiTokTokenizer(ViTTokenizer):
 
     def __init__(self, config: TiTokConfig, name: str = "titok"):
         super().__init__(config, name, config.num_tokens, None, l2_normalize=config.l2_normalize)
-        self.config = config
         self.encoder = Encoder(
             config,
             config.num_tokens,

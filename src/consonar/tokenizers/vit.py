@@ -3,7 +3,7 @@
 Facts kept from the released code of both (1d-tokenizer `modules/blocks.py`, `alitok.py`): pre-norm blocks with exact
 GELU, an MLP of four times the width and LayerNorm with eps 1e-5; no dropout and no mask, every position sees every
 other; the encoder reads image patches first and learned queries after them, and its outputs at the queries are the
-latents; the networks work on pixels in [0, 1], so images change range at the border of `ViTTokenizer`; pixels leave a
+latents; the networks work on pixels in [0, 1], so images change range at the border of the tokenizer; pixels leave a
 decoder as patches whose channels are ordered (row, column, colour).
 
 Deviations: widths, depths and patches are fields, released sizes are fixed or named. Files do not tell the number of
@@ -23,14 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.checkpoint import component_fingerprint
-from consonar.config_io import to_dict
 from consonar.errors import UserError
 from consonar.official import Shapes
-from consonar.tokenizers import quantizer
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.tokenizers.conv import num_indices
-from consonar.tokenizers.vq import VQOutput
-from consonar.types import Grid
 
 PUBLISHED_HEAD_WIDTH = 64
 
@@ -234,67 +230,16 @@ def patches_to_image(x: Tensor, patch_size: int) -> Tensor:
     return patches.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
 
 
-class ViTTokenizer(nn.Module):
-    """Images of [-1, 1] around an encoder, a search and a decoder of [0, 1]; follows `consonar.types.Tokenizer`."""
+class ViTTokenizer(CodebookTokenizer):
+    """A tokenizer whose encoder reads learned queries."""
 
-    # Set by subclasses: networks, codes and the encoder's learned queries (N, D).
+    # Set by subclasses: networks and the queries (N, D).
     encoder: Encoder
     decoder: nn.Module
-    quantize: nn.Module
     latent_tokens: nn.Parameter
 
-    def __init__(self, config: ViTConfig, name: str, num_tokens: int, grid: Grid | None, *, l2_normalize: bool):
-        super().__init__()
-        self.name, self.num_tokens, self.l2_normalize = name, num_tokens, l2_normalize
-        self.grid: Grid | None = grid
-        self.vocab_size, self.code_dim, self.image_size = config.vocab_size, config.code_dim, config.image_size
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the configuration and the weights."""
-        return component_fingerprint(to_dict(self.config), self.state_dict())
-
-    @property
-    def codebook(self) -> Tensor:
-        """(V, C): the codes as searched and decoded."""
-        weight = self.quantize.get_parameter("embedding.weight")
-        return F.normalize(weight, dim=-1) if self.l2_normalize else weight
-
-    def vectors(self, images: Tensor) -> Tensor:
-        """What is compared with the codes: (B*N, C) <- (B, 3, H, W) in [-1, 1]."""
-        vectors = self.encoder((images + 1) / 2, self.latent_tokens).float().flatten(0, 1)
-        return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
+    def latents(self, images: Tensor) -> Tensor:
+        return self.encoder(images, self.latent_tokens)
 
     def pixels(self, codes: Tensor) -> Tensor:
-        """(B, 3, H, W) on the scale [0, 1], not clamped <- (B, N, C)."""
         return self.decoder(codes)
-
-    def encode(self, images: Tensor) -> Tensor:
-        self._check_images(images)
-        return quantizer.nearest_code(self.vectors(images), self.codebook).view(len(images), self.num_tokens)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.codebook)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self.decode_embeddings(self.embed(tokens))
-
-    def decode_embeddings(self, codes: Tensor) -> Tensor:
-        if codes.shape[1] != self.num_tokens:
-            # One token would be broadcast to all positions without an error.
-            raise UserError(f"{self.name}: {codes.shape[1]} tokens per image, this tokenizer decodes {self.num_tokens}")
-        return 2 * self.pixels(codes).float() - 1
-
-    def forward(self, images: Tensor) -> VQOutput:
-        """One training pass with the straight-through gradient."""
-        self._check_images(images)
-        vectors, codebook = self.vectors(images), self.codebook
-        tokens = quantizer.nearest_code(vectors.detach(), codebook.detach())
-        codes = F.embedding(tokens, codebook)
-        passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
-        return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
-
-    def _check_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")

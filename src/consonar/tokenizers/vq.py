@@ -17,22 +17,18 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.checkpoint import component_fingerprint
-from consonar.config_io import to_dict
 from consonar.errors import UserError
-from consonar.tokenizers import quantizer
-from consonar.types import Grid
+from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQConfig:
-    """Shape of a convolutional VQ tokenizer."""
+class VQConfig(ConvConfig):
+    """Shape of a convolutional VQ tokenizer; the defaults are the one for OpenMoji at 64 px."""
 
     kind: Literal["vq"] = "vq"
     image_size: int = 64
     """Side of the square images, pixels."""
-    vocab_size: int = 1024
-    """Number of codes."""
     code_dim: int = 8
     """Width of one code."""
     base_channels: int = 32
@@ -43,50 +39,13 @@ class VQConfig:
     """Residual blocks per level in the encoder; the decoder has one more."""
     latent_channels: int = 64
     """Channels between the convolutions and the projection to `code_dim`."""
-    num_groups: int = 32
-    """Groups of every GroupNorm; divides every channel count."""
     l2_normalize: bool = True
     """Search and decode unit-norm codes."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "image_size",
-            "base_channels",
-            "num_groups",
-            "vocab_size",
-            "code_dim",
-            "num_res_blocks",
-            "latent_channels",
-        ):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
-        if not self.channel_multipliers:
-            raise UserError("model.channel_multipliers: empty; one number per resolution, e.g. 1 2 4 8")
-        factor = 2 ** (len(self.channel_multipliers) - 1)
-        if self.image_size % factor:
-            raise UserError(
-                f"model.image_size: {self.image_size} is not a multiple of {factor} "
-                f"(2 to the number of channel_multipliers less one)"
-            )
-        for multiplier in self.channel_multipliers:
-            if multiplier < 1 or self.base_channels * multiplier % self.num_groups:
-                raise UserError(
-                    f"model.num_groups: {self.num_groups} does not divide {self.base_channels * multiplier} channels"
-                )
-
-
-@dataclass(frozen=True)
-class VQOutput:
-    """One training pass: reconstruction (B, 3, H, W); vectors, before the search, and codes (B*N, C); tokens (B, N)."""
-
-    reconstruction: Tensor
-    vectors: Tensor
-    codes: Tensor
-    tokens: Tensor
-
-
-def normalization(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+        super().__post_init__()
+        if self.latent_channels < 1:
+            raise UserError(f"model.latent_channels: {self.latent_channels} is not positive")
 
 
 class ResidualBlock(nn.Module):
@@ -230,70 +189,20 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Codebook(nn.Module):
-    def __init__(self, vocab_size: int, code_dim: int):
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, code_dim)
-        self.embedding.weight.data.uniform_(-1.0, 1.0)
-
-
-class VQTokenizer(nn.Module):
+class VQTokenizer(ConvTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
+    unit_range = False
+
     def __init__(self, config: VQConfig, name: str = "vq"):
-        super().__init__()
-        self.config, self.name = config, name
-        self.vocab_size, self.code_dim, self.image_size = config.vocab_size, config.code_dim, config.image_size
-        side = config.image_size // 2 ** (len(config.channel_multipliers) - 1)
-        self.grid: Grid | None = Grid(side, side)
-        self.num_tokens = side * side
+        super().__init__(config, name, l2_normalize=config.l2_normalize)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantize = Codebook(config.vocab_size, config.code_dim)
+        self.quantize = Codebook(config.vocab_size, config.code_dim, bound=1.0)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the configuration and the weights."""
-        return component_fingerprint(to_dict(self.config), self.state_dict())
+    def maps(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
 
-    @property
-    def codebook(self) -> Tensor:
-        """(K, C): the codes as searched and decoded."""
-        weight = self.quantize.embedding.weight
-        return F.normalize(weight, dim=-1) if self.config.l2_normalize else weight
-
-    def vectors(self, images: Tensor) -> Tensor:
-        """What is compared with the codes: (B*N, C) <- (B, 3, H, W)."""
-        latents = self.quant_conv(self.encoder(images)).float()  # (B, C, h, w)
-        vectors = latents.permute(0, 2, 3, 1).reshape(-1, self.code_dim)
-        return F.normalize(vectors, dim=-1) if self.config.l2_normalize else vectors
-
-    def encode(self, images: Tensor) -> Tensor:
-        self._check_images(images)
-        return quantizer.nearest_code(self.vectors(images), self.codebook).view(len(images), self.num_tokens)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.codebook)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self.decode_embeddings(self.embed(tokens))
-
-    def decode_embeddings(self, codes: Tensor) -> Tensor:
-        assert self.grid is not None
-        latents = codes.transpose(1, 2).unflatten(2, (self.grid.rows, self.grid.columns))  # (B, C, h, w)
-        return self.decoder(self.post_quant_conv(latents)).float()
-
-    def forward(self, images: Tensor) -> VQOutput:
-        """One training pass with the straight-through gradient."""
-        self._check_images(images)
-        vectors, codebook = self.vectors(images), self.codebook
-        tokens = quantizer.nearest_code(vectors.detach(), codebook.detach())
-        codes = F.embedding(tokens, codebook)
-        passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
-        return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
-
-    def _check_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
+    def images(self, maps: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(maps))

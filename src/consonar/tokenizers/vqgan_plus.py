@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError, unknown
 from consonar.official import Official, Shapes, State
-from consonar.tokenizers.conv import Codebook, ConvConfig, ConvTokenizer, num_indices, residual_blocks, run
-from consonar.tokenizers.vq import normalization
+from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, num_indices, residual_blocks, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +147,8 @@ class VQGANPlusDecoder(nn.Module):
 class VQGANPlusTokenizer(ConvTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
-    config: VQGANPlusConfig
-    # Without lookup-free quantisation only.
-    quantize: Codebook
-
     def __init__(self, config: VQGANPlusConfig, name: str = "vqgan-plus"):
-        super().__init__(config, name)
+        super().__init__(config, name, l2_normalize=config.l2_normalize)
         self.encoder, self.decoder = VQGANPlusEncoder(config), VQGANPlusDecoder(config)
         self.lookup_free = config.quantizer == "lookup-free"
         if not self.lookup_free:
@@ -163,12 +159,7 @@ class VQGANPlusTokenizer(ConvTokenizer):
         if self.lookup_free:
             device = next(self.parameters()).device
             return sign_codes(torch.arange(self.vocab_size, device=device), self.code_dim)
-        weight = self.quantize.embedding.weight
-        return F.normalize(weight, dim=-1) if self.config.l2_normalize else weight
-
-    def vectors(self, images: Tensor) -> Tensor:
-        vectors = super().vectors(images)
-        return F.normalize(vectors, dim=-1) if self.config.l2_normalize else vectors
+        return super().codebook
 
     def search(self, vectors: Tensor) -> Tensor:
         return sign_tokens(vectors) if self.lookup_free else super().search(vectors)

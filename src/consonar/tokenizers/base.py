@@ -1,0 +1,115 @@
+"""What all tokenizers share: the codebook, and what happens around the networks.
+
+Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `H`, `W` pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.checkpoint import component_fingerprint
+from consonar.config_io import to_dict
+from consonar.errors import UserError
+from consonar.tokenizers import quantizer
+from consonar.types import Grid
+
+
+@dataclass(frozen=True)
+class VQOutput:
+    """One training pass: reconstruction (B, 3, H, W); vectors, before the search, and codes (B*N, C); tokens (B, N)."""
+
+    reconstruction: Tensor
+    vectors: Tensor
+    codes: Tensor
+    tokens: Tensor
+
+
+class Codebook(nn.Module):
+    """Codes (V, C), drawn uniformly within `bound` of 0; None: 1 / V, as most released code does."""
+
+    def __init__(self, vocab_size: int, code_dim: int, bound: float | None = None):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, code_dim)
+        bound = 1.0 / vocab_size if bound is None else bound
+        self.embedding.weight.data.uniform_(-bound, bound)
+
+
+class CodebookTokenizer(nn.Module, ABC):
+    """A tokenizer as a module; follows `consonar.types.Tokenizer`. Subclasses give `latents` and `pixels`."""
+
+    unit_range = True
+    """Whether the networks work on pixels in [0, 1]; images change range here."""
+    # Set by subclasses, where there is a table of codes.
+    quantize: Codebook
+
+    def __init__(self, config: Any, name: str, num_tokens: int, grid: Grid | None, *, l2_normalize: bool):
+        super().__init__()
+        self.config, self.name, self.num_tokens, self.l2_normalize = config, name, num_tokens, l2_normalize
+        self.grid: Grid | None = grid
+        self.vocab_size, self.code_dim, self.image_size = config.vocab_size, config.code_dim, config.image_size
+
+    @abstractmethod
+    def latents(self, images: Tensor) -> Tensor:
+        """What the encoder makes of images in the networks' range: (B, N, C) <- (B, 3, H, W)."""
+
+    @abstractmethod
+    def pixels(self, codes: Tensor) -> Tensor:
+        """Images in the networks' range, not clamped: (B, 3, H, W) <- (B, N, C)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and the weights."""
+        return component_fingerprint(to_dict(self.config), self.state_dict())
+
+    @property
+    def codebook(self) -> Tensor:
+        """(V, C): the codes as searched and decoded."""
+        weight = self.quantize.embedding.weight
+        return F.normalize(weight, dim=-1) if self.l2_normalize else weight
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """What is compared with the codes: (B*N, C) float32 <- (B, 3, H, W)."""
+        vectors = self.latents((images + 1) / 2 if self.unit_range else images).float().flatten(0, 1)
+        return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
+
+    def search(self, vectors: Tensor) -> Tensor:
+        """The code of each vector: (B*N,) int64 <- (B*N, C)."""
+        return quantizer.nearest_code(vectors, self.codebook)
+
+    def encode(self, images: Tensor) -> Tensor:
+        self._check_images(images)
+        return self.search(self.vectors(images)).view(len(images), self.num_tokens)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.codebook)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.decode_embeddings(self.embed(tokens))
+
+    def decode_embeddings(self, codes: Tensor) -> Tensor:
+        if codes.shape[1] != self.num_tokens:
+            # A transformer would broadcast one token to all positions without an error.
+            raise UserError(f"{self.name}: {codes.shape[1]} tokens per image, this tokenizer decodes {self.num_tokens}")
+        images = self.pixels(codes).float()
+        return 2 * images - 1 if self.unit_range else images
+
+    def forward(self, images: Tensor) -> VQOutput:
+        """One training pass with the straight-through gradient."""
+        self._check_images(images)
+        vectors = self.vectors(images)
+        with torch.no_grad():
+            tokens = self.search(vectors)
+        codes = self.embed(tokens)
+        passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
+        return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
