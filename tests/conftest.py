@@ -59,6 +59,19 @@ def rng() -> torch.Generator:
     return seeded(0, "test")
 
 
+@pytest.fixture
+def images(rng: torch.Generator) -> torch.Tensor:
+    """(2, 3, 16, 16) in [-1, 1]."""
+    return torch.rand(2, 3, 16, 16, generator=rng) * 2 - 1
+
+
+@torch.no_grad()
+def stir(model: torch.nn.Module, rng: torch.Generator, scale: float = 0.2) -> None:
+    """Adds a draw to every weight, also to those that begin at zero or one, so that all of them tell."""
+    for parameter in model.parameters():
+        parameter.add_(scale * torch.randn(parameter.shape, generator=rng))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A component folder of an untrained tokenizer: 16 px, 4 x 4 tokens, 32 codes."""
@@ -102,9 +115,8 @@ def tiny_generator() -> Callable[..., ReARGenerator]:
         sizes = {"vocab_size": 32, "num_tokens": 16, "num_classes": NUM_CLASSES} | sizes
         generator = ReARGenerator(ReARConfig(width=32, num_layers=num_layers, num_heads=4, dropout=dropout, **sizes))
         rng = seeded(seed, "tiny_generator")
-        with torch.no_grad():
-            for parameter in generator.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+        generator.reset_parameters(rng)
+        stir(generator, rng)
         return generator.eval()
 
     return make

@@ -28,3 +28,13 @@ class Official:
     """(official, config) -> ours, and what we do not use but need for the way back (a usage buffer, training heads)."""
     to_official: Callable[[State, State, Any], State]
     """(ours, unused, config) -> official; the inverse of `to_ours`, bit for bit."""
+
+
+def same_keys(official: State, config: Any) -> tuple[State, State]:
+    """`to_ours` where our keys are the file's and nothing is left over."""
+    return dict(official), {}
+
+
+def same_keys_back(ours: State, unused: State, config: Any) -> State:
+    """`to_official` of `same_keys`."""
+    return {**ours, **unused}

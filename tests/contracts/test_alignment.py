@@ -177,7 +177,7 @@ def test_with_one_epoch_the_ratio_is_one_and_with_more_it_moves(make, batch):
         optimizer.step()
     # The draw ran without gradient, through another attention kernel: equal but for rounding.
     assert deviations[0] < 1e-4 < deviations[1]
-    assert clipped[0] < 0.05 < clipped[1] <= clipped[2]
+    assert clipped[0] < 0.05 < min(clipped[1:])
     objective, trainee = make(VAPI)
     (rollout,) = objective.rollout(trainee.train(), batch, 0)
     terms = objective.loss(trainee, rollout, 0)[1]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NUM_CLASSES
+from conftest import NUM_CLASSES, stir
 
 from consonar.generators import GENERATORS, Origin, conditions, load_generator, save_generator
 from consonar.generators.alitok import AliTokARConfig
@@ -42,9 +42,7 @@ def model(request, tiny_generator):
     config = CONFIGS[request.param]
     generator, rng = GENERATORS[config.kind][1](config), seeded(0, request.param)
     generator.reset_parameters(rng)
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    stir(generator, rng)
     return generator.eval()
 
 

@@ -224,7 +224,8 @@ def test_lpips_is_the_perceptual_term_when_chosen(reconstruction, batch, tmp_pat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         torch.save(lpips.VGG16Features().state_dict(), path)
-    monkeypatch.setattr(lpips, "WEIGHTS_SHA256_PREFIX", file_sha256(path)[:8])  # stand-in weights, not the published
+    stand_in = replace(lpips.WEIGHTS, sha256_prefix=file_sha256(path)[:8])  # not the published file
+    monkeypatch.setattr(lpips, "WEIGHTS", stand_in)
     config = ReconstructionConfig(perceptual="lpips", perceptual_weights=str(path), perceptual_weight=0.5)
     objective, trainee = reconstruction(config)
     path.unlink()

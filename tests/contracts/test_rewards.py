@@ -1,5 +1,7 @@
 """What every registered reward keeps: one finite number per image, whatever the chunks; the original itself is best."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def build(tmp_path_factory):
         torch.manual_seed(0)
         torch.save(VGG16Features().state_dict(), folder / "vgg16.pth")
         save_discriminator(PatchDiscriminator(8), folder / "discriminator")
-        patch.setattr(lpips, "WEIGHTS_SHA256_PREFIX", "")
+        patch.setattr(lpips, "WEIGHTS", replace(lpips.WEIGHTS, sha256_prefix=""))
         yield lambda weights, **options: build_rewards(
             weights,
             device="cpu",

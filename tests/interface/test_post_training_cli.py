@@ -87,7 +87,7 @@ def test_mistakes(words, capsys, tmp_path):
     assert "objective.group_size: 1" in fails(capsys, *good, "--objective.group-size", "1")
     assert "is not NAME=WEIGHT" in fails(capsys, *vapi, "--objective.rewards", "mse")
     assert "unknown 'mze'" in fails(capsys, *vapi, "--objective.rewards", "mze=1")
-    assert "no VGG16 weights at" in fails(
+    assert "no weights at" in fails(
         capsys, *vapi, "--objective.rewards", "mse=1,lpips=1", "--objective.lpips-weights", str(tmp_path / "no.pth")
     )
     (tmp_path / "wrong.pth").write_bytes(b"not the weights")

@@ -1,6 +1,7 @@
 """What can be said of LPIPS in closed form, and its files; the official package's values are in `golden_lpips.py`."""
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def test_the_default_file_and_its_hash(weights, tmp_path, monkeypatch):
     digest = load_lpips(check_hash=False).weights_sha256
     message = refused(None, check_hash=True)
     assert digest[:8] in message and "397923af" in message
-    monkeypatch.setattr(lpips, "WEIGHTS_SHA256_PREFIX", digest[:8])
+    monkeypatch.setattr(lpips, "WEIGHTS", replace(lpips.WEIGHTS, sha256_prefix=digest[:8]))
     assert load_lpips().weights_sha256 == digest
 
 

@@ -1,19 +1,15 @@
 """Post-training as a user starts it: from a trained run, resumed, stopped by the guard, best kept, two processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import NUM_CLASSES, TINY_VQ, picture
+from two_processes import run_on_two
 
 from consonar import checkpoint
 from consonar.config import DataConfig
-from consonar.config_io import to_dict
 from consonar.errors import UserError
 from consonar.generators import load_generator, read_origin
 from consonar.generators.rear import ReARConfig
@@ -166,23 +162,7 @@ def test_two_processes_learn_and_agree_on_one_model(make, tmp_path):
         "ce": make(CrossEntropyConfig(rewards=REWARDS), loop={"steps": 3}),
         "reinforce": make(replace(OBJECTIVES["reinforce"], group_size=2), loop={"steps": 3}),
     }
-    arguments = []
-    for name, config in configs.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config)))
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            arguments += [str(tmp_path / f"{name}.json"), str(sock.getsockname()[1])]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors
+    run_on_two(WORKER, configs, tmp_path)
     alone = train(configs["ce"], tmp_path / "alone", quiet=True)
     one, two = weights(alone), weights(tmp_path / "ce")
     for key in one:

@@ -1,18 +1,13 @@
 """Two processes on gloo give what one process gives for the same global batch."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from two_processes import run_on_two
 
 from consonar import checkpoint
 from consonar.config import DataConfig
-from consonar.config_io import to_dict
 from consonar.tracking import read_metrics
 from consonar.training.objectives import ConsistencyConfig
 from consonar.training.run import train
@@ -38,12 +33,6 @@ for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
 NO_GRADIENT = "k_norm.bias"  # see test_loop.py
 
 
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 @pytest.fixture
 def configs(make_config, tokenizer, picture_folder):
     """Without per-rank draws: noise and class dropout are drawn by each rank for itself."""
@@ -64,21 +53,7 @@ def test_two_processes_equal_one(configs, tmp_path):
     # One more tokenizer run, in which codes are revived: the ranks see different vectors and must still agree.
     revived = replace(configs["tokenizer"].objective, revive_after=1)
     both = configs | {"revived": replace(configs["tokenizer"], objective=revived)}
-    arguments = []
-    for name, config in both.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config)))
-        arguments += [str(tmp_path / f"{name}.json"), free_port()]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors
+    run_on_two(WORKER, both, tmp_path)
     for name in both:
         first, second = (torch.load(tmp_path / f"{name}.rank{rank}.pt") for rank in "01")
         assert all(torch.equal(first[key], second[key]) for key in first), name

@@ -4,6 +4,7 @@ The goldens (`tests/parity/golden_inception.py`) hold its arithmetic.
 """
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -159,11 +160,11 @@ def test_a_missing_file_is_named_with_where_to_get_it(tmp_path, monkeypatch):
 
 def test_the_default_file_its_hash_and_both_names(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path))
-    (tmp_path / inception.WEIGHTS_FILE).symlink_to(weights)
+    (tmp_path / inception.WEIGHTS.name).symlink_to(weights)
     digest = load_inception(check_hash=False).weights_sha256
     message = refused(None, check_hash=True)
     assert digest[:8] in message and "6726825d" in message
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256_PREFIX", digest[:8])
+    monkeypatch.setattr(inception, "WEIGHTS", replace(inception.WEIGHTS, sha256_prefix=digest[:8]))
     for name in ("inception", "inception-pytorch-fid"):
         network = sets.load_feature_network(name)
         assert (network.name, network.weights_sha256) == (name, digest)

@@ -1,6 +1,5 @@
 """The recipes of published rows: their shapes and settings against the released ones, and every one of them trains."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NUM_CLASSES, TINY_VQ
+from manifests import manifest, released_shapes
 
 from consonar import cli
 from consonar.config import DataConfig, TrainConfig
@@ -22,7 +22,6 @@ from consonar.training.run import train
 from consonar.training.trainee import Trainee
 from consonar.types import Grid
 
-MANIFESTS = Path(__file__).parents[1] / "goldens" / "manifests"
 TOKENIZERS = {
     "models/maskgit-vqgan": "maskgit_vqgan_f16_256",
     "models/vqgan-plus-12bit": "vqplus",
@@ -46,17 +45,9 @@ PUBLISHED = (*ON_TOKENS, *POST_TRAINING)
 PLAIN_OF = {"ar-l": "rear-l", "ar-b-titok": "rear-b-titok", "ar-b-alitok": "rear-b-alitok"}
 
 
-def manifest(name: str) -> dict:
-    return json.loads((MANIFESTS / f"{name}.json").read_text())
-
-
-def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(shape) for key, shape in manifest(name)["state_dict"].items()}
-
-
 def trainee_of(config: TrainConfig) -> Trainee:
     """What the recipe trains with its own tokenizer and 1000 classes, without memory."""
-    shapes = shapes_of(TOKENIZERS[config.tokenizer])
+    shapes = released_shapes(TOKENIZERS[config.tokenizer])
     official = registry.recognise(shapes, config.tokenizer)
     tokenizer = registry.build(official.component, official.config(shapes), "tokenizer")
     shape = config.model.sized(tokenizer.vocab_size, tokenizer.num_tokens, 1000, grid=tokenizer.grid)
@@ -79,7 +70,7 @@ def test_the_generator_is_the_released_one(name):
     generator = trainee_of(find_recipe(name)).generator
     assert round(count(generator) / 1e6, 1) == millions
     if released is not None:
-        expected = {key: shape for key, shape in shapes_of(released).items() if "align_mlp" not in key}
+        expected = {key: shape for key, shape in released_shapes(released).items() if "align_mlp" not in key}
         assert {key: tuple(value.shape) for key, value in generator.state_dict().items()} == expected
 
 

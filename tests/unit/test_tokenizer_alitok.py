@@ -2,18 +2,18 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from manifests import released_shapes
 
 from consonar.config_io import from_dict, to_dict
+from consonar.convert.registry import shapes_of
 from consonar.errors import UserError
 from consonar.tokenizers.alitok import OFFICIAL, AliTokConfig, AliTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.types import Grid
 
-MANIFESTS = Path(__file__).parents[1] / "goldens" / "manifests"
 SIDE = TransformerConfig(width=64, num_layers=2, num_heads=1, patch_size=4)
 TINY = AliTokConfig(
     image_size=16, vocab_size=20, code_dim=5, num_prefix_tokens=3, num_buffer_tokens=2,
@@ -27,36 +27,9 @@ def model() -> AliTokTokenizer:
     return AliTokTokenizer(TINY).eval()
 
 
-def read_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
-    return {key: tuple(shape) for key, shape in manifest["state_dict"].items()}
-
-
-def shapes_of(state: dict) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def test_the_released_file_is_recognised_and_gives_its_own_keys_and_the_default_sizes():
-    shapes = read_shapes("alitok_tokenizer")
-    assert OFFICIAL.recognises(shapes)
-    config = OFFICIAL.config(shapes)
-    assert config == AliTokConfig()
-    with torch.device("meta"):
-        tokenizer = AliTokTokenizer(config)
-    official = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    ours, unused = OFFICIAL.to_ours(official, config)
-    assert unused == {}
-    assert shapes_of(tokenizer.state_dict()) == shapes_of(ours) == shapes
-    total = json.loads((MANIFESTS / "alitok_tokenizer.json").read_text())["total_parameters"]
-    assert sum(value.numel() for value in tokenizer.parameters()) == total
-    assert tokenizer.num_tokens == 273 and tokenizer.grid == Grid(16, 16, prefix=17)
-
-
-def test_no_other_released_file_is_recognised():
-    others = {path.stem for path in MANIFESTS.glob("*.json")} - {"alitok_tokenizer"}
-    assert len(others) > 5
-    for name in others:
-        assert not OFFICIAL.recognises(read_shapes(name)), name
+def test_the_released_file_is_the_default_configuration():
+    assert OFFICIAL.config(released_shapes("alitok_tokenizer")) == AliTokConfig()
+    assert AliTokConfig().grid == Grid(16, 16, prefix=17)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_prefix_tokens": 0}, {"num_buffer_tokens": 0}])

@@ -1,33 +1,22 @@
 """VQGAN+: released shapes, its options, and lookup-free codes."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from conftest import stir
+from manifests import released_shapes
 
+from consonar.convert.registry import shapes_of
 from consonar.errors import UserError
 from consonar.tokenizers import load_tokenizer, quantizer, save_tokenizer
 from consonar.tokenizers.vqgan_plus import OFFICIAL, VQGANPlusConfig, VQGANPlusTokenizer, sign_codes, sign_tokens
 
-FOLDER = Path(__file__).parents[1] / "goldens" / "manifests"
-MANIFESTS = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
-RELEASED = "vqplus"
 TINY = VQGANPlusConfig(
     image_size=16, vocab_size=32, code_dim=5, base_channels=8, channel_multipliers=(1, 1, 2), num_res_blocks=1,
     num_groups=4,
 )  # fmt: skip
 TINY_BITS = replace(TINY, quantizer="lookup-free")
-
-
-def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(shape) for key, shape in MANIFESTS[name]["state_dict"].items()}
 
 
 def on_meta(config: VQGANPlusConfig) -> VQGANPlusTokenizer:
@@ -38,31 +27,12 @@ def on_meta(config: VQGANPlusConfig) -> VQGANPlusTokenizer:
 def drawn(config: VQGANPlusConfig, rng: torch.Generator) -> VQGANPlusTokenizer:
     """A model whose weights are large enough that all of them tell."""
     model = VQGANPlusTokenizer(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    stir(model, rng, 0.1)
     return model
 
 
-@pytest.fixture
-def images(rng) -> Tensor:
-    return torch.rand(2, 3, 16, 16, generator=rng) * 2 - 1
-
-
-def test_the_released_file_is_the_default_configuration_with_its_own_keys():
-    shapes = released_shapes(RELEASED)
-    assert OFFICIAL.recognises(shapes)
-    config = OFFICIAL.config(shapes)
-    assert config == VQGANPlusConfig()
-    model = on_meta(config)
-    ours, unused = OFFICIAL.to_ours({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, config)
-    assert shapes_of(model.state_dict()) == shapes_of(ours) == shapes and not unused
-    assert sum(parameter.numel() for parameter in model.parameters()) == MANIFESTS[RELEASED]["total_parameters"]
-
-
-@pytest.mark.parametrize("name", sorted(set(MANIFESTS) - {RELEASED}))
-def test_no_other_released_file_is_taken_for_it(name):
-    assert not OFFICIAL.recognises(released_shapes(name))
+def test_the_released_file_is_the_default_configuration():
+    assert OFFICIAL.config(released_shapes("vqplus")) == VQGANPlusConfig()
 
 
 def test_a_decoder_stored_from_high_to_low_resolution_is_not_taken_for_it():
@@ -70,9 +40,9 @@ def test_a_decoder_stored_from_high_to_low_resolution_is_not_taken_for_it():
     shapes = {
         ".".join(str(last - int(part)) if key.startswith("decoder.up.") and i == 2 else part
                  for i, part in enumerate(key.split("."))): shape
-        for key, shape in released_shapes(RELEASED).items()
+        for key, shape in released_shapes("vqplus").items()
     }  # fmt: skip
-    assert shapes.keys() != released_shapes(RELEASED).keys()
+    assert shapes.keys() != released_shapes("vqplus").keys()
     assert not OFFICIAL.recognises(shapes)
 
 

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consonar.cache import cache_dir
-from consonar.checkpoint import file_sha256, load_weights
-from consonar.errors import UserError, unknown
+from consonar.checkpoint import load_weights
+from consonar.errors import unknown
 from consonar.evaluation.inception_network import INPUT_SIZE, SPATIAL_CHANNELS, InceptionV3
+from consonar.weight_files import WeightFile
 
-WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
-WEIGHTS_SHA256_PREFIX = "6726825d"
-"""Published in the file's name, by PyTorch's convention: the first eight hex digits of its SHA-256."""
+_NAME = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS = WeightFile(
+    "inception", _NAME, f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_NAME}", "6726825d"
+)
 
 
 def resize_from_corner(pixels: Tensor, size: int) -> Tensor:
@@ -103,30 +103,12 @@ class InceptionFeatures:
 def load_inception(
     name: str = "inception", device: str = "cpu", *, path: str | Path | None = None, check_hash: bool = True
 ) -> InceptionFeatures:
-    """The network with the weights of a local file; `None`: `WEIGHTS_FILE` in `cache_dir()`. Never downloads.
+    """The network with the weights of a local file; `None`: `WEIGHTS.name` in `cache_dir()`. Never downloads.
 
     `check_hash=False` takes any .pth state dict with its keys. Counters of training batches, which are not read, may be
     missing. Raises `UserError` when the file is missing, damaged, has other keys or shapes, or another SHA-256.
     """
-    file = Path(path).expanduser() if path is not None else cache_dir() / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(
-            f"inception: no weights at {file}; download {WEIGHTS_URL} (SHA-256 {WEIGHTS_SHA256_PREFIX}...) and put it "
-            "there" + ("" if path is None else ", or name the file you have")
-        )
-    digest = file_sha256(file)
-    if check_hash and not digest.startswith(WEIGHTS_SHA256_PREFIX):
-        raise UserError(
-            f"inception: {file} has SHA-256 {digest[:8]}..., the published {WEIGHTS_FILE} {WEIGHTS_SHA256_PREFIX}...: "
-            f"cut short or another file; download {WEIGHTS_URL} again"
-        )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets damaged bytes with errors of any type
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"inception: {file}: not readable as a file of weights ({reason})") from error
-    if not isinstance(state, dict):
-        raise UserError(f"inception: {file}: holds a {type(state).__name__}, expected a table of weights by name")
+    file, digest, state = WEIGHTS.read(path, check_hash=check_hash)
     # On the meta device: random weights that are overwritten at once would advance the global random generator.
     with torch.device("meta"):
         network = InceptionV3()

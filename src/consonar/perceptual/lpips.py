@@ -38,14 +38,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from consonar.cache import cache_dir
-from consonar.checkpoint import file_sha256, load_weights
-from consonar.errors import UserError
+from consonar.checkpoint import load_weights
+from consonar.weight_files import WeightFile
 
-WEIGHTS_FILE = "vgg16-397923af.pth"
-WEIGHTS_URL = f"https://download.pytorch.org/models/{WEIGHTS_FILE}"
-WEIGHTS_SHA256_PREFIX = "397923af"
-"""torchvision's naming convention: the first eight hex digits of the file's SHA-256 are in its name."""
+_NAME = "vgg16-397923af.pth"
+WEIGHTS = WeightFile("lpips", _NAME, f"https://download.pytorch.org/models/{_NAME}", "397923af")
 LINEAR_WEIGHTS = Path(__file__).with_name("lpips_v0.1_vgg_lin.npz")
 SMALLEST_INPUT = 16
 """Pixels; four poolings halve them to one."""
@@ -155,41 +152,11 @@ def load_lpips(path: str | Path | None = None, *, check_hash: bool = True) -> LP
         from consonar.convert.hub import fetch_file
 
         path, check_hash = fetch_file(str(path)), False
-    file = Path(path).expanduser() if path is not None else cache_dir() / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(
-            f"lpips: no VGG16 weights at {file}; download {WEIGHTS_URL} and put it there"
-            + ("" if path is None else ", or name the file you have")
-        )
-    digest = file_sha256(file)
-    if check_hash and not digest.startswith(WEIGHTS_SHA256_PREFIX):
-        raise UserError(
-            f"lpips: {file} has SHA-256 {digest[:8]}..., the published {WEIGHTS_FILE} {WEIGHTS_SHA256_PREFIX}...: "
-            f"cut short or another file; download {WEIGHTS_URL} again"
-        )
-    state = {key: value for key, value in read_state(file).items() if key.startswith("features.")}
+    file, digest, state = WEIGHTS.read(path, check_hash=check_hash)
+    state = {key: value for key, value in state.items() if key.startswith("features.")}
     # On the meta device: random weights that are overwritten at once would advance the global random generator.
     with torch.device("meta"):
         trunk = VGG16Features()
     trunk.to_empty(device="cpu")
     load_weights(trunk, state, f"lpips: {file}")
     return LPIPS(trunk, digest)
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors state dict by key; `UserError` when it is damaged or holds something else.
-
-    Nothing in the file is executed.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets damaged bytes with errors of any type
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"lpips: {file}: not readable as a file of weights ({reason})") from error
-    if not isinstance(state, dict):
-        raise UserError(f"lpips: {file}: holds a {type(state).__name__}, expected a table of weights by name")
-    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}

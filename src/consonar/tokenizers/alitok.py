@@ -15,7 +15,6 @@ Letters: those of `vit.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError
-from consonar.official import Official, Shapes, State
+from consonar.official import Official, Shapes, same_keys, same_keys_back
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.vit import (
     BASE,
@@ -129,20 +128,11 @@ def config_from_shapes(shapes: Shapes) -> AliTokConfig:
     )
 
 
-def to_ours(state: Mapping[str, Tensor], config: AliTokConfig) -> tuple[State, State]:
-    """Our keys are the file's; nothing is left over."""
-    return dict(state), {}
-
-
-def to_official(state: Mapping[str, Tensor], unused: Mapping[str, Tensor], config: AliTokConfig) -> State:
-    return {**state, **unused}
-
-
 OFFICIAL = Official(
     name="AliTok tokenizer",
     component="tokenizer",
     recognises=recognises,
     config=config_from_shapes,
-    to_ours=to_ours,
-    to_official=to_official,
+    to_ours=same_keys,
+    to_official=same_keys_back,
 )

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.official import Official, Shapes
+from consonar.official import Official, Shapes, same_keys, same_keys_back
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, num_indices, residual_blocks, run
 
@@ -130,6 +130,6 @@ OFFICIAL = Official(
     component="tokenizer",
     recognises=lambda shapes: shapes.keys() >= MARKERS,
     config=config_from,
-    to_ours=lambda official, config: (official, {}),
-    to_official=lambda ours, unused, config: {**ours, **unused},
+    to_ours=same_keys,
+    to_official=same_keys_back,
 )

@@ -21,7 +21,6 @@ Letters: those of `vit.py`; `K` codes of the pixel decoder, `Z` their width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError
-from consonar.official import Official, Shapes, State
+from consonar.official import Official, Shapes, same_keys, same_keys_back
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.conv import num_indices
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITDecoder
@@ -183,20 +182,11 @@ def config_from_shapes(shapes: Shapes) -> TiTokConfig:
     )
 
 
-def to_ours(state: Mapping[str, Tensor], config: TiTokConfig) -> tuple[State, State]:
-    """Our keys are the file's; nothing is left over."""
-    return dict(state), {}
-
-
-def to_official(state: Mapping[str, Tensor], unused: Mapping[str, Tensor], config: TiTokConfig) -> State:
-    return {**state, **unused}
-
-
 OFFICIAL = Official(
     name="TiTok tokenizer",
     component="tokenizer",
     recognises=recognises,
     config=config_from_shapes,
-    to_ours=to_ours,
-    to_official=to_official,
+    to_ours=same_keys,
+    to_official=same_keys_back,
 )
