@@ -31,7 +31,8 @@ TRAINED = ("plain-ar", "rear")
 SHOWN = ("plain-ar", "plain-ar-vapi", "rear", "rear-vapi")
 COLUMNS = ("FD(efficientnet-lite0) validation", "FD(efficientnet-lite0) train", "precision", "recall",
            "copy rate (features)", "copy rate (tokens)", "entropy (teacher-forced)")  # fmt: skip
-CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /claims-vapi -->", re.DOTALL)
+# Written by claims/vapi.py, and how to read it.
+CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /reading -->", re.DOTALL)
 
 
 def to_images(pixels: np.ndarray) -> torch.Tensor:
@@ -109,7 +110,8 @@ def main() -> None:
     overview(demo, results)
     lines = [
         "# Results", "",
-        "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own.", "",
+        "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own. The section on VA-pi is "
+        "written by `make claims-vapi`; only its paragraph on how to read it is by hand.", "",
         f"- Command: `make demo` (`consonar demo --minutes {settings['minutes']:g} --seed {settings['seed']:g}`), "
         f"{settings['steps']:g} steps of batch 64 per training run, "
         f"{last['rear-vapi'][-1]['step']} updates of batch 32 per post-training run (VA-pi with spatial credit).",
@@ -147,7 +149,10 @@ def main() -> None:
             ]
     before = (DOCS / "results.md").read_text() if (DOCS / "results.md").exists() else ""
     claims = CLAIMS.search(before)
-    lines += [claims[0] if claims else "<!-- claims-vapi --><!-- /claims-vapi -->", ""]
+    lines += [
+        claims[0] if claims else "<!-- claims-vapi --><!-- /claims-vapi -->\n\n<!-- reading --><!-- /reading -->",
+        "",
+    ]
     lines += ["### Tokenizer", "Validation images (odd rows) and what the tokenizer makes of them (even rows):", "",
               "![reconstructions](images/reconstructions.png)", "",
               "Emoji by [OpenMoji](https://openmoji.org), CC BY-SA 4.0."]  # fmt: skip

@@ -29,9 +29,9 @@ from consonar.training.run import train
 TOKENIZER = "openmoji-64"
 STEPS_PER_MINUTE = 21
 """Optimiser steps of each training run per minute of budget: what two CPU cores manage with all the rest included."""
-UPDATES_PER_MINUTE = 2.5
+UPDATES_PER_MINUTE = 4
 """Updates of each post-training run per minute of budget."""
-TEMPERATURES = (1.0, 0.75)
+TEMPERATURES = (1.0, 0.7)
 NUM_SAMPLES = 512
 RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}
 POST_TRAINING = {"ce": ce_openmoji, "vapi": vapi_spatial_openmoji}
