@@ -41,8 +41,14 @@ class DataConfig:
     """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
     images: str | None = None
     """Image source, for tokenizers and post-training: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
+    validation_items: int = 0
+    """Held-out items measured at every validation, evenly spaced over all of them; 0: all."""
     flip: bool = False
     """Mirror half of the images (image sources; token stores hold their views)."""
+
+    def __post_init__(self) -> None:
+        if self.validation_items < 0:
+            raise UserError(f"data.validation_items: {self.validation_items} is negative; 0 means all")
 
 
 @dataclass(frozen=True, kw_only=True)

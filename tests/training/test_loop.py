@@ -1,6 +1,7 @@
 """The one training loop: plain AR to the bit, accumulation, moving average, overfitting, the stored curve."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -137,6 +138,19 @@ def test_moving_average(make_config, tmp_path):
     logits = exported(tokens, store.labels)[0]
     measured = F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
     assert column(run, "validation/cross_entropy")[-1] == pytest.approx(measured, rel=1e-5)
+
+
+def test_a_validation_of_fewer_items_measures_those(make_config, tmp_path):
+    config = make_config(loop={"steps": 1})
+    run = train(replace(config, data=replace(config.data, validation_items=3)), tmp_path / "run", quiet=True)
+    store = TokenStore.open(config.data.validation_tokens)
+    rows = torch.tensor([0, 3, 6])  # of ten
+    tokens = store.read(rows, torch.zeros(3, dtype=torch.int64))
+    logits = load_generator(run)(tokens, store.labels[rows])[0]
+    measured = F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
+    assert column(run, "validation/cross_entropy")[-1] == pytest.approx(measured, rel=1e-5)
+    with pytest.raises(UserError, match=r"data.validation_items: -1 is negative; 0 means all"):
+        replace(config.data, validation_items=-1)
 
 
 def test_intervals(make_config, tmp_path):

@@ -51,6 +51,12 @@ def batch_rows(step: int, batch_size: int, num_items: int, *, seed: int, rank: i
     return torch.cat(parts)[rank::world_size]
 
 
+def spaced_rows(num_items: int, max_items: int) -> Tensor:
+    """All rows, or with `max_items` > 0 at most that many, evenly spaced: (n,) int64 in [0, num_items), rising."""
+    count = min(max_items, num_items) if max_items else num_items
+    return torch.arange(count) * num_items // max(count, 1)
+
+
 def _check_batching(num_items: int, batch_size: int, rank: int, world_size: int, name: str) -> None:
     if num_items == 0:
         raise UserError(f"data: {name} holds no items")
@@ -90,9 +96,9 @@ class TokenBatches:
         views = torch.randint(self.store.num_views, shape, generator=generator(self.seed, "views", step))
         return self._read(rows, views[self.rank :: self.world_size])
 
-    def ordered(self, batch_size: int) -> Iterator[Batch]:
-        """Every item once, in the order of the store, first view, for validation; the last batch may be short."""
-        for rows in torch.arange(self.num_items).split(batch_size):
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
+        """`spaced_rows` in the order of the store, first view, for validation; the last batch may be short."""
+        for rows in spaced_rows(self.num_items, max_items).split(batch_size):
             yield self._read(rows, torch.zeros_like(rows))
 
 
@@ -143,9 +149,9 @@ class ImageBatches:
         images = torch.where(mirrored, batch.images.flip(-1), batch.images)
         return Batch(images=images, condition=batch.condition, indices=rows)
 
-    def ordered(self, batch_size: int) -> Iterator[Batch]:
-        """Every item once, in order and not mirrored, for validation; the last batch may be short."""
-        for rows in torch.arange(self.num_items).split(batch_size):
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
+        """`spaced_rows` in order and not mirrored, for validation; the last batch may be short."""
+        for rows in spaced_rows(self.num_items, max_items).split(batch_size):
             yield self._read(rows)
 
 

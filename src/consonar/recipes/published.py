@@ -166,10 +166,12 @@ def vapi_llamagen_xxl() -> TrainConfig:
     images with 8 sequences each, 12,800 images or 1 % of ImageNet, 25 minutes; numbers without guidance, temperature 1,
     drawn at 384 and reduced to 256. As in the released script there is no noise and no KL, hence no second model here.
     It drops one class in ten, and units, in the update but not in the draw; this drops classes in both, units in none.
+    Validation, which it has not, reads 1,024 images.
     """
     return TrainConfig(
         recipe="vapi-llamagen-xxl",
         model=None,
+        data=DataConfig(validation_items=1024),
         objective=PolicyConfig(
             rewards={"mse": 1.0, "lpips": 1.0}, group_size=8, temperature=1.0, advantage_clamp=5.0, clip_range=0.2,
             ce_weight=0.1, kl_weight=0.0, context_noise=0.0, class_dropout=0.1, guard=GuardConfig(measure_kl=False),

@@ -31,8 +31,8 @@ from consonar.training.best import METRIC, KeepBest, ValidationDistance
 from consonar.training.discriminator import save_discriminator
 from consonar.training.inputs import (
     check_classes,
+    held_out_batches,
     image_batches,
-    on_device,
     open_store,
     preview_reconstructions,
     preview_samples,
@@ -98,7 +98,7 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
         held_out = open_store(config.data.validation_tokens, "data.validation_tokens", tokenizer)
         check_classes(store, held_out)
         validation = TokenBatches(held_out, batch_size=batch_size, seed=config.seed)
-        callbacks.validate = lambda model: objective.validate(model, on_device(validation, batch_size, world))
+        callbacks.validate = lambda model: objective.validate(model, held_out_batches(validation, config, world))
     origin = origin_of(config, store.fingerprint, store.class_names)
     return Made(
         trainee, objective, batches, callbacks,
@@ -149,7 +149,7 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
             callbacks.keep_best = KeepBest(out / "best", origin)
 
         def validate(model: Any) -> dict[str, float]:
-            values = objective.validate(model, on_device(validation, batch_size, world))
+            values = objective.validate(model, held_out_batches(validation, config, world))
             return values | ({METRIC: distance(model.generator)} if distance else {})
 
         callbacks.validate = validate
@@ -203,7 +203,7 @@ def build_tokenizer_run(config: TrainConfig, world: World, batch_size: int) -> M
     held_out = open_source(config.data.images, split="validation", image_size=size)
     validation = image_batches(config, held_out, size, batch_size)
     callbacks = Callbacks(
-        validate=lambda model: objective.validate(model, on_device(validation, batch_size, world)),
+        validate=lambda model: objective.validate(model, held_out_batches(validation, config, world)),
         preview=lambda model, path: preview_reconstructions(model.tokenizer, validation, world, path),
     )
     return Made(trainee, objective, batches, callbacks, export_tokenizer)

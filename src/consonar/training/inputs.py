@@ -88,8 +88,10 @@ def load_images(source: ImageSource, image_size: int) -> tuple[torch.Tensor, tor
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
-def on_device(batches: Any, batch_size: int, world: World) -> Iterator[Batch]:
-    return (to_device(batch, world.device) for batch in batches.ordered(batch_size))
+def held_out_batches(batches: Any, config: TrainConfig, world: World) -> Iterator[Batch]:
+    """What a validation measures, on the device."""
+    for batch in batches.ordered(batches.batch_size, config.data.validation_items):
+        yield to_device(batch, world.device)
 
 
 def preview_samples(model: Any, tokenizer: Tokenizer, path: Path) -> None:
