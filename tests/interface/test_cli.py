@@ -137,6 +137,10 @@ def test_evaluate_a_run_and_samples(trained: Path, picture_folder: Path, tmp_pat
     assert json.loads((run / "reconstruction.json").read_text())["num_images"] == 6
     assert not list(run.glob(".samples*"))
     assert "--overwrite" in fails(["evaluate", str(run), "--reference", str(picture_folder)], capsys)
+    again = ["evaluate", str(run), "--reference", str(picture_folder), "--overwrite", "--feature-network"]
+    assert "choices: efficientnet-lite0, inception" in fails([*again, "fid"], capsys)
+    assert "inception: no weights at" in fails([*again, "inception"], capsys)
+    assert json.loads((run / "results.json").read_text()) == results
     cli.main(["sample", str(run), "--num-samples", "16", "--out", str(tmp_path / "a.npz")])
     out = tmp_path / "a.json"
     cli.main(

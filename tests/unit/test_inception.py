@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from parity.fill import fill
 
+from consonar import cli
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation import inception
@@ -169,6 +171,16 @@ def test_the_default_file_its_hash_and_both_names(weights, tmp_path, monkeypatch
         network = sets.load_feature_network(name)
         assert (network.name, network.weights_sha256) == (name, digest)
     assert "choices: inception, inception-pytorch-fid" in refused(weights, name="fid")
+    for folder, first in (("samples", 0), ("reference", 10)):
+        (tmp_path / folder).mkdir()
+        for index in range(first, first + 10):
+            picture(index).save(tmp_path / folder / f"{index:02d}.png")
+    out = tmp_path / "results.json"
+    command = ["evaluate", str(tmp_path / "samples"), "--reference", str(tmp_path / "reference"), "--draws", "1"]
+    cli.main([*command, "--feature-network", "inception-pytorch-fid", "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert results["feature_network"] == {"name": "inception-pytorch-fid", "sha256": digest}
+    assert any(key.startswith("FD(inception-pytorch-fid)") for key in results["metrics"])
 
 
 def test_damaged_and_other_files_are_refused_in_one_line(weights, tmp_path):

@@ -13,6 +13,7 @@ def evaluate(
     samples: tyro.conf.Positional[Path],
     *,
     reference: str,
+    feature_network: str = "efficientnet-lite0",
     out: Path | None = None,
     tokenizer: str | None = None,
     temperatures: str = "1",
@@ -30,6 +31,8 @@ def evaluate(
         samples: Samples, or a run folder: a generator is sampled, a tokenizer reconstructs the validation images;
             the results are written into the run, where `consonar report` finds them.
         reference: openmoji-64, an .npz of images or statistics, a folder, hf:owner/name.
+        feature_network: efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity) or
+            inception-pytorch-fid; the Inception weights are a file that you bring (docs/evaluation.md).
         out: Where to write the results of samples (JSON).
         tokenizer: Of samples: name or folder of their tokenizer, for the copy rate in tokens (default: the one that
             the file names, when it is a shipped one).
@@ -54,9 +57,12 @@ def evaluate(
         sampling = {
             "num_samples": num_samples, "draws": draws, "seed": seed, "batch_size": batch_size, "match": match
         }  # fmt: skip
-        evaluate_folder(samples, reference, place, overwrite=overwrite, temperatures=grid, **sampling)
+        fixed = {"reference": reference, "feature_network": feature_network, "device": place, "overwrite": overwrite}
+        evaluate_folder(samples, fixed, temperatures=grid, **sampling)
     else:
-        settings = {"draws": draws, "seed": seed, "batch_size": batch_size, "device": place}
+        settings = {
+            "draws": draws, "seed": seed, "batch_size": batch_size, "device": place, "feature_network": feature_network
+        }  # fmt: skip
         evaluate_samples(samples, reference, out, tokenizer, overwrite=overwrite, **settings)
 
 
@@ -68,16 +74,16 @@ def number_list(text: str) -> list[float]:
         raise UserError(f"--temperatures: {text!r} is not a list of numbers such as 1,0.9,0.8") from error
 
 
-def evaluate_folder(run: Path, reference: str, device: str, *, overwrite: bool, **sampling: Any) -> None:
-    """Measures a run folder by what it holds: a tokenizer, or a generator."""
+def evaluate_folder(run: Path, fixed: dict[str, Any], **sampling: Any) -> None:
+    """Measures a run folder by what it holds: a tokenizer (with `fixed` alone), or a generator."""
     from consonar.evaluation.frontier import evaluate_run, evaluate_tokenizer
     from consonar.generators import read_component_kind
 
     if read_component_kind(run) == "tokenizer":
-        metrics = evaluate_tokenizer(run, reference=reference, device=device, overwrite=overwrite)
+        metrics = evaluate_tokenizer(run, **fixed)
         print_metrics({key: {"value": value, "spread": None} for key, value in metrics.items()}, str(run))
         return
-    content = evaluate_run(run, reference=reference, device=device, overwrite=overwrite, progress=say, **sampling)
+    content = evaluate_run(run, progress=say, **fixed, **sampling)
     for row in content["rows"]:
         print_metrics(row["metrics"], f"temperature {row['temperature']:g}")
     say(f"results: {run / 'results.json'}")

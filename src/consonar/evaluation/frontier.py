@@ -31,7 +31,7 @@ from consonar.evaluation.evaluate import (
     machine_name,
     open_reference,
 )
-from consonar.evaluation.features import ImageSet, load_feature_network, to_float
+from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
@@ -52,6 +52,7 @@ def evaluate_run(
     run: Path,
     *,
     reference: str = "openmoji-64",
+    feature_network: str = "efficientnet-lite0",
     temperatures: Sequence[float] = (1.0,),
     match: Sequence[Path] = (),
     target: Reference | None = None,
@@ -68,9 +69,10 @@ def evaluate_run(
     """Samples a finished run at every temperature, measures each against `reference`, and writes `run`/results.json.
 
     Every run in `match` adds a row at the temperature at which this one has that one's teacher-forced entropy (at
-    temperature 1, on the validation images). `target` is the encoded reference where several runs share it; else it is
-    opened here. Beside results.json: samples_tX.npz (the first images of each row, with their nearest training images)
-    and, when the reference has validation images and with `reconstruct`, reconstructions.npz and reconstruction.json.
+    temperature 1, on the validation images). `feature_network` is a name of `FEATURE_NETWORKS`; `target` the encoded
+    reference where several runs share it; else it is opened here. Beside results.json: samples_tX.npz (the first images
+    of each row, with their nearest training images) and, when the reference has validation images and with
+    `reconstruct`, reconstructions.npz and reconstruction.json.
     Returns the content of results.json. Raises `UserError` when results exist (unless `overwrite`) or the run has no
     model.
     """
@@ -79,6 +81,7 @@ def evaluate_run(
         raise UserError(f"{path} exists; add --overwrite to measure again")
     generator, class_names = load_generator(run).to(device), read_origin(run).class_names
     tokenizer = load_own_tokenizer(run).to(device)
+    network = load_feature_network(feature_network, device)
     check_batch_size(batch_size)
     if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
         raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
@@ -97,8 +100,9 @@ def evaluate_run(
         drawn.unlink(missing_ok=True)
         run_job(job, generator, tokenizer, drawn, batch_size=batch_size)
         results = evaluate(
-            drawn, target, num_neighbours=NUM_NEIGHBOURS, draws=draws, device=device, seed=seed, batch_size=batch_size
-        )
+            drawn, target, feature_network=network, num_neighbours=NUM_NEIGHBOURS, draws=draws, device=device,
+            seed=seed, batch_size=batch_size,
+        )  # fmt: skip
         kept = run / f"samples_t{settings.temperature:g}.npz"
         nearest = results.copies["features"].indices[:KEPT_IMAGES] if "features" in results.copies else None
         keep_first(drawn, kept, target, nearest, class_names)
@@ -124,7 +128,7 @@ def evaluate_run(
         "machine": machine_name(device),
     }
     if reconstruct and "validation" in target.images:
-        measure_reconstruction(run, tokenizer, target.images["validation"], device)
+        measure_reconstruction(run, tokenizer, target.images["validation"], network, device)
     text = json.dumps(content, indent=1)
     checkpoint.write_atomically(path, lambda partial: partial.write_text(text + "\n"))
     return content
@@ -214,7 +218,14 @@ def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
     return np.stack([found[row] for row in rows.tolist()])
 
 
-def evaluate_tokenizer(run: Path, *, reference: str, device: str = "cpu", overwrite: bool = False) -> dict[str, float]:
+def evaluate_tokenizer(
+    run: Path,
+    *,
+    reference: str,
+    feature_network: str = "efficientnet-lite0",
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> dict[str, float]:
     """Measures the tokenizer of a run on the validation images of `reference` (on all, when it has one set).
 
     Writes reconstruction.json and reconstructions.npz into the run and returns the metrics. Raises `UserError` when
@@ -226,14 +237,17 @@ def evaluate_tokenizer(run: Path, *, reference: str, device: str = "cpu", overwr
     images = open_reference(reference, tokenizer.image_size).images
     if not images:
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
-    return measure_reconstruction(run, tokenizer, images.get("validation") or next(iter(images.values())), device)
+    measured = images.get("validation") or next(iter(images.values()))
+    return measure_reconstruction(run, tokenizer, measured, load_feature_network(feature_network, device), device)
 
 
-def measure_reconstruction(run: Path, tokenizer: Tokenizer, images: ImageSet, device: str) -> dict[str, float]:
+def measure_reconstruction(
+    run: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, device: str
+) -> dict[str, float]:
     """Writes reconstruction.json (all images of the set) and reconstructions.npz (some, evenly spaced)."""
     metrics = reconstruction_metrics(
         tokenizer, (to_float(batch).to(device) for batch in images.stream(64)),
-        feature_network=load_feature_network("efficientnet-lite0", device),
+        feature_network=network,
     )  # fmt: skip
     count = int(metrics["num_images"])
     rows = torch.linspace(0, count - 1, min(RECONSTRUCTIONS, count)).long()
