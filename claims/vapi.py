@@ -3,8 +3,8 @@
 
 One start model (plain AR, stopped where its validation cross-entropy is lowest), then for every seed the same number of
 updates on the same images with each method; frontiers of free-running samples for all. Every step that is finished is
-skipped when the command is called again. Writes OUT/summary.json and the section on VA-pi of docs/results.md; every
-number comes from result files.
+skipped when the command is called again. Writes claims/results/vapi.json and the section on VA-pi of docs/results.md;
+every number comes from result files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from blanks import empty_share, patch_changes
+
 from consonar.allocator import keep_freed_memory
 from consonar.checkpoint import file_sha256, write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
-from consonar.data.tokens import write_token_store
+from consonar.data.tokens import TokenStore, write_token_store
 from consonar.evaluation.evaluate import encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.results import library_versions, machine_name
@@ -43,7 +45,8 @@ START_STEPS = 240
 TEMPERATURES = (1.0, 0.8, 0.6)
 FD = "FD(efficientnet-lite0) validation"
 ENTROPY = "entropy (teacher-forced)"
-COLUMNS = (FD, "precision", "recall", "copy rate (tokens)", ENTROPY)
+EMPTY = "nearly empty (of the first 80)"
+COLUMNS = (FD, "precision", "recall", "copy rate (tokens)", EMPTY, ENTROPY)
 REWARDS = ("reward_mse", "reward_efficientnet-lite0")
 
 
@@ -107,8 +110,9 @@ def summarise(out: Path, seeds: int, steps: int, samples: int) -> dict[str, Any]
         "machine": machine_name("cpu"), "versions": library_versions(),
         "start_sha256": file_sha256(out / "start" / "model" / "model.safetensors"),
         "feature_network": results["start"]["feature_network"], "tokenizer": results["start"]["tokenizer"],
-        "teacher_forced": {}, "frontier": {},
+        "teacher_forced": {}, "frontier": {}, "patches": {},
     }  # fmt: skip
+    store, tokenizer = TokenStore.open(out / "tokens-validation"), load_tokenizer("openmoji-64")
     for name in METHODS:
         lines = [validations(out / f"{name}-{seed}") for seed in range(seeds)]
         keys = [key for key in lines[0][-1] if key.startswith("validation/")]
@@ -117,6 +121,9 @@ def summarise(out: Path, seeds: int, steps: int, samples: int) -> dict[str, Any]
         }
         summary["teacher_forced"]["start"] = {key.removeprefix("validation/"): lines[0][0][key] for key in keys}
     for run, content in results.items():
+        summary["patches"][run] = patch_changes(out / run, store, tokenizer)
+        for row in content["rows"]:
+            row["metrics"][EMPTY] = {"value": empty_share(out / run / row["samples"]), "spread": None}
         rows = [
             {
                 "temperature": row["temperature"],
@@ -141,7 +148,7 @@ def page(summary: dict[str, Any], minutes: float) -> str:
         "## VA-pi on OpenMoji against its controls",
         "",
         f"Made by `make claims-vapi` in {minutes:.0f} minutes on {summary['machine']} (torch {summary['versions']['torch']}); numbers in",
-        f"`runs/claims-vapi/summary.json`. One start model (plain AR, {START_STEPS} steps, weights {summary['start_sha256'][:12]}), then",
+        f"`claims/results/vapi.json`. One start model (plain AR, {START_STEPS} steps, weights {summary['start_sha256'][:12]}), then",
         f"{summary['steps']} updates of 32 images with each method, {summary['seeds']} seeds, the same images in the same order for all methods of a",
         f"seed. Samples: {summary['samples']} per row, the same classes and random numbers in every row. ± is the standard deviation over",
         "seeds; for the start model, which is one, the spread over four disjoint parts of the samples.",
@@ -176,6 +183,17 @@ def page(summary: dict[str, Any], minutes: float) -> str:
         if name != "ce":
             wins = [sum(forced[name][key][s] > forced["ce"][key][s] for s in seeds) for key in REWARDS]
             lines.append(f"| {title} | {wins[0]} of {len(seeds)} | {wins[1]} of {len(seeds)} |")
+    lines += [
+        "",
+        "Drawn once more, patch by patch against the tokenizer's own reconstruction:",
+        "",
+        "| model | drawn patches that turn blank | blank patches that do not stay so |",
+        "|---|---|---|",
+    ]
+    for name, title in (("start", "start"), *((name, title) for name, (_, title) in METHODS.items())):
+        runs = ["start"] if name == "start" else [f"{name}-{seed}" for seed in seeds]
+        changes = [[summary["patches"][run][key] for run in runs] for key in ("drawn to blank", "blank to drawn")]
+        lines.append(f"| {title} | " + " | ".join(cell(values) for values in changes) + " |")
     lines += [
         "",
         "### Free-running samples: the frontier",
@@ -223,6 +241,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--samples", type=int, default=2560)
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "vapi.json")
     args = parser.parse_args()
     keep_freed_memory()
     started = time.monotonic()
@@ -233,7 +252,7 @@ def main() -> None:
     write_atomically(clock, lambda path: path.write_text(json.dumps(minutes)))
     summary = summarise(args.out, args.seeds, args.steps, args.samples) | {"minutes": minutes}
     text = json.dumps(summary, indent=1) + "\n"
-    write_atomically(args.out / "summary.json", lambda path: path.write_text(text))
+    write_atomically(args.results, lambda path: path.write_text(text))
     write_section(args.page, page(summary, minutes))
     print(f"{args.page}: {minutes:.0f} minutes", flush=True)
 
