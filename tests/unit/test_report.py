@@ -245,6 +245,7 @@ def test_verdicts_follow_the_spread_of_the_difference():
         "clear",
     ]
     assert verdict(base, Measurement(0.0)) == "open"
+    assert verdict(Measurement(0.0, 0.0), Measurement(0.01, 0.01)) == "within"  # a spread of zero was measured too
     assert measurement_text(Measurement(61.234, 1.26)) == "61.2\u00a0±\u00a01.3"
     assert measurement_text(Measurement(0.031, 0.004), percent=True) == "3.10\u00a0±\u00a00.40\u00a0%"
     assert measurement_text(Measurement(61.23456)) == "61.23"

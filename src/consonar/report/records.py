@@ -222,7 +222,7 @@ def measurement_text(measurement: Measurement, *, percent: bool = False) -> str:
 
 def spread_of_difference(first: Measurement, second: Measurement) -> float | None:
     """sqrt(a^2 + b^2) of the two spreads, or None where either was not measured."""
-    if not first.spread or not second.spread:
+    if first.spread is None or second.spread is None:
         return None
     return math.hypot(first.spread, second.spread)
 
