@@ -11,8 +11,9 @@ def keep_freed_memory() -> bool:
     """Lets this process use freed memory again instead of returning it to the system; True where that took effect.
 
     By default glibc maps every block above 32 MB anew and unmaps it when freed, and the system clears its pages each
-    time: a fifth of a training step on a CPU and half of a feature network's time (docs/benchmarks.md). Blocks above
-    1 GiB, such as whole checkpoints, still go back. Does nothing with other C libraries.
+    time: on two CPU cores a training step took 1.2 times as long, decoding and a feature network 1.7 times
+    (docs/benchmarks.md). Blocks above 1 GiB, such as whole checkpoints, still go back. Does nothing with other C
+    libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
