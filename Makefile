@@ -11,7 +11,7 @@ help:
 	@echo "make test-slow  the slower tests"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
-	@echo "make results    docs/results.md from the files of a finished demo and of finished claims"
+	@echo "make results    docs/results.md from the files of a finished demo; keeps the section of claims-vapi"
 	@echo "make claims-vapi  VA-pi against its controls over 3 seeds, into docs/results.md (at most 90 minutes on 2 cores)"
 
 .venv/installed: pyproject.toml constraints.txt

@@ -119,8 +119,6 @@ def captions(generator, count: int):
 @pytest.mark.parametrize("tokenizer", TOKENIZER_CONFIGS)
 def test_text_conditional(tokenizer, generator, data):
     """The same objectives on batches of captions; `train` itself reads classes."""
-    if generator == "janus":
-        pytest.importorskip("transformers")
     codec = load_tokenizer(data[0][tokenizer][0])
     config = BY_TEXT[generator]
     if generator == "janus":

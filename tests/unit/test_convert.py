@@ -31,8 +31,6 @@ def test_every_record_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
 def test_there_and_back_bit_for_bit(name, ending, tmp_path):
-    if "janus" in name:
-        pytest.importorskip("transformers")
     record, config, unused = CASES[name]
     state = released(name)
     assert [r.name for r in officials() if r.recognises(shapes_of(state))] == [record.name]
@@ -62,7 +60,6 @@ def test_half_precision_stays_in_the_file_and_is_float32_in_the_model(dtype, tmp
 
 
 def test_a_file_with_both_halves_becomes_two_folders_and_one_file_again(tmp_path):
-    pytest.importorskip("transformers")
     # 576 tokens at 384 pixels, as released: five resolutions.
     config = VQConfig(image_size=384, latent_channels=8, **DEEP)
     tokenizer = janus.OFFICIALS[2].to_official(module_of(config).state_dict(), USED, config)
