@@ -179,7 +179,7 @@ def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_
     save_tokenizer(other, tmp_path / "other")
     mistakes = {
         "no init": (make(init=None), "init: 'tiny' starts from a trained generator"),
-        "no folder": (make(init=str(tmp_path / "nothing")), "generator: no folder"),
+        "no folder": (make(init=str(tmp_path / "nothing")), "generator: unknown"),
         "a tokenizer": (make(init=str(tokenizer_folder)), "not a generator folder"),
         "another tokenizer": (make(tokenizer=str(tmp_path / "other")), "was trained with another tokenizer"),
         "another shape": (

@@ -183,7 +183,7 @@ def sample_command(args: Sequence[str]) -> None:
     from consonar.sampling.sample import SamplerConfig
 
     def sample(
-        generator: tyro.conf.Positional[Path],
+        generator: tyro.conf.Positional[str],
         *,
         out: Path,
         sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = SamplerConfig(),  # noqa: B008
@@ -197,10 +197,10 @@ def sample_command(args: Sequence[str]) -> None:
         """Draw images from a trained generator into a .png grid, an .npz, or a folder of PNG files.
 
         Args:
-            generator: Run folder or model folder.
+            generator: Run folder, model folder, or a shipped generator (openmoji).
             out: samples.png (one grid), samples.npz (ADM layout), or a folder.
             sampler: How tokens are drawn.
-            classes: Class ids, e.g. 0,3,3,7 (default: all classes in turn).
+            classes: Class ids or names, e.g. 0,3,3,7 or "Food & Drink" (default: all classes in turn).
             num_samples: How many images; classes repeat in turn (default: one per class given).
             tokenizer: Name or folder (default: the one it was trained with).
             seed: Seed of the first image; image i has seed + i.
@@ -208,7 +208,7 @@ def sample_command(args: Sequence[str]) -> None:
             device: auto, cpu or cuda.
         """
         from consonar.distributed import pick_device
-        from consonar.generators import load_generator, load_own_tokenizer
+        from consonar.generators import load_generator, load_own_tokenizer, read_origin
         from consonar.sampling.job import make_job, run_job
         from consonar.tokenizers import load_tokenizer
 
@@ -216,8 +216,9 @@ def sample_command(args: Sequence[str]) -> None:
         model = load_generator(generator).to(place)
         own = load_own_tokenizer(generator) if tokenizer is None else None
         codec = (own or load_tokenizer(str(tokenizer), num_tokens=model.num_tokens)).to(place)
-        labels = class_list(classes, num_samples, model.num_classes)
-        job = make_job(model, codec, labels, seed=seed, sampler=sampler, source=str(generator))
+        names = read_origin(generator).class_names or ()
+        labels = class_list(classes, num_samples, model.num_classes, names)
+        job = make_job(model, codec, labels, seed=seed, sampler=sampler, source=generator)
         with counting("sample") as count:
             run_job(job, model, codec, out, batch_size=batch_size, progress=lambda done: count(done, len(labels)))
         say(f"{len(labels)} images: {out}")
@@ -225,14 +226,24 @@ def sample_command(args: Sequence[str]) -> None:
     parse(sample, args, "sample")
 
 
-def class_list(classes: str | None, num_samples: int | None, num_classes: int) -> Any:
-    """Class of every image, (n,) int64, from `0,3,3,7` and a count; `UserError` for what is not a number."""
+def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Any:
+    """Class of every image, (n,) int64, from ids or `names` such as `0,3,Objects` and a count.
+
+    `UserError` for a word that is neither the id nor the name of a class.
+    """
     import torch
 
-    try:
-        chosen = list(range(num_classes)) if classes is None else [int(word) for word in classes.split(",")]
-    except ValueError as error:
-        raise UserError(f"--classes: {classes!r} is not a list of class ids such as 0,3,3,7") from error
+    ids = {name.casefold(): i for i, name in enumerate(names)} | {str(i): i for i in range(num_classes)}
+    given = ",".join(map(str, range(num_classes or 1))) if classes is None else classes.strip()
+    words = (
+        [given] if given.casefold() in ids else [word.strip() for word in given.split(",")]
+    )  # a name may have commas
+    if num_classes == 0:  # refused where conditions are checked, as in Python
+        words, ids = ["0"], {"0": 0}
+    for word in words:
+        if word.casefold() not in ids:
+            raise unknown("--classes", word, [f"0..{num_classes - 1}", *names[:20]])
+    chosen = [ids[word.casefold()] for word in words]
     if num_samples is not None and num_samples < 1:
         raise UserError(f"--num-samples: {num_samples} is not positive")
     count = len(chosen) if num_samples is None else num_samples

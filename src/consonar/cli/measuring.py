@@ -46,8 +46,14 @@ def evaluate(
         overwrite: Replace results that are there.
     """
     from consonar.distributed import pick_device
+    from consonar.generators import SHIPPED
 
     place = str(pick_device(device))
+    if not samples.exists() and str(samples) in SHIPPED:
+        raise UserError(
+            f"evaluate: {samples} is a shipped generator, which keeps no results; first "
+            f"consonar sample {samples} --num-samples {num_samples} --out {samples}.npz, then evaluate that file"
+        )
     if (samples / "config.json").is_file() and (samples / "metrics.jsonl").is_file():
         if out is not None:
             raise UserError("--out: the results of a run are written into its folder; leave --out away")

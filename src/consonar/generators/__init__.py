@@ -1,10 +1,12 @@
-"""Generators by folder."""
+"""Generators by name or folder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
@@ -15,6 +17,9 @@ from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.tokenizers import TokenizerModule, load_tokenizer
 
+PRETRAINED = Path(__file__).parent / "pretrained"
+# Generators whose weights are part of the package.
+SHIPPED = ("openmoji",)
 # Kind to (class of its configuration, class of the generator, which follows `types.Generator`).
 GENERATORS: dict[str, tuple[type[Any], type[Any]]] = {
     "rear": (ReARConfig, ReARGenerator),
@@ -40,21 +45,29 @@ def build_generator(config: Any) -> Any:
     return GENERATORS[config.kind][1](config)
 
 
-def save_generator(generator: Any, folder: Path, origin: Origin) -> None:
-    """Writes a component folder: the generator's shape, its origin and its weights."""
+def save_generator(generator: Any, folder: Path, origin: Origin, *, dtype: str = "float32") -> None:
+    """Writes a component folder: the generator's shape, its origin and its weights; `dtype` float16 halves the file."""
     config = {"component": "generator", **to_dict(origin), **to_dict(generator.config)}
-    checkpoint.save_component(folder, config, generator.state_dict())
+    state = {key: value.to(getattr(torch, dtype)) for key, value in generator.state_dict().items()}
+    checkpoint.save_component(folder, config, state)
+
+
+def has_name(generator: str) -> bool:
+    """Whether this is a name (of a shipped generator, or `hf:`), which means the same in every working directory."""
+    return generator in SHIPPED or generator.startswith("hf:")
 
 
 def model_folder(path: str | Path) -> Path:
-    """The component folder that a path means: itself, `model` inside a run folder, or what an `hf:` name stands for."""
+    """The component folder that is meant: the path, `model` inside a run folder, a shipped or an `hf:` generator's."""
+    if str(path) in SHIPPED:
+        return PRETRAINED / str(path)
     if str(path).startswith("hf:"):
         from consonar.convert.hub import fetch_component
 
         return fetch_component(str(path), "generator")
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"generator: no folder {path}; give a run folder or a model folder")
+        raise unknown("generator", path, [*SHIPPED, "a run folder", "a model folder", "hf:NAME"])
     if (path / "model").is_dir():
         return path / "model"
     if (path / "metrics.jsonl").exists():
@@ -99,7 +112,7 @@ def load_own_tokenizer(path: str | Path) -> TokenizerModule:
 
 
 def load_generator(path: str | Path) -> Any:
-    """A generator in evaluation mode on the CPU, from a run folder, a component folder, or a released file.
+    """A generator in evaluation mode on the CPU, from a name (`openmoji`), a run, a component folder, a released file.
 
     A released file is `hf:` and the name of a published model or owner/repository/file (see `consonar.convert.hub`).
     Raises `UserError` for a missing, damaged or unfinished folder, and for weights of another shape.

@@ -8,7 +8,7 @@ from typing import Any
 
 from consonar.config import TrainConfig
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, read_origin
+from consonar.generators import Origin, has_name, load_generator, read_origin
 from consonar.tokenizers import SHIPPED
 from consonar.types import Tokenizer
 
@@ -36,7 +36,7 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
         if config.model is not None:
             check_same_shape(start, asdict(stored), asdict(config.model))
         config = replace(config, model=stored)
-    return replace(config, init=start if start.startswith("hf:") else str(Path(start).resolve()))
+    return replace(config, init=start if has_name(start) else str(Path(start).resolve()))
 
 
 def load_start(config: TrainConfig, shape: Any, tokenizer: Tokenizer) -> Any:
