@@ -102,20 +102,19 @@ def test_terms_sum_to_the_loss_and_only_the_generator_learns(name, make, batch, 
     assert all(p.grad is None for p in objective.prior.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "reinforce" not in name])
+@pytest.mark.parametrize("name", CASES)
 def test_micro_batches_have_the_loss_of_the_whole(name, make, batch):
-    """Draws and noise are prepared for the whole batch: splitting it changes nothing.
-
-    But for REINFORCE, whose running baseline moves with every micro-batch.
-    """
-    gradients = []
+    """Draws and noise are prepared for the whole batch: splitting it changes nothing."""
+    gradients, baselines = [], []
     for parts in (1, 2):
         objective, trainee = make(CASES[name])
         rollout = next(iter(objective.rollout(trainee, batch, 4)))
         for part in split(rollout, parts):
             (objective.loss(trainee, part, 4)[0] / parts).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainee.parameters()]))
+        baselines.append(trainee.reward_baseline)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*baselines)
 
 
 @pytest.mark.parametrize("name", ["vapi", "noise", "kl", "exact kl", "gspo", "tokens", "smooth"])
@@ -219,6 +218,34 @@ def test_the_running_baseline_of_reinforce(make, batch):
     for reward in seen:
         expected = 0.75 * expected + 0.25 * reward
     torch.testing.assert_close(trainee.reward_baseline[0], torch.tensor(expected))
+
+
+def test_the_baseline_of_reinforce_moves_once_per_step_whatever_the_micro_batches(make, batch):
+    moved = []
+    for parts in (1, 2, 4):
+        objective, trainee = make(replace(CASES["reinforce"], baseline_decay=0.75))
+        for step in range(2):
+            (rollout,) = objective.rollout(trainee, batch, step)
+            for part in split(rollout, parts):
+                _, terms = objective.loss(trainee, part, step)
+                assert terms["ratio_deviation"] == 0
+        assert trainee.num_baseline_updates == 2
+        moved.append(trainee.reward_baseline)
+    torch.testing.assert_close(moved[1], moved[0])
+    torch.testing.assert_close(moved[2], moved[0])
+
+
+def test_groups_without_spread_are_logged(make, batch):
+    """A certain policy draws the same sequence every time: all groups are ties."""
+    objective, trainee = make(replace(VAPI, credit="token"))
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    _, terms = objective.loss(trainee, rollout, 0)
+    assert 0 <= terms["reward_ties"] < 1 and terms["reward_spread"] > 0
+    with torch.no_grad():
+        trainee.generator.lm_head.bias[3] = 1e4
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    _, terms = objective.loss(trainee, rollout, 0)
+    assert terms["reward_ties"] == 1 and terms["reward_spread"] == 0 and terms["policy"] == 0
 
 
 def test_free_rollouts_are_samples_of_the_policy(make, batch):

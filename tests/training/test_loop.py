@@ -190,19 +190,41 @@ def test_one_batch_is_learnt_by_heart(make_config, tokenizer, tmp_path):
     assert column(tmp_path, "train/cross_entropy")[-1] < 0.3  # from ln 32 = 3.47
 
 
-def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(make_config, tmp_path):
-    config = make_config(optim={"lr": 1e30, "warmup_steps": 0}, loop={"save_every": 1})
-    with pytest.raises(NonFiniteLoss) as caught:
+def test_a_loss_that_is_not_finite_moves_nothing(make_config, tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"step 0: loss nan.*no checkpoint was written yet"):
+        train_poisoned(make_config(), tmp_path / "poisoned")
+
+
+class Diverging(torch.optim.AdamW):
+    """Its second step makes an infinite weight, from a finite gradient."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        if self.steps == 2:
+            self.param_groups[0]["params"][0].data.view(-1)[0] = torch.inf
+
+
+def test_a_step_that_makes_weights_that_are_not_finite_stops_the_run_before_they_are_kept(
+    make_config, tmp_path, monkeypatch
+):
+    config = make_config(loop={"steps": 2, "save_every": 1})
+    monkeypatch.setattr(torch.optim, "AdamW", Diverging)
+    with pytest.raises(NonFiniteLoss, match=r"step 1: loss \d.*weights of norm inf; lower optim\.lr") as caught:
         train(config, tmp_path / "run", quiet=True)
     (saved,) = checkpoint.list_resume(tmp_path / "run" / "checkpoints")
-    assert str(caught.value).startswith("step 1: loss") and str(saved) in str(caught.value)
-    assert checkpoint.load_resume(saved)["step"] == 1
+    assert str(saved) in str(caught.value) and checkpoint.load_resume(saved)["step"] == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
-    with pytest.raises(UserError, match="has not finished"):
-        load_generator(tmp_path / "run")
-    with pytest.raises(NonFiniteLoss, match=r"step 0: .*no checkpoint was written yet"):
-        poisoned = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0)
-        train_poisoned(make_config(model=poisoned), tmp_path / "poisoned")
+    assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run").glob("samples/*"))
+
+
+def test_a_validation_that_is_not_finite_stops_the_run_before_the_model_is_exported(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Consistency, "validate", lambda *_: {"accuracy": 0.5, "cross_entropy": float("nan")})
+    with pytest.raises(NonFiniteLoss, match=r"step 1: validation cross_entropy is nan"):
+        train(make_config(loop={"steps": 1}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def train_poisoned(config, folder: Path) -> None:

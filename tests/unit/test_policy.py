@@ -73,6 +73,39 @@ def test_advantages_are_clamped_and_zero_without_spread():
     assert torch.equal(policy.group_advantages(torch.full((2, 4), 0.3), "grpo"), torch.zeros(2, 4))
 
 
+GROUP_ESTIMATORS = [name for name in policy.ESTIMATORS if name != "reinforce"]
+
+
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 8, 12])
+def test_a_group_of_equal_rewards_has_advantages_of_exactly_zero(estimator, size, rng):
+    equal = (-torch.rand(500, 1, generator=rng)).repeat(1, size)
+    assert policy.group_advantages(equal, estimator).abs().max() == 0
+    rounded = equal * (1 + 2e-7 * (torch.rand(equal.shape, generator=rng) - 0.5))  # 2 units in the last place
+    assert not torch.equal(rounded, equal)
+    assert policy.group_advantages(rounded, estimator).abs().max() == 0
+    told_apart = equal - 1e-4 * torch.arange(size) / size
+    assert policy.group_advantages(told_apart, estimator).abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
+def test_a_tie_at_one_place_has_no_advantage_there(estimator, rng):
+    """The rounding of a place where nothing is wrong is measured by the rewards of the whole image."""
+    rewards = -torch.rand(3, 4, 5, generator=rng)
+    rewards[:, :, 1] = -1e-9 * torch.rand(3, 4, generator=rng)
+    found = policy.group_advantages(rewards, estimator)
+    assert found[:, :, 1].abs().max() == 0 and found[:, :, [0, 2, 3, 4]].abs().amax(1).min() > 0
+    spread, tied = policy.group_spread(rewards)
+    assert tied.sum(0).tolist() == [0, 3, 0, 0, 0]
+    torch.testing.assert_close(spread[:, 2], rewards[:, :, 2].std(1))
+    assert spread[:, 1].max() == 0
+
+
+def test_small_rewards_are_compared_like_large_ones():
+    small = policy.group_advantages(1e-6 * REWARDS, "dr_grpo")
+    torch.testing.assert_close(small, 1e-6 * policy.group_advantages(REWARDS, "dr_grpo"))
+
+
 def test_advantages_by_token_are_those_of_each_token(rng):
     rewards = torch.randn(3, 4, 5, generator=rng)
     found = policy.group_advantages(rewards, "grpo")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from consonar.errors import UserError
+from consonar.precision import in_float32
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # Last block of each resolution: 1/2, 1/4, 1/8, 1/16, 1/32 of the input.
@@ -120,6 +121,7 @@ def load_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
     return EfficientNetLite0(network), digest
 
 
+@in_float32
 def normalized_difference(a: Tensor, b: Tensor) -> Tensor:
     """Squared distance of channel-normalised features at every place: (B, h, w) <- two (B, C, h, w)."""
     unit_a = a / (a.square().sum(1, keepdim=True).sqrt() + 1e-8)
@@ -139,10 +141,12 @@ class PerceptualDistance(nn.Module):
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         return torch.stack([layer.mean((1, 2)) for layer in self.maps(images, originals)]).sum(0)
 
+    @in_float32
     def maps(self, images: Tensor, originals: Tensor) -> list[Tensor]:
         """Per stage, where the two images differ: (B * G, h, w) <- images (B * G, ...), originals (B, ...).
 
-        With G > 1, the G images of one original follow each other.
+        With G > 1, the G images of one original follow each other. In float32, the network too: with the bits of bf16
+        the features of like images would differ by rounding as much as by what is seen.
         """
         group = len(images) // len(originals)
         with torch.no_grad():

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.checkpoint import load_weights
+from consonar.precision import in_float32
 from consonar.weight_files import WeightFile
 
 _NAME = "vgg16-397923af.pth"
@@ -83,10 +84,9 @@ class VGG16Features(nn.Module):
         return maps
 
 
+@in_float32
 def weighted_difference(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Eq. 1 at every place of one layer: (B, h, w) <- features a, b (B, C, h, w), channel weights (C,)."""
-    # float32: under bf16 autocast the difference of two unit vectors would have three digits left.
-    a, b = a.float(), b.float()
     # vector_norm and not the root of a sum: the gradient of the latter is NaN where every feature is zero.
     unit_a = a / (torch.linalg.vector_norm(a, dim=1, keepdim=True) + NORM_EPS)
     unit_b = b / (torch.linalg.vector_norm(b, dim=1, keepdim=True) + NORM_EPS)
@@ -125,10 +125,12 @@ class LPIPS(nn.Module):
         """The five feature maps of images in [-1, 1]: (B, C, h, w) each."""
         return self.trunk((images - self.shift) / self.scale)
 
+    @in_float32
     def maps(self, images: Tensor, originals: Tensor) -> list[Tensor]:
         """Per layer, where the two images differ: (B * G, h, w) <- images (B * G, ...), originals (B, ...).
 
-        The distance is the sum of their means. With G > 1, the G images of one original follow each other.
+        The distance is the sum of their means. With G > 1, the G images of one original follow each other. In float32,
+        the trunk too: the difference of two unit vectors would have three digits left in bf16.
         """
         group = len(images) // len(originals)
         with torch.no_grad():

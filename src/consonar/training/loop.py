@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from consonar.types import Batch, Objective, Rollout
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient is not finite; the message names the step and the last checkpoint."""
+    """The loss, its gradient, the weights or a measurement is not finite; the message names the step, what to change,
+    and the last checkpoint."""
 
 
 class Batches(Protocol):
@@ -93,7 +95,8 @@ def train_loop(
     """Trains `state.model` in place from `state.step` to `config.loop.steps`, or to `stop_at` when that is earlier.
 
     Ends before that, with all that the end does, when the objective finds a breach (`state.stopped`). Raises
-    `NonFiniteLoss`; the weights then are those before the step, and the last checkpoint stays.
+    `NonFiniteLoss` in the step that makes such a number, before its weights are saved; the last checkpoint stays.
+    Where it was the loss or its gradient, the weights are those before the step.
     """
     loop, device = config.loop, state.device
     autocast_dtype = distributed.pick_precision(loop.precision, device)
@@ -102,7 +105,7 @@ def train_loop(
     clock, clock_step = time.monotonic(), state.step
     model.train()
     if callbacks.validate and state.step == 0 and config.init:
-        validate(state, callbacks, tracker, world)  # where the run starts from is worth a line
+        validate(state, callbacks, tracker, world, folder)  # where the run starts from is worth a line
     for step in range(state.step, last):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(step, loop.steps, config.optim)
@@ -122,7 +125,7 @@ def train_loop(
             tracker.log(state.step, {f"train/{key}": value for key, value in values.items()}, rate=rate)
             clock, clock_step = time.monotonic(), state.step
         if callbacks.validate and (due(state.step, loop.validate_every) or at_end or state.stopped):
-            measured = validate(state, callbacks, tracker, world)
+            measured = validate(state, callbacks, tracker, world, folder)
             state.stopped = state.stopped or objective.breach(measured)
         if callbacks.preview and world.is_main and (due(state.step, loop.sample_every) or at_end or state.stopped):
             with evaluation_weights(state):
@@ -161,19 +164,29 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
     if not torch.isfinite(norm + sums["loss"]):
         state.optimizer.zero_grad(set_to_none=True)
-        saved = checkpoint.list_resume(folder / "checkpoints")
-        kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
-        raise NonFiniteLoss(f"step {step}: loss {float(sums['loss'])}, gradient norm {float(norm)}; {kept}")
+        raise non_finite(step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}", folder)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    size = torch.nn.utils.get_total_norm(model.parameters())
+    if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
+        raise non_finite(step, f"loss {float(sums['loss'])}, but the step made weights of norm {float(size)}", folder)
     return sums | {"grad_norm": norm}
 
 
-def validate(state: State, callbacks: Callbacks, tracker: Tracker, world: World) -> dict[str, float]:
+def non_finite(step: int, found: str, folder: Path) -> NonFiniteLoss:
+    """The error of a run in `folder` that met such a number."""
+    saved = checkpoint.list_resume(folder / "checkpoints")
+    kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+    return NonFiniteLoss(f"step {step}: {found}; lower optim.lr or the weights of the objective; {kept}")
+
+
+def validate(state: State, callbacks: Callbacks, tracker: Tracker, world: World, folder: Path) -> dict[str, float]:
     """Validation metrics with the averaged weights, logged; the model is kept where it is the best so far."""
     assert callbacks.validate is not None
     with evaluation_weights(state):
         measured = callbacks.validate(state.model)
+        if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:
+            raise non_finite(state.step, f"validation {wrong[0]} is {measured[wrong[0]]}", folder)
         if callbacks.keep_best and world.is_main:
             callbacks.keep_best(state.model, state.step, measured)
     tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from consonar.precision import in_float32
+
 SCHEDULES = ("none", "constant", "uniform", "linear", "truncated_linear")
 CORRUPTIONS = ("uniform", "mask", "nearest")
 
@@ -59,8 +61,9 @@ def corrupt_tokens(
     return torch.where(corrupted, replacement, tokens), corrupted
 
 
+@in_float32
 def code_neighbours(codebook: Tensor, count: int) -> Tensor:
     """The `count` nearest other codes of each code by Euclidean distance, nearest first: (V, count) <- (V, C)."""
-    distances = torch.cdist(codebook.float(), codebook.float())
+    distances = torch.cdist(codebook, codebook)
     distances.fill_diagonal_(torch.inf)
     return distances.topk(count, largest=False).indices

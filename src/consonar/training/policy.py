@@ -17,8 +17,13 @@ Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
 import torch
 from torch import Tensor
 
+from consonar.precision import in_float32
+
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")
 STD_EPS = 1e-8
+TIE = 1e-6
+"""Rewards of one image that differ by less than this share of its largest are equal: float32 leaves 6e-8 of each number
+that is summed, and a standard deviation of such differences would make advantages of any size from them."""
 
 
 def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
@@ -32,19 +37,35 @@ def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> 
     return actions.clamp_max_(logits.shape[-1] - 1)
 
 
+@in_float32
 def token_log_probs(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi of each drawn token: (B, G, N) <- logits (B, N, V), actions (B, G, N). In float32."""
-    log_probs = (logits.float() / temperature).log_softmax(-1)
+    log_probs = (logits / temperature).log_softmax(-1)
     return log_probs.gather(-1, actions.transpose(1, 2)).transpose(1, 2)
 
 
+@in_float32
+def group_spread(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation within each group, and whether it has none: two (B,) or (B, N) <- rewards (B, G[, N]).
+
+    Differences below `TIE` times the largest reward of the image, over all its samples and tokens, are none; the
+    standard deviation then is 0. A group of one has none.
+    """
+    scale = rewards.abs().flatten(1).amax(1).view(-1, *[1] * (rewards.ndim - 2))
+    tied = rewards.amax(1) - rewards.amin(1) <= TIE * scale
+    spread = torch.zeros_like(tied, dtype=rewards.dtype) if rewards.shape[1] == 1 else rewards.std(1)
+    return spread.masked_fill(tied, 0), tied
+
+
+@in_float32
 def group_advantages(
     rewards: Tensor, estimator: str, *, baseline: Tensor | float | None = None, clamp: float = 5.0
 ) -> Tensor:
     """Advantages of the same shape as rewards (B, G) or, with one reward per token, (B, G, N).
 
-    `baseline` is what `reinforce` subtracts, broadcast; `clamp` bounds the advantages on both sides, 0 does not. A
-    group without spread has advantage 0.
+    `baseline` is what `reinforce` subtracts, broadcast; `clamp` bounds the advantages on both sides, 0 does not. Where
+    samples are compared with each other, that is everywhere but in `reinforce`, a group without spread (`group_spread`)
+    has advantages of exactly 0.
     """
     if estimator == "reinforce":
         assert baseline is not None
@@ -52,21 +73,24 @@ def group_advantages(
     else:
         group_size = rewards.shape[1]
         assert group_size > 1, "a group of one has no spread"
-        advantages = rewards - rewards.mean(1, keepdim=True)
+        spread, tied = (value.unsqueeze(1) for value in group_spread(rewards))
+        advantages = (rewards - rewards.mean(1, keepdim=True)).masked_fill(tied, 0)
         if estimator == "rloo":
             advantages = advantages * (group_size / (group_size - 1))
         elif estimator != "dr_grpo":
             assert estimator in ("grpo", "gspo", "dapo"), estimator
-            advantages = advantages / (rewards.std(1, keepdim=True) + STD_EPS)
+            advantages = advantages / (spread + STD_EPS)
     return advantages.clamp(-clamp, clamp) if clamp else advantages
 
 
+@in_float32
 def probability_ratio(log_probs: Tensor, old_log_probs: Tensor, *, whole_sequence: bool = False) -> Tensor:
     """rho = pi / pi_old of each token (B, G, N), or its geometric mean over the sequence (B, G, 1) (GSPO, eq. 7)."""
     difference = log_probs - old_log_probs
     return (difference.mean(-1, keepdim=True) if whole_sequence else difference).exp()
 
 
+@in_float32
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) per token (PPO, eq. 7); ratio and advantages broadcast."""
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
@@ -77,15 +101,17 @@ def clip_fraction(ratio: Tensor, clip_low: float, clip_high: float) -> Tensor:
     return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().mean()
 
 
+@in_float32
 def kl_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """exp(d) - d - 1, d = log pi_prior - log pi at the drawn token: an estimate of KL(pi || prior), never negative."""
     difference = prior_log_probs - log_probs
     return difference.exp() - difference - 1
 
 
+@in_float32
 def kl_exact(logits: Tensor, prior_logits: Tensor) -> Tensor:
     """KL(pi || prior) over the vocabulary, in nats: (B, N) <- two (B, N, V). In float32."""
-    log_probs, prior_log_probs = logits.float().log_softmax(-1), prior_logits.float().log_softmax(-1)
+    log_probs, prior_log_probs = logits.log_softmax(-1), prior_logits.log_softmax(-1)
     return (log_probs.exp() * (log_probs - prior_log_probs)).sum(-1)
 
 

@@ -131,7 +131,11 @@ class PolicyAlignment(Alignment):
 
     @torch.no_grad()
     def rollout(self, model: AlignmentTrainee, batch: Batch, step: int) -> Iterator[Rollout]:
-        """Context and random numbers; with several inner epochs, or free, the draws and advantages too."""
+        """Context and random numbers; with several inner epochs, free, or for reinforce the draws and advantages too.
+
+        The running mean of reinforce moves once per step: were the draws left to the loss, every micro-batch would
+        move it.
+        """
         rollout = self.prepare(model, batch, step)
         tokens = rollout.batch.tokens
         assert tokens is not None
@@ -141,11 +145,12 @@ class PolicyAlignment(Alignment):
         rng = generator(self.seed, "actions", step, self.world.rank)
         shape = (len(tokens), self.config.group_size, tokens.shape[1])
         rollout.extra["uniforms"] = torch.rand(shape, generator=rng, dtype=torch.float64)
-        if self.config.inner_epochs > 1:
+        if self.config.inner_epochs > 1 or self.config.estimator == "reinforce":
             with self.autocast():
                 logits = model(rollout.context, rollout.condition).logits
             drawn = self.draw(model, logits, rollout)
-            drawn["old_log_probs"] = policy.token_log_probs(logits, drawn["actions"], self.config.temperature)
+            if self.config.inner_epochs > 1:
+                drawn["old_log_probs"] = policy.token_log_probs(logits, drawn["actions"], self.config.temperature)
             rollout = replace(rollout, extra=drawn)
         yield from [rollout] * self.config.inner_epochs
 
@@ -156,7 +161,8 @@ class PolicyAlignment(Alignment):
         return {"actions": actions, **self.reward(model, actions, rollout.batch)}
 
     def reward(self, model: Any, actions: Tensor, batch: Batch) -> dict[str, Any]:
-        """Advantages (B, G, 1 or N) of actions (B, G, N), and for the log the rewards (B, G) and their parts."""
+        """Advantages (B, G, 1 or N) of actions (B, G, N); for the log the rewards (B, G), their parts, and per group
+        the spread and whether there is none (B, 1 or N)."""
         group, by_token = actions.shape[1], self.config.credit == "token"
         grid = token_grid(self.tokenizer) if by_token else None
         images = self.decode(actions.flatten(0, 1))  # (B * G, 3, H, W)
@@ -171,8 +177,14 @@ class PolicyAlignment(Alignment):
         advantages = policy.group_advantages(
             rewards, self.config.estimator, baseline=baseline, clamp=self.config.advantage_clamp
         )
+        spread, tied = policy.group_spread(rewards)  # (B, 1 or N) each
         shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
-        return {"advantages": advantages, **{key: value.view(-1, group) for key, value in shown.items()}}
+        return {
+            "advantages": advantages,
+            **{key: value.view(-1, group) for key, value in shown.items()},
+            "reward_spread": spread,
+            "reward_ties": tied.float(),
+        }
 
     def update_baseline(self, trainee: AlignmentTrainee, rewards: Tensor) -> Tensor:
         """The running mean before this batch (its own mean at the very first), (N,) or a scalar; then updates it."""
@@ -250,7 +262,7 @@ class PolicyAlignment(Alignment):
         prior = self.prior_logits(rollout)
         temperature = self.config.temperature
         if self.config.kl == "exact":
-            return policy.kl_exact(logits / temperature, prior / temperature).mean()
+            return policy.kl_exact(logits.float() / temperature, prior / temperature).mean()
         prior_log_probs = (
             self.free_log_probs(prior, actions) if free else policy.token_log_probs(prior, actions, temperature)
         )

@@ -118,7 +118,8 @@ class TokenizerTrainee(nn.Module):
             return output, None, None, None
         frozen = {key: value.detach() for key, value in self.discriminator.named_parameters()}
         live = functional_call(self.discriminator, frozen, (output.reconstruction,))
-        return output, self.discriminator(images), self.discriminator(output.reconstruction.detach()), live
+        scores = self.discriminator(images), self.discriminator(output.reconstruction.detach()), live
+        return output, *(score.float() for score in scores)  # means over patches are not for bf16
 
 
 class Reconstruction:
