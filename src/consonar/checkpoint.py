@@ -1,7 +1,7 @@
 """Two formats with two jobs.
 
 *Resume*: `checkpoints/step_00001000.pt`, everything a run needs to go on exactly (trainee with heads, optimizer, moving
-average, random state), written under a temporary name and renamed, the last `keep` kept. *Release*: a component folder
+average), written under a temporary name and renamed, the last `keep` kept. *Release*: a component folder
 `config.json` + `model.safetensors` (generator without heads, or tokenizer), which `load_generator` and
 `load_tokenizer` read.
 """

@@ -104,6 +104,15 @@ def broadcast(values: torch.Tensor, world: World) -> None:
         dist.broadcast(values.detach(), 0)
 
 
+def from_main(value: Any, world: World) -> Any:
+    """The `value` of rank 0 (anything that can be pickled) in every process."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0, device=world.device if world.device.type == "cuda" else None)
+    return box[0]
+
+
 def unwrap(model: nn.Module) -> Any:
     """The module inside DistributedDataParallel, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -107,15 +107,16 @@ class Tracker:
         description: str = "train",
     ):
         self.enabled = enabled
+        self.kept: list[dict[str, float]] = []
         self.console = Console(quiet=quiet or not enabled, highlight=False, markup=False)
         self.path = folder / "metrics.jsonl"
         self.started = time.monotonic()
         self.description, self.total_steps = description, total_steps
         if not enabled:
             return
-        kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
-        self.started -= kept[-1]["time"] if kept else 0.0
-        text = "".join(json.dumps(record) + "\n" for record in kept)
+        self.kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
+        self.started -= self.kept[-1]["time"] if self.kept else 0.0
+        text = "".join(json.dumps(record) + "\n" for record in self.kept)
         write_atomically(self.path, lambda partial: partial.write_text(text))  # a full disk must not cost the history
         self.sinks = open_sinks(sinks, folder, config)
         self.progress: Progress | None = None
@@ -127,6 +128,10 @@ class Tracker:
             self.progress = Progress(*columns, console=self.console, transient=False)
             self.progress.start()
             self.task = self.progress.add_task(description, total=total_steps, completed=resume_step, rate="", shown="")
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether the run had logged a value called `prefix`... at `step` before it was resumed; known on rank 0."""
+        return any(line["step"] == step and any(key.startswith(prefix) for key in line) for line in self.kept)
 
     def advance(self, step: int) -> None:
         """Moves the bar; nothing when output is not a terminal."""

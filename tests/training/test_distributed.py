@@ -8,8 +8,9 @@ from two_processes import run_on_two
 
 from consonar import checkpoint
 from consonar.config import DataConfig
+from consonar.generators.rear import ReARConfig
 from consonar.tracking import read_metrics
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.objectives import ConsistencyConfig
 from consonar.training.run import train
 from consonar.training.vq_objective import ReconstructionConfig
 
@@ -35,16 +36,13 @@ NO_GRADIENT = "k_norm.bias"  # see test_loop.py
 
 @pytest.fixture
 def configs(make_config, tokenizer, picture_folder):
-    """Everything that is drawn but dropout masks, which each process draws for itself."""
-    noise = NoiseConfig(schedule="uniform", max_rate=0.8)
-    objective = ConsistencyConfig(embedding_weight=0.5, head_width=16, class_dropout=0.5, noise=noise)
-    nearest = replace(objective, noise=replace(noise, schedule="constant", corruption="nearest", num_neighbours=4))
+    """Without per-rank draws: noise and class dropout are drawn by each rank for itself."""
+    objective = ConsistencyConfig(embedding_weight=0.5, head_width=16, class_dropout=0)
     reconstruction = ReconstructionConfig(
         perceptual_weight=0, discriminator_weight=0.1, discriminator_start=2, revive_after=0
     )
     return {
         "generator": make_config(objective=objective, loop={"steps": 4, "accumulation": 2}),
-        "nearest": make_config(objective=nearest, loop={"steps": 4}),
         "tokenizer": make_config(
             recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config, objective=reconstruction,
             data=DataConfig(images=str(picture_folder), flip=True), loop={"steps": 4},
@@ -73,3 +71,27 @@ def test_two_processes_equal_one(configs, tmp_path):
                 for run in (tmp_path / name, alone)
             ]
             assert curves[0] == pytest.approx(curves[1], rel=1e-3), (name, measured)
+
+
+STOP_AND_RESUME = """
+import os, sys, torch
+from pathlib import Path
+from consonar.config import read_config
+from consonar.training.run import train
+torch.set_num_threads(1)
+for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    name = Path(path).stem
+    settings = {"whole": {}, "first half": {"stop_at": 2}, "second half": {"resume": True}}[name]
+    os.environ["MASTER_PORT"] = port
+    torch.manual_seed(len(name))  # another process would be in another state
+    train(read_config(Path(path)), Path(path).with_name(name.split()[-1]), quiet=True, **settings)
+"""
+
+
+def test_two_processes_resume_exactly_with_dropout(make_config, tmp_path):
+    shape = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.3)
+    config = make_config(model=shape, loop={"steps": 4})
+    run_on_two(STOP_AND_RESUME, dict.fromkeys(("whole", "first half", "second half"), config), tmp_path)
+    last = "checkpoints/step_00000004.pt"
+    whole, broken = (checkpoint.load_resume(tmp_path / name / last)["model"] for name in ("whole", "half"))
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)

@@ -54,13 +54,13 @@ def hand_written(config) -> dict[str, torch.Tensor]:
     model = ReARGenerator(shape)
     model.reset_parameters(seeded(config.seed, "init"))
     batches = TokenBatches(TokenStore.open(config.data.tokens), batch_size=8, seed=config.seed)
-    torch.manual_seed(derive_seed(config.seed, "dropout", 0))
     linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not w for w in linear)]
     optim = config.optim
     groups = [{"params": linear, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2))
     for step in range(config.loop.steps):
+        torch.manual_seed(derive_seed(config.seed, "dropout", 0, step))
         for group in optimizer.param_groups:
             group["lr"] = optim.lr
         batch = batches.batch(step)

@@ -131,7 +131,8 @@ class ImageBatches:
     def num_items(self) -> int:
         return len(self.images)
 
-    def _read(self, rows: Tensor) -> Batch:
+    def read(self, rows: Tensor) -> Batch:
+        """The items `rows` (B,), not mirrored: images (B, 3, H, W) float32 in [-1, 1], condition (B,), indices (B,)."""
         return Batch(images=from_uint8(self.images[rows]), condition=self.labels[rows], indices=rows)
 
     def batch(self, step: int) -> Batch:
@@ -139,7 +140,7 @@ class ImageBatches:
         rows = batch_rows(
             step, self.batch_size, self.num_items, seed=self.seed, rank=self.rank, world_size=self.world_size
         )
-        batch = self._read(rows)
+        batch = self.read(rows)
         if not self.flip:
             return batch
         assert batch.images is not None
@@ -152,7 +153,7 @@ class ImageBatches:
     def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
         """`spaced_rows` in order and not mirrored, for validation; the last batch may be short."""
         for rows in spaced_rows(self.num_items, max_items).split(batch_size):
-            yield self._read(rows)
+            yield self.read(rows)
 
 
 class SourceBatches(ImageBatches):
@@ -181,7 +182,7 @@ class SourceBatches(ImageBatches):
     def num_items(self) -> int:
         return len(self.source)
 
-    def _read(self, rows: Tensor) -> Batch:
+    def read(self, rows: Tensor) -> Batch:
         def read(index: int) -> tuple[np.ndarray, int]:
             record = self.source.read(index)
             return np.asarray(center_crop(record.image, self.image_size)), record.label or 0

@@ -107,6 +107,7 @@ def preview_reconstructions(tokenizer: VQTokenizer, validation: ImageBatches, wo
     from consonar.pictures import save_grid
 
     rows = torch.linspace(0, validation.num_items - 1, min(PREVIEW_IMAGES, validation.num_items)).long()
-    images = validation.images[rows].permute(0, 3, 1, 2).float().to(world.device) / 127.5 - 1
+    images = to_device(validation.read(rows), world.device).images
+    assert images is not None
     pairs = torch.stack([images, tokenizer.decode(tokenizer.encode(images))], 1).flatten(0, 1)
     save_grid(pairs, path, columns=8)

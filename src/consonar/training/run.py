@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from consonar import checkpoint, distributed
@@ -15,9 +14,9 @@ from consonar.config import TrainConfig
 from consonar.config_io import to_dict
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.seeding import derive_seed
 from consonar.tracking import Tracker, check_sinks
 from consonar.training.build import build
+from consonar.training.interruption import Interruption
 from consonar.training.loop import State, train_loop
 from consonar.training.optim import build_optimizer
 from consonar.training.start import resolve_start
@@ -32,7 +31,8 @@ def train(
 
     The folder holds config.json, metrics.jsonl, samples/, checkpoints/ (to resume) and model/ (the released component:
     the generator without training-only heads, or the tokenizer). `resume` goes on from the last checkpoint; the
-    configuration must be the stored one. `stop_at` ends early at that step, as an interruption would.
+    configuration must be the stored one. `stop_at` ends early at that step, as an interruption would: SIGTERM and
+    Ctrl-C end training after the step, once it is saved.
 
     Raises `UserError` when the folder already has a run, or for data that do not fit, and `NonFiniteLoss`.
     """
@@ -58,8 +58,6 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
     check_folder(config, out, resume)
     made = build(config, world, per_process, out)
     trainee = made.trainee
-    # From here on dropout is the only draw from the global generator; its state is in the checkpoints.
-    torch.manual_seed(derive_seed(config.seed, "dropout", world.rank))
     trainee.to(world.device)
     if config.loop.compile:
         compile_blocks(trainee)
@@ -68,8 +66,6 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
     saved = checkpoint.list_resume(out / "checkpoints")
     if resume and saved:
         state.restore(checkpoint.load_resume(saved[-1]), str(saved[-1]))
-        if not world.is_main:  # the stored dropout state is that of rank 0: the others must not repeat its draws
-            torch.manual_seed(derive_seed(config.seed, "dropout", world.rank, state.step))
     distributed.barrier(world)
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
@@ -80,13 +76,18 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
         out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
         enabled=world.is_main, quiet=quiet, description=config.recipe,
     )  # fmt: skip
-    try:
-        train_loop(
-            config, state, made.objective, made.batches,
-            tracker=tracker, folder=out, world=world, callbacks=made.callbacks, stop_at=stop_at,
-        )  # fmt: skip
-    finally:
-        tracker.close()
+    with Interruption() as interrupted:
+        try:
+            train_loop(
+                config, state, made.objective, made.batches, tracker=tracker, folder=out, world=world,
+                callbacks=made.callbacks, stop_at=stop_at, interrupted=interrupted,
+            )  # fmt: skip
+            if state.interrupted:
+                tracker.warn(f"interrupted; step {state.step} is saved, --resume goes on from there")
+        finally:
+            tracker.close()
+    if state.interrupted:
+        return out
     if world.is_main and (state.step == config.loop.steps or state.stopped):
         if state.stopped:
             note = json.dumps({"step": state.step, "reason": state.stopped}) + "\n"

@@ -1,0 +1,142 @@
+"""What a run keeps when something beside its steps fails, and when it is asked to end."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from consonar import checkpoint
+from consonar.config import DataConfig
+from consonar.generators.rear import ReARConfig
+from consonar.tracking import read_metrics
+from consonar.training import aside, inputs
+from consonar.training.objectives import Consistency
+from consonar.training.run import train
+from consonar.training.vq_objective import ReconstructionConfig
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(make_config):
+    model = ReARConfig(width=32, num_layers=1, num_heads=4, dropout=0.1)
+    every = {"steps": STEPS, "save_every": 2, "validate_every": 2, "sample_every": 3}
+    return make_config(model=model, loop=every)
+
+
+def saved_steps(run):
+    return [checkpoint.load_resume(path)["step"] for path in checkpoint.list_resume(run / "checkpoints")]
+
+
+def lines(run):
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def assert_same_run(ours, theirs):
+    """The same weights, and the same lines of metrics."""
+    stored = [checkpoint.load_resume(checkpoint.list_resume(run / "checkpoints")[-1]) for run in (ours, theirs)]
+    assert stored[0]["step"] == stored[1]["step"] == STEPS
+    assert all(torch.equal(value, stored[1]["model"][key]) for key, value in stored[0]["model"].items())
+    assert lines(ours) == lines(theirs)
+
+
+def failing(at, error, inner):
+    """`inner`, which raises `error` at its call number `at`."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise error
+        return inner(*arguments)
+
+    return call
+
+
+def test_a_picture_that_fails_is_a_warning(config, tmp_path, monkeypatch, capsys):
+    from consonar.training import build
+
+    broken = failing(1, RuntimeError("no font\nhere"), build.preview_samples)
+    monkeypatch.setattr(build, "preview_samples", broken)
+    run = train(config, tmp_path / "run", quiet=True)
+    assert capsys.readouterr().err == "tiny: no picture of step 3: RuntimeError: no font here\n"
+    assert [path.name for path in (run / "samples").iterdir()] == ["step_000006.png"]
+    assert (run / "model" / "config.json").is_file()
+
+
+def test_validation_that_fails_costs_no_step_and_does_not_stop_the_next_resume(config, tmp_path, monkeypatch, capsys):
+    validate = Consistency.validate
+
+    def broken(self, *arguments):
+        raise RuntimeError("a picture is damaged")
+
+    monkeypatch.setattr(Consistency, "validate", broken)
+    run = tmp_path / "run"
+    for steps in ([2], [2, 4], [4, 6]):  # every attempt fails, and every one gets on
+        with pytest.raises(RuntimeError, match="damaged"):
+            train(config, run, resume=run.exists(), quiet=True)
+        assert saved_steps(run) == steps
+    assert "the validation of step 4 is left out: RuntimeError: a picture is damaged" in capsys.readouterr().err
+    monkeypatch.setattr(Consistency, "validate", validate)
+    train(config, run, resume=True, quiet=True)
+    assert [line["step"] for line in lines(run) if "validation/cross_entropy" in line] == [STEPS]
+    assert [line["step"] for line in lines(run) if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert (run / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("call", [1, 3])  # in the middle, and after the last step
+def test_a_run_that_ended_in_its_validation_is_resumed_as_if_it_had_not(call, config, tmp_path, monkeypatch):
+    straight = train(config, tmp_path / "straight", quiet=True)
+    broken = failing(call, KeyboardInterrupt(), Consistency.validate)
+    monkeypatch.setattr(Consistency, "validate", lambda *arguments: broken(*arguments))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "model").exists()
+    train(config, tmp_path / "run", resume=True, quiet=True)
+    assert_same_run(straight, tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run" / "samples").iterdir()} == {"step_000003.png", "step_000006.png"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_saves_its_step_first(number, config, tmp_path, monkeypatch, capsys):
+    straight = train(config, tmp_path / "straight", quiet=True)
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append(number))
+    try:
+        log = aside.Aside.log
+
+        def at_step_3(self, terms):
+            if self.state.step == 3:
+                os.kill(os.getpid(), number)
+            log(self, terms)
+
+        monkeypatch.setattr(aside.Aside, "log", at_step_3)
+        run = train(config, tmp_path / "run", quiet=True)
+        assert heard == [number], "the process must end as its caller meant it to"
+        assert signal.getsignal(number) is not before and saved_steps(run) == [2, 3]
+        assert "step 3 is saved, --resume goes on" in capsys.readouterr().err and not (run / "model").exists()
+        monkeypatch.setattr(aside.Aside, "log", log)
+        train(config, run, resume=True, quiet=True)
+    finally:
+        signal.signal(number, before)
+    assert_same_run(straight, run)
+
+
+def test_pictures_of_a_tokenizer_whose_validation_images_are_not_in_memory(
+    make_config, tokenizer, picture_folder, tmp_path, monkeypatch, capsys
+):
+    config = make_config(
+        recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config,
+        objective=ReconstructionConfig(perceptual_weight=0), data=DataConfig(images=str(picture_folder)),
+        loop={"steps": 1},
+    )  # fmt: skip
+    pictures = []
+    for limit in (4e9, 1):
+        monkeypatch.setattr(inputs, "MAX_MEMORY", limit)
+        run = train(replace(config, seed=1), tmp_path / f"{limit}", quiet=True)
+        pictures.append(Image.open(run / "samples" / "step_000001.png").convert("RGB"))
+    assert capsys.readouterr().err == ""
+    assert pictures[0].size == pictures[1].size and ImageChops.difference(*pictures).getbbox() is None
