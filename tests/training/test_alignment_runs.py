@@ -156,20 +156,27 @@ for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
-def test_two_processes_learn_and_agree_on_one_model(make, tmp_path):
-    """Each rank draws its own tokens, so weights differ from one process; cross-entropy alone must be the same."""
+def test_two_processes_draw_and_learn_what_one_does(make, tmp_path):
+    """Contexts, dropped classes, actions and Gumbel noise belong to the images, not to the process that has them."""
+    steps = {"steps": 3}
     configs = {
-        "ce": make(CrossEntropyConfig(rewards=REWARDS), loop={"steps": 3}),
-        "reinforce": make(replace(OBJECTIVES["reinforce"], group_size=2), loop={"steps": 3}),
+        "ce": make(CrossEntropyConfig(rewards=REWARDS), loop=steps),
+        "reinforce": make(replace(OBJECTIVES["reinforce"], group_size=2), loop=steps),
+        "vapi": make(replace(VAPI, class_dropout=0.5), loop=steps),
+        "free": make(OBJECTIVES["free"], loop=steps),
+        "ste": make(OBJECTIVES["ste"], loop=steps),
     }
     run_on_two(WORKER, configs, tmp_path)
-    alone = train(configs["ce"], tmp_path / "alone", quiet=True)
-    one, two = weights(alone), weights(tmp_path / "ce")
-    for key in one:
-        if not key.endswith("k_norm.bias"):  # its gradient is rounding: see test_loop.py
-            torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
-    lines = read_metrics(tmp_path / "reinforce" / "metrics.jsonl")
-    assert all(line["train/reward"] < 0 for line in lines if "train/reward" in line)
+    for name, config in configs.items():
+        alone = train(config, tmp_path / f"{name}-alone", quiet=True)
+        curves = [
+            [{k: v for k, v in line.items() if k.startswith("train/")} for line in read_metrics(run / "metrics.jsonl")]
+            for run in (tmp_path / name, alone)
+        ]
+        assert len(curves[0]) == len(curves[1])
+        for ours, theirs in zip(*curves, strict=True):
+            # Sums in another order; other draws would move the reward by percents.
+            assert ours == pytest.approx(theirs, rel=5e-3, abs=1e-4), name
 
 
 def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_folder):

@@ -10,7 +10,7 @@ from consonar import checkpoint
 from consonar.config import DataConfig
 from consonar.generators.rear import ReARConfig
 from consonar.tracking import read_metrics
-from consonar.training.objectives import ConsistencyConfig
+from consonar.training.objectives import ConsistencyConfig, NoiseConfig
 from consonar.training.run import train
 from consonar.training.vq_objective import ReconstructionConfig
 
@@ -36,13 +36,16 @@ NO_GRADIENT = "k_norm.bias"  # see test_loop.py
 
 @pytest.fixture
 def configs(make_config, tokenizer, picture_folder):
-    """Without per-rank draws: noise and class dropout are drawn by each rank for itself."""
-    objective = ConsistencyConfig(embedding_weight=0.5, head_width=16, class_dropout=0)
+    """Everything that is drawn but dropout masks, which each process draws for itself."""
+    noise = NoiseConfig(schedule="uniform", max_rate=0.8)
+    objective = ConsistencyConfig(embedding_weight=0.5, head_width=16, class_dropout=0.5, noise=noise)
+    nearest = replace(objective, noise=replace(noise, schedule="constant", corruption="nearest", num_neighbours=4))
     reconstruction = ReconstructionConfig(
         perceptual_weight=0, discriminator_weight=0.1, discriminator_start=2, revive_after=0
     )
     return {
         "generator": make_config(objective=objective, loop={"steps": 4, "accumulation": 2}),
+        "nearest": make_config(objective=nearest, loop={"steps": 4}),
         "tokenizer": make_config(
             recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config, objective=reconstruction,
             data=DataConfig(images=str(picture_folder), flip=True), loop={"steps": 4},

@@ -9,7 +9,7 @@ Letters: `B` images, `N` tokens, `V` codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.generators import conditions
-from consonar.seeding import generator
+from consonar.seeding import generator, rows_of_rank
 from consonar.training import losses, noise, policy
 from consonar.training.rewards import build_rewards, check_rewards
 from consonar.training.trainee import Trainee
@@ -162,15 +162,21 @@ class Alignment:
         batch = Batch(tokens, batch.condition, batch.images, batch.indices)
         condition = batch.condition
         if self.config.class_dropout > 0:
-            draws = torch.rand(len(tokens), generator=generator(self.seed, "class_dropout", step, self.world.rank))
+            rng = generator(self.seed, "class_dropout", step, 0)
+            draws = self.own_rows(lambda n: torch.rand(n, generator=rng), len(tokens))
             keep = (draws >= self.config.class_dropout).to(tokens.device)
             condition = conditions.select(keep, condition, model.generator.null_condition(condition))
         context, corrupted, rate = tokens, torch.zeros_like(tokens, dtype=torch.bool), self.noise_rate(step)
         if rate > 0:
-            rng = generator(self.seed, "noise", step, self.world.rank)
-            rates = torch.full((len(tokens),), rate)
-            context, corrupted = noise.corrupt_tokens(tokens, rates, self.tokenizer.vocab_size, rng)
+            context, corrupted = noise.corrupt_tokens(
+                tokens, torch.full((len(tokens),), rate), self.tokenizer.vocab_size,
+                generator(self.seed, "noise", step, 0), rank=self.world.rank, world_size=self.world.size,
+            )  # fmt: skip
         return Rollout(batch, context=context, condition=condition, corrupted=corrupted)
+
+    def own_rows(self, draw: Callable[[int], Tensor], num_rows: int) -> Tensor:
+        """This process's rows of a draw for the batch of all of them, see `seeding.rows_of_rank`."""
+        return rows_of_rank(draw, num_rows, self.world.rank, self.world.size)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

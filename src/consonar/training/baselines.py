@@ -114,8 +114,8 @@ class StraightThrough(Alignment):
         """Context, and one seed per image for its Gumbel noise, so that micro-batches draw what the whole would."""
         rollout = self.prepare(model, batch, step)
         assert batch.images is not None
-        first = derive_seed(self.seed, "gumbel", step, self.world.rank) % 2**62
-        rollout.extra["seeds"] = torch.arange(first, first + len(batch.images))
+        first = derive_seed(self.seed, "gumbel", step, 0) % 2**62
+        rollout.extra["seeds"] = self.own_rows(lambda n: torch.arange(first, first + n), len(batch.images))
         yield rollout
 
     def loss(self, model: Any, rollout: Rollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:

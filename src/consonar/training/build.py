@@ -90,8 +90,9 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
     trainee.reset_heads(generator(config.seed, "init_heads"))
     objective = Consistency(
-        config.objective, tokenizer, total_steps=config.loop.steps, seed=config.seed, rank=world.rank
-    )
+        config.objective, tokenizer, total_steps=config.loop.steps, seed=config.seed,
+        rank=world.rank, world_size=world.size,
+    )  # fmt: skip
     batches = TokenBatches(store, batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
     if config.data.validation_tokens:

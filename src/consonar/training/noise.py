@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from consonar.precision import in_float32
+from consonar.seeding import rows_of_rank
 
 SCHEDULES = ("none", "constant", "uniform", "linear", "truncated_linear")
 CORRUPTIONS = ("uniform", "mask", "nearest")
@@ -40,24 +41,36 @@ def corrupt_tokens(
     corruption: str = "uniform",
     mask_token: int | None = None,
     neighbours: Tensor | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Replaces each token with probability rates[b]: context (B, N) and where it was replaced (B, N) bool.
 
     `uniform`: by any code, the same one included. `mask`: by `mask_token`. `nearest`: by one of the codes listed in
-    `neighbours` (V, n) for it, all equally likely. Draws from `rng` only; `rng.device` is where the draws happen.
+    `neighbours` (V, n) for it, all equally likely. Draws from `rng` only; `rng.device` is where the draws happen. With
+    several ranks each draws for all and takes its rows (`rows_of_rank`).
     """
-    chosen = torch.rand(tokens.shape, generator=rng, device=rng.device).to(tokens.device)
+
+    def integers(high: int) -> Tensor:
+        def draw(rows: int) -> Tensor:
+            return torch.randint(high, (rows, tokens.shape[1]), generator=rng, device=rng.device)
+
+        return rows_of_rank(draw, len(tokens), rank, world_size).to(tokens.device)
+
+    def uniforms(rows: int) -> Tensor:
+        return torch.rand(rows, tokens.shape[1], generator=rng, device=rng.device)
+
+    chosen = rows_of_rank(uniforms, len(tokens), rank, world_size).to(tokens.device)
     corrupted = chosen < rates.to(tokens.device)[:, None]
     if corruption == "mask":
         assert mask_token is not None
         replacement = torch.full_like(tokens, mask_token)
     elif corruption == "nearest":
         assert neighbours is not None
-        pick = torch.randint(neighbours.shape[1], tokens.shape, generator=rng, device=rng.device).to(tokens.device)
-        replacement = neighbours[tokens, pick]
+        replacement = neighbours[tokens, integers(neighbours.shape[1])]
     else:
         assert corruption == "uniform", corruption
-        replacement = torch.randint(vocab_size, tokens.shape, generator=rng, device=rng.device).to(tokens.device)
+        replacement = integers(vocab_size)
     return torch.where(corrupted, replacement, tokens), corrupted
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.generators import conditions
-from consonar.seeding import generator
+from consonar.seeding import generator, rows_of_rank
 from consonar.training import losses, noise
 from consonar.training.trainee import HeadSpec, Trainee
 from consonar.types import Batch, Rollout, Tokenizer
@@ -99,9 +99,18 @@ class ConsistencyConfig:
 class Consistency:
     """Follows `consonar.types.Objective`. `total_steps` is the length of the run (the noise schedule's clock)."""
 
-    def __init__(self, config: ConsistencyConfig, tokenizer: Tokenizer, *, total_steps: int, seed: int, rank: int = 0):
+    def __init__(
+        self,
+        config: ConsistencyConfig,
+        tokenizer: Tokenizer,
+        *,
+        total_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.config, self.tokenizer = config, tokenizer
-        self.total_steps, self.seed, self.rank = total_steps, seed, rank
+        self.total_steps, self.seed, self.rank, self.world_size = total_steps, seed, rank, world_size
         self.neighbours: Tensor | None = None  # made when first needed, on the device of the tokens
 
     def noise_rate(self, step: int) -> float:
@@ -116,7 +125,8 @@ class Consistency:
         """Drops classes and corrupts the context; each from a generator of its own, so that neither moves the other."""
         assert batch.tokens is not None and batch.condition is not None
         tokens, condition = batch.tokens, batch.condition
-        dropped = torch.rand(len(tokens), generator=generator(self.seed, "class_dropout", step, self.rank))
+        rng = generator(self.seed, "class_dropout", step, 0)
+        dropped = rows_of_rank(lambda n: torch.rand(n, generator=rng), len(tokens), self.rank, self.world_size)
         keep = (dropped >= self.config.class_dropout).to(tokens.device)
         condition = conditions.select(keep, condition, model.generator.null_condition(condition))
         context, corrupted = self._corrupt(model, tokens, step)
@@ -126,7 +136,7 @@ class Consistency:
         rate = self.noise_rate(step)
         if rate == 0:
             return tokens, torch.zeros_like(tokens, dtype=torch.bool)
-        rng = generator(self.seed, "noise", step, self.rank)
+        rng = generator(self.seed, "noise", step, 0)
         settings = self.config.noise
         mask_token = None
         if settings.corruption == "mask":
@@ -138,14 +148,19 @@ class Consistency:
         if settings.corruption == "nearest" and self.neighbours is None:
             codebook = self.tokenizer.embed(torch.arange(self.tokenizer.vocab_size, device=tokens.device)[None])[0]
             self.neighbours = noise.code_neighbours(codebook, min(settings.num_neighbours, len(codebook) - 1))
+        rates = rows_of_rank(
+            lambda n: noise.draw_noise_rates(settings.schedule, rate, n, rng), len(tokens), self.rank, self.world_size
+        )
         return noise.corrupt_tokens(
             tokens,
-            noise.draw_noise_rates(settings.schedule, rate, len(tokens), rng),
+            rates,
             self.tokenizer.vocab_size,
             rng,
             corruption=settings.corruption,
             mask_token=mask_token,
             neighbours=self.neighbours,
+            rank=self.rank,
+            world_size=self.world_size,
         )
 
     def loss(self, model: Trainee, rollout: Rollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:

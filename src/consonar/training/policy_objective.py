@@ -142,9 +142,11 @@ class PolicyAlignment(Alignment):
         if self.config.rollout == "free":
             yield from [self.run_free(model, rollout, step)] * self.config.inner_epochs
             return
-        rng = generator(self.seed, "actions", step, self.world.rank)
-        shape = (len(tokens), self.config.group_size, tokens.shape[1])
-        rollout.extra["uniforms"] = torch.rand(shape, generator=rng, dtype=torch.float64)
+        rng = generator(self.seed, "actions", step, 0)
+        shape = (self.config.group_size, tokens.shape[1])
+        rollout.extra["uniforms"] = self.own_rows(
+            lambda n: torch.rand(n, *shape, generator=rng, dtype=torch.float64), len(tokens)
+        )
         if self.config.inner_epochs > 1 or self.config.estimator == "reinforce":
             with self.autocast():
                 logits = model(rollout.context, rollout.condition).logits
@@ -201,10 +203,11 @@ class PolicyAlignment(Alignment):
         assert rollout.batch.tokens is not None
         group, count = self.config.group_size, len(rollout.batch.tokens)
         repeated = conditions.rows(rollout.condition, _repeat_rows(count, group, self.world.device))
-        first = derive_seed(self.seed, "free", step, self.world.rank)
+        first = derive_seed(self.seed, "free", step, 0)
+        places = self.own_rows(lambda n: torch.arange(n * group).view(n, group), count).flatten().tolist()
         sampler = SamplerConfig(temperature=self.config.temperature, guidance_scale=self.config.guidance_scale)
         with self.autocast():
-            tokens, _ = sample_tokens(model.generator, repeated, range(first, first + count * group), sampler)
+            tokens, _ = sample_tokens(model.generator, repeated, [first + place for place in places], sampler)
         actions = tokens.clone().view(count, group, -1)  # a clone: made in inference mode, it could not be trained on
         drawn = {"actions": actions, **self.reward(model, actions, rollout.batch)}
         if self.config.inner_epochs > 1:
