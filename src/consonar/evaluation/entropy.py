@@ -6,14 +6,23 @@ at the temperature of equal entropy is no gain of the method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from consonar.errors import UserError
+from consonar.data.images import open_source
+from consonar.errors import MissingSplit, UserError
+from consonar.evaluation.evaluate import REFERENCES
+from consonar.evaluation.features import to_float
+from consonar.evaluation.image_sets import cropped
+from consonar.generators import load_generator
 from consonar.training import losses
-from consonar.types import Batch, Generator, Tokenizer
+from consonar.types import Batch, Generator, ImageSource, Tokenizer
 
 GRID = tuple(round(0.2 + 0.02 * i, 2) for i in range(91))
 """Temperatures at which entropy is measured to be inverted: 0.2 to 2."""
@@ -21,20 +30,89 @@ GRID = tuple(round(0.2 + 0.02 * i, 2) for i in range(91))
 
 @torch.inference_mode()
 def teacher_forced_entropies(
-    generator: Generator, tokenizer: Tokenizer, batches: Iterator[Batch], temperatures: Sequence[float]
+    generator: Generator, batches: Iterable[Batch], temperatures: Sequence[float]
 ) -> list[float]:
     """Mean entropy in nats of the next-token distributions under the true context, at each temperature (over 0).
 
-    `batches` hold images and conditions on the generator's device; one pass serves all temperatures.
+    `batches` hold tokens and conditions, on any device; one pass serves all temperatures.
     """
+    device = next(cast(nn.Module, generator).parameters()).device
     sums, count = torch.zeros(len(temperatures), dtype=torch.float64), 0
     for batch in batches:
-        assert batch.images is not None
-        logits, _ = generator(tokenizer.encode(batch.images), batch.condition)
+        assert batch.tokens is not None
+        logits, _ = generator(batch.tokens.to(device), cast(Tensor, batch.condition).to(device))
         for index, temperature in enumerate(temperatures):
             sums[index] += losses.entropy(logits.float() / temperature).mean().double().cpu() * len(logits)
         count += len(logits)
     return (sums / count).tolist()
+
+
+class Sharpness:
+    """Teacher-forced entropy of generators on the validation images of a reference, else None.
+
+    The images are read and encoded once, batch by batch, when the first entropy is asked for; only their tokens (n, N)
+    and labels (n,) are kept. There is no entropy without validation images, nor, for a generator of several classes,
+    without labels.
+    """
+
+    def __init__(self, reference: str, tokenizer: Tokenizer, batch_size: int, device: str):
+        self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
+        self.missing, self.source = "the reference has none", None
+        self.encoded: tuple[Tensor, Tensor | None] | None = None
+        spec = REFERENCES.get(reference, (reference, 0))[0]
+        if spec.endswith(".npz"):
+            return
+        try:
+            self.source = open_source(spec, split="validation", image_size=tokenizer.image_size)
+        except MissingSplit:
+            return
+
+    def batches(self, generator: Any) -> Iterator[Batch] | None:
+        """The validation images as tokens, or None where `missing` says why they cannot serve this generator."""
+        if self.source is None:
+            return None
+        if self.encoded is None:
+            self.encoded = self._encode(self.source)
+        tokens, labels = self.encoded
+        if labels is None and generator.num_classes > 1:
+            self.missing = f"they have no labels, and the generator has {generator.num_classes} classes"
+            return None
+        labels = torch.zeros(len(tokens), dtype=torch.int64) if labels is None else labels
+        parts = zip(tokens.split(self.batch_size), labels.split(self.batch_size), strict=True)
+        return (Batch(tokens=part, condition=classes) for part, classes in parts)
+
+    @torch.inference_mode()
+    def _encode(self, source: ImageSource) -> tuple[Tensor, Tensor | None]:
+        """Tokens (n, N), and labels (n,) where every image has one, on the CPU."""
+        tokens, labels = [], []
+        for images, classes in labelled_batches(source, self.tokenizer.image_size, self.batch_size):
+            tokens.append(self.tokenizer.encode(to_float(images).to(self.device)).cpu())
+            labels += classes
+        return torch.cat(tokens), None if None in labels else torch.tensor(labels)
+
+    def entropies(self, generator: Any, temperatures: Sequence[float]) -> dict[float, float]:
+        """By temperature; without that of greedy sampling (0), and empty where nothing can be measured."""
+        wanted = [temperature for temperature in temperatures if temperature > 0]
+        batches = self.batches(generator) if wanted else None
+        if batches is None:
+            return {}
+        return dict(zip(wanted, teacher_forced_entropies(generator, batches, wanted), strict=True))
+
+    def match(self, generator: Any, other: Path) -> float:
+        """The temperature at which `generator` has the entropy of the run `other` at temperature 1."""
+        own, wanted = self.entropies(generator, GRID), self.entropies(load_generator(other).to(self.device), [1.0])
+        if not (own and wanted):
+            raise UserError(f"--match: {other}: entropy is measured on validation images: {self.missing}")
+        return matching_temperature(list(own.values()), wanted[1.0])
+
+
+def labelled_batches(
+    source: ImageSource, image_size: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, list[int | None]]]:
+    """The images of a source under the centre crop, uint8 (B, S, S, 3), and their labels, read when asked for."""
+    records = iter(source)
+    while chunk := list(itertools.islice(records, batch_size)):
+        yield np.stack([cropped(record.image, image_size) for record in chunk]), [record.label for record in chunk]
 
 
 def matching_temperature(entropies: Sequence[float], target: float, temperatures: Sequence[float] = GRID) -> float:

@@ -17,12 +17,9 @@ import torch
 
 from consonar import checkpoint
 from consonar.config_io import to_dict
-from consonar.data.images import open_source
-from consonar.data.loader import ImageBatches
-from consonar.errors import MissingSplit, UserError
-from consonar.evaluation.entropy import GRID, matching_temperature, teacher_forced_entropies
+from consonar.errors import UserError
+from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import (
-    REFERENCES,
     Reference,
     Results,
     encode_reference,
@@ -37,8 +34,6 @@ from consonar.generators import load_generator, load_own_tokenizer, model_folder
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
 from consonar.tokenizers import load_tokenizer
-from consonar.training.inputs import load_images
-from consonar.training.loop import to_device
 from consonar.types import Tokenizer
 
 KEPT_IMAGES = 80
@@ -91,6 +86,7 @@ def evaluate_run(
     if target is None:
         target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
     labels = balanced_labels(num_samples, generator.num_classes)
+    entropies = sharpness.entropies(generator, [settings.temperature for settings in samplers])
     rows = []
     for settings in samplers:
         if progress:
@@ -107,8 +103,8 @@ def evaluate_run(
         nearest = results.copies["features"].indices[:KEPT_IMAGES] if "features" in results.copies else None
         keep_first(drawn, kept, target, nearest, class_names)
         row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
-        if (entropy := sharpness.entropy(generator, settings.temperature)) is not None:
-            row["metrics"]["entropy (teacher-forced)"] = {"value": entropy, "spread": None}
+        if settings.temperature in entropies:
+            row["metrics"]["entropy (teacher-forced)"] = {"value": entropies[settings.temperature], "spread": None}
         if settings.temperature in matched:
             row["matched_to"] = matched[settings.temperature]
         rows.append(row)
@@ -132,40 +128,6 @@ def evaluate_run(
     text = json.dumps(content, indent=1)
     checkpoint.write_atomically(path, lambda partial: partial.write_text(text + "\n"))
     return content
-
-
-class Sharpness:
-    """Teacher-forced entropy of generators on the validation images of a reference that has labels, else None."""
-
-    def __init__(self, reference: str, tokenizer: Tokenizer, batch_size: int, device: str):
-        self.tokenizer, self.batches = tokenizer, None
-        spec = REFERENCES.get(reference, (reference, 0))[0]
-        if spec.endswith(".npz"):
-            return
-        try:
-            source = open_source(spec, split="validation", image_size=tokenizer.image_size)
-        except MissingSplit:
-            return
-        images, labels = load_images(source, tokenizer.image_size)
-        batches = ImageBatches(images, labels, batch_size=batch_size, seed=0).ordered(batch_size)
-        self.batches = [to_device(batch, torch.device(device)) for batch in batches]
-
-    def entropies(self, generator: Any, temperatures: Sequence[float]) -> list[float]:
-        assert self.batches is not None
-        return teacher_forced_entropies(generator, self.tokenizer, iter(self.batches), temperatures)
-
-    def entropy(self, generator: Any, temperature: float) -> float | None:
-        """At one temperature; None without validation images, and for greedy sampling."""
-        if self.batches is None or temperature == 0:
-            return None
-        return self.entropies(generator, [temperature])[0]
-
-    def match(self, generator: Any, other: Path) -> float:
-        """The temperature at which `generator` has the entropy of the run `other` at temperature 1."""
-        if self.batches is None:
-            raise UserError(f"--match: {other}: entropy is measured on validation images, and the reference has none")
-        model = load_generator(other).to(next(generator.parameters()).device)
-        return matching_temperature(self.entropies(generator, GRID), self.entropies(model, [1.0])[0])
 
 
 def result_row(settings: SamplerConfig, results: Results, drawn: Path) -> dict[str, Any]:

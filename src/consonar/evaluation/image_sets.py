@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from PIL import Image
 
 from consonar.checkpoint import file_sha256
 from consonar.errors import UserError
@@ -108,13 +109,17 @@ def source_image_set(source: ImageSource, image_size: int) -> ImageSet:
     """The images of `source` under the ADM centre crop to `image_size` px (nothing is done to those of that size)."""
 
     def arrays() -> Iterator[np.ndarray]:
-        from consonar.data.transforms import center_crop
-
         for record in source:
-            whole = record.image.size == (image_size, image_size)
-            yield np.asarray(record.image if whole else center_crop(record.image, image_size))
+            yield cropped(record.image, image_size)
 
     return ImageSet(source.name, lambda batch_size: _stacked(arrays(), batch_size))
+
+
+def cropped(image: Image.Image, image_size: int) -> np.ndarray:
+    """uint8 (S, S, 3): the picture itself if it has that size, else its ADM centre crop."""
+    from consonar.data.transforms import center_crop
+
+    return np.asarray(image if image.size == (image_size, image_size) else center_crop(image, image_size))
 
 
 def _stacked(arrays: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
