@@ -1,15 +1,32 @@
 """The one exception type that means "the input is wrong", as opposed to "consonar is wrong"."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+
+LONGEST_CAUSE = 200
+"""Characters kept of what a parser said."""
+
+
+def printable(text: object) -> str:
+    """In one line that every terminal and file takes: names of files need be neither UTF-8 nor one line."""
+    line = " ".join(str(text).splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class UserError(ValueError):
     """Wrong input. The message is one line with the key, the value and the choices; the command line exits with 2."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message))
+
 
 class MissingSplit(UserError):
     """The data are there, but not the split that was asked for."""
+
+
+class BadImage(UserError):
+    """One picture of many cannot be read."""
 
 
 def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
@@ -18,3 +35,26 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     close = get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return UserError(f"{what}: unknown {value!r}{hint}; choices: {', '.join(names)}")
+
+
+@contextmanager
+def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
+    """Around a parser of bytes from outside: what it raises becomes one `kind` that begins with `where`, the file.
+
+    Damaged bytes raise whatever they happen to spell (KeyError, struct.error, RecursionError, MemoryError, errors of
+    zlib and of pickle), so this takes every `Exception`. Inside stands the parser alone: of anything else a mistake of
+    ours would pass for a damaged file. `what` the file should be, e.g. "an .npz"; `remedy` ends the line.
+    """
+    end = f"; {remedy}" if remedy else ""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        cause = error.strerror or str(error) or type(error).__name__
+        raise kind(f"{where}: cannot be read: {cause[:LONGEST_CAUSE]}{end}") from error
+    except MemoryError as error:
+        raise kind(f"{where}: cannot be read as {what}: it asks for more memory than there is{end}") from error
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"[:LONGEST_CAUSE]
+        raise kind(f"{where}: cannot be read as {what}: damaged, cut short or something else ({cause}){end}") from error

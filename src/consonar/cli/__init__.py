@@ -13,7 +13,7 @@ from consonar.cli.making import demo, import_tokens, recipes, sample_command, to
 from consonar.cli.measuring import evaluate, report
 from consonar.cli.models import convert, models
 from consonar.cli.parsing import parse
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, printable, unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "the disk is full; what was complete is kept" if full else error.strerror or str(error)
-        print(f"consonar: {place}{reason}", file=sys.stderr)
+        print(f"consonar: {printable(place + reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("consonar: interrupted; the same command (train: with --resume) goes on", file=sys.stderr)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from consonar.errors import printable
+
 if TYPE_CHECKING:
     from consonar.convert.published import Published
 
@@ -58,4 +60,4 @@ def counting(what: str) -> Any:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print("\n".join(map(printable, text.split("\n"))), flush=True)

@@ -120,7 +120,7 @@ def tokenize(
         batch_size: Crops per call of the encoder.
         device: auto, cpu or cuda.
     """
-    from consonar.data.images import open_source
+    from consonar.data.images import ImageFolder, open_source
     from consonar.data.tokens import write_token_store
     from consonar.distributed import pick_device
     from consonar.tokenizers import load_tokenizer
@@ -153,6 +153,8 @@ def tokenize(
             )
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
         say(f"{name}: {shape}, {store.num_classes} classes: {store.path}")
+        if isinstance(source, ImageFolder) and source.found.note:
+            say(f"{name}: not read: {source.found.note}")
 
 
 def import_tokens(*, format: str, data: Path, tokenizer: str, out: Path, labels: Path | None = None) -> None:

@@ -1,31 +1,25 @@
 """Where images come from: OpenMoji, a folder, or a Hugging Face data set, all as an `ImageSource`.
 
 `open_source` turns the text that a user writes (`--data ...`) into a source. Every image is decoded completely and
-converted to RGB (`transforms.to_rgb`) when it is read; a file that is no image or is cut short stops with its name.
+converted to RGB (`picture_files.read_image`) when it is read; one that is no image or is cut short stops with its name.
 """
 
-import io
-import os
-import struct
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
-from PIL import Image, UnidentifiedImageError
-
-from consonar.data.transforms import to_rgb
-from consonar.errors import MissingSplit, UserError, unknown
+from consonar.data.picture_files import IMAGE_ENDINGS, PictureFiles, find_pictures, read_image, sub_folders
+from consonar.errors import BadImage, MissingSplit, UserError, printable, reading, unknown
 from consonar.types import ImageRecord, ImageSource
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 """The splits that can be asked for, and the names under which folders and data sets hold them."""
 
 SPECS = ("openmoji", "PATH", "imagefolder:PATH", "arrow:PATH", "hf:OWNER/NAME[:CONFIG]", "hf:PATH", "hf-stream:...")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id")
-END_MARKS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 
 
 @runtime_checkable
@@ -39,57 +33,12 @@ class IndexedSource(ImageSource, Protocol):
         ...
 
 
-def read_image(source: str | Path | bytes, name: str) -> Image.Image:
-    """The image in a file or in encoded bytes, completely decoded, as upright RGB (`transforms.to_rgb`), any size.
-
-    Of an animation or a multi-page file the first picture is taken. Raises `UserError` that starts with `name` when the
-    file cannot be read, is not an image, is truncated or damaged, or has a mode that does not convert to RGB.
-    """
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(f"{name}: {reason} ({len(data)} bytes)") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise UserError(f"{name}: the image is truncated or damaged ({len(data)} bytes): {error}") from error
-    if END_MARKS.get(image.format or "", b"") not in data:  # Pillow lets a file pass that lost only its last bytes
-        raise UserError(f"{name}: the image is truncated or damaged ({len(data)} bytes): no end of {image.format}")
-    try:
-        return to_rgb(image)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
 def _choose_split(split: str, available: list[str], where: str) -> str:
     """The name among `available` that stands for `split`."""
     found = [name for name in SPLIT_NAMES.get(split, (split,)) if name in available]
     if not found:
         raise MissingSplit(f"split: {where} has no {split!r}; choices: {', '.join(available)}")
     return found[0]
-
-
-def _folders(path: Path) -> list[Path]:
-    """The visible sub-folders, sorted by name."""
-    return [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Every image file below `folder`, links followed, hidden ones left out, in the order of their paths."""
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"data: cannot read folder {error.filename!r}: {error.strerror}") from error
-
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = [name for name in names if not name.startswith(".")]
-        files += [Path(parent, name) for name in visible if name.lower().endswith(IMAGE_ENDINGS)]
-    return sorted(files)
 
 
 class ImageFolder:
@@ -108,29 +57,32 @@ class ImageFolder:
         folder, class_folders = self._layout(root, split)
         self.root = root
         self.name = f"imagefolder:{root.resolve()}[{split}]"
-        self.class_names = tuple(sorted({path.name for path in class_folders})) or None
-        self.files: list[Path] = _image_files(folder)
+        self.class_names = tuple(sorted({printable(path.name) for path in class_folders})) or None
+        self.found: PictureFiles = find_pictures(folder)
+        self.files = self.found.files
         if not self.files:
             hint = "a data set saved by Hugging Face datasets is opened with arrow:PATH"
-            raise UserError(f"data: no image in {str(folder)!r}; looked for {', '.join(IMAGE_ENDINGS)} ({hint})")
+            beside = f" beside {self.found.note}" if self.found.note else ""
+            endings = ", ".join(IMAGE_ENDINGS)
+            raise UserError(f"data: no image in {str(folder)!r}{beside}; looked for {endings} ({hint})")
         self.labels = None if self.class_names is None else self._label_files(folder, self.class_names)
 
     @staticmethod
     def _layout(root: Path, split: str) -> tuple[Path, list[Path]]:
         """The folder that holds the wanted split, and the class folders of all splits."""
-        children = _folders(root)
+        children = sub_folders(root)
         split_names = {name for names in SPLIT_NAMES.values() for name in names}
         splits = [path for path in children if path.name in split_names]
         if not any(path.name != "test" for path in splits):
             if split != "train":
                 raise MissingSplit(f"split: {str(root)!r} has no folder {split!r}, so all of it is the train split")
             return root, children
-        others = [path.name for path in children if path not in splits and _image_files(path)]
+        others = [path.name for path in children if path not in splits and find_pictures(path).files]
         if others:
             hint = f"{others[0]!r} stands beside it; give the folder of the split, or rename the class"
             raise UserError(f"data: cannot tell whether {str(splits[0])!r} is a split or a class, for {hint}")
         chosen = root / _choose_split(split, [path.name for path in splits], str(root))
-        return chosen, [path for folder in splits for path in _folders(folder)]
+        return chosen, [path for folder in splits for path in sub_folders(folder)]
 
     def _label_files(self, folder: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
         """The class index of every file: its first folder below `folder`."""
@@ -139,11 +91,11 @@ class ImageFolder:
         if stray is not None:
             raise UserError(f"data: image {str(stray)!r} lies beside class folders; move it into one of them")
         filled = {parts[0] for parts in parents}
-        empty = [path.name for path in _folders(folder) if path.name not in filled]
+        empty = [path.name for path in sub_folders(folder) if path.name not in filled]
         if empty:
             raise UserError(f"data: class folder {str(folder / empty[0])!r} holds no image file; remove it or fill it")
         index = {name: label for label, name in enumerate(class_names)}
-        return tuple(index[parts[0]] for parts in parents)
+        return tuple(index[printable(parts[0])] for parts in parents)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -152,7 +104,7 @@ class ImageFolder:
         """Image `index` in the order of the paths, decoded; its name is the path below the root."""
         path = self.files[index]
         label = None if self.labels is None else self.labels[index]
-        return ImageRecord(read_image(path, str(path)), path.relative_to(self.root).as_posix(), label)
+        return ImageRecord(read_image(path, str(path)), printable(path.relative_to(self.root).as_posix()), label)
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return map(self.read, range(len(self)))
@@ -211,19 +163,19 @@ class DatasetImages:
         name = f"{self.name}/{index}"
         encoded = row[self.image_column]
         if encoded is None:
-            raise UserError(f"{name}: no image in column {self.image_column!r}")
+            raise BadImage(f"{name}: no image in column {self.image_column!r}")
         data = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
         if isinstance(data, str) and "://" in data:  # a remote file, maybe inside an archive
             import fsspec  # type: ignore[import-untyped]
 
-            with fsspec.open(data, "rb") as file:
+            with reading(name, "a picture elsewhere", kind=BadImage), fsspec.open(data, "rb") as file:
                 data = file.read()
         label = row[self.label_column] if self.label_column else None
         caption = row[self.caption_column] if self.caption_column else None
         return ImageRecord(read_image(data, name), name, None if label == -1 else label, caption)
 
     def __iter__(self) -> Iterator[ImageRecord]:
-        return (self._record(index, row) for index, row in enumerate(self.dataset))
+        return starmap(self._record, enumerate(self.dataset))  # unlike a generator it goes on behind a bad picture
 
 
 class IndexedDatasetImages(DatasetImages):
@@ -234,7 +186,9 @@ class IndexedDatasetImages(DatasetImages):
 
     def read(self, index: int) -> ImageRecord:
         """Row `index`, decoded."""
-        return self._record(index, self.dataset[index])
+        with reading(self.name, "a data set"):
+            row = self.dataset[index]
+        return self._record(index, row)
 
 
 def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> DatasetImages:
@@ -246,23 +200,18 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
     for key in columns.keys() - {"image", "label", "caption"}:
         raise unknown("data: column kind", key, ("image", "label", "caption"))
     path = Path(target).expanduser()
-    try:
+    if spec.startswith("arrow:") and not path.exists():
+        raise UserError(f"data: no file or folder {str(path)!r}")
+    with reading(f"data: {spec!r}", "a Hugging Face data set"):
         if path.is_file():
             loaded: Any = datasets.Dataset.from_file(str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         elif path.is_dir():
             loaded = datasets.load_dataset(str(path.resolve()), streaming=stream)
-        elif spec.startswith("arrow:"):
-            raise UserError(f"data: no file or folder {str(path)!r}")
         else:
             name, _, config = target.partition(":")
             loaded = datasets.load_dataset(name, config or None, streaming=stream)
-    except UserError:
-        raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data: cannot open {spec!r} as a Hugging Face data set: {reason}") from error
     if isinstance(loaded, dict):
         loaded = loaded[_choose_split(split, list(loaded), target)]
     elif split != "train":

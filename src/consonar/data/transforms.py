@@ -9,7 +9,7 @@ the whole image with its shorter side at round(1.1 * size), so that the corners 
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from consonar.errors import UserError, unknown
@@ -19,6 +19,11 @@ TEN_CROP_RANGE = 1.1
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _CONVERTIBLE_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
@@ -35,17 +40,30 @@ def _scale_sixteen_bit(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, alpha))
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; as it is stored where that is missing or damaged.
+
+    `ImageOps.exif_transpose` also writes the EXIF anew, which fails for entries that have nothing to do with it.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF raises whatever its bytes spell; the picture is whole without it
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any common mode as an upright 8-bit RGB image of the same content.
 
-    * The EXIF orientation is applied first, so width and height can swap.
+    * The EXIF orientation is applied first, so width and height can swap; EXIF that cannot be read is ignored.
     * Grey and palette become RGB; CMYK, YCbCr and HSV by Pillow's formulas (colour profiles are not applied).
     * 16-bit grey is scaled by 1/256 (0..65535 -> 0..255, rounded down), never clipped.
     * Transparency, be it an alpha channel, a palette entry or a key colour, is composited on white.
 
     Raises `UserError` for floating point, LAB and other modes whose conversion to RGB is not defined here.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode in _SIXTEEN_BIT_MODES:
         image = _scale_sixteen_bit(image)
     if image.mode not in _CONVERTIBLE_MODES + _ALPHA_MODES:

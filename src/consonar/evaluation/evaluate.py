@@ -69,7 +69,7 @@ class Reference:
 
 
 def load_samples(path: str | Path) -> Samples:
-    """Samples from an .npz or a folder of PNG and JPEG files; the images are streamed later, not read now.
+    """Samples from an .npz or a folder of picture files; the images are streamed later, not read now.
 
     .npz: uint8 images (S, H, H, 3) as `images` or `arr_0` (ADM); optional `labels` or `arr_1` (S,), `tokens` (S, N),
     `seeds` (S,), and the sampler's `settings` as a JSON string. Raises UserError for a missing or damaged file, arrays

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,10 +21,8 @@ import numpy as np
 from PIL import Image
 
 from consonar.checkpoint import file_sha256
-from consonar.errors import UserError
+from consonar.errors import BadImage, UserError, reading
 from consonar.types import ImageSource
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -79,20 +78,24 @@ def _npz_member(path: Path, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ..
 
 
 def folder_image_set(folder: Path) -> tuple[ImageSet, tuple[int, ...], str]:
-    """All image files below `folder` in the order of their names, the shape (count, H, W, 3), and a SHA-256 of it all.
+    """The pictures below `folder` (`find_pictures`) by path, the shape (count, H, W, 3), and a SHA-256 of it all.
 
     Images are neither cropped nor resized. Raises UserError for an empty folder and, while streaming, for an image that
     cannot be read or whose size differs from the first one's.
     """
-    from consonar.data.images import read_image
+    from consonar.data.picture_files import IMAGE_ENDINGS, find_pictures, read_image
 
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    found = find_pictures(folder)
+    files = found.files
     if not files:
-        raise UserError(f"{folder}: no images; looked for files ending in {', '.join(IMAGE_ENDINGS)}")
+        beside = f" beside {found.note}" if found.note else ""
+        raise UserError(f"{folder}: no images{beside}; looked for files ending in {', '.join(IMAGE_ENDINGS)}")
     width, height = read_image(files[0], str(files[0])).size
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(folder)}\0{file_sha256(file)}\n".encode())
+        with reading(file, "an image", kind=BadImage):
+            content = file_sha256(file)
+        digest.update(os.fsencode(file.relative_to(folder)) + f"\0{content}\n".encode())
 
     def arrays() -> Iterator[np.ndarray]:
         for path in files:

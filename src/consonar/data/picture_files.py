@@ -1,0 +1,178 @@
+"""Picture files: which ones a folder holds, and what is in one. Training, samples and references all read them here.
+
+A file counts as a picture by its ending. Hidden files (also the `._` files of macOS) are left out, and so are devices,
+pipes and folders that are called like pictures. Links are followed, but never in circles.
+"""
+
+import io
+import os
+import stat
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from consonar.data.transforms import to_rgb
+from consonar.errors import BadImage, UserError, reading
+
+IMAGE_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jfif", ".jpe", ".jp2", ".avif",
+)  # fmt: skip
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What is decoded, whatever a file is called. Pillow knows more; one of them runs another program (EPS)."""
+END_MARKS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks that change no pixel here: text, and the colour profile (profiles are not applied)."""
+MAX_BYTES = 2**30
+MAX_ASPECT = 100
+"""Longer side over shorter side: the shorter side is brought to the crop's size, which enlarges a hair into a wall."""
+
+
+@dataclass
+class PictureFiles:
+    """The picture files below a folder, and how many other files lie there, by ending."""
+
+    files: list[Path] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def note(self) -> str:
+        """ "3 other files (.txt 2, no ending 1)", or "" where there are none."""
+        found = ", ".join(f"{ending or 'no ending'} {count}" for ending, count in self.others.most_common(4))
+        count = self.others.total()
+        return f"{count} other file{'s' if count > 1 else ''} ({found})" if count else ""
+
+
+def sub_folders(path: Path) -> list[Path]:
+    """The visible sub-folders, sorted by name, without links that lead to `path` or above it."""
+    around = {path.resolve(), *path.resolve().parents}
+    with reading(path, "a folder"):
+        children = sorted(path.iterdir())
+    return [c for c in children if not c.name.startswith(".") and c.is_dir() and c.resolve() not in around]
+
+
+def find_pictures(root: Path) -> PictureFiles:
+    """Every picture file below `root`, sorted by path.
+
+    A folder that links lead to several times counts once below each first-level sub-folder (each class), so circles of
+    links end; a file counts under each of its names. Raises `UserError` for a folder that cannot be read.
+    """
+    found = PictureFiles()
+    around = {_identity(folder) for folder in (root, *root.resolve().parents)}
+    for folder in _scan(root, found):
+        waiting, seen = [folder], set(around)
+        while waiting:
+            current = waiting.pop()
+            if (identity := _identity(current)) not in seen:
+                seen.add(identity)
+                waiting += reversed(_scan(current, found))
+    found.files.sort()
+    return found
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    with reading(folder, "a folder"):
+        status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _scan(folder: Path, found: PictureFiles) -> list[Path]:
+    """Adds the files of one folder to `found`; returns its visible sub-folders, sorted."""
+    with reading(folder, "a folder"), os.scandir(folder) as iterator:
+        entries = list(iterator)
+    folders = []
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        ending = Path(entry.name).suffix.lower()
+        try:
+            lost = entry.is_symlink() and not os.path.exists(entry.path)  # named when it is read
+            is_folder, is_file = entry.is_dir(), lost or entry.is_file()
+        except OSError:  # a link to itself
+            is_folder, is_file = False, True
+        if is_folder:
+            folders.append(Path(entry.path))
+        elif is_file and ending in IMAGE_ENDINGS:
+            found.files.append(Path(entry.path))
+        else:
+            found.others[ending] += 1
+    return sorted(folders)
+
+
+def read_image(source: str | Path | bytes, name: str) -> Image.Image:
+    """The image in a file or in encoded bytes, completely decoded, as upright RGB (`transforms.to_rgb`), any size.
+
+    Of an animation or a multi-page file the first picture is taken. Raises `BadImage` that starts with `name` when the
+    file cannot be read, is not an image, is truncated or damaged, is too large or too long to be decoded, or has a mode
+    that does not convert to RGB.
+    """
+    data = source if isinstance(source, bytes) else _read_bytes(Path(source), name)
+    try:
+        image = _decode(data)
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"{name}: not an image ({len(data)} bytes)") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, _TooLarge) as error:
+        remedy = "make it smaller, or leave it out (--bad-images skip)"
+        raise BadImage(f"{name}: too large to be decoded ({error}); {remedy}") from error
+    except Exception as error:  # what the bytes happen to spell: see `errors.reading`
+        cause = str(error) or type(error).__name__
+        raise BadImage(f"{name}: the image is truncated or damaged ({len(data)} bytes): {cause[:200]}") from error
+    if END_MARKS.get(image.format or "", b"") not in data:  # Pillow lets a file pass that lost only its last bytes
+        raise BadImage(f"{name}: the image is truncated or damaged ({len(data)} bytes): no end of {image.format}")
+    try:
+        return to_rgb(image)
+    except UserError as error:
+        raise BadImage(f"{name}: {error}") from error
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _read_bytes(path: Path, name: str) -> bytes:
+    with reading(name, "an image", kind=BadImage):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(f"{name}: not a file")
+        if status.st_size > MAX_BYTES:
+            raise BadImage(f"{name}: {status.st_size} bytes; a picture has at most {MAX_BYTES}")
+        return path.read_bytes()
+    raise AssertionError("unreachable")
+
+
+def _decode(data: bytes) -> Image.Image:
+    """The first picture, decoded. Raises what Pillow raises, and `_TooLarge`."""
+    try:
+        return _open(data)
+    except ValueError:
+        # Pillow stops at metadata of a megabyte or more, which says nothing about the picture: read it without them.
+        if not data.startswith(PNG_START):
+            raise
+        return _open(without_text(data))
+
+
+def _open(data: bytes) -> Image.Image:
+    Image.init()
+    image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height} px")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise _TooLarge(f"{width} x {height} px, a side over {MAX_ASPECT} times the other")
+    image.load()
+    return image
+
+
+def without_text(png: bytes) -> bytes:
+    """A PNG without its text and colour profile; what stands behind the first damaged chunk is kept as it is."""
+    kept, place = [png[: len(PNG_START)]], len(PNG_START)
+    while place + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, place)
+        if kind not in PNG_TEXT:
+            kept.append(png[place : place + 12 + length])
+        place += 12 + length
+    return b"".join(kept)
