@@ -79,7 +79,8 @@ def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def save_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes a component folder: what it is (config.json) and its weights (model.safetensors)."""
+    """Writes a component folder: what it is (config.json) and its weights (model.safetensors), which are finite."""
+    check_finite(state, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", state)
     text = json.dumps({"format_version": FORMAT_VERSION, **config}, indent=1)
@@ -137,11 +138,26 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where:
         raise UserError(f"{where}: not the weights of this model: {'; '.join(problems[:4])}")
 
 
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """`UserError` names the first weights that hold NaN or infinity, which make a picture of one token."""
+    for key, value in state.items():
+        if value.is_floating_point() and value.itemsize > 1 and value.numel() and not value.is_meta:
+            low, high = value.detach().aminmax()  # NaN passes through both; needs no copy, as `isfinite` does
+            if not (low.isfinite() and high.isfinite()):
+                raise UserError(
+                    f"{where}: {key} holds numbers that are not finite ({float(low)}); the file is damaged, or comes "
+                    "from a training that diverged"
+                )
+
+
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copies exactly these weights into a module; `UserError` lists what is missing, unknown or of another shape."""
+    """Copies exactly these weights into a module; `UserError` lists what is missing, unknown or of another shape, and
+    names what is not finite."""
     own = module.state_dict()
     check_weights(own, state, where)
-    module.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
+    cast = {key: value.to(own[key].dtype) for key, value in state.items()}
+    check_finite(cast, where)
+    module.load_state_dict(cast)
 
 
 def load_module(build: Callable[[], Any], folder: Path) -> Any:
@@ -177,6 +193,7 @@ def read_tensors(path: Path, mapped: Mapping[str, Tensor], like: Mapping[str, Te
             if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
                 raise UserError(f"{path}: cut short while it was read")
             tensors[key] = tensor.to(like[key].dtype)
+    check_finite(tensors, str(path))
     return tensors
 
 

@@ -19,6 +19,7 @@ from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
+from consonar.options import check_options
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.tokenizers.vq import VQConfig
 from consonar.training.alignment import AlignmentConfig
@@ -47,6 +48,7 @@ class DataConfig:
     """Mirror half of the images (image sources; token stores hold their views)."""
 
     def __post_init__(self) -> None:
+        check_options(self, "data.")
         if self.validation_items < 0:
             raise UserError(f"data.validation_items: {self.validation_items} is negative; 0 means all")
 
@@ -86,6 +88,7 @@ class LoopConfig:
     """Copies of the metrics: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
+        check_options(self, "loop.")
         for key in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise UserError(f"loop.{key}: {getattr(self, key)} is not positive")
@@ -127,6 +130,7 @@ class TrainConfig:
     """Every random number of the run derives from it."""
 
     def __post_init__(self) -> None:
+        check_options(self, "")
         trains_generator = not isinstance(self.model, VQConfig)
         if trains_generator == isinstance(self.objective, ReconstructionConfig):
             fitting = "consistency, policy, cross_entropy, straight_through" if trains_generator else "reconstruction"

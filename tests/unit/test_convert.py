@@ -48,6 +48,17 @@ def test_there_and_back_bit_for_bit(name, ending, tmp_path):
     assert same(load(tmp_path / f"back{ending}"), state)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_file_with_numbers_that_are_not_finite_is_refused_and_nothing_is_written(value, tmp_path):
+    state = released("rar")
+    state["lm_head.bias"] = state["lm_head.bias"].clone()
+    state["lm_head.bias"][2] = value
+    torch.save(state, tmp_path / "rar.bin")
+    with pytest.raises(UserError, match=r"rar\.bin: lm_head\.bias holds numbers that are not finite"):
+        convert(tmp_path / "rar.bin", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["rar.bin"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_in_the_file_and_is_float32_in_the_model(dtype, tmp_path):
     state = {key: value.to(dtype) for key, value in released("rar").items()}

@@ -140,6 +140,7 @@ def write(
     """Writes one component folder, and says what was set aside or left alone."""
     official = found.official
     ours, unused = official.to_ours(state, found.config)
+    checkpoint.check_finite(ours, str(weights.files[0]))
     head: dict[str, Any] = {"component": official.component, **origin}
     if official.component == "tokenizer":
         head["name"] = final.name if final.name != "tokenizer" else final.parent.name

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
 from consonar.generators.janus_parts import CacheLayers, build_parts, rotary, visible
+from consonar.options import check_options
 from consonar.types import Grid, PromptCondition
 
 # "<｜▁pad▁｜>" of the tokenizer of both released models.
@@ -73,6 +74,7 @@ class JanusConfig:
     """Tokens per image; 0: taken from the token store."""
 
     def __post_init__(self) -> None:
+        check_options(self, "model.")
         for key in ("width", "num_layers", "num_heads", "mlp_width", "text_vocab_size", "code_dim"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not positive")

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
+from consonar.options import check_options
 from consonar.types import Grid
 
 # Plain products instead of the fused kernel where `causal_attention` says; benchmarks switch it off to compare.
@@ -54,14 +55,13 @@ class ReARConfig:
     """Classes; 0: taken from the token store."""
 
     def __post_init__(self) -> None:
+        check_options(self, "model.")
         if self.width < 1 or self.num_heads < 1 or self.width % self.num_heads:
             raise UserError(f"model.num_heads: {self.num_heads} does not divide model.width {self.width}")
         if self.num_layers < 1:
             raise UserError(f"model.num_layers: {self.num_layers} is not positive")
         if self.width * self.mlp_ratio < 1:
-            raise UserError(
-                f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP without a unit; at least 1 / model.width"
-            )
+            raise UserError(f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP no unit; at least 1 / model.width")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout: {self.dropout} is not in [0, 1)")
 

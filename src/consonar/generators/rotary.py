@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
 from consonar.generators.layers import RMSNorm, attention_mask, rotary_table, swiglu_width
+from consonar.options import check_options
 from consonar.types import Grid
 
 SIZES = ("vocab_size", "num_tokens", "num_classes")
@@ -59,6 +60,7 @@ class RotaryConfig:
     """Where the tokens sit; None: taken from the token store, and without a grid there, on a line."""
 
     def __post_init__(self) -> None:
+        check_options(self, "model.")
         for key in ("width", "num_layers", "num_heads", "multiple_of", "norm_eps", "rope_base"):
             if getattr(self, key) <= 0:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not positive")

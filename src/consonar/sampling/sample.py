@@ -8,7 +8,6 @@ numbers (common random numbers). Guidance, temperature, top-k and top-p apply in
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from consonar.errors import UserError
 from consonar.generators import conditions
+from consonar.options import check_options
 from consonar.sampling.guidance import guided_logits, scale_at
 from consonar.seeding import generator as seeded
 from consonar.types import Condition, Generator, Tokenizer
@@ -43,9 +43,10 @@ class SamplerConfig:
     """Last guided position of interval, from 0; None: all. LlamaGen's cfg_interval is this less 1."""
 
     def __post_init__(self) -> None:
+        check_options(self, "")
         for key in ("temperature", "guidance_scale", "guidance_power"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"{key}: {getattr(self, key)} is negative or not finite")
+            if getattr(self, key) < 0:
+                raise UserError(f"{key}: {getattr(self, key)} is negative")
         if self.top_k < 0:
             raise UserError(f"top_k: {self.top_k} is negative")
         if not 0 < self.top_p <= 1:
@@ -115,7 +116,7 @@ def sample_tokens(
 
     Conditional and null rows run as one batch of 2B while guidance is on at any position. `num_tokens`: only the first
     ones, which are also all that the guidance schedule knows of. `on_token(position, tokens)` is called after each
-    token.
+    token. Raises `UserError` for logits that are not finite.
     """
     count, device = conditions.num_rows(condition), conditions.first_tensor(condition).device
     if len(seeds) != count:
@@ -132,11 +133,13 @@ def sample_tokens(
     tokens = torch.empty(count, length, dtype=torch.int64, device=device)
     entropy = torch.zeros(count, device=device)
     new = torch.empty(num_rows, 0, dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for position in range(length):
         logits, _ = generator(new, rows, cache=cache)
         logits = logits[:, -1].float()
         if guided:
             logits = guided_logits(logits[:count], logits[count:], scales[position])
+        finite &= logits.isfinite().all()  # asked after the last token: asking here would wait for the device
         if config.temperature == 0:
             token = logits.argmax(-1)
         else:
@@ -147,6 +150,8 @@ def sample_tokens(
         if on_token:
             on_token(position, tokens)
         new = (torch.cat([token, token]) if guided else token)[:, None]
+    if not finite:
+        raise UserError("generator: its logits are not finite; its weights are damaged, or its training diverged")
     return tokens, entropy
 
 

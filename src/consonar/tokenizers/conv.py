@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.errors import UserError
+from consonar.options import check_options
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Grid
 
@@ -45,6 +46,7 @@ class ConvConfig:
     """Groups of every GroupNorm; divides every channel count."""
 
     def __post_init__(self) -> None:
+        check_options(self, "model.")
         for key in ("image_size", "vocab_size", "code_dim", "base_channels", "num_res_blocks", "num_groups"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not positive")

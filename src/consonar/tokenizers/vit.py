@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.official import Shapes
+from consonar.options import check_options
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.tokenizers.conv import num_indices
 
@@ -75,6 +76,7 @@ class ViTConfig:
     """The transformer that writes the image."""
 
     def __post_init__(self) -> None:
+        check_options(self, "model.")
         for key in ("image_size", "vocab_size", "code_dim"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not positive")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError
 from consonar.official import Official, Shapes, State
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, num_indices, residual_blocks, run
@@ -47,9 +47,6 @@ class VQGANPlusConfig(ConvConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, choices in (("quantizer", ("lookup", "lookup-free")), ("downsample", ("convolution", "average"))):
-            if getattr(self, key) not in choices:
-                raise unknown(f"model.{key}", getattr(self, key), choices)
         if self.num_decoder_blocks is not None and self.num_decoder_blocks < 1:
             raise UserError(f"model.num_decoder_blocks: {self.num_decoder_blocks} is not positive")
         if self.quantizer == "lookup-free" and self.vocab_size != 2**self.code_dim:

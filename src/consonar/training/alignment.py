@@ -19,6 +19,7 @@ from torch import Tensor
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.generators import conditions
+from consonar.options import check_options
 from consonar.seeding import generator, rows_of_rank
 from consonar.training import losses, noise, policy
 from consonar.training.rewards import build_rewards, check_rewards
@@ -40,6 +41,7 @@ class GuardConfig:
     """Keep the start model in memory and measure KL to it at every validation."""
 
     def __post_init__(self) -> None:
+        check_options(self, "objective.guard.")
         for key in ("min_entropy", "max_entropy", "max_kl"):
             value = getattr(self, key)
             if value is not None and value < 0:
@@ -82,6 +84,7 @@ class AlignmentConfig:
     """When to stop early."""
 
     def __post_init__(self) -> None:
+        check_options(self, "objective.")
         for key in ("context_noise", "class_dropout"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"objective.{key}: {getattr(self, key)} is not in [0, 1]")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.generators import conditions
+from consonar.options import check_options
 from consonar.seeding import generator, rows_of_rank
 from consonar.training import losses, noise
 from consonar.training.trainee import HeadSpec, Trainee
@@ -42,6 +43,7 @@ class NoiseConfig:
     """How many nearest codes `nearest` chooses from."""
 
     def __post_init__(self) -> None:
+        check_options(self, "objective.noise.")
         if not 0 <= self.max_rate <= 1:
             raise UserError(f"objective.noise.max_rate: {self.max_rate} is not in [0, 1]")
         if not 0 < self.anneal_end <= 1:
@@ -75,6 +77,7 @@ class ConsistencyConfig:
     """Noisy context."""
 
     def __post_init__(self) -> None:
+        check_options(self, "objective.")
         if self.embedding_weight < 0:
             raise UserError(f"objective.embedding_weight: {self.embedding_weight} is negative")
         if not 0 <= self.class_dropout < 1:

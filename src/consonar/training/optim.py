@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from consonar.errors import UserError
+from consonar.options import check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class OptimConfig:
     """Gradients are scaled down to this norm."""
 
     def __post_init__(self) -> None:
+        check_options(self, "optim.")
         if self.lr <= 0:
             raise UserError(f"optim.lr: {self.lr} is not positive")
         if not 0 <= self.min_lr <= self.lr:
@@ -39,6 +41,11 @@ class OptimConfig:
             raise UserError(f"optim.warmup_steps: {self.warmup_steps} is negative")
         if self.weight_decay < 0:
             raise UserError(f"optim.weight_decay: {self.weight_decay} is negative")
+        if self.lr * self.weight_decay > 1:
+            raise UserError(
+                f"optim.weight_decay: {self.weight_decay} times optim.lr {self.lr} is over 1: every step would turn "
+                "weights to the other side of 0"
+            )
         if self.max_grad_norm <= 0:
             raise UserError(f"optim.max_grad_norm: {self.max_grad_norm} is not positive")
         for key in ("beta1", "beta2"):

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from consonar import distributed
 from consonar.errors import UserError, unknown
+from consonar.options import check_options
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.perceptual.efficientnet import PerceptualDistance
 from consonar.perceptual.lpips import load_lpips
@@ -62,6 +63,7 @@ class ReconstructionConfig:
     """Share of training after which codes are left where they are."""
 
     def __post_init__(self) -> None:
+        check_options(self, "objective.")
         for key in (
             "mse_weight",
             "chroma_weight",

@@ -1,0 +1,124 @@
+"""Numbers and choices that no configuration takes, wherever they come from."""
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+from configurations import CONFIGS, floats_in
+
+from consonar import checkpoint
+from consonar.cli import main
+from consonar.config import read_config
+from consonar.errors import UserError
+from consonar.generators import Origin, load_generator, save_generator
+from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
+from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.optim import OptimConfig
+from consonar.training.policy_objective import PolicyConfig
+
+FLOATS = [(kind, name) for kind in CONFIGS for name in floats_in(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), FLOATS, ids=[f"{kind.__name__}.{name}" for kind, name in FLOATS])
+def test_no_float_option_takes_a_number_that_cannot_be_calculated_with(kind, name):
+    base = CONFIGS[kind]
+    for value in (float("nan"), float("inf"), -float("inf"), 1e38, 1e300):
+        given = {"mse": value} if name == "rewards" else value
+        with pytest.raises(UserError, match=rf"{name}(\.mse)?: .*(finite|at most|0 or more)") as caught:
+            dataclasses.replace(base, **{name: given})
+        assert "\n" not in str(caught.value)
+
+
+def test_every_configuration_refuses_an_unknown_choice():
+    tried = 0
+    for kind, base in CONFIGS.items():
+        for name, hint in typing.get_type_hints(kind).items():
+            if typing.get_origin(hint) is typing.Literal:
+                with pytest.raises(UserError, match=rf"{name}: unknown 'nonsense'"):
+                    dataclasses.replace(base, **{name: "nonsense"})
+                tried += 1
+    assert tried > 25
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: SamplerConfig(temperature=value),
+        lambda value: PolicyConfig(rewards={"mse": 1.0}, temperature=value),
+        lambda value: CrossEntropyConfig(rewards={"mse": 1.0}, target="soft", tau=value),
+        lambda value: StraightThroughConfig(rewards={"mse": 1.0}, gumbel_temperature=value),
+    ],
+)
+def test_a_temperature_that_float32_cannot_divide_by_is_refused(make):
+    assert make(1e-3) and make(100.0)
+    with pytest.raises(UserError, match=r"too small to calculate with; at least 1e-06"):
+        make(1e-40)
+
+
+def test_steps_that_turn_weights_around_are_refused():
+    with pytest.raises(UserError, match=r"optim\.lr: 1e\+30 is too large; at most 10"):
+        OptimConfig(lr=1e30)
+    with pytest.raises(UserError, match=r"optim\.weight_decay: 11\.0 times optim\.lr 0\.1 is over 1"):
+        OptimConfig(lr=0.1, weight_decay=11.0)
+    with pytest.raises(UserError, match=r"optim\.warmup_steps: \d+ does not fit into 64 bits"):
+        OptimConfig(warmup_steps=2**63)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1.0e+400", "1e38"])
+@pytest.mark.parametrize(
+    "key", ["optim.lr", "optim.max_grad_norm", "loop.ema_decay", "objective.noise.max_rate", "model.mlp_ratio"]
+)
+def test_no_file_brings_one_in(key, value, tmp_path):
+    *path, last = key.split(".")
+    text = f"{{{last}: {value}}}"
+    for part in reversed(path):
+        text = f"{{{part}: {text}}}"
+    (tmp_path / "mine.yaml").write_text(f"base: rear-openmoji\n{text[1:-1]}\n")
+    with pytest.raises(UserError, match=rf"{key}: .*(finite|at most|not in)") as caught:
+        read_config(tmp_path / "mine.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e30", "1e38", "-1"])
+def test_no_option_of_the_command_line_brings_one_in(value, tmp_path, capsys):
+    for args in (
+        ["train", "ar-openmoji", "--out", str(tmp_path / "run"), f"--optim.lr={value}"],
+        ["sample", str(tmp_path), "--out", str(tmp_path / "x.png"), f"--temperature={value}"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("consonar: ")
+        assert ("lr" if args[0] == "train" else "temperature") in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_where_they_enter_and_leave(value, tiny_generator, tmp_path):
+    generator = tiny_generator()
+    save_generator(generator, tmp_path / "model", Origin())
+    with torch.no_grad():
+        generator.lm_head.bias[3] = value
+    with pytest.raises(UserError, match=r"new: lm_head\.bias holds numbers that are not finite"):
+        save_generator(generator, tmp_path / "new", Origin())
+    assert not (tmp_path / "new").exists()
+    checkpoint.save_tensors(tmp_path / "model" / "model.safetensors", generator.state_dict())
+    with pytest.raises(UserError, match=r"model\.safetensors: lm_head\.bias holds numbers that are not finite"):
+        load_generator(tmp_path / "model")
+    with pytest.raises(UserError, match=r"here: lm_head\.bias holds numbers that are not finite"):
+        checkpoint.load_weights(tiny_generator(), generator.state_dict(), "here")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_logits_that_are_not_finite_are_an_error_and_no_picture(temperature, scale, tiny_generator, tokenizer):
+    """From weights that were given in memory, or that are finite and too large."""
+    sampler = SamplerConfig(temperature=temperature, guidance_scale=scale)
+    for value in (float("nan"), 1e38):
+        generator = tiny_generator()
+        with torch.no_grad():
+            generator.lm_head.weight.fill_(value)
+        with pytest.raises(UserError, match=r"generator: its logits are not finite"):
+            sample(generator, tokenizer, [0, 1], config=sampler)
+    assert sample_tokens(tiny_generator(), torch.tensor([0]), [0], sampler)[0].shape == (1, 16)
