@@ -31,6 +31,7 @@ from consonar.evaluation.evaluate import (
 from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
+from consonar.lock import holds_first_argument
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
 from consonar.tokenizers import load_tokenizer
@@ -43,6 +44,7 @@ NUM_NEIGHBOURS = 3
 """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
 
 
+@holds_first_argument
 def evaluate_run(
     run: Path,
     *,
@@ -180,6 +182,7 @@ def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
     return np.stack([found[row] for row in rows.tolist()])
 
 
+@holds_first_argument
 def evaluate_tokenizer(
     run: Path,
     *,
