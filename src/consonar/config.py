@@ -44,7 +44,7 @@ class DataConfig:
     images: str | None = None
     """Image source, for tokenizers and post-training: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
     validation_items: int = 0
-    """Held-out items measured at every validation, evenly spaced over all of them; 0: all."""
+    """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
     flip: bool = False
     """Mirror half of the images (image sources; token stores hold their views)."""
 

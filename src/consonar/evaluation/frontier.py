@@ -18,6 +18,7 @@ import torch
 from consonar import checkpoint
 from consonar.config_io import to_dict
 from consonar.errors import UserError
+from consonar.evaluation.copying import CopyRate
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import (
     Reference,
@@ -102,8 +103,7 @@ def evaluate_run(
             seed=seed, batch_size=batch_size,
         )  # fmt: skip
         kept = run / f"samples_t{settings.temperature:g}.npz"
-        nearest = results.copies["features"].indices[:KEPT_IMAGES] if "features" in results.copies else None
-        keep_first(drawn, kept, target, nearest, class_names)
+        keep_some(drawn, kept, target, results.copies, class_names)
         row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
         if settings.temperature in entropies:
             row["metrics"]["entropy (teacher-forced)"] = {"value": entropies[settings.temperature], "spread": None}
@@ -152,24 +152,44 @@ def best_row(rows: list[dict[str, Any]]) -> int:
     return min(range(len(rows)), key=lambda i: rows[i]["metrics"][name]["value"])
 
 
-def keep_first(
-    drawn: Path, kept: Path, reference: Reference, nearest: torch.Tensor | None, class_names: tuple[str, ...] | None
+def keep_some(
+    drawn: Path,
+    kept: Path,
+    reference: Reference,
+    copies: dict[str, CopyRate],
+    class_names: tuple[str, ...] | None,
 ) -> None:
-    """The first images of a sample file, with the nearest training image of each, into a small file for reports."""
+    """Some images of a sample file, with the nearest training image of each, into a small file for reports.
+
+    The first ones, whose classes and seeds are the same for every run; of more classes than that, one of each of so
+    many classes, evenly spaced.
+    """
     samples = load_samples(drawn)
-    images = next(samples.images.stream(KEPT_IMAGES))
     assert samples.labels is not None and samples.seeds is not None
+    num_classes = int(samples.labels.max()) + 1
+    rows = torch.arange(min(KEPT_IMAGES, samples.count))
+    if num_classes > KEPT_IMAGES:
+        rows = torch.arange(KEPT_IMAGES) * min(num_classes, samples.count) // KEPT_IMAGES
+        rows = rows.unique()
     arrays = {
-        "images": images,
-        "labels": samples.labels[: len(images)].numpy(),
-        "seeds": samples.seeds[: len(images)].numpy(),
+        "images": pick(samples.images, rows),
+        "labels": samples.labels[rows].numpy(),
+        "seeds": samples.seeds[rows].numpy(),
         "settings": np.array(json.dumps(samples.settings)),
     }
-    if nearest is not None:
+    if (nearest := nearest_to(rows, copies)) is not None:
         arrays["nearest_train"] = pick(reference.images["train"], nearest)
     if class_names is not None:
         arrays["class_names"] = np.array(class_names)
     checkpoint.write_atomically(kept, lambda partial: write_npz(partial, arrays))
+
+
+def nearest_to(rows: torch.Tensor, copies: dict[str, CopyRate]) -> torch.Tensor | None:
+    """The training image nearest to each of these samples: by features, or by tokens where not all have features."""
+    for kind in ("features", "tokens"):
+        if kind in copies and bool(torch.isin(rows, copies[kind].rows).all()):
+            return copies[kind].indices[torch.searchsorted(copies[kind].rows, rows)]
+    return None
 
 
 def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
