@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from consonar import checkpoint
+from consonar import checkpoint, hardware
 from consonar.config import DataConfig
 from consonar.errors import UserError
 from consonar.generators import load_generator
@@ -80,6 +80,19 @@ def test_resume_is_exact(kind, stop, request, tmp_path):
         assert load_tokenizer(broken / "model").fingerprint == load_tokenizer(straight / "model").fingerprint
     else:
         assert load_generator(broken).config == load_generator(straight).config
+
+
+def test_a_run_keeps_the_kernel_of_the_optimizer_that_it_was_started_with(generator_config, tmp_path):
+    """Whatever is faster on the machine that goes on with it."""
+    for started, resumed in ((True, False), (False, True)):
+        runs = [tmp_path / f"{name}-{started}" for name in ("straight", "broken")]
+        with hardware.forced("adamw", started):
+            train(generator_config, runs[0], quiet=True)
+            train(generator_config, runs[1], stop_at=3, quiet=True)
+        with hardware.forced("adamw", resumed):
+            train(generator_config, runs[1], resume=True, quiet=True)
+        ours, theirs = (checkpoint.load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_finished_run_can_be_resumed_and_does_nothing(generator_config, tmp_path):
