@@ -52,7 +52,7 @@ def main() -> None:
             {
                 "encoder alone": encode,
                 "decoding alone": lambda: list(prefetch(source, decoded, num_workers=0, depth=192)),
-                "whole": lambda: write_token_store(next(stores), source, tokenizer, device=device),
+                "whole": lambda: write_token_store(next(stores), source, tokenizer),
             },
             args.rounds,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device.pretend import Log, pretended_cuda
 from PIL import Image
 
 from consonar.config import DataConfig, LoopConfig, TrainConfig
@@ -22,10 +22,8 @@ from consonar.training.objectives import ConsistencyConfig
 from consonar.training.optim import OptimConfig
 from consonar.types import ImageRecord
 
-# One thread unless the environment says otherwise: tiny models are slower on several.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-# PyTorch's own ways unless the environment says otherwise: what a machine finds faster must not move a test.
-os.environ.setdefault("CONSONAR_KERNELS", "pytorch")
+# Sums are split over threads: bit-equality is only promised for a fixed number of them.
+torch.set_num_threads(1)
 
 NUM_CLASSES = 3
 TINY_VQ = VQConfig(
@@ -144,3 +142,12 @@ def make_config(stores: tuple[Path, Path], tokenizer_folder: Path) -> Callable[.
         return replace(config, loop=replace(config.loop, **loop or {}), optim=replace(config.optim, **optim or {}))
 
     return make
+
+
+@pytest.fixture
+def cuda() -> Iterator[Log]:
+    """One pretended CUDA device; its log of waits and copies."""
+    if torch.cuda.is_available():
+        pytest.skip("a real CUDA device is here: `make test-gpu`")
+    with pretended_cuda() as log:
+        yield log

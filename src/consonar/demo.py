@@ -18,6 +18,7 @@ from consonar.checkpoint import write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
 from consonar.data.tokens import write_token_store
+from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
@@ -78,7 +79,8 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
         say(f"{page} is there already; remove {out} to run the demo again")
         return page
     started = time.monotonic()
-    tokenizer = load_tokenizer(TOKENIZER)
+    device = pick_device()
+    tokenizer = load_tokenizer(TOKENIZER).to(device)
     for split, folder, views in (("train", "tokens", "center_flip"), ("validation", "tokens-validation", "center")):
         if not (out / folder).exists():
             say(f"OpenMoji, {split} images -> tokens")
@@ -106,6 +108,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
                 match=[out / f"{name}-vapi"] if name in RUNS else (),
                 num_samples=NUM_SAMPLES,
                 seed=seed,
+                device=str(device),
                 progress=say,
             )
     runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]

@@ -4,15 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from two_processes import run_on_two
 
 from consonar import checkpoint
 from consonar.config import DataConfig
 from consonar.generators.rear import ReARConfig
 from consonar.tracking import read_metrics
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.loop import State, update
+from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
+from consonar.training.optim import build_optimizer
 from consonar.training.run import train
+from consonar.training.trainee import Trainee
 from consonar.training.vq_objective import ReconstructionConfig
+from consonar.types import Batch, Rollout
 
 # Keeps the weights of both ranks: only rank 0 writes a run folder.
 WORKER = """
@@ -74,6 +80,38 @@ def test_two_processes_equal_one(configs, tmp_path):
                 for run in (tmp_path / name, alone)
             ]
             assert curves[0] == pytest.approx(curves[1], rel=1e-3), (name, measured)
+
+
+@pytest.fixture
+def lone_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gradients_are_exchanged_once_per_step(accumulation, lone_process_group, make_config, tiny_generator, tmp_path):
+    config = make_config(loop={"accumulation": accumulation})
+    trainee = Trainee(tiny_generator().train())
+    state = State(trainee, build_optimizer(trainee, config.optim))
+    model = DistributedDataParallel(trainee, bucket_cap_mb=1000)
+    exchanged = []
+
+    def exchange(_, bucket):
+        exchanged.append(bucket.index())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    model.register_comm_hook(None, exchange)
+    tokens = torch.arange(8)[:, None].expand(8, 16).contiguous()
+    batch = Batch(tokens=tokens, condition=torch.arange(8) % 3)
+    rollout = Rollout(batch, context=tokens, condition=batch.condition)
+    objective = Consistency(config.objective, None, total_steps=2, seed=0)
+    for step in range(2):
+        exchanged.clear()
+        update(model, state, objective, rollout, step, config, None, tmp_path)
+        assert exchanged == [0]
 
 
 STOP_AND_RESUME = """

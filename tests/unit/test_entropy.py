@@ -62,7 +62,7 @@ class Stream:
 
 def sharpness_of(source, tokenizer, monkeypatch):
     monkeypatch.setattr(entropy, "open_source", lambda *args, **kwargs: source)
-    return Sharpness("anywhere", tokenizer, 4, "cpu")
+    return Sharpness("anywhere", tokenizer, 4)
 
 
 def test_validation_images_are_streamed_once_and_only_when_an_entropy_is_asked_for(

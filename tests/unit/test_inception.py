@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import picture
 from parity.fill import fill
-from rounding import assert_rounding
 
 from consonar import cli
 from consonar.errors import UserError
@@ -106,9 +105,9 @@ def test_outputs_of_an_image_ignore_its_batch():
     assert features.shape == (3, network.num_features) and features.dtype == torch.float32
     assert torch.equal(network(images), features)
     for whole, alone in zip((features, spatial, probabilities), network.outputs(images[1:2]), strict=True):
-        assert_rounding(whole[1:2], alone, 20_000)  # 94 convolutions of up to 448 x 9 products
+        torch.testing.assert_close(whole[1:2], alone, rtol=1e-4, atol=1e-5)
     assert features.std(0).max() > 1e-3  # the images are told apart
-    assert_rounding(probabilities, (features @ filled().fc.weight.T).softmax(1), 2048)
+    torch.testing.assert_close(probabilities, (features @ filled().fc.weight.T).softmax(1))
     other = InceptionFeatures("inception-pytorch-fid", filled(), "filled")(images)
     assert (other - features).abs().max() > 1e-3
 
@@ -139,7 +138,7 @@ def test_a_file_gives_the_same_features_and_leaves_random_numbers_alone(weights)
     state = torch.get_rng_state()
     loaded = load_inception("inception", path=weights, check_hash=False)
     assert torch.equal(torch.get_rng_state(), state)
-    assert_rounding(loaded(images), InceptionFeatures("inception", filled(), "filled")(images), 20_000)
+    assert torch.equal(loaded(images), InceptionFeatures("inception", filled(), "filled")(images))
     assert len(loaded.weights_sha256) == 64
 
 

@@ -69,8 +69,6 @@ def train_command(args: Sequence[str]) -> None:
 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     """The words without `name VALUE` or `name=VALUE`, and the value; None where it is not given."""
-    if sum(word == name or word.startswith(f"{name}=") for word in args) > 1:
-        raise UserError(f"{name}: given twice; keep one")
     for index, word in enumerate(args):
         if word == name:
             if index + 1 == len(args):
@@ -90,8 +88,6 @@ def with_rewards(config: Any, text: str) -> Any:
     weights = {}
     for part in text.split(","):
         reward, equals, weight = part.strip().rpartition("=")
-        if reward in weights:
-            raise UserError(f"objective.rewards: {reward!r} is given twice, in {text!r}; keep one")
         try:
             weights[reward] = float(weight)
         except ValueError:
@@ -129,7 +125,7 @@ def tokenize(
     from consonar.distributed import pick_device
     from consonar.tokenizers import load_tokenizer
 
-    place = pick_device(device)
+    place = pick_device(device, "--device")
     model = load_tokenizer(tokenizer).to(place)
     if image_size is not None and image_size != model.image_size:
         model = load_tokenizer(tokenizer, num_tokens=round((image_size**2 * model.num_tokens) / model.image_size**2))
@@ -152,9 +148,7 @@ def tokenize(
     for name, source in sources.items():
         kept = views if name == "train" else "center"
         with counting(f"tokenize {name}") as count:
-            store = write_token_store(
-                wanted[name], source, model, views=kept, batch_size=batch_size, device=str(place), progress=count
-            )
+            store = write_token_store(wanted[name], source, model, views=kept, batch_size=batch_size, progress=count)
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
         say(f"{name}: {shape}, {store.num_classes} classes: {store.path}")
         if isinstance(source, ImageFolder) and source.found.note:
@@ -218,7 +212,7 @@ def sample_command(args: Sequence[str]) -> None:
         from consonar.sampling.job import make_job, run_job
         from consonar.tokenizers import load_tokenizer
 
-        place = pick_device(device)
+        place = pick_device(device, "--device")
         model = load_generator(generator).to(place)
         own = load_own_tokenizer(generator) if tokenizer is None else None
         codec = (own or load_tokenizer(str(tokenizer), num_tokens=model.num_tokens)).to(place)

@@ -48,7 +48,7 @@ def evaluate(
     from consonar.distributed import pick_device
     from consonar.generators import SHIPPED
 
-    place = str(pick_device(device))
+    place = str(pick_device(device, "--device"))
     if not samples.exists() and str(samples) in SHIPPED:
         raise UserError(
             f"evaluate: {samples} is a shipped generator, which keeps no results; first "
@@ -110,7 +110,7 @@ def evaluate_samples(
     stored = samples.settings or {}
     name = tokenizer or (stored.get("tokenizer") if stored.get("tokenizer") in SHIPPED else None)
     if name is not None and samples.tokens is not None:
-        codec = load_tokenizer(name)
+        codec = load_tokenizer(name).to(settings["device"])
         if stored.get("tokenizer_fingerprint", codec.fingerprint) != codec.fingerprint:
             raise UserError(f"tokenizer: {path} was decoded by other weights than those of {name!r} here")
         target = encode_reference(target, codec)

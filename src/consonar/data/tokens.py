@@ -25,6 +25,7 @@ import consonar
 from consonar.data.loader import prefetch
 from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import UserError, unknown
+from consonar.placement import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
 FORMAT_VERSION = 1
@@ -262,14 +263,13 @@ def write_token_store(
     *,
     views: str = "center",
     batch_size: int = 64,
-    device: torch.device | str = "cpu",
     num_workers: int = 0,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> TokenStore:
     """Tokenise every image of `source` and return the store, opened.
 
     `views`: "center" (1 crop of each image), "center_flip" (2) or "ten_crop" (10), square, `tokenizer.image_size`
-    pixels. `tokenizer` is on `device`; it gets about `batch_size` crops at a time, while `num_workers` threads (0: one
+    pixels. `tokenizer`, on any device, gets about `batch_size` crops at a time, while `num_workers` threads (0: one
     per CPU core) decode the next ones. `progress(done, total)` is called after each of these calls with numbers of
     images; total is None when the source does not know it. Raises `UserError` as `new_store` and the source do.
     """
@@ -290,7 +290,9 @@ def write_token_store(
     with contextlib.closing(items), store as writer, torch.inference_mode():
         while batch := list(islice(items, images_per_call)):
             crops, labels, captions, names = zip(*batch, strict=True)
-            pixels = torch.from_numpy(np.stack(crops)).to(device).flatten(0, 1)  # (images * views, H, W, 3) uint8
+            pixels = to_device(torch.from_numpy(np.stack(crops)), device_of(tokenizer)).flatten(
+                0, 1
+            )  # (images * views, H, W, 3) uint8
             tokens = tokenizer.encode(from_uint8(pixels))  # (images * views, N)
             writer.write(tokens.cpu().numpy().reshape(len(batch), VIEWS[views], -1), labels, captions, names)
             if progress is not None:

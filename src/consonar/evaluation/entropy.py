@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consonar.data.images import open_source
 from consonar.errors import MissingSplit, UserError
@@ -21,6 +21,7 @@ from consonar.evaluation.evaluate import REFERENCES
 from consonar.evaluation.features import to_float
 from consonar.evaluation.image_sets import cropped
 from consonar.generators import load_generator
+from consonar.placement import device_of, to_device
 from consonar.training import losses
 from consonar.types import Batch, Generator, ImageSource, Tokenizer
 
@@ -36,11 +37,11 @@ def teacher_forced_entropies(
 
     `batches` hold tokens and conditions, on any device; one pass serves all temperatures.
     """
-    device = next(cast(nn.Module, generator).parameters()).device
+    device = device_of(generator)
     sums, count = torch.zeros(len(temperatures), dtype=torch.float64), 0
     for batch in batches:
         assert batch.tokens is not None
-        logits, _ = generator(batch.tokens.to(device), cast(Tensor, batch.condition).to(device))
+        logits, _ = generator(to_device(batch.tokens, device), to_device(batch.condition, device))
         for index, temperature in enumerate(temperatures):
             sums[index] += losses.entropy(logits.float() / temperature).mean().double().cpu() * len(logits)
         count += len(logits)
@@ -55,8 +56,8 @@ class Sharpness:
     without labels.
     """
 
-    def __init__(self, reference: str, tokenizer: Tokenizer, batch_size: int, device: str):
-        self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
+    def __init__(self, reference: str, tokenizer: Tokenizer, batch_size: int):
+        self.tokenizer, self.batch_size = tokenizer, batch_size
         self.missing, self.source = "the reference has none", None
         self.encoded: tuple[Tensor, Tensor | None] | None = None
         spec = REFERENCES.get(reference, (reference, 0))[0]
@@ -86,7 +87,7 @@ class Sharpness:
         """Tokens (n, N), and labels (n,) where every image has one, on the CPU."""
         tokens, labels = [], []
         for images, classes in labelled_batches(source, self.tokenizer.image_size, self.batch_size):
-            tokens.append(self.tokenizer.encode(to_float(images).to(self.device)).cpu())
+            tokens.append(self.tokenizer.encode(to_device(to_float(images), device_of(self.tokenizer))).cpu())
             labels += classes
         return torch.cat(tokens), None if None in labels else torch.tensor(labels)
 
@@ -100,7 +101,8 @@ class Sharpness:
 
     def match(self, generator: Any, other: Path) -> float:
         """The temperature at which `generator` has the entropy of the run `other` at temperature 1."""
-        own, wanted = self.entropies(generator, GRID), self.entropies(load_generator(other).to(self.device), [1.0])
+        model = load_generator(other).to(device_of(generator))
+        own, wanted = self.entropies(generator, GRID), self.entropies(model, [1.0])
         if not (own and wanted):
             raise UserError(f"--match: {other}: entropy is measured on validation images: {self.missing}")
         return matching_temperature(list(own.values()), wanted[1.0])

@@ -29,6 +29,7 @@ from consonar.evaluation.features import FeatureNetwork, FeatureSet, ScoringNetw
 from consonar.evaluation.image_sets import ImageSet, folder_image_set, npz_image_set, npz_keys, source_image_set
 from consonar.evaluation.results import Metric, Results, library_versions, machine_name
 from consonar.evaluation.statistics import Target, random_parts
+from consonar.placement import device_of, to_device
 from consonar.sampling.sample import check_batch_size
 from consonar.seeding import generator
 from consonar.types import Tokenizer
@@ -140,8 +141,12 @@ def _open_npz_reference(path: Path, image_size: int) -> Reference:
 
 def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: int = 64) -> Reference:
     """The reference with the tokens of its images, for the copy rate in tokens; the tokenizer must be the samples'."""
+
+    def encode(images: np.ndarray) -> Tensor:
+        return tokenizer.encode(to_device(sets.to_float(images), device_of(tokenizer))).cpu()
+
     tokens = {
-        name: torch.cat([tokenizer.encode(sets.to_float(batch)).cpu() for batch in images.stream(batch_size)])
+        name: torch.cat([encode(batch) for batch in images.stream(batch_size)])
         for name, images in reference.images.items()
     }
     return replace(reference, tokens=tokens)
@@ -166,9 +171,9 @@ def evaluate(
     `FD(NETWORK) train` and `FD(NETWORK) validation` (`FD(NETWORK)` for a reference of one set), `precision` and
     `recall` against the training set with k = `num_neighbours`, `copy rate (features)` and `copy rate (tokens)` at the
     threshold of `copy_quantile`; of a `ScoringNetwork` also `sFD(NETWORK)` and `IS(NETWORK)`. Means and covariances run
-    over all images; precision, recall and the feature copy rate over `max_neighbours_images` of each set, drawn by
-    `seed` and the pixels, so that the order of a set changes nothing. `draws` > 1 adds the spread over disjoint parts,
-    drawn with `seed`. A network given by name runs on `device`.
+    over all images; precision, recall and the feature copy rate over the first `max_neighbours_images` of each set, as
+    in ADM, so shuffle a larger set that is ordered by class (for IS too, which is a mean over 5,000 images in a row).
+    `draws` > 1 adds the spread over disjoint parts, drawn with `seed`. A network given by name runs on `device`.
     `progress` gets a set's name and the number of images done. Raises UserError for wrong input or too few samples.
     """
     samples = samples if isinstance(samples, Samples) else load_samples(samples)
@@ -180,12 +185,10 @@ def evaluate(
     check_batch_size(batch_size)
     if not 0 <= copy_quantile <= 1:
         raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
-    keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "seed": seed, "progress": progress}
+    keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "progress": progress}
     known = {name: sets.cached_features(network, images, **keep) for name, images in reference.images.items()}
     targets, without = _prepare(network, reference, known, num_neighbours)
-    found = sets.extract_features(
-        network, samples.images, part_of=part_of if draws > 1 else torch.full_like(part_of, -1), **keep
-    )
+    found = sets.extract_features(network, samples.images, part_of=part_of if draws > 1 else None, **keep)
     copies, unavailable = _copy_rates(samples, found, reference, known, copy_quantile)
     values = _measure(targets, network.name, found, 0, copies, part_of >= -1)
     num_parts = len(found.parts)
@@ -254,9 +257,9 @@ def _measure(
         values |= {f"{kind}({network}) {name}".removesuffix(" reference"): value for name, value in distances.items()}
     if found.scores:
         values[f"IS({network})"] = found.scores[part].value
-    values |= targets["FD"].precision_recall(found.rows[members[found.indices]])
+    values |= targets["FD"].precision_recall(found.rows[members[: len(found.rows)]])
     for kind, copied in copies.items():
-        values[f"copy rate ({kind})"] = float(copied.is_copy[members[copied.rows]].double().mean())
+        values[f"copy rate ({kind})"] = float(copied.is_copy[members[: len(copied.is_copy)]].double().mean())
     return values
 
 
@@ -269,9 +272,8 @@ def _copy_rates(
     if not {"train", "validation"} <= known.keys():
         reason = "the reference has no train and validation images"
         return {}, why | dict.fromkeys(("copy rate (features)", "copy rate (tokens)"), reason)
-    train = known["train"]
-    near = copy_rate_features(found.rows, train.rows, known["validation"].rows, quantile=quantile)
-    copies = {"features": replace(near, indices=train.indices[near.indices], rows=found.indices)}
+    train, validation = known["train"].rows, known["validation"].rows
+    copies = {"features": copy_rate_features(found.rows, train, validation, quantile=quantile)}
     if samples.tokens is None or reference.tokens is None:
         missing = "samples carry" if samples.tokens is None else "reference carries"
         return copies, why | {"copy rate (tokens)": f"the {missing} no tokens"}

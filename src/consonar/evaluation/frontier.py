@@ -17,8 +17,8 @@ import torch
 
 from consonar import checkpoint
 from consonar.config_io import to_dict
+from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
-from consonar.evaluation.copying import CopyRate
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import (
     Reference,
@@ -32,7 +32,7 @@ from consonar.evaluation.evaluate import (
 from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
-from consonar.lock import holds_first_argument
+from consonar.placement import device_of, to_device
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
 from consonar.tokenizers import load_tokenizer
@@ -45,7 +45,6 @@ NUM_NEIGHBOURS = 3
 """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
 
 
-@holds_first_argument
 def evaluate_run(
     run: Path,
     *,
@@ -83,7 +82,7 @@ def evaluate_run(
     check_batch_size(batch_size)
     if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
         raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
-    sharpness = Sharpness(reference, tokenizer, batch_size, device)
+    sharpness = Sharpness(reference, tokenizer, batch_size)
     matched = {round(sharpness.match(generator, other), 4): other.name for other in match}
     samplers = [replace(sampler or SamplerConfig(), temperature=t) for t in dict.fromkeys([*temperatures, *matched])]
     if target is None:
@@ -103,7 +102,8 @@ def evaluate_run(
             seed=seed, batch_size=batch_size,
         )  # fmt: skip
         kept = run / f"samples_t{settings.temperature:g}.npz"
-        keep_some(drawn, kept, target, results.copies, class_names)
+        nearest = results.copies["features"].indices[:KEPT_IMAGES] if "features" in results.copies else None
+        keep_first(drawn, kept, target, nearest, class_names)
         row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
         if settings.temperature in entropies:
             row["metrics"]["entropy (teacher-forced)"] = {"value": entropies[settings.temperature], "spread": None}
@@ -126,7 +126,7 @@ def evaluate_run(
         "machine": machine_name(device),
     }
     if reconstruct and "validation" in target.images:
-        measure_reconstruction(run, tokenizer, target.images["validation"], network, device)
+        measure_reconstruction(run, tokenizer, target.images["validation"], network)
     text = json.dumps(content, indent=1)
     checkpoint.write_atomically(path, lambda partial: partial.write_text(text + "\n"))
     return content
@@ -152,44 +152,24 @@ def best_row(rows: list[dict[str, Any]]) -> int:
     return min(range(len(rows)), key=lambda i: rows[i]["metrics"][name]["value"])
 
 
-def keep_some(
-    drawn: Path,
-    kept: Path,
-    reference: Reference,
-    copies: dict[str, CopyRate],
-    class_names: tuple[str, ...] | None,
+def keep_first(
+    drawn: Path, kept: Path, reference: Reference, nearest: torch.Tensor | None, class_names: tuple[str, ...] | None
 ) -> None:
-    """Some images of a sample file, with the nearest training image of each, into a small file for reports.
-
-    The first ones, whose classes and seeds are the same for every run; of more classes than that, one of each of so
-    many classes, evenly spaced.
-    """
+    """The first images of a sample file, with the nearest training image of each, into a small file for reports."""
     samples = load_samples(drawn)
+    images = next(samples.images.stream(KEPT_IMAGES))
     assert samples.labels is not None and samples.seeds is not None
-    num_classes = int(samples.labels.max()) + 1
-    rows = torch.arange(min(KEPT_IMAGES, samples.count))
-    if num_classes > KEPT_IMAGES:
-        rows = torch.arange(KEPT_IMAGES) * min(num_classes, samples.count) // KEPT_IMAGES
-        rows = rows.unique()
     arrays = {
-        "images": pick(samples.images, rows),
-        "labels": samples.labels[rows].numpy(),
-        "seeds": samples.seeds[rows].numpy(),
+        "images": images,
+        "labels": samples.labels[: len(images)].numpy(),
+        "seeds": samples.seeds[: len(images)].numpy(),
         "settings": np.array(json.dumps(samples.settings)),
     }
-    if (nearest := nearest_to(rows, copies)) is not None:
+    if nearest is not None:
         arrays["nearest_train"] = pick(reference.images["train"], nearest)
     if class_names is not None:
         arrays["class_names"] = np.array(class_names)
     checkpoint.write_atomically(kept, lambda partial: write_npz(partial, arrays))
-
-
-def nearest_to(rows: torch.Tensor, copies: dict[str, CopyRate]) -> torch.Tensor | None:
-    """The training image nearest to each of these samples: by features, or by tokens where not all have features."""
-    for kind in ("features", "tokens"):
-        if kind in copies and bool(torch.isin(rows, copies[kind].rows).all()):
-            return copies[kind].indices[torch.searchsorted(copies[kind].rows, rows)]
-    return None
 
 
 def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
@@ -202,7 +182,6 @@ def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
     return np.stack([found[row] for row in rows.tolist()])
 
 
-@holds_first_argument
 def evaluate_tokenizer(
     run: Path,
     *,
@@ -223,26 +202,26 @@ def evaluate_tokenizer(
     if not images:
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
-    return measure_reconstruction(run, tokenizer, measured, load_feature_network(feature_network, device), device)
+    return measure_reconstruction(run, tokenizer, measured, load_feature_network(feature_network, device))
 
 
 def measure_reconstruction(
-    run: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, device: str
+    run: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork
 ) -> dict[str, float]:
     """Writes reconstruction.json (all images of the set) and reconstructions.npz (some, evenly spaced)."""
     metrics = reconstruction_metrics(
-        tokenizer, (to_float(batch).to(device) for batch in images.stream(64)),
+        tokenizer, (to_device(to_float(batch), device_of(tokenizer)) for batch in images.stream(64)),
         feature_network=network,
     )  # fmt: skip
     count = int(metrics["num_images"])
     rows = torch.linspace(0, count - 1, min(RECONSTRUCTIONS, count)).long()
     originals = pick(images, rows)
     with torch.inference_mode():
-        decoded = tokenizer.decode(tokenizer.encode(to_float(originals).to(device))).clamp(-1, 1).cpu()
-    pixels = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = to_device(to_float(originals), device_of(tokenizer))
+        decoded = tokenizer.decode(tokenizer.encode(pixels)).clamp(-1, 1)
     arrays = {
         "originals": originals,
-        "reconstructions": pixels,
+        "reconstructions": to_uint8(decoded).cpu().numpy(),
         "names": np.array([f"{images.name} {i}" for i in rows]),
     }
     checkpoint.write_atomically(run / "reconstructions.npz", lambda partial: write_npz(partial, arrays))

@@ -1,24 +1,23 @@
 """Sampling: tokens one by one with a cache, then one decode.
 
 Every image has a seed of its own and draws one uniform number per token by inverse transform, so that a sample depends
-on its seed, condition and settings, and on the batch it is drawn in by rounding alone (docs/sampling.md); two models
-sampled with equal seeds see equal numbers (common random numbers). Guidance, temperature, top-k and top-p apply in this
-order, as in LlamaGen's sampler.
+on its seed, condition and settings, not on the batch it is drawn in; two models sampled with equal seeds see equal
+numbers (common random numbers). Guidance, temperature, top-k and top-p apply in this order, as in LlamaGen's sampler.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.generators import conditions
 from consonar.options import check_options
+from consonar.placement import device_of, to_device
 from consonar.sampling.guidance import guided_logits, scale_at
 from consonar.seeding import generator as seeded
 from consonar.types import Condition, Generator, Tokenizer
@@ -181,23 +180,14 @@ def sample(
     check_condition(condition, generator)
     if not 0 < count == len(seeds):
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions; give one each, and at least one")
-    device = next(cast(nn.Module, generator).parameters()).device
     parts = []
     for start in range(0, count, batch_size):
-        rows = to_device(conditions.rows(condition, slice(start, start + batch_size)), device)
+        rows = to_device(conditions.rows(condition, slice(start, start + batch_size)), device_of(generator))
         tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config or SamplerConfig())
         images = tokenizer.decode(tokens).clamp(-1, 1)
         parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
     images, tokens, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return Samples(images, tokens, entropy)
-
-
-def to_device(condition: Any, device: torch.device) -> Any:
-    """The condition on `device`."""
-    if isinstance(condition, Tensor):
-        return condition.to(device)
-    names = [item.name for item in dataclasses.fields(condition)]
-    return dataclasses.replace(condition, **{name: getattr(condition, name).to(device) for name in names})
 
 
 def check_batch_size(batch_size: int) -> None:

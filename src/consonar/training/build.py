@@ -17,6 +17,7 @@ from consonar.data.loader import TokenBatches
 from consonar.distributed import World
 from consonar.errors import MissingSplit, UserError
 from consonar.generators import build_generator, load_generator, read_origin, save_generator
+from consonar.placement import to_device
 from consonar.seeding import derive_seed, generator
 from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
@@ -38,7 +39,7 @@ from consonar.training.inputs import (
     preview_samples,
     stored_num_tokens,
 )
-from consonar.training.loop import Batches, Callbacks, to_device
+from consonar.training.loop import Batches, Callbacks
 from consonar.training.objectives import Consistency, ConsistencyConfig
 from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
 from consonar.training.start import load_start, origin_of
@@ -52,7 +53,7 @@ ALIGNMENTS: dict[type, Callable[..., Any]] = {
     StraightThroughConfig: StraightThrough,
 }
 PROBE_IMAGES = 8
-"""From how many images, drawn over all of them, the decoder's receptive field is measured."""
+"""From how many images the decoder's receptive field is measured."""
 
 
 @dataclass
@@ -131,7 +132,7 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
         "autocast_dtype": distributed.pick_precision(config.loop.precision, world.device),
     }  # fmt: skip
     if isinstance(config.objective, PolicyConfig) and config.objective.smooth_credit:
-        probe = next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES))
+        probe = next(batches.ordered(min(PROBE_IMAGES, batches.num_items)))
         settings["probe"] = to_device(probe, world.device).images
     objective = ALIGNMENTS[type(config.objective)](config.objective, tokenizer, prior, **settings)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))

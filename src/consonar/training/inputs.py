@@ -14,8 +14,8 @@ from consonar.data.loader import ImageBatches, SourceBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError
+from consonar.placement import to_device
 from consonar.tokenizers.vq import VQTokenizer
-from consonar.training.loop import to_device
 from consonar.types import Batch, ImageSource, Tokenizer
 
 PREVIEW_IMAGES = 16
@@ -96,10 +96,9 @@ def held_out_batches(batches: Any, config: TrainConfig, world: World) -> Iterato
 
 def preview_samples(model: Any, tokenizer: Tokenizer, path: Path) -> None:
     from consonar.pictures import save_grid
-    from consonar.sampling.job import balanced_labels
     from consonar.sampling.sample import SamplerConfig, sample
 
-    labels = balanced_labels(PREVIEW_IMAGES, max(1, model.num_classes))
+    labels = torch.arange(PREVIEW_IMAGES) % max(1, model.num_classes)
     result = sample(model, tokenizer, labels, seeds=range(PREVIEW_IMAGES), config=SamplerConfig())
     save_grid(result.images, path, columns=8)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 from consonar import distributed
 from consonar.config import TrainConfig
 from consonar.distributed import World
+from consonar.placement import map_tensors, to_device
 from consonar.seeding import derive_seed
 from consonar.tracking import Tracker
 from consonar.training.aside import Aside, Callbacks, NonFiniteLoss, State, due, non_finite
 from consonar.training.optim import learning_rate, update_average
 from consonar.types import Batch, Objective, Rollout
 
-__all__ = ["Batches", "Callbacks", "NonFiniteLoss", "State", "split", "to_device", "train_loop"]
+__all__ = ["Batches", "Callbacks", "NonFiniteLoss", "State", "split", "train_loop"]
 
 
 class Batches(Protocol):
@@ -96,12 +96,9 @@ def update(
     parts = split(rollout, config.loop.accumulation)
     sums: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
-        with torch.autocast(state.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            loss, terms = objective.loss(model, part, step)
-        if index < len(parts) - 1:
-            with distributed.without_sync(model):
-                (loss / len(parts)).backward()
-        else:
+        with distributed.exchange_of_gradients(model, index == len(parts) - 1):
+            with torch.autocast(state.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                loss, terms = objective.loss(model, part, step)
             (loss / len(parts)).backward()
         for key, value in {"loss": loss, **terms}.items():
             sums[key] = sums.get(key, 0) + value.detach().float() / len(parts)
@@ -117,10 +114,6 @@ def update(
     return sums | {"grad_norm": norm}
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
-
-
 def split(rollout: Rollout, parts: int) -> list[Rollout]:
     """Equal slices along the first dimension, so that the mean of their losses is the loss of the whole."""
     if parts == 1:
@@ -130,17 +123,3 @@ def split(rollout: Rollout, parts: int) -> list[Rollout]:
         return map_tensors(rollout, lambda tensor: tensor.chunk(parts)[index])
 
     return [part(index) for index in range(parts)]
-
-
-def map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same dataclass with `function` applied to every tensor in it, nested dataclasses and dicts included."""
-    changes: dict[str, Any] = {}
-    for item in dataclasses.fields(record):
-        value = getattr(record, item.name)
-        if isinstance(value, Tensor):
-            changes[item.name] = function(value)
-        elif dataclasses.is_dataclass(value):
-            changes[item.name] = map_tensors(value, function)
-        elif isinstance(value, dict):
-            changes[item.name] = {k: function(v) if isinstance(v, Tensor) else v for k, v in value.items()}
-    return dataclasses.replace(record, **changes)

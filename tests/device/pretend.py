@@ -1,0 +1,302 @@
+"""A CUDA device that is not there: tensors that hold CPU data and claim to lie on cuda:0.
+
+They raise where a CUDA run would: tensors of two devices in one operation, a random generator of the other device,
+`numpy()` of a tensor on the device, products of integers. Waits for the device and copies to it are counted by the line
+of this library that asked for them. Kernels, memory, several processes and compiled graphs are not pretended.
+
+PyTorch itself takes these tensors for CPU tensors whose device has an index: what autograd makes for itself on "the
+same device" is asked for on cpu:0, which nobody else asks for, and becomes a pretended tensor too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+STAND_IN = torch.device("cpu", 0)
+MAY_MIX = {"copy_", "_to_copy", "index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
+"""Operations that take tensors of both devices; the last four only indices (and each of those is a copy)."""
+WAITS = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero"}
+"""Operations whose result has a shape, or is a number, that the CPU has to know."""
+INTEGER_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot"}
+
+
+class Log:
+    """`waits` and `copies`: how often the CPU waited for the device or copied to it, by (kind, file:function)."""
+
+    def __init__(self) -> None:
+        self.waits: Counter[tuple[str, str]] = Counter()
+        self.copies: Counter[tuple[str, str]] = Counter()
+
+    def clear(self) -> None:
+        self.waits.clear()
+        self.copies.clear()
+
+
+LOG = Log()
+DEVICE_SEEDS: set[int] = set()
+"""Seeds of the generators that claim to be on the device: PyTorch hands operations a new object for the same one."""
+DEVICE_SEED_BIT = 1 << 62
+
+
+def where() -> str:
+    """file:function of the innermost frame of this library, else of the test."""
+    frame, test = sys._getframe(1), "?"
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/src/consonar/" in name:
+            return f"{name.split('/src/consonar/')[1]}:{frame.f_code.co_name}"
+        if test == "?" and "/tests/" in name and name != __file__:
+            test = f"{name.split('/tests/')[1]}:{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return test
+
+
+def is_pretended(value: object) -> bool:
+    return isinstance(value, PretendedTensor)
+
+
+def plain(tensor: Any) -> Any:
+    """The CPU tensor inside a pretended one, on the same storage; anything else as it is."""
+    if not is_pretended(tensor):
+        return tensor
+    with torch._C._DisableTorchDispatch(), torch.inference_mode(False):
+        inside = torch.empty(0, dtype=tensor.dtype)
+        return inside.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+class PretendedTensor(torch.Tensor):
+    """CPU data under the claim that it lies on cuda:0."""
+
+    @staticmethod
+    def __new__(cls, inside: Tensor) -> PretendedTensor:
+        with torch.inference_mode(False):
+            return torch.Tensor._make_subclass(cls, inside.detach(), False, dispatch_device=True)
+
+    device = property(lambda self: CUDA)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+
+    def numpy(self, *args: Any, **settings: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def __array__(self, *args: Any, **settings: Any) -> Any:
+        return self.numpy()
+
+    def tolist(self) -> Any:
+        LOG.waits["tolist", where()] += 1
+        return plain(self.detach()).tolist()
+
+    def data_ptr(self) -> int:
+        return plain(self).data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copied: Any = PretendedTensor(plain(self).clone())
+            if isinstance(self, torch.nn.Parameter):
+                copied = torch.nn.Parameter(copied, self.requires_grad)
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Pretence(TorchDispatchMode):
+    """Under it, what is made on "cuda" is pretended."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One operation: checked as CUDA would check it, run on the CPU, its result claimed where CUDA would have it."""
+    if func is torch.ops.prim.device.default:
+        return STAND_IN
+    name = func.overloadpacket.__name__
+    in_parts = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    if torch.is_inference_mode_enabled() and in_parts and name != "scaled_dot_product_attention":
+        with Pretence():  # outside of inference mode, operations arrive here in parts anyway
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    inside = [tensor for tensor in tensors if is_pretended(tensor)]
+    wanted = kwargs.get("device")
+    claimed = bool(inside) if wanted is None else on_device(wanted)
+    check_devices(name, func, tensors, args)
+    for leaf in leaves:
+        if isinstance(leaf, torch._C.Generator):
+            check_generator(name, leaf, claimed)
+    count(name, func, args, kwargs, claimed)
+    if wanted is not None and on_device(wanted):
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    with torch.inference_mode(False), torch.no_grad():
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+    return claim(func, args, kwargs, result) if claimed else result
+
+
+def on_device(device: Any) -> bool:
+    device = torch.device(device)
+    return device.type == "cuda" or device == STAND_IN
+
+
+def claim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """The results as pretended tensors; of an operation in place the tensor that it was given."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(result, Tensor):
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            if isinstance(given, Tensor):
+                return given
+    return tree_map(lambda x: PretendedTensor(x) if type(x) is Tensor and x.device.type == "cpu" else x, result)
+
+
+def check_devices(name: str, func: Any, tensors: list[Tensor], args: tuple[Any, ...]) -> None:
+    """Raises RuntimeError where CUDA would: for tensors on two devices. A single number may come from the CPU."""
+    inside = [tensor for tensor in tensors if is_pretended(tensor)]
+    outside = [tensor for tensor in tensors if not is_pretended(tensor)]
+    if name in INTEGER_PRODUCTS and inside and not inside[0].dtype.is_floating_point:
+        raise NotImplementedError(f'"{name}_cuda" not implemented for {inside[0].dtype} at {where()}')
+    if not inside or not outside:
+        return
+    shapes = [tuple(tensor.shape) for tensor in outside]
+    if name in MAY_MIX:
+        if name not in ("copy_", "_to_copy"):
+            values = [args[0], *args[2:3]]  # of index and index_put: the tensor, and what is put
+            if len({is_pretended(value) for value in values if isinstance(value, Tensor) and value.ndim}) > 1 or (
+                not is_pretended(args[0])
+            ):
+                raise RuntimeError(f"indices and values on other devices than the indexed tensor in {name}, {where()}")
+        return
+    lookups = ("embedding", "searchsorted", "gather", "index_select", "scatter", "native_layer_norm", "cat", "stack")
+    if any(tensor.ndim for tensor in outside) or name in (*lookups, *INTEGER_PRODUCTS):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two, cuda:0 and cpu, in {func}: "
+            f"{shapes} on the CPU, at {where()}"
+        )
+
+
+def check_generator(name: str, rng: torch.Generator, claimed: bool) -> None:
+    if (rng.initial_seed() in DEVICE_SEEDS) != claimed:
+        expected, found = ("cuda", "cpu") if claimed else ("cpu", "cuda")
+        raise RuntimeError(
+            f"Expected a '{expected}' device type for generator but found '{found}' in {name} at {where()}"
+        )
+
+
+def count(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], claimed: bool) -> None:
+    """Adds this operation to `LOG`, if it waits or copies."""
+    first = is_pretended(args[0]) if args else False
+    if name == "_to_copy" and first != claimed:
+        if first:
+            LOG.waits["to the CPU", where()] += 1
+        else:
+            LOG.copies["to the device", where()] += 1
+            if not kwargs.get("non_blocking"):
+                LOG.waits["copy to the device", where()] += 1
+    elif name == "copy_" and first != is_pretended(args[1]):
+        LOG.waits["copy to the device" if first else "to the CPU", where()] += 1
+    elif name in ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_") and first:
+        for index in args[1]:
+            if index is not None and not is_pretended(index):
+                LOG.waits["index from the CPU", where()] += 1
+            elif index is not None and index.dtype in (torch.bool, torch.uint8):
+                LOG.waits["mask as index", where()] += 1
+    elif first and (name in WAITS or name == "_local_scalar_dense"):
+        LOG.waits["number" if name == "_local_scalar_dense" else name, where()] += 1
+    elif first and name == "repeat_interleave" and func._overloadname == "Tensor" and not kwargs.get("output_size"):
+        LOG.waits[name, where()] += 1
+
+
+class PretendedGenerator(torch.Generator):
+    """A random generator that claims to be on the device. Its numbers are others than those of a CPU generator."""
+
+    device = property(lambda self: CUDA)  # type: ignore[assignment]
+
+    def manual_seed(self, seed: int) -> PretendedGenerator:
+        super().manual_seed(seed ^ DEVICE_SEED_BIT)
+        DEVICE_SEEDS.add(self.initial_seed())
+        return self
+
+
+class GeneratorClass(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, torch._C.Generator)
+
+    def __call__(cls, device: Any = "cpu") -> torch.Generator:
+        if torch.device(device).type == "cuda":
+            return PretendedGenerator().manual_seed(0)
+        return torch._C.Generator(device)
+
+
+class AnyGenerator(metaclass=GeneratorClass):
+    """What `torch.Generator` is under the pretence."""
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[Log]:
+    """PyTorch as on a machine with one CUDA device, for this thread; what was waited for and copied, from zero."""
+    with pytest.MonkeyPatch.context() as patch:
+        to, autocast = torch.Tensor.to, torch.autocast.__init__
+
+        def indexed(device: Any) -> Any:
+            """With an index: without one, PyTorch asks the driver for it."""
+            is_name = isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
+            return CUDA if is_name else device
+
+        def move(tensor: Tensor, *args: Any, **settings: Any) -> Tensor:
+            args, settings = tuple(map(indexed, args)), {key: indexed(value) for key, value in settings.items()}
+            if is_pretended(tensor) and CUDA in (*args, *settings.values()) and not settings.get("copy"):
+                dtypes = {value for value in (*args, *settings.values()) if isinstance(value, torch.dtype)}
+                if dtypes <= {tensor.dtype}:
+                    return tensor  # PyTorch takes cpu:0 for another device and would copy
+            return to(tensor, *args, **settings)
+
+        def cast(context: torch.autocast, device_type: str, *args: Any, **settings: Any) -> None:
+            autocast(context, "cpu" if device_type == "cuda" else device_type, *args, **settings)
+
+        def made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            """Of Python's numbers, PyTorch makes a tensor on the CPU and copies it where nothing can step in."""
+            return lambda data, *, device=None, **settings: move(make(data, **settings), *([device] if device else []))
+
+        answers: dict[str, Any] = {
+            "is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 1,
+            "current_device": 0, "_is_in_bad_fork": False, "get_device_name": "a pretended device", "_lazy_init": None,
+            "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "synchronize": None,
+            "set_device": None, "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        }  # fmt: skip
+        for name, answer in answers.items():
+            patch.setattr(torch.cuda, name, lambda *args, answer=answer, **settings: answer)
+        patch.setattr(torch.Tensor, "to", move)
+        patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **settings: move(tensor, CUDA))
+        patch.setattr(torch.autocast, "__init__", cast)
+        patch.setattr(torch, "Generator", AnyGenerator)
+        patch.setattr(torch, "tensor", made_here(torch.tensor))
+        patch.setattr(torch, "as_tensor", made_here(torch.as_tensor))
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        LOG.clear()
+        try:
+            with Pretence():
+                yield LOG
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(before)

@@ -1,0 +1,123 @@
+"""Every command on the device that `--device auto` finds, on tiny real data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_VQ, picture
+from device.pretend import pretended_cuda
+
+from consonar import cli
+from consonar.data.tokens import TokenStore
+from consonar.tokenizers import save_tokenizer
+from consonar.tokenizers.vq import VQTokenizer
+
+LOOP = {"steps": 2, "batch_size": 4, "log_every": 1, "precision": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with pictures in three classes, a tokenizer, and what the commands make of them on the device."""
+    if torch.cuda.is_available():
+        pytest.skip("a real CUDA device is here: `make test-gpu`")
+    root = tmp_path_factory.mktemp("device")
+    for split, first, count in (("train", 0, 24), ("validation", 100, 6)):
+        for index in range(first, first + count):
+            path = root / "pictures" / split / "abc"[index % 3] / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(index, 32).save(path)
+    torch.manual_seed(0)
+    shape = replace(TINY_VQ, image_size=32, channel_multipliers=(1, 1, 2, 2))
+    save_tokenizer(VQTokenizer(shape, name="tiny"), root / "tokenizer")
+    with pretended_cuda():
+        cli.main(
+            ["tokenize", "--tokenizer", str(root / "tokenizer"), "--data", str(root / "pictures"),
+             "--out", str(root / "tokens")]
+        )  # fmt: skip
+        train(
+            root, "rear", base="rear-openmoji", tokenizer=str(root / "tokenizer"),
+            model={"width": 32, "num_layers": 2, "num_heads": 4}, objective={"head_width": 16},
+            data={"tokens": str(root / "tokens")},
+            loop=LOOP | {"validate_every": 1, "sample_every": 1, "save_every": 1, "ema_decay": 0.9},
+        )  # fmt: skip
+    yield root
+
+
+def train(root: Path, name: str, **changes: object) -> None:
+    (root / f"{name}.yaml").write_text(yaml.safe_dump(changes))
+    cli.main(["train", str(root / f"{name}.yaml"), "--out", str(root / name), "--quiet"])
+
+
+def stored_tokens(folder: Path) -> torch.Tensor:
+    """(24, 16), the centre crop of every training picture."""
+    return TokenStore.open(folder).read(torch.arange(24), torch.zeros(24, dtype=torch.int64))
+
+
+def measured(path: Path) -> dict[str, dict[str, float]]:
+    return json.loads(path.read_text())["metrics"]
+
+
+def test_a_store_made_on_the_device_holds_the_tokens_of_the_cpu(cuda, root: Path, tmp_path: Path) -> None:
+    cli.main(
+        ["tokenize", "--tokenizer", str(root / "tokenizer"), "--data", str(root / "pictures"),
+         "--out", str(tmp_path / "tokens"), "--device", "cpu"]
+    )  # fmt: skip
+    ours, theirs = (stored_tokens(folder) for folder in (root / "tokens", tmp_path / "tokens"))
+    assert (ours == theirs).float().mean() > 0.99
+
+
+def test_a_trained_run_went_through_the_device(cuda, root: Path) -> None:
+    lines = [json.loads(line) for line in (root / "rear" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2]
+    assert any("validation/cross_entropy" in line for line in lines)
+    assert list((root / "rear" / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize("options", [(), ("--guidance-scale", "2", "--top-k", "5", "--top-p", "0.9")])
+def test_samples_of_a_run_are_drawn_and_measured(cuda, root: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    run, drawn = str(root / "rear"), str(tmp_path / "drawn.npz")
+    cli.main(["sample", run, "--num-samples", "12", *options, "--out", drawn])
+    cli.main(["sample", run, "--num-samples", "12", *options, "--out", str(tmp_path / "grid.png")])
+    codec = ("--tokenizer", str(root / "tokenizer"))
+    cli.main(
+        ["evaluate", drawn, "--reference", str(root / "pictures"), *codec, "--draws", "2",
+         "--out", str(tmp_path / "results.json")]
+    )  # fmt: skip
+    assert {"copy rate (tokens)", "precision", "FD(efficientnet-lite0) train"} <= set(
+        measured(tmp_path / "results.json")
+    )
+
+
+def test_a_run_is_measured_over_temperatures_and_matched(cuda, root: Path) -> None:
+    run = root / "rear"
+    cli.main(
+        ["evaluate", str(run), "--reference", str(root / "pictures"), "--num-samples", "12", "--draws", "2",
+         "--temperatures", "1,0", "--match", str(run)]
+    )  # fmt: skip
+    content = json.loads((run / "results.json").read_text())
+    assert content["machine"] == "a pretended device"
+    assert {"entropy (teacher-forced)", "copy rate (tokens)"} <= set(content["rows"][0]["metrics"])
+    cli.main(["report", str(run), "--out", str(run / "report.html")])
+
+
+def test_a_tokenizer_is_trained_and_measured(cuda, root: Path) -> None:
+    train(
+        root, "codec", base="tokenizer-openmoji-64", data={"images": str(root / "pictures")},
+        model={"image_size": 32, "vocab_size": 32, "code_dim": 4, "base_channels": 8, "latent_channels": 8,
+               "channel_multipliers": [1, 1, 2, 2], "num_groups": 4},
+        objective={"discriminator_weight": 0.1, "discriminator_start": 0, "revive_after": 1},
+        loop=LOOP | {"accumulation": 2, "validate_every": 1, "sample_every": 1},
+    )  # fmt: skip
+    cli.main(["evaluate", str(root / "codec"), "--reference", str(root / "pictures")])
+    assert (root / "codec" / "reconstruction.json").is_file()
+
+
+def test_a_model_of_the_device_is_converted_back(cuda, root: Path, tmp_path: Path) -> None:
+    cli.main(["convert", str(root / "rear"), "--to-official", str(tmp_path / "rear.safetensors")])
+    cli.main(["convert", str(tmp_path / "rear.safetensors"), "--to", str(tmp_path / "rear")])
