@@ -23,7 +23,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
+from consonar.outside import read_json
 
 FORMAT_VERSION = 1
 STEP_FILE = re.compile(r"step_(\d{8})\.pt")
@@ -71,9 +72,12 @@ def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
     def save(partial: Path) -> None:
+        # safetensors makes its file for the owner alone; give it the mode of any new file here (umask, inherited ACL).
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
         safetensors.torch.save_file(tensors, partial)
-        # safetensors makes its file for the owner alone: give it to those who may read the folder.
-        partial.chmod(path.parent.stat().st_mode & 0o666)
+        partial.chmod(mode)
 
     write_atomically(path, save)
 
@@ -93,12 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for path in (config_path, folder / "model.safetensors"):
         if not path.is_file():
             raise UserError(f"{folder}: no {path.name}; a model folder holds config.json and model.safetensors")
-    try:
-        config = json.loads(config_path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config_path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path}: holds a {type(config).__name__}, expected an object")
+    config = read_json(config_path)
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{config_path}: format_version {version!r}; this consonar reads {FORMAT_VERSION}")
@@ -107,11 +106,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, mapped: read from the disk when used, and gone when the file changes."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or cut short ({error})") from error
+    with reading(path, "a .safetensors file"), safetensors.safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors
 
 
 def read_component(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -215,16 +212,13 @@ def list_resume(folder: Path) -> list[Path]:
 
 def load_resume(path: Path) -> dict[str, Any]:
     """Reads a resume file without executing anything in it; `UserError` when damaged or of another version."""
-    import pickle
     import zipfile
 
     damaged = f"{path}: damaged or cut short; remove it to resume from the one before"
     if not zipfile.is_zipfile(path):  # anything else PyTorch takes for its old format, with errors of any kind
         raise UserError(damaged)
-    try:
+    with reading(path, "a resume file", "remove it to resume from the one before"):
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(damaged) from error
     if not isinstance(payload, dict) or payload.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a resume file of this version of consonar")
     return payload

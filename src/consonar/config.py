@@ -14,7 +14,7 @@ import yaml
 
 from consonar.config_io import from_dict, merge, to_dict
 from consonar.distributed import DEVICES, PRECISIONS
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, reading, unknown
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
@@ -184,12 +184,8 @@ def read_config(path: Path) -> TrainConfig:
     """A YAML or JSON file of a `TrainConfig`, or of the changes to the recipe named under `base`."""
     from consonar.recipes import find_recipe
 
-    try:
-        values = yaml.load(path.read_text(), ConfigLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path, "valid YAML"):
+        values = yaml.load(path.read_text(encoding="utf-8"), ConfigLoader)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a table of keys, got {type(values).__name__}")
     if "base" in values:

@@ -22,6 +22,7 @@ from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
+from consonar.outside import read_json
 from consonar.recipes import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
 from consonar.report import write_report
 from consonar.tokenizers import load_tokenizer
@@ -121,7 +122,7 @@ def claim(out: Path, settings: dict[str, float]) -> None:
     """Makes `out` this demo's folder, or checks that it is."""
     path = out / "demo.json"
     if path.exists():
-        stored = json.loads(path.read_text())
+        stored = read_json(path, "remove the folder or choose another --out")
         for key, value in settings.items():
             if stored.get(key) != value:
                 raise UserError(

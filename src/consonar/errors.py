@@ -57,4 +57,4 @@ def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = 
         raise kind(f"{where}: cannot be read as {what}: it asks for more memory than there is{end}") from error
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"[:LONGEST_CAUSE]
-        raise kind(f"{where}: cannot be read as {what}: damaged, cut short or something else ({cause}){end}") from error
+        raise kind(f"{where}: not {what}, damaged or cut short ({cause}){end}") from error

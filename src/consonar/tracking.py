@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from consonar.checkpoint import write_atomically
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, reading, unknown
+from consonar.outside import read_metrics_line
 
 
 class Sink(Protocol):
@@ -79,13 +80,19 @@ def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> 
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, those with step <= `last_step` only when given; a cut last line is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the process was stopped while writing its last line
+    """The lines of a metrics.jsonl, those with step <= `last_step` only when given; a cut last line is left out.
+
+    Raises `UserError` for a line before the last one that is damaged.
+    """
+    records: list[dict[str, float]] = []
+    if not path.exists():
+        return records
+    with reading(path, "text"):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last line break: nothing, or a line cut short
+        with reading(path, "text"):
+            text = line.decode()
+        record = read_metrics_line(text, f"{path} line {number}")
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consonar.cache import cache_dir
 from consonar.checkpoint import file_sha256
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,12 @@ class WeightFile:
         return file, digest, self._tensors(file)
 
     def _tensors(self, file: Path) -> dict[str, Tensor]:
-        try:
-            if file.suffix == ".safetensors":
-                from safetensors.torch import load_file
+        from safetensors.torch import load_file
 
+        with reading(f"{self.network}: {file}", "a file of weights"):
+            if file.suffix == ".safetensors":
                 return load_file(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler meets damaged bytes with errors of any type
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{self.network}: {file}: not readable as a file of weights ({reason})") from error
         if not isinstance(state, dict):
             raise UserError(
                 f"{self.network}: {file}: holds a {type(state).__name__}, expected a table of weights by name"

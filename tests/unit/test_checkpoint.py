@@ -56,7 +56,7 @@ def test_missing_files(folder, tmp_path):
 def test_cut_weights(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"model\.safetensors: damaged or cut short") as caught:
+    with pytest.raises(UserError, match=r"model\.safetensors: not .* damaged or cut short") as caught:
         load_generator(folder)
     assert "\n" not in str(caught.value)
 

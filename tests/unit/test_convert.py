@@ -192,7 +192,7 @@ def test_a_damaged_source_file_is_told(bare, tmp_path):
     convert(bare, tmp_path / "ours")
     for text in ("{", "{}", '{"entry": 3, "recognised_as": 4}'):
         (tmp_path / "ours" / "source.json").write_text(text)
-        with pytest.raises(UserError, match=r"source\.json: damaged"):
+        with pytest.raises(UserError, match=r"source\.json: not .* damaged"):
             to_official(tmp_path / "ours", tmp_path / "back.pt")
 
 

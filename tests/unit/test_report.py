@@ -205,9 +205,12 @@ def _set(run: Path, name: str, text: str) -> None:
         (lambda run: _set(run, "metrics.jsonl", '{"loss": 1}\n'), "integer 'step'"),
         (lambda run: _set(run, "results.json", '{"schema": 2}'), "reads schema 1"),
         (lambda run: _set(run, "results.json", '{"schema": 1, "rows": []}'), "at least one row"),
-        (lambda run: _set(run, "results.json", '{"schema": 1, "rows": [{"metrics": {}}]}'), r"rows\[0\] is incomplete"),
+        (
+            lambda run: _set(run, "results.json", '{"schema": 1, "rows": [{"metrics": {}}]}'),
+            r"rows\[0\]: not a row with temperature",
+        ),
         (lambda run: (run / "samples_t1.0.npz").unlink(), "samples_t1.0.npz, which is not there"),
-        (lambda run: _set(run, "samples_t1.0.npz", "x"), "not a readable .npz"),
+        (lambda run: _set(run, "samples_t1.0.npz", "x"), "not an .npz"),
         (lambda run: np.savez(run / "samples_t1.0.npz", images=np.zeros((1, 2, 2, 3))), "holds no labels, seeds"),
     ],
 )

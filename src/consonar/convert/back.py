@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from consonar import checkpoint
 from consonar.config_io import from_dict
 from consonar.convert import registry
 from consonar.convert.containers import TORCH_ENDINGS
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
 from consonar.official import State
+from consonar.outside import read_json
 
 SOURCE, UNUSED = "source.json", "unused.safetensors"
 
@@ -79,11 +79,9 @@ def official_state(folder: Path) -> tuple[str, State, list[str]]:
 
 def read_source(path: Path) -> tuple[str, list[str]]:
     """What a converted folder was recognised as, and the entry that it was taken from."""
-    try:
-        source = json.loads(path.read_text())
+    source = read_json(path, "convert again")
+    with reading(path, "a record of where a model came from", "convert again"):
         name, entry = source["recognised_as"], source["entry"]
         if not (isinstance(name, str) and isinstance(entry, list) and all(isinstance(key, str) for key in entry)):
             raise TypeError("recognised_as is a text, entry a list of texts")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); convert again") from error
     return name, entry

@@ -8,7 +8,7 @@ an index, bare or inside an entry of a training checkpoint, maybe with the prefi
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from consonar.checkpoint import map_tensors
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, reading, unknown
 from consonar.official import State
+from consonar.outside import beside, read_json
 
 ENTRIES = ("model", "module", "state_dict", "model_state_dict", "ema")
 """Where training checkpoints keep the weights; the first that is there counts (DDP, DeepSpeed, Lightning, others)."""
@@ -90,9 +91,8 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 def what_it_is(path: Path) -> str:
     """ ".safetensors", "PyTorch archive", "PyTorch file of the old format", or in words what it is instead."""
-    with path.open("rb") as file:
-        start = file.read(1024)
-    size = path.stat().st_size
+    with reading(path, "a weight file"), path.open("rb") as file:
+        start, size = file.read(1024), os.fstat(file.fileno()).st_size
     if not start:
         return "empty; download it again"
     if start.startswith(b"PK\x03\x04"):
@@ -174,25 +174,53 @@ def own_storage(tensor: Tensor) -> Tensor:
 
 
 def without_prefix(weights: Weights) -> Weights:
-    """The same with keys as the module alone has them."""
-    tensors, prefix = weights.tensors, ""
-    while found := [p for p in PREFIXES if all(key.startswith(p) for key in tensors)]:
-        tensors = {key.removeprefix(found[0]): value for key, value in tensors.items()}
+    """The same with keys as the module alone has them.
+
+    Raises `UserError` for two keys that become one and hold different weights.
+    """
+    prefix = ""
+    while found := [p for p in PREFIXES if all(key.startswith(prefix + p) for key in weights.tensors)]:
         prefix += found[0]
-    # torch.compile of single blocks leaves its mark inside.
-    tensors = {key.replace("._orig_mod.", "."): value for key, value in tensors.items()}
+    tensors: State = {}
+    known: dict[str, str] = {}
+    for key, value in weights.tensors.items():
+        plain = bare(key.removeprefix(prefix))
+        if plain in known and not same(tensors[plain], value):
+            raise UserError(
+                f"{weights.files[0]}: holds {known[plain]!r} and {key!r}, which are one weight with two values; "
+                "keep the one that is meant"
+            )
+        known.setdefault(plain, key)
+        tensors.setdefault(plain, value)
     return replace(weights, tensors=tensors, prefix=prefix)
+
+
+def bare(key: str) -> str:
+    """A key without what wrappers put into it, at its start or (`torch.compile` of single blocks) inside."""
+    for prefix in PREFIXES:
+        key = key.replace(f".{prefix}", ".")
+    while found := [prefix for prefix in PREFIXES if key.startswith(prefix)]:
+        key = key.removeprefix(found[0])
+    return key
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors hold the same weights; of tensors without memory, the same shapes."""
+    return ours.shape == theirs.shape and (ours.is_meta or theirs.is_meta or torch.equal(ours, theirs))
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Which file beside it holds a key, for every key, of an index of shards."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: not an index of shards (a JSON object with weight_map)")
+    return {key: beside(index, name) for key, name in places.items()}
 
 
 def read_shards(index: Path) -> Weights:
     """The tensors that an index distributes over files beside it."""
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of shards (a JSON object with weight_map)") from error
-    if outside := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{index}: names {outside[0]!r}, which is not a file beside it")
+    places = read_index(index)
+    names = sorted(set(places.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index}: {len(missing)} of {len(names)} shards are not beside it: {', '.join(missing[:4])}")
     files = tuple(index.parent / name for name in names)

@@ -7,7 +7,6 @@ the messages is taken instead of a download, so that all of this works without a
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from consonar.cache import cache_dir
 from consonar.checkpoint import file_sha256
 from consonar.convert.published import PUBLISHED, Published
 from consonar.errors import UserError, unknown
+from consonar.outside import plain_name, read_json
 
 PREFIX = "hf:"
 
@@ -53,7 +53,8 @@ def read_name(text: str) -> Wanted:
         model = PUBLISHED[rest]
         return Wanted(text, model.file, model.repository, image_size or model.image_size, model)
     parts = rest.split("/", 2)
-    if len(parts) < 3 or not all(parts) or ".." in rest.split("/"):
+    # Plain names only: what stands here becomes a path below the cache folder.
+    if len(parts) < 3 or not all(map(plain_name, rest.split("/"))):
         raise unknown("hf: name", rest, [*PUBLISHED, "owner/repository/file"])
     repository = f"{parts[0]}/{parts[1]}"
     known = next((m for m in PUBLISHED.values() if (m.repository, m.file) == (repository, parts[2])), None)
@@ -77,7 +78,7 @@ def fetch_component(text: str, component: str) -> Path:
         convert_once(wanted, folder)
     if (folder / component / "config.json").is_file():
         return folder / component
-    found = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if found.get("component") != component:
         raise UserError(f"{text}: holds no {component}")
     return folder
@@ -107,9 +108,11 @@ def released_file(wanted: Wanted) -> Path:
         raise UserError(
             f"{wanted.text}: not on the hub ({wanted.published.elsewhere}); put {wanted.file} at {wanted.place}"
         )
+    from consonar.convert.containers import read_index
+
     file = Path(guarded_download(wanted, wanted.file))
     if wanted.file.endswith(".index.json"):
-        for shard in sorted(set(json.loads(file.read_text())["weight_map"].values())):
+        for shard in sorted(set(read_index(file).values())):
             guarded_download(wanted, str(Path(wanted.file).with_name(shard)))
     return file
 

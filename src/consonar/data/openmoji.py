@@ -13,8 +13,6 @@ import importlib
 import io
 import os
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +25,8 @@ from PIL import Image
 
 from consonar.cache import cache_dir
 from consonar.checkpoint import write_atomically
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, reading, unknown
+from consonar.outside import read_npz
 from consonar.types import ImageRecord
 
 CLASS_NAMES = (
@@ -219,11 +218,10 @@ def _render_all(size: int) -> _Rendered:
 
 
 def _read_rendered(path: Path) -> _Rendered:
-    try:
-        with np.load(path) as stored:
-            images, names, content_hash = stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"])
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"openmoji: {path} cannot be read ({error}); delete it, it is made again") from error
+    remedy = "delete it, it is made again"
+    stored = read_npz(path, remedy=remedy)
+    with reading(f"openmoji: {path}", "rendered emoji", remedy):
+        images, names, content_hash = stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"])
     if _content_hash(images) != content_hash:
         raise UserError(f"openmoji: {path} is damaged (its SHA-256 differs); delete it, it is made again")
     return _Rendered(images, names, content_hash)

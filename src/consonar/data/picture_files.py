@@ -140,8 +140,8 @@ def _read_bytes(path: Path, name: str) -> bytes:
             raise BadImage(f"{name}: not a file")
         if status.st_size > MAX_BYTES:
             raise BadImage(f"{name}: {status.st_size} bytes; a picture has at most {MAX_BYTES}")
-        return path.read_bytes()
-    raise AssertionError("unreachable")
+        data = path.read_bytes()
+    return data
 
 
 def _decode(data: bytes) -> Image.Image:

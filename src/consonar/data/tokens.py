@@ -24,7 +24,8 @@ from torch import Tensor
 import consonar
 from consonar.data.loader import prefetch
 from consonar.data.transforms import VIEWS, from_uint8, make_views
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, reading, unknown
+from consonar.outside import read_json
 from consonar.placement import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
@@ -205,16 +206,14 @@ class TokenStore:
         path = Path(path).expanduser()
         if not (path / METADATA_FILE).is_file():
             raise UserError(f"tokens: no token store at {str(path)!r}; make one with consonar tokenize")
-        try:
-            metadata = json.loads((path / METADATA_FILE).read_text())
-            if metadata["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format {metadata['format_version']}, but this consonar reads {FORMAT_VERSION}")
+        remedy = "tokenize the images again"
+        metadata = read_json(path / METADATA_FILE, remedy)
+        if (version := metadata.get("format_version")) != FORMAT_VERSION:
+            raise UserError(f"tokens: {str(path)!r} has format {version!r}, but this consonar reads {FORMAT_VERSION}")
+        with reading(f"tokens: {str(path)!r}", "a token store", remedy):
             store = cls(path, metadata, pa.memory_map(str(path / TOKENS_FILE)).read_buffer())
             if len(store) != metadata["counts"]["items"]:
                 raise ValueError(f"{len(store)} of {metadata['counts']['items']} items")
-        except (OSError, KeyError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"tokens: {str(path)!r} cannot be read ({reason}); tokenize the images again") from error
         return store
 
     def __len__(self) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from consonar.data.tokens import TokenStore, new_store
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
+from consonar.outside import read_npy
 from consonar.types import Tokenizer
 
 ITEMS_PER_WRITE = 1024
@@ -55,12 +56,10 @@ def _rar_items(jsonl: Path, tokenizer: Tokenizer) -> Iterator[Item]:
             where = f"{jsonl}:{number}"
             if not line.strip():
                 continue
-            try:
+            form = 'a line of the form {"class_id": int, "tokens": [int, ...]}'
+            with reading(where, form):
                 entry = json.loads(line)
                 label, tokens = entry["class_id"], np.asarray(entry["tokens"])
-            except (ValueError, KeyError, TypeError) as error:
-                form = '{"class_id": int, "tokens": [int, ...]}'
-                raise UserError(f"{where}: not a line of the form {form} ({type(error).__name__}: {error})") from error
             _check_item(tokens[None], label, tokenizer, where)
             yield tokens[None], label, f"{jsonl.name}:{number}"
 
@@ -96,22 +95,15 @@ def _numbered_files(folder: Path, what: str) -> list[Path]:
     return [folder / name for name in expected]
 
 
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file: {error}") from error
-
-
 def _llamagen_codes(path: Path) -> np.ndarray:
     """(crops, N) from a file of shape (1, crops, N), (crops, N) or (1, N)."""
-    codes = _load_npy(path)
+    codes = read_npy(path)
     return codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
 
 
 def _llamagen_items(codes: list[Path], labels: list[Path], tokenizer: Tokenizer, num_views: int) -> Iterator[Item]:
     for code_file, label_file in zip(codes, labels, strict=True):
-        tokens, label = _llamagen_codes(code_file), _load_npy(label_file)
+        tokens, label = _llamagen_codes(code_file), read_npy(label_file)
         if label.shape != (1,) or label.dtype.kind not in "iu":
             raise UserError(f"{label_file}: {label.dtype} of shape {label.shape}; a label is one integer, shape (1,)")
         _check_item(tokens, int(label[0]), tokenizer, str(code_file))

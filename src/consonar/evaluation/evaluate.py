@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from consonar.checkpoint import file_sha256
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
 from consonar.evaluation import features as sets
 from consonar.evaluation.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.evaluation.features import FeatureNetwork, FeatureSet, ScoringNetwork, load_feature_network
-from consonar.evaluation.image_sets import ImageSet, folder_image_set, npz_image_set, npz_keys, source_image_set
+from consonar.evaluation.image_sets import NEEDED, ImageSet, folder_image_set, npz_image_set, source_image_set
 from consonar.evaluation.results import Metric, Results, library_versions, machine_name
 from consonar.evaluation.statistics import Target, random_parts
+from consonar.outside import npz_keys, read_npz
 from consonar.placement import device_of, to_device
 from consonar.sampling.sample import check_batch_size
 from consonar.seeding import generator
@@ -82,16 +83,19 @@ def load_samples(path: str | Path) -> Samples:
         return Samples(images, shape[0], _square(path, shape), sha256)
     images, shape = npz_image_set(path)
     extra: dict[str, Any] = {}
-    with np.load(path) as arrays:
-        for key, name in (("labels", "labels"), ("arr_1", "labels"), ("tokens", "tokens"), ("seeds", "seeds")):
-            if key in arrays:
-                array, ndim = arrays[key], 2 if key == "tokens" else 1
-                if array.dtype.kind not in "iu" or array.ndim != ndim or len(array) != shape[0]:
-                    expected = f"expected {ndim}-d integers for {shape[0]} images"
-                    raise UserError(f"{path}: {key} is {array.dtype} {array.shape}; {expected}")
-                extra[name] = torch.from_numpy(array.astype(np.int64))
-        if "settings" in arrays:
+    names = {"labels": "labels", "arr_1": "labels", "tokens": "tokens", "seeds": "seeds"}
+    arrays = read_npz(path, (*names, "settings"))
+    for key in names.keys() & arrays.keys():
+        array, ndim = arrays[key], 2 if key == "tokens" else 1
+        if array.dtype.kind not in "iu" or array.ndim != ndim or len(array) != shape[0]:
+            expected = f"expected {ndim}-d integers for {shape[0]} images"
+            raise UserError(f"{path}: {key} is {array.dtype} {array.shape}; {expected}")
+        extra[names[key]] = torch.from_numpy(array.astype(np.int64))
+    if "settings" in arrays:
+        with reading(f"{path}: settings", "valid JSON"):
             extra["settings"] = json.loads(str(arrays["settings"]))
+        if not isinstance(extra["settings"], dict):
+            raise UserError(f"{path}: settings are a {type(extra['settings']).__name__}, expected a JSON object")
     return Samples(images, shape[0], _square(path, shape), file_sha256(path), **extra)
 
 
@@ -126,17 +130,29 @@ def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...]
 
 
 def _open_npz_reference(path: Path, image_size: int) -> Reference:
-    keys, images = set(npz_keys(path)), {}
-    with np.load(path) as arrays:
-        statistics, spatial_statistics = (
-            (torch.from_numpy(arrays[mean]), torch.from_numpy(arrays[cov])) if keys.issuperset((mean, cov)) else None
-            for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        )
+    keys, images = set(npz_keys(path, NEEDED)), {}
+    statistics, spatial_statistics = (
+        _read_statistics(path, mean, cov) if keys.issuperset((mean, cov)) else None
+        for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
+    )
     if statistics is None or keys & {"images", "arr_0"}:
         images["reference"], shape = npz_image_set(path)
         if _square(path, shape) != image_size:
             raise UserError(f"reference {path}: images of {shape[1]} px, but the samples have {image_size} px")
     return Reference(str(path), images, statistics, spatial_statistics)
+
+
+def _read_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
+    """Mean (F,) and covariance (F, F), finite floating-point numbers, of an .npz."""
+    arrays = read_npz(path, (mean, cov))
+    for key, array in arrays.items():
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise UserError(f"{path}: {key} is {array.dtype}; expected finite floating-point numbers")
+    count = len(arrays[mean]) if arrays[mean].ndim == 1 else 0
+    if count == 0 or arrays[cov].shape != (count, count):
+        shapes = f"{mean} has shape {arrays[mean].shape}, {cov} {arrays[cov].shape}"
+        raise UserError(f"{path}: {shapes}; expected (F,) and (F, F)")
+    return torch.from_numpy(arrays[mean].astype(np.float64)), torch.from_numpy(arrays[cov].astype(np.float64))
 
 
 def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: int = 64) -> Reference:

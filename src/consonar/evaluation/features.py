@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from consonar.cache import cache_dir
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, reading, unknown
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inception import load_inception
 from consonar.evaluation.statistics import InceptionScore, Moments
+from consonar.outside import read_npz
 
 
 @runtime_checkable
@@ -217,12 +217,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_features(path: Path) -> FeatureSet:
-    try:
-        with np.load(path) as arrays:
-            spatial = (_read_moments(arrays, "spatial_"),) if "spatial_mean" in arrays else ()
-            return FeatureSet(_read_moments(arrays, ""), torch.from_numpy(arrays["rows"]), spatial=spatial)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"feature cache: {path} cannot be read ({error}); delete it, it is made again") from error
+    remedy = "delete it, it is made again"
+    arrays = read_npz(path, remedy=remedy)
+    with reading(f"feature cache: {path}", "features", remedy):
+        spatial = (_read_moments(arrays, "spatial_"),) if "spatial_mean" in arrays else ()
+        features = FeatureSet(_read_moments(arrays, ""), torch.from_numpy(arrays["rows"]), spatial=spatial)
+    return features
 
 
 def _moment_arrays(prefix: str, moments: Moments) -> dict[str, np.ndarray]:

@@ -9,20 +9,19 @@ import hashlib
 import itertools
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from consonar.checkpoint import file_sha256
 from consonar.errors import BadImage, UserError, reading
+from consonar.outside import npz_keys, npz_member
 from consonar.types import ImageSource
+
+NEEDED = "give an .npz or a folder of images"
 
 
 @dataclass(frozen=True)
@@ -34,47 +33,28 @@ class ImageSet:
     """Batch size -> uint8 (B, H, W, 3) arrays, always in the same order; the last one may be short."""
 
 
-def npz_keys(path: Path) -> list[str]:
-    """Names of the arrays in an .npz. Raises UserError when there is no such file or it is not an .npz."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give an .npz or a folder of images")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not an .npz file, or a truncated one; give an .npz or a folder of images")
-    with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
-
-
 def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
     """The uint8 array `images` or `arr_0` (count, H, W, 3) of an .npz, read batch by batch, and its shape.
 
     `np.load` would hold the whole array (10 GB for 50,000 images of 256 px). Raises UserError for a file without such
     an array and, while streaming, for a damaged one.
     """
-    keys = npz_keys(path)
+    keys = npz_keys(path, NEEDED)
     key = next((key for key in ("images", "arr_0") if key in keys), None)
     if key is None:
-        raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys)}")
-    with _npz_member(path, key) as (_, shape, fortran_order, dtype):
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or 0 in shape:
+        raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys) or 'no array'}")
+    with npz_member(path, key) as array:
+        shape, dtype = array.shape, array.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or array.fortran_order or 0 in shape:
             raise UserError(f"{path}: {key} is {dtype} {shape}; expected uint8 (count, height, width, 3) in C order")
 
     def stream(batch_size: int) -> Iterator[np.ndarray]:
-        with _npz_member(path, key) as (file, shape, *_):
+        with npz_member(path, key) as array:
             for start in range(0, shape[0], batch_size):
                 batch_shape = (min(batch_size, shape[0] - start), *shape[1:])
-                yield np.frombuffer(file.read(math.prod(batch_shape)), np.uint8).reshape(batch_shape)
+                yield np.frombuffer(array.file.read(math.prod(batch_shape)), np.uint8).reshape(batch_shape)
 
     return ImageSet(str(path), stream), shape
-
-
-@contextmanager
-def _npz_member(path: Path, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            yield file, *readers[np.lib.format.read_magic(file)](file)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: {key} cannot be read ({error}); the file is damaged, make it again") from error
 
 
 def folder_image_set(folder: Path) -> tuple[ImageSet, tuple[int, ...], str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
+from consonar.outside import beside, read_json, read_metrics_line
 from consonar.report.records import Measurement, ResultRow, Results, Run
 
 MAX_RUNS = 8
@@ -41,7 +41,7 @@ def _load_run(folder: Path, name: str) -> Run:
     return Run(
         path=folder,
         name=name,
-        config=_read_object(folder / "config.json"),
+        config=_object(folder / "config.json"),
         metrics=_read_metrics(folder / "metrics.jsonl"),
         results=_read_results(results_path) if results_path.is_file() else None,
         reconstruction=_read_note(folder / "reconstruction.json") or {},
@@ -54,40 +54,28 @@ def _read_note(path: Path, **entries: Any) -> dict[str, Any] | None:
     """A small file of named entries of given types, or None where it is not there."""
     if not path.is_file():
         return None
-    note = _read_object(path)
+    note = _object(path)
     for key, kind in entries.items():
         if not isinstance(note.get(key), kind):
             raise UserError(f"{path}: {key} is {note.get(key)!r}; expected {', '.join(entries)}, as training writes it")
     return note
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it again or leave this run out") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object with named entries")
-    return value
+def _object(path: Path) -> dict[str, Any]:
+    return read_json(path, "write it again or leave this run out")
 
 
 def _read_metrics(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ()
-    lines: list[Mapping[str, Any]] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path} line {number}: not valid JSON; remove the line if writing was cut off") from error
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise UserError(f"{path} line {number}: {text[:60]!r} is not an object with an integer 'step'")
-        lines.append(line)
-    return tuple(lines)
+    with reading(path, "text"):
+        content = path.read_text(encoding="utf-8")
+    lines = enumerate(content.splitlines(), start=1)
+    return tuple(read_metrics_line(text, f"{path} line {number}") for number, text in lines)
 
 
 def _read_results(path: Path) -> Results:
-    content = _read_object(path)
+    content = _object(path)
     if content.get("schema") != RESULTS_SCHEMA:
         raise UserError(
             f"{path}: schema {content.get('schema')!r}; this version reads schema {RESULTS_SCHEMA}: evaluate again"
@@ -102,7 +90,8 @@ def _read_results(path: Path) -> Results:
 
 
 def _read_row(path: Path, number: int, row: Mapping[str, Any]) -> ResultRow:
-    try:
+    expected = "a row with temperature, num_samples and metrics with a value each"
+    with reading(f"{path}: rows[{number}]", expected):
         measured = {
             name: Measurement(float(entry["value"]), None if entry.get("spread") is None else float(entry["spread"]))
             for name, entry in row["metrics"].items()
@@ -115,14 +104,9 @@ def _read_row(path: Path, number: int, row: Mapping[str, Any]) -> ResultRow:
             top_k=int(row.get("top_k", 0)),
             top_p=float(row.get("top_p", 1.0)),
             seed=row.get("seed"),
-            samples=path.parent / row["samples"] if row.get("samples") else None,
+            samples=path.parent / beside(path, row["samples"]) if row.get("samples") else None,
             matched_to=str(row["matched_to"]) if row.get("matched_to") else None,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: rows[{number}] is incomplete ({type(error).__name__}: {error}); "
-            "expected temperature, num_samples and metrics with a value each"
-        ) from error
     if result.samples is not None and not result.samples.is_file():
         raise UserError(f"{path}: rows[{number}] names {result.samples.name}, which is not there; sample again")
     return result

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from consonar.data.picture_files import read_image
 from consonar.errors import UserError
+from consonar.outside import read_npz
 from consonar.report.records import Run
 
 MAX_CLASSES = 10
@@ -78,19 +79,12 @@ def picture(image: np.ndarray, alt: str) -> Picture:
 
 
 def file_picture(path: Path, alt: str) -> Picture:
-    """Pack an image file as it is. Raises `UserError` if it does not decode."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            width = image.width
-            kind = image.format
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); delete it or sample again") from error
-    return _picture(path.read_bytes(), alt, width=width, kind=str(kind).lower())
+    """Pack an image file. Raises `UserError` if it does not decode."""
+    return picture(np.asarray(read_image(path, str(path))), alt)
 
 
-def _picture(data: bytes, alt: str, *, width: int, kind: str = "png") -> Picture:
-    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+def _picture(data: bytes, alt: str, *, width: int) -> Picture:
+    uri = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
     small = width <= SMALL
     return Picture(uri=uri, alt=alt, width=2 * width if small else width, pixelated=small)
 
@@ -101,8 +95,9 @@ def load_sheet(path: Path) -> Sheet:
     images = arrays["images"]
     _check_images(path, "images", images)
     for key in ("labels", "seeds"):
-        if arrays[key].shape != (len(images),):
-            raise UserError(f"{path}: {key} has shape {arrays[key].shape}, expected ({len(images)},) like images")
+        if arrays[key].shape != (len(images),) or arrays[key].dtype.kind not in "iu":
+            found = f"{arrays[key].dtype} of shape {arrays[key].shape}"
+            raise UserError(f"{path}: {key} is {found}, expected integers of shape ({len(images)},) like images")
     nearest = arrays.get("nearest_train")
     if nearest is not None:
         _check_images(path, "nearest_train", nearest, count=len(images))
@@ -126,11 +121,7 @@ def load_reconstructions(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]
 
 
 def _load_arrays(path: Path, required: Sequence[str]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays: dict[str, Any] = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable .npz ({error}); write it again") from error
+    arrays = read_npz(path, remedy="write it again")
     missing = [key for key in required if key not in arrays]
     if missing:
         raise UserError(f"{path}: holds no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
@@ -139,7 +130,7 @@ def _load_arrays(path: Path, required: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _check_images(path: Path, key: str, images: np.ndarray, count: int | None = None) -> None:
     wrong_count = count is not None and len(images) != count
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or wrong_count:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape or wrong_count:
         expected = f"({'n' if count is None else count}, H, W, 3) uint8"
         raise UserError(f"{path}: {key} is {images.shape} {images.dtype}, expected {expected}")
 

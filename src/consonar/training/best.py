@@ -10,9 +10,11 @@ import torch
 
 from consonar import checkpoint
 from consonar.data.loader import ImageBatches
+from consonar.errors import reading
 from consonar.evaluation.features import load_feature_network
 from consonar.evaluation.statistics import Moments, frechet_distance
 from consonar.generators import Origin, save_generator
+from consonar.outside import read_json
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
 from consonar.types import Tokenizer
@@ -51,9 +53,12 @@ class KeepBest:
     def __call__(self, trainee: Any, step: int, metrics: dict[str, float]) -> None:
         record = self.folder.parent / "best.json"
         # A record of a later step is left from before a resume: the run will come by there again.
-        known = json.loads(record.read_text()) if record.exists() else None
-        if known is not None and known["step"] < step and known["value"] <= metrics[METRIC]:
-            return
+        known = read_json(record) if record.exists() else None
+        if known is not None:
+            with reading(record, "the record of the best model", "remove it"):
+                better = known["step"] < step and known["value"] <= metrics[METRIC]
+            if better:
+                return
         save_generator(trainee.generator, self.folder, self.origin)
         text = json.dumps({"step": step, "metric": METRIC, "value": metrics[METRIC]}) + "\n"
         checkpoint.write_atomically(record, lambda path: path.write_text(text))

@@ -14,6 +14,7 @@ from consonar.config import TrainConfig
 from consonar.config_io import to_dict
 from consonar.distributed import World
 from consonar.errors import UserError
+from consonar.outside import read_json
 from consonar.tracking import Tracker, check_sinks
 from consonar.training.build import build
 from consonar.training.interruption import Interruption
@@ -118,7 +119,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     if not resume:
         raise UserError(f"--out: {out} already holds a run; choose another folder, or add --resume to go on with it")
     # Tuples are lists in JSON: compare what would be written.
-    before, now = json.loads(stored.read_text()), json.loads(json.dumps(to_dict(config)))
+    before, now = read_json(stored), json.loads(json.dumps(to_dict(config)))
     if before != now:
         key, ours, theirs = first_difference(now, before)
         raise UserError(f"--resume: {key} is {ours!r}, but the run in {out} was started with {theirs!r}")

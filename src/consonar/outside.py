@@ -1,0 +1,131 @@
+"""Files from outside, read with care: JSON and NumPy arrays.
+
+Every reader raises one `UserError` with the file's name for whatever is wrong with it. Nothing in a file is executed,
+and the size that an array claims is compared with what is there before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from consonar.errors import UserError, reading
+
+
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """A JSON file that holds an object; `remedy` ends the message where it does not."""
+    with reading(path, "valid JSON", remedy):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        end = f"; {remedy}" if remedy else ""
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object with named entries{end}")
+    return value
+
+
+def beside(path: Path, name: object) -> str:
+    """`name`, which the file `path` gives to a file beside it. `UserError` when it leads anywhere else."""
+    if not isinstance(name, str) or not plain_name(name):
+        raise UserError(f"{path}: names {name!r}, which is not a file beside it")
+    return name
+
+
+def plain_name(name: str) -> bool:
+    """Whether a text is the name of one file or folder: no path, no `..`, nothing that a system reads otherwise."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def read_metrics_line(text: str, where: str) -> dict[str, Any]:
+    """One line of a metrics.jsonl: an object with an integer step and finite numbers or null."""
+    with reading(where, "valid JSON", "remove the line if writing was cut off"):
+        line = json.loads(text)
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
+        raise UserError(f"{where}: {text[:60]!r} is not an object with an integer 'step'")
+    for key, value in line.items():
+        if value is not None and not (isinstance(value, (int, float)) and abs(value) < math.inf):
+            raise UserError(f"{where}: {key} is {str(value)[:60]!r}, expected a finite number or null")
+    return line
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """An array in a file, behind its header."""
+
+    file: IO[bytes]
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        """All of it, in memory of its own."""
+        array = np.empty(self.shape, self.dtype, order="F" if self.fortran_order else "C")
+        flat = array.reshape(-1, order="A").view(np.uint8)
+        for start in range(0, flat.size, 2**24):
+            part = self.file.read(min(2**24, flat.size - start))
+            flat[start : start + len(part)] = np.frombuffer(part, np.uint8)
+        return array
+
+
+def _after_header(file: IO[bytes], size: int) -> ArrayFile:
+    """The array in an open .npy of `size` bytes. Raises ValueError for one that does not hold what its header says."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the .npy format")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if dtype.hasobject or dtype.names is not None:
+        raise ValueError(f"it holds {'Python objects' if dtype.hasobject else 'records'}, not numbers or text")
+    if min(shape, default=0) < 0 or dtype.itemsize == 0 or math.prod(shape) * dtype.itemsize != size - file.tell():
+        raise ValueError(f"{size - file.tell()} bytes for {dtype} of shape {shape}")
+    return ArrayFile(file, shape, fortran_order, dtype)
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file."""
+    with reading(path, "a .npy file"), path.open("rb") as file:
+        array = _after_header(file, os.fstat(file.fileno()).st_size).read()
+    return array
+
+
+def npz_keys(path: Path, remedy: str = "") -> list[str]:
+    """Names of the arrays in an .npz. Raises UserError when there is no such file or it is not an .npz."""
+    end = f"; {remedy}" if remedy else ""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file{end}")
+    with reading(path, "an .npz", remedy):
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: not an .npz file, or a truncated one{end}")
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: holds {twice[0]!r} twice{end}")
+    return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
+
+
+@contextmanager
+def npz_member(path: Path, key: str, remedy: str = "make it again") -> Iterator[ArrayFile]:
+    """The array `key` of an .npz, to be read part by part; what goes wrong inside the block counts as damage, too."""
+    with (
+        reading(f"{path}: {key}", "an array", remedy),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{key}.npy") as file,
+    ):
+        yield _after_header(file, archive.getinfo(f"{key}.npy").file_size)
+
+
+def read_npz(path: Path, keys: Iterable[str] | None = None, remedy: str = "make it again") -> dict[str, np.ndarray]:
+    """The arrays of an .npz: those of `keys` that are there, or all."""
+    found = npz_keys(path, remedy)
+    arrays = {}
+    for key in found if keys is None else [key for key in keys if key in found]:
+        with npz_member(path, key, remedy) as member:
+            arrays[key] = member.read()
+    return arrays
