@@ -3,7 +3,8 @@
 The alternative does what the released samplers of RAR and AliTok do at every token: embeds the whole prefix and makes
 its table of positions again, keeps the last position of both, and grows every layer's keys and values by
 concatenation. Both run conditional and null rows as one batch and must choose equal tokens. On a CPU the alternative
-multiplies as PyTorch does by default; a third run gives it our products (`layers.Linear`) to tell the two gains apart.
+multiplies as PyTorch does by default; a third run gives it our products (`kernels.Linear`) to tell the two gains
+apart.
 
 Run: python benchmarks/llamagen_sampling.py
 """
@@ -18,7 +19,7 @@ from common import interleaved, ratio, write_result
 from torch import Tensor
 from torch.nn import functional as F
 
-from consonar.generators import layers
+from consonar import hardware
 from consonar.generators.layers import rotary_table, rotate
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, Attention, LlamaGenGenerator
 from consonar.sampling.sample import SamplerConfig, sample_tokens
@@ -64,11 +65,8 @@ def growing_greedy(model: LlamaGenGenerator, condition: Tensor, scale: float) ->
 
 def growing_plain(model: LlamaGenGenerator, condition: Tensor, scale: float) -> Tensor:
     """`growing_greedy` with PyTorch's own products."""
-    layers.FAST_CPU_SAMPLING = False
-    try:
+    with hardware.forced("linear", False):
         return growing_greedy(model, condition, scale)
-    finally:
-        layers.FAST_CPU_SAMPLING = True
 
 
 def main() -> None:

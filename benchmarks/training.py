@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from common import interleaved, ratio, write_result
 
+from consonar import hardware
 from consonar.distributed import pick_device, pick_precision
-from consonar.generators import rear as rear_module
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import load_tokenizer
@@ -64,24 +64,35 @@ def main() -> None:
     )
     plain = make_step(ConsistencyConfig(), args, "auto")
 
-    def fused_attention() -> None:
-        rear_module.FAST_CPU_TRAINING = False
-        plain()
-        rear_module.FAST_CPU_TRAINING = True
+    def with_attention(plain_products: bool) -> None:
+        with hardware.forced("attention", plain_products):
+            plain()
+
+    steps = {}
+    for fused in (True, False):
+        with hardware.forced("adamw", fused):
+            steps[fused] = make_step(ConsistencyConfig(), args, "auto")
 
     seconds = interleaved(
         {
             "plain AR": plain,
             "reAR": make_step(rear, args, "auto"),
             "plain AR fp32": make_step(ConsistencyConfig(), args, "fp32"),
-            "plain AR fused attention": fused_attention,
+            "plain AR fused attention": lambda: with_attention(False),
+            "plain AR plain products": lambda: with_attention(True),
+            "plain AR fused AdamW": steps[True],
+            "plain AR AdamW one by one": steps[False],
         },
         args.rounds,
     )
     figures = {
         "reAR / plain AR": round(ratio(seconds, "reAR", "plain AR"), 3),
         "fp32 / auto precision": round(ratio(seconds, "plain AR fp32", "plain AR"), 2),
-        "fused attention / plain products": round(ratio(seconds, "plain AR fused attention", "plain AR"), 2),
+        "fused attention / plain products": round(
+            ratio(seconds, "plain AR fused attention", "plain AR plain products"), 2
+        ),
+        "AdamW one by one / fused": round(ratio(seconds, "plain AR AdamW one by one", "plain AR fused AdamW"), 2),
+        "chosen on this machine": hardware.kept_answers(),
         "auto precision": str(pick_precision("auto", pick_device("auto"))),
         "seconds": seconds,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,10 @@ from consonar.training.objectives import ConsistencyConfig
 from consonar.training.optim import OptimConfig
 from consonar.types import ImageRecord
 
-# Sums are split over threads: bit-equality is only promised for a fixed number of them.
-torch.set_num_threads(1)
+# One thread unless the environment says otherwise: tiny models are slower on several.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+# PyTorch's own ways unless the environment says otherwise: what a machine finds faster must not move a test.
+os.environ.setdefault("CONSONAR_KERNELS", "pytorch")
 
 NUM_CLASSES = 3
 TINY_VQ = VQConfig(

@@ -27,6 +27,8 @@ from consonar.errors import UserError, reading
 from consonar.outside import read_json
 
 FORMAT_VERSION = 1
+SAVE = "save"
+"""Key of the hash of configuration and weights that both files of a component carry."""
 STEP_FILE = re.compile(r"step_(\d{8})\.pt")
 
 
@@ -67,7 +69,7 @@ def component_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]
     return digest.hexdigest()
 
 
-def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file, all of it or nothing."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
@@ -76,19 +78,66 @@ def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         partial.unlink(missing_ok=True)
         partial.touch()
         mode = partial.stat().st_mode & 0o777
-        safetensors.torch.save_file(tensors, partial)
+        safetensors.torch.save_file(tensors, partial, metadata)
         partial.chmod(mode)
 
     write_atomically(path, save)
 
 
 def save_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes a component folder: what it is (config.json) and its weights (model.safetensors), which are finite."""
+    """Writes a component folder: its weights (model.safetensors), which are finite, and last what it is (config.json).
+
+    Both name the save that they are from, so that files of two saves are not taken for a pair. The weights carry the
+    configuration as well, so that `finish_save` can complete a save that was ended between the two.
+    """
     check_finite(state, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "model.safetensors", state)
-    text = json.dumps({"format_version": FORMAT_VERSION, **config}, indent=1)
-    write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
+    save = component_fingerprint(config, state)
+    text = json.dumps({"format_version": FORMAT_VERSION, **config, SAVE: save}, indent=1) + "\n"
+    save_tensors(folder / "model.safetensors", state, {SAVE: save, "config": text})
+    write_atomically(folder / "config.json", lambda path: path.write_text(text))
+
+
+def save_metadata(folder: Path) -> dict[str, str]:
+    """What the weights of a component folder say of their save; empty for those of other makers and older versions."""
+    path = folder / "model.safetensors"
+    with reading(path, "a .safetensors file"), safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def finish_save(folder: Path) -> None:
+    """Writes the config.json that belongs to the weights, where the process ended after it wrote these.
+
+    For a folder that this process holds. Does nothing where there are no weights, or no configuration in them.
+    """
+    if not (folder / "model.safetensors").is_file():
+        return
+    stored, path = save_metadata(folder), folder / "config.json"
+    if SAVE in stored and not (path.is_file() and stored[SAVE].encode() in path.read_bytes()):
+        write_atomically(path, lambda partial: partial.write_text(stored["config"]))
+
+
+def is_component(folder: Path) -> bool:
+    """Whether a component was written here completely."""
+    try:
+        read_config(folder)
+    except UserError:
+        return False
+    return True
+
+
+def released(path: Path, what: str) -> Path:
+    """The component folder that `path` means: `model` inside a run folder, or itself.
+
+    Raises `UserError`, which begins with `what`, for a run that has no model yet.
+    """
+    if (path / "model" / "config.json").is_file():  # written last
+        return path / "model"
+    if (path / "metrics.jsonl").exists():
+        raise UserError(
+            f"{what}: the run in {path} has not finished (no model folder); go on with: consonar train ... --resume"
+        )
+    return path
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -98,6 +147,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{folder}: no {path.name}; a model folder holds config.json and model.safetensors")
     config = read_json(config_path)
+    save, known = config.pop(SAVE, None), save_metadata(folder).get(SAVE)
+    if save is not None and known is not None and save != known:
+        raise UserError(
+            f"{folder}: config.json and model.safetensors are from different saves; copy both from one folder (a run "
+            "that was ended while it wrote them mends them when it is resumed)"
+        )
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{config_path}: format_version {version!r}; this consonar reads {FORMAT_VERSION}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,7 +44,7 @@ class DataConfig:
     images: str | None = None
     """Image source, for tokenizers and post-training: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
     validation_items: int = 0
-    """Held-out items measured at every validation, evenly spaced over all of them; 0: all."""
+    """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
     flip: bool = False
     """Mirror half of the images (image sources; token stores hold their views)."""
 
@@ -174,7 +175,15 @@ class TrainConfig:
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """Also reads 1e-4, which YAML 1.1 takes for text and JSON for a number."""
+    """Also reads 1e-4, which YAML 1.1 takes for text and JSON for a number; refuses a key that a table has twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key.value in [before.value for before in keys[:index]]:
+                message = f"{key.value} is given twice in one table; keep one"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))

@@ -13,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from consonar.errors import UserError, unknown
 
+REPLACED_TABLES = ("rewards",)
+"""Fields that hold a table of any keys; where a file changes one, it replaces that of its recipe."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict of a config, ready for JSON."""
@@ -79,13 +82,18 @@ def pick_variant(value: Any, options: list[type], path: str, where: str) -> type
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the nested `changes` on top; a table with another `kind` replaces the whole table."""
+    """`base` with the nested `changes` on top.
+
+    A table with another `kind` replaces the whole table, and so does one whose keys are the user's own
+    (`REPLACED_TABLES`): what it does not name is not wanted, as on the command line.
+    """
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
         merged[key] = value
         if (
-            isinstance(old, Mapping)
+            key not in REPLACED_TABLES
+            and isinstance(old, Mapping)
             and isinstance(value, Mapping)
             and value.get("kind", old.get("kind")) == old.get("kind")
         ):

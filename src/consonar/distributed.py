@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from consonar import hardware
 from consonar.errors import UserError, unknown
+from consonar.hardware import Way
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -50,16 +52,42 @@ def pick_device(name: str = "auto", key: str = "loop.device") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type, or None for float32. `auto`: bf16 where the hardware multiplies it natively."""
+    """The autocast type, or None for float32.
+
+    `auto`: bf16 where the hardware multiplies it natively, on a CPU only if that was also measured to be faster.
+    """
     if name not in PRECISIONS:
         raise unknown("loop.precision", name, PRECISIONS)
     if name == "auto":
-        native = {
+        faster = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+            "cpu": lambda: cpu_multiplies_bf16() and hardware.ours("bf16", autocast_ways),
         }[device.type]()
-        return torch.bfloat16 if native else None
+        return torch.bfloat16 if faster else None
     return torch.bfloat16 if name == "bf16" else None
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for it: AVX-512 BF16 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast_ways() -> tuple[Way, Way]:
+    """An MLP forward and backward in float32 and under bf16 autocast, for `hardware.ours`."""
+    with torch.inference_mode(False):
+        x, up, down = (torch.full(shape, 0.01) for shape in ((1024, 256), (1024, 256), (256, 1024)))
+
+    def way(enabled: bool) -> Way:
+        def run() -> None:
+            with torch.inference_mode(False), torch.enable_grad():
+                weights = [weight.detach().requires_grad_() for weight in (up, down)]
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    out = nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, weights[0])), weights[1])
+                torch.autograd.grad(out.float().sum(), weights)
+
+        return run
+
+    return way(False), way(True)
 
 
 def start(device_name: str = "auto") -> World:

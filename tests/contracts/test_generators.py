@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import NUM_CLASSES, stir
+from rounding import assert_rounding
 
 from consonar.generators import GENERATORS, Origin, conditions, load_generator, save_generator
 from consonar.generators.alitok import AliTokARConfig
@@ -15,6 +16,7 @@ from consonar.seeding import generator as seeded
 from consonar.types import Generator, Grid, TextCondition
 
 LENGTH = 16
+SUMMANDS = 1000  # on the way to a logit: two or three layers of width 32, MLPs of up to 128
 ROTARY = {
     "width": 32, "num_layers": 2, "num_heads": 4, "multiple_of": 8, "token_dropout": 0.0, "attention_dropout": 0.0,
     "residual_dropout": 0.0, "ffn_dropout": 0.0, "vocab_size": 32, "num_tokens": LENGTH,
@@ -90,7 +92,7 @@ def test_shapes_and_alignment_do_not_depend_on_the_mode(model, condition, tokens
 
 def test_a_prefix_gives_the_first_logits(model, condition, tokens):
     whole = model(tokens, condition)[0]
-    torch.testing.assert_close(model(tokens[:, :5], condition)[0], whole[:, :5])
+    assert_rounding(model(tokens[:, :5], condition)[0], whole[:, :5], SUMMANDS)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 15, [3, 1, 7, 4], [15]])
@@ -99,20 +101,20 @@ def test_cached_logits_equal_uncached_ones(model, condition, tokens, pieces):
     whole = model(tokens, condition)[0]
     cache = model.new_cache(3)
     first, _ = model(tokens[:, :0], condition, cache=cache)
-    torch.testing.assert_close(first[:, 0], whole[:, 0])
+    assert_rounding(first[:, 0], whole[:, 0], SUMMANDS)
     read = 0
     for piece in pieces:
         logits, _ = model(tokens[:, read : read + piece], condition, cache=cache)
         read += piece
         assert logits.shape == (3, 1, model.vocab_size)
-        torch.testing.assert_close(logits[:, 0], whole[:, read], rtol=1e-4, atol=1e-5)
+        assert_rounding(logits[:, 0], whole[:, read], SUMMANDS)
     assert cache.length == model.prefix_length + 15
 
 
 @torch.inference_mode()
 def test_tokens_may_come_with_the_first_cached_call(model, condition, tokens):
     logits, _ = model(tokens[:, :4], condition, cache=model.new_cache(3))
-    torch.testing.assert_close(logits[:, 0], model(tokens, condition)[0][:, 4], rtol=1e-4, atol=1e-5)
+    assert_rounding(logits[:, 0], model(tokens, condition)[0][:, 4], SUMMANDS)
 
 
 @torch.inference_mode()
@@ -126,7 +128,7 @@ def test_a_full_cache_refuses_more(model, condition, tokens):
 def test_a_row_does_not_depend_on_its_batch(model, condition, tokens):
     together = model(tokens, condition)[0]
     alone = torch.cat([model(tokens[i : i + 1], conditions.rows(condition, slice(i, i + 1)))[0] for i in range(3)])
-    torch.testing.assert_close(together, alone)
+    assert_rounding(together, alone, SUMMANDS)
 
 
 def test_two_calls_are_equal(model, condition, tokens):
@@ -180,7 +182,10 @@ def test_taps_read_token_i_at_prefix_plus_i(model, condition, tokens):
 def test_save_and_load(model, condition, tokens, tmp_path):
     save_generator(model, tmp_path / "model", Origin(tokenizer="tiny-vq"))
     loaded = load_generator(tmp_path / "model")
-    assert torch.equal(loaded(tokens, condition)[0], model(tokens, condition)[0])
+    stored, read = model.state_dict(), loaded.state_dict()
+    assert stored.keys() == read.keys() and all(torch.equal(stored[key], read[key]) for key in stored)
+    # Weights read from a file may lie elsewhere in memory, which kernels can take note of.
+    assert_rounding(loaded(tokens, condition)[0], model(tokens, condition)[0], SUMMANDS)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
@@ -190,4 +195,4 @@ def test_one_projection_per_class_equals_one_per_image(tiny_generator, rng) -> N
     classes = torch.randint(NUM_CLASSES + 1, (12,), generator=rng)
     many, _ = generator(tokens, classes)  # 12 images, 4 classes with the null class: one row per class
     few = torch.cat([generator(tokens[i : i + 3], classes[i : i + 3])[0] for i in range(0, 12, 3)])
-    assert torch.allclose(many, few, atol=1e-5, rtol=1e-5)
+    assert_rounding(many, few, SUMMANDS)

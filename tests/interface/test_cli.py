@@ -64,14 +64,18 @@ def test_sample_to_npz_folder_and_png(trained: Path, tmp_path: Path) -> None:
     options = ["--classes", "0,0,0", "--guidance-scale", "2", "--seed", "5"]
     cli.main(["sample", run, *options, "--out", str(tmp_path / "a.npz")])
     cli.main(["sample", run, *options, "--out", str(tmp_path / "folder"), "--batch-size", "2"])
+    cli.main(["sample", run, *options, "--out", str(tmp_path / "alone.npz"), "--batch-size", "1"])
     cli.main(["sample", run, *options, "--out", str(tmp_path / "a.png")])
-    with np.load(tmp_path / "a.npz") as arrays:
+    with np.load(tmp_path / "a.npz") as arrays, np.load(tmp_path / "alone.npz") as alone:
+        assert np.array_equal(arrays["tokens"], alone["tokens"])
         images, seeds, settings = arrays["arr_0"], arrays["seeds"], json.loads(str(arrays["settings"]))
     assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8 and seeds.tolist() == [5, 6, 7]
     assert settings["sampler"]["guidance_scale"] == 2 and settings["seed"] == 5
     files = sorted((tmp_path / "folder").glob("*.png"))
     assert len(files) == 3
-    assert all(np.array_equal(np.asarray(Image.open(file)), image) for file, image in zip(files, images, strict=True))
+    for file, image in zip(files, images, strict=True):
+        # Drawn in batches of 2 and 1 instead of 3: the same tokens, and pixels that rounding may move by one level.
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - image).max() <= 1
     assert Image.open(tmp_path / "a.png").size == (3 * 16 + 2 * 2, 16)
     assert not list(tmp_path.glob("*.parts"))
 
@@ -147,9 +151,9 @@ def test_evaluate_a_run_and_samples(trained: Path, picture_folder: Path, tmp_pat
         ["evaluate", str(tmp_path / "a.npz"), "--reference", str(picture_folder), "--draws", "2", "--out", str(out)]
     )
     stored = json.loads(out.read_text())
-    # The same seeds, classes and settings: the same images, so the same number.
+    # The same seeds, classes and settings: the same tokens and, within a level, pixels.
     value = stored["metrics"]["FD(efficientnet-lite0) train"]["value"]
-    assert value == pytest.approx(metrics["FD(efficientnet-lite0) train"]["value"], rel=1e-6)
+    assert value == pytest.approx(metrics["FD(efficientnet-lite0) train"]["value"], rel=1e-3)
     assert (
         stored["feature_network"]["sha256"]
         and stored["versions"]["torch"]

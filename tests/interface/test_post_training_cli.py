@@ -80,12 +80,32 @@ def test_a_reward_of_ones_own_from_the_working_directory(words, tmp_path, monkey
     )
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "ar-openmoji", "--out", "x", "--optim.lr", "1e-3", "--optim.lr", "2e-3"],
+        ["train", "ar-openmoji", "--out", "x", "--optim.lr=1e-3", "--optim.lr=2e-3"],
+        ["train", "ar-openmoji", "--out", "x", "--optim.min-lr", "0", "--optim.min_lr", "1e-6"],
+        ["train", "vapi-openmoji", "--out", "x", "--data", "a", "--data.images", "b"],
+        ["sample", "openmoji", "--out", "x.png", "--seed", "1", "--seed", "2"],
+        ["convert", "x.pt", "--to", "y", "--setting", "a=1", "--setting", "b=2"],
+    ],
+)
+def test_an_option_that_is_given_twice_is_refused(argv, capsys, tmp_path, monkeypatch):
+    """The last would win, and nothing would say so."""
+    monkeypatch.chdir(tmp_path)
+    assert ": given twice; keep one" in fails(capsys, *argv)
+    assert not list(tmp_path.iterdir())
+
+
 def test_mistakes(words, capsys, tmp_path):
     argv, out = words
     vapi = ["train", "vapi-openmoji", *argv]
     good = [*vapi, "--objective.rewards", "mse=1"]
     assert "objective.group_size: 1" in fails(capsys, *good, "--objective.group-size", "1")
     assert "is not NAME=WEIGHT" in fails(capsys, *vapi, "--objective.rewards", "mse")
+    assert "'mse' is given twice, in 'mse=1,mse=2'" in fails(capsys, *vapi, "--objective.rewards", "mse=1,mse=2")
+    assert "--objective.rewards: given twice" in fails(capsys, *good, "--objective.rewards=l1=1")
     assert "unknown 'mze'" in fails(capsys, *vapi, "--objective.rewards", "mze=1")
     assert "no weights at" in fails(
         capsys, *vapi, "--objective.rewards", "mse=1,lpips=1", "--objective.lpips-weights", str(tmp_path / "no.pth")
@@ -98,7 +118,14 @@ def test_mistakes(words, capsys, tmp_path):
     assert "reads images of 32 px or more" in fails(capsys, *vapi)  # the recipe's own reward, on 16 px
     assert not out.exists()
     nonsense = tmp_path / "nonsense_of_this_test.py"
-    nonsense.write_text("def nan(images, originals, batch):\n    return images.mean((1, 2, 3)) * float('nan')\n")
+    nonsense.write_text(
+        "def nan(images, originals, batch):\n    return images.mean((1, 2, 3)) * float('nan')\n"
+        "def shy(images, originals, batch):\n    raise RuntimeError('not today')\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
         assert "returned nan" in fails(capsys, *vapi, "--objective.rewards", "nonsense_of_this_test:nan=1")
+        elsewhere = [str(tmp_path / "shy") if word == str(out) else word for word in vapi]
+        assert "'nonsense_of_this_test:shy': raised RuntimeError: not today" in fails(
+            capsys, *elsewhere, "--objective.rewards", "nonsense_of_this_test:shy=1"
+        )

@@ -41,7 +41,7 @@ def run(golden: Golden) -> None:
     run_positions(golden, generator)
     hidden, _ = generator.hidden_states(tokens, labels)
     whole = generator.output(hidden)  # with the last position, from which nothing is predicted
-    assert torch.equal(generator(tokens, labels)[0], whole[:, :-1])
+    torch.testing.assert_close(generator(tokens, labels)[0], whole[:, :-1], rtol=1e-4, atol=1e-4)
     golden.compare("logits_head", whole[:, : golden.shape("logits_head")[1]])
     golden.compare("logits_tail", whole[:, -golden.shape("logits_tail")[1] :])
     golden.compare("logits_stats", torch.stack([whole.mean(), whole.std(), whole.abs().max()]))

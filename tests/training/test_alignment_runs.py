@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import NUM_CLASSES, TINY_VQ, picture
+from PIL import Image
 from two_processes import run_on_two
 
 from consonar import checkpoint
@@ -13,9 +15,10 @@ from consonar.config import DataConfig
 from consonar.errors import UserError
 from consonar.generators import load_generator, read_origin
 from consonar.generators.rear import ReARConfig
-from consonar.tokenizers import save_tokenizer
+from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.tracking import read_metrics
+from consonar.training import policy_objective
 from consonar.training.alignment import GuardConfig
 from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives import ConsistencyConfig
@@ -59,6 +62,25 @@ def make(make_config, labelled_folder, start):
         return make_config(loop={"steps": 4, "batch_size": 4} | (loop or {}), **{**settings, **changes})
 
     return make
+
+
+def test_the_receptive_field_is_measured_on_pictures_of_all_classes(make, labelled_folder, monkeypatch, tmp_path):
+    """The folder is read class by class, eight pictures each."""
+    probes, measure = [], policy_objective.measure_influence
+
+    def note(codec, tokens, **settings):
+        probes.append(tokens)
+        return measure(codec, tokens, **settings)
+
+    monkeypatch.setattr(policy_objective, "measure_influence", note)
+    config = make(OBJECTIVES["spatial"], loop={"steps": 1})
+    train(config, tmp_path / "run", quiet=True)
+    codec = load_tokenizer(read_origin(config.init).tokenizer)
+    known = {}
+    for path in sorted((labelled_folder / "train").rglob("*.png")):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 127.5 - 1
+        known[tuple(codec.encode(pixels)[0].tolist())] = path.parent.name
+    assert {known[tuple(tokens)] for tokens in probes[0].tolist()} == set("abc")
 
 
 def weights(run):

@@ -58,7 +58,8 @@ def hand_written(config) -> dict[str, torch.Tensor]:
     rest = [p for p in model.parameters() if all(p is not w for w in linear)]
     optim = config.optim
     groups = [{"params": linear, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2))
+    fused = build_optimizer(model, optim).param_groups[0]["fused"]  # whichever is faster here
+    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=fused)
     for step in range(config.loop.steps):
         torch.manual_seed(derive_seed(config.seed, "dropout", 0, step))
         for group in optimizer.param_groups:

@@ -1,20 +1,22 @@
 """Exact resume, and what a run folder refuses."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-from consonar import checkpoint
+from consonar import checkpoint, hardware
 from consonar.config import DataConfig
 from consonar.errors import UserError
 from consonar.generators import load_generator
 from consonar.generators.rear import ReARConfig
+from consonar.lock import hold
 from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tracking import read_metrics
 from consonar.training.objectives import ConsistencyConfig, NoiseConfig
-from consonar.training.run import train
+from consonar.training.run import check_folder, train
 from consonar.training.vq_objective import ReconstructionConfig
 
 STEPS = 8
@@ -80,6 +82,19 @@ def test_resume_is_exact(kind, stop, request, tmp_path):
         assert load_generator(broken).config == load_generator(straight).config
 
 
+def test_a_run_keeps_the_kernel_of_the_optimizer_that_it_was_started_with(generator_config, tmp_path):
+    """Whatever is faster on the machine that goes on with it."""
+    for started, resumed in ((True, False), (False, True)):
+        runs = [tmp_path / f"{name}-{started}" for name in ("straight", "broken")]
+        with hardware.forced("adamw", started):
+            train(generator_config, runs[0], quiet=True)
+            train(generator_config, runs[1], stop_at=3, quiet=True)
+        with hardware.forced("adamw", resumed):
+            train(generator_config, runs[1], resume=True, quiet=True)
+        ours, theirs = (checkpoint.load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_a_finished_run_can_be_resumed_and_does_nothing(generator_config, tmp_path):
     run = train(generator_config, tmp_path / "run", quiet=True)
     before = (run / "metrics.jsonl").read_text(), (run / "model" / "model.safetensors").read_bytes()
@@ -102,6 +117,41 @@ def test_folders_that_are_refused(generator_config, tmp_path):
     with pytest.raises(UserError, match="exists and is not a run"):
         train(generator_config, tmp_path / "photos", quiet=True)
     assert sorted(run.rglob("*")) == files and sorted(p.name for p in tmp_path.iterdir()) == ["photos", "run"]
+
+
+def test_a_run_has_one_process_and_a_killed_one_hinders_nobody(generator_config, tmp_path, monkeypatch):
+    run = train(generator_config, tmp_path / "run", stop_at=2, quiet=True)
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with hold(run), pytest.raises(UserError, match=rf"run: process {os.getpid()} on .* is writing it"):
+        train(generator_config, run, resume=True, quiet=True)
+    assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    left = [
+        run / ".lock",
+        run / "checkpoints" / ".step_00000004.pt.17.partial",
+        run / "model" / ".config.json.17.partial",
+    ]
+    (run / "model").mkdir()
+    for path in left:  # what SIGKILL leaves
+        path.write_text("half")
+    train(generator_config, run, resume=True, quiet=True)
+    assert not any(path.exists() for path in left) and load_generator(run).num_tokens == 16
+
+
+def test_a_run_made_by_another_process_meanwhile_is_not_taken_over(generator_config, tmp_path, monkeypatch):
+    """Both find no folder; the second gets the lock when the first has finished."""
+    checks = []
+
+    def check(config, out, resume):
+        checks.append(out)
+        if len(checks) == 2:
+            train(replace(config, seed=1), tmp_path / "other", stop_at=1, quiet=True)
+            (tmp_path / "other" / "config.json").replace(out / "config.json")
+        check_folder(config, out, resume)
+
+    monkeypatch.setattr("consonar.training.run.check_folder", check)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(generator_config, tmp_path / "run", quiet=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
 
 
 def test_a_damaged_checkpoint_is_named(generator_config, tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 
 from consonar import checkpoint
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, save_generator
+from consonar.generators import Origin, load_generator, read_origin, save_generator
 from consonar.tokenizers import load_tokenizer
 
 
@@ -110,7 +110,7 @@ FULL_DISK = [
 def test_a_full_disk_leaves_the_old_files(folder, error, monkeypatch, tiny_generator):
     """The write stops half way: the old file is as it was, and the half-written one is gone."""
 
-    def cut_short(tensors, path):
+    def cut_short(tensors, path, metadata):
         path.write_bytes(b"half")
         raise error
 
@@ -180,3 +180,40 @@ def test_load_weights_converts_types_and_refuses_shapes():
     with pytest.raises(UserError, match=r"here: not the weights .*: missing bias; weight is \(2,\), the model"):
         checkpoint.load_weights(layer, {"weight": torch.ones(2)}, "here")
     assert layer.weight.tolist() == [[1, 1]]
+
+
+def test_files_of_two_saves_are_no_pair(folder, tmp_path, tiny_generator):
+    save_generator(tiny_generator(seed=1), tmp_path / "other", Origin(tokenizer="tiny-vq"))
+    (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"config\.json and model\.safetensors are from different saves") as caught:
+        load_generator(folder)
+    assert "\n" not in str(caught.value) and not checkpoint.is_component(folder)
+
+
+def test_a_save_that_was_ended_between_its_files_is_completed(folder, monkeypatch, tiny_generator):
+    newer, save_tensors = tiny_generator(seed=1), checkpoint.save_tensors
+
+    def end(*arguments):
+        save_tensors(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_tensors", end)
+    with pytest.raises(KeyboardInterrupt):
+        save_generator(newer, folder, Origin(tokenizer="another"))
+    with pytest.raises(UserError, match="different saves"):
+        read_origin(folder)
+    checkpoint.finish_save(folder)
+    assert read_origin(folder) == Origin(tokenizer="another")
+    assert torch.equal(load_generator(folder).lm_head.weight, newer.lm_head.weight)
+    before = (folder / "config.json").read_bytes()
+    checkpoint.finish_save(folder)
+    assert (folder / "config.json").read_bytes() == before and checkpoint.is_component(folder)
+
+
+def test_a_model_folder_without_its_last_file_is_an_unfinished_run(folder, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    assert load_generator(tmp_path).vocab_size == 32
+    (folder / "config.json").unlink()
+    for load in (load_generator, load_tokenizer):
+        with pytest.raises(UserError, match=r"the run in .* has not finished .*--resume"):
+            load(tmp_path)

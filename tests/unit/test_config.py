@@ -3,13 +3,14 @@
 import ast
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
 import consonar
 from consonar.config import DataConfig, LoopConfig, TrainConfig, read_config
-from consonar.config_io import from_dict, merge, to_dict
+from consonar.config_io import REPLACED_TABLES, from_dict, merge, to_dict
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
@@ -76,6 +77,21 @@ def test_another_kind_replaces_the_whole_table():
     assert base["model"]["width"] == 3
 
 
+def test_rewards_in_a_file_replace_those_of_the_recipe(tmp_path):
+    """As on the command line; all else that the file does not name stays."""
+    config = read(tmp_path, "base: vapi-openmoji\nobjective: {rewards: {ssim: 1.0}}\n")
+    base = find_recipe("vapi-openmoji")
+    assert len(base.objective.rewards) == 2
+    assert config.objective == dataclasses.replace(base.objective, rewards={"ssim": 1.0})
+
+
+def test_every_table_of_the_users_own_keys_is_replaced():
+    tables = {
+        name for kind in CALLED for name, hint in typing.get_type_hints(kind).items() if typing.get_origin(hint) is dict
+    }
+    assert tables == set(REPLACED_TABLES)
+
+
 MISTAKES = {
     "unknown key": ("base: ar-openmoji\noptim: {rate: 1}", r"optim\.rate: unknown .*choices: lr, min_lr"),
     "misspelt": ("base: ar-openmoji\nlop: {steps: 1}", r"lop: unknown 'lop' \(did you mean 'loop'\?\)"),
@@ -103,6 +119,10 @@ MISTAKES = {
     "base list": ("base: [a, b]", r"base: expected the name of a recipe, got \['a', 'b'\]"),
     "missing": ("tokenizer: openmoji-64", r"recipe: missing"),
     "no tokenizer": ("recipe: x", r"tokenizer: a generator needs"),
+    "key given twice": ("base: ar-openmoji\noptim:\n  lr: 1\n  beta1: 0.5\n  lr: 2", r"lr is given twice .*line 5"),
+    "key given twice in a line": ("base: ar-openmoji\noptim: {lr: 1, 'lr': 2}", r"lr is given twice .*line 2"),
+    "section given twice": ("base: ar-openmoji\nseed: 1\nloop: {}\nloop: {}", r"loop is given twice in one table"),
+    "reward given twice": ("base: vapi-openmoji\nobjective: {rewards: {mse: 1, mse: 2}}", r"mse is given twice"),
     "YAML": ("a: [1", r"mine\.yaml: not valid YAML"),
     "list": ("- 1", r"mine\.yaml: expected a table of keys, got list"),
     "empty": ("", r"expected a table of keys, got NoneType"),

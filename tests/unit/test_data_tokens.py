@@ -364,7 +364,8 @@ def test_token_batches(tmp_path):
     parts = list(batches.ordered(8))
     assert [len(part.indices) for part in parts] == [8, 8, 4]
     assert torch.cat([part.tokens for part in parts]).tolist() == [[0, i, 0, i] for i in range(20)]
-    assert next(batches.ordered(8, 3)).indices.tolist() == [0, 6, 13]
+    part = next(batches.ordered(8, 3)).indices.tolist()
+    assert 0 <= part[0] < 6 <= part[1] < 13 <= part[2] < 20 and next(batches.ordered(8, 3)).indices.tolist() == part
     with pytest.raises(UserError, match="batch_size: 0"):
         TokenBatches(store, batch_size=0, seed=0)
 
@@ -396,7 +397,8 @@ def test_image_batches_and_their_flips():
     assert torch.equal(torch.stack([b.images for b in ranks], 1).flatten(0, 1), flipped.batch(3).images)
     assert ranks[0].condition.tolist() == [0, 0]
     assert [batch.indices.tolist() for batch in flipped.ordered(4)] == [[0, 1, 2, 3], [4, 5]]
-    assert [batch.indices.tolist() for batch in flipped.ordered(2, 3)] == [[0, 2], [4]]
+    (first, second), (third,) = [batch.indices.tolist() for batch in flipped.ordered(2, 3)]
+    assert (first // 2, second // 2, third // 2) == (0, 1, 2)
     assert [batch.indices.tolist() for batch in flipped.ordered(9, 9)] == [[0, 1, 2, 3, 4, 5]]
     with pytest.raises(UserError, match="holds no items"):
         ImageBatches(images[:0], None, batch_size=1, seed=0)

@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import encode_reference, evaluate, load_samples, open_reference
+from consonar.evaluation.features import extract_features
+from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.statistics import Moments, frechet_distance, precision_recall
 
 
@@ -42,6 +44,10 @@ def flat_images(count, seed):
     """Images of four flat quarters, so that features and tokens of all of them differ."""
     quarters = np.random.default_rng(seed).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
     return quarters.repeat(8, 1).repeat(8, 2)  # (count, 16, 16, 3)
+
+
+def npz_like(images):
+    return ImageSet("memory", lambda size: (images[i : i + size] for i in range(0, len(images), size)))
 
 
 def features_of(images):
@@ -198,7 +204,11 @@ def test_neighbours_are_kept_up_to_the_cap_and_moments_are_not(tmp_path, data):
     assert results.metrics["FD(quadrants) train"].value == pytest.approx(
         distance(data["train"], data["samples"]), rel=1e-5
     )
-    expected = precision_recall(features_of(data["train"][:12]), features_of(data["samples"][:12]))
+    train, samples = (
+        extract_features(Quadrants(), npz_like(data[name]), batch_size=5, max_rows=12) for name in ("train", "samples")
+    )
+    assert len(train.rows) == len(samples.rows) == 12
+    expected = precision_recall(train.rows, samples.rows)
     assert (results.metrics["precision"].value, results.metrics["recall"].value) == expected
     assert len(results.copies["features"].is_copy) == 12
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import picture
 from parity.fill import fill
+from rounding import assert_rounding
 
 from consonar import cli
 from consonar.errors import UserError
@@ -105,9 +106,9 @@ def test_outputs_of_an_image_ignore_its_batch():
     assert features.shape == (3, network.num_features) and features.dtype == torch.float32
     assert torch.equal(network(images), features)
     for whole, alone in zip((features, spatial, probabilities), network.outputs(images[1:2]), strict=True):
-        torch.testing.assert_close(whole[1:2], alone, rtol=1e-4, atol=1e-5)
+        assert_rounding(whole[1:2], alone, 20_000)  # 94 convolutions of up to 448 x 9 products
     assert features.std(0).max() > 1e-3  # the images are told apart
-    torch.testing.assert_close(probabilities, (features @ filled().fc.weight.T).softmax(1))
+    assert_rounding(probabilities, (features @ filled().fc.weight.T).softmax(1), 2048)
     other = InceptionFeatures("inception-pytorch-fid", filled(), "filled")(images)
     assert (other - features).abs().max() > 1e-3
 
@@ -138,7 +139,7 @@ def test_a_file_gives_the_same_features_and_leaves_random_numbers_alone(weights)
     state = torch.get_rng_state()
     loaded = load_inception("inception", path=weights, check_hash=False)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(loaded(images), InceptionFeatures("inception", filled(), "filled")(images))
+    assert_rounding(loaded(images), InceptionFeatures("inception", filled(), "filled")(images), 20_000)
     assert len(loaded.weights_sha256) == 64
 
 

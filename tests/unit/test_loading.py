@@ -1,6 +1,7 @@
 """Loading a component folder: one copy of the weights, which is the caller's own."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,7 +51,7 @@ def test_loading_and_converting_hold_one_copy(tmp_path):
         torch.save(generator.state_dict(), tmp_path / f"{name}.pt")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True,
-        env={"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     loaded, converted, total = json.loads(done.stdout)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from rounding import assert_rounding
 
 from consonar.errors import UserError
 from consonar.sampling.sample import SamplerConfig, choose, filter_logits, sample, sample_tokens, uniforms
@@ -84,7 +85,7 @@ def test_a_sample_does_not_depend_on_its_batch(name, tiny_generator):
     for i in range(5):
         alone, own_entropy = sample_tokens(generator, classes[i : i + 1], seeds[i : i + 1], config)
         assert torch.equal(alone[0], together[i])
-        torch.testing.assert_close(own_entropy[0], entropy[i])
+        assert_rounding(own_entropy[0], entropy[i], 1000)
     if name != "greedy":
         other, _ = sample_tokens(generator, classes, [s + 100 for s in seeds], config)
         assert not torch.equal(other, together)
@@ -159,7 +160,7 @@ def test_entropy_and_callback(tiny_generator):
     assert seen == [(i, tokens[:, i].tolist()) for i in range(16)]
     with torch.inference_mode():
         log_probs = generator(tokens, classes)[0].log_softmax(-1)
-    torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(-1).mean(1))
+    assert_rounding(entropy, -(log_probs.exp() * log_probs).sum(-1).mean(1), 1000)
 
 
 def test_sample_decodes_and_is_split_into_batches(tiny_generator, tokenizer):
@@ -167,7 +168,7 @@ def test_sample_decodes_and_is_split_into_batches(tiny_generator, tokenizer):
     whole = sample(generator, tokenizer, classes, seeds=range(5))
     parts = sample(generator, tokenizer, classes, seeds=range(5), batch_size=2)
     assert torch.equal(whole.tokens, parts.tokens) and whole.images.shape == (5, 3, 16, 16)
-    torch.testing.assert_close(whole.images, tokenizer.decode(whole.tokens).clamp(-1, 1))
+    assert_rounding(whole.images, tokenizer.decode(whole.tokens).clamp(-1, 1), 2000)
     assert whole.images.abs().max() <= 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from manifests import released_shapes
+from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.registry import shapes_of
@@ -87,7 +88,7 @@ def test_the_training_pass_reconstructs_the_encoded_image_and_reaches_the_encode
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     output = model(images)
     assert torch.equal(output.tokens, model.encode(images))
-    torch.testing.assert_close(output.reconstruction, model.decode(output.tokens), rtol=0, atol=1e-5)
+    assert_rounding(output.reconstruction, model.decode(output.tokens), 2000)  # widths 16 to 64, two halves
     output.reconstruction.square().mean().backward()
     for parameter in (model.encoder.patch_embed.weight, model.latent_tokens, model.decoder.class_embedding):
         assert parameter.grad.abs().sum() > 0

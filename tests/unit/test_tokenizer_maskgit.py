@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import stir
 from manifests import released_shapes
+from rounding import assert_rounding
 from torch import nn
 
 from consonar.convert.registry import shapes_of
@@ -82,7 +83,7 @@ def test_the_networks_work_on_pixels_from_0_to_1(model, images):
 def test_the_training_pass_reconstructs_the_codes_and_reaches_the_encoder(model, images):
     output = model(images)
     assert torch.equal(output.tokens, model.encode(images))
-    torch.testing.assert_close(output.reconstruction, model.decode(output.tokens))
+    assert_rounding(output.reconstruction, model.decode(output.tokens), 2000)  # convolutions of 8 to 16 channels
     output.reconstruction.square().mean().backward()
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
     assert model.quantize.embedding.weight.grad is None

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from manifests import manifest, names, released_shapes
+from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.registry import shapes_of
@@ -105,7 +106,7 @@ def test_every_code_moves_the_image_and_images_reach_the_encoder(model):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     output = model(images)
     assert torch.equal(output.tokens, model.encode(images))
-    torch.testing.assert_close(output.reconstruction, model.decode(output.tokens), rtol=0, atol=1e-5)
+    assert_rounding(output.reconstruction, model.decode(output.tokens), 2000)  # widths 16 to 64, two halves
     output.reconstruction.square().mean().backward()
     assert model.encoder.patch_embed.weight.grad.abs().sum() > 0 and model.latent_tokens.grad.abs().sum() > 0
 

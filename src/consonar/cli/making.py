@@ -69,6 +69,8 @@ def train_command(args: Sequence[str]) -> None:
 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     """The words without `name VALUE` or `name=VALUE`, and the value; None where it is not given."""
+    if sum(word == name or word.startswith(f"{name}=") for word in args) > 1:
+        raise UserError(f"{name}: given twice; keep one")
     for index, word in enumerate(args):
         if word == name:
             if index + 1 == len(args):
@@ -88,6 +90,8 @@ def with_rewards(config: Any, text: str) -> Any:
     weights = {}
     for part in text.split(","):
         reward, equals, weight = part.strip().rpartition("=")
+        if reward in weights:
+            raise UserError(f"objective.rewards: {reward!r} is given twice, in {text!r}; keep one")
         try:
             weights[reward] = float(weight)
         except ValueError:

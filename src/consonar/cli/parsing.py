@@ -13,7 +13,8 @@ FLAGS = (tyro.conf.AvoidSubcommands,)
 
 
 def parse(target: Any, args: Sequence[str], command: str) -> Any:
-    """`tyro.cli`, with its boxed errors told in one line."""
+    """`tyro.cli`, with its boxed errors told in one line, and without options that are given twice."""
+    check_repeats(args)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -22,6 +23,13 @@ def parse(target: Any, args: Sequence[str], command: str) -> Any:
         if stop.code in (0, None):
             raise
         raise UserError(f"{command}: {flatten(captured.getvalue())}; see: consonar {command} --help") from stop
+
+
+def check_repeats(args: Sequence[str]) -> None:
+    """Raises `UserError` for an option that is given twice: the parser would take the last and say nothing."""
+    given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    if repeated := [word for index, word in enumerate(given) if word in given[:index]]:
+        raise UserError(f"{repeated[0]}: given twice; keep one")
 
 
 def flatten(box: str) -> str:

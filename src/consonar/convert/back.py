@@ -36,7 +36,7 @@ def to_official(folder: Path, out: Path) -> str:
     state: State = {}
     names: list[str] = []
     entry: list[str] = []
-    for half in halves or [folder / "model" if (folder / "model").is_dir() else folder]:
+    for half in halves or [checkpoint.released(folder, "--to-official")]:
         name, tensors, entry = official_state(half)
         names.append(name)
         state |= tensors

@@ -51,10 +51,16 @@ def batch_rows(step: int, batch_size: int, num_items: int, *, seed: int, rank: i
     return torch.cat(parts)[rank::world_size]
 
 
-def spaced_rows(num_items: int, max_items: int) -> Tensor:
-    """All rows, or with `max_items` > 0 at most that many, evenly spaced: (n,) int64 in [0, num_items), rising."""
+def spread_rows(num_items: int, max_items: int, rng: torch.Generator) -> Tensor:
+    """All rows, or with `max_items` > 0 at most that many: (n,) int64 in [0, num_items), rising.
+
+    One row is drawn from each of n equal stretches, so that a set that is sorted by class is covered evenly, and one
+    whose classes take turns is not seen at one of them alone, as it would be at equal steps.
+    """
     count = min(max_items, num_items) if max_items else num_items
-    return torch.arange(count) * num_items // max(count, 1)
+    edges = torch.arange(count + 1) * num_items // max(count, 1)
+    lengths = edges.diff()
+    return edges[:-1] + (torch.rand(count, generator=rng, dtype=torch.float64) * lengths).long()
 
 
 def _check_batching(num_items: int, batch_size: int, rank: int, world_size: int, name: str) -> None:
@@ -97,8 +103,9 @@ class TokenBatches:
         return self._read(rows, views[self.rank :: self.world_size])
 
     def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
-        """`spaced_rows` in the order of the store, first view, for validation; the last batch may be short."""
-        for rows in spaced_rows(self.num_items, max_items).split(batch_size):
+        """`spread_rows` in the order of the store, first view, for validation; the last batch may be short."""
+        chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
+        for rows in chosen.split(batch_size):
             yield self._read(rows, torch.zeros_like(rows))
 
 
@@ -151,8 +158,9 @@ class ImageBatches:
         return Batch(images=images, condition=batch.condition, indices=rows)
 
     def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
-        """`spaced_rows` in order and not mirrored, for validation; the last batch may be short."""
-        for rows in spaced_rows(self.num_items, max_items).split(batch_size):
+        """`spread_rows` in order and not mirrored, for validation; the last batch may be short."""
+        chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
+        for rows in chosen.split(batch_size):
             yield self.read(rows)
 
 

@@ -43,6 +43,8 @@ class CopyRate:
     """(S,) float64: distance of each sample to its nearest training image."""
     indices: Tensor
     """(S,) int64: row of that training image."""
+    rows: Tensor
+    """(S,) int64: which samples these are, where some were drawn from more."""
 
 
 def copy_rate_tokens(
@@ -157,4 +159,5 @@ def _copy_rate(
         is_copy=is_copy,
         distances=distances,
         indices=indices // num_views,
+        rows=torch.arange(len(samples)),
     )

@@ -187,9 +187,9 @@ def evaluate(
     `FD(NETWORK) train` and `FD(NETWORK) validation` (`FD(NETWORK)` for a reference of one set), `precision` and
     `recall` against the training set with k = `num_neighbours`, `copy rate (features)` and `copy rate (tokens)` at the
     threshold of `copy_quantile`; of a `ScoringNetwork` also `sFD(NETWORK)` and `IS(NETWORK)`. Means and covariances run
-    over all images; precision, recall and the feature copy rate over the first `max_neighbours_images` of each set, as
-    in ADM, so shuffle a larger set that is ordered by class (for IS too, which is a mean over 5,000 images in a row).
-    `draws` > 1 adds the spread over disjoint parts, drawn with `seed`. A network given by name runs on `device`.
+    over all images; precision, recall and the feature copy rate over `max_neighbours_images` of each set, drawn by
+    `seed` and the pixels, so that the order of a set changes nothing. `draws` > 1 adds the spread over disjoint parts,
+    drawn with `seed`. A network given by name runs on `device`.
     `progress` gets a set's name and the number of images done. Raises UserError for wrong input or too few samples.
     """
     samples = samples if isinstance(samples, Samples) else load_samples(samples)
@@ -201,10 +201,12 @@ def evaluate(
     check_batch_size(batch_size)
     if not 0 <= copy_quantile <= 1:
         raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
-    keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "progress": progress}
+    keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "seed": seed, "progress": progress}
     known = {name: sets.cached_features(network, images, **keep) for name, images in reference.images.items()}
     targets, without = _prepare(network, reference, known, num_neighbours)
-    found = sets.extract_features(network, samples.images, part_of=part_of if draws > 1 else None, **keep)
+    found = sets.extract_features(
+        network, samples.images, part_of=part_of if draws > 1 else torch.full_like(part_of, -1), **keep
+    )
     copies, unavailable = _copy_rates(samples, found, reference, known, copy_quantile)
     values = _measure(targets, network.name, found, 0, copies, part_of >= -1)
     num_parts = len(found.parts)
@@ -273,9 +275,9 @@ def _measure(
         values |= {f"{kind}({network}) {name}".removesuffix(" reference"): value for name, value in distances.items()}
     if found.scores:
         values[f"IS({network})"] = found.scores[part].value
-    values |= targets["FD"].precision_recall(found.rows[members[: len(found.rows)]])
+    values |= targets["FD"].precision_recall(found.rows[members[found.indices]])
     for kind, copied in copies.items():
-        values[f"copy rate ({kind})"] = float(copied.is_copy[members[: len(copied.is_copy)]].double().mean())
+        values[f"copy rate ({kind})"] = float(copied.is_copy[members[copied.rows]].double().mean())
     return values
 
 
@@ -288,8 +290,9 @@ def _copy_rates(
     if not {"train", "validation"} <= known.keys():
         reason = "the reference has no train and validation images"
         return {}, why | dict.fromkeys(("copy rate (features)", "copy rate (tokens)"), reason)
-    train, validation = known["train"].rows, known["validation"].rows
-    copies = {"features": copy_rate_features(found.rows, train, validation, quantile=quantile)}
+    train = known["train"]
+    near = copy_rate_features(found.rows, train.rows, known["validation"].rows, quantile=quantile)
+    copies = {"features": replace(near, indices=train.indices[near.indices], rows=found.indices)}
     if samples.tokens is None or reference.tokens is None:
         missing = "samples carry" if samples.tokens is None else "reference carries"
         return copies, why | {"copy rate (tokens)": f"the {missing} no tokens"}

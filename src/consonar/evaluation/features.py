@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
@@ -29,7 +29,12 @@ from consonar.errors import UserError, reading, unknown
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inception import load_inception
 from consonar.evaluation.statistics import InceptionScore, Moments
+from consonar.evaluation.subsets import RowDraw
 from consonar.outside import read_npz
+from consonar.seeding import derive_seed, generator
+
+CACHE_VERSION = 2
+"""Of the feature cache: entries of other versions are not found."""
 
 
 @runtime_checkable
@@ -102,21 +107,27 @@ def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What is kept of a set of images: moments of all, single vectors of the first ones."""
+    """What is kept of a set of images: moments of all, single vectors of some."""
 
     moments: Moments
     rows: Tensor
-    """(min(count, max_rows), F) float32: the features of the first images, for neighbours."""
+    """(min(count, max_rows), F) float32: the features of images drawn from all, for neighbours."""
+    indices: Tensor
+    """(min(count, max_rows),) int64, rising: which images of the set these are."""
+    content: str = ""
+    """Of a reference: the SHA-256 of its pixels, see `content_hash`."""
     parts: tuple[Moments, ...] = ()
     """Moments of disjoint parts, when they were asked for."""
     spatial: tuple[Moments, ...] = ()
     """Of a `ScoringNetwork`: moments of the spatial features of all images, then of each part."""
     scores: tuple[InceptionScore, ...] = ()
-    """Of a `ScoringNetwork`: the Inception score of all images, then of each part; not kept of a reference."""
+    """Of samples and a `ScoringNetwork`: the Inception score of all images, then of each part."""
 
 
 def to_float(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]. Raises UserError for another type or shape."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"images: {images.dtype} {images.shape}; expected uint8 (count, height, width, 3)")
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -126,50 +137,67 @@ def extract_features(
     *,
     batch_size: int,
     max_rows: int,
+    seed: int = 0,
     part_of: Tensor | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> FeatureSet:
-    """Features of a set of images; keeps the moments of all and the first `max_rows` vectors.
+    """Features of a set of images; keeps the moments of all, and the vectors of `max_rows` drawn with `seed`.
 
-    Of a `ScoringNetwork` also the moments of the spatial features, and the Inception score. `part_of` (count,) int64
-    asks for all of that of each part as well (-1: in no part). Memory does not depend on the number of images beyond
-    `max_rows`. `progress` gets the set's name and the number of images done so far. Raises ValueError when the network
-    returns another shape than it declares or values that are not finite.
+    Of a `ScoringNetwork` also the moments of the spatial features. `part_of` (count,) int64 says which part every
+    image is in (-1: in none), and asks for all of that of each part as well and for the Inception score, over splits
+    drawn with `seed`. Memory grows with `max_rows`, and by 100 bytes for each image. `progress` gets the set's name and
+    the number of images done so far. Raises UserError when the network gives another shape than it declares, or values
+    that are not finite.
     """
     num_sets = 1 if part_of is None else 2 + int(part_of.max())
     moments = [Moments(network.num_features) for _ in range(num_sets)]
     scoring = network if isinstance(network, ScoringNetwork) else None
     spatial = [Moments(scoring.num_spatial) for _ in range(num_sets)] if scoring else []
-    scores = [InceptionScore() for _ in range(num_sets)] if scoring else []
+    scores = []
+    if scoring and part_of is not None:
+        sizes = [len(part_of), *torch.bincount(part_of[part_of >= 0], minlength=num_sets - 1).tolist()]
+        scores = [InceptionScore.drawn(size, generator(seed, "splits", i)) for i, size in enumerate(sizes[:num_sets])]
     gathered: tuple[Sequence[Moments | InceptionScore], ...] = (moments, spatial, scores)
-    rows, num_rows = [], 0
+    drawn = RowDraw(max_rows, derive_seed(seed, "rows"))
     for batch in images.stream(batch_size):
-        inputs = to_float(batch)
+        inputs, first = to_float(batch), moments[0].count
         outputs: tuple[Tensor, ...] = scoring.outputs(inputs) if scoring else (network(inputs),)
-        first = moments[0].count
-        if num_rows < max_rows:
-            rows.append(outputs[0][: max_rows - num_rows].to("cpu", torch.float32, copy=True))
-            num_rows += len(rows[-1])
+        outputs = tuple(output.to("cpu", torch.float32) for output in outputs)  # (B, F), (B, num_spatial), (B, K)
+        widths = (network.num_features, scoring.num_spatial) if scoring else (network.num_features,)
+        for output, width in zip(outputs, widths, strict=False):
+            check_features(output, (len(batch), width), network.name, images.name, first)
+        drawn.update(batch, outputs[0])
+        members = None if part_of is None else part_of[first : first + len(batch)]  # (B,)
         for kept, output in zip(gathered, outputs, strict=False):
-            output = output.to("cpu", torch.float32)  # (B, F), (B, num_spatial) or (B, K)
-            kept[0].update(output)
-            if part_of is not None:
-                members = part_of[first : first + len(output)]  # (B,)
-                for part, of_part in enumerate(kept[1:]):
-                    of_part.update(output[members == part])
+            for part, of_part in enumerate(kept, start=-1):
+                of_part.update(output if part < 0 or members is None else output[members == part])
         if progress:
             progress(images.name, moments[0].count)
-    vectors = torch.cat(rows) if rows else torch.zeros(0, network.num_features)
-    return FeatureSet(moments[0], vectors, tuple(moments[1:]), tuple(spatial), tuple(scores))
+    rows, indices = drawn.result(network.num_features)
+    return FeatureSet(moments[0], rows, indices, parts=tuple(moments[1:]), spatial=tuple(spatial), scores=tuple(scores))
 
 
-def content_hash(batches: Iterable[np.ndarray]) -> str:
-    """SHA-256 of the pixels and the size of a stream of uint8 (B, H, W, 3) batches, however it is cut into batches."""
-    digest = hashlib.sha256()
-    for number, batch in enumerate(batches):
-        digest.update(repr(batch.shape[1:]).encode() if number == 0 else b"")
+def check_features(features: Tensor, shape: tuple[int, int], network: str, name: str, first: int) -> None:
+    """Raises UserError unless the features of a batch, whose first image is number `first`, can be measured."""
+    if features.shape != shape:
+        raise UserError(f"feature network {network}: gives shape {tuple(features.shape)}, expected {shape}")
+    finite = features.isfinite().all(1)
+    if not finite.all():
+        image = first + int((~finite).nonzero()[0])
+        raise UserError(f"feature network {network}: gives NaN or infinity for image {image} of {name}")
+
+
+def content_hash(batches: Iterable[np.ndarray]) -> tuple[str, int]:
+    """SHA-256 of the pixels and the size of a stream of uint8 (B, H, W, 3) batches, however it is cut into batches.
+
+    And the number of images.
+    """
+    digest, count = hashlib.sha256(), 0
+    for batch in batches:
+        digest.update(repr(batch.shape[1:]).encode() if count == 0 else b"")
         digest.update(np.ascontiguousarray(batch).data)
-    return digest.hexdigest()
+        count += len(batch)
+    return digest.hexdigest(), count
 
 
 def cached_features(
@@ -178,28 +206,31 @@ def cached_features(
     *,
     batch_size: int,
     max_rows: int,
+    seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> FeatureSet:
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
-    The key hashes the pixels (so the size, too), the network's name, weights and kind, and `max_rows`; reading the
-    images once for the hash costs little beside the network. Files are written under a temporary name and renamed.
-    Raises UserError when a cached file cannot be read: delete it.
+    The key hashes the pixels (so the size, too), the network's name, weights and kind, `max_rows`, and `seed` where not
+    all vectors are kept; reading the images once for the hash costs little beside the network. Files are written under
+    a temporary name and renamed. Raises UserError when a cached file cannot be read: delete it.
     """
-    content = content_hash(images.stream(batch_size))
+    content, count = content_hash(images.stream(batch_size))
     kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
-    key = hashlib.sha256(f"{content}/{network.name}/{network.weights_sha256}/{max_rows}{kind}".encode()).hexdigest()
-    path = cache_dir() / "features" / f"{key[:32]}.npz"
+    kept = f"{max_rows} by {seed}" if count > max_rows else "all"
+    parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"
+    path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
     if path.exists():
-        return _read_features(path)
-    features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, progress=progress)
+        return replace(_read_features(path), content=content)
+    features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, seed=seed, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {"rows": features.rows.numpy(), **_moment_arrays("", features.moments)}
+    arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
+    arrays |= _moment_arrays("", features.moments)
     if features.spatial:
         arrays |= _moment_arrays("spatial_", features.spatial[0])
     with atomic_file(path) as file:
         np.savez(file, **arrays)
-    return features
+    return replace(features, content=content)
 
 
 @contextmanager
@@ -221,7 +252,8 @@ def _read_features(path: Path) -> FeatureSet:
     arrays = read_npz(path, remedy=remedy)
     with reading(f"feature cache: {path}", "features", remedy):
         spatial = (_read_moments(arrays, "spatial_"),) if "spatial_mean" in arrays else ()
-        features = FeatureSet(_read_moments(arrays, ""), torch.from_numpy(arrays["rows"]), spatial=spatial)
+        rows, indices = torch.from_numpy(arrays["rows"]), torch.from_numpy(arrays["indices"])
+        features = FeatureSet(_read_moments(arrays, ""), rows, indices, spatial=spatial)
     return features
 
 

@@ -19,6 +19,7 @@ from consonar import checkpoint
 from consonar.config_io import to_dict
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
+from consonar.evaluation.copying import CopyRate
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import (
     Reference,
@@ -32,6 +33,7 @@ from consonar.evaluation.evaluate import (
 from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
+from consonar.lock import holds_first_argument
 from consonar.placement import device_of, to_device
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
@@ -45,6 +47,7 @@ NUM_NEIGHBOURS = 3
 """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
 
 
+@holds_first_argument
 def evaluate_run(
     run: Path,
     *,
@@ -102,8 +105,7 @@ def evaluate_run(
             seed=seed, batch_size=batch_size,
         )  # fmt: skip
         kept = run / f"samples_t{settings.temperature:g}.npz"
-        nearest = results.copies["features"].indices[:KEPT_IMAGES] if "features" in results.copies else None
-        keep_first(drawn, kept, target, nearest, class_names)
+        keep_some(drawn, kept, target, results.copies, class_names)
         row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
         if settings.temperature in entropies:
             row["metrics"]["entropy (teacher-forced)"] = {"value": entropies[settings.temperature], "spread": None}
@@ -152,24 +154,44 @@ def best_row(rows: list[dict[str, Any]]) -> int:
     return min(range(len(rows)), key=lambda i: rows[i]["metrics"][name]["value"])
 
 
-def keep_first(
-    drawn: Path, kept: Path, reference: Reference, nearest: torch.Tensor | None, class_names: tuple[str, ...] | None
+def keep_some(
+    drawn: Path,
+    kept: Path,
+    reference: Reference,
+    copies: dict[str, CopyRate],
+    class_names: tuple[str, ...] | None,
 ) -> None:
-    """The first images of a sample file, with the nearest training image of each, into a small file for reports."""
+    """Some images of a sample file, with the nearest training image of each, into a small file for reports.
+
+    The first ones, whose classes and seeds are the same for every run; of more classes than that, one of each of so
+    many classes, evenly spaced.
+    """
     samples = load_samples(drawn)
-    images = next(samples.images.stream(KEPT_IMAGES))
     assert samples.labels is not None and samples.seeds is not None
+    num_classes = int(samples.labels.max()) + 1
+    rows = torch.arange(min(KEPT_IMAGES, samples.count))
+    if num_classes > KEPT_IMAGES:
+        rows = torch.arange(KEPT_IMAGES) * min(num_classes, samples.count) // KEPT_IMAGES
+        rows = rows.unique()
     arrays = {
-        "images": images,
-        "labels": samples.labels[: len(images)].numpy(),
-        "seeds": samples.seeds[: len(images)].numpy(),
+        "images": pick(samples.images, rows),
+        "labels": samples.labels[rows].numpy(),
+        "seeds": samples.seeds[rows].numpy(),
         "settings": np.array(json.dumps(samples.settings)),
     }
-    if nearest is not None:
+    if (nearest := nearest_to(rows, copies)) is not None:
         arrays["nearest_train"] = pick(reference.images["train"], nearest)
     if class_names is not None:
         arrays["class_names"] = np.array(class_names)
     checkpoint.write_atomically(kept, lambda partial: write_npz(partial, arrays))
+
+
+def nearest_to(rows: torch.Tensor, copies: dict[str, CopyRate]) -> torch.Tensor | None:
+    """The training image nearest to each of these samples: by features, or by tokens where not all have features."""
+    for kind in ("features", "tokens"):
+        if kind in copies and bool(torch.isin(rows, copies[kind].rows).all()):
+            return copies[kind].indices[torch.searchsorted(copies[kind].rows, rows)]
+    return None
 
 
 def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
@@ -182,6 +204,7 @@ def pick(images: ImageSet, rows: torch.Tensor) -> np.ndarray:
     return np.stack([found[row] for row in rows.tolist()])
 
 
+@holds_first_argument
 def evaluate_tokenizer(
     run: Path,
     *,

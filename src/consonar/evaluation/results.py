@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from consonar import __version__
 from consonar.errors import UserError
 from consonar.evaluation.copying import CopyRate
 from consonar.evaluation.features import atomic_file
+from consonar.hardware import processor
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ def machine_name(device: str) -> str:
     """The accelerator's name, or the processor's for `cpu`."""
     if torch.device(device).type != "cpu":
         return str(torch.get_device_module(device).get_device_name(device))
-    table = Path("/proc/cpuinfo")  # Linux only; elsewhere Python knows as much as there is
-    found = re.search(r"^model name\s*: (.*)$", table.read_text() if table.exists() else "", re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    return processor()
 
 
 @dataclass(frozen=True)

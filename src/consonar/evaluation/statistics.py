@@ -204,46 +204,50 @@ class Target:
 class InceptionScore:
     """Inception score (Salimans et al. 2016) of a stream of class probabilities; its size depends on the classes only.
 
-    Consecutive splits of `split_size` rows, as in ADM; a last short split counts as much as the others. Everything is
-    summed in float64. Raises UserError for a split size below 1.
+    Rows are counted in splits of `split_size`, the mean of which is the score; a last short split counts as much as the
+    others, as in ADM. Splits are consecutive rows, as ADM's are, or `split_of` (rows,) int64 says which split each row
+    of the stream is in. Everything is summed in float64. Raises UserError for a split size below 1.
     """
 
-    def __init__(self, split_size: int = 5000) -> None:
+    def __init__(self, split_size: int = 5000, split_of: Tensor | None = None) -> None:
         if split_size < 1:
             raise UserError(f"inception_score: split_size {split_size}; must be at least 1")
-        self.split_size = split_size
-        self.finished: list[float] = []
-        self._empty()
+        self.split_size, self.split_of, self.count = split_size, split_of, 0
+        self.splits: dict[int, tuple[int, Tensor, float]] = {}
+        """By split: number of rows, sum of p(y|x), sum of p(y|x) log p(y|x)."""
 
-    def _empty(self) -> None:
-        """Start a split: no rows, sum of p(y|x), sum of p(y|x) log p(y|x)."""
-        self.count, self.total, self.negative_entropy = 0, torch.zeros(1, dtype=torch.float64), 0.0
+    @classmethod
+    def drawn(cls, count: int, rng: torch.Generator, split_size: int = 5000) -> InceptionScore:
+        """Over `count` rows in random splits: rows that are sorted by class do not make splits of a few classes."""
+        split_of = torch.empty(count, dtype=torch.int64)
+        split_of[torch.randperm(count, generator=rng)] = torch.arange(count) // split_size
+        return cls(split_size, split_of)
 
     def update(self, probabilities: Tensor) -> None:
         """Add rows (B, num_classes), each of which sums to one."""
         rows = probabilities.to("cpu", torch.float64)
-        while len(rows):
-            part, rows = rows[: self.split_size - self.count], rows[self.split_size - self.count :]
-            self.count += len(part)
-            self.total = self.total + part.sum(0)  # (num_classes,)
+        numbers = torch.arange(self.count, self.count + len(rows))  # (B,)
+        of_row = numbers // self.split_size if self.split_of is None else self.split_of[numbers]
+        self.count += len(rows)
+        for split in of_row.unique().tolist():
+            part = rows[of_row == split]
+            count, total, negative_entropy = self.splits.get(split, (0, torch.zeros(1, dtype=torch.float64), 0.0))
             # xlogy: a probability of exactly 0 contributes 0.
-            self.negative_entropy += float(torch.special.xlogy(part, part).sum())
-            if self.count == self.split_size:
-                self.finished.append(self._split_score())
-                self._empty()
-
-    def _split_score(self) -> float:
-        """exp of the mean KL(p(y|x) || p(y)): mean of p(y|x) log p(y|x), less p(y) log p(y)."""
-        marginal = self.total / self.count
-        return math.exp(self.negative_entropy / self.count - float(torch.special.xlogy(marginal, marginal).sum()))
+            negative_entropy += float(torch.special.xlogy(part, part).sum())
+            self.splits[split] = count + len(part), total + part.sum(0), negative_entropy
 
     @property
     def value(self) -> float:
         """Mean over the splits, 1 to num_classes. Raises UserError when there were no rows."""
-        splits = [*self.finished, self._split_score()] if self.count else self.finished
-        if not splits:
+        if not self.splits:
             raise UserError("inception_score: 0 rows; must be at least 1")
-        return sum(splits) / len(splits)
+        return sum(_split_score(*self.splits[split]) for split in sorted(self.splits)) / len(self.splits)
+
+
+def _split_score(count: int, total: Tensor, negative_entropy: float) -> float:
+    """exp of the mean KL(p(y|x) || p(y)): mean of p(y|x) log p(y|x), less p(y) log p(y)."""
+    marginal = total / count
+    return math.exp(negative_entropy / count - float(torch.special.xlogy(marginal, marginal).sum()))
 
 
 def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:

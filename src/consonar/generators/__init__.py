@@ -68,13 +68,7 @@ def model_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise unknown("generator", path, [*SHIPPED, "a run folder", "a model folder", "hf:NAME"])
-    if (path / "model").is_dir():
-        return path / "model"
-    if (path / "metrics.jsonl").exists():
-        raise UserError(
-            f"generator: the run in {path} has not finished (no model folder); go on with: consonar train ... --resume"
-        )
-    return path
+    return checkpoint.released(path, "generator")
 
 
 def read_component_kind(path: str | Path) -> str:

@@ -19,36 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.generators.cache import KVCache
-from consonar.generators.rear import causal_attention, later_rows_mask
+from consonar.generators.kernels import Linear, causal_attention, later_rows_mask
 from consonar.types import Grid
-
-# oneDNN's product instead of PyTorch's default where `Linear` says; benchmarks switch it off to compare.
-FAST_CPU_SAMPLING = True
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Multiplications below which calling oneDNN costs more than it saves.
-SMALLEST_PRODUCT = 2**20
-
-
-class Linear(nn.Linear):
-    """x A^T + b.
-
-    While sampling on a CPU in float32, oneDNN multiplies: on AMD processors it takes half the time of PyTorch's default
-    there, MKL (benchmarks/llamagen_sampling.py). Results differ by rounding.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if (
-            FAST_CPU_SAMPLING
-            and HAS_ONEDNN
-            and torch.is_inference_mode_enabled()
-            and x.device.type == "cpu"
-            and x.dtype == weight.dtype == torch.float32
-            and x.numel() * weight.shape[0] >= SMALLEST_PRODUCT
-            and not torch.is_autocast_enabled("cpu")
-        ):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
-        return super().forward(x)
 
 
 class RMSNorm(nn.Module):

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
-from consonar.generators.layers import Linear, RMSNorm, SwiGLU, attend, rotate, swiglu_width
+from consonar.generators.kernels import Linear
+from consonar.generators.layers import RMSNorm, SwiGLU, attend, rotate, swiglu_width
 from consonar.generators.rotary import RotaryConfig, RotaryGenerator
 from consonar.official import Official, Shapes, State
 from consonar.types import Grid, TextCondition

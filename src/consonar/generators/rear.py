@@ -23,13 +23,14 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
+from consonar.generators.kernels import Linear, causal_attention, later_rows_mask
 from consonar.options import check_options
 from consonar.types import Grid
 
-# Plain products instead of the fused kernel where `causal_attention` says; benchmarks switch it off to compare.
-FAST_CPU_TRAINING = True
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
+# Up to here projecting every class costs little next to a batch of pictures.
+FEW_CLASSES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Condition:
     """What AdaLN reads at every position: `vectors` (R, L, D), and which of them belongs to each image.
 
-    With fewer classes than images there is one row per class, so that the projections, a third of the model's
-    arithmetic, run once per class; `rows` (B,) then says which. None: row b is image b.
+    With few classes there is one row per class, so that the projections, a third of the model's arithmetic, run once
+    per class; `rows` (B,) then says which. None: row b is image b.
     """
 
     vectors: Tensor
@@ -112,10 +113,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
         self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x.shape
@@ -129,33 +130,11 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal softmax(q k^T / sqrt(dim)) v, all (B, heads, L, dim).
-
-    PyTorch's fused kernel, but for training on a CPU, where its backward pass on short sequences takes three times as
-    long as these plain products (benchmarks/training.py measures both).
-    """
-    if not (FAST_CPU_TRAINING and q.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    length = q.shape[2]
-    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(future, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    return (scores.softmax(-1, dtype=q.dtype) @ v.flatten(0, 1)).view_as(q)
-
-
-def later_rows_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-    """The last `num_queries` rows of a causal mask over `num_keys` positions; None where they see everything."""
-    if num_queries == 1:
-        return None
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return mask.tril(num_keys - num_queries)
-
-
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -171,7 +150,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
         # The released module starts with SiLU; it is applied once for all blocks, in `hidden_states`.
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.width, 6 * config.width))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), Linear(config.width, 6 * config.width))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, condition: Condition, cache: KVCache | None, layer: int) -> Tensor:
@@ -185,7 +164,7 @@ class HeadModulation(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         scale, shift = condition.project(self.adaLN_modulation).chunk(2, dim=-1)
@@ -216,7 +195,7 @@ class ReARGenerator(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)
         self.adaln_before_head = HeadModulation(config.width)
-        self.lm_head = nn.Linear(config.width, config.vocab_size)
+        self.lm_head = Linear(config.width, config.vocab_size)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -281,7 +260,9 @@ class ReARGenerator(nn.Module):
         end = start + x.shape[1]
         x = x + self.pos_embed[:, start:end] + self._target_embedding(start, end)
         rows = None
-        if self.num_classes + 1 < len(condition):
+        # While sampling the model decides and not the batch, so that a picture is rounded alike in any batch.
+        few = self.num_classes < FEW_CLASSES if cache is not None else self.num_classes + 1 < len(condition)
+        if few:
             rows, condition_embedding = condition, self.embeddings.weight[self.vocab_size + 1 :].unsqueeze(1)
         step = Condition(F.silu(condition_embedding + self.timesteps_embeddings[:, start:end]), rows)
         taps = {}

@@ -71,7 +71,12 @@ def make_job(
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
-    """Classes 0, 1, ..., 0, 1, ...: every class as often as the others, give or take one; (num_samples,) int64."""
+    """Classes 0, 1, ..., 0, 1, ...: every class as often as the others, give or take one; (num_samples,) int64.
+
+    For fewer samples than classes: classes at equal steps over all of them, not the first ones.
+    """
+    if num_samples < num_classes:
+        return torch.arange(num_samples) * num_classes // max(num_samples, 1)
     return torch.arange(num_samples) % num_classes
 
 

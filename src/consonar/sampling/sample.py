@@ -1,8 +1,9 @@
 """Sampling: tokens one by one with a cache, then one decode.
 
 Every image has a seed of its own and draws one uniform number per token by inverse transform, so that a sample depends
-on its seed, condition and settings, not on the batch it is drawn in; two models sampled with equal seeds see equal
-numbers (common random numbers). Guidance, temperature, top-k and top-p apply in this order, as in LlamaGen's sampler.
+on its seed, condition and settings, and on the batch it is drawn in by rounding alone (docs/sampling.md); two models
+sampled with equal seeds see equal numbers (common random numbers). Guidance, temperature, top-k and top-p apply in this
+order, as in LlamaGen's sampler.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
         path = fetch_component(str(name_or_path), "tokenizer")
     elif not path.is_dir():
         raise unknown("tokenizer", str(name_or_path), [*SHIPPED, "a folder with config.json and model.safetensors"])
-    elif (path / "model").is_dir():
-        path = path / "model"
+    else:
+        path = checkpoint.released(path, "tokenizer")
     config = checkpoint.read_config(path)
     if config.pop("component", None) != "tokenizer":
         raise UserError(f"{path}: not a tokenizer folder (component in config.json)")

@@ -53,7 +53,7 @@ ALIGNMENTS: dict[type, Callable[..., Any]] = {
     StraightThroughConfig: StraightThrough,
 }
 PROBE_IMAGES = 8
-"""From how many images the decoder's receptive field is measured."""
+"""From how many images, drawn over all of them, the decoder's receptive field is measured."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
         "autocast_dtype": distributed.pick_precision(config.loop.precision, world.device),
     }  # fmt: skip
     if isinstance(config.objective, PolicyConfig) and config.objective.smooth_credit:
-        probe = next(batches.ordered(min(PROBE_IMAGES, batches.num_items)))
+        probe = next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES))
         settings["probe"] = to_device(probe, world.device).images
     objective = ALIGNMENTS[type(config.objective)](config.objective, tokenizer, prior, **settings)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))

@@ -96,9 +96,10 @@ def held_out_batches(batches: Any, config: TrainConfig, world: World) -> Iterato
 
 def preview_samples(model: Any, tokenizer: Tokenizer, path: Path) -> None:
     from consonar.pictures import save_grid
+    from consonar.sampling.job import balanced_labels
     from consonar.sampling.sample import SamplerConfig, sample
 
-    labels = torch.arange(PREVIEW_IMAGES) % max(1, model.num_classes)
+    labels = balanced_labels(PREVIEW_IMAGES, max(1, model.num_classes))
     result = sample(model, tokenizer, labels, seeds=range(PREVIEW_IMAGES), config=SamplerConfig())
     save_grid(result.images, path, columns=8)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,12 +31,11 @@ from consonar.perceptual.efficientnet import PerceptualDistance
 from consonar.perceptual.lpips import load_lpips
 from consonar.training.credit import resize_to_grid
 from consonar.training.discriminator import load_discriminator
+from consonar.training.own_rewards import DOTTED_PATH, KEY, checked, import_reward, told_in_one_line
 from consonar.types import Batch, Grid, Reward
 
-KEY = "objective.rewards"
 LARGEST_PSNR = 100.0
 """dB; what equal images get, whose PSNR is infinite."""
-DOTTED_PATH = "package.module:function"
 
 
 @dataclass(frozen=True)
@@ -171,8 +169,8 @@ class Rewards:
         """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
 
         `images` (B * G, 3, H, W), the G made from row b of `batch` one after the other, so that networks see each
-        original once. Raises `UserError` for images too small for a network, for a reward that returns anything but
-        one finite number per image, and, with a grid, when a reward with a weight over 0 has no place.
+        original once. Raises `UserError` for images too small for a network, for a reward that raises or returns
+        anything but one finite number per image, and, with a grid, when a reward with a weight over 0 has no place.
         """
         assert batch.images is not None
         self.check_size(min(images.shape[-2:]))
@@ -198,13 +196,15 @@ class Rewards:
         chosen = torch.arange(len(originals), device=originals.device).repeat_interleave(len(images) // len(originals))
         values, cells = {}, []
         for name, function in self.functions.items():
-            if isinstance(function, PlacedReward):
-                layers = function.errors(images, originals)
-                returned: object = reward_of(layers)
-                if grid is not None and self.weights[name] > 0:
-                    cells += [-self.weights[name] * resize_to_grid(layer, grid) for layer in layers]
-            else:
-                returned = function(images, originals[chosen], batch_rows(batch, chosen))
+            seen = images.clone()  # a reward may change what it is given, and those after it must not see that
+            with told_in_one_line(f"reward {name!r}"):
+                if isinstance(function, PlacedReward):
+                    layers = function.errors(seen, originals.clone())
+                    returned: object = reward_of(layers)
+                    if grid is not None and self.weights[name] > 0:
+                        cells += [-self.weights[name] * resize_to_grid(layer, grid) for layer in layers]
+                else:
+                    returned = function(seen, originals[chosen], batch_rows(batch, chosen))
             values[name] = checked(name, returned, len(images), start).to(images.device)
         return values, torch.stack(cells).sum(0) if cells else images.new_empty(0)
 
@@ -255,39 +255,6 @@ def build_rewards(
     resources = Resources(torch.device(device), lpips_weights, discriminator)
     functions = {name: REWARDS[name](resources) if name in REWARDS else import_reward(name) for name in weights}
     return Rewards(functions, weights, chunk=chunk)
-
-
-def import_reward(path: str) -> Reward:
-    """A user's own reward, from `package.module:function`. Raises `UserError` when there is no such thing to call."""
-    module_name, _, attribute = path.partition(":")
-    if not (module_name and attribute):
-        raise UserError(f"{KEY}: {path!r} is not of the form {DOTTED_PATH}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{KEY}: {path!r}: {error}; is its folder installed, or named in PYTHONPATH?") from error
-    if attribute not in vars(module):
-        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise unknown(f"{KEY}: module {module_name}", attribute, functions)
-    reward = vars(module)[attribute]
-    if not callable(reward):
-        raise UserError(
-            f"{KEY}: {path!r} is of type {type(reward).__name__}, not a function (images, originals, batch)"
-        )
-    return reward
-
-
-def checked(name: str, values: object, count: int, start: int) -> Tensor:
-    """`values` as float32 (count,); `UserError` names the reward, what it returned and for which image of the batch."""
-    if not isinstance(values, Tensor):
-        raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
-    if values.shape != (count,):
-        raise UserError(f"reward {name!r}: returned shape {tuple(values.shape)}, expected ({count},), one per image")
-    values = values.detach().float()
-    if wrong := (~values.isfinite()).nonzero().flatten().tolist():
-        value, image = float(values[wrong[0]]), start + wrong[0]
-        raise UserError(f"reward {name!r}: returned {value} for image {image} of the batch")
-    return values
 
 
 def batch_rows(batch: Batch, chosen: slice | Tensor) -> Batch:

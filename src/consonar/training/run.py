@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from consonar.config import TrainConfig
 from consonar.config_io import to_dict
 from consonar.distributed import World
 from consonar.errors import UserError
+from consonar.lock import hold, is_unused, remove_partials
 from consonar.outside import read_json
 from consonar.tracking import Tracker, check_sinks
 from consonar.training.build import build
@@ -57,6 +60,33 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
     config = with_validation(resolve_start(config))
     check_sinks(config.loop.trackers)
     check_folder(config, out, resume)
+    with held(out, world):
+        check_folder(config, out, resume)  # it may have become another process's run before it was held
+        return _train_held(config, out, world, per_process, resume=resume, stop_at=stop_at, quiet=quiet)
+
+
+@contextmanager
+def held(out: Path, world: World) -> Iterator[None]:
+    """Rank 0 holds the run folder for all of them; where it cannot, all raise `UserError`."""
+    with ExitStack() as stack:
+        refusal = None
+        if world.is_main:
+            try:
+                stack.enter_context(hold(out))
+                remove_partials(out)
+                for part in ("model", "best", "discriminator"):
+                    checkpoint.finish_save(out / part)
+            except (UserError, OSError) as error:
+                refusal = str(error)
+        refusal = distributed.from_main(refusal, world)
+        if refusal is not None:
+            raise UserError(refusal)
+        yield
+
+
+def _train_held(
+    config: TrainConfig, out: Path, world: World, per_process: int, *, resume: bool, stop_at: int | None, quiet: bool
+) -> Path:
     made = build(config, world, per_process, out)
     trainee = made.trainee
     trainee.to(world.device)
@@ -69,7 +99,6 @@ def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_a
         state.restore(checkpoint.load_resume(saved[-1]), str(saved[-1]))
     distributed.barrier(world)
     if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "stopped.json").unlink(missing_ok=True)  # a resumed run is not a stopped one
         text = json.dumps(to_dict(config), indent=1) + "\n"
         checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
@@ -111,7 +140,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     """Refuses a folder that holds a run, unless `resume` is set and the run is this one."""
     stored = out / "config.json"
     if not stored.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or not is_unused(out)):
             raise UserError(f"--out: {out} exists and is not a run; choose another folder")
         if resume:
             raise UserError(f"--resume: {out} holds no run")

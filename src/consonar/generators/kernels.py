@@ -1,0 +1,122 @@
+"""Products and causal attention, each in PyTorch's way or in ours, as `consonar.hardware` finds faster on this machine.
+
+Letters: `B` batch, `L` positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar import hardware
+from consonar.hardware import Way
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Weights below which calling oneDNN costs more than it saves; rows above which timings stay as they are.
+SMALLEST_WEIGHT, MOST_ROWS = 2**16, 128
+# Bytes of weights that are timed in turn, as the layers of a model are: one alone would stay in the processor's cache.
+TIMED_BYTES = 2**25
+
+
+class Linear(nn.Linear):
+    """x A^T + b.
+
+    While sampling on a CPU in float32, oneDNN multiplies instead of PyTorch's default there, MKL, where that was
+    measured to be faster for as many rows (benchmarks/llamagen_sampling.py). Results differ by rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            HAS_ONEDNN
+            and torch.is_inference_mode_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and weight.numel() >= SMALLEST_WEIGHT
+            and x.numel() > 0
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            rows = min(MOST_ROWS, nearest_power_of_two(x.numel() // x.shape[-1]))
+            # Weights of one size count as one: from 2^k to 2^(k+1) entries.
+            choice = f"linear, {rows} rows, weights of 2^{weight.numel().bit_length() - 1}"
+            if hardware.ours(choice, lambda: linear_ways(rows, *weight.shape)):
+                return onednn_linear(x, weight, self.bias)
+        return super().forward(x)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def nearest_power_of_two(count: int) -> int:
+    """Of 1, 2, 4, ...: sizes that are timed as one. 3 counts as 4, 66 as 64."""
+    return 1 << (4 * count // 3).bit_length() - 1
+
+
+def linear_ways(rows: int, width_out: int, width_in: int) -> tuple[Way, Way]:
+    """Products of `rows` rows with weights of this shape, for `hardware.ours`."""
+    copies = max(1, min(16, TIMED_BYTES // (4 * width_out * width_in)))
+    weights = [torch.full((width_out, width_in), 0.01) for _ in range(copies)]
+    x = torch.full((rows, width_in), 0.1)
+
+    def pytorch() -> None:
+        for weight in weights:
+            F.linear(x, weight)
+
+    def onednn() -> None:
+        for weight in weights:
+            onednn_linear(x, weight, None)
+
+    return pytorch, onednn
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal softmax(q k^T / sqrt(dim)) v, all (B, heads, L, dim).
+
+    PyTorch's fused kernel, but for training on a CPU where plain products were measured to be faster: on some
+    processors they take a third of its time at short lengths, on others three times it (benchmarks/training.py).
+    """
+    if q.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0 and not torch.compiler.is_compiling():
+        length, head_dim = nearest_power_of_two(q.shape[2]), q.shape[3]
+        choice = f"attention, {length} positions of {head_dim} in {str(q.dtype).removeprefix('torch.')}"
+        if hardware.ours(choice, lambda: attention_ways(length, head_dim, q.dtype)):
+            return plain_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`causal_attention` in plain products."""
+    length = q.shape[2]
+    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(future, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return (scores.softmax(-1, dtype=q.dtype) @ v.flatten(0, 1)).view_as(q)
+
+
+def attention_ways(length: int, head_dim: int, dtype: torch.dtype) -> tuple[Way, Way]:
+    """Attention forward and backward over `length` positions, for `hardware.ours`; heads for some milliseconds."""
+    heads = max(1, min(64, 2**19 // length**2))
+    with torch.inference_mode(False), torch.enable_grad():
+        rng = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, heads, length, head_dim, generator=rng).to(dtype).requires_grad_() for _ in "qkv")
+
+    def timed(attention: Way) -> Way:
+        def run() -> None:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                torch.autograd.grad(attention().sum(), (q, k, v))  # type: ignore[attr-defined]
+
+        return run
+
+    return (
+        timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+        timed(lambda: plain_attention(q, k, v)),
+    )
+
+
+def later_rows_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """The last `num_queries` rows of a causal mask over `num_keys` positions; None where they see everything."""
+    if num_queries == 1:
+        return None
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return mask.tril(num_keys - num_queries)

@@ -1,0 +1,172 @@
+"""Which of two ways to calculate the same is faster on this machine: measured when first asked, kept in the cache.
+
+Both ways agree up to rounding. PyTorch's own is taken unless ours is clearly faster. Answers are kept by processor,
+instruction sets, version of PyTorch and number of threads, so that runs on one machine are calculated alike; where the
+cache folder cannot be written, or a job spans several machines, nothing is measured and PyTorch's own way is taken.
+`CONSONAR_KERNELS` overrides all answers: `pytorch` or `ours` (default: `measured`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from consonar.cache import cache_dir
+from consonar.errors import unknown
+
+MODES = ("measured", "pytorch", "ours")
+# How many times as fast our way must be: timings of milliseconds repeat to within some percent.
+CLEARLY = 1.1
+# What an environment says about instruction sets changes what is faster.
+INSTRUCTION_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+
+Way = Callable[[], object]
+_forced: dict[str, bool] = {}
+_known: dict[str, dict[str, float]] = {}
+
+
+def ours(choice: str, ways: Callable[[], tuple[Way, Way]]) -> bool:
+    """Whether our way is to be taken for `choice`, e.g. "adamw" or "linear, 8 rows"; up to the comma stands the family.
+
+    `ways()` makes (PyTorch's way, ours) when they are to be timed; both must leave random number generators alone.
+    """
+    if (forced_to := _forced.get(choice.partition(",")[0])) is not None:
+        return forced_to
+    if (mode := kernels_mode()) != "measured":
+        return mode == "ours"
+    return ratio(choice, ways) >= CLEARLY
+
+
+@lru_cache
+def kernels_mode() -> str:
+    """`CONSONAR_KERNELS`; raises `UserError` for another value than its choices."""
+    mode = os.environ.get("CONSONAR_KERNELS") or "measured"
+    if mode not in MODES:
+        raise unknown("CONSONAR_KERNELS", mode, MODES)
+    return mode
+
+
+def ratio(choice: str, ways: Callable[[], tuple[Way, Way]]) -> float:
+    """Time of PyTorch's way over ours: measured once for this machine. 1 where nothing can be kept."""
+    key = machine_key(torch.get_num_threads())
+    answers = _known.setdefault(key, {})
+    if choice not in answers:
+        answers[choice] = _measure_and_keep(key, choice, ways)
+    return answers[choice]
+
+
+@contextlib.contextmanager
+def forced(family: str, take_ours: bool) -> Iterator[None]:
+    """Takes one way for a family of choices, whatever was measured (benchmarks and tests compare both)."""
+    before = _forced.get(family)
+    _forced[family] = take_ours
+    try:
+        yield
+    finally:
+        del _forced[family]
+        if before is not None:
+            _forced[family] = before
+
+
+def kept_answers() -> dict[str, float]:
+    """What the cache folder holds for this machine: {choice: time of PyTorch's way over ours}."""
+    return _read(cache_dir() / "kernels.json").get(machine_key(torch.get_num_threads()), {})
+
+
+@lru_cache
+def processor() -> str:
+    """The processor's name, or its architecture where the system does not say."""
+    table = Path("/proc/cpuinfo")  # Linux only; elsewhere Python knows as much as there is
+    found = re.search(r"^model name\s*: (.*)$", table.read_text() if table.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+@lru_cache
+def machine_key(threads: int) -> str:
+    """What answers depend on, in words."""
+    settings = [f"{name}={os.environ[name]}" for name in INSTRUCTION_SETTINGS if os.environ.get(name)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ", ".join([processor(), capability, *settings, f"torch {torch.__version__}", f"{threads} threads"])
+
+
+def several_machines() -> bool:
+    """Whether torchrun started processes on more than this machine: those need not agree on what is faster."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return size != os.environ.get("LOCAL_WORLD_SIZE", size)
+
+
+def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]) -> float:
+    if several_machines():
+        return 1.0
+    try:
+        folder = cache_dir()
+        with _alone(folder / "kernels.lock"):
+            everything = _read(folder / "kernels.json")
+            answers = everything.setdefault(key, {})
+            if choice not in answers:
+                answers[choice] = round(time_ratio(*ways()), 3)
+                _write(folder / "kernels.json", everything)
+            return answers[choice]
+    except OSError:  # a cache folder that cannot be written: an answer that is not kept would change between runs
+        return 1.0
+
+
+def time_ratio(pytorch: Way, other: Way) -> float:
+    """Seconds of the first over seconds of the second: the fastest of some calls each, in turn, after one unmeasured.
+
+    The fastest, because whatever else the machine does only ever adds time.
+    """
+    best = [float("inf"), float("inf")]
+    start = time.perf_counter()
+    for attempt in range(8):
+        for which, way in enumerate((pytorch, other)):
+            begun = time.perf_counter()
+            way()
+            if attempt:
+                best[which] = min(best[which], time.perf_counter() - begun)
+        if attempt >= 2 and time.perf_counter() - start > 0.05:
+            break
+    return best[0] / best[1]
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds the lock file at `path`: processes that start together measure once, one after the other."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: two processes may then measure the same, and the later answer stays
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """The kept answers; none where the file is missing or damaged: it is measured anew."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        key: {name: float(value) for name, value in answers.items() if isinstance(value, int | float) and value > 0}
+        for key, answers in found.items()
+        if isinstance(answers, dict)
+    }
+
+
+def _write(path: Path, everything: dict[str, dict[str, float]]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(everything, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,132 @@
+"""One writer per folder, by a lock that the system takes back when its process ends, however it ends.
+
+The lock is on the file `.lock` in the folder, which says who holds it. After SIGKILL or a crash the file stays, held by
+nobody, and stops nobody. It is advisory: it keeps processes of this library apart, not editors. On NFS the server
+has to support locks (NFSv4 does). Where there are none, and on systems without `fcntl`, a line on stderr says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Concatenate, ParamSpec, TypeVar
+
+from consonar.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+PARTIAL = ".*.partial"
+"""What a file or folder is called while it is written."""
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes out of `folder`, which is made where it is missing and removed again when it stays empty.
+
+    Raises `UserError` that names who holds it; with `wait`, waits for them instead.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / LOCK_FILE
+    try:
+        with _locked(path, wait) as file:
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # before the lock is given back: nobody else can hold this file
+    finally:
+        for empty in made:
+            try:
+                empty.rmdir()
+            except OSError:  # not empty (or gone): then it was made to stay
+                break
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[IO[str]]:
+    """The open lock file, locked."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except FileNotFoundError:  # its holder ended in between and removed it
+            continue
+        with file:
+            if not _take(file, path, wait):
+                raise UserError(f"{path.parent}: {_holder(file)} is writing it; wait until that has ended, or end it")
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
+
+
+def _take(file: IO[str], path: Path, wait: bool) -> bool:
+    """Whether the lock is ours now; True as well where there are no locks, after saying so."""
+    reason = "this system has no fcntl"
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                return False
+            reason = error.strerror or str(error)
+    print(f"consonar: {path.parent}: no lock ({reason}); do not start a second process on it", file=sys.stderr)
+    return True
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds a lock, as its file says; the file is empty for a moment after it was taken."""
+    file.seek(0)
+    try:
+        known = json.loads(file.read())
+        return f"process {known['pid']} on {known['host']} (since {known['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def holds_first_argument(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+    """The function, holding the folder that is its first argument (when there is one) while it runs."""
+
+    @functools.wraps(function)
+    def held(folder: Path, *args: P.args, **keywords: P.kwargs) -> T:
+        if not folder.is_dir():
+            return function(folder, *args, **keywords)  # which says that it is missing
+        with hold(folder):
+            return function(folder, *args, **keywords)
+
+    return held
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a process leaves that was ended before it wrote anything."""
+    return all(path.name == LOCK_FILE or path.match(PARTIAL) for path in folder.iterdir())
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what ended processes left half-written in `folder`, at any depth; to be called by who holds it."""
+    for path in list(folder.rglob(PARTIAL)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""A user's own reward: found by its path, and held to what a reward is, in messages of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from consonar.errors import UserError, unknown
+from consonar.types import Reward
+
+KEY = "objective.rewards"
+DOTTED_PATH = "package.module:function"
+
+
+@contextlib.contextmanager
+def told_in_one_line(what: str) -> Iterator[None]:
+    """Turns whatever the code inside raises, which is not ours, into a `UserError` that says of `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what}: raised {type(error).__name__}{f': {reason}' if reason else ''}") from error
+
+
+def import_reward(path: str) -> Reward:
+    """A user's own reward, from `package.module:function`. Raises `UserError` when there is no such thing to call."""
+    module_name, _, attribute = path.partition(":")
+    if not (module_name and attribute):
+        raise UserError(f"{KEY}: {path!r} is not of the form {DOTTED_PATH}")
+    with told_in_one_line(f"{KEY}: {path!r}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise UserError(f"{KEY}: {path!r}: {error}; is its folder installed, or named in PYTHONPATH?") from error
+    if attribute not in vars(module):
+        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise unknown(f"{KEY}: module {module_name}", attribute, functions)
+    reward = vars(module)[attribute]
+    if not callable(reward):
+        raise UserError(
+            f"{KEY}: {path!r} is of type {type(reward).__name__}, not a function (images, originals, batch)"
+        )
+    return reward
+
+
+def checked(name: str, values: object, count: int, start: int) -> Tensor:
+    """`values` as float32 (count,); `UserError` names the reward, what it returned and for which image of the batch."""
+    if not isinstance(values, Tensor):
+        raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
+    if values.shape != (count,):
+        raise UserError(f"reward {name!r}: returned shape {tuple(values.shape)}, expected ({count},), one per image")
+    values = values.detach().float()
+    if wrong := (~values.isfinite()).nonzero().flatten().tolist():
+        value, image = float(values[wrong[0]]), start + wrong[0]
+        raise UserError(f"reward {name!r}: returned {value} for image {image} of the batch")
+    return values

@@ -1,0 +1,127 @@
+"""Choices by measurement: taken only where clearly faster, measured once for a machine, kept, and never fatal."""
+
+import json
+import time
+from multiprocessing.pool import ThreadPool
+
+import pytest
+import torch
+
+from consonar import distributed, hardware
+from consonar.errors import UserError
+from consonar.training.optim import adamw_ways
+
+
+@pytest.fixture(autouse=True)
+def measured(tmp_path, monkeypatch):
+    """An empty cache folder and nothing remembered."""
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CONSONAR_KERNELS", "measured")
+    monkeypatch.setattr(hardware, "_known", {})
+    hardware.kernels_mode.cache_clear()
+    yield tmp_path / "cache" / "kernels.json"
+    hardware.kernels_mode.cache_clear()
+
+
+def ways(ratio: float, calls: list | None = None):
+    """PyTorch's way takes `ratio` times as long as ours."""
+
+    def make():
+        if calls is not None:
+            calls.append(ratio)
+        return lambda: time.sleep(2e-3 * ratio), lambda: time.sleep(2e-3)
+
+    return make
+
+
+def test_ours_is_taken_only_where_it_is_clearly_faster():
+    assert hardware.ours("much faster", ways(3))
+    assert not hardware.ours("slower", ways(0.5))
+    answers = hardware.kept_answers()
+    assert answers["much faster"] > 1.5 and answers["slower"] < 0.9
+    hardware._known[hardware.machine_key(torch.get_num_threads())]["hardly"] = hardware.CLEARLY - 0.01
+    assert not hardware.ours("hardly", ways(3))
+
+
+def test_an_answer_is_measured_once_and_stays(measured, monkeypatch):
+    calls = []
+    assert all(hardware.ours("a", ways(3, calls)) for _ in range(3)) and len(calls) == 1
+    monkeypatch.setattr(hardware, "_known", {})  # as another process would begin
+    assert hardware.ours("a", ways(0.2, calls)) and len(calls) == 1
+    (machine,) = json.loads(measured.read_text())
+    assert torch.__version__ in machine and f"{torch.get_num_threads()} threads" in machine
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"x": 3}', '{"KEY": {"a": "fast"}}', '{"KEY": {"a": -1}}'])
+def test_a_damaged_file_of_answers_is_measured_anew(content, measured):
+    measured.parent.mkdir()
+    measured.write_text(content.replace("KEY", hardware.machine_key(torch.get_num_threads())))
+    assert hardware.ours("a", ways(3)) and hardware.kept_answers()["a"] > 1.5
+
+
+def test_nothing_is_measured_where_it_cannot_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "file" / "below"))
+    calls = []
+    assert not hardware.ours("a", ways(3, calls)) and not calls
+
+
+def test_nothing_is_measured_in_a_job_over_several_machines(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    calls = []
+    assert not hardware.ours("a", ways(3, calls)) and not calls
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("pytorch", False), ("ours", True)])
+def test_the_environment_overrides_and_wrong_words_are_refused(mode, expected, monkeypatch):
+    monkeypatch.setenv("CONSONAR_KERNELS", mode)
+    assert hardware.ours("a", ways(1)) is expected
+    hardware.kernels_mode.cache_clear()
+    monkeypatch.setenv("CONSONAR_KERNELS", "fast")
+    with pytest.raises(UserError, match=r"CONSONAR_KERNELS: unknown 'fast'.*choices: measured, pytorch, ours"):
+        hardware.ours("a", ways(1))
+
+
+def test_processes_that_start_together_agree():
+    """Whoever is first measures; the others, that would have found the opposite, take its answer."""
+    calls: list = []
+
+    def ask(index: int) -> float:  # nothing in memory is shared here: only the file and its lock
+        return hardware._measure_and_keep("machine", "shared", ways(3 if index % 2 else 0.3, calls))
+
+    with ThreadPool(4) as pool:
+        answers = pool.map(ask, range(8), chunksize=1)
+    assert len(set(answers)) == 1 and len(calls) == 1
+
+
+def test_a_family_can_be_forced_whatever_the_rest_of_the_choice_says():
+    with hardware.forced("linear", True):
+        assert hardware.ours("linear, 8 rows", ways(0.2)) and not hardware.ours("attention, 8", ways(0.2))
+        with hardware.forced("linear", False):
+            assert not hardware.ours("linear, 8 rows", ways(3))
+        assert hardware.ours("linear, 8 rows", ways(0.2))
+    assert hardware.ours("linear, 8 rows", ways(3))
+
+
+def test_both_ways_of_the_optimizer_and_of_autocast_run():
+    for way in (*adamw_ways(), *distributed.autocast_ways()):
+        way()
+
+
+def test_bf16_is_automatic_only_where_it_is_native_and_faster(monkeypatch):
+    cpu = torch.device("cpu")
+    for native in (True, False):
+        for faster in (True, False):
+            monkeypatch.setattr(distributed, "cpu_multiplies_bf16", lambda native=native: native)
+            with hardware.forced("bf16", faster):
+                expected = torch.bfloat16 if native and faster else None
+                assert distributed.pick_precision("auto", cpu) is expected
+    assert distributed.pick_precision("bf16", cpu) is torch.bfloat16
+
+
+def test_the_words_for_a_machine_hold_what_changes_speeds(monkeypatch):
+    hardware.machine_key.cache_clear()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert "ONEDNN_MAX_CPU_ISA=SSE41" in hardware.machine_key(3) and "3 threads" in hardware.machine_key(3)
+    hardware.machine_key.cache_clear()

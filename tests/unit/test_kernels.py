@@ -1,0 +1,78 @@
+"""Products and attention in PyTorch's way and in ours: the same numbers up to rounding, whichever was chosen."""
+
+import pytest
+import torch
+from rounding import assert_rounding
+from torch import nn
+from torch.nn import functional as F
+
+from consonar import hardware
+from consonar.generators import kernels
+from consonar.generators.kernels import Linear, causal_attention, nearest_power_of_two
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16, 512), (4, 4, 512), (2, 3, 3, 512), (1, 512)])
+@pytest.mark.parametrize("ours", [True, False])
+def test_products_are_products_either_way(bias, shape, ours, rng):
+    """Also of strided inputs; under gradients always PyTorch's."""
+    linear, x = Linear(512, 256, bias), torch.randn(shape, generator=rng)
+    nn.init.normal_(linear.weight, generator=rng)
+    strided = torch.stack([x, x], -1)[..., 0]
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None).float()
+    with hardware.forced("linear", ours):
+        with torch.inference_mode():
+            for given in (x, strided):
+                assert_rounding(linear(given), expected, 512)
+            product = kernels.onednn_linear if ours else F.linear
+            assert torch.equal(linear(x), product(x, linear.weight, linear.bias))
+        assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias)) and linear(x).requires_grad
+
+
+@torch.inference_mode()
+def test_small_half_precision_and_autocast_products_are_pytorchs(rng):
+    linear = Linear(1024, 1024)
+    with hardware.forced("linear", True):
+        for x in (torch.randn(0, 1024), torch.randn(3, 1024, generator=rng).bfloat16()):
+            assert torch.equal(linear.to(x.dtype)(x), F.linear(x, linear.weight, linear.bias))
+        linear.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(torch.randn(3, 1024, generator=rng)).dtype == torch.bfloat16
+        small, x = Linear(8, 8), torch.randn(3, 8, generator=rng)
+        assert torch.equal(small(x), F.linear(x, small.weight, small.bias))
+
+
+def test_causal_attention_is_the_same_either_way_with_its_gradients(rng):
+    results = []
+    for ours in (True, False):
+        q, k, v = (torch.randn(2, 3, 10, 8, generator=rng.manual_seed(i)).requires_grad_() for i in range(3))
+        with hardware.forced("attention", ours):
+            mixed = causal_attention(q, k, v, 0.0)
+        mixed.square().sum().backward()
+        results.append((mixed.detach(), q.grad, k.grad, v.grad))
+    for one, other in zip(*results, strict=True):
+        assert_rounding(one, other, 100)
+
+
+def test_the_choice_is_asked_in_training_alone_and_by_rounded_sizes(rng, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels.hardware, "ours", lambda choice, ways: asked.append(choice))
+    q = torch.randn(1, 2, 66, 8, generator=rng)
+    with torch.no_grad():
+        causal_attention(q, q, q, 0.0)
+    causal_attention(q, q, q, 0.1)
+    assert not asked
+    causal_attention(q, q, q, 0.0)
+    with torch.inference_mode():
+        Linear(256, 300)(torch.randn(5, 3, 256))
+    assert asked == ["attention, 64 positions of 8 in float32", "linear, 16 rows, weights of 2^16"]
+    assert [nearest_power_of_two(n) for n in (1, 2, 3, 66, 95, 96, 258, 1026)] == [1, 2, 4, 64, 64, 128, 256, 1024]
+
+
+@pytest.mark.parametrize("make", ["linear", "attention"])
+def test_both_ways_run_when_they_are_timed(make):
+    state = torch.get_rng_state()
+    ways = kernels.linear_ways(2, 64, 32) if make == "linear" else kernels.attention_ways(8, 4, torch.bfloat16)
+    with torch.inference_mode():
+        assert hardware.time_ratio(*ways) > 0
+    assert torch.equal(torch.get_rng_state(), state)

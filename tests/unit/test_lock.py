@@ -1,0 +1,95 @@
+"""One writer per folder, also when the one before was killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from consonar import lock
+from consonar.errors import UserError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from consonar.lock import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path/work."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "work")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_told_who_has_the_folder_and_a_killed_one_has_it_no_more(holder, tmp_path):
+    folder = tmp_path / "work"
+    with (
+        pytest.raises(
+            UserError, match=rf"work: process {holder.pid} on \S+ \(since \d{{4}}-.*\) is writing it"
+        ) as caught,
+        lock.hold(folder),
+    ):
+        pass
+    assert "\n" not in str(caught.value) and (folder / ".lock").exists()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert (folder / ".lock").exists(), "the killed process left its file: the test shows nothing otherwise"
+    with lock.hold(folder):
+        assert str(os.getpid()) in (folder / ".lock").read_text()
+    assert not (folder / ".lock").exists()
+
+
+def test_one_who_waits_gets_the_folder_next(tmp_path):
+    order = []
+
+    def second():
+        with lock.hold(tmp_path, wait=True):
+            order.append("second")
+
+    with lock.hold(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
+    with pytest.raises(UserError, match="wrong"), lock.hold(tmp_path / "runs" / "mine"):
+        raise UserError("wrong")
+    assert list(tmp_path.iterdir()) == []
+    with lock.hold(tmp_path / "runs" / "mine"):
+        (tmp_path / "runs" / "mine" / "file").touch()
+    assert [path.name for path in (tmp_path / "runs" / "mine").iterdir()] == ["file"]
+
+
+def test_without_locks_work_goes_on_with_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "fcntl", None)
+    with lock.hold(tmp_path / "work"):
+        assert (tmp_path / "work" / ".lock").exists()
+    assert "do not start a second process" in capsys.readouterr().err
+
+
+def test_leftovers_of_killed_processes_are_no_content_and_are_removed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    left = [".lock", ".config.json.17.partial", "checkpoints/.step_00000002.pt.17.partial"]
+    for name in left:
+        (tmp_path / name).write_text("half")
+    assert not lock.is_unused(tmp_path)
+    lock.remove_partials(tmp_path)
+    assert not list(tmp_path.rglob("*.partial"))
+    (tmp_path / "checkpoints").rmdir()
+    assert lock.is_unused(tmp_path)
