@@ -99,7 +99,7 @@ def evaluate_run(
         job = make_job(generator, tokenizer, labels, seed=seed, sampler=settings, source=str(run))
         drawn = run / f".samples_t{settings.temperature:g}.npz"
         drawn.unlink(missing_ok=True)
-        run_job(job, generator, tokenizer, drawn, batch_size=batch_size)
+        run_job(job, generator, tokenizer, drawn, batch_size=batch_size, restart=True)
         results = evaluate(
             drawn, target, feature_network=network, num_neighbours=NUM_NEIGHBOURS, draws=draws, device=device,
             seed=seed, batch_size=batch_size,

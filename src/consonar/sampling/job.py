@@ -1,8 +1,9 @@
 """Sampling jobs: many images to a file or folder, in shards that survive an interruption.
 
 Shard k holds images k * shard_size .. and is a function of the settings alone, so a second call with the same settings
-skips the shards that are there. What comes out: a picture (.png, one grid), an .npz in ADM layout (`arr_0` uint8
-(n, H, W, 3), plus labels, seeds, tokens, entropy and the settings), or a folder of PNG files.
+skips the shards that are there and whole. The output is made of the shards that the job has, whatever else lies in
+their folder, and one process works on an output at a time. What comes out: a picture (.png, one grid), an .npz in ADM
+layout (`arr_0` uint8 (n, H, W, 3), plus labels, seeds, tokens, entropy and the settings), or a folder of PNG files.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,7 @@ from consonar.checkpoint import component_fingerprint, write_atomically
 from consonar.config_io import to_dict
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
+from consonar.lock import hold
 from consonar.pictures import save_grid
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
 from consonar.types import Generator, Tokenizer
@@ -42,6 +45,16 @@ class Job:
     sampler: SamplerConfig
     settings: dict[str, Any]
     """Everything the result depends on, written beside it."""
+    shard_size: int = 512
+    """Images drawn between two saves."""
+
+    def shards(self, folder: Path) -> list[tuple[Path, slice]]:
+        """Every shard of the job: its file, and which of the images it holds."""
+        starts = range(0, len(self.labels), self.shard_size)
+        return [
+            (folder / f"shard_{start:08d}_{self.shard_size}.npz", slice(start, start + self.shard_size))
+            for start in starts
+        ]
 
 
 def make_job(
@@ -55,10 +68,10 @@ def make_job(
         raise UserError(f"seed: {seed} is not between 0 and 2^63 - 1 less the number of images")
     check_fit(generator, tokenizer)
     check_classes(labels, generator)
-    state = cast(nn.Module, generator).state_dict()
+    fingerprint = component_fingerprint(to_dict(generator.config), cast(nn.Module, generator).state_dict())
     settings = {
         "generator": source,
-        "generator_sha256": component_fingerprint({}, state),
+        "generator_sha256": fingerprint,
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "sampler": to_dict(sampler),
@@ -89,11 +102,12 @@ def run_job(
     batch_size: int = 64,
     shard_size: int = 512,
     progress: Callable[[int], None] | None = None,
+    restart: bool = False,
 ) -> Path:
     """Draws the job into `out` (.png, .npz, or a folder) and returns it. `progress` gets the number of images done.
 
-    Raises `UserError` when `out` exists, for no images or a batch size below 1, and when shards of another job lie
-    beside it.
+    Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, when another process draws
+    it, and when unfinished samples of another job lie beside it (`restart`: those are removed).
     """
     if len(job.labels) == 0:
         raise UserError("num_samples: a job of 0 images; 1 or more")
@@ -106,37 +120,69 @@ def run_job(
         )
     if out.suffix not in (".png", ".npz", ""):
         raise UserError(f"--out: {out.suffix!r} is not a known ending; choices: .png, .npz, or a folder (no ending)")
-    shards = shard_folder(job, out)
-    for start in range(0, len(job.labels), shard_size):
-        path = shards / f"shard_{start:08d}_{shard_size}.npz"
-        if not path.exists():
-            labels, seeds = job.labels[start : start + shard_size], job.seeds[start : start + shard_size]
-            drawn = sample(generator, tokenizer, labels, seeds=seeds, config=job.sampler, batch_size=batch_size)
-            arrays = {
-                "arr_0": to_uint8(drawn.images).numpy(),
-                "labels": labels.numpy(),
-                "seeds": np.array(seeds),
-                "tokens": drawn.tokens.numpy(),
-                "entropy": drawn.entropy.numpy(),
-            }
-            write_atomically(path, partial(write_npz, arrays=arrays))
-        if progress:
-            progress(min(start + shard_size, len(job.labels)))
-    assemble(shards, job, out)
-    shutil.rmtree(shards)
+    if shard_size < 1:
+        raise UserError(f"shard_size: {shard_size} is not positive")
+    job, folder = replace(job, shard_size=shard_size), out.with_name(f"{out.name}.parts")
+    with hold(folder):
+        if out.exists():
+            raise UserError(f"--out: {out} exists: another process has made it meanwhile; choose another name")
+        claim(folder, job, restart)
+        for path, rows in job.shards(folder):
+            labels, seeds = job.labels[rows], job.seeds[rows]
+            if not is_whole(path, labels, seeds):
+                drawn = sample(generator, tokenizer, labels, seeds=seeds, config=job.sampler, batch_size=batch_size)
+                arrays = {
+                    "arr_0": to_uint8(drawn.images).numpy(),
+                    "labels": labels.numpy(),
+                    "seeds": np.array(seeds),
+                    "tokens": drawn.tokens.numpy(),
+                    "entropy": drawn.entropy.numpy(),
+                }
+                write_atomically(path, partial(write_npz, arrays=arrays))
+            if progress:
+                progress(rows.start + len(labels))
+        try:
+            assemble(folder, job, out)
+        except (FileNotFoundError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder}: changed while {out} was made of it; the same command goes on") from error
+        shutil.rmtree(folder)
     return out
 
 
-def shard_folder(job: Job, out: Path) -> Path:
-    """The folder of unfinished work beside `out`; made, or checked to be this job's."""
-    folder = out.with_name(f"{out.name}.parts")
-    description = folder / "job.json"
+def claim(folder: Path, job: Job, restart: bool) -> None:
+    """Makes the folder of unfinished work this job's; `UserError` when it is another's, unless `restart`."""
+    record = folder / "job.json"
     text = json.dumps(job.settings, indent=1, sort_keys=True)
-    if description.exists() and description.read_text() != text:
-        raise UserError(f"--out: {folder} holds unfinished samples of another job; remove it or choose another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(description, lambda path: path.write_text(text))
-    return folder
+    if record.exists() and record.read_text() != text and not restart:
+        raise UserError(
+            f"--out: {folder} holds unfinished samples of another job ({different(record.read_text(), job.settings)}); "
+            "remove it or choose another name"
+        )
+    if not record.exists() or record.read_text() != text:
+        for path in folder.glob("shard_*.npz"):  # of a job that nothing is known of, or that is given up
+            path.unlink()
+    write_atomically(record, lambda path: path.write_text(text))
+
+
+def different(stored: str, settings: dict[str, Any]) -> str:
+    """Which settings of a stored job are not these."""
+    try:
+        before = json.loads(stored)
+        return "another " + ", ".join(key for key in settings if before.get(key) != settings[key])
+    except (ValueError, AttributeError):
+        return "its job.json is damaged"
+
+
+def is_whole(path: Path, labels: Tensor, seeds: Sequence[int]) -> bool:
+    """Whether a shard is there, undamaged, and has the images of these classes and seeds."""
+    if not zipfile.is_zipfile(path):  # missing, cut short, or something else
+        return False
+    try:
+        with np.load(path) as arrays:
+            same = np.array_equal(arrays["labels"], labels.numpy()) and np.array_equal(arrays["seeds"], np.array(seeds))
+            return same and {"arr_0", "tokens", "entropy"} <= set(arrays.files) and arrays.zip.testzip() is None
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -145,8 +191,8 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def assemble(folder: Path, job: Job, out: Path) -> None:
-    """Writes the finished output from the shards in `folder`, one shard in memory at a time."""
-    shards = sorted(folder.glob("shard_*.npz"))
+    """Writes the finished output from the job's shards in `folder`, one shard in memory at a time."""
+    shards = [path for path, _ in job.shards(folder)]
     if out.suffix == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path in shards])
         save_grid(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, out)
@@ -154,7 +200,8 @@ def assemble(folder: Path, job: Job, out: Path) -> None:
         write_atomically(out, partial(merge_npz, shards, job))
     else:
         unfinished = folder / "pictures"
-        unfinished.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
         index = 0
         for path in shards:
             with np.load(path) as arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -112,8 +113,8 @@ def _train_held(
                 config, state, made.objective, made.batches, tracker=tracker, folder=out, world=world,
                 callbacks=made.callbacks, stop_at=stop_at, interrupted=interrupted,
             )  # fmt: skip
-            if state.interrupted:
-                tracker.warn(f"interrupted; step {state.step} is saved, --resume goes on from there")
+            if state.interrupted and interrupted.caught != signal.SIGINT:  # Ctrl-C: the command line says so
+                tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
         finally:
             tracker.close()
     if state.interrupted:

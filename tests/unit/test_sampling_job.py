@@ -1,0 +1,189 @@
+"""Sampling jobs: their output is made of what they expect, whatever lies beside it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from consonar.errors import UserError
+from consonar.generators import Origin, build_generator, save_generator
+from consonar.generators.llamagen import LlamaGenConfig
+from consonar.lock import hold
+from consonar.sampling import job as jobs
+from consonar.sampling.sample import SamplerConfig
+from consonar.types import Grid
+
+COUNT = 6
+
+
+@pytest.fixture
+def draw(tiny_generator, tokenizer, tmp_path):
+    """Runs the job of six images (or with other settings) into tmp_path/name, in shards of `size`."""
+    generator = tiny_generator()
+
+    def run(name="a.npz", size=2, stop=None, seed=0, **options):
+        labels = jobs.balanced_labels(COUNT, 3)
+        job = jobs.make_job(generator, tokenizer, labels, seed=seed, sampler=SamplerConfig(), source="run")
+
+        def progress(done):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        return jobs.run_job(job, generator, tokenizer, tmp_path / name, shard_size=size, progress=progress, **options)
+
+    return run
+
+
+def content(path):
+    if path.is_dir():
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+    if path.suffix == ".png":
+        return {"": path.read_bytes()}
+    with np.load(path) as arrays:
+        return {key: arrays[key].tobytes() for key in arrays.files}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many images each call of the sampler drew."""
+    drawn, original = [], jobs.sample
+    monkeypatch.setattr(jobs, "sample", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
+    return drawn
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.png", "a"])
+def test_shards_of_another_size_are_not_mixed_in(name, draw, tmp_path):
+    whole = content(draw(f"whole{name[1:]}", size=COUNT))
+    with pytest.raises(KeyboardInterrupt):
+        draw(name, size=4, stop=4)
+    assert list((tmp_path / f"{name}.parts").glob("shard_*_4.npz"))
+    assert content(draw(name, size=2)).keys() == whole.keys()
+    if name == "a.npz":
+        with np.load(tmp_path / name) as arrays:
+            assert arrays["seeds"].tolist() == list(range(COUNT)) and len(arrays["arr_0"]) == COUNT
+    assert not (tmp_path / f"{name}.parts").exists()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4] ^= 255
+    path.write_bytes(data)
+
+
+def another(path):
+    path.write_bytes((path.parent / "shard_00000002_2.npz").read_bytes())
+
+
+@pytest.mark.parametrize("damage", [cut, flip, another, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_a_shard_that_is_not_whole_is_drawn_again(damage, draw, counted, tmp_path):
+    whole = content(draw("whole.npz"))
+    with pytest.raises(KeyboardInterrupt):
+        draw(stop=4)
+    counted.clear()
+    damage(tmp_path / "a.npz.parts" / "shard_00000000_2.npz")
+    assert content(draw()) == whole and counted == [2, 2]
+
+
+def test_an_old_folder_of_pictures_is_not_mixed_in(draw, tmp_path):
+    whole = content(draw("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        draw("a", stop=6)
+    (tmp_path / "a.parts" / "pictures").mkdir()
+    (tmp_path / "a.parts" / "pictures" / "000009_class1.png").touch()
+    assert content(draw("a")) == whole
+
+
+def test_a_shard_that_goes_while_the_output_is_made_leaves_no_output(draw, tmp_path, monkeypatch):
+    assemble = jobs.assemble
+
+    def racing(folder, job, out):
+        (folder / "shard_00000000_2.npz").unlink()
+        assemble(folder, job, out)
+
+    monkeypatch.setattr(jobs, "assemble", racing)
+    with pytest.raises(UserError, match="the same command goes on"):
+        draw()
+    assert not (tmp_path / "a.npz").exists()
+    monkeypatch.setattr(jobs, "assemble", assemble)
+    assert len(np.load(draw())["arr_0"]) == COUNT
+
+
+def test_another_job_is_refused_by_what_differs_or_begins_anew(draw, counted, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        draw(stop=4)
+    with pytest.raises(UserError, match=r"unfinished samples of another job \(another seed\); remove it or"):
+        draw(seed=1)
+    counted.clear()
+    with np.load(draw(seed=1, restart=True)) as arrays:
+        assert arrays["seeds"].tolist() == list(range(1, COUNT + 1)) and counted == [2, 2, 2]
+
+
+def test_shards_without_a_record_of_their_job_are_not_taken(draw, counted, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        draw(stop=4)
+    (tmp_path / "a.npz.parts" / "job.json").unlink()
+    counted.clear()
+    draw()
+    assert counted == [2, 2, 2]
+
+
+def test_one_process_draws_an_output(draw, tmp_path):
+    with hold(tmp_path / "a.npz.parts"), pytest.raises(UserError, match=rf"process {os.getpid()} on .* is writing it"):
+        draw()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_record_knows_the_architecture(tokenizer):
+    """Two models with equal weights that calculate something else."""
+    config = LlamaGenConfig(
+        width=32, num_layers=1, num_heads=2, vocab_size=32, num_tokens=16, num_classes=3, grid=Grid(4, 4)
+    )
+    models = [build_generator(config), build_generator(replace(config, rope_base=100.0))]
+    models[1].load_state_dict(models[0].state_dict())
+    records = [
+        jobs.make_job(m, tokenizer, jobs.balanced_labels(2, 3), seed=0, sampler=SamplerConfig(), source="x").settings
+        for m in models
+    ]
+    assert records[0]["generator_sha256"] != records[1]["generator_sha256"]
+
+
+def test_a_killed_command_goes_on(tiny_generator, tokenizer, tokenizer_folder, tmp_path):
+    """SIGKILL in the middle of the second shard."""
+    origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint)
+    save_generator(tiny_generator(), tmp_path / "model", origin)
+    program = """
+import os, signal, sys
+from consonar import cli
+from consonar.sampling import job as jobs
+jobs.run_job.__kwdefaults__["shard_size"] = 2
+if sys.argv.pop(1) == "kill":
+    inner, calls = jobs.write_npz, []
+    def write(path, arrays):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        inner(path, arrays)
+    jobs.write_npz = write
+cli.main(["sample", sys.argv[1], "--num-samples", "6", "--out", sys.argv[2]])
+"""
+    command = [sys.executable, "-c", program]
+    places = [str(tmp_path / "model"), str(tmp_path / "a.npz")]
+    killed = subprocess.run([*command, "kill", *places], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "a.npz").exists()
+    parts = tmp_path / "a.npz.parts"
+    assert {".lock", "job.json", "shard_00000000_2.npz"} < {path.name for path in parts.iterdir()}
+    done = subprocess.run([*command, "again", *places], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["seeds"].tolist() == list(range(6)) and json.loads(str(arrays["settings"]))["num_samples"] == 6
+    assert not parts.exists()
