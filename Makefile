@@ -3,13 +3,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 MINUTES ?= 13
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu lint bench results claims-vapi clean
+.PHONY: help demo test test-slow test-gpu test-portable lint bench results claims-vapi clean
 
 help:
 	@echo "make demo       train plain AR and reAR, post-train both by VA-pi, write runs/demo/report.html (MINUTES=13)"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the slower tests"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make test-portable  the numeric tests under other instruction sets, threads and kernels (nine times a minute or two)"
 	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
 	@echo "make results    docs/results.md from the files of a finished demo; keeps the section of claims-vapi"
 	@echo "make claims-vapi  VA-pi against its controls over 3 seeds, into docs/results.md (at most 90 minutes on 2 cores)"
@@ -37,6 +38,9 @@ test-slow: .venv/installed
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu
+
+test-portable: .venv/installed
+	$(BIN)/python tests/portable.py $(WHEN)
 
 bench: .venv/installed
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
