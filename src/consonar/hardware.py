@@ -78,8 +78,12 @@ def forced(family: str, take_ours: bool) -> Iterator[None]:
 
 
 def kept_answers() -> dict[str, float]:
-    """What the cache folder holds for this machine: {choice: time of PyTorch's way over ours}."""
-    return _read(cache_dir() / "kernels.json").get(machine_key(torch.get_num_threads()), {})
+    """What the cache folder, if there can be one, holds for this machine: {choice: time of PyTorch's way over ours}."""
+    try:
+        path = cache_dir() / "kernels.json"
+    except OSError:
+        return {}
+    return _read(path).get(machine_key(torch.get_num_threads()), {})
 
 
 @lru_cache

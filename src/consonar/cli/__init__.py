@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from consonar.allocator import keep_freed_memory
 from consonar.cli.console import say
+from consonar.cli.doctor import doctor
 from consonar.cli.making import demo, import_tokens, recipes, sample_command, tokenize, train_command
 from consonar.cli.measuring import evaluate, report
 from consonar.cli.models import convert, models
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "models": models,
     "recipes": recipes,
+    "doctor": doctor,
 }
 
 

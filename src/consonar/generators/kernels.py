@@ -37,13 +37,17 @@ class Linear(nn.Linear):
             and x.numel() > 0
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
+            and prefers_onednn(x.numel() // x.shape[-1], *weight.shape)
         ):
-            rows = min(MOST_ROWS, nearest_power_of_two(x.numel() // x.shape[-1]))
-            # Weights of one size count as one: from 2^k to 2^(k+1) entries.
-            choice = f"linear, {rows} rows, weights of 2^{weight.numel().bit_length() - 1}"
-            if hardware.ours(choice, lambda: linear_ways(rows, *weight.shape)):
-                return onednn_linear(x, weight, self.bias)
+            return onednn_linear(x, weight, self.bias)
         return super().forward(x)
+
+
+def prefers_onednn(num_rows: int, width_out: int, width_in: int) -> bool:
+    """Whether oneDNN is faster here for so many rows and weights of this shape; weights of 2^k to 2^(k+1) are one."""
+    rows = min(MOST_ROWS, nearest_power_of_two(num_rows))
+    choice = f"linear, {rows} rows, weights of 2^{(width_out * width_in).bit_length() - 1}"
+    return hardware.ours(choice, lambda: linear_ways(rows, width_out, width_in))
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,12 +82,22 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     PyTorch's fused kernel, but for training on a CPU where plain products were measured to be faster: on some
     processors they take a third of its time at short lengths, on others three times it (benchmarks/training.py).
     """
-    if q.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0 and not torch.compiler.is_compiling():
-        length, head_dim = nearest_power_of_two(q.shape[2]), q.shape[3]
-        choice = f"attention, {length} positions of {head_dim} in {str(q.dtype).removeprefix('torch.')}"
-        if hardware.ours(choice, lambda: attention_ways(length, head_dim, q.dtype)):
-            return plain_attention(q, k, v)
+    if (
+        q.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and dropout == 0
+        and not torch.compiler.is_compiling()
+        and prefers_plain_attention(q.shape[2], q.shape[3], q.dtype)
+    ):
+        return plain_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether plain products are faster here in training; lengths count as the nearest power of two."""
+    length = nearest_power_of_two(num_positions)
+    choice = f"attention, {length} positions of {head_dim} in {str(dtype).removeprefix('torch.')}"
+    return hardware.ours(choice, lambda: attention_ways(length, head_dim, dtype))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""The command `doctor`: what a bug report needs to say about the machine, and why it calculates as it does."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from consonar.cli.console import say
+
+WIDTH, LABEL = 80, 12
+
+
+def doctor() -> None:
+    """Show device, versions, kernels, packages, weights and cache: what a bug report needs."""
+    for label, text in findings():
+        words = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)
+        for row, line in enumerate(words):
+            say(f"{label if row == 0 else '':{LABEL}}{line}")
+
+
+def findings() -> Iterator[tuple[str, str]]:
+    """(what, in words), one paragraph each; the kernels that are most used are measured if they were not yet."""
+    yield "versions", ", ".join(versions())
+    yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
+    yield from devices()
+    yield from choices()
+    present, missing = optional_packages()
+    yield "packages", f"present: {', '.join(present) or 'none of the optional ones'}"
+    if missing:
+        yield "", f"missing, not needed by all: {', '.join(missing)}"
+    yield from cached()
+
+
+def versions() -> list[str]:
+    import numpy
+    import torch
+
+    from consonar import __version__
+
+    return [
+        f"consonar {__version__}", f"python {platform.python_version()}", f"torch {torch.__version__}",
+        f"numpy {numpy.__version__}",
+    ]  # fmt: skip
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from consonar import distributed, hardware
+
+    device = distributed.pick_device("auto")
+    if device.type == "cpu":
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+        yield "device", f"cpu: PyTorch sees no CUDA device and {built}"
+    else:
+        yield "device", f"{device.type}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            memory = f"{found.total_memory / 2**30:.0f} GB"
+            yield "", f"{index}: {found.name}, {memory}, compute capability {found.major}.{found.minor}"
+    yield "processor", f"{hardware.processor()}, {os.cpu_count()} cores seen, threads used: {torch.get_num_threads()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    bf16 = "multiplies" if distributed.cpu_multiplies_bf16() else "does not multiply"
+    yield "", f"PyTorch uses {capability}; the processor {bf16} bf16"
+
+
+def choices() -> Iterator[tuple[str, str]]:
+    """Precision and kernels, and why."""
+    import torch
+
+    from consonar import distributed, hardware
+    from consonar.generators import kernels
+    from consonar.training.optim import adamw_ways
+
+    device = distributed.pick_device("auto")
+    precision = distributed.pick_precision("auto", device)
+    mode, answers = hardware.kernels_mode(), hardware.kept_answers()
+    why = "PyTorch knows of the device"
+    if device.type == "cpu":
+        why = "the processor has no instructions for bf16"
+        if distributed.cpu_multiplies_bf16():
+            why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else "see kernels"
+    yield "precision", f"loop.precision auto is {'bf16' if precision is torch.bfloat16 else 'fp32'}: {why}"
+    if mode != "measured":
+        yield "kernels", f"all {'ours' if mode == 'ours' else 'of PyTorch'}: CONSONAR_KERNELS={mode}"
+        return
+    hardware.ours("adamw", adamw_ways)
+    for length in (64, 256, 1024):
+        kernels.prefers_plain_attention(length, 64, precision or torch.float32)
+    for rows in (2, 16) if kernels.HAS_ONEDNN else ():
+        kernels.prefers_onednn(rows, 2304, 768)
+    answers = hardware.kept_answers()
+    if not answers:
+        yield "kernels", "all of PyTorch: nothing can be kept in the cache folder, so nothing is measured"
+        return
+    yield (
+        "kernels",
+        (
+            f"measured on this machine: speed of our way over PyTorch's, ours from {hardware.CLEARLY} on (attention in "
+            "training: plain products, fused kernel; linear while sampling: oneDNN, PyTorch; adamw: fused, one by one; "
+            "bf16: autocast, float32)"
+        ),
+    )
+    for choice, ratio in sorted(answers.items()):
+        yield "", f"{ratio:6.2f}  {'ours   ' if ratio >= hardware.CLEARLY else 'PyTorch'}  {choice}"
+
+
+def optional_packages() -> tuple[list[str], list[str]]:
+    """Those of consonar's extras that are installed, with versions, and those that are not."""
+    extras: dict[str, str] = {}
+    for line in importlib.metadata.requires("consonar") or []:
+        found = re.match(r"([\w.-]+)[^;]*;.*extra == ['\"](\w+)['\"]", line)
+        if found and found[2] != "dev" and found[1] != "consonar":
+            extras.setdefault(found[1], found[2])
+    present, missing = [], []
+    for name, extra in extras.items():
+        try:
+            present.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(f"{name} (pip install consonar[{extra}])")
+    return present, missing
+
+
+def cached() -> Iterator[tuple[str, str]]:
+    """Weights found in the cache folder, its size, and what is free."""
+    import consonar
+    from consonar.cache import cache_dir
+
+    try:
+        folder = cache_dir()
+    except OSError as error:
+        yield "cache", f"{error.filename}: cannot be made ({error.strerror}); set CONSONAR_CACHE"
+        return
+    weights = [f"{name}{'' if path.is_file() else ' not'} in the cache" for name, path in published_weights(folder)]
+    shipped = sorted(path.name for path in Path(consonar.__file__).parent.glob("*/pretrained/*") if path.is_dir())
+    yield "weights", f"shipped: {', '.join(shipped)}; " + "; ".join(weights)
+    for kind in ("released", "converted"):
+        models = [path.name for path in (folder / kind).glob("*")]
+        if models:
+            yield "", f"{kind}: {', '.join(sorted(models))}"
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    writable = "" if os.access(folder, os.W_OK) else "; cannot be written"
+    yield "cache", f"{folder}: {sum(sizes) / 1e6:,.1f} MB in {len(sizes)} files{writable}"
+    for what, place in (("cache folder", folder), ("working folder", Path.cwd())):
+        yield "disk" if place is folder else "", f"{shutil.disk_usage(place).free / 1e9:,.1f} GB free for the {what}"
+
+
+def published_weights(folder: Path) -> list[tuple[str, Path]]:
+    """(what it is for, place) of the files that a user brings."""
+    from consonar.evaluation.inception import WEIGHTS as inception
+    from consonar.perceptual.lpips import WEIGHTS as lpips
+
+    return [(f"{file.network} ({file.name})", folder / file.name) for file in (lpips, inception)]
