@@ -139,20 +139,8 @@ class TrainConfig:
             raise UserError(
                 f"objective.kind: {self.objective.kind!r} does not train model.kind {kind!r}; choices: {fitting}"
             )
-        for key in ("tokens", "validation_tokens") if self.reads_images else ("images", "flip"):
-            if getattr(self.data, key):
-                reads = "images" if self.reads_images else "tokens"
-                raise UserError(
-                    f"data.{key}: {getattr(self.data, key)!r} is not read by objective.kind {self.objective.kind!r}, "
-                    f"which trains on {reads}; remove it"
-                )
-        for key in ("init", "tokenizer"):
-            if not trains_generator and getattr(self, key):
-                raise UserError(f"{key}: {getattr(self, key)!r} is read only when a generator is trained; remove it")
         if trains_generator and not self.aligns and not (self.tokenizer or self.init):
             raise UserError("tokenizer: a generator needs the name or folder of its tokenizer")
-        if self.loop.fd_samples and not self.aligns:
-            raise UserError(f"loop.fd_samples: {self.loop.fd_samples} is read only in post-training; remove it")
         if isinstance(self.objective, ReconstructionConfig) and isinstance(self.model, VQConfig):
             smallest = SMALLEST_INPUT[self.objective.perceptual]
             if self.objective.perceptual_weight > 0 and self.model.image_size < smallest:

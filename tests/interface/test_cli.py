@@ -15,6 +15,7 @@ from PIL import Image
 from consonar import cli
 from consonar.config import TrainConfig
 from consonar.config_io import to_dict
+from consonar.tokenizers import PRETRAINED
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,26 @@ def test_report_on_a_run(trained: Path, tmp_path: Path, capsys) -> None:
     cli.main(["report", str(trained / "run"), "--out", str(tmp_path / "page.html")])
     assert "<html" in (tmp_path / "page.html").read_text()
     assert "exists" in fails(["report", str(trained / "run"), "--out", str(tmp_path / "page.html")], capsys)
+
+
+def test_options_that_a_command_does_not_read_here_are_refused(trained: Path, tmp_path: Path, capsys) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
+    samples = ["evaluate", str(tmp_path / "samples.npz"), "--reference", "openmoji-64"]
+    for option, value in (("--temperatures", "1,0.9"), ("--match", "x"), ("--num-samples", "16")):
+        assert f"{option}: " in fails([*samples, option, value], capsys)
+    assert "--overwrite: True is read only with --out" in fails([*samples, "--overwrite"], capsys)
+    tokenizer = tmp_path / "run"
+    shutil.copytree(PRETRAINED / "openmoji-64", tokenizer / "model")
+    for name in ("config.json", "metrics.jsonl"):
+        (tokenizer / name).write_text("{}")
+    for option, value in (("--temperatures", "0.9"), ("--num-samples", "16"), ("--draws", "2"), ("--seed", "1")):
+        line = fails(["evaluate", str(tokenizer), "--reference", "openmoji-64", option, value], capsys)
+        assert f"{option}: " in line and "read only where samples of a generator are measured" in line
+    words = ["--tokenizer", "openmoji-64", "--data", "openmoji", "--out", str(tmp_path / "t"), "--split", "validation"]
+    assert "--views: 'ten_crop' is read only for the split train" in fails(
+        ["tokenize", *words, "--views", "ten_crop"], capsys
+    )
+    assert not (tmp_path / "t").exists()
 
 
 def test_evaluate_a_run_and_samples(trained: Path, picture_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

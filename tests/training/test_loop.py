@@ -80,7 +80,7 @@ def test_weight_zero_and_noise_zero_are_plain_ar_bit_for_bit(make_config, tmp_pa
     expected = hand_written(config)
     plain = load_generator(train(config, tmp_path / "plain", quiet=True)).state_dict()
     switched_off = ConsistencyConfig(
-        embedding_weight=0, class_dropout=0, decode_layer=1, mask_noised=True,
+        embedding_weight=0, class_dropout=0,
         noise=NoiseConfig(schedule="truncated_linear", max_rate=0),
     )  # fmt: skip
     config = make_config(loop={"steps": 5}, optim=constant, model=shape, objective=switched_off)

@@ -12,10 +12,13 @@ from consonar.cli import main
 from consonar.config import read_config
 from consonar.errors import UserError
 from consonar.generators import Origin, load_generator, save_generator
+from consonar.generators.llamagen import LlamaGenConfig
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
 from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives import ConsistencyConfig, NoiseConfig
 from consonar.training.optim import OptimConfig
 from consonar.training.policy_objective import PolicyConfig
+from consonar.training.vq_objective import ReconstructionConfig
 
 FLOATS = [(kind, name) for kind in CONFIGS for name in floats_in(kind)]
 
@@ -122,3 +125,43 @@ def test_logits_that_are_not_finite_are_an_error_and_no_picture(temperature, sca
         with pytest.raises(UserError, match=r"generator: its logits are not finite"):
             sample(generator, tokenizer, [0, 1], config=sampler)
     assert sample_tokens(tiny_generator(), torch.tensor([0]), [0], sampler)[0].shape == (1, 16)
+
+
+REWARDS = {"mse": 1.0}
+UNREAD = {
+    "power of no schedule": (lambda: SamplerConfig(guidance_scale=22.0, guidance_power=2.75), "guidance_schedule"),
+    "schedule of no guidance": (lambda: SamplerConfig(guidance_schedule="linear"), "guidance_scale other than 1"),
+    "interval": (lambda: SamplerConfig(guidance_scale=2.0, guidance_interval=3), "guidance_schedule 'interval'"),
+    "top-k of the most likely": (lambda: SamplerConfig(temperature=0, top_k=5), "temperature over 0"),
+    "noise": (lambda: NoiseConfig(max_rate=0.5), r"objective\.noise\.schedule other than 'none'"),
+    "heads": (lambda: ConsistencyConfig(head_width=7), r"objective\.embedding_weight over 0"),
+    "head that is not there": (
+        lambda: ConsistencyConfig(embedding_weight=1, heads="encode", decode_layer=0), "heads 'decode' or 'both'"
+    ),
+    "credit": (lambda: PolicyConfig(rewards=REWARDS, estimator="gspo", credit="token"), "so not 'gspo'"),
+    "clip": (lambda: PolicyConfig(rewards=REWARDS, clip_range=0.1), r"objective\.inner_epochs over 1"),
+    "kl": (lambda: PolicyConfig(rewards=REWARDS, kl="exact"), r"objective\.kl_weight over 0"),
+    "baseline": (lambda: PolicyConfig(rewards=REWARDS, baseline_decay=0.5), r"objective\.estimator 'reinforce'"),
+    "context noise": (lambda: PolicyConfig(rewards=REWARDS, noise_schedule="linear"), "context_noise over 0"),
+    "lpips": (lambda: PolicyConfig(rewards=REWARDS, lpips_weights="w.pth"), r"'lpips' in objective\.rewards"),
+    "tau": (lambda: CrossEntropyConfig(rewards=REWARDS, tau=0.5), r"objective\.target 'soft'"),
+    "start": (lambda: ReconstructionConfig(discriminator_start=5), r"objective\.discriminator_weight over 0"),
+    "captions": (lambda: LlamaGenConfig(caption_dim=8), r"model\.condition 'text'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_an_option_that_nothing_reads_is_refused_and_told_what_would_read_it(name):
+    make, words = UNREAD[name]
+    with pytest.raises(
+        UserError, match=rf"is read only with .*{words}.*; remove it, or set it to its default"
+    ) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_negative_last_guided_position_is_refused():
+    """LlamaGen's -1 means always, which here is to leave it away."""
+    with pytest.raises(UserError, match=r"guidance_interval: -1 is negative; leave it away to guide all positions"):
+        SamplerConfig(guidance_scale=2.0, guidance_schedule="interval", guidance_interval=-1)
+    assert SamplerConfig(guidance_scale=2.0, guidance_schedule="interval").scale(60, 64) == 2.0

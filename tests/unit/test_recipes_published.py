@@ -171,7 +171,7 @@ def tiny(config: TrainConfig, **data: object) -> TrainConfig:
     changes: dict = data
     if config.model is not None:
         changes["model"] = replace(config.model, width=32, num_layers=2, num_heads=4)
-        changes["objective"] = replace(config.objective, head_width=32)
+        changes["objective"] = replace(config.objective, head_width=32 if config.objective.embedding_weight else 2048)
     else:
         changes["objective"] = replace(config.objective, rewards={"mse": 1.0})
     loop = replace(config.loop, steps=2, batch_size=8, log_every=1, precision="fp32", device="cpu")

@@ -130,6 +130,9 @@ def tokenize(
     from consonar.tokenizers import load_tokenizer
 
     place = pick_device(device, "--device")
+    if split not in (None, "train") and views not in ("center_flip", "center"):
+        raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
+    place = pick_device(device)
     model = load_tokenizer(tokenizer).to(place)
     if image_size is not None and image_size != model.image_size:
         model = load_tokenizer(tokenizer, num_tokens=round((image_size**2 * model.num_tokens) / model.image_size**2))

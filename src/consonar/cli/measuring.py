@@ -6,6 +6,7 @@ from typing import Any
 import tyro
 
 from consonar.cli.console import counting, print_metrics, say
+from consonar.cli.parsing import check_read
 from consonar.errors import UserError
 
 
@@ -46,9 +47,11 @@ def evaluate(
         overwrite: Replace results that are there.
     """
     from consonar.distributed import pick_device
-    from consonar.generators import SHIPPED
+    from consonar.generators import SHIPPED, read_component_kind
 
     place = str(pick_device(device, "--device"))
+    given = dict(locals())
+    place = str(pick_device(device))
     if not samples.exists() and str(samples) in SHIPPED:
         raise UserError(
             f"evaluate: {samples} is a shipped generator, which keeps no results; first "
@@ -59,6 +62,9 @@ def evaluate(
             raise UserError("--out: the results of a run are written into its folder; leave --out away")
         if tokenizer is not None:
             raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
+        if read_component_kind(samples) == "tokenizer":
+            unread = ("temperatures", "match", "num_samples", "draws", "seed", "batch_size")
+            check_read(evaluate, given, unread, "where samples of a generator are measured")
         grid = number_list(temperatures)
         sampling = {
             "num_samples": num_samples, "draws": draws, "seed": seed, "batch_size": batch_size, "match": match
@@ -66,6 +72,8 @@ def evaluate(
         fixed = {"reference": reference, "feature_network": feature_network, "device": place, "overwrite": overwrite}
         evaluate_folder(samples, fixed, temperatures=grid, **sampling)
     else:
+        check_read(evaluate, given, ("temperatures", "match", "num_samples"), "with the run folder of a generator")
+        check_read(evaluate, given, ("overwrite",) if out is None else (), "with --out")
         settings = {
             "draws": draws, "seed": seed, "batch_size": batch_size, "device": place, "feature_network": feature_network
         }  # fmt: skip

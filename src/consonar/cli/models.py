@@ -59,6 +59,8 @@ def read_settings(words: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not key or not equals:
             raise UserError(f"--setting: {word!r} is not of the form field=value")
+        if key in settings:
+            raise UserError(f"--setting: {key} is given twice; keep one")
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:

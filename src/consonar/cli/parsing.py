@@ -1,8 +1,9 @@
 """From words to a call: tyro, with its boxed errors told in one line."""
 
 import contextlib
+import inspect
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
@@ -30,6 +31,13 @@ def check_repeats(args: Sequence[str]) -> None:
     given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
     if repeated := [word for index, word in enumerate(given) if word in given[:index]]:
         raise UserError(f"{repeated[0]}: given twice; keep one")
+
+
+def check_read(command: Callable[..., None], given: Mapping[str, Any], unread: Sequence[str], why: str) -> None:
+    """Raises `UserError` for the first of the options `unread` of a command that is not at its default."""
+    for name in unread:
+        if given[name] != inspect.signature(command).parameters[name].default:
+            raise UserError(f"--{name.replace('_', '-')}: {given[name]!r} is read only {why}; leave it away")
 
 
 def flatten(box: str) -> str:

@@ -59,6 +59,8 @@ def examine(
 def configured(config: Any, image_size: int | None, settings: Mapping[str, Any], where: str) -> Any:
     """`config` for this image size and with these settings; `UserError` for a field that it does not have."""
     changes = dict(settings)
+    if image_size is not None and "image_size" in settings:
+        raise UserError(f"--image-size: {image_size}, and --setting has image_size too; keep one")
     if image_size is not None and hasattr(config, "image_size"):
         changes = {"image_size": image_size, **changes}
     elif image_size is not None and config.kind == "llamagen":

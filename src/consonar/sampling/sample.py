@@ -52,6 +52,11 @@ class SamplerConfig:
             raise UserError(f"top_k: {self.top_k} is negative")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
+        if self.guidance_interval is not None and self.guidance_interval < 0:
+            raise UserError(
+                f"guidance_interval: {self.guidance_interval} is negative; leave it away to guide all positions, which "
+                "is LlamaGen's cfg_interval -1"
+            )
         if self.guidance_power == 0:
             raise UserError(f"guidance_power: {self.guidance_power} is not positive")
 

@@ -93,11 +93,6 @@ class AlignmentConfig:
         if not self.rewards:
             raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
         check_rewards(self.rewards, discriminator=self.discriminator)
-        if self.discriminator is not None and "patch-discriminator" not in self.rewards:
-            raise UserError(
-                f"objective.discriminator: {self.discriminator!r} is read only by the reward patch-discriminator; "
-                "remove it"
-            )
 
 
 class AlignmentTrainee(Trainee):

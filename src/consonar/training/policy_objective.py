@@ -91,8 +91,6 @@ class PolicyConfig(AlignmentConfig):
                 raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
         if not 0 <= self.baseline_decay < 1:
             raise UserError(f"objective.baseline_decay: {self.baseline_decay} is not in [0, 1)")
-        if self.smooth_credit and self.credit != "token":
-            raise UserError("objective.smooth_credit: read only with objective.credit 'token'; remove it")
         if self.rollout == "free":
             if self.credit == "token":
                 raise UserError("objective.credit: 'token' compares an image with its original; choices here: sequence")
@@ -101,8 +99,6 @@ class PolicyConfig(AlignmentConfig):
                     raise UserError(
                         f"objective.{key}: {getattr(self, key)}, but free rollouts have no true context; set it to 0"
                     )
-        elif self.guidance_scale != 1:
-            raise UserError("objective.guidance_scale: read only with objective.rollout 'free'; remove it")
 
     @property
     def clip_high(self) -> float:

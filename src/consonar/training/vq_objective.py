@@ -76,11 +76,6 @@ class ReconstructionConfig:
                 raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
         if self.perceptual not in SMALLEST_INPUT:
             raise unknown("objective.perceptual", self.perceptual, SMALLEST_INPUT)
-        if self.perceptual_weights is not None and not (self.perceptual == "lpips" and self.perceptual_weight > 0):
-            raise UserError(
-                f"objective.perceptual_weights: {self.perceptual_weights!r} is read only with objective.perceptual "
-                "'lpips' and a perceptual_weight over 0; remove it"
-            )
         if not 0 <= self.revive_until <= 1:
             raise UserError(f"objective.revive_until: {self.revive_until} is not in [0, 1]")
         for key in ("discriminator_start", "revive_after"):
