@@ -2,7 +2,7 @@
 
 reAR (arXiv 2510.04450): L = L_ar + lambda L_emb, with L_ar on a noisy context and clean targets, and L_emb =
 mean(1 - cos) of two heads: one at a shallow layer regresses the code of the token being read, one at a deep layer that
-of the token being predicted. Plain AR is the same objective with weight 0 and noise 0, bit for bit.
+of the token being predicted. Plain AR is the same objective with weight 0 and noise 0, bit for bit on one machine.
 
 Deviations from the released code: the loss is 1 - cos instead of -cos (a constant apart); noise is drawn in `rollout`,
 never inside the model; noised positions keep their encode term by default, as in the article (`mask_noised=True` is the
