@@ -100,6 +100,8 @@ def evaluate_folder(run: Path, fixed: dict[str, Any], **sampling: Any) -> None:
     content = evaluate_run(run, progress=say, **fixed, **sampling)
     for row in content["rows"]:
         print_metrics(row["metrics"], f"temperature {row['temperature']:g}")
+    for remark in content["remarks"]:
+        say(remark)
     say(f"results: {run / 'results.json'}")
 
 
@@ -127,6 +129,8 @@ def evaluate_samples(
     print_metrics({k: {"value": m.value, "spread": m.spread} for k, m in results.metrics.items()}, str(path))
     for metric, reason in results.unavailable.items():
         say(f"{metric}: not measured ({reason})")
+    for remark in results.remarks:
+        say(remark)
     if out is not None:
         results.to_json(out, overwrite=overwrite)
         say(f"results: {out}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -24,11 +24,11 @@ from torch import Tensor
 from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
 from consonar.evaluation import features as sets
-from consonar.evaluation.copying import CopyRate, copy_rate_features, copy_rate_tokens
-from consonar.evaluation.features import FeatureNetwork, FeatureSet, ScoringNetwork, load_feature_network
+from consonar.evaluation.features import FeatureNetwork, load_feature_network
 from consonar.evaluation.image_sets import NEEDED, ImageSet, folder_image_set, npz_image_set, source_image_set
+from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
 from consonar.evaluation.results import Metric, Results, library_versions, machine_name
-from consonar.evaluation.statistics import Target, random_parts
+from consonar.evaluation.statistics import random_parts
 from consonar.outside import npz_keys, read_npz
 from consonar.placement import device_of, to_device
 from consonar.sampling.sample import check_batch_size
@@ -66,8 +66,12 @@ class Reference:
     """Mean (F,) and covariance (F, F) that replace those of the images; without images only this distance exists."""
     spatial_statistics: tuple[Tensor, Tensor] | None = None
     """The same of spatial features, for sFID."""
+    statistics_sha256: dict[str, str] = field(default_factory=dict)
+    """Of the file that the statistics come from, as `statistics`."""
     tokens: dict[str, Tensor] | None = None
     """Tokens (T, N) or (T, views, N) of the same images by the same names; see `encode_reference`."""
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer that made them."""
 
 
 def load_samples(path: str | Path) -> Samples:
@@ -139,7 +143,8 @@ def _open_npz_reference(path: Path, image_size: int) -> Reference:
         images["reference"], shape = npz_image_set(path)
         if _square(path, shape) != image_size:
             raise UserError(f"reference {path}: images of {shape[1]} px, but the samples have {image_size} px")
-    return Reference(str(path), images, statistics, spatial_statistics)
+    of_file = {"statistics": file_sha256(path)} if statistics else {}
+    return Reference(str(path), images, statistics, spatial_statistics, of_file)
 
 
 def _read_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
@@ -165,7 +170,7 @@ def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: 
         name: torch.cat([encode(batch) for batch in images.stream(batch_size)])
         for name, images in reference.images.items()
     }
-    return replace(reference, tokens=tokens)
+    return replace(reference, tokens=tokens, tokenizer_fingerprint=tokenizer.fingerprint)
 
 
 def evaluate(
@@ -201,21 +206,28 @@ def evaluate(
     check_batch_size(batch_size)
     if not 0 <= copy_quantile <= 1:
         raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
+    if max_neighbours_images <= least:
+        raise UserError(f"max_neighbours_images: {max_neighbours_images}; {num_neighbours} neighbours need more")
+    made_by = (samples.settings or {}).get("tokenizer_fingerprint")
+    known_by = reference.tokenizer_fingerprint
+    if samples.tokens is not None and None not in (made_by, known_by) and made_by != known_by:
+        raise UserError(f"{samples.images.name}: its tokens and those of {reference.name} are of two tokenizers")
     keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "seed": seed, "progress": progress}
     known = {name: sets.cached_features(network, images, **keep) for name, images in reference.images.items()}
-    targets, without = _prepare(network, reference, known, num_neighbours)
+    targets, without = prepare(network, reference, known, num_neighbours)
     found = sets.extract_features(
         network, samples.images, part_of=part_of if draws > 1 else torch.full_like(part_of, -1), **keep
     )
-    copies, unavailable = _copy_rates(samples, found, reference, known, copy_quantile)
-    values = _measure(targets, network.name, found, 0, copies, part_of >= -1)
+    copies, unavailable = copy_rates(samples, found, reference, known, copy_quantile)
+    values = measure(targets, network.name, found, 0, copies, part_of >= -1)
     num_parts = len(found.parts)
-    parts = [_measure(targets, network.name, found, 1 + i, copies, part_of == i) for i in range(num_parts)]
+    parts = [measure(targets, network.name, found, 1 + i, copies, part_of == i) for i in range(num_parts)]
     limits = {"num_neighbours": num_neighbours, "max_neighbours_images": max_neighbours_images}
     config = {**limits, "copy_quantile": copy_quantile, "batch_size": batch_size, "device": device, "draws": draws}
     return Results(
         metrics={k: Metric(value, stdev(part[k] for part in parts) if parts else None) for k, value in values.items()},
         unavailable=without | unavailable,
+        remarks=remarks(network, targets, found, known, seed),
         noise_floor={
             f"{kind}({network.name}) {name}": value
             for kind, target in targets.items()
@@ -224,6 +236,7 @@ def evaluate(
         copies=copies,
         num_samples=samples.count,
         num_reference={name: features.moments.count for name, features in known.items()},
+        reference_sha256={name: features.content for name, features in known.items()} | reference.statistics_sha256,
         samples={"name": samples.images.name, "sha256": samples.sha256, "settings": samples.settings},
         reference=reference.name,
         feature_network={"name": network.name, "sha256": network.weights_sha256},
@@ -232,72 +245,6 @@ def evaluate(
         machine=machine_name(device),
         versions=library_versions(),
     )
-
-
-def _prepare(
-    network: FeatureNetwork, reference: Reference, known: dict[str, FeatureSet], k: int
-) -> tuple[dict[str, Target], dict[str, str]]:
-    """Targets `FD` and, of a `ScoringNetwork`, `sFD`; and why there is none."""
-    near = known.get("train") or known.get("reference")
-    features = {name: (found.moments.mean, found.moments.cov) for name, found in known.items()}
-    features |= _given(reference, reference.statistics, network.name, network.num_features)
-    targets = {"FD": Target(features, near.rows if near else None, k)}
-    if not isinstance(network, ScoringNetwork):
-        return targets, {}
-    if reference.statistics and not reference.spatial_statistics:
-        return targets, {f"sFD({network.name})": "the reference's statistics have no mu_s and sigma_s"}
-    spatial = {name: (found.spatial[0].mean, found.spatial[0].cov) for name, found in known.items()}
-    spatial |= _given(reference, reference.spatial_statistics, f"{network.name} (spatial)", network.num_spatial)
-    return targets | {"sFD": Target(spatial, None, k)}, {}
-
-
-def _given(
-    reference: Reference, statistics: tuple[Tensor, Tensor] | None, network: str, num_features: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The Gaussian that the reference brings instead of images. Raises UserError for another number of features."""
-    if statistics is None:
-        return {}
-    if len(statistics[0]) != num_features:
-        raise UserError(f"reference {reference.name}: {len(statistics[0])} features, {network} has {num_features}")
-    return {"reference": statistics}
-
-
-def _measure(
-    targets: dict[str, Target], network: str, found: FeatureSet, part: int, copies: dict[str, CopyRate], members: Tensor
-) -> dict[str, float]:
-    """Metrics of all samples (`part` 0) or of one part (1, 2, ...); `members` (S,) bool says which samples they are."""
-    moments = {"FD": (found.moments, *found.parts)[part]}
-    if found.spatial:
-        moments["sFD"] = found.spatial[part]
-    values: dict[str, float] = {}
-    for kind, target in targets.items():
-        distances = target.frechet_distances(moments[kind])
-        values |= {f"{kind}({network}) {name}".removesuffix(" reference"): value for name, value in distances.items()}
-    if found.scores:
-        values[f"IS({network})"] = found.scores[part].value
-    values |= targets["FD"].precision_recall(found.rows[members[found.indices]])
-    for kind, copied in copies.items():
-        values[f"copy rate ({kind})"] = float(copied.is_copy[members[copied.rows]].double().mean())
-    return values
-
-
-def _copy_rates(
-    samples: Samples, found: FeatureSet, reference: Reference, known: dict[str, FeatureSet], quantile: float
-) -> tuple[dict[str, CopyRate], dict[str, str]]:
-    """The copy rates that can be measured, and why other metrics cannot."""
-    without_images = "the reference holds statistics, no images"
-    why = {} if reference.images else dict.fromkeys(("precision", "recall"), without_images)
-    if not {"train", "validation"} <= known.keys():
-        reason = "the reference has no train and validation images"
-        return {}, why | dict.fromkeys(("copy rate (features)", "copy rate (tokens)"), reason)
-    train = known["train"]
-    near = copy_rate_features(found.rows, train.rows, known["validation"].rows, quantile=quantile)
-    copies = {"features": replace(near, indices=train.indices[near.indices], rows=found.indices)}
-    if samples.tokens is None or reference.tokens is None:
-        missing = "samples carry" if samples.tokens is None else "reference carries"
-        return copies, why | {"copy rate (tokens)": f"the {missing} no tokens"}
-    tokens = reference.tokens["train"], reference.tokens["validation"]
-    return copies | {"tokens": copy_rate_tokens(samples.tokens, *tokens, quantile=quantile)}, why
 
 
 def _square(path: Path, shape: tuple[int, ...]) -> int:

@@ -88,6 +88,8 @@ def evaluate_run(
     sharpness = Sharpness(reference, tokenizer, batch_size)
     matched = {round(sharpness.match(generator, other), 4): other.name for other in match}
     samplers = [replace(sampler or SamplerConfig(), temperature=t) for t in dict.fromkeys([*temperatures, *matched])]
+    if target is not None and (target.name, target.tokenizer_fingerprint) != (reference, tokenizer.fingerprint):
+        raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
     if target is None:
         target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
     labels = balanced_labels(num_samples, generator.num_classes)
@@ -120,8 +122,13 @@ def evaluate_run(
         "feature_network": results.feature_network,
         "checkpoint_sha256": checkpoint.file_sha256(model_folder(run) / "model.safetensors"),
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
-        "reference": {"name": target.name, **{f"num_{k}": v for k, v in results.num_reference.items()}},
+        "reference": {
+            "name": target.name,
+            **{f"num_{name}": count for name, count in results.num_reference.items()},
+            **{f"{name}_sha256": sha256 for name, sha256 in results.reference_sha256.items()},
+        },
         "noise_floor": {key: {"value": value} for key, value in results.noise_floor.items()},
+        "remarks": results.remarks,
         "config": results.config,
         "draws": draws,
         "versions": results.versions,

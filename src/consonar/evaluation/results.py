@@ -47,6 +47,8 @@ class Results:
     metrics: dict[str, Metric]
     unavailable: dict[str, str]
     """Metrics that this reference or these samples do not allow, and why."""
+    remarks: tuple[str, ...]
+    """What must be known to read the numbers, one line each."""
     noise_floor: dict[str, float]
     """Fréchet distances of validation to training images: what real images reach."""
     copies: dict[str, CopyRate]
@@ -54,6 +56,8 @@ class Results:
     num_samples: int
     num_reference: dict[str, int]
     """Images per set of the reference; none for statistics."""
+    reference_sha256: dict[str, str]
+    """Of the pixels of each set of the reference, and of its file of statistics."""
     samples: dict[str, Any]
     """Name and SHA-256 of the file, and the sampler's settings when it holds them."""
     reference: str

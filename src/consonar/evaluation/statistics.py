@@ -20,6 +20,7 @@ from torch import Tensor
 
 from consonar.errors import UserError
 
+EPSILON = torch.finfo(torch.float64).eps
 EIGENVALUE_TOLERANCE = 1e-6
 """Eigenvalues of a covariance down to -1e-6 times the largest count as rounding (float32 storage) and become 0."""
 
@@ -78,19 +79,24 @@ def symmetric_root(cov: Tensor) -> Tensor:
     eigenvalue below -`EIGENVALUE_TOLERANCE` times the largest: such a matrix is not a covariance.
     """
     values, vectors = torch.linalg.eigh(_checked_symmetric(cov))
-    return (vectors * _clipped(values).sqrt()) @ vectors.T
+    values = _clipped(values)
+    # What is left of an eigenvalue of 0 would have a root that is not small.
+    values = values.where(values > len(values) * EPSILON * values[-1], 0.0)
+    return (vectors * values.sqrt()) @ vectors.T
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, root1: Tensor | None = None) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, Eq. 6).
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, Eq. 6), 0 or more.
 
     |mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^(1/2)), where the last trace is the sum of the square
     roots of the eigenvalues of the symmetric matrix R cov2 R with R = cov1^(1/2). Means (F,), covariances (F, F), any
     float type, calculated in float64. `root1` is `symmetric_root(cov1)` when the caller already has it (one reference,
-    many sets of samples). The result is >= 0 up to rounding. Raises UserError when a matrix is not a covariance or the
-    numbers of features differ.
+    many sets of samples). Raises UserError when a matrix is not a covariance or the numbers of features differ.
+
+    A distance that is not large beside the rounding of those roots is calculated again from the singular values of the
+    product of both roots, which lose no digits; what that cannot tell from 0 is 0.
     """
-    if not (mean1.shape == mean2.shape and cov1.shape == cov2.shape == (*mean1.shape, *mean1.shape)):
+    if not (mean1.ndim == 1 and mean1.shape == mean2.shape and cov1.shape == cov2.shape == (len(mean1), len(mean1))):
         raise UserError(
             f"Fréchet distance: shapes {tuple(mean1.shape)}, {tuple(cov1.shape)} and {tuple(mean2.shape)}, "
             f"{tuple(cov2.shape)} differ: were the statistics made with another feature network?"
@@ -99,9 +105,17 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *
     product = root @ _checked_symmetric(cov2) @ root
     values = torch.linalg.eigvalsh((product + product.T) / 2)
     # float64: the distance is a small difference of large traces.
-    difference = mean1.double() - mean2.double()
-    traces = cov1.double().trace() + cov2.double().trace()
-    return float(difference.square().sum() + traces - 2 * _clipped(values).sqrt().sum())
+    gap = float((mean1.double() - mean2.double()).square().sum())
+    traces = float(cov1.double().trace() + cov2.double().trace())
+    distance = gap + traces - 2 * float(_clipped(values).sqrt().sum())
+    # An eigenvalue is off by F eps times the largest, so its root by up to the root of that, and there are F of them.
+    if distance > 100 * len(mean1) * math.sqrt(len(mean1) * EPSILON * float(values[-1].clamp(min=0))):
+        return distance
+    other = symmetric_root(cov2)
+    traces = float(root.square().sum() + other.square().sum())
+    distance = gap + traces - 2 * float(torch.linalg.svdvals(root @ other).sum())
+    # Eigenvalues under F eps times the largest are noise (`symmetric_root`), and there are at most F of them.
+    return distance if distance > len(mean1) ** 2 * EPSILON * traces else 0.0
 
 
 def _checked_symmetric(cov: Tensor) -> Tensor:
@@ -235,6 +249,11 @@ class InceptionScore:
             # xlogy: a probability of exactly 0 contributes 0.
             negative_entropy += float(torch.special.xlogy(part, part).sum())
             self.splits[split] = count + len(part), total + part.sum(0), negative_entropy
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the probabilities are of; 0 before there were rows."""
+        return max((len(total) for _, total, _ in self.splits.values()), default=0)
 
     @property
     def value(self) -> float:

@@ -1,0 +1,186 @@
+"""Sets that are equal, few, constant, damaged or foreign: the right number, or one line."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from consonar.errors import UserError
+from consonar.evaluation.evaluate import Reference, Samples, evaluate, open_reference
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.measure import distance_of_draws
+from consonar.evaluation.statistics import Moments, frechet_distance, symmetric_root
+from consonar.sampling.job import write_npz
+
+
+class Cells:
+    """Features: the pixels of a 4 x 4 image; more of them than most sets here have images."""
+
+    name, weights_sha256, num_features = "cells", "p" * 64, 48
+
+    def __call__(self, images):
+        return functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+
+
+def noise(count, seed, size=4):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def in_memory(images, name="memory"):
+    return ImageSet(name, lambda size: (images[i : i + size] for i in range(0, len(images), size)))
+
+
+def measured(samples, reference, network=None, **options):
+    given = Samples(in_memory(samples, "samples"), len(samples), 4, "0")
+    known = Reference("known", {"reference": in_memory(reference)})
+    return evaluate(given, known, feature_network=network or Cells(), **options)
+
+
+def moments_of(features):
+    moments = Moments(features.shape[1])
+    moments.update(features)
+    return moments
+
+
+@pytest.mark.parametrize("count", [10, 400])
+def test_a_set_is_at_distance_zero_from_itself_in_any_order(count):
+    images = noise(count, 0)
+    for samples in (images, images[np.random.default_rng(1).permutation(count)]):
+        values = measured(samples, images, batch_size=7).metrics
+        assert values["FD(cells)"].value == 0
+        assert (values["precision"].value, values["recall"].value) == (1, 1)
+
+
+@pytest.mark.parametrize("count", [5, 30, 200])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_a_distance_is_never_negative_and_a_small_one_is_no_zero(count, scale, rng):
+    """Of a shift by a small vector the distance is its squared length, whatever the covariance and its rank."""
+    features = scale * torch.randn(count, 60, generator=rng, dtype=torch.float64) * torch.logspace(0, -6, 60)
+    one, shift = moments_of(features), torch.zeros(60, dtype=torch.float64)
+    shift[0] = 1e-4 * scale
+    found = frechet_distance(one.mean, one.cov, one.mean + shift, one.cov)
+    assert found == pytest.approx(1e-8 * scale**2, rel=1e-3)
+    assert frechet_distance(one.mean, one.cov, one.mean, one.cov) == 0
+    for factor in (1e-3, 0.1):  # (1 + f)^2 times the covariance: f^2 times its trace
+        found = frechet_distance(one.mean, one.cov, one.mean, (1 + factor) ** 2 * one.cov)
+        assert found == pytest.approx(factor**2 * float(one.cov.trace()), rel=1e-3)
+    other = moments_of(features + 1e-13 * scale * torch.randn(count, 60, generator=rng, dtype=torch.float64))
+    assert frechet_distance(one.mean, one.cov, other.mean, other.cov) >= 0
+
+
+def test_what_perfect_samples_score_is_said_where_samples_are_few(rng):
+    reference, few, enough = noise(600, 0), noise(30, 1), noise(500, 2)
+    result = measured(few, reference)
+    (line,) = result.remarks
+    assert "FD(cells) is biased upwards by few samples: 30 draws" in line and "48 features" in line and "\n" not in line
+    said = float(line.split(" score ")[1].split(";")[0])
+    # The samples come from the distribution of the reference: their distance is that bias and little else.
+    assert said == pytest.approx(result.metrics["FD(cells)"].value, rel=0.25)
+    assert measured(enough, reference).remarks == ()
+    (line,) = measured(enough, noise(100, 3)).remarks
+    assert "by few images of the reference, too (reference 100, 48 features)" in line
+
+
+@pytest.mark.parametrize("count", [10, 40, 400])
+def test_the_distance_of_draws_is_that_of_drawn_features(count, rng):
+    mixing = torch.randn(20, 20, generator=rng, dtype=torch.float64)
+    cov = mixing @ mixing.T
+    root = symmetric_root(cov)
+    drawn = []
+    for _ in range(40):
+        moments = moments_of(torch.randn(count, 20, generator=rng, dtype=torch.float64) @ root)
+        drawn.append(frechet_distance(torch.zeros(20), cov, moments.mean, moments.cov))
+    found = [distance_of_draws(root, count, seed) for seed in range(40)]
+    error = (np.var(drawn) / 40 + np.var(found) / 40) ** 0.5
+    assert abs(np.mean(drawn) - np.mean(found)) < 4 * error and np.mean(found) > 0
+
+
+def test_sets_without_any_variance_are_measured():
+    grey, white = np.full((8, 4, 4, 3), 100, np.uint8), np.full((8, 4, 4, 3), 255, np.uint8)
+    assert measured(grey, grey).metrics["FD(cells)"].value == 0
+    expected = 48 * (2 * 155 / 255) ** 2
+    values = measured(white, grey).metrics
+    assert values["FD(cells)"].value == pytest.approx(expected, rel=1e-5) and values["precision"].value == 0
+    # Against noise: the squared length between the means, and all of the variance.
+    moments = moments_of(Cells()(torch.from_numpy(noise(50, 0)).permute(0, 3, 1, 2).float() / 127.5 - 1))
+    gap = (moments.mean - (2 * 100 / 255 - 1)).square().sum() + moments.cov.trace()
+    assert measured(noise(50, 0), grey).metrics["FD(cells)"].value == pytest.approx(float(gap), rel=1e-5)
+
+
+class Broken(Cells):
+    def __call__(self, images):
+        features = super().__call__(images)
+        features[images.mean((1, 2, 3)) == 1, 3] = torch.nan  # for a white picture
+        return features
+
+
+class Narrow(Cells):
+    def __call__(self, images):
+        return super().__call__(images)[:, :5]
+
+
+WHITE = np.concatenate([noise(9, 0), np.full((1, 4, 4, 3), 255, np.uint8), noise(9, 1)])
+
+
+@pytest.mark.parametrize(("samples", "reference", "options", "message"), [
+    (noise(9, 0), noise(1, 1), {}, "reference known: 1 image.* as reference; .*3 neighbours needs 4 or more"),
+    (noise(9, 0), noise(3, 1), {}, "reference known: 3 image"),
+    (noise(9, 0), noise(0, 1), {}, "reference known: 0 image"),
+    (WHITE, noise(9, 1), {"network": Broken()}, "cells: gives NaN or infinity for image 9 of samples"),
+    (noise(9, 0), WHITE, {"network": Broken(), "batch_size": 4}, "cells: gives NaN or infinity for image 9 of memory"),
+    (noise(9, 0), noise(9, 1), {"network": Narrow()}, r"cells: gives shape \(9, 5\), expected \(9, 48\)"),
+    (noise(9, 0) / 255, noise(9, 1), {}, "images: float64 .*expected uint8"),
+    (noise(9, 0), noise(9, 1)[..., :1], {}, r"images: uint8 \(9, 4, 4, 1\); expected uint8"),
+    (noise(9, 0), noise(9, 1), {"max_neighbours_images": 3}, "max_neighbours_images: 3"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_one_line(samples, reference, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        measured(samples, reference, **options)
+    assert "\n" not in str(caught.value)
+
+
+MU, SIGMA = np.zeros(48), np.eye(48)
+
+
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({"mu": SIGMA, "sigma": MU}, r"mu has shape \(48, 48\), sigma \(48,\); expected"),
+    ({"mu": MU, "sigma": np.eye(40)}, r"mu has shape \(48,\), sigma \(40, 40\)"),
+    ({"mu": np.float64(1), "sigma": SIGMA}, r"mu has shape \(\)"),
+    ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "2048 features, cells has 48"),
+    ({"mu": MU + np.nan, "sigma": SIGMA}, "mu is float64; expected finite"),
+    ({"mu": MU, "sigma": SIGMA + np.inf}, "sigma is float64; expected finite"),
+    ({"mu": MU.astype(str), "sigma": SIGMA}, "mu is <U"),
+    ({"mu": MU, "sigma": SIGMA * 1j}, "sigma is complex128"),
+    ({"mu": MU, "sigma": -SIGMA}, "not a covariance"),
+    ({"mu": MU, "sigma": np.triu(np.ones((48, 48)))}, "not symmetric"),
+])  # fmt: skip
+def test_statistics_that_are_not_of_this_network_are_one_line(arrays, message, tmp_path):
+    write_npz(tmp_path / "s.npz", arrays)
+    given = Samples(in_memory(noise(9, 0)), 9, 4, "0")
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate(given, open_reference(tmp_path / "s.npz", 4), feature_network=Cells())
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_of_two_tokenizers_are_not_compared():
+    tokens = torch.zeros(9, 4, dtype=torch.int64)
+    given = Samples(in_memory(noise(9, 0)), 9, 4, "0", tokens=tokens, settings={"tokenizer_fingerprint": "one"})
+    sets = {name: in_memory(noise(9, seed)) for seed, name in enumerate(("train", "validation"))}
+    known = Reference("known", sets, tokens=dict.fromkeys(sets, tokens), tokenizer_fingerprint="two")
+    with pytest.raises(UserError, match="of two tokenizers"):
+        evaluate(given, known, feature_network=Cells())
+
+
+def test_statistics_given_as_tensors_are_checked_as_well():
+    given, mean, cov = Samples(in_memory(noise(9, 0)), 9, 4, "0"), torch.zeros(48), torch.eye(48)
+    for statistics, message in [
+        ((cov, mean), r"mean \(48, 48\) and covariance \(48,\).*exchanged\?"),
+        ((mean * torch.nan, cov), "NaN or infinity"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            evaluate(given, Reference("known", {}, statistics), feature_network=Cells())
