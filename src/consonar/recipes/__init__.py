@@ -11,9 +11,11 @@ from consonar.recipes.openmoji import (
     ce_openmoji,
     free_openmoji,
     rear_openmoji,
+    rear_openmoji_f4,
     soft_openmoji,
     ste_openmoji,
     tokenizer_openmoji_64,
+    tokenizer_openmoji_64_f4,
     vapi_openmoji,
     vapi_spatial_openmoji,
 )
@@ -34,7 +36,9 @@ from consonar.recipes.published import (
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "ar-openmoji": ar_openmoji,
     "rear-openmoji": rear_openmoji,
+    "rear-openmoji-f4": rear_openmoji_f4,
     "tokenizer-openmoji-64": tokenizer_openmoji_64,
+    "tokenizer-openmoji-64-f4": tokenizer_openmoji_64_f4,
     "vapi-openmoji": vapi_openmoji,
     "vapi-spatial-openmoji": vapi_spatial_openmoji,
     "ce-openmoji": ce_openmoji,

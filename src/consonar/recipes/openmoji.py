@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from consonar.config import DataConfig, LoopConfig, TrainConfig
-from consonar.generators.rear import REAR_PRESETS
+from consonar.generators.rear import REAR_PRESETS, ReARConfig
 from consonar.tokenizers.vq import VQConfig
 from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives import ConsistencyConfig, NoiseConfig
@@ -56,6 +56,40 @@ def tokenizer_openmoji_64() -> TrainConfig:
             sample_every=400,
             save_every=200,
             precision="fp32",  # narrow convolutions on a CPU are faster in float32 than in bf16
+        ),
+    )
+
+
+def tokenizer_openmoji_64_f4() -> TrainConfig:
+    """The shipped tokenizer of the shipped generator: 64 px, 1,024 codes, 16 x 16 tokens, sharp lines (a patch
+    discriminator from the middle of training on)."""
+    return TrainConfig(
+        recipe="tokenizer-openmoji-64-f4",
+        model=VQConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_groups=16),
+        objective=ReconstructionConfig(
+            mse_weight=4.0, chroma_weight=8.0, perceptual_weight=0.1, discriminator_weight=0.03, discriminator_start=1500
+        ),
+        data=DataConfig(images="openmoji", flip=True),
+        optim=OptimConfig(lr=2e-3, min_lr=2e-5, warmup_steps=100, beta2=0.95, weight_decay=1e-4),
+        loop=LoopConfig(
+            steps=2600, batch_size=16, log_every=20, validate_every=250, sample_every=500, save_every=250, ema_decay=0.998
+        ),
+    )
+
+
+def rear_openmoji_f4() -> TrainConfig:
+    """The shipped generator `openmoji`: reAR on the 16 x 16 tokens of `openmoji-64-f4`, small enough for a package."""
+    return TrainConfig(
+        recipe="rear-openmoji-f4",
+        tokenizer="openmoji-64-f4",
+        model=ReARConfig(width=224, num_layers=5, num_heads=4, dropout=0.0),
+        objective=ConsistencyConfig(
+            embedding_weight=1.0, head_width=256, noise=NoiseConfig(schedule="truncated_linear")
+        ),
+        data=DataConfig(tokens="tokens/openmoji-64-f4"),
+        optim=OptimConfig(lr=1.5e-3, min_lr=2e-5, warmup_steps=100),
+        loop=LoopConfig(
+            steps=3000, batch_size=32, log_every=20, validate_every=250, sample_every=500, save_every=250, ema_decay=0.998
         ),
     )
 
