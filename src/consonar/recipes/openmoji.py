@@ -67,12 +67,22 @@ def tokenizer_openmoji_64_f4() -> TrainConfig:
         recipe="tokenizer-openmoji-64-f4",
         model=VQConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_groups=16),
         objective=ReconstructionConfig(
-            mse_weight=4.0, chroma_weight=8.0, perceptual_weight=0.1, discriminator_weight=0.03, discriminator_start=1500
+            mse_weight=4.0,
+            chroma_weight=8.0,
+            perceptual_weight=0.1,
+            discriminator_weight=0.03,
+            discriminator_start=1500,
         ),
         data=DataConfig(images="openmoji", flip=True),
         optim=OptimConfig(lr=2e-3, min_lr=2e-5, warmup_steps=100, beta2=0.95, weight_decay=1e-4),
         loop=LoopConfig(
-            steps=2600, batch_size=16, log_every=20, validate_every=250, sample_every=500, save_every=250, ema_decay=0.998
+            steps=2600,
+            batch_size=16,
+            log_every=20,
+            validate_every=250,
+            sample_every=500,
+            save_every=250,
+            ema_decay=0.998,
         ),
     )
 
@@ -89,7 +99,13 @@ def rear_openmoji_f4() -> TrainConfig:
         data=DataConfig(tokens="tokens/openmoji-64-f4"),
         optim=OptimConfig(lr=1.5e-3, min_lr=2e-5, warmup_steps=100),
         loop=LoopConfig(
-            steps=3000, batch_size=32, log_every=20, validate_every=250, sample_every=500, save_every=250, ema_decay=0.998
+            steps=1800,
+            batch_size=32,
+            log_every=20,
+            validate_every=250,
+            sample_every=500,
+            save_every=250,
+            ema_decay=0.998,
         ),
     )
 

@@ -23,7 +23,7 @@ from consonar.types import Tokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Tokenizers whose weights are part of the package.
-SHIPPED = ("openmoji-64",)
+SHIPPED = ("openmoji-64", "openmoji-64-f4")
 # Kinds whose weights serve any image size.
 RESIZABLE = ("vq", "maskgit-vq", "vqgan-plus")
 
@@ -74,7 +74,7 @@ def resized(config: Any, num_tokens: int) -> Any:
 
 
 def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -> TokenizerModule:
-    """A frozen tokenizer in evaluation mode on the CPU, from a name (`openmoji-64`), a run or a component folder.
+    """A frozen tokenizer in evaluation mode on the CPU, from a name (`SHIPPED`), a run or a component folder.
 
     `num_tokens`: for images of so many tokens, where its architecture takes any image size (see `resized`).
 
