@@ -1,12 +1,12 @@
 # `make demo` and `make test` do all set-up themselves, on a machine with Python 3.11 or newer.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-MINUTES ?= 13
+MINUTES ?= 18
 BIN := .venv/bin
 
 .PHONY: help demo test test-slow test-gpu test-portable lint bench results claims-vapi clean
 
 help:
-	@echo "make demo       train plain AR and reAR, post-train both by VA-pi, write runs/demo/report.html (MINUTES=13)"
+	@echo "make demo       train plain AR and reAR, post-train both by VA-pi, write runs/demo/report.html (MINUTES=18, of this machine)"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the slower tests"
 	@echo "make test-gpu   the tests that need a CUDA device"

@@ -1,42 +1,66 @@
 """The main job on real data: plain AR and reAR on OpenMoji, each then post-trained by VA-pi and by its control.
 
-Same seed, data order and budget for the runs of a comparison; one page at the end.
+It opens with pictures of a generator in the package, measures how fast this machine is, and fits the job to the minutes
+given. Same seed, data order, steps and samples for the runs of a comparison; one page at the end.
 
-Every step that is finished is skipped when the demo is called again, so that an interrupted one goes on.
+Every step that is finished is skipped when the demo is called again, so that an interrupted one goes on, as planned.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from consonar.checkpoint import write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
 from consonar.data.tokens import write_token_store
+from consonar.demo_plan import (
+    EvaluationRate,
+    Part,
+    Progress,
+    TrainingRate,
+    Work,
+    evaluation_rate,
+    most_work,
+    seconds_of,
+    training_rate,
+)
 from consonar.distributed import pick_device
 from consonar.errors import UserError
-from consonar.evaluation.evaluate import encode_reference, open_reference
+from consonar.evaluation.evaluate import Reference, encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
+from consonar.generators import load_generator, load_own_tokenizer, read_origin
 from consonar.outside import read_json
+from consonar.pictures import save_grid
 from consonar.recipes import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
 from consonar.report import write_report
+from consonar.sampling.sample import SamplerConfig, sample
 from consonar.tokenizers import load_tokenizer
+from consonar.tracking import read_metrics
 from consonar.training.run import train
+from consonar.types import Tokenizer
 
 TOKENIZER = "openmoji-64"
-STEPS_PER_MINUTE = 21
-"""Optimiser steps of each training run per minute of budget: what two CPU cores manage with all the rest included."""
-UPDATES_PER_MINUTE = 4
-"""Updates of each post-training run per minute of budget."""
+OPENING, OPENING_SAMPLER, PER_CLASS = "openmoji", SamplerConfig(), 8
+"""The generator whose pictures come first, how they are drawn, and how many of each class."""
 TEMPERATURES = (1.0, 0.7)
-NUM_SAMPLES = 512
 RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}
 POST_TRAINING = {"ce": ce_openmoji, "vapi": vapi_spatial_openmoji}
+# A run that others start from has one row more, at the temperature of equal entropy.
+PARTS = {name: Part(name, "step", len(TEMPERATURES) + 1) for name in RUNS} | {
+    f"{start}-{name}": Part(name, "update", len(TEMPERATURES)) for start in RUNS for name in POST_TRAINING
+}
+PROBE_STEPS, PROBE_SAMPLES = 4, (32, 96)
+"""What is run to measure this machine: steps of every kind of training, and samples of two rows of results."""
 
 
 def demo_config(name: str, out: Path, *, steps: int, seed: int) -> TrainConfig:
@@ -65,71 +89,178 @@ def post_training_config(start: str, name: str, out: Path, *, steps: int, seed: 
     )
 
 
-def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
-    """Makes the token stores, trains and measures all runs, writes `out`/report.html and returns its path.
+def config_of(name: str, out: Path, work: Work, seed: int) -> TrainConfig:
+    """The configuration of one of `PARTS`."""
+    if PARTS[name].unit == "step":
+        return demo_config(name, out, steps=work.steps, seed=seed)
+    return post_training_config(
+        name.removesuffix(f"-{PARTS[name].kind}"), PARTS[name].kind, out, steps=work.updates, seed=seed
+    )
 
-    `minutes` sets the number of steps (not a clock: the same budget gives the same result on any machine). Raises
-    `UserError` when `out` holds a demo with another budget or seed, or something else.
+
+def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
+    """Draws `out`/opening.png, measures this machine, trains and measures all runs, and returns `out`/report.html.
+
+    The number of steps, updates and samples is what fits into `minutes` here; it is decided once and kept in
+    `out`/demo.json. Raises `UserError` when `out` holds a demo with other minutes or another seed, or something else.
     """
-    steps = round(minutes * STEPS_PER_MINUTE) if math.isfinite(minutes) else 0
-    if steps < 8:
-        raise UserError(f"--minutes: {minutes} is too short; at least {8 / STEPS_PER_MINUTE}")
-    claim(out, {"minutes": minutes, "seed": seed, "steps": steps})
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise UserError(f"--minutes: {minutes} is not a time, over 0")
+    stored = claim(out, {"minutes": minutes, "seed": seed})
     page = out / "report.html"
     if page.exists():
         say(f"{page} is there already; remove {out} to run the demo again")
         return page
-    started = time.monotonic()
+    began = time.monotonic()
     device = pick_device()
     tokenizer = load_tokenizer(TOKENIZER).to(device)
+    draw_opening(out / "opening.png", device, say)
+    make_tokens(out, tokenizer, say)
+    target = encode_reference(open_reference(TOKENIZER, tokenizer.image_size), tokenizer)
+    if "seconds" not in stored:
+        stored |= make_plan(out, target, minutes=minutes, seed=seed, began=began, say=say)
+        write_settings(out, stored)
+    work = Work(stored["steps"], stored["updates"], stored["samples"])
+    progress = Progress(stored["seconds"], say)
+    progress.skip("preparing")
+    for name in PARTS:
+        train_part(name, out, work, seed, progress)
+    for name in PARTS:
+        measure_part(name, out, work, seed, target, progress)
+    progress.start("page")
+    runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
+    write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji")
+    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes")
+    return page
+
+
+def draw_opening(path: Path, device: torch.device, say: Callable[[str], None]) -> None:
+    """A grid of the shipped generator's pictures, one row per class, of the first seeds."""
+    if not path.exists():
+        generator, names = load_generator(OPENING).to(device), read_origin(OPENING).class_names or ()
+        labels = [label for label in range(generator.num_classes) for _ in range(PER_CLASS)]
+        drawn = sample(generator, load_own_tokenizer(OPENING).to(device), labels, config=OPENING_SAMPLER)
+        save_grid(drawn.images, path, columns=PER_CLASS)
+        say(f"{path}: drawn by the generator {OPENING!r} of the package; its rows: {', '.join(names)}")
+
+
+def make_tokens(out: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """The token stores of the training and the validation images."""
     for split, folder, views in (("train", "tokens", "center_flip"), ("validation", "tokens-validation", "center")):
         if not (out / folder).exists():
             say(f"OpenMoji, {split} images -> tokens")
             source = open_source("openmoji", split=split, image_size=tokenizer.image_size)
             write_token_store(out / folder, source, tokenizer, views=views)
-    configs = {name: demo_config(name, out, steps=steps, seed=seed) for name in RUNS}
-    updates = max(2, round(minutes * UPDATES_PER_MINUTE))
-    for start in RUNS:
-        for name in POST_TRAINING:
-            configs[f"{start}-{name}"] = post_training_config(start, name, out, steps=updates, seed=seed)
-    for name, config in configs.items():
-        if not (out / name / "model").exists():
-            say(f"training {name}: {config.loop.steps} steps")
-            train(config, out / name, resume=(out / name / "config.json").exists())
-    target = None
-    for name in configs:
-        if not (out / name / "results.json").exists():
-            target = target or encode_reference(open_reference(TOKENIZER, tokenizer.image_size), tokenizer)
-            evaluate_run(
-                out / name,
-                reference=TOKENIZER,
-                target=target,
-                reconstruct=name in RUNS,
-                temperatures=TEMPERATURES,
-                match=[out / f"{name}-vapi"] if name in RUNS else (),
-                num_samples=NUM_SAMPLES,
-                seed=seed,
-                device=str(device),
-                progress=say,
-            )
-    runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
-    write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji")
-    say(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
-    return page
 
 
-def claim(out: Path, settings: dict[str, float]) -> None:
-    """Makes `out` this demo's folder, or checks that it is."""
+def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) -> None:
+    """Trains one run, or goes on with it."""
+    piece, config, run = f"training {name}", config_of(name, out, work, seed), out / name
+    if (run / "model" / "config.json").is_file():  # written last
+        progress.skip(piece)
+        return
+    steps, unit = config.loop.steps, PARTS[name].unit
+    progress.start(piece, f"{steps} {unit}s")
+    train(
+        config, run, resume=(run / "config.json").exists(), quiet=True,
+        on_step=lambda step: progress.at(step / steps, f"{unit} {step} of {steps}"),
+    )  # fmt: skip
+    progress.finish()
+
+
+def measure_part(name: str, out: Path, work: Work, seed: int, target: Reference, progress: Progress) -> None:
+    """Samples and measures one run at every temperature."""
+    piece, trained, rows = f"measuring {name}", name in RUNS, PARTS[name].rows
+    if (out / name / "results.json").is_file():
+        progress.skip(piece)
+        return
+    progress.start(piece, f"{rows} x {work.samples} samples")
+    said: list[str] = []
+
+    def row(text: str) -> None:
+        progress.at(len(said) / rows, text.removeprefix(f"{name}: "))
+        said.append(text)
+
+    evaluate_run(
+        out / name, reference=TOKENIZER, target=target, reconstruct=trained, temperatures=TEMPERATURES,
+        match=[out / f"{name}-vapi"] if trained else (), num_samples=work.samples, seed=seed, progress=row,
+        device=str(pick_device()),
+    )  # fmt: skip
+    progress.finish()
+
+
+def make_plan(
+    out: Path, target: Reference, *, minutes: float, seed: int, began: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measures this machine, says how long the whole job takes, and returns what demo.json keeps of it."""
+    say("measuring this machine: some steps of every kind")
+    training, measuring = measure_machine(out / ".measure", out, target, seed)
+    spent = time.monotonic() - began
+    work = most_work(60 * minutes - spent, lambda work: sum(seconds_of(work, training, measuring, PARTS).values()))
+    seconds = {"preparing": spent, **seconds_of(work, training, measuring, PARTS)}
+    whole = sum(seconds.values()) / 60
+    speed = ", ".join(f"{kind} {rate.step:.2g}" for kind, rate in training.items())
+    say(f"seconds per step here: {speed}; per sample: {measuring.sample:.2g}")
+    short = f", the least there is: {minutes:g} are too few" if whole > minutes * 1.05 else ""
+    say(
+        f"the whole takes about {whole:.0f} minutes here{short}: {work.steps} steps for {' and '.join(RUNS)}, "
+        f"{work.updates} updates for each post-training run, {work.samples} samples per row"
+    )
+    rates = {"training": {kind: asdict(rate) for kind, rate in training.items()}, "measuring": asdict(measuring)}
+    return {**asdict(work), "seconds": seconds, "rates": rates}
+
+
+def measure_machine(
+    folder: Path, out: Path, target: Reference, seed: int
+) -> tuple[dict[str, TrainingRate], EvaluationRate]:
+    """Rates of every kind of run and of measuring one, from short ones in `folder`, which is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    work, training = Work(PROBE_STEPS, PROBE_STEPS, 0), {}
+    for name, part in PARTS.items():
+        if part.kind in training:
+            continue
+        config = config_of(name, out, work, seed)
+        loop = replace(config.loop, log_every=1, validate_every=0, save_every=0)
+        init = str(folder / Path(config.init).name) if config.init else None
+        started = time.monotonic()
+        train(replace(config, loop=loop, init=init), folder / name, quiet=True)
+        training[part.kind] = training_rate(read_metrics(folder / name / "metrics.jsonl"), time.monotonic() - started)
+    rows = []
+    for temperatures, samples in ((TEMPERATURES, PROBE_SAMPLES[0]), (TEMPERATURES[:1], PROBE_SAMPLES[1])):
+        stamps = [time.monotonic()]
+
+        def stamp(_: str, stamps: list[float] = stamps) -> None:
+            stamps.append(time.monotonic())
+
+        evaluate_run(
+            folder / next(iter(RUNS)), reference=TOKENIZER, target=target, reconstruct=False, overwrite=True,
+            temperatures=temperatures, num_samples=samples, seed=seed, progress=stamp, device=str(pick_device()),
+        )  # fmt: skip
+        rows.append((samples, time.monotonic() - stamps[-1]))  # its last row: the first reads the reference too
+    shutil.rmtree(folder)
+    return training, evaluation_rate(stamps[1] - stamps[0], *rows)
+
+
+def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes `out` this demo's folder, or checks that it is; returns what its demo.json holds."""
     path = out / "demo.json"
-    if path.exists():
-        stored = read_json(path, "remove the folder or choose another --out")
-        for key, value in settings.items():
-            if stored.get(key) != value:
-                raise UserError(
-                    f"--{key}: {value:g}, but the demo in {out} was started with {stored.get(key)}; "
-                    "remove it or choose another --out"
-                )
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out: {out} exists and holds no demo; choose another folder")
-    text = json.dumps(settings, indent=1)
-    write_atomically(path, lambda partial: partial.write_text(text + "\n"))
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out: {out} exists and holds no demo; choose another folder")
+        write_settings(out, settings)
+        return settings
+    stored = read_json(path, "remove the folder or choose another --out")
+    for key, value in settings.items():
+        if stored.get(key) != value:
+            raise UserError(
+                f"--{key}: {value:g}, but the demo in {out} was started with {stored.get(key)}; "
+                "remove it or choose another --out"
+            )
+    if "steps" in stored and "seconds" not in stored:
+        raise UserError(f"--out: the demo in {out} was planned by an older version; remove it or choose another --out")
+    return stored
+
+
+def write_settings(out: Path, settings: dict[str, Any]) -> None:
+    text = json.dumps(settings, indent=1) + "\n"
+    write_atomically(out / "demo.json", lambda partial: partial.write_text(text))

@@ -112,13 +112,14 @@ class Tracker:
         enabled: bool = True,
         quiet: bool = False,
         description: str = "train",
+        on_step: Callable[[int], None] | None = None,
     ):
         self.enabled = enabled
         self.kept: list[dict[str, float]] = []
         self.console = Console(quiet=quiet or not enabled, highlight=False, markup=False)
         self.path = folder / "metrics.jsonl"
         self.started = time.monotonic()
-        self.description, self.total_steps = description, total_steps
+        self.description, self.total_steps, self.on_step = description, total_steps, on_step
         if not enabled:
             return
         self.kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
@@ -141,7 +142,9 @@ class Tracker:
         return any(line["step"] == step and any(key.startswith(prefix) for key in line) for line in self.kept)
 
     def advance(self, step: int) -> None:
-        """Moves the bar; nothing when output is not a terminal."""
+        """Moves the bar, where output is a terminal, and tells `on_step`."""
+        if self.enabled and self.on_step:
+            self.on_step(step)
         if self.enabled and self.progress:
             self.progress.update(self.task, completed=step)
 

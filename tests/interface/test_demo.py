@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from consonar import cli, demo
+from consonar import cli, demo, demo_plan
 from consonar.evaluation import frontier
 
 
@@ -15,19 +15,23 @@ from consonar.evaluation import frontier
 def test_demo_makes_a_page_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(demo, "NUM_SAMPLES", 40)
+    monkeypatch.setattr(demo_plan, "FEWEST_SAMPLES", 40)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.9))
     out = tmp_path / "demo"
-    argv = ["demo", "--out", str(out), "--minutes", "0.4"]
+    argv = ["demo", "--out", str(out), "--minutes", "0.1"]
     original = demo.evaluate_run
     monkeypatch.setattr(demo, "evaluate_run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 130 and not (out / "report.html").exists()
     weights = (out / "rear" / "model" / "model.safetensors").stat().st_mtime_ns
+    plan = (out / "demo.json").read_text()
+    assert (out / "opening.png").is_file() and not (out / ".measure").exists()
+    assert "minutes here, the least there is" in capsys.readouterr().out
     monkeypatch.setattr(demo, "evaluate_run", original)
     cli.main(argv)
     assert (out / "rear" / "model" / "model.safetensors").stat().st_mtime_ns == weights
+    assert (out / "demo.json").read_text() == plan
     page = (out / "report.html").read_text()
     assert "reAR" in page and "CC BY-SA" in page
     posts = [f"{start}-{name}" for start in demo.RUNS for name in demo.POST_TRAINING]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +30,20 @@ from consonar.training.vq_objective import TokenizerTrainee
 
 
 def train(
-    config: TrainConfig, out: str | Path, *, resume: bool = False, stop_at: int | None = None, quiet: bool = False
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    quiet: bool = False,
+    on_step: Callable[[int], None] | None = None,
 ) -> Path:
     """Runs a configuration and returns the run folder `out`.
 
     The folder holds config.json, metrics.jsonl, samples/, checkpoints/ (to resume) and model/ (the released component:
     the generator without training-only heads, or the tokenizer). `resume` goes on from the last checkpoint; the
     configuration must be the stored one. `stop_at` ends early at that step, as an interruption would: SIGTERM and
-    Ctrl-C end training after the step, once it is saved.
+    Ctrl-C end training after the step, once it is saved. `on_step` gets the number of steps done after each.
 
     Raises `UserError` when the folder already has a run, or for data that do not fit, and `NonFiniteLoss`.
     """
@@ -46,12 +52,21 @@ def train(
     out = Path(out)
     world = distributed.start(config.loop.device)
     try:
-        return _train(config, out, world, resume=resume, stop_at=stop_at, quiet=quiet)
+        return _train(config, out, world, resume=resume, stop_at=stop_at, quiet=quiet, on_step=on_step)
     finally:
         distributed.stop(world)
 
 
-def _train(config: TrainConfig, out: Path, world: World, *, resume: bool, stop_at: int | None, quiet: bool) -> Path:
+def _train(
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    *,
+    resume: bool,
+    stop_at: int | None,
+    quiet: bool,
+    on_step: Callable[[int], None] | None,
+) -> Path:
     per_process, rest = divmod(config.loop.batch_size, world.size)
     if rest or per_process % config.loop.accumulation:
         raise UserError(
@@ -105,7 +120,7 @@ def _train_held(
         checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
     tracker = Tracker(
         out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
-        enabled=world.is_main, quiet=quiet, description=config.recipe,
+        enabled=world.is_main, quiet=quiet, description=config.recipe, on_step=on_step,
     )  # fmt: skip
     with Interruption() as interrupted:
         try:

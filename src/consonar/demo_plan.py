@@ -1,0 +1,155 @@
+"""How much work fits into the demo's minutes on this machine, and how far it is: arithmetic on measured seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+LEAST_STEPS, LEAST_UPDATES = 8, 2
+FEWEST_SAMPLES, MOST_SAMPLES = 64, 512
+UPDATES_PER_STEP = 4 / 21
+"""Updates of a post-training run for each step of a training run."""
+VALIDATIONS = {"step": 8, "update": 3}
+"""Of a training run (of `step`s), and of a post-training run, which also validates where it starts."""
+PAGE_SECONDS = 10.0
+"""The page alone is not measured: it needs finished runs."""
+
+
+@dataclass(frozen=True)
+class TrainingRate:
+    """Seconds of one kind of run."""
+
+    setup: float
+    """From the call to the first step, and from the last one to the exported model."""
+    step: float
+    """One step, or one update; over 0."""
+    validation: float
+
+
+@dataclass(frozen=True)
+class EvaluationRate:
+    """Seconds of measuring a run."""
+
+    setup: float
+    row: float
+    """What a row of results takes whatever the number of samples."""
+    sample: float
+    """Drawing one sample and its features."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of the whole job: the same for all runs of a comparison."""
+
+    steps: int
+    updates: int
+    samples: int
+    """Drawn per row of results."""
+
+
+def training_rate(metrics: Sequence[Mapping[str, Any]], seconds: float) -> TrainingRate:
+    """The rate of a run of `seconds` that logged every step (the lines of its metrics.jsonl, in their order)."""
+    steps = [line["time"] for line in metrics if "train/loss" in line]
+    before, validations = 0.0, []
+    for line in metrics:
+        if "train/loss" not in line:
+            validations.append(line["time"] - before)
+        before = line["time"]
+    gaps = sorted(later - earlier for earlier, later in pairwise(steps))
+    step, validation = max(gaps[len(gaps) // 2], 1e-4), validations[-1]  # the clock of metrics.jsonl counts 0.001
+    return TrainingRate(max(seconds - len(steps) * step - len(validations) * validation, 0.0), step, validation)
+
+
+def evaluation_rate(setup: float, few: tuple[int, float], many: tuple[int, float]) -> EvaluationRate:
+    """The rate from two rows, each (samples, seconds)."""
+    sample = max((many[1] - few[1]) / (many[0] - few[0]), 0.0)
+    return EvaluationRate(setup, max(few[1] - few[0] * sample, 0.0), sample)
+
+
+def work_for(steps: int) -> Work:
+    """The work around training runs of `steps` steps: updates in proportion, samples up to `MOST_SAMPLES`."""
+    samples = min(MOST_SAMPLES, max(FEWEST_SAMPLES, 2 * steps))
+    return Work(steps, max(LEAST_UPDATES, round(steps * UPDATES_PER_STEP)), samples)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of the job."""
+
+    kind: str
+    """What its rate was measured under."""
+    unit: Literal["step", "update"]
+    rows: int
+    """Of its results."""
+
+
+def seconds_of(
+    work: Work, training: Mapping[str, TrainingRate], measuring: EvaluationRate, parts: Mapping[str, Part]
+) -> dict[str, float]:
+    """Seconds of every piece of the job by name, in order: all runs are trained, then all are measured."""
+    pieces = {}
+    for name, part in parts.items():
+        rate, count = training[part.kind], work.steps if part.unit == "step" else work.updates
+        pieces[f"training {name}"] = rate.setup + count * rate.step + VALIDATIONS[part.unit] * rate.validation
+    for name, part in parts.items():
+        row = measuring.row + work.samples * measuring.sample
+        pieces[f"measuring {name}"] = measuring.setup + part.rows * row
+    return pieces | {"page": PAGE_SECONDS}
+
+
+def most_work(seconds: float, cost: Callable[[Work], float]) -> Work:
+    """The most work whose `cost` in seconds fits into `seconds`; the least there is where nothing fits."""
+    low, high = LEAST_STEPS, LEAST_STEPS + 1
+    while cost(work_for(high)) <= seconds:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(work_for(middle)) <= seconds else (low, middle)
+    return work_for(low)
+
+
+class Progress:
+    """Says how far the whole job is: `[ 37 %, 6 of 15 min] training rear: step 120 of 273`.
+
+    The total moves with what the pieces really take: minutes spent, and what is left as it was estimated.
+    """
+
+    def __init__(
+        self,
+        seconds: Mapping[str, float],
+        say: Callable[[str], None],
+        *,
+        every: float = 20.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.seconds, self.say, self.every, self.clock = dict(seconds), say, every, clock
+        self.done, self.piece = 0.0, ""
+        self.began = self.said = clock()
+
+    def skip(self, piece: str) -> None:
+        """A piece that an earlier call finished, in the time that was estimated."""
+        self.done += self.seconds[piece]
+        self.began -= self.seconds[piece]
+
+    def start(self, piece: str, detail: str = "") -> None:
+        self.piece = piece
+        self._line(0.0, detail)
+
+    def at(self, share: float, detail: str) -> None:
+        """This share, 0 to 1, of the piece is done; a line at most `every` seconds."""
+        if self.clock() - self.said >= self.every:
+            self._line(share, detail)
+
+    def finish(self) -> None:
+        self.done += self.seconds[self.piece]
+
+    def _line(self, share: float, detail: str) -> None:
+        done, total = self.done + share * self.seconds[self.piece], sum(self.seconds.values())
+        spent = self.clock() - self.began
+        whole = (spent + total - done) / 60
+        self.said = self.clock()
+        text = f"{self.piece}: {detail}" if detail else self.piece
+        self.say(f"[{done / total:4.0%}, {spent / 60:.0f} of {whole:.0f} min] {text}".replace("%", " %", 1))

@@ -1,0 +1,182 @@
+"""The demo's minutes are minutes: what fits is arithmetic on measured seconds, decided once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from consonar import demo
+from consonar.demo_plan import (
+    LEAST_STEPS,
+    EvaluationRate,
+    Part,
+    Progress,
+    TrainingRate,
+    Work,
+    evaluation_rate,
+    most_work,
+    seconds_of,
+    training_rate,
+    work_for,
+)
+from consonar.errors import UserError
+
+TRAINING = {
+    "plain-ar": TrainingRate(2.0, 0.7, 1.5),
+    "rear": TrainingRate(2.0, 0.8, 1.5),
+    "ce": TrainingRate(5.0, 0.9, 4.0),
+    "vapi": TrainingRate(6.0, 1.4, 4.0),
+}
+MEASURING = EvaluationRate(1.0, 3.0, 0.05)
+
+
+def cost(work: Work, slower: float = 1.0) -> float:
+    training = {k: TrainingRate(*(slower * v for v in vars(rate).values())) for k, rate in TRAINING.items()}
+    return sum(seconds_of(work, training, MEASURING, demo.PARTS).values())
+
+
+def test_the_seconds_of_a_job_are_those_of_its_pieces() -> None:
+    parts = {"a": Part("plain-ar", "step", 3), "a-vapi": Part("vapi", "update", 2)}
+    seconds = seconds_of(Work(100, 20, 64), TRAINING, MEASURING, parts)
+    assert seconds == {
+        "training a": pytest.approx(2 + 100 * 0.7 + 8 * 1.5),
+        "training a-vapi": pytest.approx(6 + 20 * 1.4 + 3 * 4.0),
+        "measuring a": pytest.approx(1 + 3 * (3 + 64 * 0.05)),
+        "measuring a-vapi": pytest.approx(1 + 2 * (3 + 64 * 0.05)),
+        "page": 10.0,
+    }
+
+
+@pytest.mark.parametrize("minutes", [8, 15, 60, 600])
+@pytest.mark.parametrize("slower", [0.1, 1, 3])
+def test_the_work_fills_the_minutes(minutes: float, slower: float) -> None:
+    work = most_work(60 * minutes, lambda work: cost(work, slower))
+    one_more = work_for(work.steps + 1)
+    assert work == work_for(work.steps) and cost(work, slower) <= 60 * minutes < cost(one_more, slower)
+
+
+def test_a_slower_machine_does_less_and_never_less_than_the_least() -> None:
+    fast, slow = (most_work(900, lambda work, s=s: cost(work, s)) for s in (1, 2))
+    assert fast.steps > slow.steps > LEAST_STEPS and fast.updates > slow.updates
+    for seconds in (1.0, 0.0, -50.0):
+        assert most_work(seconds, cost) == work_for(LEAST_STEPS)
+
+
+def test_rates_are_read_from_a_run_that_logged_every_step() -> None:
+    lines = [{"step": 0, "time": 2.0, "validation/loss": 1.0}]
+    lines += [{"step": i, "time": t, "train/loss": 1.0} for i, t in ((1, 5.0), (2, 6.0), (3, 7.5), (4, 8.5))]
+    lines += [{"step": 4, "time": 10.5, "validation/loss": 1.0}]
+    # four steps of a second and two validations of two leave four of sixteen
+    assert training_rate(lines, 12.0) == TrainingRate(4.0, 1.0, 2.0)
+    assert training_rate([{**line, "time": 0.0} for line in lines], 0.0).step > 0
+
+
+def test_rates_of_measuring_are_a_line_through_two_rows() -> None:
+    assert evaluation_rate(1.0, (32, 5.0), (96, 11.4)) == EvaluationRate(1.0, pytest.approx(1.8), pytest.approx(0.1))
+    assert evaluation_rate(1.0, (32, 5.0), (96, 4.0)).sample == 0  # a machine that was busy meanwhile
+
+
+def test_progress_is_that_of_the_whole_job() -> None:
+    now, said = [0.0], []
+    seconds = {"preparing": 60.0, "training a": 120.0, "training b": 360.0, "page": 60.0}
+    progress = Progress(seconds, said.append, every=20, clock=lambda: now[0])
+    progress.skip("preparing")
+    progress.start("training a", "100 steps")
+    now[0] = 10
+    progress.at(0.1, "step 10 of 100")  # too soon for another line
+    now[0] = 180  # twice as long as was estimated for half of it
+    progress.at(0.5, "step 50 of 100")
+    progress.finish()
+    progress.start("training b")
+    assert said == [
+        "[ 10 %, 1 of 10 min] training a: 100 steps",
+        "[ 20 %, 4 of 12 min] training a: step 50 of 100",
+        "[ 30 %, 4 of 11 min] training b",
+    ]
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The demo with its work pretended: what was trained and measured is noted, and files show that it was done."""
+    noted = SimpleNamespace(trained={}, measured={}, slower=1.0, fail_at=None)
+
+    def train(config, out, *, on_step, **options) -> None:
+        if out.name == noted.fail_at:
+            raise KeyboardInterrupt
+        noted.trained[out.name] = config
+        (out / "model").mkdir(parents=True)
+        (out / "model" / "config.json").touch()
+        on_step(config.loop.steps)
+
+    def evaluate_run(run, *, num_samples, progress, **options) -> None:
+        noted.measured[run.name] = num_samples
+        progress(f"{run.name}: {num_samples} samples at temperature 1")
+        (run / "results.json").touch()
+
+    def measure_machine(*places) -> tuple[dict[str, TrainingRate], EvaluationRate]:
+        training = {k: TrainingRate(*(noted.slower * v for v in vars(rate).values())) for k, rate in TRAINING.items()}
+        return training, MEASURING
+
+    for name, value in {
+        "train": train, "evaluate_run": evaluate_run, "measure_machine": measure_machine,
+        "draw_opening": lambda path, say: say(f"{path}: pictures"), "make_tokens": lambda *places: None,
+        "open_reference": lambda *spec: None, "encode_reference": lambda *reference: None,
+        "write_report": lambda runs, page, **options: page.touch(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(demo, name, value)
+    return noted
+
+
+def test_the_demo_says_how_long_the_whole_takes_before_it_trains(pretended, tmp_path: Path) -> None:
+    said: list[str] = []
+    demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=said.append)
+    plan = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert "opening.png" in said[0] and "the whole takes about 15 minutes here" in said[3]
+    assert "%, 0 of 15 min] training plain-ar: " in said[4]
+    assert sum(plan["seconds"].values()) == pytest.approx(15 * 60, rel=0.01)
+    assert {run: config.loop.steps for run, config in pretended.trained.items()} == {
+        name: plan["updates"] if "-ce" in name or "-vapi" in name else plan["steps"] for name in demo.PARTS
+    }
+    assert set(pretended.measured.values()) == {plan["samples"]} and len(pretended.measured) == len(demo.PARTS)
+
+
+def test_an_interrupted_demo_goes_on_with_the_same_plan_on_a_busier_machine(pretended, tmp_path: Path) -> None:
+    pretended.fail_at = "rear-ce"
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=print)
+    before = (tmp_path / "demo" / "demo.json").read_text()
+    pretended.fail_at, pretended.slower = None, 10.0
+    done = set(pretended.trained)
+    pretended.trained.clear()
+    demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=print)
+    assert (tmp_path / "demo" / "demo.json").read_text() == before
+    assert set(pretended.trained) == set(demo.PARTS) - done and "rear-ce" in pretended.trained
+    assert pretended.trained["rear-ce"].loop.steps == json.loads(before)["updates"]
+    with pytest.raises(UserError, match=r"--minutes: 20, but the demo in .* was started with 15"):
+        demo.run_demo(tmp_path / "demo", minutes=20, seed=0, say=print)
+
+
+def test_too_few_minutes_are_said_and_the_least_is_done(pretended, tmp_path: Path) -> None:
+    said: list[str] = []
+    demo.run_demo(tmp_path / "demo", minutes=0.1, seed=0, say=said.append)
+    assert f"the least there is: 0.1 are too few: {LEAST_STEPS} steps" in "\n".join(said)
+    assert pretended.trained["rear"].loop.steps == LEAST_STEPS and (tmp_path / "demo" / "report.html").exists()
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+def test_minutes_that_are_no_time_are_refused(pretended, tmp_path: Path, minutes: float) -> None:
+    with pytest.raises(UserError, match="--minutes"):
+        demo.run_demo(tmp_path / "demo", minutes=minutes, seed=0, say=print)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_plan_that_cannot_be_read_is_told_and_nothing_is_replaced(pretended, tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    for content, message in (("{", "not valid JSON"), ('{"minutes": 15, "seed": 0, "steps": 273}', "older version")):
+        (tmp_path / "demo" / "demo.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=print)
+        assert (tmp_path / "demo" / "demo.json").read_text() == content
