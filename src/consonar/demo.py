@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from consonar.checkpoint import write_atomically
+from consonar.checkpoint import is_component, write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
 from consonar.data.tokens import write_token_store
@@ -129,7 +129,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
         measure_part(name, out, work, seed, target, progress)
     progress.start("page")
     runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
-    write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji")
+    write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji", opening=out / "opening.png")
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes")
     return page
 
@@ -156,7 +156,7 @@ def make_tokens(out: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
 def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) -> None:
     """Trains one run, or goes on with it."""
     piece, config, run = f"training {name}", config_of(name, out, work, seed), out / name
-    if (run / "model" / "config.json").is_file():  # written last
+    if is_component(run / "model"):
         progress.skip(piece)
         return
     steps, unit = config.loop.steps, PARTS[name].unit

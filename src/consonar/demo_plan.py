@@ -59,7 +59,7 @@ def training_rate(metrics: Sequence[Mapping[str, Any]], seconds: float) -> Train
             validations.append(line["time"] - before)
         before = line["time"]
     gaps = sorted(later - earlier for earlier, later in pairwise(steps))
-    step, validation = max(gaps[len(gaps) // 2], 1e-4), validations[-1]  # the clock of metrics.jsonl counts 0.001
+    step, validation = max(gaps[len(gaps) // 2], 1e-4), min(validations)  # the clock of metrics.jsonl counts 0.001
     return TrainingRate(max(seconds - len(steps) * step - len(validations) * validation, 0.0), step, validation)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from consonar import demo
+from consonar.checkpoint import save_component
 from consonar.demo_plan import (
     LEAST_STEPS,
     EvaluationRate,
@@ -107,8 +109,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if out.name == noted.fail_at:
             raise KeyboardInterrupt
         noted.trained[out.name] = config
-        (out / "model").mkdir(parents=True)
-        (out / "model" / "config.json").touch()
+        save_component(out / "model", {}, {"weight": torch.zeros(1)})
         on_step(config.loop.steps)
 
     def evaluate_run(run, *, num_samples, progress, **options) -> None:
@@ -122,7 +123,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     for name, value in {
         "train": train, "evaluate_run": evaluate_run, "measure_machine": measure_machine,
-        "draw_opening": lambda path, say: say(f"{path}: pictures"), "make_tokens": lambda *places: None,
+        "draw_opening": lambda path, device, say: say(f"{path}: pictures"), "make_tokens": lambda *places: None,
         "open_reference": lambda *spec: None, "encode_reference": lambda *reference: None,
         "write_report": lambda runs, page, **options: page.touch(),
     }.items():  # fmt: skip
@@ -150,6 +151,7 @@ def test_an_interrupted_demo_goes_on_with_the_same_plan_on_a_busier_machine(pret
     before = (tmp_path / "demo" / "demo.json").read_text()
     pretended.fail_at, pretended.slower = None, 10.0
     done = set(pretended.trained)
+    (tmp_path / "demo" / "rear-ce" / "model").mkdir(parents=True)  # begun and not finished
     pretended.trained.clear()
     demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=print)
     assert (tmp_path / "demo" / "demo.json").read_text() == before

@@ -19,6 +19,7 @@ from consonar.report.findings import findings
 from consonar.report.frontier import RING_OF_OTHERS, frontier_charts
 from consonar.report.post_training import post_training_section
 from consonar.report.tables import control_sections, result_columns
+from consonar.report.verdicts import verdict_table
 from consonar.training.baselines import CrossEntropyConfig
 from consonar.training.policy_objective import PolicyConfig
 from consonar.training.run import train
@@ -79,7 +80,8 @@ def test_six_runs_fit_one_page_with_samples_of_equal_seeds(six_runs, tmp_path):
     for text in ("VA-pi, from plain-ar", "cross-entropy, from rear", "The temperature control", "Post-training"):
         assert text in page.text
     red = [int(image[0, 0, 0]) for image in images_of(page)]
-    assert red[:18] == [0] * 6 + [10] * 6 + [20] * 6  # a line per class: the first seed of it, once for each run
+    assert red[:18] == [0, 10, 20] * 6  # a strip per run: the first seed of each class
+    assert red[18:36] == [0] * 6 + [10] * 6 + [20] * 6  # a line per class: the first seed of it, once for each run
     ids = [value for _, key, value in page.attributes if key == "id"]
     assert len(ids) == len(set(ids))
     assert write_report(six_runs, tmp_path / "again.html").read_bytes() == html.encode()
@@ -92,28 +94,34 @@ def test_every_run_of_the_largest_page_has_a_look_of_its_own(tmp_path):
     assert f"run-{MAX_RUNS - 1}" in write_report(runs, tmp_path / "page.html").read_text()
 
 
-def test_findings_judge_a_method_by_its_controls(six_runs):
-    at_one, best, controls, moved, _ = findings(load_runs(six_runs))
-    assert "plain-ar-ce and rear-ce cannot be told from their starts" in at_one
-    assert "plain-ar-vapi and rear-vapi are ahead of their starts by 20.5 and 20.5, more than twice" in at_one
-    assert "rear is ahead of plain-ar by 10" in at_one and "± " not in at_one
-    assert "smaller than its spread" not in at_one  # a sentence about six runs is brief
-    assert "plain-ar-vapi and rear-vapi cannot be told from their starts" in best
-    assert "temperature alone can give what temperature 1 showed" in best
-    assert "plain-ar-vapi and rear-vapi are ahead of their cross-entropy controls by 20 and 20" in controls
-    assert "plain-ar-vapi and rear-vapi cannot be told from their starts at equal entropy" in controls
+def test_verdicts_judge_a_method_by_its_control_and_at_equal_entropy(six_runs):
+    headings, verdicts = verdict_table(load_runs(six_runs))
+    assert headings == ["at its best T", "at T 1", "at equal entropy"]
+    said = {verdict.run.name: (verdict.control, *(cell.word for cell in verdict.cells)) for verdict in verdicts}
+    assert said == {
+        "plain-ar-ce": ("plain-ar", "behind", "no difference", "–"),
+        "plain-ar-vapi": ("plain-ar-ce", "ahead", "ahead", "no difference"),
+        "rear": ("plain-ar", "ahead", "ahead", "–"),
+        "rear-ce": ("rear", "behind", "no difference", "–"),
+        "rear-vapi": ("rear-ce", "ahead", "ahead", "no difference"),
+    }
+    (moved, _) = findings(load_runs(six_runs))
     assert "+0.10 (plain-ar-vapi)" in moved and "\u22121.0 (rear-vapi)" in moved
 
 
-def test_controls_that_are_missing_are_named(tmp_path):
+def test_without_a_control_a_method_is_judged_by_its_start_or_not_at_all(tmp_path):
     start = write_run(tmp_path / "rear")
     trained = write_trained(tmp_path / "vapi", start)
     assert "higher being better" in findings(load_runs([start, trained]))[0]  # nothing sampled yet
+    assert verdict_table(load_runs([start, trained])) == ([], [])
     write_results(start, {1.0: 60.0})
     write_results(trained, {1.0: 50.0})
-    said = findings(load_runs([start, trained]))
-    assert "vapi is ahead of rear by 10 (spread of the difference 1.4), more than twice that spread" in said[0]
-    assert "no cross-entropy control from the same start" in said[2] and "no start was measured at equal" in said[2]
+    headings, (only,) = verdict_table(load_runs([start, trained]))
+    assert only.control == "rear" and only.cells == [("ahead", "10.0\u00a0±\u00a01.4")] * 2
+    assert headings == ["at its best T", "at T 1"]  # no start was measured at equal entropy
+    assert verdict_table(load_runs([trained])) == ([], [])
+    page = Page(write_report([trained], tmp_path / "one.html").read_text())
+    assert "there is no control on this page" in page.text and "Who is ahead" not in page.text
 
 
 def test_the_temperature_control_stands_beside_the_run_it_is_for(six_runs):

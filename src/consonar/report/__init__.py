@@ -1,7 +1,8 @@
 """The report: one self-contained HTML page about one to eight runs.
 
-`folders` reads run folders into `records`; `findings` says what the numbers mean, `tables`, `charts`, `frontier`,
-`post_training` and `images` show them, `page` puts them into the template, which holds the explanations and the design.
+`folders` reads run folders into `records`; `verdicts` judges each run by its control, `findings` says what else the
+numbers mean, `tables`, `charts`, `frontier`, `post_training` and `images` show them, `page` puts them into the
+template, which holds the explanations and the design.
 No number comes from outside the run folders, so two calls give the same bytes.
 
 A run folder holds `config.json`, and any of `metrics.jsonl`, `results.json` (schema 1) with its `samples_*.npz`,
@@ -42,8 +43,10 @@ __all__ = [
 ]
 
 
-def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None, overwrite: bool = False) -> Path:
-    """Write one HTML page that compares 1 to 8 runs, and return its path.
+def write_report(
+    runs: Sequence[Path], out: Path, *, title: str | None = None, opening: Path | None = None, overwrite: bool = False
+) -> Path:
+    """Write one HTML page that compares 1 to 8 runs, and return its path. `opening`: a picture to show beside them.
 
     The page needs no network and no script. It is written under a temporary name and renamed, so that a failure leaves
     no half page. Raises `UserError` for a wrong number of runs, a missing or broken run folder, and an `out` that
@@ -56,6 +59,6 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str | None = None, o
         raise UserError(f"out {out}: is a folder; name a file, for example {out / 'report.html'}")
     if out.exists() and not overwrite:
         raise UserError(f"out {out}: already exists; choose another name, or overwrite it (--overwrite)")
-    html = render(load_runs(runs), title=title)
+    html = render(load_runs(runs), title=title, opening=opening)
     write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8"))
     return out

@@ -95,7 +95,7 @@ def _draw_distances(axes: Axes, lines: Sequence[Line], runs: Sequence[Run]) -> N
         for p in points:
             if p.row.matched_to is not None:
                 draw_ring(axes, p.x, p.y, _ring_colour(p.row, runs[index], runs))
-    axes.set_ylabel("Fréchet distance to held-out images")
+    axes.set_ylabel("distance to held-out images")
 
 
 def _ring_colour(row: ResultRow, run: Run, runs: Sequence[Run]) -> str:
@@ -122,7 +122,7 @@ def _temperature_chart(lines: Sequence[Line], runs: Sequence[Run]) -> dict[str, 
     return {
         "title": "Distance to held-out images over temperature",
         "note": f"Lower is closer. Bars are the spread.{real}{_ring_note(lines)}",
-        "svg": svg_chart(draw, "fd", label, inches=(4.6, 3.1)),
+        "svg": svg_chart(draw, "fd", label, inches=(4.6, 2.6)),
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ MAX_NEAREST = 8
 MAX_NEAREST_OF_MANY = 4
 """Samples beside their nearest training images, of each run, on a page of more than three."""
 MAX_GRIDS = 3
+LEADING_COLUMNS, LEADING_ROWS = 6, 6
+"""Classes that lead the page, and rows of their pictures over all runs."""
 SMALL = 96
 """Images up to this many pixels wide are shown at 2x with hard pixel edges."""
 
@@ -217,6 +219,24 @@ def sample_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
             classes.append({"name": row.name, "cells": cells})
         made.append({"title": title, "settings": settings, "paired": paired, "classes": classes})
     return made
+
+
+def leading_pictures(blocks: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What the page begins with, of the last of `sample_blocks`: a strip of pictures for every run, a class a column.
+
+    {"names" of the classes, "paired", "strips": [{"index", "setting", "pictures": [Picture or None]}]}
+    """
+    if not blocks:
+        return None
+    block = blocks[-1]
+    classes = [block["classes"][i] for i in spread_evenly(len(block["classes"]), LEADING_COLUMNS)]
+    strips = []
+    for index, setting in enumerate(block["settings"]):
+        cells = [row["cells"][index] for row in classes]
+        num_rows = min(max(1, LEADING_ROWS // len(runs)), max(map(len, cells)))
+        pictures = [cell[i] if i < len(cell) else None for i in range(num_rows) for cell in cells]
+        strips.append({"index": index, "setting": setting, "pictures": pictures})
+    return {"names": [row["name"] for row in classes], "paired": block["paired"], "strips": strips}
 
 
 def _sample(sheet: Sheet, row: int, run: Run) -> Picture:

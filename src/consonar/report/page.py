@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from consonar.report.charts import LOOKS, curve_charts
 from consonar.report.findings import findings
 from consonar.report.frontier import frontier_charts
-from consonar.report.images import nearest_blocks, reconstruction_groups, sample_blocks, training_grids
+from consonar.report.images import (
+    file_picture,
+    leading_pictures,
+    nearest_blocks,
+    reconstruction_groups,
+    sample_blocks,
+    training_grids,
+)
 from consonar.report.post_training import post_training_section
 from consonar.report.records import Run, listed, start_text
 from consonar.report.tables import HEADINGS, config_rows, control_sections, flatten, result_columns, result_sections
+from consonar.report.verdicts import verdict_table
 
 __all__ = ["config_rows", "findings", "render"]
 
 
-def render(runs: Sequence[Run], *, title: str | None = None) -> str:
-    """The page as one string of HTML; the same runs give the same string."""
+def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:
+    """The page as one string of HTML; the same runs give the same string. `opening`: a picture of the shipped model."""
     environment = Environment(
         loader=PackageLoader("consonar.report"),
         autoescape=True,
@@ -28,6 +37,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         lstrip_blocks=True,
     )
     names = [run.name for run in runs]
+    samples, (headings, verdicts) = sample_blocks(runs), verdict_table(runs)
     others = [(index, run) for index, run in enumerate(runs) if not run.post_trains]
     return environment.get_template("report.html.jinja").render(
         title=title or (f"Run {names[0]}" if len(runs) == 1 else f"{listed(names)}, compared"),
@@ -36,9 +46,13 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         legends=[legend_text(run, runs) for run in runs],
         headings=HEADINGS,
         findings=findings(runs),
+        leading=leading_pictures(samples, runs),
+        headings_of_verdicts=headings,
+        verdicts=verdicts,
+        opening=file_picture(opening, "samples of the shipped generator, a row for each class") if opening else None,
         not_evaluated=[run.name for run in runs if not run.results],
         reconstructions=reconstruction_groups(runs),
-        samples=sample_blocks(runs),
+        samples=samples,
         nearest=nearest_blocks(runs),
         grids=training_grids(runs),
         columns=(columns := result_columns(runs)),

@@ -10,15 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from consonar.report.charts import CURVES, NOT_DRAWN, curve_chart, logged_keys
-from consonar.report.records import (
-    Measurement,
-    Run,
-    find_start,
-    listed,
-    row_of_matched,
-    share_start,
-)
-from consonar.report.wording import Base, Pair, clauses
+from consonar.report.records import Run, listed
 
 METHODS = {
     "VA-pi": "draws several sequences of tokens under the true tokens of a picture, decodes them, and makes those more "
@@ -45,8 +37,6 @@ MINUS = "\u2212"
 RATIO = {"train/clip_fraction", "train/ratio_deviation"}
 POLICY_LOSS = "train/policy"
 """Not drawn: minus the mean advantage while the ratio is 1, about 0 whatever is learnt; only its gradient matters."""
-CONTROL = Base("its cross-entropy control", "their cross-entropy controls")
-EQUAL_ENTROPY = Base("its start at equal entropy", "their starts at equal entropy")
 COLUMNS = {
     "validation/reward": ("reward", "higher is better"),
     "validation/kl": ("KL to the start", ""),
@@ -188,44 +178,3 @@ def training_finding(runs: Sequence[Run]) -> list[str]:
 def _change(run: Run, key: str) -> str:
     series = run.series(key)
     return f"{series[-1][1] - series[0][1]:+#.2g}".rstrip(".").replace("-", MINUS)
-
-
-def control_finding(runs: Sequence[Run]) -> list[str]:
-    """At most one sentence: what post-training has over cross-entropy alone, and over the start at equal entropy."""
-    methods = [run for run in runs if run.post_trains and not run.is_cross_entropy_control]
-    if not methods:
-        return []
-    pairs = [pair for run in methods if (pair := _against_cross_entropy(run, runs))]
-    matched = _at_equal_entropy(runs)
-    said = clauses([*pairs, *matched], brief=len(pairs) + len(matched) > 2)
-    if not pairs:
-        said.append("no cross-entropy control from the same start was measured: what more training gives alone is open")
-    if not matched:
-        said.append("no start was measured at equal entropy: how much is sharpness alone is open")
-    return [f"What a method itself gives is what its controls lack: {'; '.join(said)}."]
-
-
-def _distance_at_one(run: Run) -> Measurement | None:
-    row = run.results.temperature_one if run.results else None
-    return row.held_out_fd if row else None
-
-
-def _against_cross_entropy(run: Run, runs: Sequence[Run]) -> Pair | None:
-    control = next((other for other in runs if other.is_cross_entropy_control and share_start(run, other)), None)
-    score, base = _distance_at_one(run), _distance_at_one(control) if control else None
-    if control is None or score is None or base is None:
-        return None
-    return Pair(run.name, CONTROL, score, base)
-
-
-def _at_equal_entropy(runs: Sequence[Run]) -> list[Pair]:
-    """Post-trained runs at temperature 1 against their start at the temperature of the same entropy."""
-    pairs = []
-    for start in runs:
-        for row in start.results.rows if start.results else ():
-            other, trained = row_of_matched(row, start, runs)
-            if other is None or trained is None or find_start(other, runs) is not start:
-                continue
-            if trained.held_out_fd is not None and row.held_out_fd is not None:
-                pairs.append(Pair(other.name, EQUAL_ENTROPY, trained.held_out_fd, row.held_out_fd))
-    return pairs

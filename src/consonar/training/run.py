@@ -78,7 +78,9 @@ def _train(
     check_folder(config, out, resume)
     with held(out, world):
         check_folder(config, out, resume)  # it may have become another process's run before it was held
-        return _train_held(config, out, world, per_process, resume=resume, stop_at=stop_at, quiet=quiet)
+        return _train_held(
+            config, out, world, per_process, resume=resume, stop_at=stop_at, quiet=quiet, on_step=on_step
+        )
 
 
 @contextmanager
@@ -101,7 +103,15 @@ def held(out: Path, world: World) -> Iterator[None]:
 
 
 def _train_held(
-    config: TrainConfig, out: Path, world: World, per_process: int, *, resume: bool, stop_at: int | None, quiet: bool
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    per_process: int,
+    *,
+    resume: bool,
+    stop_at: int | None,
+    quiet: bool,
+    on_step: Callable[[int], None] | None,
 ) -> Path:
     made = build(config, world, per_process, out)
     trainee = made.trainee

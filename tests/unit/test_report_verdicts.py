@@ -1,0 +1,98 @@
+"""The verdicts: ahead, no difference or behind by the spread that was measured, and open where nothing can be said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_report import FD, Page, write_results, write_run
+
+from consonar.report import Measurement, load_runs, write_report
+from consonar.report.findings import findings
+from consonar.report.verdicts import judge, verdict_table
+
+
+@pytest.mark.parametrize(
+    ("score", "spread", "word"),
+    [
+        (90.0, 3.0, "no difference"),  # 10 with a spread of 5
+        (89.9, 3.0, "ahead"),
+        (91.0, 3.0, "no difference"),
+        (100.0, 3.0, "no difference"),
+        (109.0, 3.0, "no difference"),
+        (110.1, 3.0, "behind"),
+        (100.0, 0.0, "no difference"),
+        (90.0, None, "open"),
+        (float("nan"), 3.0, "open"),
+        (float("inf"), 3.0, "open"),
+    ],
+)
+def test_ahead_and_behind_lie_beyond_twice_the_spread(score, spread, word):
+    assert judge(Measurement(score, spread), Measurement(100.0, 4.0)).word == word
+
+
+def test_a_verdict_says_by_how_much_and_why_it_is_open():
+    assert judge(Measurement(80.0, 3.0), Measurement(100.0, 4.0)).text == "20.0\u00a0±\u00a05.0"
+    assert judge(Measurement(80.0), Measurement(100.0, 4.0)).text == "20 lower, but no spread was measured"
+    assert judge(Measurement(120.0, 4.0), Measurement(100.0)).text == "20 higher, but no spread was measured"
+
+
+@pytest.mark.parametrize(
+    ("plain", "rear", "words"),
+    [
+        ({1.0: 60.0}, {1.0: 61.0}, ["no difference", "no difference"]),
+        ({1.0: 60.0}, {1.0: 50.0}, ["ahead", "ahead"]),
+        ({1.0: 50.0}, {1.0: 60.0}, ["behind", "behind"]),
+        ({1.0: 70.0, 0.8: 60.0}, {1.0: 60.0}, ["no difference", "ahead"]),  # temperature alone gives it
+        ({1.0: 70.0, 0.8: 50.0}, {1.0: 60.0}, ["behind", "ahead"]),  # the order turns round
+    ],
+)
+def test_each_run_is_judged_at_its_best_and_at_temperature_one(tmp_path, plain, rear, words):
+    runs = [write_run(tmp_path / "rear", weight=1.0, noise=0.5), write_run(tmp_path / "plain")]
+    write_results(runs[0], rear, copied=0.05)
+    write_results(runs[1], plain)
+    headings, verdicts = verdict_table(load_runs(runs))
+    assert headings == ["at its best T", "at T 1"]
+    assert [(v.run.name, v.control, [cell.word for cell in v.cells]) for v in verdicts] == [("rear", "plain", words)]
+    assert "highest for rear" in findings(load_runs(runs))[-1]
+    page = Page(write_report(runs, tmp_path / "r.html").read_text())
+    assert "Who is ahead" in page.text and "vs plain" in page.text and words[0] in page.text
+
+
+def test_what_was_measured_differently_is_not_compared(tmp_path):
+    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "rear", weight=1.0, noise=0.5)]
+    for run, value in zip(runs, (60.0, 40.0), strict=True):
+        write_results(run, {1.0: value})
+    path = runs[1] / "results.json"
+    content = json.loads(path.read_text())
+    for change, reason in (
+        ({"reference": {"name": "mine"}}, "measured with another reference"),
+        ({"feature_network": {"name": "inception"}}, "measured with another feature network"),
+        ({"rows": [{**content["rows"][0], "num_samples": 64}]}, "64 samples against 2,048"),
+    ):
+        path.write_text(json.dumps(content | change))
+        assert verdict_table(load_runs(runs))[1][0].cells == [("open", reason)] * 2
+
+
+def test_without_a_spread_or_a_measured_run_nobody_is_ahead(tmp_path):
+    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "rear", weight=1.0, noise=0.5)]
+    write_results(runs[1], {1.0: 50.0}, spread=None)
+    assert verdict_table(load_runs(runs)) == ([], [])  # plain was not measured
+    page = Page(write_report(runs, tmp_path / "a.html").read_text())
+    assert "there is no verdict" in page.text and "Who is ahead" not in page.text
+    write_results(runs[0], {1.0: 60.0}, spread=None)
+    ((_, _, cells),) = verdict_table(load_runs(runs))[1]
+    assert cells == [("open", "10 lower, but no spread was measured")] * 2
+    content = json.loads((runs[0] / "results.json").read_text())
+    content["rows"][0]["metrics"] = {FD.replace("validation", "train"): {"value": 3.0}}
+    (runs[0] / "results.json").write_text(json.dumps(content))
+    assert verdict_table(load_runs(runs)) == ([], [])  # nor with another distance
+
+
+def test_details_fold_away_below_pictures_verdicts_and_the_frontier(tmp_path):
+    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "rear", weight=1.0, noise=0.5)]
+    for run, value in zip(runs, (60.0, 40.0), strict=True):
+        write_results(run, {1.0: value, 0.9: value + 1})
+    html = write_report(runs, tmp_path / "r.html").read_text()
+    order = [html.index(part) for part in ('class="strip"', "Who is ahead", "</figure>", "<details", "Numbers")]
+    assert order == sorted(order) and '<details class="part" open' not in html
