@@ -105,6 +105,32 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something lies at `path`; an empty folder is nothing."""
+    return path.exists() and not (path.is_dir() and is_unused(path))
+
+
+@contextmanager
+def folder_at_once(to: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `to` when the block ends well, and nothing when it does not.
+
+    Until then it is in a hidden folder beside `to`, where one process works at a time; what a killed one left there is
+    removed. Raises `UserError` when another process is at it, or has made `to` meanwhile.
+    """
+    work = to.with_name(f".{to.name}.partial")
+    with hold(work):
+        if is_taken(to):
+            raise UserError(f"{to}: exists: another process has made it meanwhile; choose another name")
+        unfinished = work / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            unfinished.rename(to)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def holds_first_argument(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
     """The function, holding the folder that is its first argument (when there is one) while it runs."""
 

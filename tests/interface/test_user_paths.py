@@ -240,3 +240,28 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(place: Path, tmp_path
     consonar(*samples)
     consonar(*page)
     assert (tmp_path / "a.npz").exists() and (tmp_path / "page.html").exists()
+
+
+def test_tokenizing_goes_on_with_the_store_that_is_missing(
+    picture_folder: Path, tokenizer_folder: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from consonar.data import tokens
+
+    command = ("tokenize", "--tokenizer", tokenizer_folder, "--data", picture_folder, "--out", tmp_path / "tokens")
+    write, made = tokens.write_token_store, []
+
+    def one(path: Path, *arguments: object, **options: object) -> tokens.TokenStore:
+        made.append(path.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(tokens, "write_token_store", one)
+    assert "interrupted" in fails(*command, code=130)
+    first = (tmp_path / "tokens" / "tokens.arrow").stat().st_mtime_ns
+    assert "exists" in fails(*command, "--views", "center"), "another command must not take it for its own"
+    consonar(*command)
+    assert made == ["tokens", "tokens-validation", "tokens-validation"]
+    assert (tmp_path / "tokens" / "tokens.arrow").stat().st_mtime_ns == first
+    assert len(tokens.TokenStore.open(tmp_path / "tokens-validation")) == 6
+    assert "exists" in fails(*command)

@@ -16,6 +16,7 @@ from consonar.data import ImageFolder, TokenStore, import_llamagen_npy, import_r
 from consonar.data.loader import ImageBatches, TokenBatches, batch_rows, prefetch
 from consonar.data.tokens import METADATA_FILE, TOKENS_FILE
 from consonar.errors import UserError
+from consonar.lock import hold
 from consonar.types import Grid, ImageRecord, Tokenizer
 
 
@@ -208,6 +209,21 @@ def test_a_failing_write_leaves_nothing(tmp_path, error, monkeypatch):
         write_token_store(tmp_path / "s", Failing(error), GreyTokenizer(), batch_size=4)
     assert caught.value is error, "errors of the source are not blamed on the disk"
     assert list(tmp_path.iterdir()) == [] and threading.active_count() == threads
+
+
+def test_a_store_has_one_writer_and_what_a_killed_one_left_is_removed(tmp_path):
+    left = tmp_path / ".s.partial"
+    (left / "unfinished").mkdir(parents=True)
+    for name in (".lock", "unfinished/tokens.arrow", "unfinished/store.json"):
+        (left / name).write_text("half")
+    with pytest.raises(UserError, match="no token store"):
+        TokenStore.open(tmp_path / "s")
+    with hold(left), pytest.raises(UserError, match="is writing it"):
+        write_token_store(tmp_path / "s", Levels(), GreyTokenizer())
+    (tmp_path / "s").mkdir()  # empty: nothing is replaced
+    assert len(write_token_store(tmp_path / "s", Levels(), GreyTokenizer())) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"store.json", "tokens.arrow"}
 
 
 def test_a_full_disk_is_reported_before_and_while_writing(tmp_path, monkeypatch):

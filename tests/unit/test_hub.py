@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,21 +180,46 @@ def test_a_tokenizer_is_no_generator(hub_files, cache):
         load_generator("hf:someone/codes/vq.pt")
 
 
-def test_another_process_may_be_quicker(hub_files, cache, monkeypatch):
-    """The folder appears while this process is converting: it is taken as it is."""
+def test_processes_that_want_one_file_convert_it_once(hub_files, cache, monkeypatch):
+    """The second waits for the first, as ranks of one job do."""
     hub_files("someone/codes/vq.pt", tiny_tokenizer())
-    finished = fetch_component("hf:someone/codes/vq.pt", "tokenizer")
-    away = finished.with_name("away")
-    finished.rename(away)
-    released_file = hub.released_file
+    convert_file, converted, found = hub.convert_file, [], []
 
-    def slow(wanted):
-        path = released_file(wanted)
-        away.rename(finished)
-        return path
+    def slow(wanted, folder):
+        time.sleep(0.1)
+        convert_file(wanted, folder)
+        converted.append(folder)
 
-    monkeypatch.setattr(hub, "released_file", slow)
-    assert fetch_component("hf:someone/codes/vq.pt", "tokenizer") == finished
+    monkeypatch.setattr(hub, "convert_file", slow)
+
+    def fetch():
+        found.append(fetch_component("hf:someone/codes/vq.pt", "tokenizer"))
+
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(converted) == 1 and found == converted * 2
+    assert not list((cache / "converted").rglob("*.partial")) and load_tokenizer(found[0]).vocab_size == 16
+
+
+def test_a_file_that_was_replaced_is_converted_again(cache):
+    place = cache / "released" / "someone" / "codes" / "vq.pt"
+    place.parent.mkdir(parents=True)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(weights := tiny_tokenizer(), place)
+        assert all(torch.equal(v, weights[k]) for k, v in load_tokenizer("hf:someone/codes/vq.pt").state_dict().items())
+    written = (cache / "converted" / "someone--codes--vq.pt" / "model.safetensors").stat().st_mtime_ns
+    load_tokenizer("hf:someone/codes/vq.pt")
+    assert (cache / "converted" / "someone--codes--vq.pt" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_half_a_conversion_is_made_again(hub_files, cache):
+    hub_files("someone/codes/vq.pt", tiny_tokenizer())
+    (cache / "converted" / "someone--codes--vq.pt").mkdir(parents=True)
+    assert load_tokenizer("hf:someone/codes/vq.pt").vocab_size == 16
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

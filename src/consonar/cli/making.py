@@ -1,7 +1,7 @@
 """Commands that make things: the demo, token stores, runs, samples."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,6 +127,7 @@ def tokenize(
     from consonar.data.images import ImageFolder, open_source
     from consonar.data.tokens import write_token_store
     from consonar.distributed import pick_device
+    from consonar.lock import is_taken
     from consonar.tokenizers import load_tokenizer
 
     place = pick_device(device, "--device")
@@ -149,17 +150,36 @@ def tokenize(
         except MissingSplit:
             if split is not None or name == "train":
                 raise
-    taken = [path for name, path in wanted.items() if name in sources and path.exists()]
-    if taken:
-        raise UserError(f"--out: {taken[0]} exists; choose another folder")
+    kinds = {name: views if name == "train" else "center" for name in sources}
+    taken = [name for name in sources if is_taken(wanted[name])]
+    # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
+    ours = [name for name in taken if is_store_of(wanted[name], sources[name], model, kinds[name])]
+    if taken and (ours != taken or len(taken) == len(sources)):
+        raise UserError(f"--out: {wanted[taken[0]]} exists; choose another folder")
+    for name in ours:
+        say(f"{name}: is there already: {wanted[name]}")
     for name, source in sources.items():
-        kept = views if name == "train" else "center"
+        if name in ours:
+            continue
+        kept = kinds[name]
         with counting(f"tokenize {name}") as count:
             store = write_token_store(wanted[name], source, model, views=kept, batch_size=batch_size, progress=count)
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
         say(f"{name}: {shape}, {store.num_classes} classes: {store.path}")
         if isinstance(source, ImageFolder) and source.found.note:
             say(f"{name}: not read: {source.found.note}")
+
+
+def is_store_of(path: Path, source: Any, tokenizer: Any, views: str) -> bool:
+    """Whether a finished store at `path` is what tokenising these would make, as its metadata tell."""
+    from consonar.data.tokens import METADATA_FILE, TokenStore
+
+    if not (path / METADATA_FILE).is_file():
+        return False
+    store = TokenStore.open(path)
+    wanted = {"fingerprint": tokenizer.fingerprint, "views": views, "source": source.name}
+    same = all(store.metadata.get(key) == value for key, value in wanted.items())
+    return same and (not isinstance(source, Sized) or len(source) == len(store))
 
 
 def import_tokens(*, format: str, data: Path, tokenizer: str, out: Path, labels: Path | None = None) -> None:

@@ -8,11 +8,8 @@ it came from). `to_official` makes the released layout again, from a converted f
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from consonar.convert.containers import Weights, read_weights
 from consonar.convert.examine import Found, examine, image_size_in_name
 from consonar.convert.janus import split_parts
 from consonar.errors import UserError
+from consonar.lock import folder_at_once, is_taken
 from consonar.official import State
 
 __all__ = ["Converted", "convert", "to_official"]
@@ -62,7 +60,7 @@ def convert(
     agree. Raises `UserError` when `to` exists, for a file that cannot be read, and for keys that are unknown or
     missing; then nothing is written.
     """
-    if to.exists():
+    if is_taken(to):
         raise UserError(f"--to: {to} exists; choose another folder")
     if (path / "config.json").is_file() and (path / SOURCE).is_file():
         raise UserError(f"{path}: converted already; the way back is --to-official FILE")
@@ -177,16 +175,3 @@ def summary(folder: Path, found: Found, notes: tuple[str, ...]) -> Converted:
         code_dim=module.code_dim if is_tokenizer else None,
         notes=notes,
     )
-
-
-@contextlib.contextmanager
-def folder_at_once(to: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `to` when the block ends well, and nothing when it does not."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -8,13 +8,16 @@ the messages is taken instead of a download, so that all of this works without a
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.cache import cache_dir
 from consonar.checkpoint import file_sha256
+from consonar.convert.back import SOURCE
 from consonar.convert.published import PUBLISHED, Published
 from consonar.errors import UserError, unknown
+from consonar.lock import hold
 from consonar.outside import plain_name, read_json
 
 PREFIX = "hf:"
@@ -67,15 +70,17 @@ def fetch_file(text: str) -> Path:
 
 
 def fetch_component(text: str, component: str) -> Path:
-    """The component folder of an `hf:` name, converted at the first call.
+    """The component folder of an `hf:` name, converted at the first call, and again when the file was replaced.
 
     Raises `UserError` when the file cannot be had, with where to put it; when its hash is not the published one; when
     it cannot be converted; and when it holds no `component`.
     """
     wanted = read_name(text)
     folder = wanted.converted
-    if not folder.exists():
-        convert_once(wanted, folder)
+    if not is_current(wanted, folder):
+        with hold(folder.with_name(f".{folder.name}.converting"), wait=True):
+            if not is_current(wanted, folder):  # else another process has converted it meanwhile
+                convert_file(wanted, folder)
     if (folder / component / "config.json").is_file():
         return folder / component
     found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -84,19 +89,33 @@ def fetch_component(text: str, component: str) -> Path:
     return folder
 
 
-def convert_once(wanted: Wanted, folder: Path) -> None:
-    """Converts the released file into `folder`, unless another process was quicker."""
+def is_current(wanted: Wanted, folder: Path) -> bool:
+    """Whether `folder` is the whole conversion of the file that lies at its place, by content.
+
+    Where none lies there, of the file that was downloaded: those do not change.
+    """
+    records = [path for part in ("", "generator", "tokenizer") if (path := folder / part / SOURCE).is_file()]
+    if not records:
+        return False
+    if not wanted.place.is_file():
+        return True
+    files = read_json(records[0]).get("files", {})
+    beside = {name: wanted.place.with_name(name) for name in files}
+    return wanted.place.name in files and all(
+        path.is_file() and file_sha256(path) == files[name] for name, path in beside.items()
+    )
+
+
+def convert_file(wanted: Wanted, folder: Path) -> None:
+    """Converts the released file into `folder`, in the place of an older conversion."""
     from consonar.convert import convert
 
     file = released_file(wanted)
     model = wanted.published
     if model is not None and model.sha256 is not None and file_sha256(file) != model.sha256:
         raise UserError(f"{wanted.text}: {file} is not the published file (its SHA-256 is not {model.sha256[:12]}...)")
-    try:
-        convert(file, folder, image_size=wanted.image_size, tokenizer=model.tokenizer if model else None)
-    except (UserError, OSError):
-        if not folder.exists():
-            raise
+    shutil.rmtree(folder, ignore_errors=True)
+    convert(file, folder, image_size=wanted.image_size, tokenizer=model.tokenizer if model else None)
 
 
 def released_file(wanted: Wanted) -> Path:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import cached_property
@@ -25,6 +24,7 @@ import consonar
 from consonar.data.loader import prefetch
 from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import UserError, reading, unknown
+from consonar.lock import folder_at_once, is_taken
 from consonar.outside import read_json
 from consonar.placement import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
@@ -127,18 +127,17 @@ def new_store(
     """A writer whose rows are the store at `path` once the `with` block has ended without an exception.
 
     `origin` goes into the metadata: "views", "source" and, of converted data, "imported_from". All is written to a
-    hidden folder beside `path`, renamed at the end, removed on any exception or interrupt. Raises `UserError` when
-    `path` exists, when the disk has too little room for `expected_items` or runs full, and when nothing was written.
+    hidden folder beside `path`, renamed at the end, removed on any exception or interrupt (what a killed process left:
+    at the next call). Raises `UserError` when `path` exists, when another process writes it, when the disk has too
+    little room for `expected_items` or runs full, and when nothing was written.
     """
     path = Path(path).expanduser()
-    if path.exists():
+    if is_taken(path):
         raise UserError(f"out: {str(path)!r} exists and is not replaced; choose another path or remove it")
     bytes_per_item = num_views * tokenizer.num_tokens * token_dtype(tokenizer.vocab_size).itemsize + BYTES_PER_NAME
-    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     with contextlib.ExitStack() as undo:
-        undo.callback(lambda: shutil.rmtree(partial) if partial.exists() else None)  # still there: something failed
         with _disk_errors(path, expected_items * bytes_per_item):
-            partial.mkdir(parents=True)
+            partial = undo.enter_context(folder_at_once(path))
             if expected_items * bytes_per_item > shutil.disk_usage(partial).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             writer = StoreWriter(path, partial, tokenizer, num_views, None if class_names is None else len(class_names))
@@ -160,7 +159,6 @@ def new_store(
         with _disk_errors(path, writer.counts["items"] * bytes_per_item):
             writer.arrow.finalize()
             (partial / METADATA_FILE).write_text(text)
-            os.rename(partial, path)
 
 
 class TokenStore:
