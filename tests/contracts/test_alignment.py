@@ -261,6 +261,11 @@ def test_free_rollouts_are_samples_of_the_policy(make, batch):
     assert not torch.equal(actions, other.extra["actions"])
 
 
+def test_pictures_too_small_for_the_perceptual_distance_are_refused(make):
+    with pytest.raises(UserError, match=r"perceptual_weight: efficientnet-lite0 reads images of 32 px.*set it to 0"):
+        make(StraightThroughConfig(rewards=REWARDS, perceptual="efficientnet-lite0"))
+
+
 def test_straight_through_has_hard_values_and_soft_gradient(rng):
     from consonar.training.baselines import straight_through
 

@@ -94,6 +94,11 @@ class AlignmentConfig:
             raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
         check_rewards(self.rewards, discriminator=self.discriminator)
 
+    @property
+    def needs_prior(self) -> bool:
+        """Whether the start model is kept in memory."""
+        return self.guard.measure_kl
+
 
 class AlignmentTrainee(Trainee):
     """A trained generator in post-training. Dropout stays off; the running reward of REINFORCE is kept with it."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.errors import UserError
+from consonar.perceptual import SMALLEST_INPUT
 from consonar.perceptual.efficientnet import PerceptualDistance
 from consonar.perceptual.lpips import load_lpips
 from consonar.seeding import derive_seed
@@ -104,6 +105,12 @@ class StraightThrough(Alignment):
         self.codes = self.codebook()
         self.perceptual: nn.Module | None = None
         if config.perceptual_weight > 0:
+            smallest, side = SMALLEST_INPUT[config.perceptual], self.tokenizer.image_size
+            if side < smallest:
+                raise UserError(
+                    f"objective.perceptual_weight: {config.perceptual} reads images of {smallest} px or more, those of "
+                    f"{self.tokenizer.name} have {side}; set it to 0"
+                )
             lpips = config.perceptual == "lpips"
             self.perceptual = (load_lpips(config.lpips_weights) if lpips else PerceptualDistance()).to(
                 self.world.device

@@ -101,6 +101,7 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
         check_classes(store, held_out)
         validation = TokenBatches(held_out, batch_size=batch_size, seed=config.seed)
         callbacks.validate = lambda model: objective.validate(model, held_out_batches(validation, config, world))
+    check_validates(config, callbacks)
     origin = origin_of(config, store.fingerprint, store.class_names)
     return Made(
         trainee, objective, batches, callbacks,
@@ -124,9 +125,7 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
     check_image_classes(config, train_source, model)
     rank = {"rank": world.rank, "world_size": world.size}
     batches = image_batches(config, train_source, tokenizer.image_size, batch_size, flip=config.data.flip, **rank)
-    guard = config.objective.guard
-    needs_prior = guard.measure_kl or getattr(config.objective, "kl_weight", 0) > 0
-    prior = load_generator(config.init).to(world.device) if needs_prior else None
+    prior = load_generator(config.init).to(world.device) if config.objective.needs_prior else None
     settings: dict[str, Any] = {
         "total_steps": config.loop.steps, "seed": config.seed, "world": world,
         "autocast_dtype": distributed.pick_precision(config.loop.precision, world.device),
@@ -155,10 +154,20 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
             return values | ({METRIC: distance(model.generator)} if distance else {})
 
         callbacks.validate = validate
+    check_validates(config, callbacks)
     return Made(
         AlignmentTrainee(model), objective, batches, callbacks,
         lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
     )  # fmt: skip
+
+
+def check_validates(config: TrainConfig, callbacks: Callbacks) -> None:
+    """Raises `UserError` where a part of the held-out items is asked for and there are none."""
+    if config.data.validation_items and not callbacks.validate:
+        raise UserError(
+            f"data.validation_items: {config.data.validation_items} is read only with data for validation, and there "
+            "are none; set it to 0"
+        )
 
 
 def check_takes_classes(model: Any, config: TrainConfig) -> None:

@@ -101,6 +101,10 @@ class PolicyConfig(AlignmentConfig):
                     )
 
     @property
+    def needs_prior(self) -> bool:
+        return super().needs_prior or self.kl_weight > 0
+
+    @property
     def clip_high(self) -> float:
         """The upper clip range."""
         if self.clip_range_high is None:
