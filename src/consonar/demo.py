@@ -9,7 +9,6 @@ Every step that is finished is skipped when the demo is called again, so that an
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -59,6 +58,7 @@ POST_TRAINING = {"ce": ce_openmoji, "vapi": vapi_spatial_openmoji}
 PARTS = {name: Part(name, "step", len(TEMPERATURES) + 1) for name in RUNS} | {
     f"{start}-{name}": Part(name, "update", len(TEMPERATURES)) for start in RUNS for name in POST_TRAINING
 }
+MOST_MINUTES = 100_000
 PROBE_STEPS, PROBE_SAMPLES = 4, (32, 96)
 """What is run to measure this machine: steps of every kind of training, and samples of two rows of results."""
 
@@ -104,8 +104,8 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
     The number of steps, updates and samples is what fits into `minutes` here; it is decided once and kept in
     `out`/demo.json. Raises `UserError` when `out` holds a demo with other minutes or another seed, or something else.
     """
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise UserError(f"--minutes: {minutes} is not a time, over 0")
+    if not 0 < minutes <= MOST_MINUTES:
+        raise UserError(f"--minutes: {minutes} is not a time, over 0 and at most {MOST_MINUTES:,}")
     stored = claim(out, {"minutes": minutes, "seed": seed})
     page = out / "report.html"
     if page.exists():

@@ -168,7 +168,7 @@ def test_too_few_minutes_are_said_and_the_least_is_done(pretended, tmp_path: Pat
     assert pretended.trained["rear"].loop.steps == LEAST_STEPS and (tmp_path / "demo" / "report.html").exists()
 
 
-@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("minutes", [0.0, -1.0, 1e300, float("nan"), float("inf")])
 def test_minutes_that_are_no_time_are_refused(pretended, tmp_path: Path, minutes: float) -> None:
     with pytest.raises(UserError, match="--minutes"):
         demo.run_demo(tmp_path / "demo", minutes=minutes, seed=0, say=print)

@@ -157,6 +157,13 @@ def test_the_page_is_the_same_bytes_twice_and_existing_out_is_refused(two_runs, 
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_opening_picture_is_on_the_page_whole(two_runs, tmp_path):
+    Image.fromarray(np.full((200, 300, 3), 77, np.uint8)).save(tmp_path / "opening.png")
+    page = Page(write_report(two_runs, tmp_path / "r.html", opening=tmp_path / "opening.png").read_text())
+    assert [image.shape for image in images_of(page) if image[0, 0, 0] == 77] == [(200, 300, 3)]
+    assert "What a longer training gives" in page.text
+
+
 def test_names_are_escaped(tmp_path):
     run = write_run(tmp_path / "<b>x", config={"note": "<script>alert(1)</script>"})
     write_results(run, {1.0: 60.0})
