@@ -28,6 +28,7 @@ from consonar.data.tokens import TokenStore, write_token_store
 from consonar.evaluation.evaluate import encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.results import library_versions, machine_name
+from consonar.evaluation.run_results import is_measured, read_results
 from consonar.recipes import find_recipe
 from consonar.tokenizers import load_tokenizer
 from consonar.tracking import read_metrics
@@ -86,14 +87,14 @@ def measure_runs(out: Path, seeds: int, samples: int) -> None:
     """Frontiers; the start model also at the temperatures of the aligned models' entropies."""
     target = None  # opened once: the runs share it
     for run in ["start", *(f"{name}-{seed}" for seed in range(seeds) for name in METHODS)]:
-        if (out / run / "results.json").exists():
+        if is_measured(out / run):
             continue
         started = time.monotonic()
         match = [out / f"{name}-{seed}" for name in MATCHED for seed in range(seeds)] if run == "start" else []
         target = target or encode_reference(open_reference("openmoji-64", 64), load_tokenizer("openmoji-64"))
         evaluate_run(
             out / run, target=target, reconstruct=False, temperatures=TEMPERATURES, match=match, num_samples=samples,
-            batch_size=128,
+            batch_size=128, overwrite=True,
         )  # fmt: skip
         print(f"measured {run}: {time.monotonic() - started:.0f} s", flush=True)
 
@@ -104,7 +105,7 @@ def validations(run: Path) -> list[dict[str, float]]:
 
 def summarise(out: Path, seeds: int, steps: int, samples: int) -> dict[str, Any]:
     """All numbers of the page, by method and seed."""
-    results = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/results.json")}
+    results = {path.parent.name: read_results(path.parent) for path in out.glob("*/results.json")}
     summary: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "samples": samples, "temperatures": TEMPERATURES,
         "machine": machine_name("cpu"), "versions": library_versions(),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from consonar.evaluation.run_results import read_results
 from consonar.pictures import save_grid
 from consonar.tracking import read_metrics
 
@@ -97,7 +98,7 @@ def lowest(lines: list[dict[str, float]]) -> str:
 def main() -> None:
     demo = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     settings = json.loads((demo / "demo.json").read_text())
-    results = {run: json.loads((demo / run / "results.json").read_text()) for run in NAMES}
+    results = {run: read_results(demo / run) for run in NAMES}
     last = {run: read_metrics(demo / run / "metrics.jsonl") for run in NAMES}
     final = {
         run: next(line for line in reversed(lines) if "validation/cross_entropy" in line) for run, lines in last.items()

@@ -37,6 +37,7 @@ from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import Reference, encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
+from consonar.evaluation.run_results import is_measured
 from consonar.generators import load_generator, load_own_tokenizer, read_origin
 from consonar.outside import read_json
 from consonar.pictures import save_grid
@@ -171,7 +172,7 @@ def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) 
 def measure_part(name: str, out: Path, work: Work, seed: int, target: Reference, progress: Progress) -> None:
     """Samples and measures one run at every temperature."""
     piece, trained, rows = f"measuring {name}", name in RUNS, PARTS[name].rows
-    if (out / name / "results.json").is_file():
+    if is_measured(out / name):
         progress.skip(piece)
         return
     progress.start(piece, f"{rows} x {work.samples} samples")
@@ -184,7 +185,7 @@ def measure_part(name: str, out: Path, work: Work, seed: int, target: Reference,
     evaluate_run(
         out / name, reference=TOKENIZER, target=target, reconstruct=trained, temperatures=TEMPERATURES,
         match=[out / f"{name}-vapi"] if trained else (), num_samples=work.samples, seed=seed, progress=row,
-        device=str(pick_device()),
+        device=str(pick_device()), overwrite=True,
     )  # fmt: skip
     progress.finish()
 

@@ -32,6 +32,7 @@ from consonar.evaluation.evaluate import (
 )
 from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
+from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, replacing
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.lock import holds_first_argument
 from consonar.placement import device_of, to_device
@@ -70,15 +71,16 @@ def evaluate_run(
 
     Every run in `match` adds a row at the temperature at which this one has that one's teacher-forced entropy (at
     temperature 1, on the validation images). `feature_network` is a name of `FEATURE_NETWORKS`; `target` the encoded
-    reference where several runs share it; else it is opened here. Beside results.json: samples_tX.npz (the first images
-    of each row, with their nearest training images) and, when the reference has validation images and with
-    `reconstruct`, reconstructions.npz and reconstruction.json.
+    reference where several runs share it; else it is opened here. Beside results.json: samples_tX.npz (some images of
+    each row, with their nearest training images) and, when the reference has validation images and with
+    `reconstruct`, reconstructions.npz and reconstruction.json. What was there stays until all of it is measured.
     Returns the content of results.json. Raises `UserError` when results exist (unless `overwrite`) or the run has no
     model.
     """
-    path = run / "results.json"
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; add --overwrite to measure again")
+    if (run / RESULTS).exists() and not overwrite:
+        why = "" if is_measured(run) else " of weights that have changed since"
+        raise UserError(f"{run / RESULTS} exists{why}; add --overwrite to measure again")
+    sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
     generator, class_names = load_generator(run).to(device), read_origin(run).class_names
     tokenizer = load_own_tokenizer(run).to(device)
     network = load_feature_network(feature_network, device)
@@ -86,7 +88,9 @@ def evaluate_run(
     if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
         raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
     sharpness = Sharpness(reference, tokenizer, batch_size)
-    matched = {round(sharpness.match(generator, other), 4): other.name for other in match}
+    matched: dict[float, list[Path]] = {}
+    for other in match:
+        matched.setdefault(round(sharpness.match(generator, other), 4), []).append(other)
     samplers = [replace(sampler or SamplerConfig(), temperature=t) for t in dict.fromkeys([*temperatures, *matched])]
     if target is not None and (target.name, target.tokenizer_fingerprint) != (reference, tokenizer.fingerprint):
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
@@ -94,51 +98,64 @@ def evaluate_run(
         target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
     labels = balanced_labels(num_samples, generator.num_classes)
     entropies = sharpness.entropies(generator, [settings.temperature for settings in samplers])
-    rows = []
-    for settings in samplers:
-        if progress:
-            progress(f"{run.name}: {num_samples} samples at temperature {settings.temperature:g}")
-        job = make_job(generator, tokenizer, labels, seed=seed, sampler=settings, source=str(run))
-        drawn = run / f".samples_t{settings.temperature:g}.npz"
-        drawn.unlink(missing_ok=True)
-        run_job(job, generator, tokenizer, drawn, batch_size=batch_size, restart=True)
-        results = evaluate(
-            drawn, target, feature_network=network, num_neighbours=NUM_NEIGHBOURS, draws=draws, device=device,
-            seed=seed, batch_size=batch_size,
-        )  # fmt: skip
-        kept = run / f"samples_t{settings.temperature:g}.npz"
-        keep_some(drawn, kept, target, results.copies, class_names)
-        row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
-        if settings.temperature in entropies:
-            row["metrics"]["entropy (teacher-forced)"] = {"value": entropies[settings.temperature], "spread": None}
-        if settings.temperature in matched:
-            row["matched_to"] = matched[settings.temperature]
-        rows.append(row)
-        drawn.unlink()
-    content = {
-        "schema": RESULTS_SCHEMA,
-        "rows": rows,
-        "best": best_row(rows),
+    with replacing(run) as staged:
+        rows = []
+        for settings in samplers:
+            if progress:
+                progress(f"{run.name}: {num_samples} samples at temperature {settings.temperature:g}")
+            job = make_job(generator, tokenizer, labels, seed=seed, sampler=settings, source=str(run))
+            drawn = run / f".samples_t{settings.temperature:g}.npz"
+            drawn.unlink(missing_ok=True)
+            run_job(job, generator, tokenizer, drawn, batch_size=batch_size, restart=True)
+            results = evaluate(
+                drawn, target, feature_network=network, num_neighbours=NUM_NEIGHBOURS, draws=draws, device=device,
+                seed=seed, batch_size=batch_size,
+            )  # fmt: skip
+            kept = staged / f"samples_t{settings.temperature:g}.npz"
+            keep_some(drawn, kept, target, results.copies, class_names)
+            row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
+            row["samples_sha256"] = checkpoint.file_sha256(kept)
+            if settings.temperature in entropies:
+                row["metrics"]["entropy (teacher-forced)"] = {"value": entropies[settings.temperature], "spread": None}
+            rows += [row | of_match(other) for other in matched.get(settings.temperature, [])] or [row]
+            drawn.unlink()
+        content = {
+            "schema": RESULTS_SCHEMA,
+            "rows": rows,
+            "best": best_row(rows),
+            "checkpoint_sha256": sha256,
+            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+            **origin_of_numbers(results, target.name),
+            "draws": draws,
+            "machine": machine_name(device),
+        }
+        if reconstruct and "validation" in target.images:
+            measure_reconstruction(staged, tokenizer, target.images["validation"], network)
+        text = json.dumps(content, indent=1)
+        checkpoint.write_atomically(staged / RESULTS, lambda partial: partial.write_text(text + "\n"))
+    return content
+
+
+def of_match(other: Path) -> dict[str, str]:
+    """What a row says of the run whose entropy its temperature was chosen to reach."""
+    return {
+        "matched_to": other.name,
+        "matched_sha256": checkpoint.file_sha256(model_folder(other) / "model.safetensors"),
+    }
+
+
+def origin_of_numbers(results: Results, reference: str) -> dict[str, Any]:
+    """What all rows of results.json share: against what they were measured, with what, and what to know of it."""
+    sizes = {f"num_{name}": count for name, count in results.num_reference.items()}
+    hashes = {f"{name}_sha256": sha256 for name, sha256 in results.reference_sha256.items()}
+    return {
         "feature_network": results.feature_network,
-        "checkpoint_sha256": checkpoint.file_sha256(model_folder(run) / "model.safetensors"),
-        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
-        "reference": {
-            "name": target.name,
-            **{f"num_{name}": count for name, count in results.num_reference.items()},
-            **{f"{name}_sha256": sha256 for name, sha256 in results.reference_sha256.items()},
-        },
+        "reference": {"name": reference, **sizes, **hashes},
         "noise_floor": {key: {"value": value} for key, value in results.noise_floor.items()},
         "remarks": results.remarks,
         "config": results.config,
-        "draws": draws,
         "versions": results.versions,
-        "machine": machine_name(device),
     }
-    if reconstruct and "validation" in target.images:
-        measure_reconstruction(run, tokenizer, target.images["validation"], network)
-    text = json.dumps(content, indent=1)
-    checkpoint.write_atomically(path, lambda partial: partial.write_text(text + "\n"))
-    return content
 
 
 def result_row(settings: SamplerConfig, results: Results, drawn: Path) -> dict[str, Any]:
@@ -225,20 +242,26 @@ def evaluate_tokenizer(
     Writes reconstruction.json and reconstructions.npz into the run and returns the metrics. Raises `UserError` when
     they exist (unless `overwrite`).
     """
-    if (run / "reconstruction.json").exists() and not overwrite:
-        raise UserError(f"{run / 'reconstruction.json'} exists; add --overwrite to measure again")
+    if (run / RECONSTRUCTION).exists() and not overwrite:
+        raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
+    sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
     tokenizer = load_tokenizer(model_folder(run)).to(device)
     images = open_reference(reference, tokenizer.image_size).images
     if not images:
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
-    return measure_reconstruction(run, tokenizer, measured, load_feature_network(feature_network, device))
+    network = load_feature_network(feature_network, device)
+    with replacing(run) as staged:
+        return measure_reconstruction(staged, tokenizer, measured, network, checkpoint_sha256=sha256)
 
 
 def measure_reconstruction(
-    run: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork
+    folder: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, **origin: str
 ) -> dict[str, float]:
-    """Writes reconstruction.json (all images of the set) and reconstructions.npz (some, evenly spaced)."""
+    """Writes reconstruction.json (all images of the set, and `origin`) and reconstructions.npz (some, evenly spaced).
+
+    Returns the metrics.
+    """
     metrics = reconstruction_metrics(
         tokenizer, (to_device(to_float(batch), device_of(tokenizer)) for batch in images.stream(64)),
         feature_network=network,
@@ -254,7 +277,9 @@ def measure_reconstruction(
         "reconstructions": to_uint8(decoded).cpu().numpy(),
         "names": np.array([f"{images.name} {i}" for i in rows]),
     }
-    checkpoint.write_atomically(run / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
-    text = json.dumps(metrics, indent=1)
-    checkpoint.write_atomically(run / "reconstruction.json", lambda partial: partial.write_text(text + "\n"))
+    checkpoint.write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
+    origin |= {"images": images.name, "tokenizer_fingerprint": tokenizer.fingerprint}
+    origin |= {"feature_network_sha256": network.weights_sha256}
+    text = json.dumps({**metrics, "origin": origin}, indent=1)
+    checkpoint.write_atomically(folder / RECONSTRUCTION, lambda partial: partial.write_text(text + "\n"))
     return metrics

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
+from consonar.evaluation.run_results import weights_sha256
 from consonar.outside import beside, read_json, read_metrics_line
 from consonar.report.records import Measurement, ResultRow, Results, Run
+from consonar.report.validity import comparable, without_old_matches, without_outdated
 
 MAX_RUNS = 8
 RESULTS_SCHEMA = 1
@@ -17,6 +20,8 @@ RESULTS_SCHEMA = 1
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Read 1 to 8 run folders, in the given order, and name each by its folder (with its parent's where two agree).
 
+    Results of weights that have changed since, and results that cannot be compared with those of the first run, are
+    left out; `withheld` says so.
     Raises `UserError` for another number, for one folder given twice, and for what is missing or broken in one.
     """
     if not 1 <= len(paths) <= MAX_RUNS:
@@ -29,7 +34,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     names = [f.name if short.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    return [_load_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    runs = [without_outdated(_load_run(folder, name)) for folder, name in zip(folders, names, strict=True)]
+    return comparable([without_old_matches(run, runs) for run in runs])
 
 
 def _load_run(folder: Path, name: str) -> Run:
@@ -45,6 +51,7 @@ def _load_run(folder: Path, name: str) -> Run:
         metrics=_read_metrics(folder / "metrics.jsonl"),
         results=_read_results(results_path) if results_path.is_file() else None,
         reconstruction=_read_note(folder / "reconstruction.json") or {},
+        weights_sha256=weights_sha256(folder),
         stopped=_read_note(folder / "stopped.json", step=int, reason=str),
         best_model=_read_note(folder / "best.json", step=int, metric=str, value=(int, float)),
     )
@@ -106,7 +113,10 @@ def _read_row(path: Path, number: int, row: Mapping[str, Any]) -> ResultRow:
             seed=row.get("seed"),
             samples=path.parent / beside(path, row["samples"]) if row.get("samples") else None,
             matched_to=str(row["matched_to"]) if row.get("matched_to") else None,
+            matched_sha256=str(row["matched_sha256"]) if row.get("matched_sha256") else None,
         )
     if result.samples is not None and not result.samples.is_file():
         raise UserError(f"{path}: rows[{number}] names {result.samples.name}, which is not there; sample again")
+    if result.samples is not None and row.get("samples_sha256") not in (None, file_sha256(result.samples)):
+        raise UserError(f"{path}: {result.samples.name} is not the file that rows[{number}] measured; evaluate again")
     return result

@@ -180,7 +180,7 @@ def reconstruction_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     groups: dict[bytes, dict[str, Any]] = {}
     for run in runs:
         path = run.path / "reconstructions.npz"
-        if not path.is_file():
+        if not (path.is_file() and run.reconstructs):
             continue
         originals, reconstructions, names = load_reconstructions(path)
         group = groups.setdefault(originals.tobytes() + reconstructions.tobytes(), {"runs": [], "metrics": {}})

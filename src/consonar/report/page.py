@@ -22,6 +22,7 @@ from consonar.report.images import (
 from consonar.report.post_training import post_training_section
 from consonar.report.records import Run, listed, start_text
 from consonar.report.tables import HEADINGS, config_rows, control_sections, flatten, result_columns, result_sections
+from consonar.report.validity import remarks
 from consonar.report.verdicts import verdict_table
 
 __all__ = ["config_rows", "findings", "render"]
@@ -45,7 +46,8 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         looks=LOOKS,
         legends=[legend_text(run, runs) for run in runs],
         headings=HEADINGS,
-        findings=findings(runs),
+        withheld=[line for run in runs for line in run.withheld],
+        findings=[*findings(runs), *remarks(runs)],
         leading=leading_pictures(samples, runs),
         headings_of_verdicts=headings,
         verdicts=verdicts,
@@ -83,7 +85,8 @@ def provenance_items(run: Run, runs: Sequence[Run]) -> dict[str, str]:
         items["last step"] = f"{run.metrics[-1]['step']:,}"
         if "time" in run.metrics[-1]:
             items["training time"] = f"{run.metrics[-1]['time'] / 60:.1f} min"
-    return items | (flatten(run.results.provenance) if run.results else {})
+    provenance = run.results.provenance if run.results else {}
+    return items | flatten({key: value for key, value in provenance.items() if key != "remarks"})
 
 
 def uses_openmoji(run: Run) -> bool:

@@ -36,6 +36,8 @@ class ResultRow:
     samples: Path | None = None
     matched_to: str | None = None
     """Folder name of the run whose teacher-forced entropy this temperature was chosen to reach."""
+    matched_sha256: str | None = None
+    """Of that run's weights."""
 
     @property
     def sampler(self) -> tuple[float, int, float]:
@@ -86,6 +88,11 @@ class Run:
     metrics: tuple[Mapping[str, Any], ...] = ()
     results: Results | None = None
     reconstruction: Mapping[str, float] = field(default_factory=dict)
+    reconstructs: bool = True
+    """Whether the pictures in `reconstructions.npz` are of the tokenizer that the run has now."""
+    weights_sha256: str | None = None
+    withheld: tuple[str, ...] = ()
+    """Sentences on what was measured and is not shown, and why."""
     stopped: Mapping[str, Any] | None = None
     """{"step", "reason"} of a run that its guard ended."""
     best_model: Mapping[str, Any] | None = None

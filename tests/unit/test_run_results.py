@@ -1,0 +1,138 @@
+"""The files of a measured run: replaced together, and of the model that the run has."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from consonar.checkpoint import file_sha256
+from consonar.errors import UserError
+from consonar.evaluation import features, frontier
+from consonar.evaluation.evaluate import encode_reference, open_reference
+from consonar.evaluation.run_results import is_measured, read_results, replacing
+from consonar.generators import Origin, save_generator
+from consonar.tokenizers import load_tokenizer, save_tokenizer
+
+
+class Quarters:
+    name, weights_sha256, num_features = "quarters", "q" * 64, 12
+
+    def __call__(self, images):
+        return functional.adaptive_avg_pool2d(images, 2).flatten(1).cpu()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(features.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+
+
+def save_run(folder, generator, tokenizer_folder, tokenizer):
+    origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint)
+    save_generator(generator, folder / "model", origin)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, tiny_generator, tokenizer_folder, tokenizer):
+    return save_run(tmp_path / "run", tiny_generator(), tokenizer_folder, tokenizer)
+
+
+def measure(run, picture_folder, **options):
+    options = {"num_samples": 12, "draws": 2, "reference": str(picture_folder)} | options
+    return frontier.evaluate_run(run, feature_network="quarters", **options)
+
+
+def files(run):
+    return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("fails", ["evaluate", "measure_reconstruction"])
+def test_results_stay_until_the_new_ones_are_complete(run, picture_folder, monkeypatch, fails):
+    measure(run, picture_folder, temperatures=(1.0, 0.5))
+    before, function, calls = files(run), getattr(frontier, fails), []
+
+    def breaks(*args, **options):
+        calls.append(args)
+        if fails == "measure_reconstruction" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(frontier, fails, breaks)
+        measure(run, picture_folder, temperatures=(1.0, 0.5), seed=7, overwrite=True)
+    after = {path: content for path, content in files(run).items() if not str(path).startswith(".samples_t")}
+    assert after == before
+    content = measure(run, picture_folder, temperatures=(1.0, 0.8), seed=7, overwrite=True)
+    assert json.loads((run / "results.json").read_text()) == json.loads(json.dumps(content))
+    assert sorted(path.name for path in run.glob("samples_*")) == ["samples_t0.8.npz", "samples_t1.npz"]
+    for row in content["rows"]:
+        assert row["samples_sha256"] == file_sha256(run / row["samples"])
+    assert not list(run.glob(".evaluation*"))
+
+
+def test_a_failure_replaces_nothing_and_a_killed_one_leaves_nothing(tmp_path):
+    (tmp_path / "results.json").write_text('{"rows": [{"samples": "samples_t1.npz"}, {"samples": "../other"}]}')
+    for name in ("samples_t1.npz", "mine.npz"):
+        (tmp_path / name).write_text("old")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="stop"), replacing(tmp_path) as staged:
+        (staged / "results.json").write_text("{}")
+        raise ValueError("stop")
+    assert files(tmp_path) == before
+    (tmp_path / ".evaluation.partial").mkdir()
+    (tmp_path / ".evaluation.partial" / "samples_t9.npz").write_text("of a process that was killed")
+    with replacing(tmp_path) as staged:
+        (staged / "results.json").write_text('{"rows": []}')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.npz", "results.json"]
+
+
+def test_results_are_of_the_weights_that_the_run_has(run, picture_folder, tiny_generator, tokenizer_folder, tokenizer):
+    assert not is_measured(run)
+    content = measure(run, picture_folder, reconstruct=False)
+    assert is_measured(run) and read_results(run) == json.loads(json.dumps(content))
+    assert content["checkpoint_sha256"] == file_sha256(run / "model" / "model.safetensors")
+    assert content["reference"]["train_sha256"] != content["reference"]["validation_sha256"]
+    save_run(run, tiny_generator(seed=1), tokenizer_folder, tokenizer)
+    assert not is_measured(run)
+    with pytest.raises(UserError, match="of weights that have changed since; evaluate again with --overwrite"):
+        read_results(run)
+    with pytest.raises(UserError, match="exists of weights that have changed since; add --overwrite"):
+        measure(run, picture_folder)
+
+
+def test_every_run_that_is_matched_has_a_row(
+    run, picture_folder, tmp_path, tiny_generator, tokenizer_folder, tokenizer
+):
+    twins = [save_run(tmp_path / name, tiny_generator(), tokenizer_folder, tokenizer) for name in ("one", "two")]
+    rows = measure(run, picture_folder, temperatures=(0.5,), match=twins, reconstruct=False)["rows"]
+    assert [row.get("matched_to") for row in rows] == [None, "one", "two"]
+    assert rows[1]["matched_sha256"] == file_sha256(twins[0] / "model" / "model.safetensors")
+    assert rows[1]["temperature"] == rows[2]["temperature"] == pytest.approx(1, abs=2e-3)
+
+
+def test_a_shared_reference_is_that_of_the_run(run, picture_folder, tokenizer, tmp_path):
+    target = encode_reference(open_reference(picture_folder, 16), tokenizer)
+    assert measure(run, picture_folder, target=target)["rows"]
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight.mul_(2)
+    save_tokenizer(tokenizer, tmp_path / "other")
+    foreign = encode_reference(target, load_tokenizer(tmp_path / "other"))
+    for wrong, reference in ((foreign, picture_folder), (target, picture_folder / "train")):
+        with pytest.raises(UserError, match="target: "):
+            measure(run, reference, target=wrong, overwrite=True)
+
+
+def test_more_classes_than_pictures_are_kept_of_are_shown_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "KEPT_IMAGES", 4)
+    for count, labels in ((12, [0, 3, 6, 9]), (5, [0, 2, 4, 7])):
+        classes = np.arange(count) * 10 // count if count < 10 else np.arange(count) % 10
+        images = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
+        np.savez(tmp_path / "drawn.npz", arr_0=images, labels=classes, seeds=np.arange(count))
+        frontier.keep_some(tmp_path / "drawn.npz", tmp_path / "kept.npz", None, {}, None)
+        with np.load(tmp_path / "kept.npz") as kept:
+            assert len(kept["labels"]) == 4 and np.abs(kept["labels"] - labels).max() <= 2
+            assert (kept["images"][:, 0, 0, 0] == kept["seeds"]).all()
