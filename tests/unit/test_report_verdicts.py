@@ -59,21 +59,6 @@ def test_each_run_is_judged_at_its_best_and_at_temperature_one(tmp_path, plain, 
     assert "Who is ahead" in page.text and "vs plain" in page.text and words[0] in page.text
 
 
-def test_what_was_measured_differently_is_not_compared(tmp_path):
-    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "rear", weight=1.0, noise=0.5)]
-    for run, value in zip(runs, (60.0, 40.0), strict=True):
-        write_results(run, {1.0: value})
-    path = runs[1] / "results.json"
-    content = json.loads(path.read_text())
-    for change, reason in (
-        ({"reference": {"name": "mine"}}, "measured with another reference"),
-        ({"feature_network": {"name": "inception"}}, "measured with another feature network"),
-        ({"rows": [{**content["rows"][0], "num_samples": 64}]}, "64 samples against 2,048"),
-    ):
-        path.write_text(json.dumps(content | change))
-        assert verdict_table(load_runs(runs))[1][0].cells == [("open", reason)] * 2
-
-
 def test_without_a_spread_or_a_measured_run_nobody_is_ahead(tmp_path):
     runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "rear", weight=1.0, noise=0.5)]
     write_results(runs[1], {1.0: 50.0}, spread=None)
