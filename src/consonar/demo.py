@@ -21,7 +21,7 @@ import torch
 from consonar.checkpoint import is_component, write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
-from consonar.data.tokens import write_token_store
+from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.demo_plan import (
     EvaluationRate,
     Part,
@@ -39,6 +39,7 @@ from consonar.evaluation.evaluate import Reference, encode_reference, open_refer
 from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.run_results import is_measured
 from consonar.generators import load_generator, load_own_tokenizer, read_origin
+from consonar.lock import hold, is_taken
 from consonar.outside import read_json
 from consonar.pictures import save_grid
 from consonar.recipes import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
@@ -103,10 +104,17 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
     """Draws `out`/opening.png, measures this machine, trains and measures all runs, and returns `out`/report.html.
 
     The number of steps, updates and samples is what fits into `minutes` here; it is decided once and kept in
-    `out`/demo.json. Raises `UserError` when `out` holds a demo with other minutes or another seed, or something else.
+    `out`/demo.json. Raises `UserError` when `out` holds a demo with other minutes or another seed, or something
+    else, and when another process is at it.
     """
     if not 0 < minutes <= MOST_MINUTES:
         raise UserError(f"--minutes: {minutes} is not a time, over 0 and at most {MOST_MINUTES:,}")
+    with hold(out):
+        return make_demo(out, minutes=minutes, seed=seed, say=say)
+
+
+def make_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
+    """`run_demo` in a folder that this process holds."""
     stored = claim(out, {"minutes": minutes, "seed": seed})
     page = out / "report.html"
     if page.exists():
@@ -148,7 +156,7 @@ def draw_opening(path: Path, device: torch.device, say: Callable[[str], None]) -
 def make_tokens(out: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
     """The token stores of the training and the validation images."""
     for split, folder, views in (("train", "tokens", "center_flip"), ("validation", "tokens-validation", "center")):
-        if not (out / folder).exists():
+        if not (out / folder / METADATA_FILE).is_file():  # written last
             say(f"OpenMoji, {split} images -> tokens")
             source = open_source("openmoji", split=split, image_size=tokenizer.image_size)
             write_token_store(out / folder, source, tokenizer, views=views)
@@ -246,7 +254,7 @@ def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Makes `out` this demo's folder, or checks that it is; returns what its demo.json holds."""
     path = out / "demo.json"
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if is_taken(out):
             raise UserError(f"--out: {out} exists and holds no demo; choose another folder")
         write_settings(out, settings)
         return settings

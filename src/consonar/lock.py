@@ -40,6 +40,8 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises `UserError` that names who holds it; with `wait`, waits for them instead.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK_FILE
     try:

@@ -25,6 +25,7 @@ from consonar.demo_plan import (
     work_for,
 )
 from consonar.errors import UserError
+from consonar.lock import hold
 
 TRAINING = {
     "plain-ar": TrainingRate(2.0, 0.7, 1.5),
@@ -182,3 +183,27 @@ def test_a_plan_that_cannot_be_read_is_told_and_nothing_is_replaced(pretended, t
         with pytest.raises(UserError, match=message):
             demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=print)
         assert (tmp_path / "demo" / "demo.json").read_text() == content
+
+
+def test_an_empty_store_is_made_and_a_finished_one_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(demo, "open_source", lambda *_, split, image_size: split)
+    monkeypatch.setattr(demo, "write_token_store", lambda path, *_, **__: made.append(path.name))
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens-validation").mkdir()
+    (tmp_path / "tokens-validation" / "store.json").touch()
+    demo.make_tokens(tmp_path, SimpleNamespace(image_size=64), lambda text: None)
+    assert made == ["tokens"]
+
+
+def test_a_demo_has_one_process_and_no_folder_of_something_else(tmp_path: Path) -> None:
+    settings = {"minutes": 1.0, "seed": 0, "say": lambda text: None}
+    with hold(tmp_path / "demo"), pytest.raises(UserError, match="is writing it"):
+        demo.run_demo(tmp_path / "demo", **settings)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    with pytest.raises(UserError, match="exists and holds no demo"):
+        demo.run_demo(tmp_path / "photos", **settings)
+    with pytest.raises(UserError, match="is a file"):
+        demo.run_demo(tmp_path / "photos" / "cat.png", **settings)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cat.png", "photos"]
