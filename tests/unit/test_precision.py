@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from consonar.evaluation import copying, reconstruction, statistics
 from consonar.perceptual import lpips
 from consonar.perceptual.efficientnet import PerceptualDistance
 from consonar.perceptual.lpips import VGG16Features, load_lpips
@@ -52,11 +53,16 @@ def test_feature_distances_are_the_same_in_bf16(rng, tmp_path, monkeypatch):
 
 A, B = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 35).view(7, 5)
 LOGITS, TARGETS = A.view(2, 3, 5), A.view(2, 3, 5).softmax(-1)
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 FORMULAS = {
     "squared_distances": (quantizer.squared_distances, A, B),
     "nearest_code": (quantizer.nearest_code, A, B),
     "codebook_loss": (quantizer.codebook_loss, A, A + 0.01),
     "commitment_loss": (quantizer.commitment_loss, A, A + 0.01),
+    "distances of features": (statistics.squared_distances, A, B),
+    "cosine distances": (copying._cosine_distances, A, B),
+    "psnr": (reconstruction.psnr, IMAGES, IMAGES + 0.01),
+    "ssim": (reconstruction.ssim, IMAGES, IMAGES + 0.01),
     "code_neighbours": (noise.code_neighbours, B, 2),
     "soft_cross_entropy": (losses.soft_cross_entropy, LOGITS, TARGETS),
     "entropy": (losses.entropy, LOGITS),

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
+from consonar.precision import in_float32
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def copy_rate_features(
     return _copy_rate(_unit(samples), _unit(train), _unit(validation), _cosine_distances, quantile, block)
 
 
+@in_float32
 def hamming_distances(left: Tensor, right: Tensor) -> Tensor:
     """(L, R) int16 number of positions in which the rows of (L, N) and (R, N) differ; N < 32,768."""
     shape = (len(left), len(right))
@@ -101,6 +103,7 @@ def hamming_distances(left: Tensor, right: Tensor) -> Tensor:
     return torch.from_numpy(distances)
 
 
+@in_float32
 def _cosine_distances(left: Tensor, right: Tensor) -> Tensor:
     return (1 - left @ right.T).clamp_(min=0)
 

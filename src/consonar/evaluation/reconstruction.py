@@ -20,6 +20,7 @@ from torch.nn import functional
 from consonar.errors import UserError
 from consonar.evaluation.features import FeatureNetwork
 from consonar.evaluation.statistics import Moments, frechet_distance
+from consonar.precision import in_float32
 from consonar.tokenizers import quantizer
 from consonar.types import Tokenizer
 
@@ -32,6 +33,7 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return ((images.double().clamp(-1, 1) + 1) * 127.5).round() / 255
 
 
+@in_float32
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
     """(B,) peak signal-to-noise ratio in dB, 10 log10(1 / MSE), of (B, 3, H, W) in [0, 1]; inf for equal images."""
     mse = (images - originals).square().flatten(1).mean(1)
@@ -56,6 +58,7 @@ def gaussian_filter(images: Tensor) -> Tensor:
     return bands(images.shape[-2]) @ images @ bands(images.shape[-1]).T
 
 
+@in_float32
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """(B,) structural similarity in [-1, 1] of (B, C, H, W) in [0, 1] (Wang et al. 2004, Eq. 13); 1 for equal images.
 

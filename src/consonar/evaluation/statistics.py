@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
+from consonar.precision import in_float32
 
 EPSILON = torch.finfo(torch.float64).eps
 EIGENVALUE_TOLERANCE = 1e-6
@@ -136,6 +137,7 @@ def _clipped(values: Tensor) -> Tensor:
     return values.clamp(min=0)
 
 
+@in_float32
 def squared_distances(left: Tensor, right: Tensor) -> Tensor:
     """(L, R) squared Euclidean distances of the rows of (L, F) and (R, F), in their precision, never below 0."""
     products = left @ right.T
