@@ -3,12 +3,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 MINUTES ?= 18
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu test-portable lint bench results claims-vapi clean
+.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench results claims-vapi clean
 
 help:
 	@echo "make demo       train plain AR and reAR, post-train both by VA-pi, write runs/demo/report.html (MINUTES=18, of this machine)"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the slower tests"
+	@echo "make fuzz       every byte changed and every length cut of a file of each format (hours)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make test-portable  the numeric tests under other instruction sets, threads and kernels (nine times a minute or two)"
 	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
@@ -32,6 +33,9 @@ lint: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -177,7 +177,7 @@ def test_damaged_stores_are_refused(tmp_path):
         return one_line(caught)
 
     assert "format 2, but this consonar reads 1" in refused(format_version=2)
-    assert "7 of 8 items" in refused(counts={"items": 8})
+    assert "7 of 8 items" in refused(counts=good["counts"] | {"items": 8})
     assert "which is not what store.json says" in refused(num_tokens=5)
     message = refused(vocab_size=6)
     assert "holds token 6" in message and "0..5" in message and str(path) in message

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
 from consonar.data.picture_files import IMAGE_ENDINGS, PictureFiles, find_pictures, read_image, sub_folders
+from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, printable, reading, unknown
 from consonar.types import ImageRecord, ImageSource
 
@@ -217,7 +218,11 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
     elif split != "train":
         raise MissingSplit(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
     kind = DatasetImages if isinstance(loaded, datasets.IterableDataset) else IndexedDatasetImages
-    return kind(loaded, f"{spec.partition('?')[0]}[{split}]", columns)
+    with reading(f"data: {spec!r}", "a Hugging Face data set"):
+        if kind is IndexedDatasetImages:
+            check_buffers(loaded.data.table)
+        source = kind(loaded, f"{spec.partition('?')[0]}[{split}]", columns)
+    return source
 
 
 def open_source(spec: str, *, split: str = "train", image_size: int) -> ImageSource:

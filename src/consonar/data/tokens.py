@@ -22,15 +22,13 @@ from torch import Tensor
 
 import consonar
 from consonar.data.loader import prefetch
+from consonar.data.store_format import FORMAT_VERSION, METADATA_FILE, REMEDY, TOKENS_FILE, check_rows, read_metadata
 from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import UserError, reading, unknown
 from consonar.lock import folder_at_once, is_taken
-from consonar.outside import read_json
 from consonar.placement import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
-FORMAT_VERSION = 1
-METADATA_FILE, TOKENS_FILE = "store.json", "tokens.arrow"
 ROWS_PER_BLOCK = 1024
 BYTES_PER_NAME = 64  # allowance for an item's name, label and caption when the room on the disk is judged
 
@@ -184,6 +182,7 @@ class TokenStore:
         self.metadata = metadata
         # With a name of its own: `Dataset` would read the whole file to hash it.
         self._dataset = Dataset(InMemoryTable.from_buffer(buffer), fingerprint=f"{self.fingerprint}-{path.name}")
+        check_rows(self._dataset.data.table, metadata["counts"])
         column, dtype = self._dataset.data.column("tokens"), token_dtype(self.vocab_size)
         if column.type != pa.list_(pa.from_numpy_dtype(dtype), self.num_views * self.num_tokens):
             raise ValueError(f"tokens have the type {column.type}, which is not what {METADATA_FILE} says")
@@ -202,16 +201,9 @@ class TokenStore:
         import pyarrow as pa
 
         path = Path(path).expanduser()
-        if not (path / METADATA_FILE).is_file():
-            raise UserError(f"tokens: no token store at {str(path)!r}; make one with consonar tokenize")
-        remedy = "tokenize the images again"
-        metadata = read_json(path / METADATA_FILE, remedy)
-        if (version := metadata.get("format_version")) != FORMAT_VERSION:
-            raise UserError(f"tokens: {str(path)!r} has format {version!r}, but this consonar reads {FORMAT_VERSION}")
-        with reading(f"tokens: {str(path)!r}", "a token store", remedy):
+        metadata = read_metadata(path)
+        with reading(f"tokens: {str(path)!r}", "a token store", REMEDY):
             store = cls(path, metadata, pa.memory_map(str(path / TOKENS_FILE)).read_buffer())
-            if len(store) != metadata["counts"]["items"]:
-                raise ValueError(f"{len(store)} of {metadata['counts']['items']} items")
         return store
 
     def __len__(self) -> int:

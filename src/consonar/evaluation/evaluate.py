@@ -25,7 +25,14 @@ from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
 from consonar.evaluation import features as sets
 from consonar.evaluation.features import FeatureNetwork, load_feature_network
-from consonar.evaluation.image_sets import NEEDED, ImageSet, folder_image_set, npz_image_set, source_image_set
+from consonar.evaluation.image_sets import (
+    NEEDED,
+    ImageSet,
+    folder_image_set,
+    npz_image_set,
+    npz_statistics,
+    source_image_set,
+)
 from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
 from consonar.evaluation.results import Metric, Results, library_versions, machine_name
 from consonar.evaluation.statistics import random_parts
@@ -136,7 +143,7 @@ def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...]
 def _open_npz_reference(path: Path, image_size: int) -> Reference:
     keys, images = set(npz_keys(path, NEEDED)), {}
     statistics, spatial_statistics = (
-        _read_statistics(path, mean, cov) if keys.issuperset((mean, cov)) else None
+        npz_statistics(path, mean, cov) if keys.issuperset((mean, cov)) else None
         for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
     )
     if statistics is None or keys & {"images", "arr_0"}:
@@ -145,19 +152,6 @@ def _open_npz_reference(path: Path, image_size: int) -> Reference:
             raise UserError(f"reference {path}: images of {shape[1]} px, but the samples have {image_size} px")
     of_file = {"statistics": file_sha256(path)} if statistics else {}
     return Reference(str(path), images, statistics, spatial_statistics, of_file)
-
-
-def _read_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
-    """Mean (F,) and covariance (F, F), finite floating-point numbers, of an .npz."""
-    arrays = read_npz(path, (mean, cov))
-    for key, array in arrays.items():
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise UserError(f"{path}: {key} is {array.dtype}; expected finite floating-point numbers")
-    count = len(arrays[mean]) if arrays[mean].ndim == 1 else 0
-    if count == 0 or arrays[cov].shape != (count, count):
-        shapes = f"{mean} has shape {arrays[mean].shape}, {cov} {arrays[cov].shape}"
-        raise UserError(f"{path}: {shapes}; expected (F,) and (F, F)")
-    return torch.from_numpy(arrays[mean].astype(np.float64)), torch.from_numpy(arrays[cov].astype(np.float64))
 
 
 def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: int = 64) -> Reference:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from consonar.checkpoint import file_sha256
 from consonar.errors import BadImage, UserError, reading
-from consonar.outside import npz_keys, npz_member
+from consonar.outside import npz_keys, npz_member, read_npz
 from consonar.types import ImageSource
 
 NEEDED = "give an .npz or a folder of images"
@@ -55,6 +57,19 @@ def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
                 yield np.frombuffer(array.file.read(math.prod(batch_shape)), np.uint8).reshape(batch_shape)
 
     return ImageSet(str(path), stream), shape
+
+
+def npz_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
+    """Mean (F,) and covariance (F, F), finite floating-point numbers, of an .npz. Raises UserError for others."""
+    arrays = read_npz(path, (mean, cov))
+    for key, array in arrays.items():
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise UserError(f"{path}: {key} is {array.dtype}; expected finite floating-point numbers")
+    count = len(arrays[mean]) if arrays[mean].ndim == 1 else 0
+    if count == 0 or arrays[cov].shape != (count, count):
+        shapes = f"{mean} has shape {arrays[mean].shape}, {cov} {arrays[cov].shape}"
+        raise UserError(f"{path}: {shapes}; expected (F,) and (F, F)")
+    return torch.from_numpy(arrays[mean].astype(np.float64)), torch.from_numpy(arrays[cov].astype(np.float64))
 
 
 def folder_image_set(folder: Path) -> tuple[ImageSet, tuple[int, ...], str]:

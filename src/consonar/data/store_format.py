@@ -1,0 +1,62 @@
+"""What the two files of a token store must hold. Arrow follows damaged offsets anywhere, so these are checked, too."""
+
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from consonar.errors import UserError
+from consonar.outside import read_json
+
+FORMAT_VERSION = 1
+METADATA_FILE, TOKENS_FILE = "store.json", "tokens.arrow"
+REMEDY = "tokenize the images again"
+SIZES = ("vocab_size", "num_tokens", "num_views")
+TYPES: dict[str, Any] = {
+    "tokenizer": str, "fingerprint": str, "source": str, "num_classes": int, "class_names": (list, NoneType),
+    "counts": dict, **dict.fromkeys(SIZES, int),
+}  # fmt: skip
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """store.json of a token store, its entries of the right types; `UserError` for another version or a damaged one."""
+    path = folder / METADATA_FILE
+    if not path.is_file():
+        raise UserError(f"tokens: no token store at {str(folder)!r}; make one with consonar tokenize")
+    metadata = read_json(path, REMEDY)
+    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        raise UserError(f"tokens: {str(folder)!r} has format {version!r}, but this consonar reads {FORMAT_VERSION}")
+    for key, kind in TYPES.items():
+        value = metadata.get(key, "missing")
+        wrong_size = key in SIZES and (type(value) is not int or value < 1)
+        if not isinstance(value, kind) or isinstance(value, bool) or wrong_size:
+            raise UserError(f"{path}: {key} is {str(value)[:60]!r}; {REMEDY}")
+    for key in ("items", "labelled", "captioned"):
+        if type(metadata["counts"].get(key)) is not int:
+            raise UserError(f"{path}: counts.{key} is {str(metadata['counts'].get(key))[:60]!r}; {REMEDY}")
+    names, count = metadata["class_names"], metadata["num_classes"]
+    if count < 0 or (names is not None and [type(name) for name in names] != [str] * count):
+        raise UserError(f"{path}: class_names are not {count} names; {REMEDY}")
+    return metadata
+
+
+def check_rows(table: Any, counts: dict[str, int]) -> None:
+    """Raises ValueError unless an Arrow table holds what `counts` says and its buffers lie inside the file.
+
+    Reads the names and captions, not the tokens.
+    """
+    check_buffers(table, "tokens")
+    if len(table) != counts["items"]:
+        raise ValueError(f"{len(table)} of {counts['items']} items")
+    if table.column("tokens").null_count:
+        raise ValueError("items without tokens")
+    for key, column in (("labelled", "label"), ("captioned", "caption")):
+        found = len(table) - table.column(column).null_count
+        if found != counts[key]:
+            raise ValueError(f"{found} of {counts[key]} items are {key}")
+
+
+def check_buffers(table: Any, *large: str) -> None:
+    """Raises ValueError where columns of an Arrow table point outside their memory; of `large` ones by size alone."""
+    for name in table.column_names:
+        for chunk in table.column(name).chunks:
+            chunk.validate(full=name not in large)

@@ -1,0 +1,287 @@
+"""Valid small files of every format that consonar reads, and the reader that a command would call on each."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from consonar import checkpoint
+from consonar.config import read_config
+from consonar.config_io import to_dict
+from consonar.convert.back import read_source
+from consonar.convert.containers import read_weights
+from consonar.data.images import open_source
+from consonar.data.loader import TokenBatches
+from consonar.data.picture_files import read_image
+from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
+from consonar.demo import claim
+from consonar.evaluation.evaluate import load_samples, open_reference
+from consonar.generators import Origin, load_generator, read_origin, save_generator
+from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.recipes import find_recipe
+from consonar.report import write_report
+from consonar.tokenizers import load_tokenizer, save_tokenizer
+from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.tracking import read_metrics
+from consonar.types import ImageRecord
+from consonar.weight_files import WeightFile
+
+TINY = VQConfig(image_size=8, vocab_size=16, code_dim=2, base_channels=4, channel_multipliers=(1, 2),
+                latent_channels=4, num_groups=2)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file that is damaged on purpose."""
+
+    file: str
+    """Its path below the folder that `make` fills."""
+    make: Callable[[Path], None]
+    read: Callable[[Path], Any]
+    """Gets the folder; whatever a command would do with the file."""
+
+
+def pixels(size: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def picture(format: str, **settings: Any) -> Format:
+    file = f"a.{format.lower()}"
+
+    def make(folder: Path) -> None:
+        Image.fromarray(pixels()).save(folder / file, format, **settings)
+
+    return Format(file, make, lambda folder: read_image(folder / file, file))
+
+
+class Pictures:
+    name, class_names = "pictures", ("a", "b")
+
+    def __iter__(self):
+        for i in range(6):
+            yield ImageRecord(Image.fromarray(pixels() // (i + 1)), f"picture {i}", i % 2, "text" if i else None)
+
+
+@lru_cache
+def tokenizer() -> VQTokenizer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VQTokenizer(TINY, name="tiny")
+
+
+def make_tokenizer(folder: Path) -> None:
+    save_tokenizer(tokenizer(), folder / "t")
+
+
+def make_generator(folder: Path) -> None:
+    model = ReARGenerator(ReARConfig(width=8, num_layers=1, num_heads=1, vocab_size=16, num_tokens=16, num_classes=2))
+    save_generator(model, folder / "g", Origin(tokenizer="openmoji-64", class_names=("a", "b")))
+
+
+def read_generator(folder: Path) -> None:
+    load_generator(folder / "g")
+    read_origin(folder / "g")
+
+
+def make_store(folder: Path) -> None:
+    write_token_store(folder / "s", Pictures(), tokenizer(), num_workers=1)
+
+
+def read_store(folder: Path) -> None:
+    store = TokenStore.open(folder / "s")
+    batches = TokenBatches(store, batch_size=2, seed=0)
+    list(batches.ordered(2))
+    store.captions(torch.arange(len(store)))
+    store.check_range()
+
+
+def make_samples(folder: Path) -> None:
+    np.savez(folder / "a.npz", arr_0=pixels()[None].repeat(2, 0), labels=np.zeros(2, np.int64),
+             tokens=np.zeros((2, 4), np.int64), seeds=np.arange(2), settings=np.array("{}"))  # fmt: skip
+
+
+def read_samples(folder: Path) -> None:
+    list(load_samples(folder / "a.npz").images.stream(1))
+
+
+def make_reference(folder: Path) -> None:
+    np.savez_compressed(folder / "a.npz", images=pixels()[None].repeat(2, 0), mu=np.zeros(3), sigma=np.eye(3))
+
+
+def read_reference(folder: Path) -> None:
+    for images in open_reference(folder / "a.npz", 8).images.values():
+        list(images.stream(1))
+
+
+def make_torch(folder: Path) -> None:
+    torch.save({"model": {"w": torch.arange(6.0), "b": torch.zeros(2)}, "step": 3}, folder / "a.pt")
+
+
+def make_old_torch(folder: Path) -> None:
+    torch.save({"w": torch.arange(6.0)}, folder / "a.pt", _use_new_zipfile_serialization=False)
+
+
+def make_weights(folder: Path) -> None:
+    torch.save({"w": torch.arange(6.0)}, folder / "a.pth")
+
+
+def read_weight_file(folder: Path) -> None:
+    WeightFile("net", "a.pth", "https://example.org", "00").read(folder / "a.pth", check_hash=False)
+
+
+def make_shards(folder: Path) -> None:
+    checkpoint.save_tensors(folder / "one.safetensors", {"w": torch.zeros(2)})
+    checkpoint.save_tensors(folder / "two.safetensors", {"b": torch.zeros(2)})
+    text = json.dumps({"metadata": {}, "weight_map": {"w": "one.safetensors", "b": "two.safetensors"}})
+    (folder / "m.safetensors.index.json").write_text(text)
+
+
+def make_codes(folder: Path) -> None:
+    for name, array in (("codes", np.zeros((1, 2, 16), np.int64)), ("labels", np.zeros(1, np.int64))):
+        (folder / name).mkdir()
+        np.save(folder / name / "0.npy", array)
+
+
+def imported(read: Callable[..., Any], *names: str) -> Callable[[Path], None]:
+    def run(folder: Path) -> None:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        read(*(folder / name for name in names), folder / "out", tokenizer())
+
+    return run
+
+
+def make_jsonl(folder: Path) -> None:
+    lines = [json.dumps({"class_id": i, "tokens": [i] * 16}) for i in range(2)]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def make_yaml(folder: Path) -> None:
+    (folder / "a.yaml").write_text(
+        "base: rear-openmoji\nmodel: {kind: rear, width: 64}\noptim:\n  lr: 1e-4\nloop:\n  steps: 10\n"
+        "  trackers: []\ndata: {tokens: tokens/mine}\nseed: 3\n"
+    )
+
+
+def make_json(folder: Path) -> None:
+    (folder / "a.json").write_text(json.dumps(to_dict(find_recipe("vapi-openmoji")), indent=0))
+
+
+def make_run(folder: Path) -> None:
+    run = folder / "run"
+    run.mkdir()
+    settings = {"recipe": "x", "init": None, "objective": {"kind": "consistency", "embedding_weight": 1.0},
+                "data": {"tokens": "t"}, "loop": {"steps": 20, "batch_size": 4}}  # fmt: skip
+    (run / "config.json").write_text(json.dumps(settings))
+    lines = [{"step": s, "time": 6.0 * s, "train/cross_entropy": 7.0, "train/noise_rate": 0.5} for s in (1, 10)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"temperature": 1.0, "num_samples": 6, "top_k": 0, "seed": 0, "samples": "s.npz",
+           "metrics": {"FD(n) validation": {"value": 1.5, "spread": 0.5}}}  # fmt: skip
+    labels, seeds = np.repeat(np.arange(3), 2), np.tile(np.arange(2), 3)
+    np.savez(run / "s.npz", images=np.zeros((6, 8, 8, 3), np.uint8), labels=labels, seeds=seeds)
+    content = {"schema": 1, "rows": [row], "best": 0, "noise_floor": {"FD(n) validation vs train": {"value": 1.0}}}
+    (run / "results.json").write_text(json.dumps(content))
+    (run / "reconstruction.json").write_text(json.dumps({"psnr": 20.5, "ssim": 0.5}))
+    (run / "stopped.json").write_text(json.dumps({"step": 3, "reason": "guard"}))
+    (run / "best.json").write_text(json.dumps({"step": 3, "metric": "FD", "value": 1.5}))
+    np.savez(run / "reconstructions.npz", originals=pixels()[None], reconstructions=pixels()[None], names=["a"])
+
+
+def read_run(folder: Path) -> None:
+    write_report([folder / "run"], folder / "page.html", overwrite=True)
+
+
+def read_lines(folder: Path) -> None:
+    read_metrics(folder / "run/metrics.jsonl")
+
+
+def make_dataset(folder: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels()).save(stream, "PNG")
+    types = Features(image=ImageFeature(), label=ClassLabel(names=["a", "b"]), text=Value("string"))
+    rows = {"image": [{"bytes": stream.getvalue(), "path": None}] * 2, "label": [0, 1], "text": ["x", None]}
+    Dataset.from_dict(rows, features=types).save_to_disk(str(folder / "d"))
+
+
+def read_dataset(folder: Path) -> None:
+    list(open_source(f"arrow:{folder / 'd'}", image_size=8))
+
+
+def make_demo(folder: Path) -> None:
+    claim(folder / "demo", {"minutes": 1.0, "seed": 0})
+
+
+def read_demo(folder: Path) -> None:
+    claim(folder / "demo", {"minutes": 1.0, "seed": 0})
+
+
+def make_source(folder: Path) -> None:
+    (folder / "source.json").write_text(json.dumps({"recognised_as": "rar", "entry": ["model"]}))
+
+
+def make_resume(folder: Path) -> None:
+    checkpoint.save_resume(folder, 1, {"trainee": {"w": torch.zeros(3)}, "rng": torch.get_rng_state()[:8]}, keep=1)
+
+
+FORMATS = {
+    "png": picture("PNG"),
+    "palette png": Format(
+        "a.png",
+        lambda folder: Image.fromarray(pixels()).convert("P").save(folder / "a.png", transparency=3, dpi=(72, 72)),
+        lambda folder: read_image(folder / "a.png", "a.png"),
+    ),
+    "jpg": picture("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
+    "webp": picture("WEBP"),
+    "gif": picture("GIF"),
+    "bmp": picture("BMP"),
+    "tiff": picture("TIFF", compression="tiff_lzw"),
+    "ppm": picture("PPM"),
+    "jpeg2000": picture("JPEG2000"),
+    "avif": picture("AVIF"),
+    "samples npz": Format("a.npz", make_samples, read_samples),
+    "reference npz": Format("a.npz", make_reference, read_reference),
+    "llamagen npy": Format("codes/0.npy", make_codes, imported(import_llamagen_npy, "codes", "labels")),
+    "rar jsonl": Format("a.jsonl", make_jsonl, imported(import_rar_jsonl, "a.jsonl")),
+    "tokenizer weights": Format("t/model.safetensors", make_tokenizer, lambda folder: load_tokenizer(folder / "t")),
+    "tokenizer config": Format("t/config.json", make_tokenizer, lambda folder: load_tokenizer(folder / "t")),
+    "generator config": Format("g/config.json", make_generator, read_generator),
+    "safetensors": Format("one.safetensors", make_shards, lambda folder: read_weights(folder / "one.safetensors")),
+    "index json": Format(
+        "m.safetensors.index.json", make_shards, lambda folder: read_weights(folder / "m.safetensors.index.json")
+    ),
+    "pt": Format("a.pt", make_torch, lambda folder: read_weights(folder / "a.pt")),
+    "old pt": Format("a.pt", make_old_torch, lambda folder: read_weights(folder / "a.pt")),
+    "pth": Format("a.pth", make_weights, read_weight_file),
+    "resume file": Format("step_00000001.pt", make_resume, lambda f: checkpoint.load_resume(f / "step_00000001.pt")),
+    "yaml config": Format("a.yaml", make_yaml, lambda folder: read_config(folder / "a.yaml")),
+    "json config": Format("a.json", make_json, lambda folder: read_config(folder / "a.json")),
+    "store json": Format("s/store.json", make_store, read_store),
+    "store arrow": Format("s/tokens.arrow", make_store, read_store),
+    "data set state": Format("d/state.json", make_dataset, read_dataset),
+    "data set info": Format("d/dataset_info.json", make_dataset, read_dataset),
+    "data set arrow": Format("d/data-00000-of-00001.arrow", make_dataset, read_dataset),
+    "run config": Format("run/config.json", make_run, read_run),
+    "metrics": Format("run/metrics.jsonl", make_run, read_run),
+    "metrics of a resumed run": Format("run/metrics.jsonl", make_run, read_lines),
+    "results": Format("run/results.json", make_run, read_run),
+    "sample sheet": Format("run/s.npz", make_run, read_run),
+    "reconstructions": Format("run/reconstructions.npz", make_run, read_run),
+    "reconstruction": Format("run/reconstruction.json", make_run, read_run),
+    "stopped": Format("run/stopped.json", make_run, read_run),
+    "best": Format("run/best.json", make_run, read_run),
+    "demo": Format("demo/demo.json", make_demo, read_demo),
+    "source": Format("source.json", make_source, lambda folder: read_source(folder / "source.json")),
+}
