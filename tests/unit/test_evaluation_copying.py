@@ -79,6 +79,14 @@ def test_validation_images_themselves_are_never_copies(rng):
     assert copy_rate_features(train, train, validation).share == 1
 
 
+@pytest.mark.parametrize("block", [7, 1024])
+def test_a_repeated_training_image_makes_the_threshold_zero_and_not_its_rounding(rng, block):
+    train = torch.randn(200, 1280, generator=rng)
+    for row in range(40):
+        result = copy_rate_features(3.7 * train, train, 1.3 * train[row : row + 1], block=block)
+        assert (result.threshold, result.share) == (0, 0) and not result.distances.any()
+
+
 def test_wrong_input_is_named():
     tokens = torch.zeros(3, 4, dtype=torch.int64)
     with pytest.raises(UserError, match="same tokenizer"):

