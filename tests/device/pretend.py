@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 STAND_IN = torch.device("cpu", 0)
@@ -66,13 +65,15 @@ def is_pretended(value: object) -> bool:
     return isinstance(value, PretendedTensor)
 
 
-def plain(tensor: Any) -> Any:
-    """The CPU tensor inside a pretended one, on the same storage; anything else as it is."""
-    if not is_pretended(tensor):
-        return tensor
+def plain(value: Any) -> Any:
+    """The CPU tensor inside a pretended one, on the same storage; in lists too; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value))
+    if not is_pretended(value):
+        return value
     with torch._C._DisableTorchDispatch(), torch.inference_mode(False):
-        inside = torch.empty(0, dtype=tensor.dtype)
-        return inside.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        inside = torch.empty(0, dtype=value.dtype)
+        return inside.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
 
 
 class PretendedTensor(torch.Tensor):
@@ -129,30 +130,35 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operation: checked as CUDA would check it, run on the CPU, its result claimed where CUDA would have it."""
     if func is torch.ops.prim.device.default:
         return STAND_IN
-    name = func.overloadpacket.__name__
+    leaves = flat([*args, *kwargs.values()])
+    inside, wanted = [leaf for leaf in leaves if is_pretended(leaf)], kwargs.get("device")
+    claimed = bool(inside) if wanted is None else on_device(wanted)
+    for leaf in leaves:
+        if isinstance(leaf, torch._C.Generator):
+            check_generator(func, leaf, claimed)
+    if not inside and not claimed:
+        return func(*args, **kwargs)
     in_parts = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    if torch.is_inference_mode_enabled() and in_parts and name != "scaled_dot_product_attention":
+    if torch.is_inference_mode_enabled() and in_parts and func._opname != "scaled_dot_product_attention":
         with Pretence():  # outside of inference mode, operations arrive here in parts anyway
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    leaves = tree_leaves((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    inside = [tensor for tensor in tensors if is_pretended(tensor)]
-    wanted = kwargs.get("device")
-    claimed = bool(inside) if wanted is None else on_device(wanted)
-    check_devices(name, func, tensors, args)
-    for leaf in leaves:
-        if isinstance(leaf, torch._C.Generator):
-            check_generator(name, leaf, claimed)
+    name = func._opname
+    check_devices(name, func, [leaf for leaf in leaves if isinstance(leaf, Tensor)], args)
     count(name, func, args, kwargs, claimed)
-    if wanted is not None and on_device(wanted):
+    if wanted is not None and claimed:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     with torch.inference_mode(False), torch.no_grad():
-        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        result = func(*map(plain, args), **{key: plain(value) for key, value in kwargs.items()})
     return claim(func, args, kwargs, result) if claimed else result
+
+
+def flat(values: list[Any]) -> list[Any]:
+    """The values, and those in lists among them."""
+    return [leaf for value in values for leaf in (flat([*value]) if isinstance(value, list | tuple) else [value])]
 
 
 def on_device(device: Any) -> bool:
@@ -167,7 +173,14 @@ def claim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
             given = args[index] if index < len(args) else kwargs.get(argument.name)
             if isinstance(given, Tensor):
                 return given
-    return tree_map(lambda x: PretendedTensor(x) if type(x) is Tensor and x.device.type == "cpu" else x, result)
+    return pretended(result)
+
+
+def pretended(value: Any) -> Any:
+    """CPU tensors under the claim, in lists too; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(pretended, value))
+    return PretendedTensor(value) if type(value) is Tensor and value.device.type == "cpu" else value
 
 
 def check_devices(name: str, func: Any, tensors: list[Tensor], args: tuple[Any, ...]) -> None:
@@ -195,11 +208,11 @@ def check_devices(name: str, func: Any, tensors: list[Tensor], args: tuple[Any, 
         )
 
 
-def check_generator(name: str, rng: torch.Generator, claimed: bool) -> None:
+def check_generator(func: Any, rng: torch.Generator, claimed: bool) -> None:
     if (rng.initial_seed() in DEVICE_SEEDS) != claimed:
         expected, found = ("cuda", "cpu") if claimed else ("cpu", "cuda")
         raise RuntimeError(
-            f"Expected a '{expected}' device type for generator but found '{found}' in {name} at {where()}"
+            f"Expected a '{expected}' device type for generator but found '{found}' in {func} at {where()}"
         )
 
 
