@@ -1,4 +1,4 @@
-"""Every model on the device: generators trained and sampled, tokenizers, feature networks, rewards; all as on the CPU."""
+"""Every model on the device, as on the CPU: generators trained and sampled, tokenizers, feature networks, rewards."""
 
 from __future__ import annotations
 
