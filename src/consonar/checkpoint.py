@@ -269,10 +269,10 @@ def load_resume(path: Path) -> dict[str, Any]:
     """Reads a resume file without executing anything in it; `UserError` when damaged or of another version."""
     import zipfile
 
-    damaged = f"{path}: damaged or cut short; remove it to resume from the one before"
-    if not zipfile.is_zipfile(path):  # anything else PyTorch takes for its old format, with errors of any kind
-        raise UserError(damaged)
-    with reading(path, "a resume file", "remove it to resume from the one before"):
+    remedy = "remove it to resume from the one before"
+    with reading(path, "a resume file", remedy):
+        if not zipfile.is_zipfile(path):  # anything else PyTorch takes for its old format
+            raise UserError(f"{path}: damaged or cut short; {remedy}")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(payload, dict) or payload.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a resume file of this version of consonar")

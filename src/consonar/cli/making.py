@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import parse
+from consonar.cli.parsing import check_name, is_option, parse, take_option
 from consonar.errors import MissingSplit, UserError, unknown
 
 
@@ -44,7 +44,7 @@ def train_command(args: Sequence[str]) -> None:
             return
         raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
     default = read_config(Path(args[0])) if args[0].endswith((".yaml", ".yml", ".json")) else find_recipe(args[0])
-    args = ["--data.images" if word == "--data" else word for word in args]
+    args = ["--data.images" + word.removeprefix("--data") if is_option(word, "--data") else word for word in args]
     args, rewards = take_option(args, "--objective.rewards")
     if rewards is not None:
         default = with_rewards(default, rewards)
@@ -65,20 +65,6 @@ def train_command(args: Sequence[str]) -> None:
     sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
     folder = train(chosen.config, chosen.out, resume=chosen.resume, stop_at=chosen.stop_at, quiet=chosen.quiet)
     say(f"run folder: {folder}")
-
-
-def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
-    """The words without `name VALUE` or `name=VALUE`, and the value; None where it is not given."""
-    if sum(word == name or word.startswith(f"{name}=") for word in args) > 1:
-        raise UserError(f"{name}: given twice; keep one")
-    for index, word in enumerate(args):
-        if word == name:
-            if index + 1 == len(args):
-                raise UserError(f"{name}: a value is missing")
-            return args[:index] + args[index + 2 :], args[index + 1]
-        if word.startswith(f"{name}="):
-            return args[:index] + args[index + 1 :], word.removeprefix(f"{name}=")
-    return args, None
 
 
 def with_rewards(config: Any, text: str) -> Any:
@@ -126,14 +112,17 @@ def tokenize(
     """
     from consonar.data.images import ImageFolder, open_source
     from consonar.data.tokens import write_token_store
+    from consonar.data.transforms import check_image_size
     from consonar.distributed import pick_device
     from consonar.lock import is_taken
     from consonar.tokenizers import load_tokenizer
 
+    if image_size is not None:
+        check_image_size(image_size, "--image-size")
+    check_name(out)
     place = pick_device(device, "--device")
     if split not in (None, "train") and views not in ("center_flip", "center"):
         raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
-    place = pick_device(device)
     model = load_tokenizer(tokenizer).to(place)
     if image_size is not None and image_size != model.image_size:
         model = load_tokenizer(tokenizer, num_tokens=round((image_size**2 * model.num_tokens) / model.image_size**2))

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -51,3 +52,28 @@ def flatten(box: str) -> str:
             paragraphs[-1].append(text)
     found = [" ".join(words) for words in paragraphs if words and "full helptext" not in " ".join(words)]
     return " (".join(found[:2]) + (")" if len(found) > 1 else "")
+
+
+def is_option(word: str, name: str) -> bool:
+    """Whether a word is the option `name`, with its value behind `=` or not."""
+    return word == name or word.startswith(f"{name}=")
+
+
+def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
+    """The words without `name VALUE` or `name=VALUE`, and the value; None where it is not given."""
+    if sum(is_option(word, name) for word in args) > 1:
+        raise UserError(f"{name}: given twice; keep one")
+    for index, word in enumerate(args):
+        if word == name:
+            if index + 1 == len(args):
+                raise UserError(f"{name}: a value is missing")
+            return args[:index] + args[index + 2 :], args[index + 1]
+        if word.startswith(f"{name}="):
+            return args[:index] + args[index + 1 :], word.removeprefix(f"{name}=")
+    return args, None
+
+
+def check_name(out: Path) -> None:
+    """Raises `UserError` for a path without a name of its own: other files are named after it and lie beside it."""
+    if out.name in ("", ".."):
+        raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'mine'}")

@@ -13,6 +13,7 @@ import torch
 from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
 from consonar.convert import registry
+from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
 from consonar.official import Official, State
 from consonar.types import Grid
@@ -59,6 +60,8 @@ def examine(
 def configured(config: Any, image_size: int | None, settings: Mapping[str, Any], where: str) -> Any:
     """`config` for this image size and with these settings; `UserError` for a field that it does not have."""
     changes = dict(settings)
+    if image_size is not None:
+        check_image_size(image_size, "--image-size")
     if image_size is not None and "image_size" in settings:
         raise UserError(f"--image-size: {image_size}, and --setting has image_size too; keep one")
     if image_size is not None and hasattr(config, "image_size"):

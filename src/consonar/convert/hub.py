@@ -99,7 +99,9 @@ def is_current(wanted: Wanted, folder: Path) -> bool:
         return False
     if not wanted.place.is_file():
         return True
-    files = read_json(records[0]).get("files", {})
+    files = read_json(records[0]).get("files")
+    if not isinstance(files, dict) or not all(map(plain_name, files)):
+        return False
     beside = {name: wanted.place.with_name(name) for name in files}
     return wanted.place.name in files and all(
         path.is_file() and file_sha256(path) == files[name] for name, path in beside.items()

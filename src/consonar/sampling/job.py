@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,14 +24,18 @@ from torch import Tensor, nn
 
 from consonar.checkpoint import component_fingerprint, write_atomically
 from consonar.config_io import to_dict
+from consonar.data.picture_files import IMAGE_ENDINGS
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.lock import hold
+from consonar.outside import read_npz
 from consonar.pictures import save_grid
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
 from consonar.types import Generator, Tokenizer
 
 MAX_GRID_IMAGES = 1024
+OTHER_ENDINGS = {*IMAGE_ENDINGS, ".npy", ".zip", ".tar", ".gz", ".pt", ".safetensors", ".json", ".html"} - {".png"}
+"""Endings of files that are not written here; any other dot (t0.9) is part of a folder's name."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,19 @@ def run_job(
     Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, when another process draws
     it, and when unfinished samples of another job lie beside it (`restart`: those are removed).
     """
+    if out.name in ("", ".."):
+        raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'samples'}")
     if len(job.labels) == 0:
         raise UserError("num_samples: a job of 0 images; 1 or more")
     check_batch_size(batch_size)
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another name")
-    if out.suffix == ".png" and len(job.labels) > MAX_GRID_IMAGES:
+    if out.suffix.lower() == ".png" and len(job.labels) > MAX_GRID_IMAGES:
         raise UserError(
             f"--out: {len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES}); use .npz or a folder"
         )
-    if out.suffix not in (".png", ".npz", ""):
-        raise UserError(f"--out: {out.suffix!r} is not a known ending; choices: .png, .npz, or a folder (no ending)")
+    if out.suffix.lower() in OTHER_ENDINGS:
+        raise UserError(f"--out: samples are not written as {out.suffix}; choices: .png, .npz, or a folder")
     if shard_size < 1:
         raise UserError(f"shard_size: {shard_size} is not positive")
     job, folder = replace(job, shard_size=shard_size), out.with_name(f"{out.name}.parts")
@@ -175,14 +180,15 @@ def different(stored: str, settings: dict[str, Any]) -> str:
 
 def is_whole(path: Path, labels: Tensor, seeds: Sequence[int]) -> bool:
     """Whether a shard is there, undamaged, and has the images of these classes and seeds."""
-    if not zipfile.is_zipfile(path):  # missing, cut short, or something else
-        return False
+    needed = {"labels": labels.numpy(), "seeds": np.array(seeds), "arr_0": None, "tokens": None, "entropy": None}
     try:
-        with np.load(path) as arrays:
-            same = np.array_equal(arrays["labels"], labels.numpy()) and np.array_equal(arrays["seeds"], np.array(seeds))
-            return same and {"arr_0", "tokens", "entropy"} <= set(arrays.files) and arrays.zip.testzip() is None
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = read_npz(path, needed)
+    except UserError:  # missing, cut short, or something else
         return False
+    return arrays.keys() == needed.keys() and all(
+        len(arrays[key]) == len(labels) if expected is None else np.array_equal(arrays[key], expected)
+        for key, expected in needed.items()
+    )
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -193,10 +199,10 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def assemble(folder: Path, job: Job, out: Path) -> None:
     """Writes the finished output from the job's shards in `folder`, one shard in memory at a time."""
     shards = [path for path, _ in job.shards(folder)]
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path in shards])
         save_grid(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, out)
-    elif out.suffix == ".npz":
+    elif out.suffix.lower() == ".npz":
         write_atomically(out, partial(merge_npz, shards, job))
     else:
         unfinished = folder / "pictures"

@@ -20,6 +20,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
 from consonar.options import check_options
 from consonar.tokenizers.base import CodebookTokenizer
@@ -47,7 +48,8 @@ class ConvConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "model.")
-        for key in ("image_size", "vocab_size", "code_dim", "base_channels", "num_res_blocks", "num_groups"):
+        check_image_size(self.image_size, "model.image_size")
+        for key in ("vocab_size", "code_dim", "base_channels", "num_res_blocks", "num_groups"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
         if not self.channel_multipliers:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
 from consonar.official import Shapes
 from consonar.options import check_options
@@ -77,7 +78,8 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "model.")
-        for key in ("image_size", "vocab_size", "code_dim"):
+        check_image_size(self.image_size, "model.image_size")
+        for key in ("vocab_size", "code_dim"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
         self.encoder.check("model.encoder", self.image_size)

@@ -25,7 +25,7 @@ MAX_MEMORY = 4e9
 
 def stored_num_tokens(path: str | None) -> int | None:
     """Tokens per image of the store at `path`; None where there is none (`open_store` then says so)."""
-    return TokenStore.open(path).num_tokens if path and Path(path).exists() else None
+    return TokenStore.open(path).num_tokens if path and Path(path).expanduser().exists() else None
 
 
 def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
@@ -35,7 +35,7 @@ def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
             f"{key}: no token store given; make one with: "
             f"consonar tokenize --tokenizer {tokenizer.name} --data ... --out DIR"
         )
-    if not Path(path).exists():
+    if not Path(path).expanduser().exists():
         split = " --split validation" if "validation" in key else ""
         raise UserError(
             f"{key}: no token store at {path}; make it with: "

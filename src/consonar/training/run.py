@@ -156,7 +156,7 @@ def _train_held(
 
 def with_validation(config: TrainConfig) -> TrainConfig:
     """The configuration with the validation store that lies beside the training store named, where it was left open."""
-    beside = f"{config.data.tokens}-validation"
+    beside = f"{Path(config.data.tokens).expanduser()}-validation" if config.data.tokens else ""
     if config.data.tokens and config.data.validation_tokens is None and Path(beside).is_dir():
         return replace(config, data=replace(config.data, validation_tokens=beside))
     return config
