@@ -45,6 +45,10 @@ class DataConfig:
     """Image source, for tokenizers and post-training: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
     validation_items: int = 0
     """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
+    classes: str | None = None
+    """Text file that names class 0, 1, ... of the images, one a line; None: by their names (post-training)."""
+    label_default: str | None = None
+    """What images without a label become: the id or name of a class, or drop; None: refused (post-training)."""
     flip: bool = False
     """Mirror half of the images (image sources; token stores hold their views)."""
 

@@ -37,6 +37,7 @@ TOKENS: Rule = (lambda c: not c.reads_images, "objective.kind 'consistency'")
 IMAGES: Rule = (
     lambda c: c.reads_images, "objective.kind 'reconstruction', 'policy', 'cross_entropy' or 'straight_through'"
 )  # fmt: skip
+ALIGNS: Rule = (lambda c: c.aligns, "objective.kind 'policy', 'cross_entropy' or 'straight_through'")
 GENERATOR: Rule = (lambda c: c.objective.kind != "reconstruction", "a model.kind that is a generator")
 DRAWN: Rule = (lambda c: c.temperature > 0, "{}temperature over 0")
 FEATURES: Rule = (lambda c: c.perceptual_weight > 0, "{}perceptual_weight over 0")
@@ -49,8 +50,10 @@ READ_ONLY_WITH: dict[str, dict[str, Rule]] = {
         "data.validation_tokens": TOKENS,
         "data.images": IMAGES,
         "data.flip": IMAGES,
+        "data.classes": ALIGNS,
+        "data.label_default": ALIGNS,
         "data.validation_items": (lambda c: c.data.validation_tokens != "", "a data.validation_tokens that is not ''"),
-        "loop.fd_samples": (lambda c: c.aligns, "objective.kind 'policy', 'cross_entropy' or 'straight_through'"),
+        "loop.fd_samples": ALIGNS,
     },
     "ConsistencyConfig": {
         "heads": HEADS,

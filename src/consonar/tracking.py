@@ -167,6 +167,10 @@ class Tracker:
             left = f"  {(self.total_steps - step) / rate / 60:.1f} min left" if rate else ""
             self.console.print(f"{self.description} {step}/{self.total_steps}  {shown}  {speed}{left}", soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """A line about the run, unless it is quiet."""
+        self.console.print(f"{self.description}: {text}", soft_wrap=True)
+
     def warn(self, text: str) -> None:
         """A line on stderr that is not lost behind a bar."""
         if self.enabled:

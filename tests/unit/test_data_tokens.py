@@ -256,12 +256,17 @@ def test_labels_outside_the_classes_and_partly_missing_labels(tmp_path):
 
     source = Wrong()
     source.label = 2
-    with pytest.raises(UserError, match=r"level-0\.\.level-6 has labels 0\.\.2; choices: 0\.\.1"):
+    with pytest.raises(UserError, match=r"^level-3: label 2, and there are 2 classes"):
         write_token_store(tmp_path / "s", source, GreyTokenizer())
     source.label = None
-    store = write_token_store(tmp_path / "s", source, GreyTokenizer())
+    with pytest.raises(UserError, match=r"^level-3: no label, though .* --label-default CLASS"):
+        write_token_store(tmp_path / "s", source, GreyTokenizer(), batch_size=2)
+    assert not (tmp_path / "s").exists()
+    metadata = write_token_store(tmp_path / "old", Levels(), GreyTokenizer()).metadata
+    metadata["counts"]["labelled"] = 6  # as stores of older versions may have it
+    (tmp_path / "old" / METADATA_FILE).write_text(json.dumps(metadata))
     with pytest.raises(UserError, match="6 of 7 items"):
-        TokenBatches(store, batch_size=2, seed=0)
+        TokenBatches(TokenStore.open(tmp_path / "old"), batch_size=2, seed=0)
 
 
 def test_rar_jsonl(tmp_path):

@@ -10,6 +10,7 @@ from consonar.evaluation.evaluate import Reference, Samples, evaluate, open_refe
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.measure import distance_of_draws
 from consonar.evaluation.statistics import Moments, frechet_distance, symmetric_root
+from consonar.origin import Origin
 from consonar.sampling.job import write_npz
 
 
@@ -171,8 +172,10 @@ def test_tokens_of_two_tokenizers_are_not_compared():
     tokens = torch.zeros(9, 4, dtype=torch.int64)
     given = Samples(in_memory(noise(9, 0)), 9, 4, "0", tokens=tokens, settings={"tokenizer_fingerprint": "one"})
     sets = {name: in_memory(noise(9, seed)) for seed, name in enumerate(("train", "validation"))}
-    known = Reference("known", sets, tokens=dict.fromkeys(sets, tokens), tokenizer_fingerprint="two")
-    with pytest.raises(UserError, match="of two tokenizers"):
+    known = Reference(
+        "known", sets, tokens=dict.fromkeys(sets, tokens), origin=Origin(tokenizer="b", tokenizer_fingerprint="two")
+    )
+    with pytest.raises(UserError, match=r"the tokenizer is 'b' \(two\)"):
         evaluate(given, known, feature_network=Cells())
 
 

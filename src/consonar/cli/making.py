@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import check_name, is_option, parse, take_option
+from consonar.cli.parsing import check_name, class_list, is_option, parse, take_option
 from consonar.errors import MissingSplit, UserError, unknown
 
 
@@ -27,11 +27,22 @@ def demo(*, out: Path = Path("runs/demo"), minutes: float = 18.0, seed: int = 0)
     say(f"the page: {page.resolve()}")
 
 
+SHORT = {"--data": "--data.images", "--classes": "--data.classes", "--label-default": "--data.label-default"}
+"""Options of `train` that are called as those of `tokenize`."""
+
+
+def full_name(word: str) -> str:
+    """A word of `train`, with the whole name of an option that is called as in `tokenize`."""
+    short = next((name for name in SHORT if is_option(word, name)), None)
+    return word if short is None else SHORT[short] + word.removeprefix(short)
+
+
 def train_command(args: Sequence[str]) -> None:
     """Train a recipe or a YAML file: consonar train rear-openmoji --out runs/mine [--optim.lr 1e-4 ...].
 
-    Two words that the options of the configuration do not have: `--data SPEC` is `--data.images SPEC`, and
-    `--objective.rewards NAME=WEIGHT,...` replaces the rewards, whatever they are called.
+    Words that the options of the configuration do not have: `--data SPEC` is `--data.images SPEC`, `--classes` and
+    `--label-default` are `--data.classes` and `--data.label-default`, and `--objective.rewards NAME=WEIGHT,...`
+    replaces the rewards, whatever they are called.
     """
     from consonar.config import TrainConfig, read_config
     from consonar.recipes import RECIPES, find_recipe
@@ -44,7 +55,7 @@ def train_command(args: Sequence[str]) -> None:
             return
         raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
     default = read_config(Path(args[0])) if args[0].endswith((".yaml", ".yml", ".json")) else find_recipe(args[0])
-    args = ["--data.images" + word.removeprefix("--data") if is_option(word, "--data") else word for word in args]
+    args = [full_name(word) for word in args]
     args, rewards = take_option(args, "--objective.rewards")
     if rewards is not None:
         default = with_rewards(default, rewards)
@@ -94,6 +105,8 @@ def tokenize(
     out: Path,
     split: str | None = None,
     image_size: int | None = None,
+    classes: str | None = None,
+    label_default: str | None = None,
     views: str = "center_flip",
     batch_size: int = 64,
     device: str = "auto",
@@ -106,11 +119,14 @@ def tokenize(
         out: Folder of the token store to make; validation images go to OUT-validation.
         split: Make only the store of this split, in OUT (default: train, and validation where the data have one).
         image_size: Pixels, for a tokenizer that takes any size (default: its own).
+        classes: Text file that names class 0, 1, ..., one a line (default: classes in the order of their names).
+        label_default: What images without a label become in data with classes: the id or name of a class, or drop.
         views: Crops kept of each training image: center, center_flip, ten_crop; of other splits the centre is kept.
         batch_size: Crops per call of the encoder.
         device: auto, cpu or cuda.
     """
     from consonar.data.images import ImageFolder, open_source
+    from consonar.data.labels import describe, known_labels
     from consonar.data.tokens import write_token_store
     from consonar.data.transforms import check_image_size
     from consonar.distributed import pick_device
@@ -135,7 +151,9 @@ def tokenize(
     sources = {}
     for name in wanted:
         try:
-            sources[name] = open_source(data, split=name, image_size=model.image_size)
+            sources[name] = open_source(
+                data, split=name, image_size=model.image_size, classes=classes, label_default=label_default
+            )
         except MissingSplit:
             if split is not None or name == "train":
                 raise
@@ -151,10 +169,13 @@ def tokenize(
         if name in ours:
             continue
         kept = kinds[name]
+        known = known_labels(source) is not None
+        if known:
+            say(f"{name}: {describe(source)}")
         with counting(f"tokenize {name}") as count:
             store = write_token_store(wanted[name], source, model, views=kept, batch_size=batch_size, progress=count)
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
-        say(f"{name}: {shape}, {store.num_classes} classes: {store.path}")
+        say(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
         if isinstance(source, ImageFolder) and source.found.note:
             say(f"{name}: not read: {source.found.note}")
 
@@ -166,8 +187,8 @@ def is_store_of(path: Path, source: Any, tokenizer: Any, views: str) -> bool:
     if not (path / METADATA_FILE).is_file():
         return False
     store = TokenStore.open(path)
-    wanted = {"fingerprint": tokenizer.fingerprint, "views": views, "source": source.name}
-    same = all(store.metadata.get(key) == value for key, value in wanted.items())
+    wanted = (tokenizer.fingerprint, views, source.name, source.class_names)
+    same = (store.fingerprint, store.metadata.get("views"), store.source, store.class_names) == wanted
     return same and (not isinstance(source, Sized) or len(source) == len(store))
 
 
@@ -191,6 +212,7 @@ def import_tokens(*, format: str, data: Path, tokenizer: str, out: Path, labels:
         raise UserError("--labels: needed by llamagen-npy and by nothing else")
     model = load_tokenizer(tokenizer)
     store = import_rar_jsonl(data, out, model) if labels is None else import_llamagen_npy(data, labels, out, model)
+    say(store.describe())
     say(f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens: {out}")
 
 
@@ -232,38 +254,14 @@ def sample_command(args: Sequence[str]) -> None:
         model = load_generator(generator).to(place)
         own = load_own_tokenizer(generator) if tokenizer is None else None
         codec = (own or load_tokenizer(str(tokenizer), num_tokens=model.num_tokens)).to(place)
-        names = read_origin(generator).class_names or ()
-        labels = class_list(classes, num_samples, model.num_classes, names)
-        job = make_job(model, codec, labels, seed=seed, sampler=sampler, source=generator)
+        origin = read_origin(generator)
+        labels = class_list(classes, num_samples, model.num_classes, origin.class_names or ())
+        job = make_job(model, codec, labels, seed=seed, sampler=sampler, source=generator, origin=origin)
         with counting("sample") as count:
             run_job(job, model, codec, out, batch_size=batch_size, progress=lambda done: count(done, len(labels)))
         say(f"{len(labels)} images: {out}")
 
     parse(sample, args, "sample")
-
-
-def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Any:
-    """Class of every image, (n,) int64, from ids or `names` such as `0,3,Objects` and a count.
-
-    `UserError` for a word that is neither the id nor the name of a class.
-    """
-    import torch
-
-    ids = {name.casefold(): i for i, name in enumerate(names)} | {str(i): i for i in range(num_classes)}
-    given = ",".join(map(str, range(num_classes or 1))) if classes is None else classes.strip()
-    words = (
-        [given] if given.casefold() in ids else [word.strip() for word in given.split(",")]
-    )  # a name may have commas
-    if num_classes == 0:  # refused where conditions are checked, as in Python
-        words, ids = ["0"], {"0": 0}
-    for word in words:
-        if word.casefold() not in ids:
-            raise unknown("--classes", word, [f"0..{num_classes - 1}", *names[:20]])
-    chosen = [ids[word.casefold()] for word in words]
-    if num_samples is not None and num_samples < 1:
-        raise UserError(f"--num-samples: {num_samples} is not positive")
-    count = len(chosen) if num_samples is None else num_samples
-    return torch.tensor([chosen[i % len(chosen)] for i in range(count)], dtype=torch.int64)
 
 
 def recipes() -> None:

@@ -8,6 +8,7 @@ import tyro
 from consonar.cli.console import counting, print_metrics, say
 from consonar.cli.parsing import check_read
 from consonar.errors import UserError
+from consonar.origin import Origin
 
 
 def evaluate(
@@ -109,7 +110,7 @@ def evaluate_samples(
     path: Path, reference: str, out: Path | None, tokenizer: str | None, *, overwrite: bool, **settings: Any
 ) -> None:
     """Measures a sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
-    from consonar.evaluation.evaluate import encode_reference, load_samples, open_reference
+    from consonar.evaluation.evaluate import check_tokenizer, encode_reference, load_samples, open_reference
     from consonar.evaluation.evaluate import evaluate as measure
     from consonar.tokenizers import SHIPPED, load_tokenizer
 
@@ -121,9 +122,10 @@ def evaluate_samples(
     name = tokenizer or (stored.get("tokenizer") if stored.get("tokenizer") in SHIPPED else None)
     if name is not None and samples.tokens is not None:
         codec = load_tokenizer(name).to(settings["device"])
-        if stored.get("tokenizer_fingerprint", codec.fingerprint) != codec.fingerprint:
-            raise UserError(f"tokenizer: {path} was decoded by other weights than those of {name!r} here")
+        check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
         target = encode_reference(target, codec)
+    if target.about:
+        say(f"reference: {target.about}")
     with counting("evaluate") as count:
         results = measure(samples, target, progress=lambda name, done: count(done, None), **settings)
     print_metrics({k: {"value": m.value, "spread": m.spread} for k, m in results.metrics.items()}, str(path))

@@ -9,7 +9,8 @@ from typing import Any
 
 import tyro
 
-from consonar.errors import UserError
+from consonar.errors import UserError, unknown
+from consonar.origin import same_text
 
 FLAGS = (tyro.conf.AvoidSubcommands,)
 
@@ -77,3 +78,27 @@ def check_name(out: Path) -> None:
     """Raises `UserError` for a path without a name of its own: other files are named after it and lie beside it."""
     if out.name in ("", ".."):
         raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'mine'}")
+
+
+def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Any:
+    """Class of every image, (n,) int64, from ids or `names` such as `0,3,Objects` and a count.
+
+    `UserError` for a word that is neither the id nor the name of a class.
+    """
+    import torch
+
+    ids = {same_text(name).casefold(): i for i, name in enumerate(names)} | {str(i): i for i in range(num_classes)}
+    given = ",".join(map(str, range(num_classes or 1))) if classes is None else same_text(classes.strip())
+    words = (
+        [given] if given.casefold() in ids else [word.strip() for word in given.split(",")]
+    )  # a name may have commas
+    if num_classes == 0:  # refused where conditions are checked, as in Python
+        words, ids = ["0"], {"0": 0}
+    for word in words:
+        if word.casefold() not in ids:
+            raise unknown("--classes", word, [f"0..{num_classes - 1}", *names[:20]])
+    chosen = [ids[word.casefold()] for word in words]
+    if num_samples is not None and num_samples < 1:
+        raise UserError(f"--num-samples: {num_samples} is not positive")
+    count = len(chosen) if num_samples is None else num_samples
+    return torch.tensor([chosen[i % len(chosen)] for i in range(count)], dtype=torch.int64)

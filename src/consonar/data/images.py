@@ -4,19 +4,20 @@
 converted to RGB (`picture_files.read_image`) when it is read; one that is no image or is cut short stops with its name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import starmap
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
-from consonar.data.picture_files import IMAGE_ENDINGS, PictureFiles, find_pictures, read_image, sub_folders
+from consonar.data.image_folder import ImageFolder, choose_split
+from consonar.data.labels import IndexedRelabelled, Relabelled, read_class_file
+from consonar.data.picture_files import read_image
 from consonar.data.store_format import check_buffers
-from consonar.errors import BadImage, MissingSplit, UserError, printable, reading, unknown
+from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
+from consonar.origin import content_hash
 from consonar.types import ImageRecord, ImageSource
-
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
-"""The splits that can be asked for, and the names under which folders and data sets hold them."""
 
 SPECS = ("openmoji", "PATH", "imagefolder:PATH", "arrow:PATH", "hf:OWNER/NAME[:CONFIG]", "hf:PATH", "hf-stream:...")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
@@ -32,83 +33,6 @@ class IndexedSource(ImageSource, Protocol):
     def read(self, index: int) -> ImageRecord:
         """Decode image `index`, 0 <= index < len(self)."""
         ...
-
-
-def _choose_split(split: str, available: list[str], where: str) -> str:
-    """The name among `available` that stands for `split`."""
-    found = [name for name in SPLIT_NAMES.get(split, (split,)) if name in available]
-    if not found:
-        raise MissingSplit(f"split: {where} has no {split!r}; choices: {', '.join(available)}")
-    return found[0]
-
-
-class ImageFolder:
-    """Images in a folder: the first level of sub-folders are classes, sorted by name; a flat folder has no labels.
-
-    Implements `IndexedSource`. Classes may hold further folders. A folder with `train` and/or `validation` (`val`,
-    `valid`), `test` sub-folders is a split one; its classes are those of all splits together, so that label 3 means the
-    same everywhere. Raises `UserError` for a missing or empty folder, an empty class, images beside class folders, and
-    split folders beside other folders (is `train` a split or a class?).
-    """
-
-    def __init__(self, root: str | Path, split: str = "train") -> None:
-        root = Path(root).expanduser()
-        if not root.is_dir():
-            raise UserError(f"data: no folder {str(root)!r}" + (" (it is a file)" if root.exists() else ""))
-        folder, class_folders = self._layout(root, split)
-        self.root = root
-        self.name = f"imagefolder:{root.resolve()}[{split}]"
-        self.class_names = tuple(sorted({printable(path.name) for path in class_folders})) or None
-        self.found: PictureFiles = find_pictures(folder)
-        self.files = self.found.files
-        if not self.files:
-            hint = "a data set saved by Hugging Face datasets is opened with arrow:PATH"
-            beside = f" beside {self.found.note}" if self.found.note else ""
-            endings = ", ".join(IMAGE_ENDINGS)
-            raise UserError(f"data: no image in {str(folder)!r}{beside}; looked for {endings} ({hint})")
-        self.labels = None if self.class_names is None else self._label_files(folder, self.class_names)
-
-    @staticmethod
-    def _layout(root: Path, split: str) -> tuple[Path, list[Path]]:
-        """The folder that holds the wanted split, and the class folders of all splits."""
-        children = sub_folders(root)
-        split_names = {name for names in SPLIT_NAMES.values() for name in names}
-        splits = [path for path in children if path.name in split_names]
-        if not any(path.name != "test" for path in splits):
-            if split != "train":
-                raise MissingSplit(f"split: {str(root)!r} has no folder {split!r}, so all of it is the train split")
-            return root, children
-        others = [path.name for path in children if path not in splits and find_pictures(path).files]
-        if others:
-            hint = f"{others[0]!r} stands beside it; give the folder of the split, or rename the class"
-            raise UserError(f"data: cannot tell whether {str(splits[0])!r} is a split or a class, for {hint}")
-        chosen = root / _choose_split(split, [path.name for path in splits], str(root))
-        return chosen, [path for folder in splits for path in sub_folders(folder)]
-
-    def _label_files(self, folder: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
-        """The class index of every file: its first folder below `folder`."""
-        parents = [path.relative_to(folder).parts[:-1] for path in self.files]
-        stray = next((path for path, parts in zip(self.files, parents, strict=True) if not parts), None)
-        if stray is not None:
-            raise UserError(f"data: image {str(stray)!r} lies beside class folders; move it into one of them")
-        filled = {parts[0] for parts in parents}
-        empty = [path.name for path in sub_folders(folder) if path.name not in filled]
-        if empty:
-            raise UserError(f"data: class folder {str(folder / empty[0])!r} holds no image file; remove it or fill it")
-        index = {name: label for label, name in enumerate(class_names)}
-        return tuple(index[printable(parts[0])] for parts in parents)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> ImageRecord:
-        """Image `index` in the order of the paths, decoded; its name is the path below the root."""
-        path = self.files[index]
-        label = None if self.labels is None else self.labels[index]
-        return ImageRecord(read_image(path, str(path)), printable(path.relative_to(self.root).as_posix()), label)
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return map(self.read, range(len(self)))
 
 
 def _pick_column(kind: str, candidates: list[str], preferred: tuple[str, ...], wanted: str | None) -> str | None:
@@ -185,6 +109,26 @@ class IndexedDatasetImages(DatasetImages):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def labels(self) -> Sequence[int | None] | None:
+        """The class of every row; None without a label column."""
+        if self.label_column is None:
+            return None
+        with reading(self.name, "a data set"):
+            return [None if label == -1 else label for label in self.dataset.with_format(None)[self.label_column]]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """`origin.content_hash` of the rows, the same wherever they lie."""
+
+        def encoded(index: int) -> bytes:
+            picture = self.dataset[index][self.image_column] or {}
+            return picture.get("bytes") or str(picture.get("path")).encode()
+
+        with reading(self.name, "a data set"):
+            rows = [f"{index} {label}" for index, label in enumerate(self.labels or [None] * len(self))]
+            return content_hash(rows, encoded)
+
     def read(self, index: int) -> ImageRecord:
         """Row `index`, decoded."""
         with reading(self.name, "a data set"):
@@ -214,7 +158,7 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
             name, _, config = target.partition(":")
             loaded = datasets.load_dataset(name, config or None, streaming=stream)
     if isinstance(loaded, dict):
-        loaded = loaded[_choose_split(split, list(loaded), target)]
+        loaded = loaded[choose_split(split, list(loaded), target)]
     elif split != "train":
         raise MissingSplit(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
     kind = DatasetImages if isinstance(loaded, datasets.IterableDataset) else IndexedDatasetImages
@@ -225,7 +169,9 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
     return source
 
 
-def open_source(spec: str, *, split: str = "train", image_size: int) -> ImageSource:
+def open_source(
+    spec: str, *, split: str = "train", image_size: int, classes: str | None = None, label_default: str | None = None
+) -> ImageSource:
     """The images that `spec` names.
 
     * `openmoji`: the emoji of the OpenMoji package, drawn at `image_size` pixels (the only use of `image_size`: images
@@ -235,9 +181,19 @@ def open_source(spec: str, *, split: str = "train", image_size: int) -> ImageSou
       with `save_to_disk`, an .arrow file, or a folder that `load_dataset` reads); `hf-stream:` instead of `hf:` reads
       it while it is used, without keeping it. `?image=NAME&label=NAME&caption=NAME` behind it chooses columns.
 
-    `split` is "train", "validation" or, where the data has more, the name of a split. Raises `UserError` for an unknown
-    `spec` or `split`, and for a folder or data set that is missing, empty or ambiguous.
+    `split` is "train", "validation" or, where the data has more, the name of a split. `classes` is a file that names
+    class 0, 1, ... (`labels.read_class_file`), `label_default` what becomes of pictures without a label
+    (`labels.Relabelled`). Raises `UserError` for an unknown `spec` or `split`, and for a folder or data set that is
+    missing, empty or ambiguous.
     """
+    source = _open(spec, split, image_size)
+    if classes is None and label_default is None:
+        return source
+    kind = IndexedRelabelled if isinstance(source, IndexedSource) else Relabelled
+    return kind(source, None if classes is None else read_class_file(classes), label_default)
+
+
+def _open(spec: str, split: str, image_size: int) -> ImageSource:
     kind, colon, target = spec.partition(":")
     if spec == "openmoji":
         from consonar.data.openmoji import OpenMoji

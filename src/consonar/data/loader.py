@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from consonar.data.images import IndexedSource
+from consonar.data.labels import check_label, check_labels
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.seeding import generator
@@ -167,7 +168,8 @@ class ImageBatches:
 class SourceBatches(ImageBatches):
     """The same batches of images that are read when they are needed, by several threads: for sets beyond memory.
 
-    A label is that of the record read (condition 0 where it has none).
+    A condition is the label of the record read, as `labels.check_label` finds it for `num_classes` and `missing`; 0
+    where `num_classes` is None, for models that read no classes. Labels that are known beforehand are checked at once.
     """
 
     def __init__(
@@ -175,14 +177,18 @@ class SourceBatches(ImageBatches):
         source: IndexedSource,
         image_size: int,
         *,
+        num_classes: int | None,
         batch_size: int,
         seed: int,
+        missing: int | None = None,
         flip: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         _check_batching(len(source), batch_size, rank, world_size, source.name)
-        self.source, self.image_size = source, image_size
+        if num_classes is not None:
+            check_labels(source, num_classes, missing)
+        self.source, self.image_size, self.num_classes, self.missing = source, image_size, num_classes, missing
         self.batch_size, self.seed, self.flip, self.rank, self.world_size = batch_size, seed, flip, rank, world_size
         self.pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS))
 
@@ -193,7 +199,10 @@ class SourceBatches(ImageBatches):
     def read(self, rows: Tensor) -> Batch:
         def read(index: int) -> tuple[np.ndarray, int]:
             record = self.source.read(index)
-            return np.asarray(center_crop(record.image, self.image_size)), record.label or 0
+            pixels = np.asarray(center_crop(record.image, self.image_size))
+            if self.num_classes is None:
+                return pixels, 0
+            return pixels, check_label(record.label, self.num_classes, record.name, self.missing)
 
         pixels, labels = zip(*self.pool.map(read, rows.tolist()), strict=True)
         images = from_uint8(torch.from_numpy(np.stack(pixels)))

@@ -1,9 +1,15 @@
 """What the two files of a token store must hold. Arrow follows damaged offsets anywhere, so these are checked, too."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import numpy as np
+
+from consonar.data.labels import MAX_CLASSES
 from consonar.errors import UserError
 from consonar.outside import read_json
 
@@ -34,6 +40,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         if type(metadata["counts"].get(key)) is not int:
             raise UserError(f"{path}: counts.{key} is {str(metadata['counts'].get(key))[:60]!r}; {REMEDY}")
     names, count = metadata["class_names"], metadata["num_classes"]
+    if count > MAX_CLASSES:
+        raise UserError(f"{path}: num_classes is {count}; at most {MAX_CLASSES}; {REMEDY}")
     if count < 0 or (names is not None and [type(name) for name in names] != [str] * count):
         raise UserError(f"{path}: class_names are not {count} names; {REMEDY}")
     return metadata
@@ -60,3 +68,27 @@ def check_buffers(table: Any, *large: str) -> None:
     for name in table.column_names:
         for chunk in table.column(name).chunks:
             chunk.validate(full=name not in large)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of tokens on disk: uint16 where it holds every token of the vocabulary, else int32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, tokenizer_name: str, where: str) -> None:
+    """`UserError` for a token outside [0, vocab_size)."""
+    low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+    if low < 0 or high >= vocab_size:
+        limit = f"tokenizer {tokenizer_name!r} has 0..{vocab_size - 1}: damaged, or made with another tokenizer?"
+        raise UserError(f"tokens: {where} holds token {low if low < 0 else high}, but {limit}")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, needed: int) -> Iterator[None]:
+    """Turn a failure to write the store `path` into a `UserError` that says how much room it needs (bytes) and has."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
+        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error

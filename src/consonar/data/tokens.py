@@ -7,6 +7,7 @@ the tokenizer by its fingerprint. A store appears at its path complete or not at
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -21,40 +22,28 @@ import torch
 from torch import Tensor
 
 import consonar
+from consonar.data.labels import LABEL_REMEDY, MAX_CLASSES, check_label, data_line
 from consonar.data.loader import prefetch
-from consonar.data.store_format import FORMAT_VERSION, METADATA_FILE, REMEDY, TOKENS_FILE, check_rows, read_metadata
+from consonar.data.store_format import (
+    FORMAT_VERSION,
+    METADATA_FILE,
+    REMEDY,
+    TOKENS_FILE,
+    check_rows,
+    check_tokens,
+    disk_errors,
+    read_metadata,
+    token_dtype,
+)  # fmt: skip
 from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import UserError, reading, unknown
 from consonar.lock import folder_at_once, is_taken
+from consonar.origin import Origin, check
 from consonar.placement import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
 ROWS_PER_BLOCK = 1024
 BYTES_PER_NAME = 64  # allowance for an item's name, label and caption when the room on the disk is judged
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The type of tokens on disk: uint16 where it holds every token of the vocabulary, else int32."""
-    return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
-
-
-def _check_tokens(tokens: np.ndarray, vocab_size: int, tokenizer_name: str, where: str) -> None:
-    """`UserError` for a token outside [0, vocab_size)."""
-    low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
-    if low < 0 or high >= vocab_size:
-        limit = f"tokenizer {tokenizer_name!r} has 0..{vocab_size - 1}: damaged, or made with another tokenizer?"
-        raise UserError(f"tokens: {where} holds token {low if low < 0 else high}, but {limit}")
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path, needed: int) -> Iterator[None]:
-    """Turn a failure to write the store `path` into a `UserError` that says how much room it needs (bytes) and has."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
-        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error
 
 
 class StoreWriter:
@@ -69,6 +58,8 @@ class StoreWriter:
         self.path, self.tokenizer, self.num_views = path, tokenizer, num_views
         self.num_classes, self.class_limit = num_classes or 0, num_classes
         self.counts = {"items": 0, "labelled": 0, "captioned": 0}
+        self.content, self.told = hashlib.sha256(), hashlib.sha256()  # of the tokens, and of labels and captions
+        self.first = ""
         tokens = FixedList(Value(token_dtype(tokenizer.vocab_size).name), length=num_views * tokenizer.num_tokens)
         features = Features(tokens=tokens, label=Value("int64"), caption=Value("string"), name=Value("string"))
         self.schema = features.arrow_schema
@@ -84,17 +75,22 @@ class StoreWriter:
 
         shape = (len(names), self.num_views, self.tokenizer.num_tokens)
         assert tokens.shape == shape, f"tokens {tokens.shape}, expected {shape}"
-        where = f"{names[0]}..{names[-1]}"
-        _check_tokens(tokens, self.tokenizer.vocab_size, self.tokenizer.name, where)
-        known = [label for label in labels if label is not None]
-        if known and (min(known) < 0 or (self.class_limit is not None and max(known) >= self.class_limit)):
-            limit = "" if self.class_limit is None else self.class_limit - 1
-            raise UserError(f"labels: {where} has labels {min(known)}..{max(known)}; choices: 0..{limit}")
+        check_tokens(tokens, self.tokenizer.vocab_size, self.tokenizer.name, f"{names[0]}..{names[-1]}")
+        limit = MAX_CLASSES if self.class_limit is None else self.class_limit
+        labelled = [(label, name) for label, name in zip(labels, names, strict=True) if label is not None]
+        known = [check_label(label, limit, name) for label, name in labelled]
         self.num_classes = max([self.num_classes, *(label + 1 for label in known)])
         self.counts["items"] += len(names)
         self.counts["labelled"] += len(known)
         self.counts["captioned"] += sum(caption is not None for caption in captions)
+        self.first = self.first or names[0]
+        if self.counts["labelled"] < self.counts["items"] and (self.class_limit or self.counts["labelled"]):
+            bare = next((name for label, name in zip(labels, names, strict=True) if label is None), self.first)
+            raise UserError(f"{bare}: no label, though the data have classes; {LABEL_REMEDY}")
         flat = tokens.astype(token_dtype(self.tokenizer.vocab_size)).ravel()
+        self.content.update(flat.tobytes())
+        for item in zip(labels, captions, strict=True):
+            self.told.update(f"{item}\n".encode(errors="replace"))
         arrays = [pa.FixedSizeListArray.from_arrays(pa.array(flat), tokens[0].size)]
         for name, values in (("label", labels), ("caption", captions), ("name", names)):
             arrays.append(pa.array(values, self.schema.field(name).type))
@@ -108,7 +104,7 @@ class StoreWriter:
 
         if self.pending:
             rows = pa.concat_tables(self.pending)
-            with _disk_errors(self.path, self.counts["items"] * rows.nbytes // len(rows)):
+            with disk_errors(self.path, self.counts["items"] * rows.nbytes // len(rows)):
                 self.arrow.write_table(rows, writer_batch_size=len(rows))  # one block, for fast opening
             self.pending.clear()
 
@@ -134,7 +130,7 @@ def new_store(
         raise UserError(f"out: {str(path)!r} exists and is not replaced; choose another path or remove it")
     bytes_per_item = num_views * tokenizer.num_tokens * token_dtype(tokenizer.vocab_size).itemsize + BYTES_PER_NAME
     with contextlib.ExitStack() as undo:
-        with _disk_errors(path, expected_items * bytes_per_item):
+        with disk_errors(path, expected_items * bytes_per_item):
             partial = undo.enter_context(folder_at_once(path))
             if expected_items * bytes_per_item > shutil.disk_usage(partial).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -145,7 +141,8 @@ def new_store(
             raise UserError(f"data: {origin['source']} holds no items")
         writer.flush()
         versions = {"format_version": FORMAT_VERSION, "consonar_version": consonar.__version__}
-        maker = {"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+        content = hashlib.sha256(writer.content.digest() + writer.told.digest()).hexdigest()
+        maker = {"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint, "content_sha256": content}
         sizes = {
             "vocab_size": tokenizer.vocab_size,
             "num_tokens": tokenizer.num_tokens,
@@ -154,7 +151,7 @@ def new_store(
         }
         classes = {"num_classes": writer.num_classes, "class_names": class_names}
         text = json.dumps(versions | maker | origin | sizes | classes, indent=1)
-        with _disk_errors(path, writer.counts["items"] * bytes_per_item):
+        with disk_errors(path, writer.counts["items"] * bytes_per_item):
             writer.arrow.finalize()
             (partial / METADATA_FILE).write_text(text)
 
@@ -167,16 +164,13 @@ class TokenStore:
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
-        self.path = path
-        self.name = path.name
+        self.path, self.name = path, path.name
         self.tokenizer_name: str = metadata["tokenizer"]
         self.fingerprint: str = metadata["fingerprint"]
         self.vocab_size: int = metadata["vocab_size"]
         self.num_tokens: int = metadata["num_tokens"]
         self.num_views: int = metadata["num_views"]
-        self.num_classes: int = metadata[
-            "num_classes"
-        ]  # without labels 0, without class names the largest label plus 1
+        self.num_classes: int = metadata["num_classes"]  # without labels 0, without names the largest label plus 1
         self.class_names = None if metadata["class_names"] is None else tuple(metadata["class_names"])
         self.source: str = metadata["source"]
         self.metadata = metadata
@@ -217,15 +211,32 @@ class TokenStore:
                 raise IndexError(f"{index.min()}..{index.max()} of {limit} rows or views in {self.path}")
         starts = self._row_starts[items] + crops * self.num_tokens  # (B,)
         tokens = self._flat[starts[:, None] + np.arange(self.num_tokens)]  # (B, N)
-        _check_tokens(tokens, self.vocab_size, self.tokenizer_name, str(self.path))
+        check_tokens(tokens, self.vocab_size, self.tokenizer_name, str(self.path))
         return torch.from_numpy(tokens.astype(np.int64))
 
     @cached_property
     def labels(self) -> Tensor:
-        """(len,) int64 class labels; `UserError` when some or all items have none."""
+        """(len,) int64 class labels; `UserError` when some or all items have none, or one that is no class."""
         if (labelled := self.metadata["counts"]["labelled"]) < len(self):
-            raise UserError(f"tokens: {labelled} of {len(self)} items in {str(self.path)!r} have a class label")
-        return torch.from_numpy(self._dataset.data.column("label").to_numpy().astype(np.int64))
+            found = f"{labelled} of {len(self)} items in {str(self.path)!r} have a class label"
+            raise UserError(f"tokens: {found}; tokenize again: {LABEL_REMEDY}")
+        labels = torch.from_numpy(self._dataset.data.column("label").to_numpy().astype(np.int64))
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise UserError(f"tokens: {str(self.path)!r} has a label outside its {self.num_classes} classes; damaged?")
+        return labels
+
+    @property
+    def origin(self) -> Origin:
+        """What the tokens were made of and with; without a hash of the content where an older version wrote them."""
+        return Origin(
+            tokenizer=self.tokenizer_name, tokenizer_fingerprint=self.fingerprint, class_names=self.class_names,
+            data=self.source, data_sha256=self.metadata.get("content_sha256"),
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        """How many pictures and classes it holds, and how many without a label."""
+        counted = self._dataset.data.column("label").value_counts().to_pylist()
+        return data_line({row["values"]: row["counts"] for row in counted}, self.class_names)
 
     def captions(self, rows: Tensor) -> list[str | None]:
         """The captions of items `rows` (B,); None where an item has none."""
@@ -233,16 +244,13 @@ class TokenStore:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """`UserError` unless the store was made by exactly this tokenizer (same configuration and weights)."""
-        if tokenizer.fingerprint != self.fingerprint:
-            raise UserError(
-                f"tokens: {str(self.path)!r} was made with tokenizer {self.tokenizer_name!r} ({self.fingerprint[:12]}),"
-                f" not with {tokenizer.name!r} ({tokenizer.fingerprint[:12]}); tokenize again or use that tokenizer"
-            )
+        given = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+        check(f"tokens: {str(self.path)!r}", self.origin, given, "use", "tokenize again or use that tokenizer")
 
     def check_range(self) -> None:
         """Read every token once; `UserError` for one outside [0, vocab_size)."""
         for chunk in self._dataset.data.column("tokens").chunks:
-            _check_tokens(chunk.flatten().to_numpy(), self.vocab_size, self.tokenizer_name, str(self.path))
+            check_tokens(chunk.flatten().to_numpy(), self.vocab_size, self.tokenizer_name, str(self.path))
 
 
 def write_token_store(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from consonar.data.labels import MAX_CLASSES
 from consonar.data.tokens import TokenStore, new_store
 from consonar.errors import UserError, reading
 from consonar.outside import read_npy
@@ -36,8 +37,8 @@ def _check_item(tokens: np.ndarray, label: Any, tokenizer: Tokenizer, where: str
     if low < 0 or high >= tokenizer.vocab_size:
         wrong, last = low if low < 0 else high, tokenizer.vocab_size - 1
         raise UserError(f"{where}: token {wrong}; {tokenizer.name!r} has 0..{last}: another tokenizer's file?")
-    if type(label) is not int or label < 0:
-        raise UserError(f"{where}: class {label!r}; it must be an integer, 0 or more")
+    if type(label) is not int or not 0 <= label < MAX_CLASSES:
+        raise UserError(f"{where}: class {label!r}; it must be an integer from 0 to {MAX_CLASSES - 1}")
 
 
 def _write(

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from consonar.data.images import open_source
+from consonar.data.labels import check_label
 from consonar.errors import MissingSplit, UserError
 from consonar.evaluation.evaluate import REFERENCES
 from consonar.evaluation.features import to_float
 from consonar.evaluation.image_sets import cropped
-from consonar.generators import load_generator
+from consonar.generators import load_generator, read_origin
+from consonar.origin import Origin, check, class_difference
 from consonar.placement import device_of, to_device
 from consonar.training import losses
 from consonar.types import Batch, Generator, ImageSource, Tokenizer
@@ -56,10 +58,11 @@ class Sharpness:
     without labels.
     """
 
-    def __init__(self, reference: str, tokenizer: Tokenizer, batch_size: int):
+    def __init__(self, reference: str, tokenizer: Tokenizer, batch_size: int, origin: Origin | None = None):
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.missing, self.source = "the reference has none", None
-        self.encoded: tuple[Tensor, Tensor | None] | None = None
+        self.encoded: tuple[Tensor, list[int | None]] | None = None
+        self.origin = origin or Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
         spec = REFERENCES.get(reference, (reference, 0))[0]
         if spec.endswith(".npz"):
             return
@@ -67,6 +70,9 @@ class Sharpness:
             self.source = open_source(spec, split="validation", image_size=tokenizer.image_size)
         except MissingSplit:
             return
+        other = class_difference(self.source.class_names, self.origin.class_names, "the generator")
+        if other is not None:
+            self.missing, self.source = f"of the reference, {other}", None
 
     def batches(self, generator: Any) -> Iterator[Batch] | None:
         """The validation images as tokens, or None where `missing` says why they cannot serve this generator."""
@@ -74,22 +80,31 @@ class Sharpness:
             return None
         if self.encoded is None:
             self.encoded = self._encode(self.source)
-        tokens, labels = self.encoded
-        if labels is None and generator.num_classes > 1:
-            self.missing = f"they have no labels, and the generator has {generator.num_classes} classes"
+        tokens, known = self.encoded
+        if generator.num_classes > 1 and None in known:
+            bare = f"{known.count(None)} of {len(known)} have no labels"
+            self.missing = f"{bare}, and the generator has {generator.num_classes} classes"
             return None
-        labels = torch.zeros(len(tokens), dtype=torch.int64) if labels is None else labels
-        parts = zip(tokens.split(self.batch_size), labels.split(self.batch_size), strict=True)
+        try:
+            # A generator of one class knows no other, whatever the reference calls its pictures.
+            conditions = [
+                check_label(label if generator.num_classes > 1 else None, generator.num_classes, f"picture {index}")
+                for index, label in enumerate(known)
+            ]
+        except UserError as error:
+            self.missing = str(error)
+            return None
+        parts = zip(tokens.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
         return (Batch(tokens=part, condition=classes) for part, classes in parts)
 
     @torch.inference_mode()
-    def _encode(self, source: ImageSource) -> tuple[Tensor, Tensor | None]:
-        """Tokens (n, N), and labels (n,) where every image has one, on the CPU."""
+    def _encode(self, source: ImageSource) -> tuple[Tensor, list[int | None]]:
+        """Tokens (n, N) on the CPU, and the n labels."""
         tokens, labels = [], []
         for images, classes in labelled_batches(source, self.tokenizer.image_size, self.batch_size):
             tokens.append(self.tokenizer.encode(to_device(to_float(images), device_of(self.tokenizer))).cpu())
             labels += classes
-        return torch.cat(tokens), None if None in labels else torch.tensor(labels)
+        return torch.cat(tokens), labels
 
     def entropies(self, generator: Any, temperatures: Sequence[float]) -> dict[float, float]:
         """By temperature; without that of greedy sampling (0), and empty where nothing can be measured."""
@@ -100,7 +115,15 @@ class Sharpness:
         return dict(zip(wanted, teacher_forced_entropies(generator, batches, wanted), strict=True))
 
     def match(self, generator: Any, other: Path) -> float:
-        """The temperature at which `generator` has the entropy of the run `other` at temperature 1."""
+        """The temperature at which `generator` has the entropy of the run `other` at temperature 1.
+
+        Raises `UserError` where there is no entropy, and for a run of another tokenizer or with other classes.
+        """
+        theirs = read_origin(other)
+        check(f"--match: {other}", theirs, self.origin, "the run", "entropies compare within one tokenizer and classes")
+        if self.source is not None:
+            classes = Origin(class_names=self.source.class_names)
+            check(f"--match: {other}", theirs, classes, "the reference", "its labels would mean other classes")
         model = load_generator(other).to(device_of(generator))
         own, wanted = self.entropies(generator, GRID), self.entropies(model, [1.0])
         if not (own and wanted):

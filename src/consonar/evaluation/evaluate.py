@@ -36,6 +36,7 @@ from consonar.evaluation.image_sets import (
 from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
 from consonar.evaluation.results import Metric, Results, library_versions, machine_name
 from consonar.evaluation.statistics import random_parts
+from consonar.origin import Origin, check
 from consonar.outside import npz_keys, read_npz
 from consonar.placement import device_of, to_device
 from consonar.sampling.sample import check_batch_size
@@ -77,8 +78,10 @@ class Reference:
     """Of the file that the statistics come from, as `statistics`."""
     tokens: dict[str, Tensor] | None = None
     """Tokens (T, N) or (T, views, N) of the same images by the same names; see `encode_reference`."""
-    tokenizer_fingerprint: str | None = None
-    """Of the tokenizer that made them."""
+    origin: Origin | None = None
+    """The tokenizer that made them."""
+    about: str = ""
+    """How many pictures and classes there are."""
 
 
 def load_samples(path: str | Path) -> Samples:
@@ -128,16 +131,17 @@ def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...]
         return replace(open_reference(source, size), name=spec)
     if spec.endswith(".npz"):
         return _open_npz_reference(Path(spec), image_size)
-    from consonar.data.images import SPLIT_NAMES, open_source
+    from consonar.data.image_folder import SPLIT_NAMES
+    from consonar.data.images import open_source
+    from consonar.data.labels import describe
 
     folder = Path(spec.removeprefix("imagefolder:")).expanduser()
     both = all(any((folder / name).is_dir() for name in SPLIT_NAMES[split]) for split in ("train", "validation"))
     chosen = splits or (("train", "validation") if both or spec == "openmoji" else None)
-    opened = {
-        name: source_image_set(open_source(spec, split=name, image_size=image_size), image_size)
-        for name in chosen or ("train",)
-    }
-    return Reference(spec, opened if chosen else {"reference": opened["train"]})
+    sources = {name: open_source(spec, split=name, image_size=image_size) for name in chosen or ("train",)}
+    opened = {name: source_image_set(source, image_size) for name, source in sources.items()}
+    about = "; ".join(f"{name if chosen else 'all'}: {describe(source)}" for name, source in sources.items())
+    return Reference(spec, opened if chosen else {"reference": opened["train"]}, about=about)
 
 
 def _open_npz_reference(path: Path, image_size: int) -> Reference:
@@ -154,6 +158,14 @@ def _open_npz_reference(path: Path, image_size: int) -> Reference:
     return Reference(str(path), images, statistics, spatial_statistics, of_file)
 
 
+def check_tokenizer(samples: Samples, used: Origin) -> None:
+    """Raises `UserError` where the samples say that they are tokens of another tokenizer than that of `used`."""
+    stored = samples.settings if isinstance(samples.settings, dict) else {}
+    keys = [key for key in ("tokenizer", "tokenizer_fingerprint") if isinstance(stored.get(key), str)]
+    theirs = Origin(**{key: stored[key] for key in keys})
+    check("tokenizer", used, theirs, samples.images.name, "name the tokenizer that the samples were drawn with")
+
+
 def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: int = 64) -> Reference:
     """The reference with the tokens of its images, for the copy rate in tokens; the tokenizer must be the samples'."""
 
@@ -164,7 +176,8 @@ def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: 
         name: torch.cat([encode(batch) for batch in images.stream(batch_size)])
         for name, images in reference.images.items()
     }
-    return replace(reference, tokens=tokens, tokenizer_fingerprint=tokenizer.fingerprint)
+    origin = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+    return replace(reference, tokens=tokens, origin=origin)
 
 
 def evaluate(
@@ -193,6 +206,8 @@ def evaluate(
     """
     samples = samples if isinstance(samples, Samples) else load_samples(samples)
     reference = reference if isinstance(reference, Reference) else open_reference(reference, samples.image_size)
+    if samples.tokens is not None:
+        check_tokenizer(samples, reference.origin or Origin())
     network = load_feature_network(feature_network, device) if isinstance(feature_network, str) else feature_network
     part_of = random_parts(samples.count, draws, generator(seed, "evaluation", "parts"))  # (S,)
     if samples.count // draws <= (least := max(num_neighbours, 1)):
@@ -202,10 +217,6 @@ def evaluate(
         raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
     if max_neighbours_images <= least:
         raise UserError(f"max_neighbours_images: {max_neighbours_images}; {num_neighbours} neighbours need more")
-    made_by = (samples.settings or {}).get("tokenizer_fingerprint")
-    known_by = reference.tokenizer_fingerprint
-    if samples.tokens is not None and None not in (made_by, known_by) and made_by != known_by:
-        raise UserError(f"{samples.images.name}: its tokens and those of {reference.name} are of two tokenizers")
     keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "seed": seed, "progress": progress}
     known = {name: sets.cached_features(network, images, **keep) for name, images in reference.images.items()}
     targets, without = prepare(network, reference, known, num_neighbours)

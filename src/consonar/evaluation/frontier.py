@@ -35,6 +35,7 @@ from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, replacing
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.lock import holds_first_argument
+from consonar.origin import check
 from consonar.placement import device_of, to_device
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
@@ -81,29 +82,37 @@ def evaluate_run(
         why = "" if is_measured(run) else " of weights that have changed since"
         raise UserError(f"{run / RESULTS} exists{why}; add --overwrite to measure again")
     sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
-    generator, class_names = load_generator(run).to(device), read_origin(run).class_names
+    generator, origin = load_generator(run).to(device), read_origin(run)
     tokenizer = load_own_tokenizer(run).to(device)
     network = load_feature_network(feature_network, device)
     check_batch_size(batch_size)
     if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
         raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
-    sharpness = Sharpness(reference, tokenizer, batch_size)
+    sharpness = Sharpness(reference, tokenizer, batch_size, origin)
     matched: dict[float, list[Path]] = {}
     for other in match:
         matched.setdefault(round(sharpness.match(generator, other), 4), []).append(other)
     samplers = [replace(sampler or SamplerConfig(), temperature=t) for t in dict.fromkeys([*temperatures, *matched])]
-    if target is not None and (target.name, target.tokenizer_fingerprint) != (reference, tokenizer.fingerprint):
+    if target is not None and (target.name != reference or target.origin is None):
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
+    if target is not None and target.origin is not None:
+        check("target", target.origin, origin, str(run), "encode it anew", parts=("tokenizer",))
     if target is None:
         target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
     labels = balanced_labels(num_samples, generator.num_classes)
     entropies = sharpness.entropies(generator, [settings.temperature for settings in samplers])
+    wanted = any(settings.temperature > 0 for settings in samplers)
+    unavailable = {"entropy (teacher-forced)": sharpness.missing} if wanted and not entropies else {}
+    if progress:
+        progress(f"reference: {target.about}")
+        for metric, reason in unavailable.items():
+            progress(f"{metric}: not measured ({reason})")
     with replacing(run) as staged:
         rows = []
         for settings in samplers:
             if progress:
                 progress(f"{run.name}: {num_samples} samples at temperature {settings.temperature:g}")
-            job = make_job(generator, tokenizer, labels, seed=seed, sampler=settings, source=str(run))
+            job = make_job(generator, tokenizer, labels, seed=seed, sampler=settings, source=str(run), origin=origin)
             drawn = run / f".samples_t{settings.temperature:g}.npz"
             drawn.unlink(missing_ok=True)
             run_job(job, generator, tokenizer, drawn, batch_size=batch_size, restart=True)
@@ -112,7 +121,7 @@ def evaluate_run(
                 seed=seed, batch_size=batch_size,
             )  # fmt: skip
             kept = staged / f"samples_t{settings.temperature:g}.npz"
-            keep_some(drawn, kept, target, results.copies, class_names)
+            keep_some(drawn, kept, target, results.copies, origin.class_names)
             row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
             row["samples_sha256"] = checkpoint.file_sha256(kept)
             if settings.temperature in entropies:
@@ -125,6 +134,8 @@ def evaluate_run(
             "best": best_row(rows),
             "checkpoint_sha256": sha256,
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+            "origin": to_dict(origin),
+            "unavailable": unavailable,
             **origin_of_numbers(results, target.name),
             "draws": draws,
             "machine": machine_name(device),

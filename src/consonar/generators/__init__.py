@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
 from consonar.generators.janus import JanusConfig, JanusGenerator
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.origin import Origin, check
 from consonar.tokenizers import TokenizerModule, load_tokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -28,16 +29,6 @@ GENERATORS: dict[str, tuple[type[Any], type[Any]]] = {
     # Needs transformers, which is imported when one is built.
     "janus": (JanusConfig, JanusGenerator),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What a stored generator was trained on; None where that is not known."""
-
-    tokenizer: str | None = None
-    """Name or folder of the tokenizer."""
-    tokenizer_fingerprint: str | None = None
-    class_names: tuple[str, ...] | None = None
 
 
 def build_generator(config: Any) -> Any:
@@ -87,6 +78,11 @@ def read_origin(path: str | Path) -> Origin:
     return from_dict(values, str(folder / "config.json"), Origin)
 
 
+def weights_sha256(path: str | Path) -> str:
+    """SHA-256 of the file of a stored generator's weights."""
+    return checkpoint.file_sha256(model_folder(path) / "model.safetensors")
+
+
 def load_own_tokenizer(path: str | Path) -> TokenizerModule:
     """The tokenizer that a stored generator was trained with, frozen, on the CPU.
 
@@ -97,11 +93,8 @@ def load_own_tokenizer(path: str | Path) -> TokenizerModule:
         raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
     num_tokens = checkpoint.read_config(model_folder(path)).get("num_tokens")
     tokenizer = load_tokenizer(origin.tokenizer, num_tokens=num_tokens)
-    if origin.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-        raise UserError(
-            f"tokenizer: {origin.tokenizer!r} has changed since {path} was trained with it "
-            f"(fingerprint {tokenizer.fingerprint[:12]}, then {str(origin.tokenizer_fingerprint)[:12]}); train again"
-        )
+    here = Origin(tokenizer=origin.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint)
+    check("tokenizer", here, origin, str(path), "it has changed since; train again, or put back the one it was")
     return tokenizer
 
 

@@ -28,6 +28,7 @@ from consonar.data.picture_files import IMAGE_ENDINGS
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.lock import hold
+from consonar.origin import Origin, check
 from consonar.outside import read_npz
 from consonar.pictures import save_grid
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
@@ -61,22 +62,35 @@ class Job:
 
 
 def make_job(
-    generator: Generator, tokenizer: Tokenizer, labels: Tensor, *, seed: int, sampler: SamplerConfig, source: str
+    generator: Generator,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    *,
+    seed: int,
+    sampler: SamplerConfig,
+    source: str,
+    origin: Origin | None = None,
 ) -> Job:
     """A job of len(labels) images; image i has seed `seed` + i, from 0 to 2^63 - 1.
 
-    Raises `UserError` for a seed outside that range, wrong classes or a tokenizer that does not fit.
+    `origin` is that of the generator, which is called `source`. Raises `UserError` for a seed outside that range, wrong
+    classes, a tokenizer that does not fit, and one that `origin` does not name.
     """
     if not 0 <= seed <= 2**63 - 1 - len(labels):
         raise UserError(f"seed: {seed} is not between 0 and 2^63 - 1 less the number of images")
     check_fit(generator, tokenizer)
+    origin = origin or Origin()
+    used = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+    remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
+    check("tokenizer", used, origin, source, remedy)
     check_classes(labels, generator)
     fingerprint = component_fingerprint(to_dict(generator.config), cast(nn.Module, generator).state_dict())
     settings = {
         "generator": source,
         "generator_sha256": fingerprint,
         "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": used.tokenizer_fingerprint,
+        "origin": to_dict(origin),
         "sampler": to_dict(sampler),
         "seed": seed,
         "num_samples": len(labels),

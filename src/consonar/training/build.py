@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +13,12 @@ from torch import nn
 from consonar import distributed
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
+from consonar.data.labels import describe
 from consonar.data.loader import TokenBatches
 from consonar.distributed import World
 from consonar.errors import MissingSplit, UserError
-from consonar.generators import build_generator, load_generator, read_origin, save_generator
+from consonar.generators import build_generator, load_generator, save_generator
+from consonar.origin import Origin
 from consonar.placement import to_device
 from consonar.seeding import derive_seed, generator
 from consonar.tokenizers import load_tokenizer, save_tokenizer
@@ -42,7 +44,7 @@ from consonar.training.inputs import (
 from consonar.training.loop import Batches, Callbacks
 from consonar.training.objectives import Consistency, ConsistencyConfig
 from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
-from consonar.training.start import load_start, origin_of
+from consonar.training.start import check_start_classes, load_start, of_source, origin_of
 from consonar.training.trainee import Trainee
 from consonar.training.vq_objective import Reconstruction, ReconstructionConfig, TokenizerTrainee
 from consonar.types import ImageSource, Objective
@@ -58,13 +60,18 @@ PROBE_IMAGES = 8
 
 @dataclass
 class Made:
-    """What `train` hands to the loop, and `export(trainee, run_folder)`, which writes the released component."""
+    """What `train` hands to the loop, and `export(trainee, run_folder)`, which writes the released component.
+
+    `origin` is what the run is made of, `data` a line about the pictures and classes that it reads.
+    """
 
     trainee: nn.Module
     objective: Objective
     batches: Batches
     callbacks: Callbacks
     export: Callable[[Any, Path], None]
+    origin: Origin
+    data: str
 
 
 def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Made:
@@ -88,6 +95,7 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
     if not config.init:
         model.reset_parameters(generator(config.seed, "init"))
     check_takes_classes(model, config)
+    check_start_classes(config, "data.tokens", store.origin)
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
     trainee.reset_heads(generator(config.seed, "init_heads"))
     objective = Consistency(
@@ -96,16 +104,18 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
     )  # fmt: skip
     batches = TokenBatches(store, batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
+    held_out = None
     if config.data.validation_tokens:
         held_out = open_store(config.data.validation_tokens, "data.validation_tokens", tokenizer)
         check_classes(store, held_out)
         validation = TokenBatches(held_out, batch_size=batch_size, seed=config.seed)
         callbacks.validate = lambda model: objective.validate(model, held_out_batches(validation, config, world))
     check_validates(config, callbacks)
-    origin = origin_of(config, store.fingerprint, store.class_names)
+    origin = origin_of(config, store.fingerprint, store.origin, held_out.origin if held_out else None)
     return Made(
         trainee, objective, batches, callbacks,
         lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
+        origin, store.describe(),
     )  # fmt: skip
 
 
@@ -120,11 +130,16 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
             "choices: openmoji, a folder, imagefolder:PATH, hf:owner/name"
         )
     model = load_start(config, config.model, tokenizer)
-    train_source = open_source(config.data.images, split="train", image_size=tokenizer.image_size)
+    train_source = open_images(config, "train", tokenizer.image_size)
     check_takes_classes(model, config)
-    check_image_classes(config, train_source, model)
+    check_start_classes(config, "data.images", of_source(train_source))
     rank = {"rank": world.rank, "world_size": world.size}
-    batches = image_batches(config, train_source, tokenizer.image_size, batch_size, flip=config.data.flip, **rank)
+    # Where every class is dropped none is needed: the condition that all get is the null class, behind the others.
+    missing = model.num_classes if config.objective.class_dropout == 1 else None
+    labels: dict[str, Any] = {"num_classes": model.num_classes, "missing": missing}
+    batches = image_batches(
+        config, train_source, tokenizer.image_size, batch_size, flip=config.data.flip, **labels, **rank
+    )
     prior = load_generator(config.init).to(world.device) if config.objective.needs_prior else None
     settings: dict[str, Any] = {
         "total_steps": config.loop.steps, "seed": config.seed, "world": world,
@@ -135,15 +150,17 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
         settings["probe"] = to_device(probe, world.device).images
     objective = ALIGNMENTS[type(config.objective)](config.objective, tokenizer, prior, **settings)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
-    origin = origin_of(config, tokenizer.fingerprint, train_source.class_names)
     try:
-        held_out = open_source(config.data.images, split="validation", image_size=tokenizer.image_size)
+        held_out = open_images(config, "validation", tokenizer.image_size)
     except MissingSplit:
         held_out = None
+    origin = origin_of(
+        config, tokenizer.fingerprint, of_source(train_source), of_source(held_out) if held_out else None
+    )
     if config.loop.fd_samples and held_out is None:
         raise UserError(f"loop.fd_samples: {config.data.images} has no validation images to compare with; set it to 0")
     if held_out is not None:
-        validation = image_batches(config, held_out, tokenizer.image_size, batch_size)
+        validation = image_batches(config, held_out, tokenizer.image_size, batch_size, **labels)
         distance = None
         if config.loop.fd_samples:
             distance = ValidationDistance(validation, tokenizer, config.loop.fd_samples, world.device)
@@ -158,6 +175,7 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
     return Made(
         AlignmentTrainee(model), objective, batches, callbacks,
         lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
+        origin, describe(train_source),
     )  # fmt: skip
 
 
@@ -170,28 +188,20 @@ def check_validates(config: TrainConfig, callbacks: Callbacks) -> None:
         )
 
 
+def open_images(config: TrainConfig, split: str, image_size: int) -> ImageSource:
+    """The images of a run, with the classes and labels that it wants."""
+    data = config.data
+    assert data.images is not None
+    labels = {"classes": data.classes, "label_default": data.label_default}
+    return open_source(data.images, split=split, image_size=image_size, **labels)
+
+
 def check_takes_classes(model: Any, config: TrainConfig) -> None:
     """Raises `UserError` for a generator that is conditioned on text: token stores and image sources give classes."""
     if model.num_classes == 0:
         raise UserError(
             f"model.kind: {config.model.kind if config.model else ''!r} is conditioned on text, and `train` reads "
             "classes; use the objectives with your own batches of TextCondition or PromptCondition"
-        )
-
-
-def check_image_classes(config: TrainConfig, source: ImageSource, model: Any) -> None:
-    """Raises `UserError` unless label i of the images is class i of the generator."""
-    assert config.init is not None
-    known, given = read_origin(config.init).class_names, source.class_names
-    if known is not None and given is not None and tuple(known) != tuple(given):
-        raise UserError(
-            f"data.images: {config.data.images} has the classes {', '.join(given[:4])}... ({len(given)}), "
-            f"but {config.init} was trained with {', '.join(known[:4])}... ({len(known)})"
-        )
-    if given is not None and len(given) > model.num_classes:
-        raise UserError(
-            f"data.images: {config.data.images} has {len(given)} classes, the generator in {config.init} "
-            f"{model.num_classes}"
         )
 
 
@@ -208,16 +218,17 @@ def build_tokenizer_run(config: TrainConfig, world: World, batch_size: int) -> M
     reset_trainee(trainee, config.seed)
     objective = Reconstruction(config.objective, total_steps=config.loop.steps, seed=config.seed, world=world)
     size = config.model.image_size
-    source = open_source(config.data.images, split="train", image_size=size)
+    source = open_images(config, "train", size)
     rank = {"rank": world.rank, "world_size": world.size}
     batches = image_batches(config, source, size, batch_size, flip=config.data.flip, **rank)
-    held_out = open_source(config.data.images, split="validation", image_size=size)
+    held_out = open_images(config, "validation", size)
     validation = image_batches(config, held_out, size, batch_size)
     callbacks = Callbacks(
         validate=lambda model: objective.validate(model, held_out_batches(validation, config, world)),
         preview=lambda model, path: preview_reconstructions(model.tokenizer, validation, world, path),
     )
-    return Made(trainee, objective, batches, callbacks, export_tokenizer)
+    origin = replace(of_source(source), validation_sha256=of_source(held_out).data_sha256)
+    return Made(trainee, objective, batches, callbacks, export_tokenizer, origin, describe(source))
 
 
 def export_tokenizer(trainee: TokenizerTrainee, out: Path) -> None:

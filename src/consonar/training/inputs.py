@@ -10,10 +10,12 @@ import torch
 
 from consonar.config import TrainConfig
 from consonar.data.images import IndexedSource
+from consonar.data.labels import check_label, check_labels
 from consonar.data.loader import ImageBatches, SourceBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError
+from consonar.origin import check
 from consonar.placement import to_device
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.types import Batch, ImageSource, Tokenizer
@@ -48,44 +50,59 @@ def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
 
 def check_classes(store: TokenStore, held_out: TokenStore) -> None:
     """Raises `UserError` unless label i means the same in both stores, and training has every label of validation."""
-    same_names = held_out.class_names == store.class_names
-    if (
-        not same_names
-        or held_out.num_classes > store.num_classes
-        or bool(held_out.num_classes) != bool(store.num_classes)
-    ):
-        ours, theirs = (", ".join(s.class_names or ()) or f"{s.num_classes} without names" for s in (store, held_out))
-        raise UserError(
-            f"data.validation_tokens: {held_out.path} has the classes {theirs}, but {store.path} has {ours}; "
-            "tokenize both as splits of one data set"
+    where, remedy = f"data.validation_tokens: {held_out.path}", "tokenize both as splits of one data set"
+    check(where, held_out.origin, store.origin, str(store.path), remedy)
+    several = held_out.num_classes > store.num_classes or bool(held_out.num_classes) != bool(store.num_classes)
+    if several or (held_out.class_names is None) != (store.class_names is None):
+        ours, theirs = (
+            f"{s.num_classes} classes{'' if s.class_names else ' without names'}" if s.num_classes else "no classes"
+            for s in (held_out, store)
         )
+        raise UserError(f"{where} has {ours}, {store.path} has {theirs}; {remedy}")
 
 
 def image_batches(
-    config: TrainConfig, source: ImageSource, image_size: int, batch_size: int, **settings: Any
+    config: TrainConfig,
+    source: ImageSource,
+    image_size: int,
+    batch_size: int,
+    *,
+    num_classes: int | None = None,
+    missing: int | None = None,
+    **settings: Any,
 ) -> ImageBatches:
-    """Batches of centre-cropped images: from memory where all of them fit, else read in every epoch."""
+    """Batches of centre-cropped images: from memory where all of them fit, else read in every epoch.
+
+    Their labels become conditions by `labels.check_label`; without `num_classes` they are not read.
+    """
+    labels: dict[str, Any] = {"num_classes": num_classes, "missing": missing}
     if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
-        return SourceBatches(source, image_size, batch_size=batch_size, seed=config.seed, **settings)
-    images, labels = load_images(source, image_size)
-    return ImageBatches(images, labels, batch_size=batch_size, seed=config.seed, **settings)
+        return SourceBatches(source, image_size, batch_size=batch_size, seed=config.seed, **labels, **settings)
+    images, conditions = load_images(source, image_size, **labels)
+    return ImageBatches(images, conditions, batch_size=batch_size, seed=config.seed, **settings)
 
 
-def load_images(source: ImageSource, image_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All images of a source, centre-cropped: (n, S, S, 3) uint8; and labels (n,), None where there are no classes."""
+def load_images(
+    source: ImageSource, image_size: int, *, num_classes: int | None = None, missing: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All images of a source, centre-cropped: (n, S, S, 3) uint8; and conditions (n,), None without `num_classes`.
+
+    Raises `UserError` for a label that is none of `num_classes` classes, or missing (`labels.check_label`).
+    """
     import numpy as np
 
     from consonar.data.transforms import center_crop
 
-    images, labels = [], []
+    images, conditions = [], []
+    if num_classes is not None:
+        check_labels(source, num_classes, missing)
     for record in source:
+        if num_classes is not None:
+            conditions.append(check_label(record.label, num_classes, record.name, missing))
         images.append(np.asarray(center_crop(record.image, image_size)))
-        labels.append(record.label)
     if not images:
         raise UserError(f"data.images: {source.name} holds no image")
-    if None in labels:
-        return torch.from_numpy(np.stack(images)), None
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+    return torch.from_numpy(np.stack(images)), None if num_classes is None else torch.tensor(conditions)
 
 
 def held_out_batches(batches: Any, config: TrainConfig, world: World) -> Iterator[Batch]:

@@ -24,6 +24,7 @@ from consonar.training.build import build
 from consonar.training.interruption import Interruption
 from consonar.training.loop import State, train_loop
 from consonar.training.optim import build_optimizer
+from consonar.training.origins import check_same_origin, without_places, write_run_origin
 from consonar.training.start import resolve_start
 from consonar.training.trainee import Trainee
 from consonar.training.vq_objective import TokenizerTrainee
@@ -114,6 +115,8 @@ def _train_held(
     on_step: Callable[[int], None] | None,
 ) -> Path:
     made = build(config, world, per_process, out)
+    if resume:
+        check_same_origin(out, made.origin)
     trainee = made.trainee
     trainee.to(world.device)
     if config.loop.compile:
@@ -128,10 +131,12 @@ def _train_held(
         (out / "stopped.json").unlink(missing_ok=True)  # a resumed run is not a stopped one
         text = json.dumps(to_dict(config), indent=1) + "\n"
         checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
+        write_run_origin(out, made.origin)
     tracker = Tracker(
         out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
         enabled=world.is_main, quiet=quiet, description=config.recipe, on_step=on_step,
     )  # fmt: skip
+    tracker.say(made.data)
     with Interruption() as interrupted:
         try:
             train_loop(
@@ -175,6 +180,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
         raise UserError(f"--out: {out} already holds a run; choose another folder, or add --resume to go on with it")
     # Tuples are lists in JSON: compare what would be written.
     before, now = read_json(stored), json.loads(json.dumps(to_dict(config)))
+    before, now = without_places(before, out), without_places(now, out)
     if before != now:
         key, ours, theirs = first_difference(now, before)
         raise UserError(f"--resume: {key} is {ours!r}, but the run in {out} was started with {theirs!r}")

@@ -8,9 +8,10 @@ from typing import Any
 
 from consonar.config import TrainConfig
 from consonar.errors import UserError
-from consonar.generators import Origin, has_name, load_generator, read_origin
+from consonar.generators import has_name, load_generator, read_origin, weights_sha256
+from consonar.origin import Origin, check
 from consonar.tokenizers import SHIPPED
-from consonar.types import Tokenizer
+from consonar.types import ImageSource, Tokenizer
 
 
 def resolve_start(config: TrainConfig) -> TrainConfig:
@@ -45,13 +46,7 @@ def load_start(config: TrainConfig, shape: Any, tokenizer: Tokenizer) -> Any:
     Raises `UserError` when it is of another shape, or its tokenizer is not `tokenizer`.
     """
     assert config.init is not None
-    origin = read_origin(config.init)
-    if origin.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-        raise UserError(
-            f"init: {config.init} was trained with another tokenizer (fingerprint "
-            f"{str(origin.tokenizer_fingerprint)[:12]}) than {tokenizer.name!r} ({tokenizer.fingerprint[:12]}); "
-            "its tokens mean other codes"
-        )
+    check("tokenizer", of_tokenizer(tokenizer), read_origin(config.init), config.init, "its tokens mean other codes")
     stored = load_generator(config.init)
     check_same_shape(config.init, asdict(stored.config), asdict(shape))
     generator = type(stored)(shape)
@@ -66,10 +61,38 @@ def check_same_shape(where: str, stored: dict[str, Any], wanted: dict[str, Any])
             raise UserError(f"model.{key}: {value!r}, but the generator in {where} has {stored.get(key)!r}")
 
 
-def origin_of(config: TrainConfig, fingerprint: str, class_names: tuple[str, ...] | None) -> Origin:
-    """What an exported generator says about its making."""
+def of_tokenizer(tokenizer: Tokenizer) -> Origin:
+    """What is made with this tokenizer alone."""
+    return Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+
+
+def of_source(source: ImageSource) -> Origin:
+    """What is made of these images; a stream has no hash."""
+    return Origin(class_names=source.class_names, data=source.name, data_sha256=getattr(source, "content_hash", None))
+
+
+def check_start_classes(config: TrainConfig, key: str, given: Origin) -> None:
+    """Raises `UserError` where label i of the data, named by the option `key`, is not class i of the start model."""
+    if config.init is not None:
+        remedy = "bring the data into the order of the model's classes with --classes FILE"
+        where = f"{key}: {getattr(config.data, key.removeprefix('data.'))}"
+        check(where, given, read_origin(config.init), config.init, remedy, parts=("classes",))
+
+
+def origin_of(config: TrainConfig, fingerprint: str, data: Origin, held_out: Origin | None = None) -> Origin:
+    """What a run and its generator say about their making; without names, classes are those of `init`."""
     assert config.tokenizer is not None
+    start = Origin() if config.init is None else read_origin(config.init)
     # A folder is stored whole, so that the model works from any directory.
     by_name = config.tokenizer in SHIPPED or config.tokenizer.startswith("hf:")
     name = config.tokenizer if by_name else str(Path(config.tokenizer).resolve())
-    return Origin(tokenizer=name, tokenizer_fingerprint=fingerprint, class_names=class_names)
+    return Origin(
+        tokenizer=name,
+        tokenizer_fingerprint=fingerprint,
+        class_names=data.class_names or start.class_names,
+        data=data.data,
+        data_sha256=data.data_sha256,
+        validation_sha256=held_out.data_sha256 if held_out else None,
+        init=config.init,
+        init_sha256=weights_sha256(config.init) if config.init else None,
+    )

@@ -1,0 +1,109 @@
+"""A folder of picture files as an image source: its splits and classes."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from consonar.data.picture_files import (
+    IMAGE_ENDINGS,
+    PictureFiles,
+    bytes_or_none,
+    find_pictures,
+    read_image,
+    sub_folders,
+)
+from consonar.errors import MissingSplit, UserError, printable
+from consonar.origin import content_hash, same_text
+from consonar.types import ImageRecord
+
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+"""The splits that can be asked for, and the names under which folders and data sets hold them."""
+
+
+def choose_split(split: str, available: list[str], where: str) -> str:
+    """The name among `available` that stands for `split`."""
+    found = [name for name in SPLIT_NAMES.get(split, (split,)) if name in available]
+    if not found:
+        raise MissingSplit(f"split: {where} has no {split!r}; choices: {', '.join(available)}")
+    return found[0]
+
+
+def class_name(folder: str) -> str:
+    """What a class is called whose folder has this name."""
+    return same_text(printable(folder))
+
+
+class ImageFolder:
+    """Images in a folder: the first level of sub-folders are classes, sorted by name; a flat folder has no labels.
+
+    Implements `IndexedSource`. Classes may hold further folders. A folder with `train` and/or `validation` (`val`,
+    `valid`), `test` sub-folders, or with `test` alone, is a split one; its classes are those of all splits together, so
+    that label 3 means the same everywhere. Names that differ only in how accents are composed are one class. Raises
+    `UserError` for a missing or empty folder, an empty class, images beside class folders, and split folders beside
+    other folders (is `train` a split or a class?).
+    """
+
+    def __init__(self, root: str | Path, split: str = "train") -> None:
+        root = Path(root).expanduser()
+        if not root.is_dir():
+            raise UserError(f"data: no folder {str(root)!r}" + (" (it is a file)" if root.exists() else ""))
+        folder, class_folders = self._layout(root, split)
+        self.root = root
+        self.name = f"imagefolder:{root.resolve()}[{split}]"
+        self.class_names = tuple(sorted({class_name(path.name) for path in class_folders})) or None
+        self.found: PictureFiles = find_pictures(folder)
+        self.files = self.found.files
+        if not self.files:
+            hint = "a data set saved by Hugging Face datasets is opened with arrow:PATH"
+            beside = f" beside {self.found.note}" if self.found.note else ""
+            endings = ", ".join(IMAGE_ENDINGS)
+            raise UserError(f"data: no image in {str(folder)!r}{beside}; looked for {endings} ({hint})")
+        self.labels = None if self.class_names is None else self._label_files(folder, self.class_names)
+
+    @staticmethod
+    def _layout(root: Path, split: str) -> tuple[Path, list[Path]]:
+        """The folder that holds the wanted split, and the class folders of all splits."""
+        children = sub_folders(root)
+        split_names = {name for names in SPLIT_NAMES.values() for name in names}
+        splits = [path for path in children if path.name in split_names]
+        if not any(path.name != "test" or len(children) == 1 for path in splits):
+            if split != "train":
+                raise MissingSplit(f"split: {str(root)!r} has no folder {split!r}, so all of it is the train split")
+            return root, children
+        others = [path.name for path in children if path not in splits and find_pictures(path).files]
+        if others:
+            hint = f"{others[0]!r} stands beside it; give the folder of the split, or rename the class"
+            raise UserError(f"data: cannot tell whether {str(splits[0])!r} is a split or a class, for {hint}")
+        chosen = root / choose_split(split, [path.name for path in splits], str(root))
+        return chosen, [path for folder in splits for path in sub_folders(folder)]
+
+    def _label_files(self, folder: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
+        """The class index of every file: its first folder below `folder`."""
+        parents = [path.relative_to(folder).parts[:-1] for path in self.files]
+        stray = next((path for path, parts in zip(self.files, parents, strict=True) if not parts), None)
+        if stray is not None:
+            raise UserError(f"data: image {str(stray)!r} lies beside class folders; move it into one of them")
+        filled = {parts[0] for parts in parents}
+        empty = [path.name for path in sub_folders(folder) if path.name not in filled]
+        if empty:
+            raise UserError(f"data: class folder {str(folder / empty[0])!r} holds no image file; remove it or fill it")
+        index = {name: label for label, name in enumerate(class_names)}
+        return tuple(index[class_name(parts[0])] for parts in parents)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """`origin.content_hash` of the files, the same wherever the folder lies."""
+        names = [printable(path.relative_to(self.root).as_posix()) for path in self.files]
+        return content_hash(names, lambda index: bytes_or_none(self.files[index]))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> ImageRecord:
+        """Image `index` in the order of the paths, decoded; its name is the path below the root."""
+        path = self.files[index]
+        label = None if self.labels is None else self.labels[index]
+        return ImageRecord(read_image(path, str(path)), printable(path.relative_to(self.root).as_posix()), label)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.read, range(len(self)))

@@ -1,0 +1,182 @@
+"""Labels where they enter: checked, counted, put into a given order of classes, or given to pictures without one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from consonar.errors import UserError, printable, reading, unknown
+from consonar.origin import same_text
+from consonar.types import ImageRecord, ImageSource
+
+MAX_CLASSES = 100_000
+"""More than any collection of labelled pictures has; a model has a row of weights for each."""
+DROP = "drop"
+WITHOUT_CLASSES = " (in post-training also --objective.class-dropout 1: no picture's class is read)"
+LABEL_REMEDY = "give it one with --label-default CLASS, or leave such pictures out with --label-default drop"
+
+
+def check_label(label: int | None, num_classes: int, name: str, missing: int | None = None) -> int:
+    """The condition of the picture `name` for a model of `num_classes` classes; `UserError` where it has none.
+
+    With one class a picture needs no label. `missing` is what one without a label gets; None: it is refused.
+    """
+    if label is None and (missing is not None or num_classes <= 1):
+        return missing or 0
+    if label is None:
+        raise UserError(f"{name}: no label, and there are {num_classes} classes; {LABEL_REMEDY}{WITHOUT_CLASSES}")
+    if not 0 <= label < max(1, num_classes):
+        raise UserError(f"{name}: label {label}, and there are {max(1, num_classes)} classes, from 0 on")
+    return label
+
+
+def known_labels(source: Any) -> Sequence[int | None] | None:
+    """The labels of a source that knows them without decoding its pictures, one each; else None."""
+    if not (isinstance(source, Sized) and hasattr(source, "labels")):
+        return None
+    return [None] * len(source) if source.labels is None else list(map(_plain, source.labels))
+
+
+def _plain(label: Any) -> int | None:
+    return None if label is None else int(label)
+
+
+def check_labels(source: ImageSource, num_classes: int, missing: int | None = None) -> None:
+    """`check_label` of every picture whose label is known beforehand, so that a job of hours does not end at one."""
+    for index, label in enumerate(known_labels(source) or ()):
+        if label is None or not 0 <= label < num_classes:  # the name costs more than the look
+            check_label(label, num_classes, f"{source.name}: picture {index}", missing)
+
+
+def read_class_file(path: str | Path) -> tuple[str, ...]:
+    """The names of classes 0, 1, ... from a text file, one a line; `UserError` for none and for one named twice."""
+    path = Path(path).expanduser()
+    with reading(path, "a text file of class names, one a line"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    names = [same_text(line.strip()) for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    seen: set[str] = set()
+    for number, name in enumerate(names, 1):
+        if not name or name in seen:
+            raise UserError(f"--classes: {path}:{number}: {'no name' if not name else f'{name!r} comes twice'}")
+        seen.add(name)
+    if not names or len(names) > MAX_CLASSES:
+        raise UserError(f"--classes: {path} names {len(names)} classes; 1 to {MAX_CLASSES}, one a line")
+    return tuple(names)
+
+
+class Relabelled:
+    """An image source whose labels count the classes `class_names`, and whose pictures without one get `default`.
+
+    `class_names` None leaves them as they are. `default` is the id or name of a class, `drop` (such pictures are left
+    out), or None. Raises `UserError` for a class of the source that is not among `class_names`, and an unknown default.
+    """
+
+    def __init__(self, source: ImageSource, class_names: tuple[str, ...] | None, default: str | None) -> None:
+        own = source.class_names
+        self.source, self.name, self.class_names = source, source.name, class_names or own
+        self.order: list[int] | None = None
+        if own is not None and class_names is not None:
+            index = {name: label for label, name in enumerate(class_names)}
+            for name in own:
+                if same_text(name) not in index:
+                    raise unknown(f"--classes: class of {source.name}", name, class_names)
+            self.order = [index[same_text(name)] for name in own]
+        self.drops = default == DROP
+        self.default = None if default is None or self.drops else class_id(default, self.class_names)
+
+    @property
+    def content_hash(self) -> str | None:
+        """That of the source."""
+        return getattr(self.source, "content_hash", None)
+
+    def _label(self, label: int | None) -> int | None:
+        if label is None or self.order is None:
+            return self.default if label is None else label
+        return self.order[label] if 0 <= label < len(self.order) else label
+
+    def _apply(self, record: ImageRecord) -> ImageRecord:
+        return replace(record, label=self._label(record.label))
+
+    def _keeps(self, record: ImageRecord) -> bool:
+        return not (self.drops and record.label is None)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        # No generator: these go on behind a picture that could not be read.
+        return filter(self._keeps, map(self._apply, self.source))
+
+
+class IndexedRelabelled(Relabelled):
+    """The same of an `IndexedSource`, and one itself."""
+
+    source: Any
+
+    def __init__(self, source: Any, class_names: tuple[str, ...] | None, default: str | None) -> None:
+        super().__init__(source, class_names, default)
+        known = [self._label(label) for label in known_labels(source) or [None] * len(source)]
+        self.rows = [row for row, label in enumerate(known) if not (self.drops and label is None)]
+        self.labels = [known[row] for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> ImageRecord:
+        """Picture `index` of those that are kept."""
+        return self._apply(self.source.read(self.rows[index]))
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.read, range(len(self)))
+
+
+def class_id(word: str, names: Sequence[str] | None) -> int:
+    """The class that `--label-default` means: an id or a name. `UserError` lists the choices."""
+    ids = {same_text(name): label for label, name in enumerate(names or ())}
+    if word.isdecimal() and int(word) < (len(ids) or MAX_CLASSES):
+        return int(word)
+    if same_text(word) not in ids:
+        choices = [f"0..{len(ids) - 1}" if ids else "a class id", *list(ids)[:20], DROP]
+        raise unknown("--label-default", word, choices)
+    return ids[same_text(word)]
+
+
+def describe(source: ImageSource) -> str:
+    """`3,906 pictures, 10 classes (Activities … Travel & Places), 0 without a label`: a source before it is read."""
+    labels = known_labels(source)
+    if labels is not None:
+        return data_line(Counter(labels), source.class_names)
+    count = f"{len(source):,} pictures" if isinstance(source, Sized) else "a stream of pictures"
+    names = source.class_names
+    return f"{count}, {class_range(names, len(names))}" if names else f"{count}, classes not known before they are read"
+
+
+def data_line(counts: Mapping[int | None, int], class_names: Sequence[str] | None) -> str:
+    """The line of `describe` from the number of pictures of each label (None: without one); names empty classes."""
+    total, missing = sum(counts.values()), counts.get(None, 0)
+    seen = {label for label in counts if label is not None}
+    num_classes = len(class_names) if class_names else max(seen, default=-1) + 1
+    pictures = f"{total:,} picture{'' if total == 1 else 's'}"
+    if num_classes == 0:
+        return f"{pictures}, no classes"
+    line = f"{pictures}, {class_range(class_names, num_classes)}, {missing:,} without a label"
+    empty = [label for label in range(num_classes) if label not in seen]
+    if empty:
+        named = ", ".join(printable(class_names[label]) if class_names else str(label) for label in empty[:3])
+        line += f"; no picture of {named}" + (f" and {len(empty) - 3:,} more classes" if len(empty) > 3 else "")
+    return line
+
+
+def class_range(names: Sequence[str] | None, num_classes: int) -> str:
+    """ "10 classes (first ... last)"; names that are numbers in the order of text are shown, for they mislead."""
+    names = [printable(name) for name in names] if names else [str(label) for label in range(num_classes)]
+    numbers = [int(name) for name in names if name.isdecimal()]
+    if len(numbers) == len(names) and numbers != sorted(numbers):
+        shown = (
+            f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}: in the order of text; --classes FILE pins another"
+        )
+    else:
+        shown = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    return f"{num_classes:,} class{'' if num_classes == 1 else 'es'} ({shown})"

@@ -1,0 +1,114 @@
+"""Where a thing comes from: classes, tokenizer, data, start model, each by its content, and one `check` of two of them.
+
+Token stores, models, runs, samples and results carry an `Origin`. What an older folder does not say is None, "unknown",
+and differs from nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from consonar.errors import UserError, printable
+
+HASHED_ITEMS = 256
+"""Pictures of a folder or data set whose bytes are in its hash, evenly spaced; of all others the names are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a thing was made of and with; None where that is not known."""
+
+    tokenizer: str | None = None
+    """Name or folder of the tokenizer."""
+    tokenizer_fingerprint: str | None = None
+    class_names: tuple[str, ...] | None = None
+    """Name of class 0, 1, ...; None also where classes have numbers only."""
+    data: str | None = None
+    """Name of the images or tokens."""
+    data_sha256: str | None = None
+    validation_sha256: str | None = None
+    """Of the held-out images or tokens of a run."""
+    init: str | None = None
+    """Name or folder of the start model."""
+    init_sha256: str | None = None
+    """Of its weights."""
+
+    @property
+    def classes_sha256(self) -> str | None:
+        """Of the names in their order."""
+        return None if self.class_names is None else text_hash(self.class_names)
+
+
+PARTS: dict[str, tuple[str, str, str]] = {
+    "tokenizer": ("tokenizer", "tokenizer", "tokenizer_fingerprint"),
+    "data": ("data", "data", "data_sha256"),
+    "validation": ("validation data", "data", "validation_sha256"),
+    "init": ("start model", "init", "init_sha256"),
+}
+"""What a part is called, the field of its name, and the field of its hash."""
+MEANING = ("classes", "tokenizer")
+"""The parts that must agree for two things to be used together: what a label means, and what a token means."""
+
+
+def same_text(name: str) -> str:
+    """One spelling of a name, whatever the file system or program composed its accents."""
+    return unicodedata.normalize("NFC", name)
+
+
+def text_hash(names: Sequence[str]) -> str:
+    """SHA-256 of a list of names in their order."""
+    return hashlib.sha256("\n".join(map(same_text, names)).encode()).hexdigest()
+
+
+def content_hash(names: Sequence[str], read: Callable[[int], bytes]) -> str:
+    """SHA-256 of all names and of what `read` returns for up to `HASHED_ITEMS` of them, evenly spaced.
+
+    The same wherever the items lie; without reading a large set.
+    """
+    digest, count = hashlib.sha256(text_hash(names).encode()), min(HASHED_ITEMS, len(names))
+    for index in range(count):
+        digest.update(hashlib.sha256(read(index * len(names) // count)).digest())
+    return digest.hexdigest()
+
+
+def difference(ours: Origin, theirs: Origin, other: str, parts: Sequence[str] = MEANING) -> str | None:
+    """What differs first, as "class 0 is 'cat', in OTHER it is 'dog'"; None where nothing known does."""
+    for part in parts:
+        if part == "classes":
+            found = class_difference(ours.class_names, theirs.class_names, other)
+        else:
+            what, name, key = PARTS[part]
+            mine, yours = getattr(ours, key), getattr(theirs, key)
+            found = None
+            if mine is not None and yours is not None and mine != yours:
+                named, known = (f"{getattr(o, name)!r} ({getattr(o, key)[:12]})" for o in (ours, theirs))
+                found = f"the {what} is {named}, in {other} it is {known}"
+        if found:
+            return found
+    return None
+
+
+def class_difference(ours: Sequence[str] | None, theirs: Sequence[str] | None, other: str) -> str | None:
+    """The first class that two lists name differently; None where one is unknown or they agree."""
+    if ours is None or theirs is None:
+        return None
+    mine, yours = ([same_text(name) for name in names] for names in (ours, theirs))
+    if mine == yours:
+        return None
+    shared = range(min(len(mine), len(yours)))
+    index = next((i for i in shared if mine[i] != yours[i]), len(shared))
+    one, two = (repr(printable(names[index])) if index < len(names) else "none" for names in (mine, yours))
+    return f"class {index} is {one} ({len(mine)} classes), in {other} it is {two} ({len(yours)})"
+
+
+def check(where: str, ours: Origin, theirs: Origin, other: str, remedy: str, parts: Sequence[str] = MEANING) -> None:
+    """Raises `UserError`, naming where the two differ first, unless all `parts` that both know are the same.
+
+    `where` is the key or file that `ours` belongs to, `other` what `theirs` belongs to; `remedy` ends the line.
+    """
+    found = difference(ours, theirs, other, parts)
+    if found:
+        raise UserError(f"{where}: {found}; {remedy}")
