@@ -102,7 +102,7 @@ def test_files_of_names_that_say_nothing_clear_are_refused(tmp_path):
         with pytest.raises(UserError, match=expected):
             read_class_file(tmp_path / "names.txt")
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"names\.txt: cannot be read as a text file of class names"):
+    with pytest.raises(UserError, match=r"names\.txt: not a text file of class names"):
         read_class_file(tmp_path / "names.txt")
     with pytest.raises(UserError, match=r"nowhere: cannot be read"):
         read_class_file(tmp_path / "nowhere")
