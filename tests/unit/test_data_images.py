@@ -8,7 +8,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import consonar.types
-from consonar.data.images import IMAGE_ENDINGS, IndexedSource, open_source, read_image
+from consonar.data.images import IndexedSource, open_source, read_image
+from consonar.data.picture_files import IMAGE_ENDINGS
 from consonar.errors import UserError
 
 
