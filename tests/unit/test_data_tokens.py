@@ -265,7 +265,7 @@ def test_labels_outside_the_classes_and_partly_missing_labels(tmp_path):
     metadata = write_token_store(tmp_path / "old", Levels(labels=False), GreyTokenizer()).metadata
     metadata |= {"num_classes": 2, "class_names": ["even", "odd"]}  # as older versions wrote it
     (tmp_path / "old" / METADATA_FILE).write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match="0 of 7 items .*--label-default"):
+    with pytest.raises(UserError, match=r"0 of 7 items .*--label-default"):
         TokenBatches(TokenStore.open(tmp_path / "old"), batch_size=2, seed=0)
 
 
