@@ -150,8 +150,8 @@ def test_a_wrong_sampling_job_leaves_nothing_behind(place: Path, tmp_path: Path,
 
 def test_wrong_options_of_evaluate_on_a_file(place: Path, tmp_path: Path, fails: Fails) -> None:
     reference = place / "images" / "flat"
-    few = ("evaluate", reference, "--reference", reference, "--draws", "1")
-    assert "batch_size" in fails(*few, "--batch-size", "0")
+    few = ("evaluate", reference, "--reference", reference)
+    assert "batch_size" in fails(*few, "--draws", "1", "--batch-size", "0")
     assert "over 3" in fails(*few, "--draws", "4")
 
 
