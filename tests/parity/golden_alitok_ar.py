@@ -1,6 +1,7 @@
 """AliTok's generator against the authors' implementation: positions, logits, greedy sampling with its guidance."""
 
 import re
+from dataclasses import replace
 
 import torch
 from fill import fill
@@ -55,9 +56,9 @@ def greedy(
     golden: Golden, key: str, generator: AliTokARGenerator, labels: torch.Tensor, guidance: float, power: float
 ) -> torch.Tensor:
     """Guidance 0 means off there, 1 here. The json's shorter sequence is also what its schedule counts to."""
-    config = SamplerConfig(
-        temperature=0, guidance_scale=guidance or 1.0, guidance_schedule="power_cosine", guidance_power=power
-    )
+    config = SamplerConfig(temperature=0)
+    if guidance not in (0, 1):
+        config = replace(config, guidance_scale=guidance, guidance_schedule="power_cosine", guidance_power=power)
     batch, length = golden.shape(key)
     assert length == golden.meta["config"].get("generate_image_seq_len", length)
     tokens, _ = sample_tokens(generator, labels, range(batch), config, num_tokens=length)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import replace
 
 import torch
 from fill import fill
@@ -34,7 +35,8 @@ def filled(golden: Golden) -> LlamaGenGenerator:
         norm_eps=arguments.get("norm_eps", 1e-5), rope_base=float(arguments.get("rope_base", 10000)),
         vocab_size=arguments["vocab_size"], num_tokens=side * side, grid=Grid(side, side),
         condition="text" if is_text else "class", num_condition_tokens=arguments["cls_token_num"],
-        caption_dim=arguments.get("caption_dim", 2048), num_classes=0 if is_text else arguments["num_classes"],
+        caption_dim=arguments.get("caption_dim", 2048) if is_text else 2048,
+        num_classes=0 if is_text else arguments["num_classes"],
     )  # fmt: skip
     return fill(LlamaGenGenerator(config)).eval()
 
@@ -120,10 +122,11 @@ def greedy(golden: Golden, key: str, generator: LlamaGenGenerator, plain: Condit
     settings = {name: float(value) for name, value in re.findall(r"(\w+)=(-?[\d.]+)", text)}
     scale, interval = settings.get("cfg_scale", 1.0), int(settings.get("cfg_interval", -1))
     # The released temperature does not move the most likely token; its scale guides above 1 alone.
-    config = SamplerConfig(
-        temperature=0, guidance_scale=max(1.0, scale), guidance_schedule="interval",
-        guidance_interval=None if interval == -1 else interval + 1,
-    )  # fmt: skip
+    config = SamplerConfig(temperature=0)
+    if scale > 1:
+        config = replace(config, guidance_scale=scale)
+        if interval != -1:
+            config = replace(config, guidance_schedule="interval", guidance_interval=interval + 1)
     condition = masked if "emb_masks" in text else plain
     batch, length = golden.shape(key)
     tokens, _ = sample_tokens(generator, condition, range(batch), config, num_tokens=length)

@@ -5,6 +5,7 @@ raster order of a model whose position tables are permuted: so its logits are co
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -183,9 +184,9 @@ def compare_sampling(golden: Golden, generator: ReARGenerator, labels: torch.Ten
             if float(golden.arrays[f"{key}__min_margin"]) <= 1e-4:
                 golden.skip(key, "two tokens are equally likely in the golden itself")
                 continue
-            config = SamplerConfig(
-                temperature=0, guidance_scale=float(found[1]) or 1.0, guidance_schedule="power_cosine",
-                guidance_power=float(found[2]),
-            )  # fmt: skip
+            config, scale = SamplerConfig(temperature=0), float(found[1])
+            if scale not in (0, 1):  # 0 means off there, 1 here
+                schedule = {"guidance_schedule": "power_cosine", "guidance_power": float(found[2])}
+                config = replace(config, guidance_scale=scale, **schedule)
             tokens, _ = sample_tokens(generator, labels, range(len(labels)), config)
             golden.compare(key, tokens)
