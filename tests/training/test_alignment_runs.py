@@ -210,7 +210,7 @@ def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_
         "no init": (make(init=None), "init: 'tiny' starts from a trained generator"),
         "no folder": (make(init=str(tmp_path / "nothing")), "generator: unknown"),
         "a tokenizer": (make(init=str(tokenizer_folder)), "not a generator folder"),
-        "another tokenizer": (make(tokenizer=str(tmp_path / "other")), "was trained with another tokenizer"),
+        "another tokenizer": (make(tokenizer=str(tmp_path / "other")), "the tokenizer is 'other'"),
         "another shape": (
             make(model=ReARConfig(width=64, num_layers=2, num_heads=4, dropout=0.0)),
             "model.width: 64, but the generator in",

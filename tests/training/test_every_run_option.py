@@ -36,6 +36,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "data": {
         "tokens": "validation", "validation_tokens": "train", "images": "pictures", "validation_items": 3, "flip": True,
+        "classes": "order", "label_default": "no class",  # what a default class does: unit/test_labels.py
     },
     "": {"init": "start", "tokenizer": "other", "seed": 1, "recipe": "tokenizer-else"},
 }  # fmt: skip
@@ -43,6 +44,7 @@ VALUES: dict[str, dict[str, Any]] = {
 NEEDS = {
     "keep_checkpoints": {"save_every": 1}, "min_lr": {"warmup_steps": 0},
     "fd_samples": "align", "images": "tokenizer run", "flip": "tokenizer run",
+    "classes": "align", "label_default": "align",
     "recipe": "tokenizer run",
 }  # fmt: skip
 NESTED = {"model", "objective", "data", "optim", "loop"}
@@ -121,6 +123,8 @@ def test_an_option_of_a_run_changes_what_it_leaves_or_is_refused(
     places = {"train": stores[0], "validation": stores[1], "pictures": picture_folder, "other": other_tokenizer}
     if value == "start":
         places["start"] = runs.train(make_config(seed=5, loop={"steps": 1}), tmp_path / "start", quiet=True)
+    (tmp_path / "names.txt").write_text("c\nb\na\n")
+    places["order"] = tmp_path / "names.txt"
     value = str(places[value]) if isinstance(value, str) and value in places else value
 
     def changed(config: TrainConfig, **changes: Any) -> TrainConfig:

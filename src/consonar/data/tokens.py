@@ -245,7 +245,7 @@ class TokenStore:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """`UserError` unless the store was made by exactly this tokenizer (same configuration and weights)."""
         given = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
-        check(f"tokens: {str(self.path)!r}", self.origin, given, "use", "tokenize again or use that tokenizer")
+        check(f"tokens: {str(self.path)!r}", self.origin, given, "this run", "tokenize again or use that tokenizer")
 
     def check_range(self) -> None:
         """Read every token once; `UserError` for one outside [0, vocab_size)."""
