@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from consonar.config_io import from_dict, merge, to_dict
+from consonar.data.bad_images import check_policy
 from consonar.distributed import DEVICES, PRECISIONS
 from consonar.errors import UserError, reading, unknown
 from consonar.generators.alitok import AliTokARConfig
@@ -47,6 +48,13 @@ class DataConfig:
     """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
     classes: str | None = None
     """Text file that names class 0, 1, ... of the images, one a line; None: by their names (post-training)."""
+    validation_split: str | None = None
+    """Images to validate on: the name of a split, or a share of the training images held out by seed, such as 5%; None:
+    the split validation where there is one, else for tokenizers 5%."""
+    bad_images: str = "stop"
+    """What is done about images that cannot be read: stop, or skip (leave them out and list them in bad-images.txt)."""
+    bad_images_limit: float = 0.01
+    """Share of images that may be left out before the run stops after all; one image may always be."""
     label_default: str | None = None
     """What images without a label become: the id or name of a class, or drop; None: refused (post-training)."""
     flip: bool = False
@@ -54,6 +62,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "data.")
+        check_policy(self.bad_images, self.bad_images_limit, "data.bad_images", "data.bad_images_limit")
+        split = self.validation_split or ""
+        share = re.fullmatch(r"(\d+\.?\d*)%", split)
+        if self.validation_split == "" or ("%" in split and not (share and 0 < float(share[1]) < 100)):
+            raise UserError(f"data.validation_split: {split!r} is neither the name of a split nor a share such as 5%")
         if self.validation_items < 0:
             raise UserError(f"data.validation_items: {self.validation_items} is negative; 0 means all")
 

@@ -37,6 +37,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "data": {
         "tokens": "validation", "validation_tokens": "train", "images": "pictures", "validation_items": 3, "flip": True,
         "classes": "order", "label_default": "no class",  # what a default class does: unit/test_labels.py
+        "validation_split": "25%", "bad_images": "skip", "bad_images_limit": 0.5,
     },
     "": {"init": "start", "tokenizer": "other", "seed": 1, "recipe": "tokenizer-else"},
 }  # fmt: skip
@@ -45,7 +46,8 @@ NEEDS = {
     "keep_checkpoints": {"save_every": 1}, "min_lr": {"warmup_steps": 0},
     "fd_samples": "align", "images": "tokenizer run", "flip": "tokenizer run",
     "classes": "align", "label_default": "align",
-    "recipe": "tokenizer run",
+    "recipe": "tokenizer run", "validation_split": "tokenizer run",
+    "bad_images": "broken run", "bad_images_limit": "broken run that skips",
 }  # fmt: skip
 NESTED = {"model", "objective", "data", "optim", "loop"}
 
@@ -74,6 +76,12 @@ def bases(make_config, picture_folder, tmp_path):
     )  # fmt: skip
 
     def base(name: str) -> TrainConfig:
+        if name.startswith("broken run"):
+            broken = shutil.copytree(picture_folder, tmp_path / "broken")
+            for path in sorted(broken.glob("train/all/*.png"))[:2]:
+                path.write_bytes(b"no picture")
+            policy = "skip" if "skips" in name else "stop"
+            return replace(reconstruct, data=DataConfig(images=str(broken), bad_images=policy))
         if name != "align":
             return {"plain": plain, "tokenizer run": reconstruct}[name]
         for index in range(12):

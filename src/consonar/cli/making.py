@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import check_name, class_list, is_option, parse, take_option
+from consonar.cli.parsing import check_bad_images, check_name, class_list, is_option, parse, take_option
 from consonar.errors import MissingSplit, UserError, unknown
 
 
@@ -27,7 +27,10 @@ def demo(*, out: Path = Path("runs/demo"), minutes: float = 18.0, seed: int = 0)
     say(f"the page: {page.resolve()}")
 
 
-SHORT = {"--data": "--data.images", "--classes": "--data.classes", "--label-default": "--data.label-default"}
+SHORT = {
+    "--data": "--data.images", "--classes": "--data.classes", "--label-default": "--data.label-default",
+    "--bad-images": "--data.bad-images", "--bad-images-limit": "--data.bad-images-limit",
+}  # fmt: skip
 """Options of `train` that are called as those of `tokenize`."""
 
 
@@ -107,6 +110,8 @@ def tokenize(
     image_size: int | None = None,
     classes: str | None = None,
     label_default: str | None = None,
+    bad_images: str = "stop",
+    bad_images_limit: float = 0.01,
     views: str = "center_flip",
     batch_size: int = 64,
     device: str = "auto",
@@ -121,11 +126,16 @@ def tokenize(
         image_size: Pixels, for a tokenizer that takes any size (default: its own).
         classes: Text file that names class 0, 1, ..., one a line (default: classes in the order of their names).
         label_default: What images without a label become in data with classes: the id or name of a class, or drop.
+        bad_images: What is done about images that cannot be read: stop, or skip (leave them out, list them in
+            OUT-bad-images.txt).
+        bad_images_limit: Share of images that may be left out before skip stops too; one image may always be.
         views: Crops kept of each training image: center, center_flip, ten_crop; of other splits the centre is kept.
         batch_size: Crops per call of the encoder.
         device: auto, cpu or cuda.
     """
-    from consonar.data.images import ImageFolder, open_source
+    from consonar.data.bad_images import BadImages, leave_out
+    from consonar.data.image_folder import other_files
+    from consonar.data.images import open_source
     from consonar.data.labels import describe, known_labels
     from consonar.data.tokens import write_token_store
     from consonar.data.transforms import check_image_size
@@ -136,6 +146,8 @@ def tokenize(
     if image_size is not None:
         check_image_size(image_size, "--image-size")
     check_name(out)
+    check_bad_images(bad_images, bad_images_limit)
+    bad = BadImages(bad_images, bad_images_limit, out.with_name(f"{out.name}-bad-images.txt"))
     place = pick_device(device, "--device")
     if split not in (None, "train") and views not in ("center_flip", "center"):
         raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
@@ -159,6 +171,9 @@ def tokenize(
                 raise
     kinds = {name: views if name == "train" else "center" for name in sources}
     taken = [name for name in sources if is_taken(wanted[name])]
+    if len(taken) < len(sources):  # else nothing is made
+        sources = {name: leave_out(source, bad, name) for name, source in sources.items()}
+        bad.write()
     # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
     ours = [name for name in taken if is_store_of(wanted[name], sources[name], model, kinds[name])]
     if taken and (ours != taken or len(taken) == len(sources)):
@@ -176,8 +191,11 @@ def tokenize(
             store = write_token_store(wanted[name], source, model, views=kept, batch_size=batch_size, progress=count)
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
         say(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
-        if isinstance(source, ImageFolder) and source.found.note:
-            say(f"{name}: not read: {source.found.note}")
+        if note := other_files(source):
+            say(f"{name}: not read: {note}")
+    if bad.note:
+        say(bad.note)
+        bad.write()  # of a stream it is known now
 
 
 def is_store_of(path: Path, source: Any, tokenizer: Any, views: str) -> bool:

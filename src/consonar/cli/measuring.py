@@ -6,7 +6,8 @@ from typing import Any
 import tyro
 
 from consonar.cli.console import counting, print_metrics, say
-from consonar.cli.parsing import check_read
+from consonar.cli.parsing import check_bad_images, check_read
+from consonar.data.bad_images import BadImages
 from consonar.errors import UserError
 from consonar.origin import Origin
 
@@ -25,6 +26,8 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     device: str = "auto",
+    bad_images: str = "stop",
+    bad_images_limit: float = 0.01,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> None:
     """Measure samples (.npz or a folder of images), a trained generator over a grid of temperatures, or a tokenizer.
@@ -45,6 +48,9 @@ def evaluate(
         seed: Of a run's first sample, and of the parts.
         batch_size: Images per call of a network.
         device: auto, cpu or cuda.
+        bad_images: What is done about images that cannot be read: stop, or skip (leave them out, list them beside the
+            results in a file called ...bad-images.txt).
+        bad_images_limit: Share of images that may be left out before skip stops too; one image may always be.
         overwrite: Replace results that are there.
     """
     from consonar.distributed import pick_device
@@ -52,7 +58,8 @@ def evaluate(
 
     place = str(pick_device(device, "--device"))
     given = dict(locals())
-    place = str(pick_device(device))
+    check_bad_images(bad_images, bad_images_limit)
+    bad = BadImages(bad_images, bad_images_limit, out and out.with_name(f"{out.name}-bad-images.txt"))
     if not samples.exists() and str(samples) in SHIPPED:
         raise UserError(
             f"evaluate: {samples} is a shipped generator, which keeps no results; first "
@@ -70,7 +77,11 @@ def evaluate(
         sampling = {
             "num_samples": num_samples, "draws": draws, "seed": seed, "batch_size": batch_size, "match": match
         }  # fmt: skip
-        fixed = {"reference": reference, "feature_network": feature_network, "device": place, "overwrite": overwrite}
+        bad.listing = samples / "bad-images-evaluation.txt"
+        fixed = {
+            "reference": reference, "feature_network": feature_network, "device": place, "overwrite": overwrite,
+            "bad": bad,
+        }  # fmt: skip
         evaluate_folder(samples, fixed, temperatures=grid, **sampling)
     else:
         check_read(evaluate, given, ("temperatures", "match", "num_samples"), "with the run folder of a generator")
@@ -78,7 +89,10 @@ def evaluate(
         settings = {
             "draws": draws, "seed": seed, "batch_size": batch_size, "device": place, "feature_network": feature_network
         }  # fmt: skip
-        evaluate_samples(samples, reference, out, tokenizer, overwrite=overwrite, **settings)
+        evaluate_samples(samples, reference, out, tokenizer, bad, overwrite=overwrite, **settings)
+    if bad.note:
+        say(bad.note)
+    bad.write()
 
 
 def number_list(text: str) -> list[float]:
@@ -107,7 +121,14 @@ def evaluate_folder(run: Path, fixed: dict[str, Any], **sampling: Any) -> None:
 
 
 def evaluate_samples(
-    path: Path, reference: str, out: Path | None, tokenizer: str | None, *, overwrite: bool, **settings: Any
+    path: Path,
+    reference: str,
+    out: Path | None,
+    tokenizer: str | None,
+    bad: BadImages,
+    *,
+    overwrite: bool,
+    **settings: Any,
 ) -> None:
     """Measures a sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
     from consonar.evaluation.evaluate import check_tokenizer, encode_reference, load_samples, open_reference
@@ -116,8 +137,8 @@ def evaluate_samples(
 
     if out is not None and out.exists() and not overwrite:
         raise UserError(f"--out: {out} exists; choose another name, or add --overwrite")
-    samples = load_samples(path)
-    target = open_reference(reference, samples.image_size)
+    samples = load_samples(path, bad=bad)
+    target = open_reference(reference, samples.image_size, bad=bad)
     stored = samples.settings or {}
     name = tokenizer or (stored.get("tokenizer") if stored.get("tokenizer") in SHIPPED else None)
     if name is not None and samples.tokens is not None:

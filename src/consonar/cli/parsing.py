@@ -74,6 +74,15 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     return args, None
 
 
+def check_bad_images(policy: str, limit: float) -> None:
+    """Raises `UserError` for values of --bad-images and --bad-images-limit that are none, or that nothing reads."""
+    from consonar.data.bad_images import LIMIT, check_policy
+
+    check_policy(policy, limit, "--bad-images", "--bad-images-limit")
+    if policy == "stop" and limit != LIMIT:
+        raise UserError(f"--bad-images-limit: {limit} is read only with --bad-images skip; leave it away")
+
+
 def check_name(out: Path) -> None:
     """Raises `UserError` for a path without a name of its own: other files are named after it and lie beside it."""
     if out.name in ("", ".."):

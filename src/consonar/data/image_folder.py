@@ -33,6 +33,13 @@ def class_name(folder: str) -> str:
     return same_text(printable(folder))
 
 
+def other_files(source: object) -> str:
+    """What else lies in the folder that a source, or what it is made of, is: see `PictureFiles.note`."""
+    while hasattr(source, "source"):
+        source = source.source
+    return source.found.note if isinstance(source, ImageFolder) else ""
+
+
 class ImageFolder:
     """Images in a folder: the first level of sub-folders are classes, sorted by name; a flat folder has no labels.
 

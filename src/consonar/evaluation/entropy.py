@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.images import open_source
 from consonar.data.labels import check_label
 from consonar.errors import MissingSplit, UserError
@@ -58,7 +59,14 @@ class Sharpness:
     without labels.
     """
 
-    def __init__(self, reference: str, tokenizer: Tokenizer, batch_size: int, origin: Origin | None = None):
+    def __init__(
+        self,
+        reference: str,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        origin: Origin | None = None,
+        bad: BadImages | None = None,
+    ):
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.missing, self.source = "the reference has none", None
         self.encoded: tuple[Tensor, list[int | None]] | None = None
@@ -70,6 +78,7 @@ class Sharpness:
             self.source = open_source(spec, split="validation", image_size=tokenizer.image_size)
         except MissingSplit:
             return
+        self.source = leave_out(self.source, bad, "reference validation")
         other = class_difference(self.source.class_names, self.origin.class_names, "the generator")
         if other is not None:
             self.missing, self.source = f"of the reference, {other}", None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from consonar.checkpoint import file_sha256
+from consonar.data.bad_images import BadImages
 from consonar.errors import UserError, reading
 from consonar.evaluation import features as sets
 from consonar.evaluation.features import FeatureNetwork, load_feature_network
@@ -84,16 +85,16 @@ class Reference:
     """How many pictures and classes there are."""
 
 
-def load_samples(path: str | Path) -> Samples:
+def load_samples(path: str | Path, *, bad: BadImages | None = None) -> Samples:
     """Samples from an .npz or a folder of picture files; the images are streamed later, not read now.
 
     .npz: uint8 images (S, H, H, 3) as `images` or `arr_0` (ADM); optional `labels` or `arr_1` (S,), `tokens` (S, N),
     `seeds` (S,), and the sampler's `settings` as a JSON string. Raises UserError for a missing or damaged file, arrays
-    of other shapes, or images that are not square.
+    of other shapes, or images that are not square. `bad`: what is done about files of a folder that cannot be read.
     """
     path = Path(path)
     if path.is_dir():
-        images, shape, sha256 = folder_image_set(path)
+        images, shape, sha256 = folder_image_set(path, bad)
         return Samples(images, shape[0], _square(path, shape), sha256)
     images, shape = npz_image_set(path)
     extra: dict[str, Any] = {}
@@ -113,14 +114,16 @@ def load_samples(path: str | Path) -> Samples:
     return Samples(images, shape[0], _square(path, shape), file_sha256(path), **extra)
 
 
-def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...] | None = None) -> Reference:
+def open_reference(
+    spec: str | Path, image_size: int, *, splits: tuple[str, ...] | None = None, bad: BadImages | None = None
+) -> Reference:
     """The reference called `spec`, for samples of `image_size` px.
 
     A name in `REFERENCES`; an .npz of images (as for `load_samples`), of statistics (`mu` (F,), `sigma` (F, F), and for
     sFID `mu_s`, `sigma_s`) or of both, as ADM publishes them: then distances are to the statistics, and neighbours come
     from the images; otherwise what `consonar.data.images.open_source` takes, centre-cropped to `image_size`. `splits`
     of such a source: by default train and validation for `openmoji` and a folder with both sub-folders, else its images
-    as one set.
+    as one set. `bad`: what is done about images that cannot be read.
     Raises UserError for an unknown spec or another image size.
     """
     spec = str(spec)
@@ -131,6 +134,7 @@ def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...]
         return replace(open_reference(source, size), name=spec)
     if spec.endswith(".npz"):
         return _open_npz_reference(Path(spec), image_size)
+    from consonar.data.bad_images import leave_out
     from consonar.data.image_folder import SPLIT_NAMES
     from consonar.data.images import open_source
     from consonar.data.labels import describe
@@ -138,7 +142,10 @@ def open_reference(spec: str | Path, image_size: int, *, splits: tuple[str, ...]
     folder = Path(spec.removeprefix("imagefolder:")).expanduser()
     both = all(any((folder / name).is_dir() for name in SPLIT_NAMES[split]) for split in ("train", "validation"))
     chosen = splits or (("train", "validation") if both or spec == "openmoji" else None)
-    sources = {name: open_source(spec, split=name, image_size=image_size) for name in chosen or ("train",)}
+    sources = {
+        name: leave_out(open_source(spec, split=name, image_size=image_size), bad, f"reference {name}")
+        for name in chosen or ("train",)
+    }
     opened = {name: source_image_set(source, image_size) for name, source in sources.items()}
     about = "; ".join(f"{name if chosen else 'all'}: {describe(source)}" for name, source in sources.items())
     return Reference(spec, opened if chosen else {"reference": opened["train"]}, about=about)

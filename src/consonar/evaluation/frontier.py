@@ -17,6 +17,7 @@ import torch
 
 from consonar import checkpoint
 from consonar.config_io import to_dict
+from consonar.data.bad_images import BadImages
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.evaluation.copying import CopyRate
@@ -66,17 +67,18 @@ def evaluate_run(
     batch_size: int = 64,
     device: str = "cpu",
     overwrite: bool = False,
+    bad: BadImages | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Samples a finished run at every temperature, measures each against `reference`, and writes `run`/results.json.
 
     Every run in `match` adds a row at the temperature at which this one has that one's teacher-forced entropy (at
     temperature 1, on the validation images). `feature_network` is a name of `FEATURE_NETWORKS`; `target` the encoded
-    reference where several runs share it; else it is opened here. Beside results.json: samples_tX.npz (some images of
-    each row, with their nearest training images) and, when the reference has validation images and with
-    `reconstruct`, reconstructions.npz and reconstruction.json. What was there stays until all of it is measured.
-    Returns the content of results.json. Raises `UserError` when results exist (unless `overwrite`) or the run has no
-    model.
+    reference where several runs share it; else it is opened here, `bad` images in it left out. Beside results.json:
+    samples_tX.npz (some images of each row, with their nearest training images) and, when the reference has validation
+    images and with `reconstruct`, reconstructions.npz and reconstruction.json. What was there stays until all of it is
+    measured. Returns the content of results.json. Raises `UserError` when results exist (unless `overwrite`) or the run
+    has no model.
     """
     if (run / RESULTS).exists() and not overwrite:
         why = "" if is_measured(run) else " of weights that have changed since"
@@ -88,7 +90,7 @@ def evaluate_run(
     check_batch_size(batch_size)
     if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
         raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
-    sharpness = Sharpness(reference, tokenizer, batch_size, origin)
+    sharpness = Sharpness(reference, tokenizer, batch_size, origin, bad)
     matched: dict[float, list[Path]] = {}
     for other in match:
         matched.setdefault(round(sharpness.match(generator, other), 4), []).append(other)
@@ -98,7 +100,8 @@ def evaluate_run(
     if target is not None and target.origin is not None:
         check("target", target.origin, origin, str(run), "encode it anew", parts=("tokenizer",))
     if target is None:
-        target = encode_reference(open_reference(reference, tokenizer.image_size), tokenizer, batch_size=batch_size)
+        opened = open_reference(reference, tokenizer.image_size, bad=bad)
+        target = encode_reference(opened, tokenizer, batch_size=batch_size)
     labels = balanced_labels(num_samples, generator.num_classes)
     entropies = sharpness.entropies(generator, [settings.temperature for settings in samplers])
     wanted = any(settings.temperature > 0 for settings in samplers)
@@ -247,6 +250,7 @@ def evaluate_tokenizer(
     feature_network: str = "efficientnet-lite0",
     device: str = "cpu",
     overwrite: bool = False,
+    bad: BadImages | None = None,
 ) -> dict[str, float]:
     """Measures the tokenizer of a run on the validation images of `reference` (on all, when it has one set).
 
@@ -257,7 +261,7 @@ def evaluate_tokenizer(
         raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
     sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
     tokenizer = load_tokenizer(model_folder(run)).to(device)
-    images = open_reference(reference, tokenizer.image_size).images
+    images = open_reference(reference, tokenizer.image_size, bad=bad).images
     if not images:
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))

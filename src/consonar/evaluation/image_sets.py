@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from consonar.checkpoint import file_sha256
+from consonar.data.bad_images import BadImages
 from consonar.errors import BadImage, UserError, reading
 from consonar.outside import npz_keys, npz_member, read_npz
 from consonar.types import ImageSource
@@ -72,12 +73,13 @@ def npz_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(arrays[mean].astype(np.float64)), torch.from_numpy(arrays[cov].astype(np.float64))
 
 
-def folder_image_set(folder: Path) -> tuple[ImageSet, tuple[int, ...], str]:
+def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageSet, tuple[int, ...], str]:
     """The pictures below `folder` (`find_pictures`) by path, the shape (count, H, W, 3), and a SHA-256 of it all.
 
     Images are neither cropped nor resized. Raises UserError for an empty folder and, while streaming, for an image that
     cannot be read or whose size differs from the first one's.
     """
+    from consonar.data.bad_images import readable_rows
     from consonar.data.picture_files import IMAGE_ENDINGS, find_pictures, read_image
 
     found = find_pictures(folder)
@@ -85,6 +87,9 @@ def folder_image_set(folder: Path) -> tuple[ImageSet, tuple[int, ...], str]:
     if not files:
         beside = f" beside {found.note}" if found.note else ""
         raise UserError(f"{folder}: no images{beside}; looked for files ending in {', '.join(IMAGE_ENDINGS)}")
+    if bad is not None and bad.skips:
+        readable = readable_rows(lambda row: read_image(files[row], str(files[row])), len(files), bad, "samples")
+        files = [files[row] for row in readable]
     width, height = read_image(files[0], str(files[0])).size
     digest = hashlib.sha256()
     for file in files:

@@ -12,11 +12,10 @@ from torch import nn
 
 from consonar import distributed
 from consonar.config import TrainConfig
-from consonar.data.images import open_source
-from consonar.data.labels import describe
+from consonar.data.bad_images import BadImages
 from consonar.data.loader import TokenBatches
 from consonar.distributed import World
-from consonar.errors import MissingSplit, UserError
+from consonar.errors import UserError
 from consonar.generators import build_generator, load_generator, save_generator
 from consonar.origin import Origin
 from consonar.placement import to_device
@@ -43,11 +42,12 @@ from consonar.training.inputs import (
 )
 from consonar.training.loop import Batches, Callbacks
 from consonar.training.objectives import Consistency, ConsistencyConfig
+from consonar.training.pictures import open_pictures
 from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
 from consonar.training.start import check_start_classes, load_start, of_source, origin_of
 from consonar.training.trainee import Trainee
 from consonar.training.vq_objective import Reconstruction, ReconstructionConfig, TokenizerTrainee
-from consonar.types import ImageSource, Objective
+from consonar.types import Objective
 
 ALIGNMENTS: dict[type, Callable[..., Any]] = {
     PolicyConfig: PolicyAlignment,
@@ -62,7 +62,8 @@ PROBE_IMAGES = 8
 class Made:
     """What `train` hands to the loop, and `export(trainee, run_folder)`, which writes the released component.
 
-    `origin` is what the run is made of, `data` a line about the pictures and classes that it reads.
+    `origin` is what the run is made of, `about` lines about the pictures and classes that it reads,
+    `bad` what cannot be read of them.
     """
 
     trainee: nn.Module
@@ -71,13 +72,14 @@ class Made:
     callbacks: Callbacks
     export: Callable[[Any, Path], None]
     origin: Origin
-    data: str
+    about: tuple[str, ...]
+    bad: BadImages | None = None
 
 
 def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Made:
     """Everything of a run whose `init` is resolved; `batch_size` is that of this process. Raises `UserError`."""
     if isinstance(config.model, VQConfig):
-        return build_tokenizer_run(config, world, batch_size)
+        return build_tokenizer_run(config, world, batch_size, out)
     if config.aligns:
         return build_alignment_run(config, world, batch_size, out)
     return build_generator_run(config, world, batch_size)
@@ -115,7 +117,7 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
     return Made(
         trainee, objective, batches, callbacks,
         lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
-        origin, store.describe(),
+        origin, (store.describe(),),
     )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
             "choices: openmoji, a folder, imagefolder:PATH, hf:owner/name"
         )
     model = load_start(config, config.model, tokenizer)
-    train_source = open_images(config, "train", tokenizer.image_size)
+    pictures = open_pictures(config, tokenizer.image_size, out, must_validate=False)
+    train_source, held_out = pictures.train, pictures.held_out
     check_takes_classes(model, config)
     check_start_classes(config, "data.images", of_source(train_source))
     rank = {"rank": world.rank, "world_size": world.size}
@@ -150,10 +153,6 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
         settings["probe"] = to_device(probe, world.device).images
     objective = ALIGNMENTS[type(config.objective)](config.objective, tokenizer, prior, **settings)
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
-    try:
-        held_out = open_images(config, "validation", tokenizer.image_size)
-    except MissingSplit:
-        held_out = None
     origin = origin_of(
         config, tokenizer.fingerprint, of_source(train_source), of_source(held_out) if held_out else None
     )
@@ -175,7 +174,7 @@ def build_alignment_run(config: TrainConfig, world: World, batch_size: int, out:
     return Made(
         AlignmentTrainee(model), objective, batches, callbacks,
         lambda trainee, out: save_generator(trainee.generator, out / "model", origin),
-        origin, describe(train_source),
+        origin, pictures.about, pictures.bad,
     )  # fmt: skip
 
 
@@ -188,14 +187,6 @@ def check_validates(config: TrainConfig, callbacks: Callbacks) -> None:
         )
 
 
-def open_images(config: TrainConfig, split: str, image_size: int) -> ImageSource:
-    """The images of a run, with the classes and labels that it wants."""
-    data = config.data
-    assert data.images is not None
-    labels = {"classes": data.classes, "label_default": data.label_default}
-    return open_source(data.images, split=split, image_size=image_size, **labels)
-
-
 def check_takes_classes(model: Any, config: TrainConfig) -> None:
     """Raises `UserError` for a generator that is conditioned on text: token stores and image sources give classes."""
     if model.num_classes == 0:
@@ -205,7 +196,7 @@ def check_takes_classes(model: Any, config: TrainConfig) -> None:
         )
 
 
-def build_tokenizer_run(config: TrainConfig, world: World, batch_size: int) -> Made:
+def build_tokenizer_run(config: TrainConfig, world: World, batch_size: int, out: Path) -> Made:
     """Training a tokenizer on images."""
     assert isinstance(config.model, VQConfig) and isinstance(config.objective, ReconstructionConfig)
     if not config.data.images:
@@ -213,22 +204,25 @@ def build_tokenizer_run(config: TrainConfig, world: World, batch_size: int) -> M
             "data.images: a tokenizer needs an image source; "
             "choices: openmoji, a folder, imagefolder:PATH, hf:owner/name"
         )
+    size = config.model.image_size
+    pictures = open_pictures(config, size, out, must_validate=True)
+    source, held_out = pictures.train, pictures.held_out
+    assert held_out is not None
     tokenizer = VQTokenizer(config.model, name=config.recipe.removeprefix("tokenizer-"))
     trainee = TokenizerTrainee(tokenizer, discriminator=config.objective.discriminator_weight > 0)
     reset_trainee(trainee, config.seed)
     objective = Reconstruction(config.objective, total_steps=config.loop.steps, seed=config.seed, world=world)
-    size = config.model.image_size
-    source = open_images(config, "train", size)
     rank = {"rank": world.rank, "world_size": world.size}
     batches = image_batches(config, source, size, batch_size, flip=config.data.flip, **rank)
-    held_out = open_images(config, "validation", size)
     validation = image_batches(config, held_out, size, batch_size)
     callbacks = Callbacks(
         validate=lambda model: objective.validate(model, held_out_batches(validation, config, world)),
         preview=lambda model, path: preview_reconstructions(model.tokenizer, validation, world, path),
     )
     origin = replace(of_source(source), validation_sha256=of_source(held_out).data_sha256)
-    return Made(trainee, objective, batches, callbacks, export_tokenizer, origin, describe(source))
+    return Made(
+        trainee, objective, batches, callbacks, export_tokenizer, origin, pictures.about, pictures.bad
+    )  # fmt: skip
 
 
 def export_tokenizer(trainee: TokenizerTrainee, out: Path) -> None:

@@ -132,11 +132,14 @@ def _train_held(
         text = json.dumps(to_dict(config), indent=1) + "\n"
         checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
         write_run_origin(out, made.origin)
+        if made.bad is not None:
+            made.bad.write()
     tracker = Tracker(
         out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
         enabled=world.is_main, quiet=quiet, description=config.recipe, on_step=on_step,
     )  # fmt: skip
-    tracker.say(made.data)
+    for line in made.about:
+        tracker.say(line)
     with Interruption() as interrupted:
         try:
             train_loop(

@@ -1,0 +1,182 @@
+"""Pictures that cannot be read: a job stops at the first, or leaves them out, counts them and lists them.
+
+Which ones are left out is found by decoding every picture once before the job begins. The job itself sees a source
+without them, so that rows, labels and counts mean the same throughout, and again when it is resumed from the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from consonar.checkpoint import write_atomically
+from consonar.data.labels import known_labels
+from consonar.errors import BadImage, UserError, reading, unknown
+from consonar.types import ImageRecord, ImageSource
+
+POLICIES = ("stop", "skip")
+LIMIT = 0.01
+MAX_THREADS = 16
+STREAM_START = 1000
+"""Pictures of a stream, whose number is not known, that the limit is a share of before more have been read."""
+
+
+def check_policy(policy: str, limit: float, name: str = "bad_images", limit_name: str = "bad_images_limit") -> None:
+    """Raises `UserError` for an unknown policy, and for a limit outside [0, 1]; the names are those of the options."""
+    if policy not in POLICIES:
+        raise unknown(name, policy, POLICIES)
+    if not 0 <= limit <= 1:
+        raise UserError(f"{limit_name}: {limit} is not a share from 0 to 1")
+
+
+class BadImages:
+    """What a job does about pictures that cannot be read, and which ones those were, by part (split) and row.
+
+    `limit` is the share of a part beyond which `skip` stops too (one picture is always allowed). `listing` is the file
+    that `write` makes. Where it is there already and `resume` is set, it says what is left out: nothing is decoded.
+    """
+
+    def __init__(
+        self, policy: str = "stop", limit: float = LIMIT, listing: Path | None = None, *, resume: bool = False
+    ):
+        check_policy(policy, limit)
+        self.skips, self.limit, self.listing = policy == "skip", limit, listing
+        self.found: dict[str, dict[int, str]] = {}
+        self.totals: dict[str, int] = {}
+        if self.skips and resume and listing is not None and listing.exists():
+            with reading(listing, "a list of pictures that are left out"):
+                for line in listing.read_text(encoding="utf-8").splitlines():
+                    part, number, reason = line.split("\t", 2)
+                    if part not in self.totals:
+                        self.totals[part], self.found[part] = int(number), {}
+                    else:
+                        self.found[part][int(number)] = reason
+
+    def met(self, part: str, row: int, error: BadImage, total: int) -> None:
+        """Notes one of `total` pictures (so far). Raises the error itself, or `UserError` beyond the limit."""
+        if not self.skips:
+            raise error
+        found = self.found.setdefault(part, {})
+        found[row] = str(error)
+        if len(found) > max(1, math.floor(self.limit * total)):
+            raise UserError(
+                f"bad images: {len(found)} of {total} pictures cannot be read, more than the share of {self.limit:g} "
+                f"that may be left out (bad-images-limit); the last one: {error}"
+            )
+
+    @property
+    def note(self) -> str:
+        """ "2 of 1,000 pictures cannot be read and are left out: LIST", or "" where there are none."""
+        reasons = [reason for found in self.found.values() for reason in found.values()]
+        if not reasons:
+            return ""
+        where = str(self.listing) if self.listing else "; ".join(reasons[:3])
+        return f"{len(reasons):,} of {sum(self.totals.values()):,} pictures cannot be read and are left out: {where}"
+
+    def write(self) -> None:
+        """The list: of each part a line with the number of its pictures, then a line with row and reason for each."""
+        if self.listing is None or not self.skips:
+            return
+        lines = []
+        for part, total in self.totals.items():
+            lines.append(f"{part}\t{total}\tpictures")
+            lines += [f"{part}\t{row}\t{reason}" for row, reason in sorted(self.found.get(part, {}).items())]
+        text = "".join(f"{line}\n" for line in lines)
+        write_atomically(self.listing, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def readable_rows(read: Callable[[int], Any], count: int, bad: BadImages, part: str) -> list[int]:
+    """The rows 0..count - 1 that `read` can read, from several threads, rising; the others are noted in `bad`.
+
+    Raises `UserError` where none can, and where an earlier list is of another number of pictures.
+    """
+
+    def error_of(row: int) -> BadImage | None:
+        try:
+            read(row)
+        except BadImage as error:
+            return error
+        return None
+
+    if bad.totals.setdefault(part, count) != count:
+        before = bad.totals[part]
+        raise UserError(f"{bad.listing}: the {part} images were {before} and are {count} now; begin anew elsewhere")
+    if part not in bad.found:
+        bad.found[part] = {}
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+            try:
+                for row, error in enumerate(pool.map(error_of, range(count))):
+                    if error is not None:
+                        bad.met(part, row, error, count)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    rows = [row for row in range(count) if row not in bad.found[part]]
+    if not rows:
+        raise UserError(f"bad images: none of the {count} {part} images can be read")
+    return rows
+
+
+class Part:
+    """Some rows of an `IndexedSource`, one itself; what it is called says which."""
+
+    def __init__(self, source: Any, rows: list[int], name: str) -> None:
+        self.source, self.rows, self.name = source, rows, name
+        self.class_names: tuple[str, ...] | None = source.class_names
+        labels = known_labels(source)
+        if labels is not None:
+            self.labels = [labels[row] for row in rows]
+
+    @cached_property
+    def content_hash(self) -> str | None:
+        """Of the source's content and the rows; None where the source has none."""
+        content = getattr(self.source, "content_hash", None)
+        return content and hashlib.sha256(f"{content} {self.rows}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> ImageRecord:
+        """Picture `index` of the part."""
+        record: ImageRecord = self.source.read(self.rows[index])
+        return record
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.read, range(len(self)))
+
+
+class SkippingStream:
+    """A stream without the pictures that cannot be read."""
+
+    def __init__(self, source: ImageSource, bad: BadImages, part: str) -> None:
+        self.source, self.bad, self.part = source, bad, part
+        self.name, self.class_names = source.name, source.class_names
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        records, row = iter(self.source), 0
+        while True:
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except BadImage as error:
+                self.bad.met(self.part, row, error, max(row + 1, STREAM_START))
+            else:
+                yield record
+            row += 1
+            self.bad.totals[self.part] = max(row, self.bad.totals.get(self.part, 0))
+
+
+def leave_out(source: ImageSource, bad: BadImages | None, part: str) -> ImageSource:
+    """The source without its pictures that cannot be read, where `bad` says `skip`; else the source itself."""
+    if bad is None or not bad.skips or (isinstance(source, Sized) and not hasattr(source, "read")):
+        return source  # what is in memory is readable
+    if not isinstance(source, Sized):
+        return SkippingStream(source, bad, part)
+    rows = readable_rows(cast(Any, source).read, len(source), bad, part)
+    return source if len(rows) == len(source) else Part(source, rows, source.name)
