@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -21,7 +22,8 @@ from pathlib import Path
 import torch
 
 from consonar.cache import cache_dir
-from consonar.errors import unknown
+from consonar.errors import UserError, unknown
+from consonar.outside import read_json
 
 MODES = ("measured", "pytorch", "ours")
 # How many times as fast our way must be: timings of milliseconds repeat to within some percent.
@@ -158,13 +160,11 @@ def _alone(path: Path) -> Iterator[None]:
 def _read(path: Path) -> dict[str, dict[str, float]]:
     """The kept answers; none where the file is missing or damaged: it is measured anew."""
     try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    if not isinstance(found, dict):
+        found = read_json(path)
+    except UserError:
         return {}
     return {
-        key: {name: float(value) for name, value in answers.items() if isinstance(value, int | float) and value > 0}
+        key: {name: value for name, value in answers.items() if isinstance(value, int | float) and 0 < value < math.inf}
         for key, answers in found.items()
         if isinstance(answers, dict)
     }

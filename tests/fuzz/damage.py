@@ -20,14 +20,16 @@ CHANGES = (0xFF, 0x01, 0x80, 0x20)
 """What a byte is combined with (exclusive or): all bits, the lowest, the highest, and the case of a letter."""
 LONGEST = 120.0
 """Seconds after which a reading counts as hanging and ends the process with its traceback."""
+MOST = 20_000
+"""Damages of a file in all: files of up to 4 kB get every one, of larger ones they are evenly spaced."""
 MAX_GROWTH = 1.0
 """GB that the peak of memory may grow by over all readings of a format."""
 
 
-def damages(data: bytes, limit: int | None = None) -> Iterator[tuple[str, bytes]]:
+def damages(data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
     """The damaged versions and their names: all, or about `limit` of them, evenly spaced."""
     total = len(data) * (len(CHANGES) + 1)
-    step = 1 if limit is None else max(1, math.ceil(total / limit))
+    step = max(1, math.ceil(total / limit))
     while step > 1 and math.gcd(step, len(CHANGES) + 1) > 1:
         step += 1  # so that each kind of damage has its turn
     for number in range(0, total, step):
@@ -44,7 +46,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def fuzz(format: Format, folder: Path, limit: int | None = None) -> list[str]:
+def fuzz(format: Format, folder: Path, limit: int = MOST) -> list[str]:
     """What went wrong, one line each: another exception, a message of several lines, too much memory."""
     folder.mkdir(parents=True, exist_ok=True)
     format.make(folder)

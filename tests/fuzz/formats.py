@@ -20,12 +20,15 @@ from consonar.config import read_config
 from consonar.config_io import to_dict
 from consonar.convert.back import read_source
 from consonar.convert.containers import read_weights
+from consonar.data.bad_images import BadImages, readable_rows
 from consonar.data.images import open_source
+from consonar.data.labels import read_class_file
 from consonar.data.loader import TokenBatches
 from consonar.data.picture_files import read_image
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.demo import claim
+from consonar.errors import BadImage
 from consonar.evaluation.evaluate import load_samples, open_reference
 from consonar.generators import Origin, load_generator, read_origin, save_generator
 from consonar.generators.rear import ReARConfig, ReARGenerator
@@ -34,6 +37,7 @@ from consonar.report import write_report
 from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.tracking import read_metrics
+from consonar.training.origins import read_run_origin, write_run_origin
 from consonar.types import ImageRecord
 from consonar.weight_files import WeightFile
 
@@ -189,7 +193,8 @@ def make_run(folder: Path) -> None:
            "metrics": {"FD(n) validation": {"value": 1.5, "spread": 0.5}}}  # fmt: skip
     labels, seeds = np.repeat(np.arange(3), 2), np.tile(np.arange(2), 3)
     np.savez(run / "s.npz", images=np.zeros((6, 8, 8, 3), np.uint8), labels=labels, seeds=seeds)
-    content = {"schema": 1, "rows": [row], "best": 0, "noise_floor": {"FD(n) validation vs train": {"value": 1.0}}}
+    content = {"schema": 1, "rows": [row], "best": 0, "remarks": ["few samples"],
+               "noise_floor": {"FD(n) validation vs train": {"value": 1.0}}}  # fmt: skip
     (run / "results.json").write_text(json.dumps(content))
     (run / "reconstruction.json").write_text(json.dumps({"psnr": 20.5, "ssim": 0.5}))
     (run / "stopped.json").write_text(json.dumps({"step": 3, "reason": "guard"}))
@@ -203,6 +208,25 @@ def read_run(folder: Path) -> None:
 
 def read_lines(folder: Path) -> None:
     read_metrics(folder / "run/metrics.jsonl")
+
+
+def make_listing(folder: Path) -> None:
+    bad = BadImages("skip", 1.0, folder / "bad.txt")
+    bad.totals["train"] = 12
+    bad.met("train", 3, BadImage("a.png: not an image"), 12)
+    bad.write()
+
+
+def read_listing(folder: Path) -> None:
+    readable_rows(lambda row: row, 12, BadImages("skip", 1.0, folder / "bad.txt", resume=True), "train")
+
+
+def make_run_origin(folder: Path) -> None:
+    write_run_origin(folder, Origin(tokenizer="t", class_names=("a", "b"), data="d", data_sha256="0" * 64))
+
+
+def make_class_file(folder: Path) -> None:
+    (folder / "classes.txt").write_text("cat\ndog\n")
 
 
 def make_dataset(folder: Path) -> None:
@@ -283,5 +307,8 @@ FORMATS = {
     "stopped": Format("run/stopped.json", make_run, read_run),
     "best": Format("run/best.json", make_run, read_run),
     "demo": Format("demo/demo.json", make_demo, read_demo),
+    "bad images": Format("bad.txt", make_listing, read_listing),
+    "run origin": Format("origin.json", make_run_origin, read_run_origin),
+    "class file": Format("classes.txt", make_class_file, lambda folder: read_class_file(folder / "classes.txt")),
     "source": Format("source.json", make_source, lambda folder: read_source(folder / "source.json")),
 }

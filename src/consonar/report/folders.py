@@ -93,6 +93,12 @@ def _read_results(path: Path) -> Results:
     best = content.get("best")
     if best is not None and not (isinstance(best, int) and 0 <= best < len(rows)):
         raise UserError(f"{path}: best is {best!r}; expected the index of a row, 0 to {len(rows) - 1}")
+    with reading(f"{path}: noise_floor", "a table of metrics with a value each"):
+        for entry in content.get("noise_floor", {}).values():
+            float(entry["value"])
+    remarks = content.get("remarks", [])
+    if not isinstance(remarks, list) or not all(isinstance(remark, str) for remark in remarks):
+        raise UserError(f"{path}: remarks is {str(remarks)[:60]!r}; expected a list of texts")
     return Results(rows=rows, best=best, provenance={k: v for k, v in content.items() if k not in ("rows", "best")})
 
 
