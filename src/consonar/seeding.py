@@ -2,6 +2,9 @@
 
 A generator is a function of (seed, names), for example (0, "noise", step): there is no generator state to save, and a
 resumed run draws exactly what the uninterrupted one would have drawn.
+
+All numbers that a generator gives are drawn here, on the generator's own device; `placement.to_device` takes them to
+another. Drawn on the CPU (the default) they are the same whatever the run computes on.
 """
 
 import hashlib
@@ -18,7 +21,32 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A `torch.Generator` on `device` for one purpose, e.g. `generator(seed, "noise", step)`."""
-    return torch.Generator(device=device).manual_seed(derive_seed(seed, *names))
+    return generator_of(derive_seed(seed, *names), device)
+
+
+def generator_of(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """One of a seed that was derived before: `derive_seed` plus a place in the batch."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def uniform(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers in [0, 1)."""
+    return torch.rand(shape, generator=rng, device=rng.device, dtype=dtype)
+
+
+def exponential(rng: torch.Generator, *shape: int) -> torch.Tensor:
+    """Standard exponential numbers, float32; minus their logarithm is standard Gumbel."""
+    return torch.empty(shape, device=rng.device).exponential_(generator=rng)
+
+
+def integers(rng: torch.Generator, low: int, high: int, *shape: int) -> torch.Tensor:
+    """int64 from `low` to `high` - 1."""
+    return torch.randint(low, high, shape, generator=rng, device=rng.device)
+
+
+def permutation(rng: torch.Generator, count: int) -> torch.Tensor:
+    """0 .. `count` - 1 in a random order, int64."""
+    return torch.randperm(count, generator=rng, device=rng.device)
 
 
 def rows_of_rank(draw: Callable[[int], torch.Tensor], num_rows: int, rank: int, world_size: int) -> torch.Tensor:

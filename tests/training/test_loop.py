@@ -145,7 +145,8 @@ def test_a_validation_of_fewer_items_measures_those(make_config, tmp_path):
     config = make_config(loop={"steps": 1})
     run = train(replace(config, data=replace(config.data, validation_items=3)), tmp_path / "run", quiet=True)
     store = TokenStore.open(config.data.validation_tokens)
-    rows = torch.tensor([0, 3, 6])  # of ten
+    rows = next(TokenBatches(store, batch_size=8, seed=config.seed).ordered(8, 3)).indices
+    assert len(rows) == 3
     tokens = store.read(rows, torch.zeros(3, dtype=torch.int64))
     logits = load_generator(run)(tokens, store.labels[rows])[0]
     measured = F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()

@@ -19,7 +19,7 @@ from consonar.data.images import IndexedSource
 from consonar.data.labels import check_label, check_labels
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
-from consonar.seeding import generator
+from consonar.seeding import generator, integers, permutation, uniform
 from consonar.types import Batch, ImageRecord, ImageSource
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ MAX_THREADS = 16
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_items: int) -> Tensor:
     """(num_items,) int64. Kept because shuffling a million rows takes longer than a training step's data should."""
-    return torch.randperm(num_items, generator=generator(seed, "order", epoch))
+    return permutation(generator(seed, "order", epoch), num_items)
 
 
 def batch_rows(step: int, batch_size: int, num_items: int, *, seed: int, rank: int = 0, world_size: int = 1) -> Tensor:
@@ -61,7 +61,7 @@ def spread_rows(num_items: int, max_items: int, rng: torch.Generator) -> Tensor:
     count = min(max_items, num_items) if max_items else num_items
     edges = torch.arange(count + 1) * num_items // max(count, 1)
     lengths = edges.diff()
-    return edges[:-1] + (torch.rand(count, generator=rng, dtype=torch.float64) * lengths).long()
+    return edges[:-1] + (uniform(rng, count, dtype=torch.float64) * lengths).long()
 
 
 def _check_batching(num_items: int, batch_size: int, rank: int, world_size: int, name: str) -> None:
@@ -100,7 +100,7 @@ class TokenBatches:
         )
         # Drawn for all ranks together, so that the number of ranks does not change which view an item shows.
         shape = (self.batch_size * self.world_size,)
-        views = torch.randint(self.store.num_views, shape, generator=generator(self.seed, "views", step))
+        views = integers(generator(self.seed, "views", step), 0, self.store.num_views, *shape)
         return self._read(rows, views[self.rank :: self.world_size])
 
     def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
@@ -153,7 +153,7 @@ class ImageBatches:
             return batch
         assert batch.images is not None
         shape = (self.batch_size * self.world_size,)
-        mirrored = torch.randint(2, shape, generator=generator(self.seed, "flip", step)).bool()
+        mirrored = integers(generator(self.seed, "flip", step), 0, 2, *shape).bool()
         mirrored = mirrored[self.rank :: self.world_size].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         images = torch.where(mirrored, batch.images.flip(-1), batch.images)
         return Batch(images=images, condition=batch.condition, indices=rows)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.precision import in_float32
+from consonar.seeding import permutation
 
 EPSILON = torch.finfo(torch.float64).eps
 EIGENVALUE_TOLERANCE = 1e-6
@@ -236,7 +237,7 @@ class InceptionScore:
     def drawn(cls, count: int, rng: torch.Generator, split_size: int = 5000) -> InceptionScore:
         """Over `count` rows in random splits: rows that are sorted by class do not make splits of a few classes."""
         split_of = torch.empty(count, dtype=torch.int64)
-        split_of[torch.randperm(count, generator=rng)] = torch.arange(count) // split_size
+        split_of[permutation(rng, count)] = torch.arange(count) // split_size
         return cls(split_size, split_of)
 
     def update(self, probabilities: Tensor) -> None:
@@ -287,5 +288,5 @@ def random_parts(count: int, num_parts: int, rng: torch.Generator) -> Tensor:
         raise UserError(f"draws: {num_parts}; choose 1 or more")
     size = count // num_parts
     parts = torch.full((count,), -1, dtype=torch.int64)
-    parts[torch.randperm(count, generator=rng)[: size * num_parts]] = torch.arange(num_parts).repeat_interleave(size)
+    parts[permutation(rng, count)[: size * num_parts]] = torch.arange(num_parts).repeat_interleave(size)
     return parts

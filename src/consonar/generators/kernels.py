@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from consonar import hardware
 from consonar.hardware import Way
+from consonar.seeding import generator_of
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Weights below which calling oneDNN costs more than it saves; rows above which timings stay as they are.
@@ -112,7 +113,7 @@ def attention_ways(length: int, head_dim: int, dtype: torch.dtype) -> tuple[Way,
     """Attention forward and backward over `length` positions, for `hardware.ours`; heads for some milliseconds."""
     heads = max(1, min(64, 2**19 // length**2))
     with torch.inference_mode(False), torch.enable_grad():
-        rng = torch.Generator().manual_seed(0)
+        rng = generator_of(0)
         q, k, v = (torch.randn(1, heads, length, head_dim, generator=rng).to(dtype).requires_grad_() for _ in "qkv")
 
     def timed(attention: Way) -> Way:

@@ -21,6 +21,7 @@ from consonar.options import check_options
 from consonar.placement import device_of, to_device
 from consonar.sampling.guidance import guided_logits, scale_at
 from consonar.seeding import generator as seeded
+from consonar.seeding import uniform
 from consonar.types import Condition, Generator, Tokenizer
 
 
@@ -103,9 +104,7 @@ def choose(logits: Tensor, uniform: Tensor) -> Tensor:
 
 def uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
     """One number per image and token, (B, N) in [0, 1), row b from `seeds[b]` alone."""
-    return torch.stack(
-        [torch.rand(num_tokens, generator=seeded(seed, "sample"), dtype=torch.float64) for seed in seeds]
-    )
+    return torch.stack([uniform(seeded(seed, "sample"), num_tokens, dtype=torch.float64) for seed in seeds])
 
 
 @torch.inference_mode()
@@ -135,7 +134,7 @@ def sample_tokens(
     rows: Any = conditions.concatenate(condition, generator.null_condition(condition)) if guided else condition
     num_rows = conditions.num_rows(rows)
     cache = generator.new_cache(num_rows)
-    draws = uniforms(seeds, length).to(device)
+    draws = to_device(uniforms(seeds, length), device)
     tokens = torch.empty(count, length, dtype=torch.int64, device=device)
     entropy = torch.zeros(count, device=device)
     new = torch.empty(num_rows, 0, dtype=torch.int64, device=device)

@@ -43,7 +43,10 @@ def commitment_loss(vectors: Tensor, codes: Tensor) -> Tensor:
 
 def code_counts(tokens: Tensor, vocab_size: int) -> Tensor:
     """How often each code occurs: (K,) int64 <- tokens of any shape."""
-    return torch.bincount(tokens.flatten(), minlength=vocab_size)
+    tokens = tokens.flatten()  # `bincount` would wait for the device, to see how large the tokens are
+    return torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device).scatter_add_(
+        0, tokens, torch.ones_like(tokens)
+    )
 
 
 def usage(counts: Tensor) -> float:

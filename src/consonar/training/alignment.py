@@ -20,7 +20,8 @@ from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.generators import conditions
 from consonar.options import check_options
-from consonar.seeding import generator, rows_of_rank
+from consonar.placement import to_device
+from consonar.seeding import generator, rows_of_rank, uniform
 from consonar.training import losses, noise, policy
 from consonar.training.rewards import build_rewards, check_rewards
 from consonar.training.trainee import Trainee
@@ -166,8 +167,8 @@ class Alignment:
         condition = batch.condition
         if self.config.class_dropout > 0:
             rng = generator(self.seed, "class_dropout", step, 0)
-            draws = self.own_rows(lambda n: torch.rand(n, generator=rng), len(tokens))
-            keep = (draws >= self.config.class_dropout).to(tokens.device)
+            draws = self.own_rows(lambda n: uniform(rng, n), len(tokens))
+            keep = to_device(draws >= self.config.class_dropout, tokens.device)
             condition = conditions.select(keep, condition, model.generator.null_condition(condition))
         context, corrupted, rate = tokens, torch.zeros_like(tokens, dtype=torch.bool), self.noise_rate(step)
         if rate > 0:
@@ -210,7 +211,7 @@ class Alignment:
         cross_entropy, entropy and kl (to the start model, exact) in nats per token; accuracy 0..1; reward and its parts
         of one draw of every token, the same uniform numbers whatever the model is (common random numbers).
         """
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         count = 0
         for batch in batches:
             assert batch.images is not None
@@ -220,7 +221,7 @@ class Alignment:
             with self.autocast():
                 logits = model(tokens, batch.condition).logits.float()
             rng = generator(self.seed, "validation", count)
-            uniforms = torch.rand(len(tokens), 1, tokens.shape[1], generator=rng, dtype=torch.float64)
+            uniforms = uniform(rng, len(tokens), 1, tokens.shape[1], dtype=torch.float64)
             drawn = policy.draw_actions(logits, uniforms)[:, 0]
             total, parts, _ = self.rewards.measure(self.decode(drawn), rollout.batch)
             values = {
@@ -233,9 +234,9 @@ class Alignment:
             if self.prior is not None:
                 values["kl"] = policy.kl_exact(logits, self.prior_logits(rollout)).mean()
             for key, value in values.items():
-                sums[key] = sums.get(key, 0.0) + float(value) * len(tokens)
+                sums[key] = sums.get(key, 0.0) + value.double() * len(tokens)
             count += len(tokens)
-        return {key: value / count for key, value in sums.items()}
+        return {key: float(value / count) for key, value in sums.items()}
 
     def prepare_clean(self, batch: Batch) -> Rollout:
         """The batch with its tokens, and these as the context."""

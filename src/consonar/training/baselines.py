@@ -23,7 +23,7 @@ from consonar.errors import UserError
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.perceptual.efficientnet import PerceptualDistance
 from consonar.perceptual.lpips import load_lpips
-from consonar.seeding import derive_seed
+from consonar.seeding import derive_seed, exponential, generator_of
 from consonar.training import losses, policy
 from consonar.training.alignment import Alignment, AlignmentConfig, AlignmentTrainee
 from consonar.types import Batch, Rollout
@@ -149,8 +149,8 @@ def gumbel_noise(seeds: Tensor, like: Tensor) -> Tensor:
     """Standard Gumbel numbers of the shape (B, N, V) of `like`, row b from seeds[b] alone, drawn on its device."""
     noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)
     for row, seed in zip(noise, seeds.tolist(), strict=True):
-        row.exponential_(generator=torch.Generator(like.device).manual_seed(seed))
-    return -noise.log()
+        row.copy_(exponential(generator_of(seed, like.device), *row.shape))
+    return noise.log_().neg_()
 
 
 def straight_through(logits: Tensor, temperature: float) -> Tensor:

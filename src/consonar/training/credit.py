@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
+from consonar.placement import to_device
+from consonar.seeding import integers, permutation
 from consonar.types import Grid, Tokenizer
 
 
@@ -35,7 +37,8 @@ def resize_to_grid(maps: Tensor, grid: Grid) -> Tensor:
     Average pooling where the places divide evenly; where a map is coarser than the grid, cells share its values.
     """
     vertical, horizontal = area_weights(maps.shape[1], grid.rows), area_weights(maps.shape[2], grid.columns)
-    return vertical.to(maps) @ maps @ horizontal.to(maps).T
+    vertical, horizontal = (to_device(table, maps.device).to(maps.dtype) for table in (vertical, horizontal))
+    return vertical @ maps @ horizontal.T
 
 
 def relative_offsets(grid: Grid) -> tuple[Tensor, Tensor]:
@@ -112,8 +115,8 @@ def measure_influence(
     vertical, horizontal = relative_offsets(grid)
     for sequence in tokens:  # (N,)
         original = tokenizer.decode(sequence[None])  # (1, 3, H, W)
-        replaced = torch.randperm(num_cells, generator=rng)[:num_positions]
-        shifts = torch.randint(1, tokenizer.vocab_size, (len(replaced),), generator=rng)
+        replaced = permutation(rng, num_cells)[:num_positions]
+        shifts = integers(rng, 1, tokenizer.vocab_size, len(replaced))
         for cells, shift in zip(replaced.split(chunk), shifts.split(chunk), strict=True):
             changed = replace_tokens(sequence, grid.prefix + cells, shift, tokenizer.vocab_size)  # (P, N)
             change = (tokenizer.decode(changed) - original).double().square().mean(1)  # (P, H, W)
@@ -130,7 +133,7 @@ def measure_influence(
 
 def replace_tokens(sequence: Tensor, positions: Tensor, shift: Tensor, vocab_size: int) -> Tensor:
     """(P, N) <- (N,): row p has the code at positions[p] moved on by shift[p] (1 .. V - 1), hence to another one."""
-    positions, shift = positions.to(sequence.device), shift.to(sequence.device)
+    positions, shift = to_device(positions, sequence.device), to_device(shift, sequence.device)
     changed = sequence.repeat(len(positions), 1)
     changed[torch.arange(len(positions), device=sequence.device), positions] = (
         sequence[positions] + shift
@@ -149,5 +152,5 @@ def spatial_credit(maps: Tensor, influence: Influence | None, grid: Grid) -> Ten
     prefix = cells.mean(1, keepdim=True).expand(-1, grid.prefix)
     if influence is not None:
         with torch.autocast(cells.device.type, enabled=False):  # bf16 would round away what sets cells apart
-            cells = cells @ influence.matrix(grid).to(cells).T
+            cells = cells @ to_device(influence.matrix(grid), cells.device).to(cells.dtype).T
     return torch.cat([prefix, cells], 1)

@@ -1,10 +1,13 @@
 """Noisy context (reAR, arXiv 2510.04450): schedules of the largest rate; how tokens are replaced. Pure functions."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from consonar.placement import to_device
 from consonar.precision import in_float32
-from consonar.seeding import rows_of_rank
+from consonar.seeding import integers, rows_of_rank, uniform
 
 SCHEDULES = ("none", "constant", "uniform", "linear", "truncated_linear")
 CORRUPTIONS = ("uniform", "mask", "nearest")
@@ -28,7 +31,7 @@ def max_noise_rate(schedule: str, progress: float, *, max_rate: float = 1.0, ann
 
 def draw_noise_rates(schedule: str, max_rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
     """eps of each sequence, (B,): U[0, max_rate], or `max_rate` itself under the constant schedule."""
-    rates = torch.rand(batch_size, generator=rng, device=rng.device) * max_rate
+    rates = uniform(rng, batch_size) * max_rate
     return torch.full_like(rates, max_rate) if schedule == "constant" else rates
 
 
@@ -51,26 +54,21 @@ def corrupt_tokens(
     several ranks each draws for all and takes its rows (`rows_of_rank`).
     """
 
-    def integers(high: int) -> Tensor:
-        def draw(rows: int) -> Tensor:
-            return torch.randint(high, (rows, tokens.shape[1]), generator=rng, device=rng.device)
+    def own(draw: Callable[[int], Tensor]) -> Tensor:
+        return to_device(rows_of_rank(draw, len(tokens), rank, world_size), tokens.device)
 
-        return rows_of_rank(draw, len(tokens), rank, world_size).to(tokens.device)
-
-    def uniforms(rows: int) -> Tensor:
-        return torch.rand(rows, tokens.shape[1], generator=rng, device=rng.device)
-
-    chosen = rows_of_rank(uniforms, len(tokens), rank, world_size).to(tokens.device)
-    corrupted = chosen < rates.to(tokens.device)[:, None]
+    length = tokens.shape[1]
+    corrupted = own(lambda rows: uniform(rng, rows, length)) < to_device(rates, tokens.device)[:, None]
     if corruption == "mask":
         assert mask_token is not None
         replacement = torch.full_like(tokens, mask_token)
     elif corruption == "nearest":
         assert neighbours is not None
-        replacement = neighbours[tokens, integers(neighbours.shape[1])]
+        count = neighbours.shape[1]
+        replacement = neighbours[tokens, own(lambda rows: integers(rng, 0, count, rows, length))]
     else:
         assert corruption == "uniform", corruption
-        replacement = integers(vocab_size)
+        replacement = own(lambda rows: integers(rng, 0, vocab_size, rows, length))
     return torch.where(corrupted, replacement, tokens), corrupted
 
 

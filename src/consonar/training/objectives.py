@@ -21,7 +21,8 @@ from torch import Tensor
 from consonar.errors import UserError
 from consonar.generators import conditions
 from consonar.options import check_options
-from consonar.seeding import generator, rows_of_rank
+from consonar.placement import to_device
+from consonar.seeding import generator, rows_of_rank, uniform
 from consonar.training import losses, noise
 from consonar.training.trainee import HeadSpec, Trainee
 from consonar.types import Batch, Rollout, Tokenizer
@@ -129,8 +130,8 @@ class Consistency:
         assert batch.tokens is not None and batch.condition is not None
         tokens, condition = batch.tokens, batch.condition
         rng = generator(self.seed, "class_dropout", step, 0)
-        dropped = rows_of_rank(lambda n: torch.rand(n, generator=rng), len(tokens), self.rank, self.world_size)
-        keep = (dropped >= self.config.class_dropout).to(tokens.device)
+        dropped = rows_of_rank(lambda n: uniform(rng, n), len(tokens), self.rank, self.world_size)
+        keep = to_device(dropped >= self.config.class_dropout, tokens.device)
         condition = conditions.select(keep, condition, model.generator.null_condition(condition))
         context, corrupted = self._corrupt(model, tokens, step)
         yield Rollout(batch, context=context, condition=condition, corrupted=corrupted)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from consonar.errors import UserError, unknown
@@ -48,14 +49,24 @@ def import_reward(path: str) -> Reward:
     return reward
 
 
-def checked(name: str, values: object, count: int, start: int) -> Tensor:
-    """`values` as float32 (count,); `UserError` names the reward, what it returned and for which image of the batch."""
+def checked(name: str, values: object, count: int) -> Tensor:
+    """`values` as float32 (count,); `UserError` names the reward and what it returned instead."""
     if not isinstance(values, Tensor):
         raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
     if values.shape != (count,):
         raise UserError(f"reward {name!r}: returned shape {tuple(values.shape)}, expected ({count},), one per image")
-    values = values.detach().float()
-    if wrong := (~values.isfinite()).nonzero().flatten().tolist():
-        value, image = float(values[wrong[0]]), start + wrong[0]
-        raise UserError(f"reward {name!r}: returned {value} for image {image} of the batch")
-    return values
+    return values.detach().float()
+
+
+def check_finite(values: Mapping[str, Tensor]) -> None:
+    """Raises `UserError` that names the first reward of `values` (n,) that is no number, and its image of the batch.
+
+    For all rewards together, because asking waits for the device.
+    """
+    finite = torch.stack([value.isfinite() for value in values.values()])  # (rewards, n)
+    if finite.all():
+        return
+    for name, of_reward in zip(values, finite, strict=True):
+        if wrong := (~of_reward).nonzero().flatten().tolist():
+            value = float(values[name][wrong[0]])
+            raise UserError(f"reward {name!r}: returned {value} for image {wrong[0]} of the batch")

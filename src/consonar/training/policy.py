@@ -17,6 +17,7 @@ Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
 import torch
 from torch import Tensor
 
+from consonar.placement import to_device
 from consonar.precision import in_float32
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")
@@ -29,7 +30,7 @@ that is summed, and a standard deviation of such differences would make advantag
 def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     """G independent draws of every token by inverse transform: (B, G, N) <- logits (B, N, V), uniforms (B, G, N)."""
     actions = torch.empty(uniforms.shape, dtype=torch.int64, device=logits.device)
-    for image, numbers in enumerate(uniforms.to(logits.device)):  # one image at a time: float64 over V is large
+    for image, numbers in enumerate(to_device(uniforms, logits.device)):  # one image at a time: float64 over V is large
         cumulative = (logits[image].double() / temperature).softmax(-1).cumsum(-1)  # (N, V)
         # `right`: a draw of exactly 0 must not fall on a token of probability 0.
         thresholds = (numbers.double().t() * cumulative[:, -1:]).contiguous()  # (N, G)

@@ -26,8 +26,9 @@ from torch import Tensor
 from consonar import distributed
 from consonar.errors import UserError
 from consonar.generators import conditions
+from consonar.placement import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
-from consonar.seeding import derive_seed, generator
+from consonar.seeding import derive_seed, generator, uniform
 from consonar.training import losses, policy
 from consonar.training.alignment import Alignment, AlignmentConfig, AlignmentTrainee
 from consonar.training.credit import Influence, measure_influence, spatial_credit, token_grid
@@ -144,8 +145,8 @@ class PolicyAlignment(Alignment):
             return
         rng = generator(self.seed, "actions", step, 0)
         shape = (self.config.group_size, tokens.shape[1])
-        rollout.extra["uniforms"] = self.own_rows(
-            lambda n: torch.rand(n, *shape, generator=rng, dtype=torch.float64), len(tokens)
+        rollout.extra["uniforms"] = to_device(
+            self.own_rows(lambda n: uniform(rng, n, *shape, dtype=torch.float64), len(tokens)), tokens.device
         )
         if self.config.inner_epochs > 1 or self.config.estimator == "reinforce":
             with self.autocast():

@@ -29,9 +29,10 @@ from consonar.generators import conditions
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.perceptual.efficientnet import PerceptualDistance
 from consonar.perceptual.lpips import load_lpips
+from consonar.placement import to_device
 from consonar.training.credit import resize_to_grid
 from consonar.training.discriminator import load_discriminator
-from consonar.training.own_rewards import DOTTED_PATH, KEY, checked, import_reward, told_in_one_line
+from consonar.training.own_rewards import DOTTED_PATH, KEY, check_finite, checked, import_reward, told_in_one_line
 from consonar.types import Batch, Grid, Reward
 
 LARGEST_PSNR = 100.0
@@ -184,13 +185,14 @@ class Rewards:
         with torch.autocast(images.device.type, enabled=False):
             for start in range(0, len(batch.images), step):
                 rows = batch_rows(batch, slice(start, start + step))
-                parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid, start * group))
+                parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid))
         values = {name: torch.cat([part[name] for part, _ in parts]) for name in self.functions}
+        check_finite(values)
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
         return total, values, None if grid is None else torch.cat([maps for _, maps in parts])
 
-    def _chunk(self, images: Tensor, batch: Batch, grid: Grid | None, start: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Every reward of some images, the first of which is image `start`; their sum at the cells (empty: no grid)."""
+    def _chunk(self, images: Tensor, batch: Batch, grid: Grid | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Every reward of some images; their sum at the cells (empty: no grid)."""
         assert batch.images is not None
         originals = batch.images.float()
         chosen = torch.arange(len(originals), device=originals.device).repeat_interleave(len(images) // len(originals))
@@ -205,7 +207,7 @@ class Rewards:
                         cells += [-self.weights[name] * resize_to_grid(layer, grid) for layer in layers]
                 else:
                     returned = function(seen, originals[chosen], batch_rows(batch, chosen))
-            values[name] = checked(name, returned, len(images), start).to(images.device)
+            values[name] = to_device(checked(name, returned, len(images)), images.device)
         return values, torch.stack(cells).sum(0) if cells else images.new_empty(0)
 
     def _check_places(self) -> None:

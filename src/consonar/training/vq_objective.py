@@ -28,7 +28,8 @@ from consonar.options import check_options
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.perceptual.efficientnet import PerceptualDistance
 from consonar.perceptual.lpips import load_lpips
-from consonar.seeding import generator
+from consonar.placement import to_device
+from consonar.seeding import generator, integers
 from consonar.tokenizers import quantizer
 from consonar.tokenizers.vq import VQTokenizer, normalization
 from consonar.types import Batch, Rollout
@@ -143,7 +144,7 @@ class Reconstruction:
             return
         assert batch.images is not None
         vectors = model.tokenizer.vectors(batch.images)
-        pick = torch.randint(len(vectors), (len(dead),), generator=generator(self.seed, "revive", step)).to(dead.device)
+        pick = to_device(integers(generator(self.seed, "revive", step), 0, len(vectors), len(dead)), dead.device)
         codebook = model.tokenizer.quantize.embedding.weight
         codebook[dead] = vectors[pick].to(codebook.dtype)
         distributed.broadcast(codebook, self.world)

@@ -1,0 +1,55 @@
+"""Who draws numbers and who decides on a device stands in one place each, read from the source."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import consonar
+from consonar.distributed import pick_device
+from consonar.placement import device_of, to_device
+from consonar.sampling.sample import SamplerConfig
+from consonar.types import Batch, Rollout, TextCondition
+
+SOURCE = Path(consonar.__file__).parent
+SEAMS = {
+    r"torch\.(rand|randint|randperm|bernoulli|multinomial)\(|torch\.Generator\(|\.\w+_\(.*generator=": "seeding.py",
+    r"cuda\.is_available\(|allow_tf32|fp32_precision": "distributed.py",
+}
+
+
+@pytest.mark.parametrize("pattern", SEAMS)
+def test_it_stands_in_one_place(pattern: str) -> None:
+    files = {path for path in SOURCE.rglob("*.py") for line in path.open() if found(pattern, line)}
+    assert {path.relative_to(SOURCE).as_posix() for path in files} == {SEAMS[pattern]}
+
+
+def found(pattern: str, line: str) -> bool:
+    """Initial weights are drawn by `nn.init`, on the CPU, before a model goes anywhere."""
+    return bool(re.search(pattern, line)) and "nn.init." not in line
+
+
+def test_float32_is_float32_on_the_device(cuda, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert pick_device("cpu") == torch.device("cpu") and torch.backends.cudnn.allow_tf32
+    assert pick_device() == torch.device("cuda", 0)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_record_moves_whole_and_without_waiting(cuda) -> None:
+    condition = TextCondition(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    record = Rollout(Batch(torch.zeros(2, 4), condition), extra={"seeds": torch.arange(2), "kept": 3})
+    moved = to_device(record, torch.device("cuda", 0))
+    assert moved.batch.tokens.is_cuda and moved.batch.condition.mask.is_cuda and moved.extra["seeds"].is_cuda
+    assert moved.extra["kept"] == 3 and moved.batch.images is None and not cuda.waits
+    assert to_device(SamplerConfig(), torch.device("cuda", 0)) == SamplerConfig()
+    back = to_device(moved, torch.device("cpu"))
+    assert not back.extra["seeds"].is_cuda and cuda.waits  # what is read on the CPU is there
+
+
+def test_the_device_of_a_model_is_that_of_its_weights(cuda) -> None:
+    assert device_of(torch.nn.Linear(2, 2).to("cuda")) == torch.device("cuda", 0)
+    assert device_of(torch.nn.ReLU()) == device_of(object()) == torch.device("cpu")
