@@ -66,9 +66,11 @@ def is_pretended(value: object) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """The CPU tensor inside a pretended one, on the same storage; in lists too; anything else as it is."""
+    """The CPU tensor inside a pretended one, on the same storage; in lists too, and the CPU for the device."""
     if isinstance(value, list | tuple):
         return type(value)(map(plain, value))
+    if isinstance(value, torch.device) and on_device(value):
+        return torch.device("cpu")
     if not is_pretended(value):
         return value
     with torch._C._DisableTorchDispatch(), torch.inference_mode(False):
@@ -131,8 +133,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.prim.device.default:
         return STAND_IN
     leaves = flat([*args, *kwargs.values()])
-    inside, wanted = [leaf for leaf in leaves if is_pretended(leaf)], kwargs.get("device")
-    claimed = bool(inside) if wanted is None else on_device(wanted)
+    inside = [leaf for leaf in leaves if is_pretended(leaf)]
+    wanted = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
+    claimed = on_device(wanted[0]) if wanted else bool(inside)
     for leaf in leaves:
         if isinstance(leaf, torch._C.Generator):
             check_generator(func, leaf, claimed)
@@ -147,8 +150,6 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._opname
     check_devices(name, func, [leaf for leaf in leaves if isinstance(leaf, Tensor)], args)
     count(name, func, args, kwargs, claimed)
-    if wanted is not None and claimed:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     with torch.inference_mode(False), torch.no_grad():
@@ -161,8 +162,7 @@ def flat(values: list[Any]) -> list[Any]:
     return [leaf for value in values for leaf in (flat([*value]) if isinstance(value, list | tuple) else [value])]
 
 
-def on_device(device: Any) -> bool:
-    device = torch.device(device)
+def on_device(device: torch.device) -> bool:
     return device.type == "cuda" or device == STAND_IN
 
 

@@ -35,6 +35,15 @@ def test_it_computes_what_the_cpu_computes(cuda) -> None:
     torch.testing.assert_close(torch.load(stored)["0.weight"], net[0].weight.data)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_made_like_it_is_on_the_device(cuda, inference) -> None:
+    with torch.inference_mode(inference):
+        like = torch.zeros(2, 3).cuda()
+        made = [torch.ones(2).to(like), like.new_zeros(2), torch.empty_like(like), torch.arange(2, device=like.device)]
+        assert all(tensor.is_cuda and tensor.device == torch.device("cuda", 0) for tensor in made)
+        assert not like.cpu().is_cuda and not like.to("cpu", torch.float64).is_cuda
+
+
 def test_autocast_reaches_it(cuda) -> None:
     x = torch.rand(4, 4, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):

@@ -28,7 +28,7 @@ from consonar.types import Batch
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CONSISTENCY_CASES = CONSISTENCY | {
     schedule: replace(CONSISTENCY["rear"], noise=NoiseConfig(schedule=schedule, max_rate=0.5))
-    for schedule in ("uniform", "linear", "truncated_linear")
+    for schedule in ("uniform", "truncated_linear")
 }
 ALIGNMENT_CASES = CASES | {"dropped classes": replace(VAPI, class_dropout=0.5)}
 RECONSTRUCTION_CASES = RECONSTRUCTION | {"revived": replace(RECONSTRUCTION["plain"], revive_after=1)}
