@@ -103,6 +103,18 @@ def test_a_run_is_measured_over_temperatures_and_matched(cuda, root: Path) -> No
     cli.main(["report", str(run), "--out", str(run / "report.html")])
 
 
+@pytest.mark.parametrize("base", ["vapi-spatial-openmoji", "ce-openmoji", "ste-openmoji"])
+def test_a_generator_is_post_trained(cuda, root: Path, base: str) -> None:
+    name = base.removesuffix("-openmoji")
+    train(
+        root, name, base=base, init=str(root / "rear"), data={"images": str(root / "pictures")},
+        objective={"rewards": {"mse": 1.0, "efficientnet-lite0": 1.0}} if name.startswith("vapi") else {},
+        loop=LOOP | {"accumulation": 2, "validate_every": 2, "fd_samples": 4 if name == "ce" else 0},
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/reward" in line for line in lines)
+
+
 def test_a_tokenizer_is_trained_and_measured(cuda, root: Path) -> None:
     train(
         root, "codec", base="tokenizer-openmoji-64", data={"images": str(root / "pictures")},
