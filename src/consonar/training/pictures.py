@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from consonar.config import TrainConfig
 from consonar.data.bad_images import BadImages, Part, leave_out
 from consonar.data.image_folder import other_files
 from consonar.data.images import IndexedSource, open_source
 from consonar.data.labels import describe
 from consonar.errors import MissingSplit, UserError
-from consonar.seeding import generator
+from consonar.seeding import generator, permutation
 from consonar.types import ImageSource
 
 HELD_OUT = 0.05
@@ -80,6 +78,6 @@ def hold_out(source: ImageSource, share: float, seed: int) -> tuple[Part, Part]:
     count = max(1, round(share * total))
     if count >= total:
         raise UserError(f"data.validation_split: {count} of {total} pictures held out leave none to train on")
-    order = torch.randperm(total, generator=generator(seed, "held out"))
+    order = permutation(generator(seed, "held out"), total)
     rows, rest = sorted(order[:count].tolist()), sorted(order[count:].tolist())
     return Part(source, rest, f"{source.name}[without {count}]"), Part(source, rows, f"{source.name}[{count} held out]")
