@@ -51,7 +51,7 @@ from consonar.training.run import train
 from consonar.types import Tokenizer
 
 TOKENIZER = "openmoji-64"
-OPENING, OPENING_SAMPLER, PER_CLASS = "openmoji", SamplerConfig(), 8
+OPENING, OPENING_SAMPLER, PER_CLASS = "openmoji", SamplerConfig(temperature=0.8), 8
 """The generator whose pictures come first, how they are drawn, and how many of each class."""
 TEMPERATURES = (1.0, 0.7)
 RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}

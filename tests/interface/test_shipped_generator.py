@@ -74,3 +74,13 @@ def test_measuring_a_shipped_generator_names_the_way(shipped: Path, capsys) -> N
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "consonar sample openmoji --num-samples 2048 --out openmoji.npz" in error
     assert sorted(path.name for path in shipped.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", generators.SHIPPED)
+def test_every_shipped_generator_is_there_small_and_fits_its_tokenizer(name: str) -> None:
+    generator, tokenizer = load_generator(name), load_own_tokenizer(name)
+    assert (generator.vocab_size, generator.num_tokens) == (tokenizer.vocab_size, tokenizer.num_tokens)
+    assert len(read_origin(name).class_names or ()) == generator.num_classes
+    folder = generators.model_folder(name)
+    assert (folder / "README.md").is_file()
+    assert (folder / "model.safetensors").stat().st_size <= 12e6
