@@ -94,15 +94,21 @@ def save_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     save = component_fingerprint(config, state)
     text = json.dumps({"format_version": FORMAT_VERSION, **config, SAVE: save}, indent=1) + "\n"
-    save_tensors(folder / "model.safetensors", state, {SAVE: save, "config": text})
+    save_tensors(folder / "model.safetensors", state, {"config": text})
     write_atomically(folder / "config.json", lambda path: path.write_text(text))
 
 
-def save_metadata(folder: Path) -> dict[str, str]:
-    """What the weights of a component folder say of their save; empty for those of other makers and older versions."""
+def saved_with(folder: Path) -> tuple[str | None, str]:
+    """The hash of the save that wrote the weights of a component folder, and the text of the config.json beside them.
+
+    None and nothing for weights of other makers and older versions. One entry of metadata holds both, since
+    safetensors writes several in any order.
+    """
     path = folder / "model.safetensors"
     with reading(path, "a .safetensors file"), safetensors.safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        text = (file.metadata() or {}).get("config", "")
+        config = json.loads(text) if text else {}
+    return config.get(SAVE) if isinstance(config, dict) else None, text
 
 
 def finish_save(folder: Path) -> None:
@@ -112,9 +118,9 @@ def finish_save(folder: Path) -> None:
     """
     if not (folder / "model.safetensors").is_file():
         return
-    stored, path = save_metadata(folder), folder / "config.json"
-    if SAVE in stored and not (path.is_file() and stored[SAVE].encode() in path.read_bytes()):
-        write_atomically(path, lambda partial: partial.write_text(stored["config"]))
+    (save, text), path = saved_with(folder), folder / "config.json"
+    if save is not None and not (path.is_file() and str(save).encode() in path.read_bytes()):
+        write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def is_component(folder: Path) -> bool:
@@ -147,7 +153,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{folder}: no {path.name}; a model folder holds config.json and model.safetensors")
     config = read_json(config_path)
-    save, known = config.pop(SAVE, None), save_metadata(folder).get(SAVE)
+    save, (known, _) = config.pop(SAVE, None), saved_with(folder)
     if save is not None and known is not None and save != known:
         raise UserError(
             f"{folder}: config.json and model.safetensors are from different saves; copy both from one folder (a run "

@@ -52,7 +52,7 @@ def fails(capsys, *argv: str) -> str:
         ("vapi-spatial-openmoji", "mse=1", []),
         ("ce-openmoji", "mse=1", []),
         ("soft-openmoji", "ssim=1", []),
-        ("ste-openmoji", "mse=1", ["--objective.perceptual-weight", "0"]),
+        ("ste-openmoji", "mse=1", ["--objective.perceptual-weight", "0", "--objective.perceptual", "lpips"]),
         ("free-openmoji", "mse=1", ["--objective.group-size", "2"]),
     ],
 )

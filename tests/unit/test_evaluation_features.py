@@ -9,6 +9,7 @@ from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation import image_sets
 from consonar.evaluation.image_sets import ImageSet
+from consonar.perceptual.efficientnet import load_efficientnet_lite0
 from consonar.types import ImageRecord
 
 
@@ -189,3 +190,10 @@ def test_efficientnet_features():
     # The documented resize, done by hand, changes nothing.
     resized = torch.nn.functional.interpolate(images, size=(224, 224), mode="bilinear", antialias=True)
     assert torch.allclose(network(resized), features, atol=1e-4)
+
+
+def test_a_backbone_that_one_caller_moves_stays_where_it_was_for_the_others() -> None:
+    first, _ = load_efficientnet_lite0()
+    second, _ = load_efficientnet_lite0()
+    first.to("meta")
+    assert not any(parameter.is_meta for parameter in second.parameters())

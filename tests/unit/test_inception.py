@@ -189,7 +189,7 @@ def test_damaged_and_other_files_are_refused_in_one_line(weights, tmp_path):
     for name, content in {"short.pth": whole[: len(whole) // 2], "text.pth": b"not weights\n"}.items():
         path = tmp_path / name
         path.write_bytes(content)
-        assert "not readable" in refused(path) and name in refused(path)
+        assert "not a file of weights" in refused(path) and name in refused(path)
         path.unlink()
     for value, expected in (
         ([1, 2], "holds a list"),

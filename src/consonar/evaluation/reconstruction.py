@@ -49,7 +49,7 @@ def gaussian_window() -> Tensor:
 
 def gaussian_filter(images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, H - 10, W - 10): weighted means over the 11 x 11 window, only where it fits entirely."""
-    window = gaussian_window().to(images)
+    window = gaussian_window().to(images.device, images.dtype)
 
     def bands(size: int) -> Tensor:  # (size - 10, size): row i holds the window from column i on
         return torch.stack([functional.pad(window, (i, size - len(window) - i)) for i in range(size - len(window) + 1)])

