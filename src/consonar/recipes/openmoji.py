@@ -61,7 +61,7 @@ def tokenizer_openmoji_64() -> TrainConfig:
 
 
 def tokenizer_openmoji_64_f4() -> TrainConfig:
-    """The tokenizer of the shipped generator: 64 px, 16 x 16 tokens, with a patch discriminator."""
+    """Tokenizer of the shipped generator: 64 px, 16 x 16 tokens, patch discriminator."""
     return TrainConfig(
         recipe="tokenizer-openmoji-64-f4",
         model=VQConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_groups=16),
@@ -87,7 +87,7 @@ def tokenizer_openmoji_64_f4() -> TrainConfig:
 
 
 def rear_openmoji_f4() -> TrainConfig:
-    """The shipped generator `openmoji`: a small reAR on `openmoji-64-f4`, 16 x 16 tokens."""
+    """The shipped generator: a small reAR on `openmoji-64-f4`, 16 x 16 tokens."""
     return TrainConfig(
         recipe="rear-openmoji-f4",
         tokenizer="openmoji-64-f4",
@@ -110,7 +110,7 @@ def rear_openmoji_f4() -> TrainConfig:
 
 
 def vapi_openmoji() -> TrainConfig:
-    """VA-pi on a generator trained on OpenMoji, `--init RUN`; the perceptual distance that needs no download."""
+    """VA-pi on a generator trained on OpenMoji, `--init RUN`; its perceptual distance needs no download."""
     return TrainConfig(
         recipe="vapi-openmoji",
         model=None,
