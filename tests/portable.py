@@ -13,7 +13,6 @@ from pathlib import Path
 
 SETTINGS = (
     {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    {"OMP_NUM_THREADS": "2"},
     {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     {"MKL_CBWR": "COMPATIBLE"},
     {"CONSONAR_KERNELS": "ours"},
@@ -21,6 +20,7 @@ SETTINGS = (
     {"ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "2"},
     {"ATEN_CPU_CAPABILITY": "avx2", "CONSONAR_KERNELS": "ours"},
     {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "2"},
+    {"OMP_NUM_THREADS": "2"},
 )
 """What is added to the environment; threads: 1 unless said."""
 
