@@ -22,6 +22,7 @@ from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.options import check_options
+from consonar.outside import check_extent
 from consonar.perceptual import SMALLEST_INPUT
 from consonar.tokenizers.vq import VQConfig
 from consonar.training.alignment import AlignmentConfig
@@ -200,6 +201,7 @@ def read_config(path: Path) -> TrainConfig:
 
     with reading(path, "valid YAML"):
         values = yaml.load(path.read_text(encoding="utf-8"), ConfigLoader)
+        check_extent(values)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a table of keys, got {type(values).__name__}")
     if "base" in values:

@@ -31,6 +31,21 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     return value
 
 
+def check_extent(value: Any, most: int = 10_000) -> None:
+    """Raises ValueError where tables and lists in each other hold over `most` values, or hold themselves.
+
+    References in YAML make a few lines into as many values as one likes.
+    """
+    waiting, count = [value], 0
+    while waiting:
+        count += 1
+        if count > most:
+            raise ValueError(f"over {most} values, or a list that holds itself")
+        current = waiting.pop()
+        if isinstance(current, (dict, list)):
+            waiting += current.values() if isinstance(current, dict) else current
+
+
 def beside(path: Path, name: object) -> str:
     """`name`, which the file `path` gives to a file beside it. `UserError` when it leads anywhere else."""
     if not isinstance(name, str) or not plain_name(name):

@@ -110,3 +110,23 @@ def test_a_store_with_a_slash_behind_it_keeps_its_validation_store(
         config, data=replace(config.data, tokens=written.format(tmp_path / "mine"), validation_tokens=None)
     )
     assert with_validation(config).data.validation_tokens == str(tmp_path / "mine-validation")
+
+
+NOT_UTF8 = "out\udcff"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["tokenize", "--tokenizer", "openmoji-64", "--data", "PICTURES", "--out", NOT_UTF8],
+        ["train", "ar-openmoji", "--out", NOT_UTF8],
+        ["sample", "openmoji", "--out", NOT_UTF8],
+        ["report", "run", "--out", NOT_UTF8],
+        ["evaluate", "PICTURES", "--reference", "openmoji", "--out", NOT_UTF8],
+        ["convert", "x.pt", "--to", NOT_UTF8],
+        ["import-tokens", "--format", "rar-jsonl", "--data", "x", "--tokenizer", "openmoji-64", "--out", NOT_UTF8],
+    ],
+)
+def test_an_output_whose_name_is_not_utf8_is_refused(argv: list[str], picture_folder: Path, tmp_path, capsys) -> None:
+    line = fails([str(picture_folder) if word == "PICTURES" else word for word in argv], capsys)
+    assert "is not UTF-8" in line and line.encode()

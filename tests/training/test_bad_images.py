@@ -57,7 +57,9 @@ def reconstruct(make_config: Callable[..., TrainConfig]) -> Callable[..., TrainC
 def test_tokenize_leaves_out_what_cannot_be_read_and_lists_it(tmp_path, tokenizer_folder, capsys):
     data = fill(tmp_path / "data", 8, 3)
     argv = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", str(data), "--out", str(tmp_path / "t")]
-    assert "b/003.png: the image is truncated" in fails(argv, capsys) and not (tmp_path / "t").exists()
+    line = fails(argv, capsys)
+    assert "b/003.png: the image is truncated" in line and "--bad-images skip leaves such images out" in line
+    assert not (tmp_path / "t").exists()
     cli.main([*argv, "--bad-images", "skip"])
     said = capsys.readouterr().out
     assert "1 of 8 pictures cannot be read and are left out" in said and "7 images" in said

@@ -258,3 +258,18 @@ def test_one_file_trains_and_one_file_knows_processes():
     assert parsing and all(name.startswith("cli/") for name in parsing)
     knowing = [name for name, path in sources.items() if any(i.startswith("torch.distributed") for i in imports(path))]
     assert knowing == ["distributed.py"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "loop: &a {trackers: [*a]}",
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+        "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
+        "e: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\nloop: {trackers: [*e, *e]}",
+    ],
+)
+def test_references_in_yaml_do_not_grow_without_end(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"x\.yaml: not valid YAML.*over 10000 values"):
+        read_config(tmp_path / "x.yaml")

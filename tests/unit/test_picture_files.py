@@ -161,7 +161,7 @@ def test_exif_orientation_is_applied_whatever_else_stands_there():
 def test_a_picture_of_too_many_pixels_names_the_way_out():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 14_000, 14_000, 1, 0, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(bytes(14_000 // 8 + 1) * 14_000)) + chunk(b"IEND", b"")
-    with pytest.raises(BadImage, match=r"^big\.png: too large to be decoded .*make it smaller.*--bad-images skip"):
+    with pytest.raises(BadImage, match=r"^big\.png: too large to be decoded .*make it smaller"):
         read_image(b"\x89PNG\r\n\x1a\n" + header + body, "big.png")
 
 

@@ -14,7 +14,7 @@ from consonar.cli.making import demo, import_tokens, recipes, sample_command, to
 from consonar.cli.measuring import evaluate, report
 from consonar.cli.models import convert, models
 from consonar.cli.parsing import parse
-from consonar.errors import UserError, printable, unknown
+from consonar.errors import BadImage, UserError, printable, unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise unknown("command", args[0], COMMANDS)
         run_command(args[0], args[1:])
     except UserError as error:
-        print(f"consonar: {error}", file=sys.stderr)
+        way_out = "; --bad-images skip leaves such images out" if isinstance(error, BadImage) else ""
+        print(f"consonar: {error}{way_out}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         # The machine said no (full disk, no permission, a file where a folder should be): the user's to mend.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import check_bad_images, check_name, class_list, is_option, parse, take_option
+from consonar.cli.parsing import check_bad_images, check_name, check_output, class_list, is_option, parse, take_option
 from consonar.errors import MissingSplit, UserError, unknown
 
 
@@ -23,6 +23,7 @@ def demo(*, out: Path = Path("runs/demo"), minutes: float = 18.0, seed: int = 0)
     """
     from consonar.demo import run_demo
 
+    check_output(out)
     page = run_demo(out, minutes=minutes, seed=seed, say=say)
     say(f"the page: {page.resolve()}")
 
@@ -76,6 +77,7 @@ def train_command(args: Sequence[str]) -> None:
         """Print nothing."""
 
     chosen = parse(Train, args[1:], "train")
+    check_output(chosen.out)
     sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
     folder = train(chosen.config, chosen.out, resume=chosen.resume, stop_at=chosen.stop_at, quiet=chosen.quiet)
     say(f"run folder: {folder}")
@@ -228,6 +230,7 @@ def import_tokens(*, format: str, data: Path, tokenizer: str, out: Path, labels:
         raise unknown("--format", format, formats)
     if (labels is None) != (format == "rar-jsonl"):
         raise UserError("--labels: needed by llamagen-npy and by nothing else")
+    check_name(out)
     model = load_tokenizer(tokenizer)
     store = import_rar_jsonl(data, out, model) if labels is None else import_llamagen_npy(data, labels, out, model)
     say(store.describe())
@@ -268,6 +271,7 @@ def sample_command(args: Sequence[str]) -> None:
         from consonar.sampling.job import make_job, run_job
         from consonar.tokenizers import load_tokenizer
 
+        check_name(out)
         place = pick_device(device, "--device")
         model = load_generator(generator).to(place)
         own = load_own_tokenizer(generator) if tokenizer is None else None

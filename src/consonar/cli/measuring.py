@@ -6,7 +6,7 @@ from typing import Any
 import tyro
 
 from consonar.cli.console import counting, print_metrics, say
-from consonar.cli.parsing import check_bad_images, check_read
+from consonar.cli.parsing import check_bad_images, check_output, check_read
 from consonar.data.bad_images import BadImages
 from consonar.errors import UserError
 from consonar.origin import Origin
@@ -59,6 +59,7 @@ def evaluate(
     place = str(pick_device(device, "--device"))
     given = dict(locals())
     check_bad_images(bad_images, bad_images_limit)
+    check_output(out)
     bad = BadImages(bad_images, bad_images_limit, out and out.with_name(f"{out.name}-bad-images.txt"))
     if not samples.exists() and str(samples) in SHIPPED:
         raise UserError(
@@ -176,4 +177,5 @@ def report(
     """
     from consonar.report import write_report
 
+    check_output(out)
     say(f"report: {write_report(list(runs), out, title=title, overwrite=overwrite)}")

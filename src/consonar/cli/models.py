@@ -7,6 +7,7 @@ from typing import Any
 import tyro
 
 from consonar.cli.console import print_models, say
+from consonar.cli.parsing import check_output
 from consonar.errors import UserError, unknown
 
 
@@ -33,6 +34,7 @@ def convert(
     """
     from consonar import convert as conversion
 
+    check_output(to or to_official, "--to" if to else "--to-official")
     if (to is None) == (to_official is None):
         raise UserError("convert: give either --to FOLDER, or --to-official FILE for the way back")
     if to_official is not None:

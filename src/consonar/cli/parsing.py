@@ -83,8 +83,17 @@ def check_bad_images(policy: str, limit: float) -> None:
         raise UserError(f"--bad-images-limit: {limit} is read only with --bad-images skip; leave it away")
 
 
+def check_output(out: Path | None, key: str = "--out") -> None:
+    """Raises `UserError` for an output whose name is not UTF-8: not all that write files take such names."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{key}: {str(out)!r} is not UTF-8; choose another name") from error
+
+
 def check_name(out: Path) -> None:
-    """Raises `UserError` for a path without a name of its own: other files are named after it and lie beside it."""
+    """`check_output`, and `UserError` for a path without a name of its own: others are named after it, beside it."""
+    check_output(out)
     if out.name in ("", ".."):
         raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'mine'}")
 

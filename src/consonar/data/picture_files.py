@@ -116,8 +116,7 @@ def read_image(source: str | Path | bytes, name: str) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise BadImage(f"{name}: not an image ({len(data)} bytes)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, _TooLarge) as error:
-        remedy = "make it smaller, or leave it out (--bad-images skip)"
-        raise BadImage(f"{name}: too large to be decoded ({error}); {remedy}") from error
+        raise BadImage(f"{name}: too large to be decoded ({error}); make it smaller") from error
     except Exception as error:  # what the bytes happen to spell: see `errors.reading`
         cause = str(error) or type(error).__name__
         raise BadImage(f"{name}: the image is truncated or damaged ({len(data)} bytes): {cause[:200]}") from error
