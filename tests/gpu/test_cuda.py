@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from consonar.distributed import pick_device
+from consonar.evaluation.evaluate import Reference, encode_reference
+from consonar.evaluation.image_sets import folder_image_set
 from consonar.generators import load_generator
 from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.training.baselines import gumbel_noise
 from consonar.training.objectives import ConsistencyConfig, NoiseConfig
 from consonar.training.run import train
 
@@ -53,3 +57,18 @@ def test_resume_on_cuda(make_config, tmp_path: Path) -> None:
     whole = losses(train(config, tmp_path / "whole", quiet=True))
     train(config, tmp_path / "cut", stop_at=3, quiet=True)
     assert losses(train(config, tmp_path / "cut", resume=True, quiet=True)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_reference_is_encoded_as_on_the_cpu(tokenizer, picture_folder: Path) -> None:
+    """Its pictures are read on the CPU; the convolutions are float32, not TF32."""
+    reference = Reference("x", {"train": folder_image_set(picture_folder / "train" / "all")[0]})
+    here = encode_reference(reference, tokenizer)
+    there = encode_reference(reference, tokenizer.to(pick_device("cuda")))
+    assert here.tokens and there.tokens
+    assert (here.tokens["train"] == there.tokens["train"]).float().mean() > 0.999
+
+
+def test_noise_of_a_row_is_drawn_on_the_device_from_its_seed_alone() -> None:
+    logits = torch.zeros(4, 3, 5, device="cuda")
+    noise = gumbel_noise(torch.arange(4), logits)
+    assert noise.is_cuda and torch.equal(noise[2:], gumbel_noise(torch.arange(2, 4), logits[2:]))
