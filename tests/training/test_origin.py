@@ -15,7 +15,6 @@ from datasets import Image as ImageFeature
 import consonar.training.inputs as inputs
 from consonar.cli import main
 from consonar.config import DataConfig
-from consonar.data.images import open_source
 from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.errors import UserError
 from consonar.evaluation import frontier
@@ -69,10 +68,11 @@ def post_train(make_config, tmp_path):
     def run(init, images, name="run", **changes):
         data = DataConfig(images=str(images), **changes.pop("data", {}))
         loop = {"steps": 1, "batch_size": 4} | changes.pop("loop", {})
+        how = {key: changes.pop(key) for key in ("resume", "stop_at") if key in changes}
         changes = {"objective": CE, **changes}
         return train(
             make_config(loop=loop, init=str(init), tokenizer=None, model=None, data=data, **changes),
-            tmp_path / name, quiet=True,
+            tmp_path / name, quiet=True, **how,
         )  # fmt: skip
 
     return run
@@ -97,7 +97,7 @@ def test_post_training_on_pictures_without_labels_is_refused_for_several_classes
     flat = pictures(tmp_path / "flat")
     with pytest.raises(UserError, match=r"no label, and there are 3 classes; .*--label-default.*class-dropout 1"):
         post_train(generator_of(*"abc"), flat)
-    run = post_train(generator_of(*"abc"), flat, data={"label_default": "2"})
+    run = post_train(generator_of(*"abc"), flat, data={"label_default": "c"})
     assert read_origin(run).class_names == tuple("abc")
     post_train(generator_of("all"), flat, "unconditional")
 
@@ -220,6 +220,9 @@ def test_match_is_refused_for_another_tokenizer_or_other_classes(generator_of, t
     with pytest.raises(UserError, match=r"--match: .*class 0 is 'c' .*in the reference it is 'a'"):
         sharpness.match(own, generator_of(*"cba"))
     assert sharpness.match(own, generator_of(*"abc")) == pytest.approx(1, abs=2e-3)
+    own_order = Sharpness(str(tmp_path / "data"), tokenizer, 4, Origin(class_names=tuple("cdba")))
+    labels = [label for batch in own_order.batches(tiny_generator(num_classes=4)) for label in batch.condition.tolist()]
+    assert labels == [3, 3, 2, 2, 0, 0]  # the reference's a, a, b, b, c, c
 
 
 class Colour:
@@ -283,15 +286,19 @@ def test_a_run_goes_on_with_its_tokens_wherever_they_lie_but_not_with_others(
 
 
 def test_a_run_goes_on_with_its_pictures_wherever_they_lie_but_not_with_others(generator_of, post_train, tmp_path):
-    start, images = generator_of("all"), pictures(tmp_path / "images")
-    loop = {"steps": 2, "save_every": 1}
-    run = post_train(start, images, loop=loop | {"steps": 2})
+    start, images, loop = generator_of("all"), pictures(tmp_path / "images"), {"steps": 3}
+    post_train(start, images, loop=loop, stop_at=1)
     images.rename(tmp_path / "moved")
-    origin = json.loads((run / "origin.json").read_text())
-    assert origin["data_sha256"] and origin["init_sha256"] and origin["tokenizer_fingerprint"]
-    assert open_source(str(tmp_path / "moved"), image_size=16).content_hash == origin["data_sha256"]
+    post_train(start, tmp_path / "moved", loop=loop, stop_at=2, resume=True)
     picture(77).save(tmp_path / "moved" / "3.png")
-    assert open_source(str(tmp_path / "moved"), image_size=16).content_hash != origin["data_sha256"]
+    with pytest.raises(UserError, match=r"^--resume: the data is 'imagefolder:"):
+        post_train(start, tmp_path / "moved", loop=loop, resume=True)
+    picture(3).save(tmp_path / "moved" / "3.png")
+    shutil.copytree(start, tmp_path / "kept")
+    generator_of("all", seed=5)
+    with pytest.raises(UserError, match=r"^--resume: the start model is"):
+        post_train(start, tmp_path / "moved", loop=loop, resume=True)
+    post_train(tmp_path / "kept", tmp_path / "moved", loop=loop, resume=True)
 
 
 def test_runs_and_stores_of_older_versions_go_on(make_config, stores, tmp_path):

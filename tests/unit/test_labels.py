@@ -63,7 +63,7 @@ def test_an_unknown_default_class_is_refused_with_the_choices(half_labelled):
 def test_pictures_without_any_label_serve_one_class_and_no_more(tmp_path):
     source = open_source(str(folder_of(tmp_path, ".")), image_size=16)
     assert load_images(source, 16, num_classes=1)[1].tolist() == [0, 0]
-    with pytest.raises(UserError, match="picture 0: no label, and there are 3 classes"):
+    with pytest.raises(UserError, match=r"0\.png: no label, and there are 3 classes"):
         load_images(source, 16, num_classes=3)
     given = open_source(str(tmp_path), image_size=16, label_default="2")
     assert load_images(given, 16, num_classes=3)[1].tolist() == [2, 2]

@@ -170,7 +170,13 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
 
 
 def open_source(
-    spec: str, *, split: str = "train", image_size: int, classes: str | None = None, label_default: str | None = None
+    spec: str,
+    *,
+    split: str = "train",
+    image_size: int,
+    classes: str | None = None,
+    label_default: str | None = None,
+    model_classes: Sequence[str] | None = None,
 ) -> ImageSource:
     """The images that `spec` names.
 
@@ -183,14 +189,14 @@ def open_source(
 
     `split` is "train", "validation" or, where the data has more, the name of a split. `classes` is a file that names
     class 0, 1, ... (`labels.read_class_file`), `label_default` what becomes of pictures without a label
-    (`labels.Relabelled`). Raises `UserError` for an unknown `spec` or `split`, and for a folder or data set that is
-    missing, empty or ambiguous.
+    (`labels.Relabelled`), by a name of `model_classes` where the images have none. Raises `UserError` for an unknown
+    `spec` or `split`, and for a folder or data set that is missing, empty or ambiguous.
     """
     source = _open(spec, split, image_size)
     if classes is None and label_default is None:
         return source
     kind = IndexedRelabelled if isinstance(source, IndexedSource) else Relabelled
-    return kind(source, None if classes is None else read_class_file(classes), label_default)
+    return kind(source, None if classes is None else read_class_file(classes), label_default, model_classes)
 
 
 def _open(spec: str, split: str, image_size: int) -> ImageSource:

@@ -15,6 +15,7 @@ from consonar.types import ImageRecord, ImageSource
 MAX_CLASSES = 100_000
 """More than any collection of labelled pictures has; a model has a row of weights for each."""
 DROP = "drop"
+Names = Sequence[str] | None
 WITHOUT_CLASSES = " (in post-training also --objective.class-dropout 1: no picture's class is read)"
 LABEL_REMEDY = "give it one with --label-default CLASS, or leave such pictures out with --label-default drop"
 
@@ -48,7 +49,13 @@ def check_labels(source: ImageSource, num_classes: int, missing: int | None = No
     """`check_label` of every picture whose label is known beforehand, so that a job of hours does not end at one."""
     for index, label in enumerate(known_labels(source) or ()):
         if label is None or not 0 <= label < num_classes:  # the name costs more than the look
-            check_label(label, num_classes, f"{source.name}: picture {index}", missing)
+            check_label(label, num_classes, f"{source.name}: {picture_name(source, index)}", missing)
+
+
+def picture_name(source: Any, index: int) -> str:
+    """What picture `index` of a source is called, where that is known without decoding it."""
+    files = getattr(source, "files", None)
+    return f"picture {index}" if files is None else str(files[index].relative_to(source.root).as_posix())
 
 
 def read_class_file(path: str | Path) -> tuple[str, ...]:
@@ -73,21 +80,24 @@ class Relabelled:
     """An image source whose labels count the classes `class_names`, and whose pictures without one get `default`.
 
     `class_names` None leaves them as they are. `default` is the id or name of a class, `drop` (such pictures are left
-    out), or None. Raises `UserError` for a class of the source that is not among `class_names`, and an unknown default.
+    out), or None; where the source names no classes, the default is one of `names`. Raises `UserError` for a class of
+    the source that is not among `class_names`, and an unknown default.
     """
 
-    def __init__(self, source: ImageSource, class_names: tuple[str, ...] | None, default: str | None) -> None:
+    def __init__(
+        self, source: ImageSource, class_names: tuple[str, ...] | None, default: str | None, names: Names = None
+    ) -> None:
         own = source.class_names
         self.source, self.name, self.class_names = source, source.name, class_names or own
         self.order: list[int] | None = None
         if own is not None and class_names is not None:
-            index = {name: label for label, name in enumerate(class_names)}
+            index = {same_text(name): label for label, name in enumerate(class_names)}
             for name in own:
                 if same_text(name) not in index:
                     raise unknown(f"--classes: class of {source.name}", name, class_names)
             self.order = [index[same_text(name)] for name in own]
         self.drops = default == DROP
-        self.default = None if default is None or self.drops else class_id(default, self.class_names)
+        self.default = None if default is None or self.drops else class_id(default, self.class_names or names)
 
     @property
     def content_hash(self) -> str | None:
@@ -115,8 +125,10 @@ class IndexedRelabelled(Relabelled):
 
     source: Any
 
-    def __init__(self, source: Any, class_names: tuple[str, ...] | None, default: str | None) -> None:
-        super().__init__(source, class_names, default)
+    def __init__(
+        self, source: Any, class_names: tuple[str, ...] | None, default: str | None, names: Names = None
+    ) -> None:
+        super().__init__(source, class_names, default, names)
         known = [self._label(label) for label in known_labels(source) or [None] * len(source)]
         self.rows = [row for row, label in enumerate(known) if not (self.drops and label is None)]
         self.labels = [known[row] for row in self.rows]
@@ -165,7 +177,7 @@ def data_line(counts: Mapping[int | None, int], class_names: Sequence[str] | Non
     empty = [label for label in range(num_classes) if label not in seen]
     if empty:
         named = ", ".join(printable(class_names[label]) if class_names else str(label) for label in empty[:3])
-        line += f"; no picture of {named}" + (f" and {len(empty) - 3:,} more classes" if len(empty) > 3 else "")
+        line += f"; no picture of {named}" + (f" and {len(empty) - 3:,} more" if len(empty) > 3 else "")
     return line
 
 

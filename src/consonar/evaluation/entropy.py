@@ -17,13 +17,13 @@ from torch import Tensor
 
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.images import open_source
-from consonar.data.labels import check_label
+from consonar.data.labels import Relabelled, check_label
 from consonar.errors import MissingSplit, UserError
 from consonar.evaluation.evaluate import REFERENCES
 from consonar.evaluation.features import to_float
 from consonar.evaluation.image_sets import cropped
 from consonar.generators import load_generator, read_origin
-from consonar.origin import Origin, check, class_difference
+from consonar.origin import Origin, check, class_difference, same_text
 from consonar.placement import device_of, to_device
 from consonar.training import losses
 from consonar.types import Batch, Generator, ImageSource, Tokenizer
@@ -79,8 +79,10 @@ class Sharpness:
         except MissingSplit:
             return
         self.source = leave_out(self.source, bad, "reference validation")
-        other = class_difference(self.source.class_names, self.origin.class_names, "the generator")
-        if other is not None:
+        known, given = self.origin.class_names, self.source.class_names
+        if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
+            self.source = Relabelled(self.source, known, None)  # in the generator's order
+        elif other := class_difference(given, known, "the generator"):
             self.missing, self.source = f"of the reference, {other}", None
 
     def batches(self, generator: Any) -> Iterator[Batch] | None:

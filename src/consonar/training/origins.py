@@ -41,8 +41,10 @@ def without_places(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """A run's configuration without the places of what its origin.json knows by content."""
     origin = read_run_origin(run)
     known = {key for key, name in PLACES.items() if getattr(origin, name) is not None}
-    data = {key: value for key, value in config["data"].items() if f"data.{key}" not in known}
-    return {key: value for key, value in config.items() if key not in known} | {"data": data}
+    kept = {key: value for key, value in config.items() if key not in known}
+    if isinstance(data := config.get("data"), dict):
+        kept["data"] = {key: value for key, value in data.items() if f"data.{key}" not in known}
+    return kept
 
 
 def check_same_origin(run: Path, now: Origin) -> None:

@@ -11,6 +11,7 @@ from consonar.data.image_folder import other_files
 from consonar.data.images import IndexedSource, open_source
 from consonar.data.labels import describe
 from consonar.errors import MissingSplit, UserError
+from consonar.generators import read_origin
 from consonar.seeding import generator, permutation
 from consonar.types import ImageSource
 
@@ -63,8 +64,10 @@ def open_images(config: TrainConfig, split: str, image_size: int) -> ImageSource
     """One split of a run's images, with the classes and labels that it wants."""
     data = config.data
     assert data.images is not None
-    labels = {"classes": data.classes, "label_default": data.label_default}
-    return open_source(data.images, split=split, image_size=image_size, **labels)
+    return open_source(
+        data.images, split=split, image_size=image_size, classes=data.classes, label_default=data.label_default,
+        model_classes=read_origin(config.init).class_names if config.init else None,
+    )  # fmt: skip
 
 
 def hold_out(source: ImageSource, share: float, seed: int) -> tuple[Part, Part]:
