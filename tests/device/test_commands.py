@@ -15,6 +15,7 @@ from device.pretend import pretended_cuda
 
 from consonar import cli
 from consonar.data.tokens import TokenStore
+from consonar.generators import load_generator
 from consonar.tokenizers import save_tokenizer
 from consonar.tokenizers.vq import VQTokenizer
 
@@ -130,3 +131,5 @@ def test_a_tokenizer_is_trained_and_measured(cuda, root: Path) -> None:
 def test_a_model_of_the_device_is_converted_back(cuda, root: Path, tmp_path: Path) -> None:
     cli.main(["convert", str(root / "rear"), "--to-official", str(tmp_path / "rear.safetensors")])
     cli.main(["convert", str(tmp_path / "rear.safetensors"), "--to", str(tmp_path / "rear")])
+    before, after = (load_generator(folder).state_dict() for folder in (root / "rear", tmp_path / "rear"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
