@@ -21,11 +21,13 @@ import torch
 from consonar.checkpoint import is_component, write_atomically
 from consonar.config import TrainConfig
 from consonar.data.images import open_source
+from consonar.data.openmoji import OpenMoji
 from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.demo_plan import (
-    EvaluationRate,
+    ImageRate,
     Part,
     Progress,
+    Rates,
     TrainingRate,
     Work,
     evaluation_rate,
@@ -36,6 +38,7 @@ from consonar.demo_plan import (
 from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import Reference, encode_reference, open_reference
+from consonar.evaluation.features import cached_features, load_feature_network
 from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.run_results import is_measured
 from consonar.generators import load_generator, load_own_tokenizer, read_origin
@@ -61,8 +64,10 @@ PARTS = {name: Part(name, "step", len(TEMPERATURES) + 1) for name in RUNS} | {
     f"{start}-{name}": Part(name, "update", len(TEMPERATURES)) for start in RUNS for name in POST_TRAINING
 }
 MOST_MINUTES = 100_000
-PROBE_STEPS, PROBE_SAMPLES = 4, (32, 96)
-"""What is run to measure this machine: steps of every kind of training, and samples of two rows of results."""
+STORES = {"train": ("tokens", "center_flip"), "validation": ("tokens-validation", "center")}
+"""Folder and views of the tokens of each split."""
+PROBE_STEPS, PROBE_ITEMS, PROBE_SAMPLES = 4, 128, (32, 96)
+"""What is run to measure this machine: steps of every kind of training, validation items, samples of two rows."""
 
 
 def demo_config(name: str, out: Path, *, steps: int, seed: int) -> TrainConfig:
@@ -124,14 +129,19 @@ def make_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None
     device = pick_device()
     tokenizer = load_tokenizer(TOKENIZER).to(device)
     draw_opening(out / "opening.png", device, say)
-    make_tokens(out, tokenizer, say)
-    target = encode_reference(open_reference(TOKENIZER, tokenizer.image_size), tokenizer)
+    reference = open_reference(TOKENIZER, tokenizer.image_size)
     if "seconds" not in stored:
-        stored |= make_plan(out, target, minutes=minutes, seed=seed, began=began, say=say)
+        stored |= make_plan(out, reference, tokenizer, minutes=minutes, seed=seed, began=began, say=say)
         write_settings(out, stored)
     work = Work(stored["steps"], stored["updates"], stored["samples"])
     progress = Progress(stored["seconds"], say)
     progress.skip("preparing")
+    progress.start("tokens", "of the training images")
+    make_tokens(out, "train", tokenizer)
+    progress.finish()
+    progress.start("reference", "tokens of all images")
+    target = encode_reference(reference, tokenizer)
+    progress.finish()
     for name in PARTS:
         train_part(name, out, work, seed, progress)
     for name in PARTS:
@@ -153,13 +163,12 @@ def draw_opening(path: Path, device: torch.device, say: Callable[[str], None]) -
         say(f"{path}: drawn by the generator {OPENING!r} of the package; its rows: {', '.join(names)}")
 
 
-def make_tokens(out: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
-    """The token stores of the training and the validation images."""
-    for split, folder, views in (("train", "tokens", "center_flip"), ("validation", "tokens-validation", "center")):
-        if not (out / folder / METADATA_FILE).is_file():  # written last
-            say(f"OpenMoji, {split} images -> tokens")
-            source = open_source("openmoji", split=split, image_size=tokenizer.image_size)
-            write_token_store(out / folder, source, tokenizer, views=views)
+def make_tokens(out: Path, split: str, tokenizer: Tokenizer) -> None:
+    """The token store of the images of a split, unless it is there."""
+    folder, views = STORES[split]
+    if not (out / folder / METADATA_FILE).is_file():  # written last
+        source = open_source("openmoji", split=split, image_size=tokenizer.image_size)
+        write_token_store(out / folder, source, tokenizer, views=views)
 
 
 def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) -> None:
@@ -199,55 +208,100 @@ def measure_part(name: str, out: Path, work: Work, seed: int, target: Reference,
 
 
 def make_plan(
-    out: Path, target: Reference, *, minutes: float, seed: int, began: float, say: Callable[[str], None]
+    out: Path,
+    reference: Reference,
+    tokenizer: Tokenizer,
+    *,
+    minutes: float,
+    seed: int,
+    began: float,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measures this machine, says how long the whole job takes, and returns what demo.json keeps of it."""
     say("measuring this machine: some steps of every kind")
-    training, measuring = measure_machine(out / ".measure", out, target, seed)
+    rates, images = measure_machine(out / ".measure", out, reference, tokenizer, seed)
+
+    def seconds(work: Work) -> dict[str, float]:
+        return seconds_of(work, rates, PARTS, images)
+
     spent = time.monotonic() - began
-    work = most_work(60 * minutes - spent, lambda work: sum(seconds_of(work, training, measuring, PARTS).values()))
-    seconds = {"preparing": spent, **seconds_of(work, training, measuring, PARTS)}
-    whole = sum(seconds.values()) / 60
-    speed = ", ".join(f"{kind} {rate.step:.2g}" for kind, rate in training.items())
-    say(f"seconds per step here: {speed}; per sample: {measuring.sample:.2g}")
+    work = most_work(60 * minutes - spent, lambda work: sum(seconds(work).values()))
+    planned = {"preparing": spent, **seconds(work)}
+    whole = sum(planned.values()) / 60
+    speed = ", ".join(f"{kind} {rate.step:.2g}" for kind, rate in rates.training.items())
+    say(f"seconds per step here: {speed}; per sample: {rates.measuring.sample:.2g}")
     short = f", the least there is: {minutes:g} are too few" if whole > minutes * 1.05 else ""
     say(
         f"the whole takes about {whole:.0f} minutes here{short}: {work.steps} steps for {' and '.join(RUNS)}, "
         f"{work.updates} updates for each post-training run, {work.samples} samples per row"
     )
-    rates = {"training": {kind: asdict(rate) for kind, rate in training.items()}, "measuring": asdict(measuring)}
-    return {**asdict(work), "seconds": seconds, "rates": rates}
+    return {**asdict(work), "seconds": planned, "rates": asdict(rates)}
 
 
 def measure_machine(
-    folder: Path, out: Path, target: Reference, seed: int
-) -> tuple[dict[str, TrainingRate], EvaluationRate]:
-    """Rates of every kind of run and of measuring one, from short ones in `folder`, which is removed."""
+    folder: Path, out: Path, reference: Reference, tokenizer: Tokenizer, seed: int
+) -> tuple[Rates, tuple[int, int]]:
+    """Rates of everything the job does, from little of it in `folder`, which is removed.
+
+    And how many images there are to train on and to validate with. Only the validation images are encoded and seen by
+    the feature network here, in the place of the training images too.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    work, training = Work(PROBE_STEPS, PROBE_STEPS, 0), {}
+    device = str(pick_device())
+    count = len(OpenMoji("train", tokenizer.image_size))
+    held_out, lap = reference.images["validation"], laps()
+    target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
+    assert target.tokens is not None
+    seen, encoding = len(target.tokens["validation"]), lap() / 2
+    cached_features(load_feature_network("efficientnet-lite0", device), held_out, batch_size=64, max_rows=seen)
+    images = ImageRate(encoding / seen, lap() / seen)
+    make_tokens(out, "validation", tokenizer)
+    training: dict[str, TrainingRate] = {}
     for name, part in PARTS.items():
-        if part.kind in training:
-            continue
-        config = config_of(name, out, work, seed)
-        loop = replace(config.loop, log_every=1, validate_every=0, save_every=0)
-        init = str(folder / Path(config.init).name) if config.init else None
-        started = time.monotonic()
-        train(replace(config, loop=loop, init=init), folder / name, quiet=True)
-        training[part.kind] = training_rate(read_metrics(folder / name / "metrics.jsonl"), time.monotonic() - started)
+        if part.kind not in training:
+            config = config_of(name, out, Work(PROBE_STEPS, PROBE_STEPS, 0), seed)
+            training[part.kind] = measure_training(folder, config, PROBE_ITEMS / seen)
     rows = []
-    for temperatures, samples in ((TEMPERATURES, PROBE_SAMPLES[0]), (TEMPERATURES[:1], PROBE_SAMPLES[1])):
-        stamps = [time.monotonic()]
+    for samples in PROBE_SAMPLES:
+        stamps: list[float] = []
+        lap()
 
         def stamp(_: str, stamps: list[float] = stamps) -> None:
-            stamps.append(time.monotonic())
+            stamps.append(lap())
 
         evaluate_run(
             folder / next(iter(RUNS)), reference=TOKENIZER, target=target, reconstruct=False, overwrite=True,
-            temperatures=temperatures, num_samples=samples, seed=seed, progress=stamp, device=str(pick_device()),
+            num_samples=samples, seed=seed, progress=stamp, device=device,
         )  # fmt: skip
-        rows.append((samples, time.monotonic() - stamps[-1]))  # its last row: the first reads the reference too
+        rows.append((samples, lap()))
     shutil.rmtree(folder)
-    return training, evaluation_rate(stamps[1] - stamps[0], *rows)
+    return Rates(images, training, evaluation_rate(stamps[0], *rows)), (count, seen)
+
+
+def measure_training(folder: Path, config: TrainConfig, share: float) -> TrainingRate:
+    """The rate of a kind of run, from its first steps; `share`: of the validation images, what `PROBE_ITEMS` are."""
+    tokens = f"{config.data.tokens}-validation" if config.data.tokens else None
+    config = replace(
+        config,
+        init=str(folder / Path(config.init).name) if config.init else None,
+        data=replace(config.data, tokens=tokens, validation_tokens=tokens, validation_items=PROBE_ITEMS),
+        loop=replace(config.loop, log_every=1, validate_every=0, save_every=0),
+    )
+    out, lap = folder / str(config.recipe), laps()
+    train(config, out, quiet=True)
+    return training_rate(read_metrics(out / "metrics.jsonl"), lap(), share)
+
+
+def laps() -> Callable[[], float]:
+    """A function that returns the seconds since its last call."""
+    last = time.monotonic()
+
+    def lap() -> float:
+        nonlocal last
+        before, last = last, time.monotonic()
+        return last - before
+
+    return lap
 
 
 def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ VALIDATIONS = {"step": 8, "update": 3}
 """Of a training run (of `step`s), and of a post-training run, which also validates where it starts."""
 PAGE_SECONDS = 10.0
 """The page alone is not measured: it needs finished runs."""
+SUSTAINED = 1.15
+"""Seconds of long work against those of its first steps (warm processor, its neighbours): 1.1 to 1.3 were seen."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,26 @@ class EvaluationRate:
 
 
 @dataclass(frozen=True)
+class ImageRate:
+    """Seconds of what is done once with every image of the data."""
+
+    encode: float
+    """Reading it and encoding it into tokens."""
+    features: float
+    """Reading it and its features."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured of this machine."""
+
+    images: ImageRate
+    training: Mapping[str, TrainingRate]
+    """By kind of run."""
+    measuring: EvaluationRate
+
+
+@dataclass(frozen=True)
 class Work:
     """The size of the whole job: the same for all runs of a comparison."""
 
@@ -50,8 +72,11 @@ class Work:
     """Drawn per row of results."""
 
 
-def training_rate(metrics: Sequence[Mapping[str, Any]], seconds: float) -> TrainingRate:
-    """The rate of a run of `seconds` that logged every step (the lines of its metrics.jsonl, in their order)."""
+def training_rate(metrics: Sequence[Mapping[str, Any]], seconds: float, share: float = 1.0) -> TrainingRate:
+    """The rate of a run of `seconds` that logged every step (the lines of its metrics.jsonl, in their order).
+
+    Its validations measured this `share` of the validation images, over 0.
+    """
     steps = [line["time"] for line in metrics if "train/loss" in line]
     before, validations = 0.0, []
     for line in metrics:
@@ -60,7 +85,8 @@ def training_rate(metrics: Sequence[Mapping[str, Any]], seconds: float) -> Train
         before = line["time"]
     gaps = sorted(later - earlier for earlier, later in pairwise(steps))
     step, validation = max(gaps[len(gaps) // 2], 1e-4), min(validations)  # the clock of metrics.jsonl counts 0.001
-    return TrainingRate(max(seconds - len(steps) * step - len(validations) * validation, 0.0), step, validation)
+    setup = max(seconds - len(steps) * step - len(validations) * validation, 0.0)
+    return TrainingRate(setup, step, validation / share)
 
 
 def evaluation_rate(setup: float, few: tuple[int, float], many: tuple[int, float]) -> EvaluationRate:
@@ -86,18 +112,22 @@ class Part:
     """Of its results."""
 
 
-def seconds_of(
-    work: Work, training: Mapping[str, TrainingRate], measuring: EvaluationRate, parts: Mapping[str, Part]
-) -> dict[str, float]:
-    """Seconds of every piece of the job by name, in order: all runs are trained, then all are measured."""
-    pieces = {}
+def seconds_of(work: Work, rates: Rates, parts: Mapping[str, Part], images: tuple[int, int]) -> dict[str, float]:
+    """Seconds of every piece of the job by name, in order: all runs are trained, then all are measured.
+
+    `images`: how many there are to train on and to validate with. The training tokens are of two views, the
+    reference's of one; the first run that is measured makes the features of the training images, the others read them.
+    """
+    train, validation = images
+    pieces = {"tokens": 2 * train * rates.images.encode, "reference": (train + validation) * rates.images.encode}
     for name, part in parts.items():
-        rate, count = training[part.kind], work.steps if part.unit == "step" else work.updates
+        rate, count = rates.training[part.kind], work.steps if part.unit == "step" else work.updates
         pieces[f"training {name}"] = rate.setup + count * rate.step + VALIDATIONS[part.unit] * rate.validation
+    row, features = rates.measuring.row + work.samples * rates.measuring.sample, train * rates.images.features
     for name, part in parts.items():
-        row = measuring.row + work.samples * measuring.sample
-        pieces[f"measuring {name}"] = measuring.setup + part.rows * row
-    return pieces | {"page": PAGE_SECONDS}
+        pieces[f"measuring {name}"] = rates.measuring.setup + part.rows * row + features
+        features = 0.0
+    return {piece: SUSTAINED * seconds for piece, seconds in pieces.items()} | {"page": PAGE_SECONDS}
 
 
 def most_work(seconds: float, cost: Callable[[Work], float]) -> Work:

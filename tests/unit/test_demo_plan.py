@@ -13,9 +13,12 @@ from consonar import demo
 from consonar.checkpoint import save_component
 from consonar.demo_plan import (
     LEAST_STEPS,
+    SUSTAINED,
     EvaluationRate,
+    ImageRate,
     Part,
     Progress,
+    Rates,
     TrainingRate,
     Work,
     evaluation_rate,
@@ -34,26 +37,34 @@ TRAINING = {
     "vapi": TrainingRate(6.0, 1.4, 4.0),
 }
 MEASURING = EvaluationRate(1.0, 3.0, 0.05)
+ENCODING = ImageRate(encode=0.002, features=0.01)
+IMAGES = (3906, 364)
+
+
+def rates(slower: float = 1.0) -> Rates:
+    training = {k: TrainingRate(*(slower * v for v in vars(rate).values())) for k, rate in TRAINING.items()}
+    return Rates(ENCODING, training, MEASURING)
 
 
 def cost(work: Work, slower: float = 1.0) -> float:
-    training = {k: TrainingRate(*(slower * v for v in vars(rate).values())) for k, rate in TRAINING.items()}
-    return sum(seconds_of(work, training, MEASURING, demo.PARTS).values())
+    return sum(seconds_of(work, rates(slower), demo.PARTS, IMAGES).values())
 
 
 def test_the_seconds_of_a_job_are_those_of_its_pieces() -> None:
     parts = {"a": Part("plain-ar", "step", 3), "a-vapi": Part("vapi", "update", 2)}
-    seconds = seconds_of(Work(100, 20, 64), TRAINING, MEASURING, parts)
+    seconds = seconds_of(Work(100, 20, 64), rates(), parts, (1000, 50))
     assert seconds == {
-        "training a": pytest.approx(2 + 100 * 0.7 + 8 * 1.5),
-        "training a-vapi": pytest.approx(6 + 20 * 1.4 + 3 * 4.0),
-        "measuring a": pytest.approx(1 + 3 * (3 + 64 * 0.05)),
-        "measuring a-vapi": pytest.approx(1 + 2 * (3 + 64 * 0.05)),
+        "tokens": pytest.approx(SUSTAINED * (2 * 1000 * 0.002)),
+        "reference": pytest.approx(SUSTAINED * (1050 * 0.002)),
+        "training a": pytest.approx(SUSTAINED * (2 + 100 * 0.7 + 8 * 1.5)),
+        "training a-vapi": pytest.approx(SUSTAINED * (6 + 20 * 1.4 + 3 * 4.0)),
+        "measuring a": pytest.approx(SUSTAINED * (1 + 3 * (3 + 64 * 0.05) + 1000 * 0.01)),
+        "measuring a-vapi": pytest.approx(SUSTAINED * (1 + 2 * (3 + 64 * 0.05))),
         "page": 10.0,
     }
 
 
-@pytest.mark.parametrize("minutes", [8, 15, 60, 600])
+@pytest.mark.parametrize("minutes", [12, 18, 60, 600])
 @pytest.mark.parametrize("slower", [0.1, 1, 3])
 def test_the_work_fills_the_minutes(minutes: float, slower: float) -> None:
     work = most_work(60 * minutes, lambda work: cost(work, slower))
@@ -74,6 +85,7 @@ def test_rates_are_read_from_a_run_that_logged_every_step() -> None:
     lines += [{"step": 4, "time": 10.5, "validation/loss": 1.0}]
     # four steps of a second and two validations of two leave four of sixteen
     assert training_rate(lines, 12.0) == TrainingRate(4.0, 1.0, 2.0)
+    assert training_rate(lines, 12.0, share=0.25) == TrainingRate(4.0, 1.0, 8.0)  # of a quarter of the images
     assert training_rate([{**line, "time": 0.0} for line in lines], 0.0).step > 0
 
 
@@ -118,12 +130,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         progress(f"{run.name}: {num_samples} samples at temperature 1")
         (run / "results.json").touch()
 
-    def measure_machine(*places) -> tuple[dict[str, TrainingRate], EvaluationRate]:
-        training = {k: TrainingRate(*(noted.slower * v for v in vars(rate).values())) for k, rate in TRAINING.items()}
-        return training, MEASURING
-
     for name, value in {
-        "train": train, "evaluate_run": evaluate_run, "measure_machine": measure_machine,
+        "train": train, "evaluate_run": evaluate_run,
+        "measure_machine": lambda *places: (rates(noted.slower), IMAGES),
         "draw_opening": lambda path, device, say: say(f"{path}: pictures"), "make_tokens": lambda *places: None,
         "open_reference": lambda *spec: None, "encode_reference": lambda *reference: None,
         "write_report": lambda runs, page, **options: page.touch(),
@@ -137,7 +146,7 @@ def test_the_demo_says_how_long_the_whole_takes_before_it_trains(pretended, tmp_
     demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=said.append)
     plan = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert "opening.png" in said[0] and "the whole takes about 15 minutes here" in said[3]
-    assert "%, 0 of 15 min] training plain-ar: " in said[4]
+    assert "%, 0 of 15 min] tokens: " in said[4] and f"min] training plain-ar: {plan['steps']} steps" in said[6]
     assert sum(plan["seconds"].values()) == pytest.approx(15 * 60, rel=0.01)
     assert {run: config.loop.steps for run, config in pretended.trained.items()} == {
         name: plan["updates"] if "-ce" in name or "-vapi" in name else plan["steps"] for name in demo.PARTS
@@ -192,7 +201,8 @@ def test_an_empty_store_is_made_and_a_finished_one_kept(tmp_path: Path, monkeypa
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens-validation").mkdir()
     (tmp_path / "tokens-validation" / "store.json").touch()
-    demo.make_tokens(tmp_path, SimpleNamespace(image_size=64), lambda text: None)
+    for split in ("train", "validation"):
+        demo.make_tokens(tmp_path, split, SimpleNamespace(image_size=64))
     assert made == ["tokens"]
 
 
