@@ -25,7 +25,6 @@ from consonar.data.openmoji import OpenMoji
 from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.demo_plan import (
     ImageRate,
-    Part,
     Progress,
     Rates,
     TrainingRate,
@@ -35,6 +34,7 @@ from consonar.demo_plan import (
     seconds_of,
     training_rate,
 )
+from consonar.demo_runs import PARTS, POST_TRAINING, RUNS, TEMPERATURES, config_of
 from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import Reference, encode_reference, open_reference
@@ -45,7 +45,6 @@ from consonar.generators import load_generator, load_own_tokenizer, read_origin
 from consonar.lock import hold, is_taken
 from consonar.outside import read_json
 from consonar.pictures import save_grid
-from consonar.recipes import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
 from consonar.report import write_report
 from consonar.sampling.sample import SamplerConfig, sample
 from consonar.tokenizers import load_tokenizer
@@ -56,53 +55,11 @@ from consonar.types import Tokenizer
 TOKENIZER = "openmoji-64"
 OPENING, OPENING_SAMPLER, PER_CLASS = "openmoji", SamplerConfig(temperature=0.8), 8
 """The generator whose pictures come first, how they are drawn, and how many of each class."""
-TEMPERATURES = (1.0, 0.7)
-RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}
-POST_TRAINING = {"ce": ce_openmoji, "vapi": vapi_spatial_openmoji}
-# A run that others start from has one row more, at the temperature of equal entropy.
-PARTS = {name: Part(name, "step", len(TEMPERATURES) + 1) for name in RUNS} | {
-    f"{start}-{name}": Part(name, "update", len(TEMPERATURES)) for start in RUNS for name in POST_TRAINING
-}
 MOST_MINUTES = 100_000
 STORES = {"train": ("tokens", "center_flip"), "validation": ("tokens-validation", "center")}
 """Folder and views of the tokens of each split."""
 PROBE_STEPS, PROBE_ITEMS, PROBE_SAMPLES = 4, 128, (32, 96)
 """What is run to measure this machine: steps of every kind of training, validation items, samples of two rows."""
-
-
-def demo_config(name: str, out: Path, *, steps: int, seed: int) -> TrainConfig:
-    """The recipe of one run, at the demo's budget."""
-    recipe = RUNS[name]()
-    return replace(
-        recipe,
-        recipe=name,
-        seed=seed,
-        data=replace(recipe.data, tokens=str(out / "tokens")),
-        loop=replace(
-            recipe.loop, steps=steps, validate_every=max(1, steps // 8), sample_every=0, save_every=max(1, steps // 4)
-        ),
-    )
-
-
-def post_training_config(start: str, name: str, out: Path, *, steps: int, seed: int) -> TrainConfig:
-    """VA-pi or its control from the run `start`, at the demo's budget."""
-    recipe = POST_TRAINING[name]()
-    return replace(
-        recipe,
-        recipe=f"{start}-{name}",
-        seed=seed,
-        init=str(out / start),
-        loop=replace(recipe.loop, steps=steps, log_every=2, validate_every=max(1, steps // 2), save_every=steps),
-    )
-
-
-def config_of(name: str, out: Path, work: Work, seed: int) -> TrainConfig:
-    """The configuration of one of `PARTS`."""
-    if PARTS[name].unit == "step":
-        return demo_config(name, out, steps=work.steps, seed=seed)
-    return post_training_config(
-        name.removesuffix(f"-{PARTS[name].kind}"), PARTS[name].kind, out, steps=work.updates, seed=seed
-    )
 
 
 def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
