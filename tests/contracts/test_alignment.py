@@ -250,6 +250,37 @@ def test_groups_without_spread_are_logged(make, batch):
     assert terms["reward_ties"] == 1 and terms["reward_spread"] == 0 and terms["policy"] == 0
 
 
+CANCELLING = ("test_alignment:high_reward", "test_alignment:low_reward")
+
+
+def high_reward(images, originals, batch):
+    return 1000 + 1e-4 * torch.arange(len(images)) % 3e-4
+
+
+def low_reward(images, originals, batch):
+    return torch.full((len(images),), -1000.0)
+
+
+def test_the_rounding_of_rewards_that_cancel_gives_no_credit(make, batch):
+    objective, trainee = make(replace(VAPI, rewards=dict.fromkeys(CANCELLING, 1.0)))
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    _, terms = objective.loss(trainee, rollout, 0)
+    assert terms["reward_ties"] == 1 and terms["policy"] == 0 and terms["reward"].abs() < 1
+
+
+def uneven_reward(images, originals, batch):
+    return 1e-3 + 1e-8 * torch.arange(len(images))
+
+
+def test_equal_draws_get_equal_rewards_however_these_are_rounded(make, batch):
+    objective, trainee = make(replace(VAPI, rewards={"test_alignment:uneven_reward": 1.0}))
+    with torch.no_grad():
+        trainee.generator.lm_head.bias[3] = 1e4
+    (rollout,) = objective.rollout(trainee, batch, 0)
+    _, terms = objective.loss(trainee, rollout, 0)
+    assert terms["reward_ties"] == 1 and terms["policy"] == 0
+
+
 def test_free_rollouts_are_samples_of_the_policy(make, batch):
     objective, trainee = make(replace(VAPI, rollout="free", group_size=2, ce_weight=0.0))
     (rollout,) = objective.rollout(trainee, batch, 0)
@@ -334,6 +365,7 @@ MISTAKES = {
         lambda: PolicyConfig(guidance_scale=2.0),
         "objective.guidance_scale: 2.0 is read only with objective.rollout",
     ),
+    "empty band": (lambda: GuardConfig(min_entropy=3.0, max_entropy=2.0), "min_entropy: 3.0 is above objective.guard"),
     "kl unmeasured": (lambda: GuardConfig(max_kl=1.0, measure_kl=False), "objective.guard.measure_kl: False"),
     "tau": (lambda: CrossEntropyConfig(tau=0.0), "objective.tau: 0.0"),
     "gumbel": (lambda: StraightThroughConfig(gumbel_temperature=0.0), "objective.gumbel_temperature: 0.0"),
@@ -362,9 +394,18 @@ def wide_reward(images, originals, batch):
     return images.mean((2, 3))
 
 
-@pytest.mark.parametrize(("name", "message"), [("bad_reward", "returned nan"), ("wide_reward", "returned shape")])
+def huge_reward(images, originals, batch):
+    return torch.full((len(images),), 1e38)
+
+
+NONSENSE = [
+    ("bad_reward", "returned nan"), ("wide_reward", "returned shape"), ("huge_reward", "'weighted sum': returned inf")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "message"), NONSENSE)
 def test_a_reward_that_returns_nonsense_is_one_line(name, message, make, batch):
-    objective, trainee = make(replace(VAPI, rewards={f"test_alignment:{name}": 1.0}))
+    objective, trainee = make(replace(VAPI, rewards={f"test_alignment:{name}": 10.0}))
     (rollout,) = objective.rollout(trainee, batch, 0)
-    with pytest.raises(UserError, match=f"{name}.*{message}"):
+    with pytest.raises(UserError, match=message):
         objective.loss(trainee, rollout, 0)

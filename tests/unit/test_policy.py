@@ -104,6 +104,18 @@ def test_a_tie_at_one_place_has_no_advantage_there(estimator, rng):
 def test_small_rewards_are_compared_like_large_ones():
     small = policy.group_advantages(1e-6 * REWARDS, "dr_grpo")
     torch.testing.assert_close(small, 1e-6 * policy.group_advantages(REWARDS, "dr_grpo"))
+    for scale in (1e-9, 1e-30, 1e30):
+        torch.testing.assert_close(
+            policy.group_advantages(scale * REWARDS, "grpo"), policy.group_advantages(REWARDS, "grpo")
+        )
+
+
+def test_the_rounding_of_rewards_that_cancel_is_a_tie(rng):
+    parts = torch.tensor([1000.0, -1000.0])[:, None, None] * (1 + 1e-7 * torch.rand(2, 3, 4, generator=rng))
+    total, sizes = parts.sum(0), parts.abs().sum(0)
+    assert policy.group_advantages(total, "grpo").abs().max() > 1
+    assert policy.group_advantages(total, "grpo", sizes=sizes).abs().max() == 0
+    assert policy.group_spread(total, sizes)[0].abs().max() == 0
 
 
 def test_advantages_by_token_are_those_of_each_token(rng):

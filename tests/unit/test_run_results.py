@@ -136,3 +136,10 @@ def test_more_classes_than_pictures_are_kept_of_are_shown_evenly(tmp_path, monke
         with np.load(tmp_path / "kept.npz") as kept:
             assert len(kept["labels"]) == 4 and np.abs(kept["labels"] - labels).max() <= 2
             assert (kept["images"][:, 0, 0, 0] == kept["seeds"]).all()
+
+
+def test_temperatures_that_are_nearly_equal_have_files_of_their_own(run, picture_folder):
+    content = measure(run, picture_folder, temperatures=(0.1234567, 0.1234568), reconstruct=False)
+    for row in content["rows"]:
+        assert file_sha256(run / row["samples"]) == row["samples_sha256"]
+    assert len({row["samples"] for row in content["rows"]}) == 2

@@ -33,7 +33,7 @@ from consonar.evaluation.evaluate import (
 )
 from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
-from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, replacing
+from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, replacing, samples_name
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.lock import holds_first_argument
 from consonar.origin import check
@@ -116,14 +116,14 @@ def evaluate_run(
             if progress:
                 progress(f"{run.name}: {num_samples} samples at temperature {settings.temperature:g}")
             job = make_job(generator, tokenizer, labels, seed=seed, sampler=settings, source=str(run), origin=origin)
-            drawn = run / f".samples_t{settings.temperature:g}.npz"
+            drawn = run / f".{samples_name(settings.temperature)}"
             drawn.unlink(missing_ok=True)
             run_job(job, generator, tokenizer, drawn, batch_size=batch_size, restart=True)
             results = evaluate(
                 drawn, target, feature_network=network, num_neighbours=NUM_NEIGHBOURS, draws=draws, device=device,
                 seed=seed, batch_size=batch_size,
             )  # fmt: skip
-            kept = staged / f"samples_t{settings.temperature:g}.npz"
+            kept = staged / samples_name(settings.temperature)
             keep_some(drawn, kept, target, results.copies, origin.class_names)
             row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
             row["samples_sha256"] = checkpoint.file_sha256(kept)

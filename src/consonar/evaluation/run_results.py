@@ -36,6 +36,11 @@ def replacing(run: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def samples_name(temperature: float) -> str:
+    """The sample file of a temperature: in the digits that tell it from every other, 1 rather than 1.0."""
+    return f"samples_t{repr(float(temperature)).removesuffix('.0')}.npz"
+
+
 def sample_files(run: Path) -> set[str]:
     """The names of the sample files that the results of a run name, where these can be read."""
     try:

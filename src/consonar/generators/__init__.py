@@ -58,7 +58,7 @@ def model_folder(path: str | Path) -> Path:
         return fetch_component(str(path), "generator")
     path = Path(path)
     if not path.is_dir():
-        raise unknown("generator", path, [*SHIPPED, "a run folder", "a model folder", "hf:NAME"])
+        raise unknown("generator", str(path), [*SHIPPED, "a run folder", "a model folder", "hf:NAME"])
     return checkpoint.released(path, "generator")
 
 

@@ -47,6 +47,9 @@ class GuardConfig:
             value = getattr(self, key)
             if value is not None and value < 0:
                 raise UserError(f"objective.guard.{key}: {value} is negative")
+        low, high = self.min_entropy, self.max_entropy
+        if low is not None and high is not None and low > high:
+            raise UserError(f"objective.guard.min_entropy: {low} is above objective.guard.max_entropy {high}")
         if self.max_kl is not None and not self.measure_kl:
             raise UserError("objective.guard.measure_kl: False, but objective.guard.max_kl needs the KL")
 

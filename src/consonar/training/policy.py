@@ -21,7 +21,6 @@ from consonar.placement import to_device
 from consonar.precision import in_float32
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")
-STD_EPS = 1e-8
 TIE = 1e-6
 """Rewards of one image that differ by less than this share of its largest are equal: float32 leaves 6e-8 of each number
 that is summed, and a standard deviation of such differences would make advantages of any size from them."""
@@ -46,27 +45,36 @@ def token_log_probs(logits: Tensor, actions: Tensor, temperature: float = 1.0) -
 
 
 @in_float32
-def group_spread(rewards: Tensor) -> tuple[Tensor, Tensor]:
+def group_spread(rewards: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Standard deviation within each group, and whether it has none: two (B,) or (B, N) <- rewards (B, G[, N]).
 
     Differences below `TIE` times the largest reward of the image, over all its samples and tokens, are none; the
-    standard deviation then is 0. A group of one has none.
+    standard deviation then is 0. A group of one has none. `sizes`, of the shape of the rewards, is what counts in the
+    place of the rewards where these are sums of which much may cancel: the sum of the magnitudes.
     """
-    scale = rewards.abs().flatten(1).amax(1).view(-1, *[1] * (rewards.ndim - 2))
+    scale = (rewards if sizes is None else sizes).abs().flatten(1).amax(1).view(-1, *[1] * (rewards.ndim - 2))
     tied = rewards.amax(1) - rewards.amin(1) <= TIE * scale
-    spread = torch.zeros_like(tied, dtype=rewards.dtype) if rewards.shape[1] == 1 else rewards.std(1)
-    return spread.masked_fill(tied, 0), tied
+    if rewards.shape[1] == 1:
+        return torch.zeros_like(tied, dtype=rewards.dtype), tied
+    unit = scale.where(scale > 0, 1)  # the squares of very small rewards would be 0
+    return ((rewards / unit.unsqueeze(1)).std(1) * unit).masked_fill(tied, 0), tied
 
 
 @in_float32
 def group_advantages(
-    rewards: Tensor, estimator: str, *, baseline: Tensor | float | None = None, clamp: float = 5.0
+    rewards: Tensor,
+    estimator: str,
+    *,
+    baseline: Tensor | float | None = None,
+    clamp: float = 5.0,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Advantages of the same shape as rewards (B, G) or, with one reward per token, (B, G, N).
 
     `baseline` is what `reinforce` subtracts, broadcast; `clamp` bounds the advantages on both sides, 0 does not. Where
-    samples are compared with each other, that is everywhere but in `reinforce`, a group without spread (`group_spread`)
-    has advantages of exactly 0.
+    samples are compared with each other, that is everywhere but in `reinforce`, a group without spread (`group_spread`,
+    also for `sizes`) has advantages of exactly 0. There the standard deviation is divided by as it is, since it is over
+    0: the released code adds 1e-8, which takes the advantages from rewards of that size.
     """
     if estimator == "reinforce":
         assert baseline is not None
@@ -74,13 +82,13 @@ def group_advantages(
     else:
         group_size = rewards.shape[1]
         assert group_size > 1, "a group of one has no spread"
-        spread, tied = (value.unsqueeze(1) for value in group_spread(rewards))
+        spread, tied = (value.unsqueeze(1) for value in group_spread(rewards, sizes))
         advantages = (rewards - rewards.mean(1, keepdim=True)).masked_fill(tied, 0)
         if estimator == "rloo":
             advantages = advantages * (group_size / (group_size - 1))
         elif estimator != "dr_grpo":
             assert estimator in ("grpo", "gspo", "dapo"), estimator
-            advantages = advantages / (spread + STD_EPS)
+            advantages = advantages / spread.masked_fill(tied, 1)
     return advantages.clamp(-clamp, clamp) if clamp else advantages
 
 

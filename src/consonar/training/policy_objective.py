@@ -175,12 +175,16 @@ class PolicyAlignment(Alignment):
             assert grid is not None
             influence = self.influence if self.config.smooth_credit else None
             rewards = spatial_credit(maps, influence, grid).unflatten(0, (-1, group))  # (B, G, N)
+        # Equal draws are worth the same, whatever the rounding of their pictures and of a reward near 0.
+        first = (actions[:, :, None] == actions[:, None]).all(-1).int().argmax(-1)  # (B, G): the first draw like each
+        rewards = rewards.gather(1, first[..., None].expand_as(rewards))
+        sizes = rewards if by_token else self.rewards.sizes(parts).view(-1, group, 1)
         trainee: AlignmentTrainee = distributed.unwrap(model)
         baseline = self.update_baseline(trainee, rewards) if self.config.estimator == "reinforce" else None
         advantages = policy.group_advantages(
-            rewards, self.config.estimator, baseline=baseline, clamp=self.config.advantage_clamp
+            rewards, self.config.estimator, baseline=baseline, clamp=self.config.advantage_clamp, sizes=sizes
         )
-        spread, tied = policy.group_spread(rewards)  # (B, 1 or N) each
+        spread, tied = policy.group_spread(rewards, sizes)  # (B, 1 or N) each
         shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
         return {
             "advantages": advantages,

@@ -35,6 +35,7 @@ from consonar.training.discriminator import load_discriminator
 from consonar.training.own_rewards import DOTTED_PATH, KEY, check_finite, checked, import_reward, told_in_one_line
 from consonar.types import Batch, Grid, Reward
 
+SUM = "weighted sum"
 LARGEST_PSNR = 100.0
 """dB; what equal images get, whose PSNR is infinite."""
 
@@ -187,9 +188,13 @@ class Rewards:
                 rows = batch_rows(batch, slice(start, start + step))
                 parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid))
         values = {name: torch.cat([part[name] for part, _ in parts]) for name in self.functions}
-        check_finite(values)
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
+        check_finite(values | {SUM: total})
         return total, values, None if grid is None else torch.cat([maps for _, maps in parts])
+
+    def sizes(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum of the magnitudes that the weighted sum of rewards `values` (n,) is made of: what its rounding is of."""
+        return torch.stack([self.weights[name] * value.abs() for name, value in values.items()]).sum(0)
 
     def _chunk(self, images: Tensor, batch: Batch, grid: Grid | None) -> tuple[dict[str, Tensor], Tensor]:
         """Every reward of some images; their sum at the cells (empty: no grid)."""
