@@ -59,7 +59,7 @@ def test_training_starts_from_a_shipped_generator_by_its_name(shipped: Path, mak
 
 
 def test_an_unknown_generator_is_refused_with_the_names() -> None:
-    with pytest.raises(UserError, match=r"did you mean 'openmoji'.*run folder"):
+    with pytest.raises(UserError, match=r"unknown 'openmoij' \(did you mean 'openmoji'\?.*run folder"):
         load_generator("openmoij")
 
 
