@@ -174,6 +174,18 @@ def test_ambiguous_columns_are_listed_and_can_be_chosen(tmp_path):
         open_source(f"arrow:{tmp_path}/e", image_size=8)
 
 
+@pytest.mark.parametrize(("kind", "values"), [("string", ["cat", "dog"]), ("float32", [0.0, 1.0]), ("bool", [0, 1])])
+def test_a_label_column_that_holds_no_classes_is_refused_and_not_left_out(tmp_path, kind, values):
+    data = table().remove_columns("label").add_column("label", values).cast_column("label", Value(kind))
+    data.save_to_disk(tmp_path / "d")
+    with pytest.raises(UserError, match=rf"column 'label' of '.*' is {kind}, .*class_encode_column.*\?label="):
+        open_source(f"arrow:{tmp_path}/d", image_size=8)
+    assert [r.label for r in open_source(f"arrow:{tmp_path}/d?label=&caption=text", image_size=8)] == [None, None]
+    encoded = data.class_encode_column("label")
+    encoded.save_to_disk(tmp_path / "e")
+    assert [r.label for r in open_source(f"arrow:{tmp_path}/e", image_size=8)] == [0, 1]
+
+
 def test_damaged_picture_in_a_data_set_is_named(tmp_path):
     features = Features(image=ImageFeature())
     rows = {"image": [{"bytes": encoded(red(1))[:-20], "path": None}]}

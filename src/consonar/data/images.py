@@ -72,6 +72,11 @@ class DatasetImages:
         if "label" in columns or not labels:
             integers = [c for c, dtype in plain.items() if dtype.lstrip("u").startswith("int")]
             labels += [c for c in integers if c in LABEL_NAMES or c == columns.get("label")]
+        if "label" not in columns and not labels and (other := next((c for c in LABEL_NAMES if c in features), None)):
+            raise UserError(
+                f"data: column {other!r} of {name!r} is {plain.get(other, 'no number')}, and labels are ClassLabel or "
+                "integers: convert it (`class_encode_column` of datasets), or add ?label= to the data's name for none"
+            )
         image = _pick_column("image", images, (), columns.get("image"))
         if image is None:
             raise UserError(f"data: no image column in {name!r}; its columns: {', '.join(features)}")
