@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from consonar.errors import UserError
-from consonar.evaluation.evaluate import Reference, Samples, evaluate, open_reference
+from consonar.evaluation.evaluate import Reference, Samples, evaluate, load_samples, open_reference
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.measure import distance_of_draws
 from consonar.evaluation.statistics import Moments, frechet_distance, symmetric_root
@@ -120,6 +120,11 @@ class Broken(Cells):
         return features
 
 
+class Huge(Cells):
+    def __call__(self, images):
+        return super().__call__(images) * 1e25
+
+
 class Narrow(Cells):
     def __call__(self, images):
         return super().__call__(images)[:, :5]
@@ -134,6 +139,7 @@ WHITE = np.concatenate([noise(9, 0), np.full((1, 4, 4, 3), 255, np.uint8), noise
     (noise(9, 0), noise(0, 1), {}, "reference known: 0 image"),
     (WHITE, noise(9, 1), {"network": Broken()}, "cells: gives NaN or infinity for image 9 of samples"),
     (noise(9, 0), WHITE, {"network": Broken(), "batch_size": 4}, "cells: gives NaN or infinity for image 9 of memory"),
+    (noise(9, 0), noise(9, 1), {"network": Huge()}, "cells: gives numbers whose squares are not float32 for image 0"),
     (noise(9, 0), noise(9, 1), {"network": Narrow()}, r"cells: gives shape \(9, 5\), expected \(9, 48\)"),
     (noise(9, 0) / 255, noise(9, 1), {}, "images: float64 .*expected uint8"),
     (noise(9, 0), noise(9, 1)[..., :1], {}, r"images: uint8 \(9, 4, 4, 1\); expected uint8"),
@@ -155,6 +161,8 @@ MU, SIGMA = np.zeros(48), np.eye(48)
     ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "2048 features, cells has 48"),
     ({"mu": MU + np.nan, "sigma": SIGMA}, "mu is float64; expected finite"),
     ({"mu": MU, "sigma": SIGMA + np.inf}, "sigma is float64; expected finite"),
+    ({"mu": MU + 1e200, "sigma": SIGMA}, r"holds NaN or numbers over 1e\+30"),
+    ({"mu": MU, "sigma": SIGMA * 1e300}, r"holds NaN or numbers over 1e\+30"),
     ({"mu": MU.astype(str), "sigma": SIGMA}, "mu is <U"),
     ({"mu": MU, "sigma": SIGMA * 1j}, "sigma is complex128"),
     ({"mu": MU, "sigma": -SIGMA}, "not a covariance"),
@@ -165,6 +173,19 @@ def test_statistics_that_are_not_of_this_network_are_one_line(arrays, message, t
     given = Samples(in_memory(noise(9, 0)), 9, 4, "0")
     with pytest.raises(UserError, match=message) as caught:
         evaluate(given, open_reference(tmp_path / "s.npz", 4), feature_network=Cells())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({"images": noise(5, 1)}, "holds images and arr_0, which are names of one array; keep one"),
+    ({"labels": np.zeros(9, int), "arr_1": np.ones(9, int)}, "holds labels and arr_1"),
+    ({"tokens": np.full((9, 4), -3)}, "tokens from -3 to -3; a tokenizer counts its codes from 0"),
+    ({"tokens": np.full((9, 4), 2**40)}, "tokens from 1099511627776 to"),
+])  # fmt: skip
+def test_samples_that_say_two_things_or_nothing_are_refused(arrays, message, tmp_path):
+    write_npz(tmp_path / "s.npz", {"arr_0": noise(9, 0)} | arrays)
+    with pytest.raises(UserError, match=message) as caught:
+        load_samples(tmp_path / "s.npz")
     assert "\n" not in str(caught.value)
 
 
@@ -183,7 +204,7 @@ def test_statistics_given_as_tensors_are_checked_as_well():
     given, mean, cov = Samples(in_memory(noise(9, 0)), 9, 4, "0"), torch.zeros(48), torch.eye(48)
     for statistics, message in [
         ((cov, mean), r"mean \(48, 48\) and covariance \(48,\).*exchanged\?"),
-        ((mean * torch.nan, cov), "NaN or infinity"),
+        ((mean * torch.nan, cov), "holds NaN"),
     ]:
         with pytest.raises(UserError, match=message):
             evaluate(given, Reference("known", {}, statistics), feature_network=Cells())

@@ -32,6 +32,7 @@ from consonar.evaluation.image_sets import (
     folder_image_set,
     npz_image_set,
     npz_statistics,
+    one_of,
     source_image_set,
 )
 from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
@@ -100,11 +101,14 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> Samples:
     extra: dict[str, Any] = {}
     names = {"labels": "labels", "arr_1": "labels", "tokens": "tokens", "seeds": "seeds"}
     arrays = read_npz(path, (*names, "settings"))
+    one_of(path, arrays, "labels", "arr_1")
     for key in names.keys() & arrays.keys():
         array, ndim = arrays[key], 2 if key == "tokens" else 1
         if array.dtype.kind not in "iu" or array.ndim != ndim or len(array) != shape[0]:
             expected = f"expected {ndim}-d integers for {shape[0]} images"
             raise UserError(f"{path}: {key} is {array.dtype} {array.shape}; {expected}")
+        if key == "tokens" and array.size and (array.min() < 0 or array.max() >= 2**31):
+            raise UserError(f"{path}: tokens from {array.min()} to {array.max()}; a tokenizer counts its codes from 0")
         extra[names[key]] = torch.from_numpy(array.astype(np.int64))
     if "settings" in arrays:
         with reading(f"{path}: settings", "valid JSON"):

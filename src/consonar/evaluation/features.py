@@ -181,10 +181,11 @@ def check_features(features: Tensor, shape: tuple[int, int], network: str, name:
     """Raises UserError unless the features of a batch, whose first image is number `first`, can be measured."""
     if features.shape != shape:
         raise UserError(f"feature network {network}: gives shape {tuple(features.shape)}, expected {shape}")
-    finite = features.isfinite().all(1)
+    finite = features.square().sum(1).isfinite()  # distances are of squares
     if not finite.all():
         image = first + int((~finite).nonzero()[0])
-        raise UserError(f"feature network {network}: gives NaN or infinity for image {image} of {name}")
+        what = "numbers whose squares are not float32" if features.isfinite().all() else "NaN or infinity"
+        raise UserError(f"feature network {network}: gives {what} for image {image} of {name}")
 
 
 def content_hash(batches: Iterable[np.ndarray]) -> tuple[str, int]:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
     an array and, while streaming, for a damaged one.
     """
     keys = npz_keys(path, NEEDED)
-    key = next((key for key in ("images", "arr_0") if key in keys), None)
+    key = one_of(path, keys, "images", "arr_0")
     if key is None:
         raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys) or 'no array'}")
     with npz_member(path, key) as array:
@@ -58,6 +58,14 @@ def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
                 yield np.frombuffer(array.file.read(math.prod(batch_shape)), np.uint8).reshape(batch_shape)
 
     return ImageSet(str(path), stream), shape
+
+
+def one_of(path: Path, keys: Iterable[str], *names: str) -> str | None:
+    """Which of the names of one array an .npz has; UserError for several, one of which would win unsaid."""
+    found = [name for name in names if name in keys]
+    if len(found) > 1:
+        raise UserError(f"{path}: holds {' and '.join(found)}, which are names of one array; keep one of them")
+    return found[0] if found else None
 
 
 def npz_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:

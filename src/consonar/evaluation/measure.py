@@ -19,6 +19,8 @@ from consonar.seeding import derive_seed
 if TYPE_CHECKING:
     from consonar.evaluation.evaluate import Reference, Samples
 
+LARGEST = 1e30
+"""Of the numbers of a Gaussian: the product of two covariances is calculated with."""
 ENOUGH = 10
 """Samples for each feature from which on the bias of a Fréchet distance is not mentioned."""
 
@@ -62,8 +64,8 @@ def given_gaussian(
         )
     if len(mean) != num_features:
         raise UserError(f"{where}: {len(mean)} features, {network} has {num_features}")
-    if not (mean.isfinite().all() and cov.isfinite().all()):
-        raise UserError(f"{where}: its mean or covariance holds NaN or infinity; make the statistics again")
+    if not (mean.abs().max() <= LARGEST and cov.abs().max() <= LARGEST):
+        raise UserError(f"{where}: its mean or covariance holds NaN or numbers over {LARGEST:g}; make it again")
     return {"reference": statistics}
 
 
