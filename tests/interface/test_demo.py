@@ -19,8 +19,8 @@ def test_demo_makes_a_page_and_goes_on_where_it_stopped(
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.9))
     out = tmp_path / "demo"
     argv = ["demo", "--out", str(out), "--minutes", "0.1"]
-    original = demo.evaluate_run
-    monkeypatch.setattr(demo, "evaluate_run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    original = demo.measure_part
+    monkeypatch.setattr(demo, "measure_part", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 130 and not (out / "report.html").exists()
@@ -28,7 +28,7 @@ def test_demo_makes_a_page_and_goes_on_where_it_stopped(
     plan = (out / "demo.json").read_text()
     assert (out / "opening.png").is_file() and not (out / ".measure").exists()
     assert "minutes here, the least there is" in capsys.readouterr().out
-    monkeypatch.setattr(demo, "evaluate_run", original)
+    monkeypatch.setattr(demo, "measure_part", original)
     cli.main(argv)
     assert (out / "rear" / "model" / "model.safetensors").stat().st_mtime_ns == weights
     assert (out / "demo.json").read_text() == plan
