@@ -1,13 +1,33 @@
 """Where consonar keeps what it can rebuild: rendered data sets, reference features, converted weights."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from consonar.checkpoint import write_atomically
+from consonar.errors import UserError, printable
 
 
 def cache_dir() -> Path:
-    """`$CONSONAR_CACHE`, or `consonar` below `$XDG_CACHE_HOME` or `~/.cache`; created when missing."""
-    root = os.environ.get("CONSONAR_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) if root else Path(base) / "consonar"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """`$CONSONAR_CACHE`, or `consonar` below `$XDG_CACHE_HOME` or `~/.cache`; made by whoever writes into it.
+
+    Raises `UserError` where no home folder is known.
+    """
+    if root := os.environ.get("CONSONAR_CACHE"):
+        return Path(root)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "consonar"
+    try:
+        return Path.home() / ".cache" / "consonar"
+    except RuntimeError as error:
+        raise UserError("cache folder: this user has no home folder; set CONSONAR_CACHE to a folder") from error
+
+
+def keep(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_atomically` into the cache folder. It only saves time: failing costs a line on stderr, not the work."""
+    try:
+        write_atomically(path, write)
+    except (OSError, UserError) as error:
+        reason = f"{error.filename or path}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"consonar: not kept in the cache folder: {printable(reason)}", file=sys.stderr)

@@ -83,7 +83,7 @@ def kept_answers() -> dict[str, float]:
     """What the cache folder, if there can be one, holds for this machine: {choice: time of PyTorch's way over ours}."""
     try:
         path = cache_dir() / "kernels.json"
-    except OSError:
+    except UserError:
         return {}
     return _read(path).get(machine_key(torch.get_num_threads()), {})
 
@@ -115,6 +115,7 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
         return 1.0
     try:
         folder = cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / "kernels.lock"):
             everything = _read(folder / "kernels.json")
             answers = everything.setdefault(key, {})
@@ -122,7 +123,10 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
                 answers[choice] = round(time_ratio(*ways()), 3)
                 _write(folder / "kernels.json", everything)
             return answers[choice]
-    except OSError:  # a cache folder that cannot be written: an answer that is not kept would change between runs
+    except (
+        OSError,
+        UserError,
+    ):  # a cache folder that cannot be written: an answer that is not kept would change between runs
         return 1.0
 
 

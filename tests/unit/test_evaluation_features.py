@@ -165,13 +165,22 @@ def test_a_damaged_cache_entry_is_named(cache, images):
         sets.cached_features(MeanColour(), in_memory(images), batch_size=4, max_rows=6)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(UserError, match=r"No space left.*nothing was replaced"), sets.atomic_file(path) as file:
-        file.write(b"half")
+def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_not_the_work(tmp_path, images, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / place))
+        features = sets.cached_features(MeanColour(), in_memory(images), batch_size=4, max_rows=6)
+        assert features.moments.count == len(images) and features.content
+        assert f"consonar: not kept in the cache folder: {tmp_path}" in capsys.readouterr().err
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+    monkeypatch.setattr(np, "savez", full)
+    sets.cached_features(MeanColour(), in_memory(images), batch_size=4, max_rows=6)
+    assert "the disk is full" in capsys.readouterr().err and not list((tmp_path / "cache" / "features").iterdir())
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_unknown_feature_network():

@@ -134,3 +134,12 @@ def test_wrong_settings():
         OpenMoji("test", 16)
     with pytest.raises(UserError, match=r"openmoji image_size: 4 is not between 8 and 1024"):
         OpenMoji("train", 4)
+
+
+def test_emoji_are_rendered_where_the_cache_folder_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "file"))
+    few = openmoji.svg_files()[:4]
+    monkeypatch.setattr(openmoji, "svg_files", lambda: few)
+    assert openmoji._render_all.__wrapped__(16).images.shape == (4, 16, 16, 3)
+    assert "consonar: not kept in the cache folder" in capsys.readouterr().err

@@ -131,9 +131,14 @@ def cached() -> Iterator[tuple[str, str]]:
     """Weights found in the cache folder, its size, and what is free."""
     import consonar
     from consonar.cache import cache_dir
+    from consonar.errors import UserError
 
     try:
         folder = cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+    except UserError as error:
+        yield "cache", str(error)
+        return
     except OSError as error:
         yield "cache", f"{error.filename}: cannot be made ({error.strerror}); set CONSONAR_CACHE"
         return

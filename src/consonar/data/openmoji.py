@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from consonar.cache import cache_dir
-from consonar.checkpoint import write_atomically
+from consonar.cache import cache_dir, keep
 from consonar.errors import UserError, reading, unknown
 from consonar.outside import read_npz
 from consonar.types import ImageRecord
@@ -207,16 +206,16 @@ def _render_all(size: int) -> _Rendered:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = list(pool.map(lambda file: render(file, size), files))
     distinct = {picture.tobytes(): i for i, picture in reversed(list(enumerate(pictures)))}
-    keep = sorted(distinct.values())
-    images = np.stack([pictures[i] for i in keep])
-    names = tuple(files[i].stem for i in keep)
+    first = sorted(distinct.values())
+    images = np.stack([pictures[i] for i in first])
+    names = tuple(files[i].stem for i in first)
     content_hash = _content_hash(images)
 
     def save(partial: Path) -> None:
         with partial.open("wb") as file:
             np.savez_compressed(file, images=images, names=np.array(names), sha256=np.array(content_hash))
 
-    write_atomically(path, save)
+    keep(path, save)
     return _Rendered(images, names, content_hash)
 
 

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consonar.cache import cache_dir
+from consonar.cache import cache_dir, keep
 from consonar.errors import UserError, reading, unknown
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inception import load_inception
@@ -214,7 +212,8 @@ def cached_features(
 
     The key hashes the pixels (so the size, too), the network's name, weights and kind, `max_rows`, and `seed` where not
     all vectors are kept; reading the images once for the hash costs little beside the network. Files are written under
-    a temporary name and renamed. Raises UserError when a cached file cannot be read: delete it.
+    a temporary name and renamed; one that cannot be is left out with a line on stderr. Raises UserError when a cached
+    file cannot be read: delete it.
     """
     content, count = content_hash(images.stream(batch_size))
     kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
@@ -224,28 +223,17 @@ def cached_features(
     if path.exists():
         return replace(_read_features(path), content=content)
     features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, seed=seed, progress=progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
     arrays |= _moment_arrays("", features.moments)
     if features.spatial:
         arrays |= _moment_arrays("spatial_", features.spatial[0])
-    with atomic_file(path) as file:
-        np.savez(file, **arrays)
+
+    def save(unfinished: Path) -> None:
+        with unfinished.open("wb") as file:
+            np.savez(file, **arrays)
+
+    keep(path, save)
     return replace(features, content=content)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` only when the block ends well. Raises UserError when that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); nothing was replaced") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_features(path: Path) -> FeatureSet:

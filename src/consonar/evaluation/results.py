@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from consonar import __version__
+from consonar.checkpoint import write_atomically
 from consonar.errors import UserError
 from consonar.evaluation.copying import CopyRate
-from consonar.evaluation.features import atomic_file
 from consonar.hardware import processor
 
 
@@ -70,11 +70,11 @@ class Results:
     schema: int = 1
 
     def to_json(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the results. Raises UserError when the file exists (unless `overwrite`) or cannot be written."""
+        """Write the results. Raises UserError when the file exists (unless `overwrite`) or the disk is full."""
         path = Path(path)
         if path.exists() and not overwrite:
             raise UserError(f"results: {path} exists; give another path, or ask to overwrite it")
         content = asdict(replace(self, copies={}))
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
-        with atomic_file(path) as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False).encode())
+        text = json.dumps(content, indent=1, allow_nan=False)
+        write_atomically(path, lambda partial: partial.write_text(text))
