@@ -26,9 +26,9 @@ def draw(tiny_generator, tokenizer, tmp_path):
     """Runs the job of six images (or with other settings) into tmp_path/name, in shards of `size`."""
     generator = tiny_generator()
 
-    def run(name="a.npz", size=2, stop=None, seed=0, **options):
-        labels = jobs.balanced_labels(COUNT, 3)
-        job = jobs.make_job(generator, tokenizer, labels, seed=seed, sampler=SamplerConfig(), source="run")
+    def run(name="a.npz", size=2, stop=None, seed=0, source="run", origin=None, **options):
+        labels, sampler = jobs.balanced_labels(COUNT, 3), SamplerConfig()
+        job = jobs.make_job(generator, tokenizer, labels, seed=seed, sampler=sampler, source=source, origin=origin)
 
         def progress(done):
             if done == stop:
@@ -127,13 +127,37 @@ def test_another_job_is_refused_by_what_differs_or_begins_anew(draw, counted, tm
         assert arrays["seeds"].tolist() == list(range(1, COUNT + 1)) and counted == [2, 2, 2]
 
 
-def test_shards_without_a_record_of_their_job_are_not_taken(draw, counted, tmp_path):
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_that_is_not_the_jobs_is_left_alone(restart, draw, tmp_path):
+    (tmp_path / "a.npz.parts").mkdir()
+    for name in ("notes.txt", "shard_00000.npz"):
+        (tmp_path / "a.npz.parts" / name).write_text("mine")
+        with pytest.raises(UserError, match=r"--out: .*a\.npz\.parts.*holds something else; choose another name"):
+            draw(restart=restart)
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [name]
+        (tmp_path / "a.npz.parts" / name).unlink()
+    (tmp_path / "a.npz.parts" / ".lock").touch()  # what a killed process left that had not begun
+    assert draw().is_file() and not (tmp_path / "a.npz.parts").exists()
+
+
+@pytest.mark.parametrize("record", [b"\xd9\xff", b"[]", b"{", b"{}"])
+def test_a_damaged_record_of_a_job_is_refused_in_one_line(record, draw, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         draw(stop=4)
-    (tmp_path / "a.npz.parts" / "job.json").unlink()
+    (tmp_path / "a.npz.parts" / "job.json").write_bytes(record)
+    with pytest.raises(UserError, match=r"unfinished samples of another job \((its job.json is damaged|another gen)"):
+        draw()
+    assert draw(restart=True).is_file()
+
+
+def test_a_job_goes_on_when_its_generator_is_called_otherwise(draw, counted, tmp_path):
+    """`runs/x/` for `runs/x`, or a run that was moved: what it is made of is compared, not where it lies."""
+    origin = Origin(tokenizer="old/place", class_names=("a", "b", "c"))
+    with pytest.raises(KeyboardInterrupt):
+        draw(stop=4, source="runs/x", origin=origin)
     counted.clear()
-    draw()
-    assert counted == [2, 2, 2]
+    draw(source="runs/x/", origin=replace(origin, tokenizer="new/place"))
+    assert counted == [2]
 
 
 def test_one_process_draws_an_output(draw, tmp_path):

@@ -27,9 +27,9 @@ from consonar.config_io import to_dict
 from consonar.data.picture_files import IMAGE_ENDINGS
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
-from consonar.lock import hold
+from consonar.lock import hold, is_unused
 from consonar.origin import Origin, check
-from consonar.outside import read_npz
+from consonar.outside import read_json, read_npz
 from consonar.pictures import save_grid
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
 from consonar.types import Generator, Tokenizer
@@ -37,6 +37,9 @@ from consonar.types import Generator, Tokenizer
 MAX_GRID_IMAGES = 1024
 OTHER_ENDINGS = {*IMAGE_ENDINGS, ".npy", ".zip", ".tar", ".gz", ".pt", ".safetensors", ".json", ".html"} - {".png"}
 """Endings of files that are not written here; any other dot (t0.9) is part of a folder's name."""
+
+PLACES = ("generator", "tokenizer", "origin")
+"""Settings that say where things lie or come from; the hashes beside them say what they are."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def run_job(
     """Draws the job into `out` (.png, .npz, or a folder) and returns it. `progress` gets the number of images done.
 
     Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, when another process draws
-    it, and when unfinished samples of another job lie beside it (`restart`: those are removed).
+    it, and when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
     if out.name in ("", ".."):
         raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'samples'}")
@@ -171,25 +174,31 @@ def run_job(
 def claim(folder: Path, job: Job, restart: bool) -> None:
     """Makes the folder of unfinished work this job's; `UserError` when it is another's, unless `restart`."""
     record = folder / "job.json"
-    text = json.dumps(job.settings, indent=1, sort_keys=True)
-    if record.exists() and record.read_text() != text and not restart:
+    if not record.exists() and not is_unused(folder):
         raise UserError(
-            f"--out: {folder} holds unfinished samples of another job ({different(record.read_text(), job.settings)}); "
-            "remove it or choose another name"
+            f"--out: {folder}, where unfinished samples would be, holds something else; choose another name"
         )
-    if not record.exists() or record.read_text() != text:
-        for path in folder.glob("shard_*.npz"):  # of a job that nothing is known of, or that is given up
+    change = different(record, job.settings) if record.exists() else None
+    if change and not restart:
+        raise UserError(
+            f"--out: {folder} holds unfinished samples of another job ({change}); remove it or choose another name"
+        )
+    if change:
+        for path in folder.glob("shard_*.npz"):  # of the job that is given up
             path.unlink()
+    text = json.dumps(job.settings, indent=1, sort_keys=True)
     write_atomically(record, lambda path: path.write_text(text))
 
 
-def different(stored: str, settings: dict[str, Any]) -> str:
-    """Which settings of a stored job are not these."""
+def different(record: Path, settings: dict[str, Any]) -> str | None:
+    """Which settings of a stored job are not these, by content; None where none is."""
     try:
-        before = json.loads(stored)
-        return "another " + ", ".join(key for key in settings if before.get(key) != settings[key])
-    except (ValueError, AttributeError):
+        before = read_json(record)
+    except UserError:
         return "its job.json is damaged"
+    now = json.loads(json.dumps(settings))  # tuples are lists in JSON
+    changed = [key for key in {**now, **before} if key not in PLACES and now.get(key) != before.get(key)]
+    return f"another {', '.join(changed)}" if changed else None
 
 
 def is_whole(path: Path, labels: Tensor, seeds: Sequence[int]) -> bool:
