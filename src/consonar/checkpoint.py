@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,9 +39,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises `UserError` when the disk is full, with what is free and that nothing was replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not of the process alone: two machines or containers that share a folder have processes of the same number.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
     try:
         write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # else a name may outlive a power cut without its content
         partial.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free
@@ -114,11 +118,15 @@ def saved_with(folder: Path) -> tuple[str | None, str]:
 def finish_save(folder: Path) -> None:
     """Writes the config.json that belongs to the weights, where the process ended after it wrote these.
 
-    For a folder that this process holds. Does nothing where there are no weights, or no configuration in them.
+    For a folder that this process holds. Does nothing where there are no weights, no configuration in them, or where
+    they are damaged: who reads them says so, and a run that is resumed writes them again.
     """
     if not (folder / "model.safetensors").is_file():
         return
-    (save, text), path = saved_with(folder), folder / "config.json"
+    try:
+        (save, text), path = saved_with(folder), folder / "config.json"
+    except UserError:
+        return
     if save is not None and not (path.is_file() and str(save).encode() in path.read_bytes()):
         write_atomically(path, lambda partial: partial.write_text(text))
 

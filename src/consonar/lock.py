@@ -42,10 +42,10 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
     path = folder / LOCK_FILE
     try:
-        with _locked(path, wait) as file:
+        with _locked(path, wait, made) as file:
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
             file.flush()
@@ -62,9 +62,11 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[IO[str]]:
-    """The open lock file, locked."""
+def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
+    """The open lock file, locked; the folders that were made for it, inner ones first, are added to `made`."""
     while True:
+        # Again in every turn: who held the folder before may have made it, and removed it while we waited.
+        made += [place for place in path.parents if not place.exists() and place not in made]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
@@ -119,10 +121,17 @@ def folder_at_once(to: Path) -> Iterator[Path]:
     Until then it is in a hidden folder beside `to`, where one process works at a time; what a killed one left there is
     removed. Raises `UserError` when another process is at it, or has made `to` meanwhile.
     """
+    if os.path.ismount(to):
+        raise UserError(f"{to}: is a mount point, whose place nothing can take; name a folder in it")
+    if to.is_symlink():
+        to = to.resolve()  # what is renamed to a link would not become what it points to
     work = to.with_name(f".{to.name}.partial")
     with hold(work):
         if is_taken(to):
             raise UserError(f"{to}: exists: another process has made it meanwhile; choose another name")
+        if to.is_dir():
+            with hold(to):
+                remove_partials(to)  # a folder is renamed to an empty one only
         unfinished = work / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()

@@ -61,6 +61,14 @@ SINKS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], Sink]]] = {
 }
 
 
+def show(console: Console, text: str) -> None:
+    """A line for people. A terminal that has gone, a closed pipe or a full log costs no step: nothing more is shown."""
+    try:
+        console.print(text, soft_wrap=True)
+    except (OSError, SystemExit):  # what rich does about a closed pipe is to end the process
+        console.quiet = True
+
+
 def check_sinks(names: tuple[str, ...]) -> None:
     """`UserError` for an unknown sink or a package that is not installed; to be called before a run folder is made."""
     for name in names:
@@ -123,7 +131,7 @@ class Tracker:
         if not enabled:
             return
         self.kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
-        self.started -= self.kept[-1]["time"] if self.kept else 0.0
+        self.started -= (self.kept[-1].get("time") or 0.0) if self.kept else 0.0
         text = "".join(json.dumps(record) + "\n" for record in self.kept)
         write_atomically(self.path, lambda partial: partial.write_text(text))  # a full disk must not cost the history
         self.sinks = open_sinks(sinks, folder, config)
@@ -165,16 +173,16 @@ class Tracker:
             self.progress.update(self.task, completed=step, shown=shown, **fields)
         else:
             left = f"  {(self.total_steps - step) / rate / 60:.1f} min left" if rate else ""
-            self.console.print(f"{self.description} {step}/{self.total_steps}  {shown}  {speed}{left}", soft_wrap=True)
+            show(self.console, f"{self.description} {step}/{self.total_steps}  {shown}  {speed}{left}")
 
     def say(self, text: str) -> None:
         """A line about the run, unless it is quiet."""
-        self.console.print(f"{self.description}: {text}", soft_wrap=True)
+        show(self.console, f"{self.description}: {text}")
 
     def warn(self, text: str) -> None:
         """A line on stderr that is not lost behind a bar."""
         if self.enabled:
-            Console(stderr=True, highlight=False, markup=False).print(f"{self.description}: {text}", soft_wrap=True)
+            show(Console(stderr=True, highlight=False, markup=False), f"{self.description}: {text}")
 
     def close(self) -> None:
         if not self.enabled:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -136,8 +137,31 @@ def test_the_guard_stops_the_run_and_keeps_its_model(make, tmp_path, capsys):
     assert "stopped at step 1: entropy" in capsys.readouterr().err
     assert (run / "model" / "model.safetensors").is_file()
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 1]
-    train(config, run, resume=True, stop_at=1, quiet=True)
-    assert not (run / "stopped.json").exists()
+    train(config, run, resume=True, quiet=True)
+    assert json.loads((run / "stopped.json").read_text()) == reason, "resumed, it ends where it had ended"
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "guard", [GuardConfig(max_entropy=0.5), GuardConfig(max_kl=1e-9)], ids=["training", "validation"]
+)
+def test_a_run_that_ended_between_its_guard_and_its_export_is_resumed_to_the_same_end(
+    guard, make, tmp_path, monkeypatch
+):
+    config = make(
+        replace(VAPI, guard=guard), loop={"validate_every": 2}, optim={"lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 0}
+    )
+    straight = train(config, tmp_path / "straight", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("consonar.training.build.save_generator", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "stopped.json").unlink()  # nor was there time for this
+    train(config, tmp_path / "run", resume=True, quiet=True)
+    texts = [(run / "stopped.json").read_text() for run in (straight, tmp_path / "run")]
+    assert texts[0] == texts[1]
+    ours, theirs = weights(straight), weights(tmp_path / "run")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_the_guard_also_reads_validation(make, tmp_path):

@@ -141,3 +141,35 @@ def test_pictures_of_a_tokenizer_whose_validation_images_are_not_in_memory(
         pictures.append(Image.open(run / "samples" / "step_000001.png").convert("RGB"))
     assert capsys.readouterr().err == ""
     assert pictures[0].size == pictures[1].size and ImageChops.difference(*pictures).getbbox() is None
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(), SystemExit(1)])
+def test_a_terminal_a_pipe_or_a_log_that_has_gone_costs_no_step(error, config, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    printed = failing(3, error, Console.print)
+    monkeypatch.setattr(Console, "print", lambda *arguments, **options: printed(*arguments))
+    run = train(config, tmp_path / "run")
+    assert [line["step"] for line in lines(run) if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert (run / "model" / "config.json").is_file()
+
+
+def test_a_closed_terminal_ends_a_run_after_a_checkpoint_and_what_is_ignored_stays_so(config, tmp_path, monkeypatch):
+    """`nohup` and the background of a script start a process that ignores a signal."""
+    log = aside.Aside.log
+
+    def at_step_3(self, terms):
+        if self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        log(self, terms)
+
+    monkeypatch.setattr(aside.Aside, "log", at_step_3)
+    heard = []
+    before = signal.signal(signal.SIGHUP, lambda *_: heard.append("closed"))
+    try:
+        assert saved_steps(train(config, tmp_path / "closed", quiet=True)) == [2, 3] and heard == ["closed"]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert saved_steps(train(config, tmp_path / "nohup", quiet=True)) == [4, 6]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -200,3 +200,24 @@ def test_the_run_folder_says_what_was_run(generator_config, tmp_path):
     run = train(generator_config, tmp_path / "run", stop_at=1, quiet=True)
     assert read_config(run / "config.json") == generator_config
     assert json.loads((run / "config.json").read_text())["loop"]["steps"] == STEPS
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(generator_config, tmp_path):
+    """People remove checkpoints, which are large; the numbers and the model must outlive a --resume."""
+    run = train(generator_config, tmp_path / "run", quiet=True)
+    for path in checkpoint.list_resume(run / "checkpoints"):
+        path.unlink()
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"--resume: .* holds a trained model and no checkpoint to go on from"):
+        train(generator_config, run, resume=True, quiet=True)
+    assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_model_is_written_again_by_a_resume(generator_config, tmp_path):
+    run = train(generator_config, tmp_path / "run", quiet=True)
+    weights = run / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:3000], b"", whole[:-1]):
+        weights.write_bytes(damaged)
+        train(generator_config, run, resume=True, quiet=True)
+        assert weights.read_bytes() == whole

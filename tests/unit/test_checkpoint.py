@@ -217,3 +217,16 @@ def test_a_model_folder_without_its_last_file_is_an_unfinished_run(folder, tmp_p
     for load in (load_generator, load_tokenizer):
         with pytest.raises(UserError, match=r"the run in .* has not finished .*--resume"):
             load(tmp_path)
+
+
+def test_two_processes_of_the_same_number_write_one_file(tmp_path):
+    """Containers that share a cache folder: each begins to count at 1."""
+    path = tmp_path / "file"
+
+    def outer(partial):
+        partial.write_text("outer")
+        checkpoint.write_atomically(path, lambda other: other.write_text("inner"))
+        assert path.read_text() == "inner" and partial.read_text() == "outer"
+
+    checkpoint.write_atomically(path, outer)
+    assert path.read_text() == "outer" and list(tmp_path.iterdir()) == [path]

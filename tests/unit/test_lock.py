@@ -93,3 +93,40 @@ def test_leftovers_of_killed_processes_are_no_content_and_are_removed(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
     (tmp_path / "checkpoints").rmdir()
     assert lock.is_unused(tmp_path)
+
+
+def test_a_waiting_process_leaves_no_folder_either(tmp_path):
+    folder = tmp_path / "work"
+
+    def second():
+        with lock.hold(folder, wait=True):
+            pass
+
+    with lock.hold(folder):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.1)
+    thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_made_where_a_link_points_and_in_the_place_of_leftovers(tmp_path):
+    """A link to an empty folder on a larger disk; a folder in which a process was killed before it wrote anything."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / ".lock").touch()
+    (tmp_path / "left" / ".config.json.17.partial").touch()
+    for name in ("link", "dangling", "left"):
+        with lock.folder_at_once(tmp_path / name) as unfinished:
+            (unfinished / "file").touch()
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["file"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large" / "file").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"large", "link", "dangling", "later", "left"}
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(UserError, match=r"is a mount point.*name a folder in it"), lock.folder_at_once(tmp_path):
+        raise AssertionError("nothing may be done for it")

@@ -41,7 +41,7 @@ class Callbacks:
 
 @dataclass
 class State:
-    """What moves during training; weights, optimizer, average and step are in a resume checkpoint."""
+    """What moves during training; all but `interrupted` and the device is in a resume checkpoint."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -54,14 +54,15 @@ class State:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def payload(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return states | {"average": self.average, "stopped": self.stopped}
 
     def restore(self, payload: dict[str, Any], where: str) -> None:
         checkpoint.load_weights(self.model, payload["model"], where)
         self.optimizer.load_state_dict(payload["optimizer"])
         if self.average is not None and payload["average"] is not None:
             self.average = {key: value.to(self.device) for key, value in payload["average"].items()}
-        self.step = payload["step"]
+        self.step, self.stopped = payload["step"], payload.get("stopped")
 
 
 @dataclass
@@ -94,20 +95,22 @@ class Aside:
         There the process ended while it measured, or because it failed to. Failing again is a warning, else every
         resume of the run would end here; but numbers that are not finite are an error again.
         """
-        step, loop = self.state.step, self.config.loop
+        state, step, loop = self.state, self.state.step, self.config.loop
         if step == 0:
             if self.callbacks.validate and self.config.init:
                 self.validate()  # where the run starts from is worth a line
             return
         known = distributed.from_main(self.tracker.has(step, "validation/"), self.world)
-        if self.callbacks.validate and not known and (due(step, loop.validate_every) or self.at_end):
+        ends = self.at_end or bool(state.stopped)
+        if self.callbacks.validate and not known and (due(step, loop.validate_every) or ends):
             try:
-                self.state.stopped = self.objective.breach(self.validate())
+                breach = self.objective.breach(self.validate())
+                state.stopped = state.stopped or breach
             except NonFiniteLoss:
                 raise
             except Exception as error:
                 self.tracker.warn(f"the validation of step {step} is left out: {one_line(error)}")
-        if (due(step, loop.sample_every) or self.at_end) and not self.picture.exists():
+        if (due(step, loop.sample_every) or ends or state.stopped) and not self.picture.exists():
             self.preview()
 
     def log(self, terms: Mapping[str, Tensor]) -> None:

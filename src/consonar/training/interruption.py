@@ -1,4 +1,4 @@
-"""SIGTERM (a scheduler that takes the machine back) and Ctrl-C end training after a checkpoint."""
+"""SIGTERM (a scheduler that takes the machine back), Ctrl-C and a closed terminal end training after a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ class Interruption:
     """Inside of `with`, the first signal is remembered, for the loop to ask; a second one acts at once.
 
     At the end of the block a remembered signal is raised again, so that the process ends as one that was interrupted.
-    Signals belong to the main thread: in another one nothing is caught.
+    Signals belong to the main thread: in another one nothing is caught. One that the process was started to ignore
+    (nohup; jobs in the background of a script) stays ignored.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.caught: int | None = None
@@ -36,7 +37,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                self.before[number] = signal.signal(number, self.remember)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.remember)
         return self
 
     def __exit__(

@@ -95,8 +95,10 @@ def held(out: Path, world: World) -> Iterator[None]:
                 remove_partials(out)
                 for part in ("model", "best", "discriminator"):
                     checkpoint.finish_save(out / part)
-            except (UserError, OSError) as error:
+            except UserError as error:
                 refusal = str(error)
+            except OSError as error:
+                refusal = f"--out: {error.filename or out}: {error.strerror}"
         refusal = distributed.from_main(refusal, world)
         if refusal is not None:
             raise UserError(refusal)
@@ -128,7 +130,7 @@ def _train_held(
         state.restore(checkpoint.load_resume(saved[-1]), str(saved[-1]))
     distributed.barrier(world)
     if world.is_main:
-        (out / "stopped.json").unlink(missing_ok=True)  # a resumed run is not a stopped one
+        (out / "stopped.json").unlink(missing_ok=True)  # written again where the checkpoint says so
         text = json.dumps(to_dict(config), indent=1) + "\n"
         checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
         write_run_origin(out, made.origin)
@@ -187,6 +189,11 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     if before != now:
         key, ours, theirs = first_difference(now, before)
         raise UserError(f"--resume: {key} is {ours!r}, but the run in {out} was started with {theirs!r}")
+    if (out / "model" / "model.safetensors").exists() and not checkpoint.list_resume(out / "checkpoints"):
+        raise UserError(
+            f"--resume: {out} holds a trained model and no checkpoint to go on from; training would begin anew and "
+            "replace it: choose another folder, or remove this one"
+        )
 
 
 def first_difference(now: dict[str, Any], before: dict[str, Any], path: str = "") -> tuple[str, Any, Any]:
