@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Concatenate, ParamSpec, TypeVar
@@ -53,22 +53,20 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 yield
             finally:
                 path.unlink(missing_ok=True)  # before the lock is given back: nobody else can hold this file
-    finally:
-        for empty in made:
-            try:
-                empty.rmdir()
-            except OSError:  # not empty (or gone): then it was made to stay
-                break
+                _remove_empty(made)  # as well: who waits makes it again, and knows then that it did
+    except BaseException:
+        _remove_empty(made)
+        raise
 
 
 @contextmanager
 def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
     """The open lock file, locked; the folders that were made for it, inner ones first, are added to `made`."""
     while True:
-        # Again in every turn: who held the folder before may have made it, and removed it while we waited.
-        made += [place for place in path.parents if not place.exists() and place not in made]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for place in reversed(path.parents):
+                if not place.is_dir() and _make(place):
+                    made.insert(0, place)
             file = path.open("a+")
         except FileNotFoundError:  # its holder ended in between and removed it
             continue
@@ -78,6 +76,24 @@ def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file
                 return
+
+
+def _make(folder: Path) -> bool:
+    """Makes a folder; False where another process was faster."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
+            raise
+        return False
+    return True
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes the first of these that are empty."""
+    with suppress(OSError):  # not empty (or gone): then it was made to stay
+        while folders:
+            folders.pop(0).rmdir()
 
 
 def _take(file: IO[str], path: Path, wait: bool) -> bool:

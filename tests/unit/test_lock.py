@@ -102,12 +102,19 @@ def test_a_waiting_process_leaves_no_folder_either(tmp_path):
         with lock.hold(folder, wait=True):
             pass
 
-    with lock.hold(folder):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(0.1)
-    thread.join()
-    assert list(tmp_path.iterdir()) == []
+    for _ in range(20):
+        with lock.hold(folder):
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join(0.01)
+        thread.join()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_nothing_is_no_folder_to_hold(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing" / "there")
+    with pytest.raises(FileExistsError), lock.hold(tmp_path / "link" / "run"):
+        pass
 
 
 def test_a_folder_is_made_where_a_link_points_and_in_the_place_of_leftovers(tmp_path):
