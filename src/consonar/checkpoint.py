@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from consonar.errors import UserError, reading
 from consonar.outside import read_json
+from consonar.tensors import at_most, check_finite
 
 FORMAT_VERSION = 1
 SAVE = "save"
@@ -204,18 +205,6 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where:
         raise UserError(f"{where}: not the weights of this model: {'; '.join(problems[:4])}")
 
 
-def check_finite(state: Mapping[str, Tensor], where: str) -> None:
-    """`UserError` names the first weights that hold NaN or infinity, which make a picture of one token."""
-    for key, value in state.items():
-        if value.is_floating_point() and value.itemsize > 1 and value.numel() and not value.is_meta:
-            low, high = value.detach().aminmax()  # NaN passes through both; needs no copy, as `isfinite` does
-            if not (low.isfinite() and high.isfinite()):
-                raise UserError(
-                    f"{where}: {key} holds numbers that are not finite ({float(low)}); the file is damaged, or comes "
-                    "from a training that diverged"
-                )
-
-
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Copies exactly these weights into a module; `UserError` lists what is missing, unknown or of another shape, and
     names what is not finite."""
@@ -233,9 +222,13 @@ def load_module(build: Callable[[], Any], folder: Path) -> Any:
     weights. They are read, not mapped: a file that is replaced meanwhile changes nothing.
     """
     path = folder / "model.safetensors"
-    with torch.device("meta"):
-        module = build()
-    own, mapped = module.state_dict(), map_tensors(path)
+    mapped = map_tensors(path)
+    with torch.device("meta"), at_most(10 * len(mapped) + 1000, f"{folder / 'config.json'}: more layers than weights"):
+        try:
+            module = build()
+        except RuntimeError as error:  # without memory, sizes that no memory has are all that can go wrong
+            raise UserError(f"{folder / 'config.json'}: no model has these sizes ({error})") from error
+    own = module.state_dict()
     check_weights(own, mapped, str(folder))
     module.load_state_dict(read_tensors(path, mapped, own), assign=True)
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]

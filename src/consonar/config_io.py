@@ -76,7 +76,7 @@ def pick_variant(value: Any, options: list[type], path: str, where: str) -> type
     if len(options) == 1:
         return options[0]
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:  # lists cannot be looked up
         raise UserError(f"{where}: {unknown(f'{path}.kind', kind, kinds)}")
     return kinds[kind]
 

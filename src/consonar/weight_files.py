@@ -11,6 +11,7 @@ from torch import Tensor
 from consonar.cache import cache_dir
 from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
+from consonar.tensors import check_plain
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,6 @@ class WeightFile:
             raise UserError(
                 f"{self.network}: {file}: holds a {type(state).__name__}, expected a table of weights by name"
             )
-        return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+        tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+        check_plain(tensors, f"{self.network}: {file}")
+        return tensors

@@ -155,3 +155,34 @@ def test_what_is_no_weight_file_is_told_in_one_line_and_never_executed(name, tmp
     if name.startswith("evil"):
         torch.load(tmp_path / file, weights_only=False) if name != "evil pickle" else pickle.loads(content)
         assert (tmp_path / "executed").exists()
+
+
+def holding_itself(state):
+    held = dict(state)
+    held["model"] = held
+    return held
+
+
+NOT_PLAIN = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "without memory": lambda: torch.empty(3, device="meta"),
+    "shape (1000000, 10000000)": lambda: torch.zeros(1).expand(10**6, 10**7),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_a_tensor_whose_numbers_are_not_all_in_the_file_is_refused_by_name(kind, tmp_path):
+    torch.save({"w": torch.zeros(2), "odd": NOT_PLAIN[kind]()}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"c\.pt: odd is not a plain tensor") as told:
+        convert(tmp_path / "c.pt", tmp_path / "ours")
+    assert kind in str(told.value)
+
+
+@pytest.mark.parametrize("state", [{}, {"w": torch.zeros(2)}])
+def test_a_checkpoint_that_holds_itself_is_refused(state, tmp_path):
+    torch.save(holding_itself(state), tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"c\.pt: (over 8 entries in each other|no tensors by name)"):
+        convert(tmp_path / "c.pt", tmp_path / "ours")

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from consonar import checkpoint
+from consonar.config import TrainConfig
+from consonar.config_io import from_dict
+from consonar.errors import UserError
 from consonar.generators import Origin, load_generator, save_generator
 from consonar.generators.rear import ReARConfig, ReARGenerator
 
@@ -110,3 +113,26 @@ def test_a_buffer_that_no_file_holds_is_our_mistake(tmp_path):
     checkpoint.save_component(tmp_path, {}, {"weight": torch.ones(2)})
     with pytest.raises(AssertionError, match=r"WithTable: .*without a value: \['table'\]"):
         checkpoint.load_module(WithTable, tmp_path)
+
+
+def test_a_configuration_with_sizes_that_the_weights_cannot_have_is_refused_at_once(tmp_path):
+    """A million layers would be built for hours before the weights are found to be others."""
+    config = ReARConfig(width=8, num_layers=1, num_heads=1, vocab_size=16, num_tokens=4, num_classes=3)
+    save_generator(ReARGenerator(config), tmp_path / "g", Origin())
+    stored = json.loads((tmp_path / "g/config.json").read_text())
+    for change, told in (({"num_layers": 10**7}, "more layers"), ({"width": 10**9}, "no model has these sizes")):
+        (tmp_path / "g/config.json").write_text(json.dumps(stored | change))
+        with pytest.raises(UserError, match=told):
+            load_generator(tmp_path / "g")
+
+
+@pytest.mark.parametrize("kind", [["rear"], {"rear": 1}, None])
+def test_a_kind_that_is_no_text_is_refused_with_the_choices(kind, tmp_path):
+    config = ReARConfig(width=8, num_layers=1, num_heads=1, vocab_size=16, num_tokens=4, num_classes=3)
+    save_generator(ReARGenerator(config), tmp_path / "g", Origin())
+    stored = json.loads((tmp_path / "g/config.json").read_text())
+    (tmp_path / "g/config.json").write_text(json.dumps(stored | {"kind": kind}))
+    with pytest.raises(UserError, match="kind: unknown"):
+        load_generator(tmp_path / "g")
+    with pytest.raises(UserError, match=r"model\.kind: unknown"):
+        from_dict({"model": {"kind": kind}}, "a.yaml", TrainConfig)

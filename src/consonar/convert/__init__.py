@@ -23,6 +23,7 @@ from consonar.convert.janus import split_parts
 from consonar.errors import UserError
 from consonar.lock import folder_at_once, is_taken
 from consonar.official import State
+from consonar.tensors import check_finite
 
 __all__ = ["Converted", "convert", "to_official"]
 
@@ -138,7 +139,7 @@ def write(
     """Writes one component folder, and says what was set aside or left alone."""
     official = found.official
     ours, unused = official.to_ours(state, found.config)
-    checkpoint.check_finite(ours, str(weights.files[0]))
+    check_finite(ours, str(weights.files[0]))
     head: dict[str, Any] = {"component": official.component, **origin}
     if official.component == "tokenizer":
         head["name"] = final.name if final.name != "tokenizer" else final.parent.name

@@ -23,9 +23,12 @@ from consonar.checkpoint import map_tensors
 from consonar.errors import UserError, reading, unknown
 from consonar.official import State
 from consonar.outside import beside, read_json
+from consonar.tensors import check_plain
 
 ENTRIES = ("model", "module", "state_dict", "model_state_dict", "ema")
 """Where training checkpoints keep the weights; the first that is there counts (DDP, DeepSpeed, Lightning, others)."""
+DEEPEST = 8
+"""Entries in each other before the tensors come; a pickle can hold itself, which has no end."""
 PREFIXES = ("module.", "_orig_mod.")
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_NAMES = (*INDEX_NAMES, "model.safetensors", "pytorch_model.bin")
@@ -150,9 +153,13 @@ def unwrap(payload: Mapping[str, Any], path: Path, entry: str | None) -> Weights
         name = entry or (inside[0] if inside else None)
         if name is None:
             break
+        if len(names) == DEEPEST:
+            raise UserError(f"{path}: over {DEEPEST} entries in each other, or one that holds itself: {name}")
         ignored += [str(key) for key in payload if key != name]
         names, payload, entry = (*names, name), payload[name], None
-    tensors = {key: own_storage(value) for key, value in payload.items() if isinstance(value, Tensor)}
+    found = {key: value for key, value in payload.items() if isinstance(value, Tensor)}
+    check_plain(found, str(path))
+    tensors = {key: own_storage(value) for key, value in found.items()}
     if not tensors or not all(isinstance(key, str) for key in tensors):
         held = ", ".join(repr(str(key)) for key in list(payload)[:6])
         raise UserError(f"{path}: no tensors by name in it; it holds {held or 'nothing'}")
@@ -160,10 +167,11 @@ def unwrap(payload: Mapping[str, Any], path: Path, entry: str | None) -> Weights
     return Weights(tensors, (), names, tuple(ignored))
 
 
-def holds_tensors(value: object) -> bool:
+def holds_tensors(value: object, depth: int = 0) -> bool:
     """Whether it is a table with tensors in it, or in one of the entries of it."""
     return isinstance(value, Mapping) and any(
-        isinstance(item, Tensor) or (key in ENTRIES and holds_tensors(item)) for key, item in value.items()
+        isinstance(item, Tensor) or (key in ENTRIES and depth < DEEPEST and holds_tensors(item, depth + 1))
+        for key, item in value.items()
     )
 
 

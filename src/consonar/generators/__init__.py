@@ -111,7 +111,7 @@ def load_generator(path: str | Path) -> Any:
     for item in fields(Origin):
         config.pop(item.name, None)
     kind = config.get("kind")
-    if kind not in GENERATORS:
+    if not isinstance(kind, str) or kind not in GENERATORS:
         raise unknown(f"{folder}: kind", kind, GENERATORS)
     config_class, generator_class = GENERATORS[kind]
     settings = from_dict(config, str(folder / "config.json"), config_class)

@@ -96,8 +96,10 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
     if config.pop("component", None) != "tokenizer":
         raise UserError(f"{path}: not a tokenizer folder (component in config.json)")
     name = config.pop("name", path.name)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path / 'config.json'}: name is {name!r}, expected a text")
     kind = config.get("kind")
-    if kind not in TOKENIZERS:
+    if not isinstance(kind, str) or kind not in TOKENIZERS:
         raise unknown(f"{path}: kind", kind, TOKENIZERS)
     config_class, tokenizer_class = TOKENIZERS[kind]
     settings = from_dict(config, str(path / "config.json"), config_class)
