@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ except ImportError:  # Windows
 LOCK_FILE = ".lock"
 PARTIAL = ".*.partial"
 """What a file or folder is called while it is written."""
+MAX_TRIES = 1000
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -62,13 +64,15 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
     """The open lock file, locked; the folders that were made for it, inner ones first, are added to `made`."""
-    while True:
+    for tries in itertools.count(1):
         try:
             for place in reversed(path.parents):
                 if not place.is_dir() and _make(place):
                     made.insert(0, place)
             file = path.open("a+")
         except FileNotFoundError:  # its holder ended in between and removed it
+            if tries == MAX_TRIES:  # nothing can be made there at all, as in /proc
+                raise
             continue
         with file:
             if not _take(file, path, wait):

@@ -21,10 +21,33 @@ import numpy as np
 from consonar.errors import UserError, reading
 
 
+def home_expanded(path: str | Path) -> Path:
+    """The path with its `~` or `~name` replaced. `UserError` for an empty path and for a name that nobody has here."""
+    if str(path) == "":
+        raise UserError("'' is no path; name a file or folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: nobody is called so here ({error}); write the path without ~") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` that raises ValueError for a key that a table has twice: which value counts is nowhere written."""
+    return json.loads(text, object_pairs_hook=_table)
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in table if keys.count(key) > 1)!r} is given twice")
+    return table
+
+
 def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """A JSON file that holds an object; `remedy` ends the message where it does not."""
     with reading(path, "valid JSON", remedy):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         end = f"; {remedy}" if remedy else ""
         raise UserError(f"{path}: holds a {type(value).__name__}, expected an object with named entries{end}")
@@ -61,7 +84,7 @@ def plain_name(name: str) -> bool:
 def read_metrics_line(text: str, where: str) -> dict[str, Any]:
     """One line of a metrics.jsonl: an object with an integer step and finite numbers or null."""
     with reading(where, "valid JSON", "remove the line if writing was cut off"):
-        line = json.loads(text)
+        line = parse_json(text)
     if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
         raise UserError(f"{where}: {text[:60]!r} is not an object with an integer 'step'")
     for key, value in line.items():

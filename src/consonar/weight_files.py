@@ -11,6 +11,7 @@ from torch import Tensor
 from consonar.cache import cache_dir
 from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
+from consonar.outside import home_expanded
 from consonar.tensors import check_plain
 
 
@@ -31,7 +32,7 @@ class WeightFile:
         A .pth or .safetensors state dict; nothing in the file is executed. Raises `UserError` when it is missing,
         damaged, holds something else, or (with `check_hash`) has another SHA-256.
         """
-        file = Path(path).expanduser() if path is not None else cache_dir() / self.name
+        file = home_expanded(path) if path is not None else cache_dir() / self.name
         if not file.is_file():
             raise UserError(
                 f"{self.network}: no weights at {file}; download {self.url} (SHA-256 {self.sha256_prefix}...) and put "

@@ -1,6 +1,7 @@
 """Sources: layouts of folders, columns of Hugging Face data sets, and what is refused with which words."""
 
 import io
+import tarfile
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -214,3 +215,48 @@ def test_data_set_that_cannot_be_opened_says_why(tmp_path, dataset_cache):
         with pytest.raises(UserError, match=r"^data: ") as caught:
             open_source(spec, image_size=8)
         one_line(caught)
+
+
+def test_splits_are_found_in_any_case_where_nothing_else_stands_beside_them(tmp_path):
+    save(tmp_path / "Train/cat/a.png", red(1))
+    save(tmp_path / "VAL/cat/b.png", red(2))
+    for split, expected in (("train", [1]), ("validation", [2])):
+        source = open_source(str(tmp_path), split=split, image_size=8)
+        assert source.class_names == ("cat",) and levels(source) == expected
+    save(tmp_path / "Plane/c.png", red(3))
+    assert open_source(str(tmp_path), image_size=8).class_names == ("Plane", "Train", "VAL")
+
+
+def test_two_folders_of_one_split_are_refused_by_name(tmp_path):
+    for name in ("train", "val", "validation"):
+        save(tmp_path / name / "cat/a.png", red(1))
+    with pytest.raises(UserError, match="has val and validation, each a name of 'validation'"):
+        open_source(str(tmp_path), split="validation", image_size=8)
+
+
+@pytest.mark.parametrize("spec", ["", "imagefolder:", "hf:", "arrow:", "~nobody-is-called-so/pictures"])
+def test_a_name_that_leads_nowhere_is_not_taken_for_the_working_directory(spec, tmp_path, monkeypatch):
+    save(tmp_path / "a.png", red(1))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"is no path|nobody is called so"):
+        open_source(spec, image_size=8)
+
+
+def test_an_image_beside_class_folders_is_told_which_folder_is_one(tmp_path):
+    save(tmp_path / "a.png", red(1))
+    (tmp_path / "tokens").mkdir()
+    with pytest.raises(UserError, match=r"a\.png' lies beside class folders; 'tokens' is one"):
+        open_source(str(tmp_path), image_size=8)
+
+
+def test_a_web_dataset_has_labels_and_its_keys_are_no_captions(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for index in range(2):
+            picture = io.BytesIO()
+            red(index).save(picture, "PNG")
+            for ending, content in (("png", picture.getvalue()), ("cls", str(index).encode())):
+                member = tarfile.TarInfo(f"{index}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    source = open_source(f"hf:{tmp_path}", image_size=8)
+    assert [(record.label, record.caption) for record in source] == [(0, None), (1, None)] and levels(source) == [0, 1]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,9 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
     with pytest.raises(UserError, match=r"is a mount point.*name a folder in it"), lock.folder_at_once(tmp_path):
         raise AssertionError("nothing may be done for it")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc")
+def test_where_no_folder_can_be_made_nobody_waits_for_ever():
+    with pytest.raises(OSError), lock.hold(Path("/proc/consonar/x.parts")):
+        pass

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +16,10 @@ from consonar.cache import cache_dir
 from consonar.checkpoint import save_tensors
 from consonar.convert.containers import read_weights
 from consonar.convert.hub import read_name
-from consonar.data.upstream import import_llamagen_npy
+from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError, reading
 from consonar.evaluation.evaluate import load_samples, open_reference
-from consonar.outside import read_npy, read_npz
+from consonar.outside import read_json, read_metrics_line, read_npy, read_npz
 from consonar.report import load_runs
 from consonar.tracking import read_metrics
 
@@ -223,3 +225,23 @@ def test_the_boundary_passes_on_what_is_no_fault_of_the_file():
         raise KeyboardInterrupt
     with pytest.raises(UserError, match=r"^as it was$"), reading("x", "a file"):
         raise UserError("as it was")
+
+
+def test_a_key_that_json_has_twice_is_refused_wherever_it_is_read(tmp_path, tokenizer):
+    twice = '{"step": 1, "step": 2}'
+    (tmp_path / "a.json").write_text(twice)
+    with pytest.raises(UserError, match=r"a\.json: .*'step' is given twice"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"line 3: .*'step' is given twice"):
+        read_metrics_line(twice, "line 3")
+    tokens = [0] * tokenizer.num_tokens
+    (tmp_path / "a.jsonl").write_text(f'{{"class_id": 0, "class_id": 1, "tokens": {tokens}}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*'class_id' is given twice"):
+        import_rar_jsonl(tmp_path / "a.jsonl", tmp_path / "store", tokenizer)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_token_file_whose_name_is_not_utf8_is_imported(tmp_path, tokenizer):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
+    path.write_text(json.dumps({"class_id": 0, "tokens": [0] * tokenizer.num_tokens}) + "\n")
+    assert len(import_rar_jsonl(path, tmp_path / "store", tokenizer)) == 1

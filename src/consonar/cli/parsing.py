@@ -3,12 +3,14 @@
 import contextlib
 import inspect
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from consonar.cli.console import say
 from consonar.errors import UserError, unknown
 from consonar.origin import same_text
 
@@ -101,21 +103,27 @@ def check_name(out: Path) -> None:
 def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Any:
     """Class of every image, (n,) int64, from ids or `names` such as `0,3,Objects` and a count.
 
-    `UserError` for a word that is neither the id nor the name of a class.
+    Names count in any case where no class has them in that case. A number that is an id and the name of another class
+    is the id, which is said. `UserError` for a word that is neither the id nor the name of a class.
     """
     import torch
 
-    ids = {same_text(name).casefold(): i for i, name in enumerate(names)} | {str(i): i for i in range(num_classes)}
+    exact = {same_text(name): i for i, name in enumerate(names)}
+    ids = exact | {str(i): i for i in range(num_classes)}
+    count_of = Counter(map(str.casefold, exact))
+    folded = {name.casefold(): i for name, i in exact.items() if count_of[name.casefold()] == 1}
     given = ",".join(map(str, range(num_classes or 1))) if classes is None else same_text(classes.strip())
-    words = (
-        [given] if given.casefold() in ids else [word.strip() for word in given.split(",")]
-    )  # a name may have commas
     if num_classes == 0:  # refused where conditions are checked, as in Python
-        words, ids = ["0"], {"0": 0}
-    for word in words:
-        if word.casefold() not in ids:
+        given, ids = "0", {"0": 0}
+    whole = given in ids or given.casefold() in folded  # a name may have commas
+    chosen = []
+    for word in [given] if whole else [word.strip() for word in given.split(",")]:
+        label = ids.get(word, folded.get(word.casefold()))
+        if label is None:
             raise unknown("--classes", word, [f"0..{num_classes - 1}", *names[:20]])
-    chosen = [ids[word.casefold()] for word in words]
+        if classes is not None and exact.get(word, label) != label:
+            say(f"--classes: {word} is the id of {names[label]!r} here; the class {word!r} has the id {exact[word]}")
+        chosen.append(label)
     if num_samples is not None and num_samples < 1:
         raise UserError(f"--num-samples: {num_samples} is not positive")
     count = len(chosen) if num_samples is None else num_samples

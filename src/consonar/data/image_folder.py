@@ -14,6 +14,7 @@ from consonar.data.picture_files import (
 )
 from consonar.errors import MissingSplit, UserError, printable
 from consonar.origin import content_hash, same_text
+from consonar.outside import home_expanded
 from consonar.types import ImageRecord
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -21,11 +22,24 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid")
 
 
 def choose_split(split: str, available: list[str], where: str) -> str:
-    """The name among `available` that stands for `split`."""
-    found = [name for name in SPLIT_NAMES.get(split, (split,)) if name in available]
+    """The name among `available` that stands for `split`; `UserError` where several do."""
+    meant = SPLIT_NAMES.get(split, ())
+    found = [name for name in available if name == split or name.lower() in meant]
     if not found:
         raise MissingSplit(f"split: {where} has no {split!r}; choices: {', '.join(available)}")
+    if len(found) > 1:
+        raise UserError(f"split: {where} has {' and '.join(found)}, each a name of {split!r}; keep one of them")
     return found[0]
+
+
+def split_folders(root: Path) -> list[Path]:
+    """The sub-folders that are splits: by their exact names, or in any case where all sub-folders are."""
+    children = sub_folders(root)
+    names = {name for names in SPLIT_NAMES.values() for name in names}
+    splits = [path for path in children if path.name.lower() in names]
+    if len(splits) < len(children):  # Train beside Car is a class
+        splits = [path for path in splits if path.name in names]
+    return [] if [path.name.lower() for path in splits] == ["test"] and len(children) > 1 else splits
 
 
 def class_name(folder: str) -> str:
@@ -44,14 +58,14 @@ class ImageFolder:
     """Images in a folder: the first level of sub-folders are classes, sorted by name; a flat folder has no labels.
 
     Implements `IndexedSource`. Classes may hold further folders. A folder with `train` and/or `validation` (`val`,
-    `valid`), `test` sub-folders, or with `test` alone, is a split one; its classes are those of all splits together, so
-    that label 3 means the same everywhere. Names that differ only in how accents are composed are one class. Raises
-    `UserError` for a missing or empty folder, an empty class, images beside class folders, and split folders beside
-    other folders (is `train` a split or a class?).
+    `valid`), `test` sub-folders (see `split_folders`), or with `test` alone, is a split one; its classes are those of
+    all splits together, so that label 3 means the same everywhere. Names that differ only in how accents are composed
+    are one class. Raises `UserError` for a missing or empty folder, an empty class, images beside class folders, split
+    folders beside other folders (is `train` a split or a class?), and two folders of one split.
     """
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
-        root = Path(root).expanduser()
+        root = home_expanded(root)
         if not root.is_dir():
             raise UserError(f"data: no folder {str(root)!r}" + (" (it is a file)" if root.exists() else ""))
         folder, class_folders = self._layout(root, split)
@@ -70,10 +84,8 @@ class ImageFolder:
     @staticmethod
     def _layout(root: Path, split: str) -> tuple[Path, list[Path]]:
         """The folder that holds the wanted split, and the class folders of all splits."""
-        children = sub_folders(root)
-        split_names = {name for names in SPLIT_NAMES.values() for name in names}
-        splits = [path for path in children if path.name in split_names]
-        if not any(path.name != "test" or len(children) == 1 for path in splits):
+        children, splits = sub_folders(root), split_folders(root)
+        if not splits:
             if split != "train":
                 raise MissingSplit(f"split: {str(root)!r} has no folder {split!r}, so all of it is the train split")
             return root, children
@@ -89,7 +101,9 @@ class ImageFolder:
         parents = [path.relative_to(folder).parts[:-1] for path in self.files]
         stray = next((path for path, parts in zip(self.files, parents, strict=True) if not parts), None)
         if stray is not None:
-            raise UserError(f"data: image {str(stray)!r} lies beside class folders; move it into one of them")
+            first = sub_folders(folder)[0].name
+            hint = f"{first!r} is one: move the image into it, or it elsewhere"
+            raise UserError(f"data: image {str(stray)!r} lies beside class folders; {hint}")
         filled = {parts[0] for parts in parents}
         empty = [path.name for path in sub_folders(folder) if path.name not in filled]
         if empty:

@@ -7,7 +7,6 @@ converted to RGB (`picture_files.read_image`) when it is read; one that is no im
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import starmap
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
@@ -17,11 +16,13 @@ from consonar.data.picture_files import read_image
 from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
 from consonar.origin import content_hash
+from consonar.outside import home_expanded
 from consonar.types import ImageRecord, ImageSource
 
 SPECS = ("openmoji", "PATH", "imagefolder:PATH", "arrow:PATH", "hf:OWNER/NAME[:CONFIG]", "hf:PATH", "hf-stream:...")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
-LABEL_NAMES = ("label", "labels", "class", "class_id")
+LABEL_NAMES = ("label", "labels", "class", "class_id", "cls")
+WEBDATASET_NAMES = ("__key__", "__url__")
 
 
 @runtime_checkable
@@ -52,8 +53,8 @@ class DatasetImages:
     """A Hugging Face `datasets.Dataset`: columns are found by type.
 
     The image column is the one of type Image; the label column the one of type ClassLabel, else an integer column named
-    label, labels, class or class_id; the caption column is the string column. Where several qualify, the usual name
-    (caption, text, prompt) decides, else `UserError` lists them; `columns` = {"image" | "label" | "caption": name}
+    label, labels, class, class_id or cls; the caption column is the string column. Where several qualify, the usual
+    name (caption, text, prompt) decides, else `UserError` lists them; `columns` = {"image" | "label" | "caption": name}
     chooses by hand, with an empty name for none. Label -1 means "unknown" in Hugging Face data sets and becomes None.
     """
 
@@ -68,7 +69,9 @@ class DatasetImages:
         images = [c for c, feature in features.items() if isinstance(feature, ImageFeature)]
         labels = [c for c, feature in features.items() if isinstance(feature, ClassLabel)]
         plain = {c: feature.dtype for c, feature in features.items() if isinstance(feature, Value)}
-        captions = [c for c, dtype in plain.items() if dtype in ("string", "large_string")]
+        texts = [c for c, dtype in plain.items() if dtype in ("string", "large_string")]
+        unasked = {*LABEL_NAMES, *WEBDATASET_NAMES} - {columns.get("caption")}
+        captions = [c for c in texts if c not in unasked]
         if "label" in columns or not labels:
             integers = [c for c, dtype in plain.items() if dtype.lstrip("u").startswith("int")]
             labels += [c for c in integers if c in LABEL_NAMES or c == columns.get("label")]
@@ -149,7 +152,7 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
     columns = dict(parse_qsl(query, keep_blank_values=True))
     for key in columns.keys() - {"image", "label", "caption"}:
         raise unknown("data: column kind", key, ("image", "label", "caption"))
-    path = Path(target).expanduser()
+    path = home_expanded(target)
     if spec.startswith("arrow:") and not path.exists():
         raise UserError(f"data: no file or folder {str(path)!r}")
     with reading(f"data: {spec!r}", "a Hugging Face data set"):
@@ -214,6 +217,6 @@ def _open(spec: str, split: str, image_size: int) -> ImageSource:
         return ImageFolder(target, split)
     if colon and kind in ("hf", "hf-stream", "arrow"):
         return _open_dataset(spec, target, split, stream=kind == "hf-stream")
-    if Path(spec).expanduser().exists():
+    if home_expanded(spec).exists():
         return ImageFolder(spec, split)
     raise UserError(f"data: {spec!r} is neither a folder nor a known source; choices: {', '.join(SPECS)}")

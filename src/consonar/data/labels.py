@@ -10,6 +10,7 @@ from typing import Any
 
 from consonar.errors import UserError, printable, reading, unknown
 from consonar.origin import same_text
+from consonar.outside import home_expanded
 from consonar.types import ImageRecord, ImageSource
 
 MAX_CLASSES = 100_000
@@ -60,7 +61,7 @@ def picture_name(source: Any, index: int) -> str:
 
 def read_class_file(path: str | Path) -> tuple[str, ...]:
     """The names of classes 0, 1, ... from a text file, one a line; `UserError` for none and for one named twice."""
-    path = Path(path).expanduser()
+    path = home_expanded(path)
     with reading(path, "a text file of class names, one a line"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     names = [same_text(line.strip()) for line in lines]

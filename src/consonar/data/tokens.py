@@ -36,9 +36,10 @@ from consonar.data.store_format import (
     token_dtype,
 )  # fmt: skip
 from consonar.data.transforms import VIEWS, from_uint8, make_views
-from consonar.errors import UserError, reading, unknown
+from consonar.errors import UserError, printable, reading, unknown
 from consonar.lock import folder_at_once, is_taken
 from consonar.origin import Origin, check
+from consonar.outside import home_expanded
 from consonar.placement import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
@@ -92,7 +93,7 @@ class StoreWriter:
         for item in zip(labels, captions, strict=True):
             self.told.update(f"{item}\n".encode(errors="replace"))
         arrays = [pa.FixedSizeListArray.from_arrays(pa.array(flat), tokens[0].size)]
-        for name, values in (("label", labels), ("caption", captions), ("name", names)):
+        for name, values in (("label", labels), ("caption", captions), ("name", list(map(printable, names)))):
             arrays.append(pa.array(values, self.schema.field(name).type))
         self.pending.append(pa.Table.from_arrays(arrays, schema=self.schema))
         if sum(map(len, self.pending)) >= ROWS_PER_BLOCK:
@@ -125,7 +126,7 @@ def new_store(
     at the next call). Raises `UserError` when `path` exists, when another process writes it, when the disk has too
     little room for `expected_items` or runs full, and when nothing was written.
     """
-    path = Path(path).expanduser()
+    path = home_expanded(path)
     if is_taken(path):
         raise UserError(f"out: {str(path)!r} exists and is not replaced; choose another path or remove it")
     bytes_per_item = num_views * tokenizer.num_tokens * token_dtype(tokenizer.vocab_size).itemsize + BYTES_PER_NAME
@@ -194,7 +195,7 @@ class TokenStore:
         """The store at `path`; `UserError` when there is none, it is damaged, or it has another format version."""
         import pyarrow as pa
 
-        path = Path(path).expanduser()
+        path = home_expanded(path)
         metadata = read_metadata(path)
         with reading(f"tokens: {str(path)!r}", "a token store", REMEDY):
             store = cls(path, metadata, pa.memory_map(str(path / TOKENS_FILE)).read_buffer())

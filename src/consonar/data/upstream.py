@@ -6,7 +6,6 @@
 The files do not say which tokenizer made them: the user does, and the store carries that tokenizer's fingerprint.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from consonar.data.labels import MAX_CLASSES
 from consonar.data.tokens import TokenStore, new_store
 from consonar.errors import UserError, reading
-from consonar.outside import read_npy
+from consonar.outside import home_expanded, parse_json, read_npy
 from consonar.types import Tokenizer
 
 ITEMS_PER_WRITE = 1024
@@ -59,7 +58,7 @@ def _rar_items(jsonl: Path, tokenizer: Tokenizer) -> Iterator[Item]:
                 continue
             form = 'a line of the form {"class_id": int, "tokens": [int, ...]}'
             with reading(where, form):
-                entry = json.loads(line)
+                entry = parse_json(line)
                 label, tokens = entry["class_id"], np.asarray(entry["tokens"])
             _check_item(tokens[None], label, tokenizer, where)
             yield tokens[None], label, f"{jsonl.name}:{number}"
@@ -72,7 +71,7 @@ def import_rar_jsonl(jsonl: str | Path, out: str | Path, tokenizer: Tokenizer) -
     for one that is not {"class_id": int, "tokens": [N ints]}, a token outside the vocabulary and a negative class;
     otherwise as `new_store` does.
     """
-    jsonl = Path(jsonl).expanduser()
+    jsonl = home_expanded(jsonl)
     if not jsonl.is_file():
         raise UserError(f"jsonl: no file {str(jsonl)!r}")
     _write(_rar_items(jsonl, tokenizer), out, tokenizer, 1, "rar jsonl", jsonl)
@@ -124,9 +123,9 @@ def import_llamagen_npy(
     Raises `UserError` with the file for a missing or unreadable one, another shape or number of crops, a token outside
     the vocabulary and a negative class; otherwise as `new_store` does.
     """
-    codes_dir = Path(codes_dir).expanduser()
+    codes_dir = home_expanded(codes_dir)
     codes = _numbered_files(codes_dir, "codes_dir")
-    labels = _numbered_files(Path(labels_dir).expanduser(), "labels_dir")
+    labels = _numbered_files(home_expanded(labels_dir), "labels_dir")
     if len(codes) != len(labels):
         raise UserError(f"labels_dir: {len(labels)} label files for {len(codes)} code files")
     first = _llamagen_codes(codes[0])

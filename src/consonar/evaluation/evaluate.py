@@ -10,7 +10,6 @@ compare among themselves only, and their values are not reported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
 from consonar.evaluation.results import Metric, Results, library_versions, machine_name
 from consonar.evaluation.statistics import random_parts
 from consonar.origin import Origin, check
-from consonar.outside import npz_keys, read_npz
+from consonar.outside import home_expanded, npz_keys, parse_json, read_npz
 from consonar.placement import device_of, to_device
 from consonar.sampling.sample import check_batch_size
 from consonar.seeding import generator
@@ -112,7 +111,7 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> Samples:
         extra[names[key]] = torch.from_numpy(array.astype(np.int64))
     if "settings" in arrays:
         with reading(f"{path}: settings", "valid JSON"):
-            extra["settings"] = json.loads(str(arrays["settings"]))
+            extra["settings"] = parse_json(str(arrays["settings"]))
         if not isinstance(extra["settings"], dict):
             raise UserError(f"{path}: settings are a {type(extra['settings']).__name__}, expected a JSON object")
     return Samples(images, shape[0], _square(path, shape), file_sha256(path), **extra)
@@ -139,12 +138,13 @@ def open_reference(
     if spec.endswith(".npz"):
         return _open_npz_reference(Path(spec), image_size)
     from consonar.data.bad_images import leave_out
-    from consonar.data.image_folder import SPLIT_NAMES
+    from consonar.data.image_folder import SPLIT_NAMES, split_folders
     from consonar.data.images import open_source
     from consonar.data.labels import describe
 
-    folder = Path(spec.removeprefix("imagefolder:")).expanduser()
-    both = all(any((folder / name).is_dir() for name in SPLIT_NAMES[split]) for split in ("train", "validation"))
+    folder = home_expanded(spec.removeprefix("imagefolder:"))
+    found = {path.name.lower() for path in split_folders(folder)} if folder.is_dir() else set()
+    both = all(found & {*SPLIT_NAMES[split]} for split in ("train", "validation"))
     chosen = splits or (("train", "validation") if both or spec == "openmoji" else None)
     sources = {
         name: leave_out(open_source(spec, split=name, image_size=image_size), bad, f"reference {name}")

@@ -15,7 +15,7 @@ from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
 from consonar.generators.janus import JanusConfig, JanusGenerator
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rear import ReARConfig, ReARGenerator
-from consonar.origin import Origin, check
+from consonar.origin import Origin, check, same_text
 from consonar.tokenizers import TokenizerModule, load_tokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -50,7 +50,7 @@ def has_name(generator: str) -> bool:
 
 def model_folder(path: str | Path) -> Path:
     """The component folder that is meant: the path, `model` inside a run folder, a shipped or an `hf:` generator's."""
-    if str(path) in SHIPPED:
+    if isinstance(path, str) and path in SHIPPED:  # a `Path` is a folder: `Path("./openmoji")` has lost its dot
         return PRETRAINED / str(path)
     if str(path).startswith("hf:"):
         from consonar.convert.hub import fetch_component
@@ -115,4 +115,8 @@ def load_generator(path: str | Path) -> Any:
         raise unknown(f"{folder}: kind", kind, GENERATORS)
     config_class, generator_class = GENERATORS[kind]
     settings = from_dict(config, str(folder / "config.json"), config_class)
-    return checkpoint.load_module(lambda: generator_class(settings), folder)
+    generator = checkpoint.load_module(lambda: generator_class(settings), folder)
+    names = [same_text(name) for name in read_origin(path).class_names or ()]
+    if len(names) > generator.num_classes or len(set(names)) < len(names):
+        raise UserError(f"{folder / 'config.json'}: class_names are not up to {generator.num_classes} different names")
+    return generator

@@ -82,7 +82,7 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
     Raises `UserError` for an unknown name, a missing or damaged folder, or weights of another shape.
     """
     path = Path(name_or_path)
-    if str(name_or_path) in SHIPPED:
+    if isinstance(name_or_path, str) and name_or_path in SHIPPED:  # a `Path` is a folder
         path = PRETRAINED / str(name_or_path)
     elif str(name_or_path).startswith("hf:"):
         from consonar.convert.hub import fetch_component

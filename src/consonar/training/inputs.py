@@ -16,6 +16,7 @@ from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.origin import check
+from consonar.outside import home_expanded
 from consonar.placement import to_device
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.types import Batch, ImageSource, Tokenizer
@@ -27,7 +28,7 @@ MAX_MEMORY = 4e9
 
 def stored_num_tokens(path: str | None) -> int | None:
     """Tokens per image of the store at `path`; None where there is none (`open_store` then says so)."""
-    return TokenStore.open(path).num_tokens if path and Path(path).expanduser().exists() else None
+    return TokenStore.open(path).num_tokens if path and home_expanded(path).exists() else None
 
 
 def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
@@ -37,7 +38,7 @@ def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
             f"{key}: no token store given; make one with: "
             f"consonar tokenize --tokenizer {tokenizer.name} --data ... --out DIR"
         )
-    if not Path(path).expanduser().exists():
+    if not home_expanded(path).exists():
         split = " --split validation" if "validation" in key else ""
         raise UserError(
             f"{key}: no token store at {path}; make it with: "

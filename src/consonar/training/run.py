@@ -18,7 +18,7 @@ from consonar.config_io import to_dict
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.lock import hold, is_unused, remove_partials
-from consonar.outside import read_json
+from consonar.outside import home_expanded, read_json
 from consonar.tracking import Tracker, check_sinks
 from consonar.training.build import build
 from consonar.training.interruption import Interruption
@@ -166,7 +166,7 @@ def _train_held(
 
 def with_validation(config: TrainConfig) -> TrainConfig:
     """The configuration with the validation store that lies beside the training store named, where it was left open."""
-    beside = f"{Path(config.data.tokens).expanduser()}-validation" if config.data.tokens else ""
+    beside = f"{home_expanded(config.data.tokens)}-validation" if config.data.tokens else ""
     if config.data.tokens and config.data.validation_tokens is None and Path(beside).is_dir():
         return replace(config, data=replace(config.data, validation_tokens=beside))
     return config
