@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from torch.nn import functional
 
 from consonar.checkpoint import file_sha256
@@ -143,3 +144,12 @@ def test_temperatures_that_are_nearly_equal_have_files_of_their_own(run, picture
     for row in content["rows"]:
         assert file_sha256(run / row["samples"]) == row["samples_sha256"]
     assert len({row["samples"] for row in content["rows"]}) == 2
+
+
+def test_a_reference_that_cannot_be_measured_against_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    for split in ("train", "validation"):
+        (tmp_path / "one" / split / "all").mkdir(parents=True)
+        picture(0).save(tmp_path / "one" / split / "all" / "0.png")
+    monkeypatch.delattr(frontier, "run_job")
+    with pytest.raises(UserError, match=r"reference .*: 1 image\(s\) as train"):
+        measure(run, tmp_path / "one")

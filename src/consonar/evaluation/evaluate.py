@@ -24,7 +24,7 @@ from consonar.checkpoint import file_sha256
 from consonar.data.bad_images import BadImages
 from consonar.errors import UserError, reading
 from consonar.evaluation import features as sets
-from consonar.evaluation.features import FeatureNetwork, load_feature_network
+from consonar.evaluation.features import FeatureNetwork, FeatureSet, load_feature_network
 from consonar.evaluation.image_sets import (
     NEEDED,
     ImageSet,
@@ -36,7 +36,7 @@ from consonar.evaluation.image_sets import (
 )
 from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
 from consonar.evaluation.results import Metric, Results, library_versions, machine_name
-from consonar.evaluation.statistics import random_parts
+from consonar.evaluation.statistics import Target, random_parts
 from consonar.origin import Origin, check
 from consonar.outside import home_expanded, npz_keys, parse_json, read_npz
 from consonar.placement import device_of, to_device
@@ -44,6 +44,8 @@ from consonar.sampling.sample import check_batch_size
 from consonar.seeding import generator
 from consonar.types import Tokenizer
 
+MAX_ROWS = 10_000
+"""Images of a set that are compared with each other."""
 REFERENCES = {"openmoji-64": ("openmoji", 64)}
 """References by the name of a shipped tokenizer: the data it was made for, and the size in pixels."""
 
@@ -191,13 +193,22 @@ def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: 
     return replace(reference, tokens=tokens, origin=origin)
 
 
+def prepare_reference(
+    reference: Reference, network: FeatureNetwork, num_neighbours: int, *, max_rows: int = MAX_ROWS, **options: Any
+) -> tuple[dict[str, FeatureSet], dict[str, Target], dict[str, str]]:
+    """Features of each set of the reference (`cached_features`), then what `prepare` makes of them."""
+    images = reference.images.items()
+    known = {name: sets.cached_features(network, one, max_rows=max_rows, **options) for name, one in images}
+    return known, *prepare(network, reference, known, num_neighbours)
+
+
 def evaluate(
     samples: Samples | str | Path,
     reference: Reference | str | Path,
     *,
     feature_network: str | FeatureNetwork = "efficientnet-lite0",
     num_neighbours: int = 3,
-    max_neighbours_images: int = 10_000,
+    max_neighbours_images: int = MAX_ROWS,
     copy_quantile: float = 0.0,
     batch_size: int = 64,
     device: str = "cpu",
@@ -229,8 +240,7 @@ def evaluate(
     if max_neighbours_images <= least:
         raise UserError(f"max_neighbours_images: {max_neighbours_images}; {num_neighbours} neighbours need more")
     keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "seed": seed, "progress": progress}
-    known = {name: sets.cached_features(network, images, **keep) for name, images in reference.images.items()}
-    targets, without = prepare(network, reference, known, num_neighbours)
+    known, targets, without = prepare_reference(reference, network, num_neighbours, **keep)
     found = sets.extract_features(
         network, samples.images, part_of=part_of if draws > 1 else torch.full_like(part_of, -1), **keep
     )

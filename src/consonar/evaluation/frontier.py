@@ -30,9 +30,11 @@ from consonar.evaluation.evaluate import (
     load_samples,
     machine_name,
     open_reference,
+    prepare_reference,
 )
 from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
+from consonar.evaluation.results import origin_of_numbers
 from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, replacing, samples_name
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.lock import holds_first_argument
@@ -102,6 +104,8 @@ def evaluate_run(
     if target is None:
         opened = open_reference(reference, tokenizer.image_size, bad=bad)
         target = encode_reference(opened, tokenizer, batch_size=batch_size)
+    # Before hours of sampling: what is wrong with the reference is found here, and its features are kept.
+    prepare_reference(target, network, NUM_NEIGHBOURS, batch_size=batch_size, seed=seed)
     labels = balanced_labels(num_samples, generator.num_classes)
     entropies = sharpness.entropies(generator, [settings.temperature for settings in samplers])
     wanted = any(settings.temperature > 0 for settings in samplers)
@@ -155,20 +159,6 @@ def of_match(other: Path) -> dict[str, str]:
     return {
         "matched_to": other.name,
         "matched_sha256": checkpoint.file_sha256(model_folder(other) / "model.safetensors"),
-    }
-
-
-def origin_of_numbers(results: Results, reference: str) -> dict[str, Any]:
-    """What all rows of results.json share: against what they were measured, with what, and what to know of it."""
-    sizes = {f"num_{name}": count for name, count in results.num_reference.items()}
-    hashes = {f"{name}_sha256": sha256 for name, sha256 in results.reference_sha256.items()}
-    return {
-        "feature_network": results.feature_network,
-        "reference": {"name": reference, **sizes, **hashes},
-        "noise_floor": {key: {"value": value} for key, value in results.noise_floor.items()},
-        "remarks": results.remarks,
-        "config": results.config,
-        "versions": results.versions,
     }
 
 

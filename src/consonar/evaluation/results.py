@@ -78,3 +78,17 @@ class Results:
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
         text = json.dumps(content, indent=1, allow_nan=False)
         write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def origin_of_numbers(results: Results, reference: str) -> dict[str, Any]:
+    """What all rows of results.json share: against what they were measured, with what, and what to know of it."""
+    sizes = {f"num_{name}": count for name, count in results.num_reference.items()}
+    hashes = {f"{name}_sha256": sha256 for name, sha256 in results.reference_sha256.items()}
+    return {
+        "feature_network": results.feature_network,
+        "reference": {"name": reference, **sizes, **hashes},
+        "noise_floor": {key: {"value": value} for key, value in results.noise_floor.items()},
+        "remarks": results.remarks,
+        "config": results.config,
+        "versions": results.versions,
+    }
