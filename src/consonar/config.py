@@ -114,6 +114,8 @@ class LoopConfig:
         for key in ("validate_every", "sample_every", "save_every", "fd_samples"):
             if getattr(self, key) < 0:
                 raise UserError(f"loop.{key}: {getattr(self, key)} is negative")
+        if self.fd_samples == 1:
+            raise UserError("loop.fd_samples: a distance needs 2 samples or more, or 0 for none")
         for key, choices in (("device", DEVICES), ("precision", PRECISIONS)):
             if getattr(self, key) not in choices:
                 raise unknown(f"loop.{key}", getattr(self, key), choices)

@@ -225,6 +225,14 @@ def test_two_processes_draw_and_learn_what_one_does(make, tmp_path):
             assert ours == pytest.approx(theirs, rel=5e-3, abs=1e-4), name
 
 
+def one_held_out(folder):
+    for name in ("train/a/0", "train/b/1", "train/c/2", "train/c/3", "validation/c/4"):
+        path = folder / "few" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(int(path.stem)).save(path)
+    return folder / "few"
+
+
 def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_folder):
     other = VQTokenizer(TINY_VQ, name="other")
     with torch.no_grad():
@@ -238,6 +246,10 @@ def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_
         "another shape": (
             make(model=ReARConfig(width=64, num_layers=2, num_heads=4, dropout=0.0)),
             "model.width: 64, but the generator in",
+        ),
+        "one held out": (
+            make(data=DataConfig(images=str(one_held_out(tmp_path))), loop={"fd_samples": 4}),
+            "needs 2 validation images",
         ),
         "no images": (make(data=DataConfig()), "data.images: post-training needs the images"),
     }

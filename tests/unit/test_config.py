@@ -155,6 +155,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (lambda: LoopConfig(batch_size=8, accumulation=3), r"loop\.accumulation: 3 does not divide loop\.batch_size 8"),
         (lambda: LoopConfig(ema_decay=1), r"loop\.ema_decay: 1 is not in"),
         (lambda: LoopConfig(save_every=-1), r"loop\.save_every: -1 is negative"),
+        (lambda: LoopConfig(fd_samples=1), r"loop\.fd_samples: a distance needs 2 samples"),
         (lambda: ReARConfig(width=30, num_heads=4), r"model\.num_heads: 4 does not divide model\.width 30"),
         (lambda: ReARConfig(dropout=1), r"model\.dropout: 1 is not in"),
         (lambda: ConsistencyConfig(embedding_weight=-1), r"objective\.embedding_weight: -1 is negative"),

@@ -55,9 +55,18 @@ def test_pictures_without_a_label_get_the_default_or_are_dropped(half_labelled, 
 
 
 def test_an_unknown_default_class_is_refused_with_the_choices(half_labelled):
-    for word in ("dd", "3", "-1"):
+    for word in ("dd", "3", "-1", "9" * 5000):
         with pytest.raises(UserError, match=r"--label-default: unknown .*choices: 0\.\.2, a, b, c, drop"):
             open_source(half_labelled, image_size=16, label_default=word)
+
+
+def test_a_default_class_that_may_be_two_is_refused(tmp_path):
+    root = str(folder_of(tmp_path, "0", "1", "10", "11", "2"))
+    with pytest.raises(UserError, match=r"2 is the id of class '10' and the name of class 4; .*--classes FILE"):
+        open_source(root, image_size=16, label_default="2")
+    pinned = names_file(tmp_path.with_suffix(".txt"), "0", "1", "2", "10", "11")
+    for word, label in (("2", 2), ("10", 3), ("0", 0)):
+        assert open_source(root, image_size=16, classes=pinned, label_default=word).default == label
 
 
 def test_pictures_without_any_label_serve_one_class_and_no_more(tmp_path):

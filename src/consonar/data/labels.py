@@ -146,14 +146,21 @@ class IndexedRelabelled(Relabelled):
 
 
 def class_id(word: str, names: Sequence[str] | None) -> int:
-    """The class that `--label-default` means: an id or a name. `UserError` lists the choices."""
+    """The class that `--label-default` means: an id or a name. `UserError` lists the choices, or why it may be two."""
     ids = {same_text(name): label for label, name in enumerate(names or ())}
-    if word.isdecimal() and int(word) < (len(ids) or MAX_CLASSES):
+    named = ids.get(same_text(word))
+    is_id = word.isdecimal() and len(word) < 19 and int(word) < (len(ids) or MAX_CLASSES)
+    if is_id and named is not None and named != int(word):
+        raise UserError(
+            f"--label-default: {word} is the id of class {list(ids)[int(word)]!r} and the name of class {named}; pin an "
+            "order in which they are one with --classes FILE"
+        )
+    if is_id:
         return int(word)
-    if same_text(word) not in ids:
+    if named is None:
         choices = [f"0..{len(ids) - 1}" if ids else "a class id", *list(ids)[:20], DROP]
         raise unknown("--label-default", word, choices)
-    return ids[same_text(word)]
+    return named
 
 
 def describe(source: ImageSource) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from consonar import checkpoint
 from consonar.data.loader import ImageBatches
-from consonar.errors import reading
+from consonar.errors import UserError, reading
 from consonar.evaluation.features import load_feature_network
 from consonar.evaluation.statistics import Moments, frechet_distance
 from consonar.generators import Origin, save_generator
@@ -34,6 +34,8 @@ class ValidationDistance:
         for batch in validation.ordered(self.batch_size):
             assert batch.images is not None
             self.target.update(self.network(batch.images))
+        if self.target.count < 2:
+            raise UserError("loop.fd_samples: a distance needs 2 validation images or more, there is 1; set it to 0")
 
     def __call__(self, generator: Any) -> float:
         labels = balanced_labels(self.num_samples, max(1, generator.num_classes))
