@@ -152,8 +152,8 @@ def class_id(word: str, names: Sequence[str] | None) -> int:
     is_id = word.isdecimal() and len(word) < 19 and int(word) < (len(ids) or MAX_CLASSES)
     if is_id and named is not None and named != int(word):
         raise UserError(
-            f"--label-default: {word} is the id of class {list(ids)[int(word)]!r} and the name of class {named}; pin an "
-            "order in which they are one with --classes FILE"
+            f"--label-default: {word} is the id of class {list(ids)[int(word)]!r} and the name of class {named}; pin "
+            "an order in which they are one with --classes FILE"
         )
     if is_id:
         return int(word)
