@@ -107,7 +107,7 @@ def read_store(folder: Path) -> None:
     batches = TokenBatches(store, batch_size=2, seed=0)
     list(batches.ordered(2))
     store.captions(torch.arange(len(store)))
-    store.check_range()
+    store.check_content()
 
 
 def make_samples(folder: Path) -> None:

@@ -95,7 +95,7 @@ def test_store_reads_back_what_the_tokenizer_said(tmp_path, source):
     read = store.read(rows(5, 2, 5), rows(0, 1, 1))
     assert read.dtype == torch.int64 and read.tolist() == [[0, 5, 0, 5], [2, 0, 2, 0], [5, 0, 5, 0]]
     store.check_tokenizer(tokenizer)
-    store.check_range()
+    store.check_content()
     metadata = json.loads((tmp_path / "s" / METADATA_FILE).read_text())
     assert metadata["consonar_version"] == consonar.__version__ and metadata["source"] == "levels"
     assert metadata["counts"] == {"items": 7, "labelled": 7, "captioned": 7} and metadata["views"] == "center_flip"
@@ -182,7 +182,7 @@ def test_damaged_stores_are_refused(tmp_path):
     message = refused(vocab_size=6)
     assert "holds token 6" in message and "0..5" in message and str(path) in message
     with pytest.raises(UserError, match="holds token 6"):
-        TokenStore.open(path).check_range()
+        TokenStore.open(path).check_content()
     data = (path / TOKENS_FILE).read_bytes()
     (path / TOKENS_FILE).write_bytes(data[: len(data) // 2])
     assert "not a token store, damaged" in refused()

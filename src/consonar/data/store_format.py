@@ -1,8 +1,9 @@
 """What the two files of a token store must hold. Arrow follows damaged offsets anywhere, so these are checked, too."""
 
 import contextlib
+import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -36,6 +37,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         wrong_size = key in SIZES and (type(value) is not int or value < 1)
         if not isinstance(value, kind) or isinstance(value, bool) or wrong_size:
             raise UserError(f"{path}: {key} is {str(value)[:60]!r}; {REMEDY}")
+    if not isinstance(metadata.get("content_sha256"), (str, NoneType)):  # older versions wrote none
+        raise UserError(f"{path}: content_sha256 is {str(metadata['content_sha256'])[:60]!r}; {REMEDY}")
     for key in ("items", "labelled", "captioned"):
         if type(metadata["counts"].get(key)) is not int:
             raise UserError(f"{path}: counts.{key} is {str(metadata['counts'].get(key))[:60]!r}; {REMEDY}")
@@ -45,6 +48,28 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if count < 0 or (names is not None and [type(name) for name in names] != [str] * count):
         raise UserError(f"{path}: class_names are not {count} names; {REMEDY}")
     return metadata
+
+
+class ContentHash:
+    """SHA-256 of what a store holds, fed in the order of its items: tokens as they lie on disk, labels, captions."""
+
+    def __init__(self) -> None:
+        self._tokens, self._told = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, tokens: np.ndarray, labels: Sequence[int | None], captions: Sequence[str | None]) -> None:
+        """The next items."""
+        self._tokens.update(tokens.tobytes())
+        for item in zip(labels, captions, strict=True):
+            self._told.update(f"{item}\n".encode(errors="replace"))
+
+    def hexdigest(self) -> str:
+        """The hash of all items so far."""
+        return hashlib.sha256(self._tokens.digest() + self._told.digest()).hexdigest()
+
+    def check(self, written: str | None, where: str) -> None:
+        """`UserError` unless these are the items whose hash was `written`; None: that is not known."""
+        if written not in (None, self.hexdigest()):
+            raise UserError(f"tokens: {where!r} holds other items than were written: damaged or edited; {REMEDY}")
 
 
 def check_rows(table: Any, counts: dict[str, int]) -> None:

@@ -7,7 +7,6 @@ the tokenizer by its fingerprint. A store appears at its path complete or not at
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from consonar.data.store_format import (
     METADATA_FILE,
     REMEDY,
     TOKENS_FILE,
+    ContentHash,
     check_rows,
     check_tokens,
     disk_errors,
@@ -59,7 +59,7 @@ class StoreWriter:
         self.path, self.tokenizer, self.num_views = path, tokenizer, num_views
         self.num_classes, self.class_limit = num_classes or 0, num_classes
         self.counts = {"items": 0, "labelled": 0, "captioned": 0}
-        self.content, self.told = hashlib.sha256(), hashlib.sha256()  # of the tokens, and of labels and captions
+        self.content = ContentHash()
         self.first = ""
         tokens = FixedList(Value(token_dtype(tokenizer.vocab_size).name), length=num_views * tokenizer.num_tokens)
         features = Features(tokens=tokens, label=Value("int64"), caption=Value("string"), name=Value("string"))
@@ -89,9 +89,8 @@ class StoreWriter:
             bare = next((name for label, name in zip(labels, names, strict=True) if label is None), self.first)
             raise UserError(f"{bare}: no label, though the data have classes; {LABEL_REMEDY}")
         flat = tokens.astype(token_dtype(self.tokenizer.vocab_size)).ravel()
-        self.content.update(flat.tobytes())
-        for item in zip(labels, captions, strict=True):
-            self.told.update(f"{item}\n".encode(errors="replace"))
+        labels = [None if label is None else int(label) for label in labels]  # a NumPy integer is written otherwise
+        self.content.update(flat, labels, captions)
         arrays = [pa.FixedSizeListArray.from_arrays(pa.array(flat), tokens[0].size)]
         for name, values in (("label", labels), ("caption", captions), ("name", list(map(printable, names)))):
             arrays.append(pa.array(values, self.schema.field(name).type))
@@ -142,8 +141,8 @@ def new_store(
             raise UserError(f"data: {origin['source']} holds no items")
         writer.flush()
         versions = {"format_version": FORMAT_VERSION, "consonar_version": consonar.__version__}
-        content = hashlib.sha256(writer.content.digest() + writer.told.digest()).hexdigest()
-        maker = {"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint, "content_sha256": content}
+        maker = {"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint}
+        maker["content_sha256"] = writer.content.hexdigest()
         sizes = {
             "vocab_size": tokenizer.vocab_size,
             "num_tokens": tokenizer.num_tokens,
@@ -248,10 +247,14 @@ class TokenStore:
         given = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
         check(f"tokens: {str(self.path)!r}", self.origin, given, "this run", "tokenize again or use that tokenizer")
 
-    def check_range(self) -> None:
-        """Read every token once; `UserError` for one outside [0, vocab_size)."""
-        for chunk in self._dataset.data.column("tokens").chunks:
-            check_tokens(chunk.flatten().to_numpy(), self.vocab_size, self.tokenizer_name, str(self.path))
+    def check_content(self) -> None:
+        """Read everything once; `UserError` for a token outside [0, vocab_size) and a hash that was not written."""
+        found = ContentHash()
+        for batch in self._dataset.data.table.to_batches():
+            tokens = batch.column("tokens").flatten().to_numpy()
+            check_tokens(tokens, self.vocab_size, self.tokenizer_name, str(self.path))
+            found.update(tokens, batch.column("label").to_pylist(), batch.column("caption").to_pylist())
+        found.check(self.metadata.get("content_sha256"), str(self.path))
 
 
 def write_token_store(
@@ -288,9 +291,8 @@ def write_token_store(
     with contextlib.closing(items), store as writer, torch.inference_mode():
         while batch := list(islice(items, images_per_call)):
             crops, labels, captions, names = zip(*batch, strict=True)
-            pixels = to_device(torch.from_numpy(np.stack(crops)), device_of(tokenizer)).flatten(
-                0, 1
-            )  # (images * views, H, W, 3) uint8
+            pixels = to_device(torch.from_numpy(np.stack(crops)), device_of(tokenizer))
+            pixels = pixels.flatten(0, 1)  # (images * views, H, W, 3) uint8
             tokens = tokenizer.encode(from_uint8(pixels))  # (images * views, N)
             writer.write(tokens.cpu().numpy().reshape(len(batch), VIEWS[views], -1), labels, captions, names)
             if progress is not None:

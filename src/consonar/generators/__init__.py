@@ -102,7 +102,8 @@ def load_generator(path: str | Path) -> Any:
     """A generator in evaluation mode on the CPU, from a name (`openmoji`), a run, a component folder, a released file.
 
     A released file is `hf:` and the name of a published model or owner/repository/file (see `consonar.convert.hub`).
-    Raises `UserError` for a missing, damaged or unfinished folder, and for weights of another shape.
+    Its `origin` says what it was made of and with. Raises `UserError` for a missing, damaged or unfinished folder, and
+    for weights of another shape.
     """
     folder = model_folder(path)
     config = checkpoint.read_config(folder)
@@ -116,7 +117,8 @@ def load_generator(path: str | Path) -> Any:
     config_class, generator_class = GENERATORS[kind]
     settings = from_dict(config, str(folder / "config.json"), config_class)
     generator = checkpoint.load_module(lambda: generator_class(settings), folder)
-    names = [same_text(name) for name in read_origin(path).class_names or ()]
+    generator.origin = read_origin(path)
+    names = [same_text(name) for name in generator.origin.class_names or ()]
     if len(names) > generator.num_classes or len(set(names)) < len(names):
         raise UserError(f"{folder / 'config.json'}: class_names are not up to {generator.num_classes} different names")
     return generator

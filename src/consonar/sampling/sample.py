@@ -18,6 +18,7 @@ from torch import Tensor
 from consonar.errors import UserError
 from consonar.generators import conditions
 from consonar.options import check_options
+from consonar.origin import Origin, check
 from consonar.placement import device_of, to_device
 from consonar.sampling.guidance import guided_logits, scale_at
 from consonar.seeding import generator as seeded
@@ -182,6 +183,7 @@ def sample(
     seeds = range(count) if seeds is None else seeds
     check_batch_size(batch_size)
     check_fit(generator, tokenizer)
+    check_origin(generator, tokenizer)
     check_condition(condition, generator)
     if not 0 < count == len(seeds):
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions; give one each, and at least one")
@@ -206,6 +208,13 @@ def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:
         ours, theirs = getattr(generator, key), getattr(tokenizer, key)
         if ours != theirs:
             raise UserError(f"tokenizer: {tokenizer.name} has {key} {theirs}, the generator was trained with {ours}")
+
+
+def check_origin(generator: Generator, tokenizer: Tokenizer) -> None:
+    """Raises `UserError` where a generator that was loaded (`load_generator`) was trained with another tokenizer."""
+    if (origin := getattr(generator, "origin", None)) is not None:
+        used = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+        check("tokenizer", used, origin, "the generator", "its codes mean something else; see `load_own_tokenizer`")
 
 
 def check_condition(condition: Condition, generator: Generator) -> None:

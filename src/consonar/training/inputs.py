@@ -46,6 +46,7 @@ def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
         )
     store = TokenStore.open(path)
     store.check_tokenizer(tokenizer)
+    store.check_content()
     return store
 
 
