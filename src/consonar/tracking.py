@@ -97,7 +97,9 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, flo
         return records
     with reading(path, "text"):
         lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last line break: nothing, or a line cut short
+    if not lines[-1].endswith(b"}"):
+        lines.pop()  # empty behind a line break; else cut short by a process that was killed, or by a full disk
+    for number, line in enumerate(lines, start=1):
         with reading(path, "text"):
             text = line.decode()
         record = read_metrics_line(text, f"{path} line {number}")

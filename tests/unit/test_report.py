@@ -209,7 +209,7 @@ def _set(run: Path, name: str, text: str) -> None:
         (lambda run: (run / "config.json").unlink(), "no config.json"),
         (lambda run: _set(run, "config.json", "{"), "config.json: not valid JSON"),
         (lambda run: _set(run, "config.json", "[]"), "holds a list"),
-        (lambda run: _set(run, "metrics.jsonl", '{"step": 1}\n{"st'), "metrics.jsonl line 2"),
+        (lambda run: _set(run, "metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}'), "metrics.jsonl line 2"),
         (lambda run: _set(run, "metrics.jsonl", '{"loss": 1}\n'), "integer 'step'"),
         (lambda run: _set(run, "results.json", '{"schema": 2}'), "reads schema 1"),
         (lambda run: _set(run, "results.json", '{"schema": 1, "rows": []}'), "at least one row"),
@@ -227,6 +227,14 @@ def test_a_broken_run_is_one_clear_line(two_runs, tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as error:
         write_report(two_runs, tmp_path / "r.html")
     assert "\n" not in str(error.value) and not (tmp_path / "r.html").exists()
+
+
+def test_a_run_whose_last_line_was_cut_short_still_makes_a_page(two_runs, tmp_path):
+    """A killed process or a full disk: `train --resume` goes on from such a file as well."""
+    with (two_runs[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train/l')
+    write_report(two_runs, tmp_path / "r.html")
+    assert (tmp_path / "r.html").exists()
 
 
 def test_wrong_runs_are_refused_and_equal_names_are_told_apart(tmp_path):

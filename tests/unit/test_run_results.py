@@ -51,6 +51,14 @@ def files(run):
     return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
 
 
+def test_samples_of_a_killed_measurement_go_with_the_next_whatever_its_temperatures(run, picture_folder):
+    (run / ".samples_t0.9.npz.parts").mkdir()
+    (run / ".samples_t0.9.npz.parts" / "shard_00000000_512.npz").touch()
+    (run / ".samples_t0.9.npz").touch()
+    measure(run, picture_folder, temperatures=(1.0,))
+    assert not list(run.glob(".*")) and (run / "samples_t1.npz").is_file()
+
+
 @pytest.mark.parametrize("fails", ["evaluate", "measure_reconstruction"])
 def test_results_stay_until_the_new_ones_are_complete(run, picture_folder, monkeypatch, fails):
     measure(run, picture_folder, temperatures=(1.0, 0.5))

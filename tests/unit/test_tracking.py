@@ -29,6 +29,22 @@ def test_resuming_cuts_what_will_be_repeated_and_goes_on_with_the_clock(tmp_path
     assert [line["step"] for line in lines] == [1, 2, 3] and 200 <= lines[2]["time"] < 201
 
 
+def test_a_last_line_counts_when_it_is_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "time": 1.5}\n{"step": 2, "train/loss": 0.25}'
+    for length, steps in (
+        (len(whole), [1, 2]),
+        (len(whole) - 1, [1]),
+        (26, [1]),
+        (25, [1]),
+        (24, [1]),
+        (23, []),
+        (0, []),
+    ):
+        path.write_text(whole[:length])
+        assert [line["step"] for line in read_metrics(path)] == steps, length
+
+
 def test_a_new_run_starts_an_empty_file_and_a_disabled_tracker_none(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1}\n')
     Tracker(tmp_path, {}, total_steps=10, quiet=True)

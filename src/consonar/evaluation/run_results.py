@@ -32,6 +32,8 @@ def replacing(run: Path) -> Iterator[Path]:
             path.replace(run / path.name)
         for name in before - sample_files(run):
             (run / name).unlink(missing_ok=True)
+        for path in run.glob(".samples_t*"):  # drawn by a killed process, at temperatures that are not asked for now
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

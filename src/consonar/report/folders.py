@@ -9,9 +9,10 @@ from typing import Any
 from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
 from consonar.evaluation.run_results import weights_sha256
-from consonar.outside import beside, read_json, read_metrics_line
+from consonar.outside import beside, read_json
 from consonar.report.records import Measurement, ResultRow, Results, Run
 from consonar.report.validity import comparable, without_old_matches, without_outdated
+from consonar.tracking import read_metrics
 
 MAX_RUNS = 8
 RESULTS_SCHEMA = 1
@@ -48,7 +49,7 @@ def _load_run(folder: Path, name: str) -> Run:
         path=folder,
         name=name,
         config=_object(folder / "config.json"),
-        metrics=_read_metrics(folder / "metrics.jsonl"),
+        metrics=tuple(read_metrics(folder / "metrics.jsonl")),
         results=_read_results(results_path) if results_path.is_file() else None,
         reconstruction=_read_note(folder / "reconstruction.json") or {},
         weights_sha256=weights_sha256(folder),
@@ -70,15 +71,6 @@ def _read_note(path: Path, **entries: Any) -> dict[str, Any] | None:
 
 def _object(path: Path) -> dict[str, Any]:
     return read_json(path, "write it again or leave this run out")
-
-
-def _read_metrics(path: Path) -> tuple[Mapping[str, Any], ...]:
-    if not path.is_file():
-        return ()
-    with reading(path, "text"):
-        content = path.read_text(encoding="utf-8")
-    lines = enumerate(content.splitlines(), start=1)
-    return tuple(read_metrics_line(text, f"{path} line {number}") for number, text in lines)
 
 
 def _read_results(path: Path) -> Results:
