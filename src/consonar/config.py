@@ -24,6 +24,7 @@ from consonar.generators.rear import ReARConfig
 from consonar.options import check_options
 from consonar.outside import check_extent
 from consonar.perceptual import SMALLEST_INPUT
+from consonar.seeding import check_seed
 from consonar.tokenizers.vq import VQConfig
 from consonar.training.alignment import AlignmentConfig
 from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
@@ -168,8 +169,7 @@ class TrainConfig:
                     f"objective.perceptual_weight: {self.objective.perceptual} reads images of {smallest} px or more, "
                     f"model.image_size is {self.model.image_size}; set it to 0"
                 )
-        if self.seed < 0:
-            raise UserError(f"seed: {self.seed} is negative")
+        check_seed(self.seed, "seed")
 
     @property
     def aligns(self) -> bool:
@@ -199,7 +199,7 @@ ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?
 
 def read_config(path: Path) -> TrainConfig:
     """A YAML or JSON file of a `TrainConfig`, or of the changes to the recipe named under `base`."""
-    from consonar.recipes import find_recipe
+    from consonar.recipes import RECIPES, find_recipe
 
     with reading(path, "valid YAML"):
         values = yaml.load(path.read_text(encoding="utf-8"), ConfigLoader)
@@ -210,5 +210,7 @@ def read_config(path: Path) -> TrainConfig:
         base = values.pop("base")
         if not isinstance(base, str):
             raise UserError(f"{path}: base: expected the name of a recipe, got {base!r}")
+        if base not in RECIPES:
+            raise unknown(f"{path}: base", base, RECIPES)
         values = merge(to_dict(find_recipe(base)), {"recipe": path.stem, **values})
     return from_dict(values, str(path), TrainConfig)

@@ -25,12 +25,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any], where: str, kind: Any) -> Any:
     """The config of type `kind` for a nested dict. `UserError` names the key, the value and the choices."""
     check_keys(values, kind, where)
+    check_values(values, where)
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {describe(error)}") from error
-    except TypeError as error:
-        raise UserError(f"{where}: holds a value that is neither number, text, list nor table ({error})") from error
 
 
 def describe(error: ValidationError) -> str:
@@ -68,6 +67,15 @@ def check_keys(values: Any, kind: type, where: str, path: str = "") -> None:
         options = variants(known[key])
         if options and value is not None:
             check_keys(value, pick_variant(value, options, f"{path}{key}", where), where, f"{path}{key}.")
+
+
+def check_values(value: Any, where: str, path: str = "") -> None:
+    """Raises `UserError` for what YAML has and JSON has not, such as a date; recurses."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            check_values(part, where, f"{path}.{key}".removeprefix("."))
+    elif not isinstance(value, str | int | float | None):
+        raise UserError(f"{where}: {path}: expected a number, text, list or table, got {value!r}; quote what is text")
 
 
 def pick_variant(value: Any, options: list[type], path: str, where: str) -> type:

@@ -46,7 +46,9 @@ from consonar.lock import hold, is_taken
 from consonar.outside import read_json
 from consonar.pictures import save_grid
 from consonar.report import write_report
+from consonar.sampling.job import MOST_IMAGES
 from consonar.sampling.sample import SamplerConfig, sample
+from consonar.seeding import check_seed
 from consonar.tokenizers import load_tokenizer
 from consonar.tracking import read_metrics
 from consonar.training.run import train
@@ -71,6 +73,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
     """
     if not 0 < minutes <= MOST_MINUTES:
         raise UserError(f"--minutes: {minutes} is not a time, over 0 and at most {MOST_MINUTES:,}")
+    check_seed(seed, "--seed", MOST_IMAGES)
     with hold(out):
         return make_demo(out, minutes=minutes, seed=seed, say=say)
 

@@ -70,7 +70,9 @@ def show(console: Console, text: str) -> None:
 
 
 def check_sinks(names: tuple[str, ...]) -> None:
-    """`UserError` for an unknown sink or a package that is not installed; to be called before a run folder is made."""
+    """`UserError` for a sink that is unknown, not installed, or given twice; called before a run folder is made."""
+    if twice := [name for name in SINKS if names.count(name) > 1]:
+        raise UserError(f"loop.trackers: {twice[0]!r} is given twice; keep one")
     for name in names:
         if name not in SINKS:
             raise unknown("loop.trackers", name, SINKS)

@@ -163,7 +163,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (lambda: NoiseConfig(schedule="linear", max_rate=1.5), r"objective\.noise\.max_rate: 1\.5 is not in"),
         (lambda: NoiseConfig(schedule="truncated_linear", anneal_end=0), r"objective\.noise\.anneal_end: 0 is not in"),
         (lambda: ReconstructionConfig(mse_weight=-1), r"objective\.mse_weight: -1 is negative"),
-        (lambda: TrainConfig(recipe="x", tokenizer="t", seed=-1), r"seed: -1 is negative"),
+        (lambda: TrainConfig(recipe="x", tokenizer="t", seed=-1), r"seed: -1 is not between 0 and"),
         (lambda: TrainConfig(recipe="x", model=VQConfig()), r"objective\.kind: .*choices: reconstruction"),
     ],
 )

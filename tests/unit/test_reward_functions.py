@@ -210,7 +210,7 @@ def test_a_reward_that_raises_is_one_line_with_its_name_and_error(own_module):
         (raises, "reward 'own': raised ValueError: first line and what follows"),
         (silent, "reward 'own': raised KeyError"),
         (PlacedReward(lambda images, originals: 1 / 0), "reward 'own': raised ZeroDivisionError: division by zero"),
-        (wrong, "reward 'own': raised "),
+        (wrong, "reward 'own': returned Tensor, expected a list of one or more error maps"),
     ):
         rewards = Rewards({"own": function}, {"own": 1.0})
         assert refused(rewards, constant(0.0), constant(0.0), Batch()).startswith(expected)
@@ -276,3 +276,35 @@ def test_folders_of_something_else_are_refused(tmp_path, tokenizer_folder):
     for width, expected in ((12, "layers.0.weight is (8, 3, 4, 4)"), ('"a"', "width: 'a'"), (6, "width: 6 is not")):
         (tmp_path / "config.json").write_text(text.replace('"width": 8', f'"width": {width}'))
         assert expected in refused(load_discriminator, tmp_path)
+
+
+def leave(*given):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (lambda i, o, b: torch.zeros(len(i), dtype=torch.complex64), "a tensor of torch.complex64"),
+        (lambda i, o, b: torch.zeros(len(i)).to_sparse(), "torch.sparse_coo"),
+        (lambda i, o, b: torch.zeros(len(i), device="meta"), "on meta"),
+        (leave, "raised SystemExit: 3"),
+        (PlacedReward(lambda i, o: [i.mean()]), r"an error map of shape (), expected (2, h, w)"),
+        (PlacedReward(lambda i, o: i[:, 0]), "returned Tensor, expected a list of one or more error maps"),
+        (PlacedReward(lambda i, o: []), "returned list, expected a list of one or more error maps"),
+        (PlacedReward(lambda i, o: [i[:1, 0]]), r"an error map of shape (1, 16, 16), expected (2, h, w)"),
+        (PlacedReward(lambda i, o: [i[:, 0].to(torch.complex64)]), "a tensor of torch.complex64"),
+        (PlacedReward(leave), "raised SystemExit: 3"),
+    ],
+)
+def test_a_reward_that_returns_no_plain_numbers_is_named(reward, words):
+    images = constant(0.5, 1.0)
+    rewards = Rewards({"mine": reward}, {"mine": 1.0})
+    message = refused(rewards, images, images, Batch())
+    assert message.startswith("reward 'mine': ") and words in message
+
+
+def test_error_maps_may_be_whole_numbers():
+    images = constant(0.5, 1.0)
+    ones = PlacedReward(lambda i, o: [torch.full((len(i), 4, 4), 2)])
+    assert Rewards({"mine": ones}, {"mine": 1.0})(images, images, Batch())[0].tolist() == [-2.0, -2.0]

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from consonar.allocator import keep_freed_memory
 from consonar.cli.console import say
 from consonar.cli.doctor import doctor
-from consonar.cli.making import demo, import_tokens, recipes, sample_command, tokenize, train_command
+from consonar.cli.making import demo, recipes, sample_command, train_command
 from consonar.cli.measuring import evaluate, report
 from consonar.cli.models import convert, models
 from consonar.cli.parsing import parse
+from consonar.cli.tokenizing import import_tokens, tokenize
 from consonar.errors import BadImage, UserError, printable, unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -134,11 +134,16 @@ def evaluate_samples(
     """Measures a sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
     from consonar.evaluation.evaluate import check_tokenizer, encode_reference, load_samples, open_reference
     from consonar.evaluation.evaluate import evaluate as measure
+    from consonar.evaluation.results import check_place
+    from consonar.seeding import check_seed
     from consonar.tokenizers import SHIPPED, load_tokenizer
 
-    if out is not None and out.exists() and not overwrite:
-        raise UserError(f"--out: {out} exists; choose another name, or add --overwrite")
+    check_seed(settings["seed"], "--seed")
+    if out is not None:
+        check_place(out, overwrite=overwrite, key="--out")
     samples = load_samples(path, bad=bad)
+    if tokenizer is not None and samples.tokens is None:
+        raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {path} has none")
     target = open_reference(reference, samples.image_size, bad=bad)
     stored = samples.settings or {}
     name = tokenizer or (stored.get("tokenizer") if stored.get("tokenizer") in SHIPPED else None)

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ FLAGS = (tyro.conf.AvoidSubcommands,)
 def parse(target: Any, args: Sequence[str], command: str) -> Any:
     """`tyro.cli`, with its boxed errors told in one line, and without options that are given twice."""
     check_repeats(args)
+    check_empty(args)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -27,14 +29,39 @@ def parse(target: Any, args: Sequence[str], command: str) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, UserError):  # of a configuration, which has said all there is to say
+                raise cause from stop
+            cause = cause.__context__
         raise UserError(f"{command}: {flatten(captured.getvalue())}; see: consonar {command} --help") from stop
 
 
 def check_repeats(args: Sequence[str]) -> None:
-    """Raises `UserError` for an option that is given twice: the parser would take the last and say nothing."""
+    """Raises `UserError` for an option that is given twice, a switch on and off included.
+
+    The parser would take the last and say nothing.
+    """
     given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
-    if repeated := [word for index, word in enumerate(given) if word in given[:index]]:
-        raise UserError(f"{repeated[0]}: given twice; keep one")
+    options = [re.sub(r"^(--(?:.*\.)?)no-", r"\1", word) for word in given]
+    for index, option in enumerate(options):
+        if option in options[:index]:
+            before = given[options.index(option)]
+            twice = "given twice" if before == given[index] else f"given together with {before}"
+            raise UserError(f"{given[index]}: {twice}; keep one")
+
+
+MAY_BE_EMPTY = ("--data.validation-tokens",)
+
+
+def check_empty(args: Sequence[str]) -> None:
+    """Raises `UserError` for an empty value: as a path it would be the working directory (of an unset variable)."""
+    for before, word in zip(["", *args], args, strict=False):
+        option = before if before.startswith("--") else "the command"
+        if word.startswith("--") and word.endswith("="):
+            option, word = word.removesuffix("="), ""
+        if word == "" and option.replace("_", "-") not in MAY_BE_EMPTY:
+            raise UserError(f"{option}: given an empty value; give one, or leave it away")
 
 
 def check_read(command: Callable[..., None], given: Mapping[str, Any], unread: Sequence[str], why: str) -> None:
@@ -108,6 +135,8 @@ def class_list(classes: str | None, num_samples: int | None, num_classes: int, n
     """
     import torch
 
+    from consonar.sampling.job import balanced_labels, check_count
+
     exact = {same_text(name): i for i, name in enumerate(names)}
     ids = exact | {str(i): i for i in range(num_classes)}
     count_of = Counter(map(str.casefold, exact))
@@ -124,7 +153,10 @@ def class_list(classes: str | None, num_samples: int | None, num_classes: int, n
         if classes is not None and exact.get(word, label) != label:
             say(f"--classes: {word} is the id of {names[label]!r} here; the class {word!r} has the id {exact[word]}")
         chosen.append(label)
-    if num_samples is not None and num_samples < 1:
-        raise UserError(f"--num-samples: {num_samples} is not positive")
-    count = len(chosen) if num_samples is None else num_samples
-    return torch.tensor([chosen[i % len(chosen)] for i in range(count)], dtype=torch.int64)
+    labels = torch.tensor(chosen, dtype=torch.int64)
+    if num_samples is None:
+        return labels
+    check_count(num_samples, "--num-samples")
+    if classes is None:
+        return balanced_labels(num_samples, len(labels))
+    return labels[torch.arange(num_samples) % len(labels)]

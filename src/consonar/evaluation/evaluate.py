@@ -41,7 +41,7 @@ from consonar.origin import Origin, check
 from consonar.outside import home_expanded, npz_keys, parse_json, read_npz
 from consonar.placement import device_of, to_device
 from consonar.sampling.sample import check_batch_size
-from consonar.seeding import generator
+from consonar.seeding import check_seed, generator
 from consonar.types import Tokenizer
 
 MAX_ROWS = 10_000
@@ -226,15 +226,16 @@ def evaluate(
     drawn with `seed`. A network given by name runs on `device`.
     `progress` gets a set's name and the number of images done. Raises UserError for wrong input or too few samples.
     """
+    check_seed(seed, "seed")
+    check_batch_size(batch_size)
     samples = samples if isinstance(samples, Samples) else load_samples(samples)
+    if draws > 0 and samples.count // draws <= (least := max(num_neighbours, 1)):
+        raise UserError(f"{samples.images.name}: {samples.count} images; each of {draws} draws needs over {least}")
+    part_of = random_parts(samples.count, draws, generator(seed, "evaluation", "parts"))  # (S,)
     reference = reference if isinstance(reference, Reference) else open_reference(reference, samples.image_size)
     if samples.tokens is not None:
         check_tokenizer(samples, reference.origin or Origin())
     network = load_feature_network(feature_network, device) if isinstance(feature_network, str) else feature_network
-    part_of = random_parts(samples.count, draws, generator(seed, "evaluation", "parts"))  # (S,)
-    if samples.count // draws <= (least := max(num_neighbours, 1)):
-        raise UserError(f"{samples.images.name}: {samples.count} images; each of {draws} draws needs over {least}")
-    check_batch_size(batch_size)
     if not 0 <= copy_quantile <= 1:
         raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
     if max_neighbours_images <= least:

@@ -40,7 +40,7 @@ from consonar.generators import load_generator, load_own_tokenizer, model_folder
 from consonar.lock import holds_first_argument
 from consonar.origin import check
 from consonar.placement import device_of, to_device
-from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
+from consonar.sampling.job import balanced_labels, check_count, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
 from consonar.tokenizers import load_tokenizer
 from consonar.types import Tokenizer
@@ -76,27 +76,27 @@ def evaluate_run(
 
     Every run in `match` adds a row at the temperature at which this one has that one's teacher-forced entropy (at
     temperature 1, on the validation images). `feature_network` is a name of `FEATURE_NETWORKS`; `target` the encoded
-    reference where several runs share it; else it is opened here, `bad` images in it left out. Beside results.json:
-    samples_tX.npz (some images of each row, with their nearest training images) and, when the reference has validation
-    images and with `reconstruct`, reconstructions.npz and reconstruction.json. What was there stays until all of it is
-    measured. Returns the content of results.json. Raises `UserError` when results exist (unless `overwrite`) or the run
-    has no model.
+    reference where several runs share it; else it is opened here without `bad` images. Beside results.json:
+    samples_tX.npz (some images of each row, with their nearest training images) and, of validation images and with
+    `reconstruct`, reconstructions.npz and reconstruction.json. What was there stays until all is measured. Returns the
+    content of results.json. Raises `UserError` for wrong settings, and when results exist, unless `overwrite`.
     """
     if (run / RESULTS).exists() and not overwrite:
-        why = "" if is_measured(run) else " of weights that have changed since"
-        raise UserError(f"{run / RESULTS} exists{why}; add --overwrite to measure again")
-    sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
-    generator, origin = load_generator(run).to(device), read_origin(run)
-    tokenizer = load_own_tokenizer(run).to(device)
-    network = load_feature_network(feature_network, device)
+        of = "" if is_measured(run) else " of weights that have changed since"
+        raise UserError(f"{run / RESULTS} exists{of}; add --overwrite to measure again")
+    check_count(num_samples, "num_samples", seed)
     check_batch_size(batch_size)
     if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
         raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
+    at = [replace(sampler or SamplerConfig(), temperature=t) for t in temperatures]
+    sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
+    generator, origin = load_generator(run).to(device), read_origin(run)
+    tokenizer, network = load_own_tokenizer(run).to(device), load_feature_network(feature_network, device)
     sharpness = Sharpness(reference, tokenizer, batch_size, origin, bad)
     matched: dict[float, list[Path]] = {}
     for other in match:
         matched.setdefault(round(sharpness.match(generator, other), 4), []).append(other)
-    samplers = [replace(sampler or SamplerConfig(), temperature=t) for t in dict.fromkeys([*temperatures, *matched])]
+    samplers = list(dict.fromkeys([*at, *(replace(sampler or SamplerConfig(), temperature=t) for t in matched)]))
     if target is not None and (target.name != reference or target.origin is None):
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
     if target is not None and target.origin is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -38,6 +39,17 @@ def machine_name(device: str) -> str:
     if torch.device(device).type != "cpu":
         return str(torch.get_device_module(device).get_device_name(device))
     return processor()
+
+
+def check_place(path: Path, *, overwrite: bool, key: str) -> None:
+    """Raises `UserError` where results could not be written at the end; makes the folder that they belong into."""
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a folder; name a file, such as {path / 'results.json'}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{key}: {path} exists; choose another name, or add --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{key}: {path.parent} cannot be written; choose another folder")
 
 
 @dataclass(frozen=True)

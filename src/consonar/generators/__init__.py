@@ -56,9 +56,9 @@ def model_folder(path: str | Path) -> Path:
         from consonar.convert.hub import fetch_component
 
         return fetch_component(str(path), "generator")
-    path = Path(path)
-    if not path.is_dir():
-        raise unknown("generator", str(path), [*SHIPPED, "a run folder", "a model folder", "hf:NAME"])
+    name, path = str(path), Path(path)
+    if not name or not path.is_dir():  # an empty name would be the working directory
+        raise unknown("generator", name, [*SHIPPED, "a run folder", "a model folder", "hf:NAME"])
     return checkpoint.released(path, "generator")
 
 

@@ -32,9 +32,12 @@ from consonar.origin import Origin, check
 from consonar.outside import read_json, read_npz
 from consonar.pictures import save_grid
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
+from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
 
 MAX_GRID_IMAGES = 1024
+MOST_IMAGES = 10_000_000
+"""Of one job; their classes and seeds are held in memory."""
 OTHER_ENDINGS = {*IMAGE_ENDINGS, ".npy", ".zip", ".tar", ".gz", ".pt", ".safetensors", ".json", ".html"} - {".png"}
 """Endings of files that are not written here; any other dot (t0.9) is part of a folder's name."""
 
@@ -79,8 +82,7 @@ def make_job(
     `origin` is that of the generator, which is called `source`. Raises `UserError` for a seed outside that range, wrong
     classes, a tokenizer that does not fit, and one that `origin` does not name.
     """
-    if not 0 <= seed <= 2**63 - 1 - len(labels):
-        raise UserError(f"seed: {seed} is not between 0 and 2^63 - 1 less the number of images")
+    check_seed(seed, "seed", len(labels))
     check_fit(generator, tokenizer)
     origin = origin or Origin()
     used = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
@@ -101,6 +103,13 @@ def make_job(
         "torch": torch.__version__,
     }
     return Job(labels, tuple(range(seed, seed + len(labels))), sampler, settings)
+
+
+def check_count(num_samples: int, key: str, seed: int = 0) -> None:
+    """Raises `UserError` for a number of images that no job has, and for a first seed that leaves them none."""
+    if not 1 <= num_samples <= MOST_IMAGES:
+        raise UserError(f"{key}: {num_samples} is not between 1 and {MOST_IMAGES:,}; draw more in jobs of other seeds")
+    check_seed(seed, "seed", num_samples)
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> Tensor:

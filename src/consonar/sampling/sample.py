@@ -197,9 +197,9 @@ def sample(
     return Samples(images, tokens, entropy)
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int, key: str = "batch_size") -> None:
     if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size} is not a number of images, 1 or more")
+        raise UserError(f"{key}: {batch_size} is not a number of images, 1 or more")
 
 
 def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:

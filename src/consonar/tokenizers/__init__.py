@@ -88,7 +88,7 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
         from consonar.convert.hub import fetch_component
 
         path = fetch_component(str(name_or_path), "tokenizer")
-    elif not path.is_dir():
+    elif not str(name_or_path) or not path.is_dir():
         raise unknown("tokenizer", str(name_or_path), [*SHIPPED, "a folder with config.json and model.safetensors"])
     else:
         path = checkpoint.released(path, "tokenizer")

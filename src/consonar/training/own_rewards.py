@@ -23,7 +23,7 @@ def told_in_one_line(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself would end the run without a word
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what}: raised {type(error).__name__}{f': {reason}' if reason else ''}") from error
 
@@ -55,6 +55,28 @@ def checked(name: str, values: object, count: int) -> Tensor:
         raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
     if values.shape != (count,):
         raise UserError(f"reward {name!r}: returned shape {tuple(values.shape)}, expected ({count},), one per image")
+    return plain(name, values)
+
+
+def checked_maps(name: str, maps: object, count: int) -> list[Tensor]:
+    """The maps of a reward with a place as float32 (count, h, w); `UserError` names the reward and what it returned."""
+    if not isinstance(maps, list | tuple) or not maps or not all(isinstance(layer, Tensor) for layer in maps):
+        raise UserError(f"reward {name!r}: returned {type(maps).__name__}, expected a list of one or more error maps")
+    for layer in maps:
+        if layer.ndim != 3 or len(layer) != count or not layer.numel():
+            raise UserError(
+                f"reward {name!r}: returned an error map of shape {tuple(layer.shape)}, expected ({count}, h, w)"
+            )
+    return [plain(name, layer) for layer in maps]
+
+
+def plain(name: str, values: Tensor) -> Tensor:
+    """`values` as float32; `UserError` where they are no real numbers, or not held as such."""
+    if values.is_complex() or values.layout != torch.strided or values.device.type == "meta":
+        raise UserError(
+            f"reward {name!r}: returned a tensor of {values.dtype}, {values.layout}, on {values.device}; expected real "
+            "numbers in a dense tensor that holds them"
+        )
     return values.detach().float()
 
 

@@ -32,7 +32,15 @@ from consonar.perceptual.lpips import load_lpips
 from consonar.placement import to_device
 from consonar.training.credit import resize_to_grid
 from consonar.training.discriminator import load_discriminator
-from consonar.training.own_rewards import DOTTED_PATH, KEY, check_finite, checked, import_reward, told_in_one_line
+from consonar.training.own_rewards import (
+    DOTTED_PATH,
+    KEY,
+    check_finite,
+    checked,
+    checked_maps,
+    import_reward,
+    told_in_one_line,
+)
 from consonar.types import Batch, Grid, Reward
 
 SUM = "weighted sum"
@@ -206,7 +214,8 @@ class Rewards:
             seen = images.clone()  # a reward may change what it is given, and those after it must not see that
             with told_in_one_line(f"reward {name!r}"):
                 if isinstance(function, PlacedReward):
-                    layers = function.errors(seen, originals.clone())
+                    found = checked_maps(name, function.errors(seen, originals.clone()), len(images))
+                    layers = [to_device(layer, images.device) for layer in found]
                     returned: object = reward_of(layers)
                     if grid is not None and self.weights[name] > 0:
                         cells += [-self.weights[name] * resize_to_grid(layer, grid) for layer in layers]

@@ -1,0 +1,200 @@
+"""Options that are empty, contradict each other, or are found wrong only after work: told at once, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from consonar import cli
+from consonar.cli.making import with_rewards
+from consonar.cli.parsing import check_repeats, class_list
+from consonar.config import LoopConfig, read_config
+from consonar.demo import run_demo
+from consonar.errors import UserError, unknown
+from consonar.evaluation.evaluate import evaluate
+from consonar.evaluation.frontier import evaluate_run
+from consonar.evaluation.results import check_place
+from consonar.generators import Origin, load_generator, save_generator
+from consonar.recipes import find_recipe
+from consonar.sampling.job import MOST_IMAGES
+from consonar.tokenizers import load_tokenizer
+from consonar.tracking import check_sinks
+
+
+def told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that must exit with 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in error and error.startswith("consonar: "), error
+    return error.removeprefix("consonar: ")
+
+
+@pytest.fixture
+def model(tiny_generator, tmp_path) -> Path:
+    save_generator(tiny_generator(num_classes=6), tmp_path / "model", Origin())
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "ar-openmoji", "--out", "OUT", "--init", ""],
+        ["train", "ar-openmoji", "--out", "OUT", "--recipe="],
+        ["train", "vapi-openmoji", "--out", "OUT", "--init", "MODEL", "--data", ""],
+        ["sample", "", "--out", "OUT"],
+        ["sample", "MODEL", "--out", "OUT", "--tokenizer", ""],
+        ["evaluate", "", "--reference", "MODEL"],
+        ["evaluate", "MODEL", "--reference", ""],
+        ["tokenize", "--tokenizer", "openmoji-64", "--data", "", "--out", "OUT"],
+        ["tokenize", "--tokenizer", "openmoji-64", "--data", "MODEL", "--out", "OUT", "--split="],
+        ["report", "", "--out", "OUT"],
+    ],
+)
+def test_an_empty_value_does_not_mean_the_working_directory(argv, model, tmp_path, monkeypatch, capsys):
+    """As of a shell variable that is not set."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    places = {"OUT": str(tmp_path / "out"), "MODEL": str(model)}
+    assert "given an empty value" in told([places.get(word, word) for word in argv], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_functions_refuse_empty_names_too(tmp_path, monkeypatch):
+    from consonar.data.images import open_source
+
+    monkeypatch.chdir(tmp_path)
+    for load in (load_generator, load_tokenizer):
+        with pytest.raises(UserError, match=r"unknown ''.*choices: openmoji"):
+            load("")
+    with pytest.raises(UserError, match=r"data: an empty name; choices: openmoji"):
+        open_source("", image_size=16)
+
+
+def test_a_validation_store_may_be_none(capsys):
+    error = told(["train", "ar-openmoji", "--out", "x", "--data.validation-tokens", "", "--optim.lr", "0"], capsys)
+    assert error == "optim.lr: 0.0 is not positive"  # what the configuration says, and no more
+
+
+def test_a_switch_that_is_put_on_and_off_is_refused():
+    with pytest.raises(UserError, match=r"--loop\.no-compile: given together with --loop\.compile; keep one"):
+        check_repeats(["--loop.compile", "--loop.no-compile"])
+    with pytest.raises(UserError, match=r"--top-k: given twice"):
+        check_repeats(["--top_k", "3", "--top-k=4"])
+    check_repeats(["--objective.noise.schedule", "none", "--objective.noise-schedule", "linear"])
+
+
+def test_rewards_are_named_together_with_what_they_need(tmp_path, capsys):
+    """As docs/post-training.md says: patch-discriminator and the folder of a discriminator."""
+    start = ["train", "vapi-openmoji", "--out", str(tmp_path / "run"), "--init", "nowhere", "--data", str(tmp_path)]
+    rewards = ["--objective.rewards", "mse=1,patch-discriminator=0.1"]
+    assert "needs the folder of a discriminator" in told([*start, *rewards], capsys)
+    both = told([*start, *rewards, "--objective.discriminator", str(tmp_path)], capsys)
+    assert both.startswith("generator: unknown 'nowhere'")  # the next thing that is wrong
+    assert "-1.0 is not 0 or more" in told([*start, "--objective.rewards", "mse=-1"], capsys)
+    given = [*start, "--objective.rewards", "mse=1", "--objective.rewards.mse", "2"]
+    assert "--objective.rewards.mse: given together with --objective.rewards" in told(given, capsys)
+    assert with_rewards(find_recipe("vapi-openmoji"), "ssim=2").objective.rewards == {"ssim": 2.0}
+
+
+def test_a_wrong_option_of_train_names_the_help_that_lists_it(tmp_path, capsys):
+    assert told(["train", "ar-openmoji", "--out", str(tmp_path / "x"), "--optim.lr", "fast"], capsys).endswith(
+        "see: consonar train ar-openmoji --help"
+    )
+
+
+def test_the_nearest_choice_is_suggested_in_any_case():
+    assert "did you mean 'fp32'?" in str(unknown("loop.precision", "FP32", ["auto", "fp32", "bf16"]))
+    assert "did you mean 'Objects'?" in str(unknown("--classes", "objects", ["Objects", "Flags"]))
+    assert "did you mean" not in str(unknown("x", "nothing", ["FP32", "A"]))
+
+
+def test_a_tracker_that_is_named_twice_is_refused():
+    with pytest.raises(UserError, match=r"loop\.trackers: 'tensorboard' is given twice"):
+        check_sinks(("wandb", "tensorboard", "tensorboard"))
+    assert LoopConfig(trackers=("wandb", "trackio")).trackers == ("wandb", "trackio")
+
+
+@pytest.mark.parametrize("count", [0, MOST_IMAGES + 1, 10**20])
+def test_a_number_of_samples_that_no_job_has_is_refused_at_once(count, model, tokenizer_folder, tmp_path, capsys):
+    """And not after the memory is full of their classes."""
+    command = ["sample", str(model), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "x.npz")]
+    assert told([*command, f"--num-samples={count}"], capsys).startswith(f"--num-samples: {count} is not between 1 and")
+    with pytest.raises(UserError, match=rf"num_samples: {count} is not between 1 and"):
+        evaluate_run(tmp_path, num_samples=count)
+
+
+def test_fewer_samples_than_classes_are_of_classes_at_equal_steps():
+    assert class_list(None, 3, 6).tolist() == [0, 2, 4]
+    assert class_list(None, 8, 6).tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert class_list("4,1,2", 2, 6).tolist() == [4, 1] and class_list("4,1", 3, 6).tolist() == [4, 1, 4]
+
+
+def test_a_wrong_seed_is_refused_before_anything_is_made(tmp_path):
+    for seed in (-1, 2**63, 10**20):
+        with pytest.raises(UserError, match=rf"--seed: {seed} is not between 0 and 2\^63 - 1"):
+            run_demo(tmp_path / "demo", minutes=18, seed=seed, say=print)
+        with pytest.raises(UserError, match=rf"seed: {seed} is not between 0 and 2\^63 - 1"):
+            evaluate_run(tmp_path, seed=seed)
+        with pytest.raises(UserError, match=rf"seed: {seed} is not between 0 and 2\^63 - 1"):
+            evaluate(tmp_path / "none.npz", "nothing", seed=seed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_settings_of_an_evaluation_are_refused_before_a_model_is_read(tmp_path):
+    for wrong, words in (
+        ({"temperatures": [1.0, -1.0]}, r"temperature: -1\.0 is negative"),
+        ({"temperatures": [float("nan")]}, r"temperature: nan is not a finite number"),
+        ({"draws": 0}, r"in 0 draws"),
+        ({"draws": 10**20}, r"in 100000000000000000000 draws; each draw needs over 3"),
+        ({"batch_size": 0}, r"batch_size: 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate_run(tmp_path / "no run", **wrong)
+
+
+def test_an_evaluation_does_not_work_for_results_that_it_cannot_keep(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    command = ["evaluate", str(tmp_path / "s.npz"), "--reference", str(tmp_path / "s.npz"), "--out"]
+    assert "is a folder; name a file" in told([*command, str(tmp_path), "--overwrite"], capsys)
+    assert "each of 100000000000000000000 draws needs over 3" in told([*command[:-1], f"--draws={10**20}"], capsys)
+    unread = told([*command[:-1], "--tokenizer", "no such"], capsys)
+    assert "--tokenizer: 'no such' is read only for samples with tokens" in unread
+    check_place(tmp_path / "new" / "folder" / "r.json", overwrite=False, key="--out")
+    assert (tmp_path / "new" / "folder").is_dir()  # else a new folder's name would be found wrong at the end
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: mine.yaml", r"base: unknown 'mine\.yaml'.*choices: ar-openmoji"),
+        ("base: rear-openmoji\nrecipe: 2020-01-01", r"recipe: expected a number, text, list or table, got datetime"),
+        ("base: rear-openmoji\nloop: {trackers: [!!binary aGk=]}", r"loop\.trackers\.0: expected a number, text"),
+    ],
+)
+def test_a_file_and_its_key_are_named(text, words, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"mine\.yaml: {words}") as caught:
+        read_config(tmp_path / "mine.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_known_by_its_ending_in_any_case(tmp_path, capsys):
+    (tmp_path / "MINE.YAML").write_text("base: rear-openmoji\nsteps: 3\n")
+    assert "MINE.YAML: steps: unknown 'steps'" in told(["train", str(tmp_path / "MINE.YAML"), "--out", "x"], capsys)
+
+
+def test_views_and_batches_are_refused_before_a_picture_is_read(tokenizer_folder, tmp_path, capsys):
+    command = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", "nowhere", "--out", str(tmp_path / "x")]
+    assert told([*command, "--views", "center-flip"], capsys).startswith("--views: unknown 'center-flip'")
+    assert told([*command, "--batch-size", "0"], capsys).startswith("--batch-size: 0 is not")
+
+
+def test_class_ids_are_a_tensor_of_the_size_asked_for():
+    drawn = class_list(None, 1000, 7)
+    assert drawn.dtype == torch.int64 and drawn.bincount().tolist() == [143] * 6 + [142]
