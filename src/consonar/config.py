@@ -211,6 +211,6 @@ def read_config(path: Path) -> TrainConfig:
         if not isinstance(base, str):
             raise UserError(f"{path}: base: expected the name of a recipe, got {base!r}")
         if base not in RECIPES:
-            raise unknown(f"{path}: base", base, RECIPES)
+            raise unknown(f"{path}: base: recipe", base, RECIPES)
         values = merge(to_dict(find_recipe(base)), {"recipe": path.stem, **values})
     return from_dict(values, str(path), TrainConfig)

@@ -75,7 +75,7 @@ def check_values(value: Any, where: str, path: str = "") -> None:
         for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
             check_values(part, where, f"{path}.{key}".removeprefix("."))
     elif not isinstance(value, str | int | float | None):
-        raise UserError(f"{where}: {path}: expected a number, text, list or table, got {value!r}; quote what is text")
+        raise UserError(f"{where}: {path}: {value!r} is neither number, text, list nor table; quote what is text")
 
 
 def pick_variant(value: Any, options: list[type], path: str, where: str) -> type:
