@@ -87,6 +87,16 @@ def test_what_perfect_samples_score_is_said_where_samples_are_few(rng):
     assert "by few images of the reference, too (reference 100, 48 features)" in line
 
 
+def test_a_copy_rate_that_cannot_see_a_copy_is_said():
+    train, held_out = noise(20, 0), noise(5, 1)
+    given = Samples(in_memory(train, "samples"), 20, 4, "0", tokens=torch.zeros(20, 4, dtype=torch.int64))
+    for leaked, said in ((held_out, 0), (np.concatenate([held_out, train[:1]]), 1)):
+        sets = {"train": in_memory(train), "validation": in_memory(leaked)}
+        result = evaluate(given, Reference("known", sets), feature_network=Cells())
+        assert sum("copy rate (features) cannot see a copy" in line for line in result.remarks) == said
+        assert result.metrics["copy rate (features)"].value == 1 - said  # all are training images
+
+
 @pytest.mark.parametrize("count", [10, 40, 400])
 def test_the_distance_of_draws_is_that_of_drawn_features(count, rng):
     mixing = torch.randn(20, 20, generator=rng, dtype=torch.float64)

@@ -254,7 +254,7 @@ def evaluate(
     return Results(
         metrics={k: Metric(value, stdev(part[k] for part in parts) if parts else None) for k, value in values.items()},
         unavailable=without | unavailable,
-        remarks=remarks(network, targets, found, known, seed),
+        remarks=remarks(network, targets, found, known, seed, copies),
         noise_floor={
             f"{kind}({network.name}) {name}": value
             for kind, target in targets.items()

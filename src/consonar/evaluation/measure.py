@@ -109,7 +109,12 @@ def copy_rates(
 
 
 def remarks(
-    network: FeatureNetwork, targets: dict[str, Target], found: FeatureSet, known: dict[str, FeatureSet], seed: int
+    network: FeatureNetwork,
+    targets: dict[str, Target],
+    found: FeatureSet,
+    known: dict[str, FeatureSet],
+    seed: int,
+    copies: dict[str, CopyRate],
 ) -> tuple[str, ...]:
     """What must be known to read the numbers, one line each: the bias of few samples, copies that are not seen."""
     said = []
@@ -134,6 +139,12 @@ def remarks(
             f"copy rate (features) looks at {len(train.rows):,} of {train.moments.count:,} training images: copies of "
             "the others are not seen (max_neighbours_images says how many)"
         )
+    said += [
+        f"copy rate ({kind}) cannot see a copy: a validation image is equal to a training image; keep it in one of the "
+        "sets, or read the rate at another copy_quantile"
+        for kind, copied in copies.items()
+        if copied.threshold == 0
+    ]
     if found.scores and count < ENOUGH * (num_classes := found.scores[0].num_classes):
         said.append(f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes")
     return tuple(said)
