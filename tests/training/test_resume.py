@@ -221,3 +221,15 @@ def test_a_damaged_model_is_written_again_by_a_resume(generator_config, tmp_path
         weights.write_bytes(damaged)
         train(generator_config, run, resume=True, quiet=True)
         assert weights.read_bytes() == whole
+
+
+def test_a_run_that_goes_on_with_another_number_of_processes_says_so(generator_config, tmp_path, capsys):
+    run = train(generator_config, tmp_path / "run", stop_at=2, quiet=True)
+    (saved,) = checkpoint.list_resume(run / "checkpoints")
+    payload = checkpoint.load_resume(saved)
+    assert payload["processes"] == 1
+    torch.save(payload | {"processes": 4}, saved)
+    train(generator_config, run, resume=True, stop_at=3, quiet=True)
+    assert "step 2 was reached on 4 processes, now there are 1: dropout is drawn otherwise" in capsys.readouterr().err
+    train(generator_config, run, resume=True, stop_at=4, quiet=True)
+    assert capsys.readouterr().err == ""

@@ -166,7 +166,8 @@ class Aside:
         """A resume checkpoint."""
         if self.world.is_main:
             folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
-            checkpoint.save_resume(folder, self.state.step, self.state.payload(), keep)
+            payload = self.state.payload() | {"processes": self.world.size}
+            checkpoint.save_resume(folder, self.state.step, payload, keep)
 
 
 def due(step: int, every: int) -> bool:

@@ -125,9 +125,7 @@ def _train_held(
         compile_blocks(trainee)
     average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
     state = State(trainee, build_optimizer(trainee, config.optim), average, device=world.device)
-    saved = checkpoint.list_resume(out / "checkpoints")
-    if resume and saved:
-        state.restore(checkpoint.load_resume(saved[-1]), str(saved[-1]))
+    note = restore(state, out, world) if resume else None
     distributed.barrier(world)
     if world.is_main:
         (out / "stopped.json").unlink(missing_ok=True)  # written again where the checkpoint says so
@@ -142,6 +140,8 @@ def _train_held(
     )  # fmt: skip
     for line in made.about:
         tracker.say(line)
+    if note:
+        tracker.warn(note)
     with Interruption() as interrupted:
         try:
             train_loop(
@@ -162,6 +162,21 @@ def _train_held(
             trainee.load_state_dict(state.average)
         made.export(trainee, out)
     return out
+
+
+def restore(state: State, out: Path, world: World) -> str | None:
+    """Restores the last checkpoint of the run, where there is one; says when other processes than these wrote it."""
+    saved = checkpoint.list_resume(out / "checkpoints")
+    if not saved:
+        return None
+    payload = checkpoint.load_resume(saved[-1])
+    state.restore(payload, str(saved[-1]))
+    before = payload.get("processes", world.size)  # older checkpoints do not say
+    if before == world.size:
+        return None
+    return (
+        f"step {state.step} was reached on {before} processes, now there are {world.size}: dropout is drawn otherwise"
+    )
 
 
 def with_validation(config: TrainConfig) -> TrainConfig:
