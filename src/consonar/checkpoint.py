@@ -31,6 +31,7 @@ from consonar.tensors import at_most, check_finite
 FORMAT_VERSION = 1
 SAVE = "save"
 """Key of the hash of configuration and weights that both files of a component carry."""
+RESUME_REMEDY = "remove it to resume from the one before"
 STEP_FILE = re.compile(r"step_(\d{8})\.pt")
 
 
@@ -199,7 +200,9 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where:
     if extra := [key for key in state if key not in own]:
         problems.append(f"unknown {first_of(extra)}")
     for key in own:
-        if key in state and own[key].shape != state[key].shape:
+        if key in state and not isinstance(state[key], Tensor):
+            problems.append(f"{key} is a {type(state[key]).__name__}")
+        elif key in state and own[key].shape != state[key].shape:
             problems.append(f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}")
     if problems:
         raise UserError(f"{where}: not the weights of this model: {'; '.join(problems[:4])}")
@@ -276,11 +279,13 @@ def load_resume(path: Path) -> dict[str, Any]:
     """Reads a resume file without executing anything in it; `UserError` when damaged or of another version."""
     import zipfile
 
-    remedy = "remove it to resume from the one before"
-    with reading(path, "a resume file", remedy):
+    with reading(path, "a resume file", RESUME_REMEDY):
         if not zipfile.is_zipfile(path):  # anything else PyTorch takes for its old format
-            raise UserError(f"{path}: damaged or cut short; {remedy}")
+            raise UserError(f"{path}: damaged or cut short; {RESUME_REMEDY}")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(payload, dict) or payload.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a resume file of this version of consonar")
+    named, step = STEP_FILE.fullmatch(path.name), payload.get("step")
+    if type(step) is not int or (named and step != int(named[1])):
+        raise UserError(f"{path}: holds step {str(step)[:60]!r}, its name says another; {RESUME_REMEDY}")
     return payload

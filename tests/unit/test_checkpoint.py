@@ -13,6 +13,7 @@ from consonar import checkpoint
 from consonar.errors import UserError
 from consonar.generators import Origin, load_generator, read_origin, save_generator
 from consonar.tokenizers import load_tokenizer
+from consonar.training.aside import State
 
 
 @pytest.fixture
@@ -230,3 +231,32 @@ def test_two_processes_of_the_same_number_write_one_file(tmp_path):
 
     checkpoint.write_atomically(path, outer)
     assert path.read_text() == "outer" and list(tmp_path.iterdir()) == [path]
+
+
+def moving(average: bool = True) -> State:
+    model = nn.Linear(3, 2)
+    kept = {key: value.detach().clone() for key, value in model.state_dict().items()} if average else None
+    return State(model, torch.optim.AdamW(model.parameters()), kept, step=4)
+
+
+PARTS = {
+    "model": [
+        None,
+        [],
+        {},
+        {"weight": 1, "bias": 2},
+        {"weight": torch.zeros(2, 3).to_sparse(), "bias": torch.zeros(2)},
+    ],
+    "optimizer": [None, {}, {"state": {}, "param_groups": []}],
+    "average": [None, {}, {"weight": torch.zeros(1)}],
+    "step": [None, "4", -1, 5, True],
+}
+
+
+@pytest.mark.parametrize(("part", "value"), [(part, value) for part in PARTS for value in PARTS[part]])
+def test_a_resume_file_with_a_part_that_is_something_else_is_refused_by_name(part, value, tmp_path):
+    path = checkpoint.save_resume(tmp_path, 4, moving().payload(), keep=1)
+    moving().restore(checkpoint.load_resume(path), str(path))
+    torch.save(torch.load(path, weights_only=True) | {part: value}, path)
+    with pytest.raises(UserError, match=r"step_00000004\.pt: "):
+        moving().restore(checkpoint.load_resume(path), str(path))

@@ -157,6 +157,10 @@ def test_the_results_file(tmp_path, data):
     with pytest.raises(UserError, match=r"results\.json exists"):
         results.to_json(path)
     results.to_json(path, overwrite=True)
+    before = (tmp_path / "samples.npz").read_bytes()
+    with pytest.raises(UserError, match="holds no results, so it is not overwritten"):
+        results.to_json(tmp_path / "samples.npz", overwrite=True)
+    assert (tmp_path / "samples.npz").read_bytes() == before
 
 
 def test_an_npz_reference_is_one_set(tmp_path, data):

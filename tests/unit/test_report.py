@@ -157,6 +157,22 @@ def test_the_page_is_the_same_bytes_twice_and_existing_out_is_refused(two_runs, 
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_is_no_page_is_not_overwritten_by_one(two_runs):
+    config = two_runs[0] / "config.json"
+    before = config.read_bytes()
+    with pytest.raises(UserError, match="is no page, so it is not overwritten"):
+        write_report(two_runs, config, overwrite=True)
+    assert config.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"objective": "x"}, {"init": 7}, {"objective": []}])
+def test_a_configuration_that_no_training_writes_is_named(change, two_runs, tmp_path):
+    path = two_runs[0] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"config\.json: {next(iter(change))} is "):
+        write_report(two_runs, tmp_path / "a.html")
+
+
 def test_an_opening_picture_is_on_the_page_whole(two_runs, tmp_path):
     Image.fromarray(np.full((200, 300, 3), 77, np.uint8)).save(tmp_path / "opening.png")
     page = Page(write_report(two_runs, tmp_path / "r.html", opening=tmp_path / "opening.png").read_text())

@@ -18,6 +18,7 @@ from consonar.checkpoint import write_atomically
 from consonar.errors import UserError
 from consonar.evaluation.copying import CopyRate
 from consonar.hardware import processor
+from consonar.outside import read_json
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,27 @@ def machine_name(device: str) -> str:
 
 
 def check_place(path: Path, *, overwrite: bool, key: str) -> None:
-    """Raises `UserError` where results could not be written at the end; makes the folder that they belong into."""
+    """Raises `UserError` where results could not be written, or would replace anything but results.
+
+    Makes the folder that they belong into.
+    """
     if path.is_dir():
         raise UserError(f"{key}: {path} is a folder; name a file, such as {path / 'results.json'}")
     if path.exists() and not overwrite:
         raise UserError(f"{key}: {path} exists; choose another name, or add --overwrite")
+    if path.exists() and not holds_results(path):
+        raise UserError(f"{key}: {path} exists and holds no results, so it is not overwritten; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{key}: {path.parent} cannot be written; choose another folder")
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a file is one that `Results.to_json` wrote."""
+    try:
+        return {"schema", "metrics"} <= read_json(path).keys()
+    except UserError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,7 @@ class Results:
     def to_json(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the results. Raises UserError when the file exists (unless `overwrite`) or the disk is full."""
         path = Path(path)
-        if path.exists() and not overwrite:
-            raise UserError(f"results: {path} exists; give another path, or ask to overwrite it")
+        check_place(path, overwrite=overwrite, key="results")
         content = asdict(replace(self, copies={}))
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
         text = json.dumps(content, indent=1, allow_nan=False)

@@ -59,6 +59,8 @@ def write_report(
         raise UserError(f"out {out}: is a folder; name a file, for example {out / 'report.html'}")
     if out.exists() and not overwrite:
         raise UserError(f"out {out}: already exists; choose another name, or overwrite it (--overwrite)")
+    if out.exists() and b"<!doctype html>" not in out.read_bytes()[:100]:
+        raise UserError(f"out {out}: exists and is no page, so it is not overwritten; choose another name")
     html = render(load_runs(runs), title=title, opening=opening)
     write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8"))
     return out

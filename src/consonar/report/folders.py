@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from consonar.checkpoint import file_sha256
@@ -44,11 +45,17 @@ def _load_run(folder: Path, name: str) -> Run:
         raise UserError(f"run {folder}: no such folder; pass a folder that `consonar train` wrote")
     if not (folder / "config.json").is_file():
         raise UserError(f"run {folder}: holds no config.json; pass a folder that `consonar train` wrote")
+    config = _object(folder / "config.json")
+    for key, kind in (("objective", dict), ("init", str)):
+        if not isinstance(config.get(key), (kind, NoneType)):
+            raise UserError(
+                f"{folder / 'config.json'}: {key} is {str(config[key])[:60]!r}; expected as training writes it"
+            )
     results_path = folder / "results.json"
     return Run(
         path=folder,
         name=name,
-        config=_object(folder / "config.json"),
+        config=config,
         metrics=tuple(read_metrics(folder / "metrics.jsonl")),
         results=_read_results(results_path) if results_path.is_file() else None,
         reconstruction=_read_note(folder / "reconstruction.json") or {},

@@ -109,7 +109,7 @@ class Run:
     @property
     def objective(self) -> Mapping[str, Any]:
         """The configuration's objective; empty where it has none."""
-        objective: Mapping[str, Any] = self.config.get("objective", {})
+        objective: Mapping[str, Any] = self.config.get("objective") or {}
         return objective
 
     @property

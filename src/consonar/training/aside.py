@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from consonar import checkpoint, distributed
 from consonar.config import TrainConfig
 from consonar.distributed import World
+from consonar.errors import UserError, reading
+from consonar.tensors import check_plain
 from consonar.tracking import Tracker
 from consonar.types import Objective
 
@@ -58,11 +60,21 @@ class State:
         return states | {"average": self.average, "stopped": self.stopped}
 
     def restore(self, payload: dict[str, Any], where: str) -> None:
+        """Goes on from what `checkpoint.load_resume` read; `UserError` for a part that is missing or something else."""
+        parts = ("model", "optimizer") if self.average is None else ("model", "optimizer", "average")
+        for part in parts:
+            if not isinstance(payload.get(part), dict):
+                raise UserError(f"{where}: holds no {part}; {checkpoint.RESUME_REMEDY}")
+            if part != "optimizer":
+                checkpoint.check_weights(self.model.state_dict(), payload[part], where)
+                check_plain(payload[part], where)
         checkpoint.load_weights(self.model, payload["model"], where)
-        self.optimizer.load_state_dict(payload["optimizer"])
-        if self.average is not None and payload["average"] is not None:
+        with reading(where, "a resume file", checkpoint.RESUME_REMEDY):
+            self.optimizer.load_state_dict(payload["optimizer"])
+        if self.average is not None:
             self.average = {key: value.to(self.device) for key, value in payload["average"].items()}
-        self.step, self.stopped = payload["step"], payload.get("stopped")
+        stopped = payload.get("stopped")
+        self.step, self.stopped = payload["step"], stopped if isinstance(stopped, str) else None
 
 
 @dataclass
