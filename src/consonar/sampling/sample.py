@@ -8,6 +8,7 @@ order, as in LlamaGen's sampler.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -104,8 +105,12 @@ def choose(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
-    """One number per image and token, (B, N) in [0, 1), row b from `seeds[b]` alone."""
-    return torch.stack([uniform(seeded(seed, "sample"), num_tokens, dtype=torch.float64) for seed in seeds])
+    """One number per image and token, (B, N) in [0, 1), row b from `seeds[b]` alone: an integer of any type."""
+    try:
+        plain = [operator.index(seed) for seed in seeds]  # NumPy's 3 and a tensor's 3 are the seed 3
+    except TypeError as error:
+        raise UserError(f"seeds: {error}; give one integer for each image") from error
+    return torch.stack([uniform(seeded(seed, "sample"), num_tokens, dtype=torch.float64) for seed in plain])
 
 
 @torch.inference_mode()
@@ -178,7 +183,7 @@ def sample(
     size below 1.
     """
     if isinstance(condition, Sequence | Tensor):
-        condition = torch.as_tensor(condition, dtype=torch.int64)
+        condition = class_ids(condition)
     count = conditions.num_rows(condition)
     seeds = range(count) if seeds is None else seeds
     check_batch_size(batch_size)
@@ -195,6 +200,19 @@ def sample(
         parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
     images, tokens, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return Samples(images, tokens, entropy)
+
+
+def class_ids(classes: Sequence[int] | Tensor) -> Tensor:
+    """(B,) int64 of whole numbers; `UserError` for anything else, of which a part would be cut off."""
+    try:
+        given = torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"classes: {error}; give one class id for each image") from error
+    if given.ndim != 1 or (
+        len(given) and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    ):
+        raise UserError(f"classes: {given.dtype} of shape {tuple(given.shape)}; give one class id for each image")
+    return given.long()
 
 
 def check_batch_size(batch_size: int, key: str = "batch_size") -> None:
