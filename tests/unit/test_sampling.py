@@ -71,7 +71,7 @@ def test_a_seed_is_its_number_whatever_its_type():
     for seeds in (np.array([5, 7], np.uint8), torch.tensor([5, 7]), [np.int64(5), torch.tensor(7)]):
         assert torch.equal(uniforms(seeds, 6), uniforms([5, 7], 6))
     for seeds in ([0.5, 1], torch.tensor([1.0]), ["5"]):
-        with pytest.raises(UserError, match="seeds: .*one integer for each image"):
+        with pytest.raises(UserError, match=r"seeds: .*one integer for each image"):
             uniforms(seeds, 6)
 
 
@@ -79,7 +79,7 @@ def test_a_seed_is_its_number_whatever_its_type():
     "classes", [[0.5, 1.7], torch.tensor([1.0]), torch.tensor([True]), torch.zeros(1, 1, dtype=torch.int64), ["a"], "a"]
 )
 def test_classes_that_are_no_whole_numbers_are_refused_and_not_cut_off(classes, tiny_generator, tokenizer):
-    with pytest.raises(UserError, match="classes: .*one class id for each image"):
+    with pytest.raises(UserError, match=r"classes: .*one class id for each image"):
         sample(tiny_generator(), tokenizer, classes)
 
 
