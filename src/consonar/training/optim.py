@@ -21,7 +21,7 @@ class OptimConfig:
     lr: float = 4e-4
     """Learning rate after warm-up."""
     min_lr: float = 1e-5
-    """Learning rate at the last step."""
+    """Learning rate at the last step of a run that is longer than its warm-up."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     beta1: float = 0.9

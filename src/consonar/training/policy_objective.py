@@ -47,7 +47,7 @@ class PolicyConfig(AlignmentConfig):
     rollout: Literal["teacher_forced", "free"] = "teacher_forced"
     """Tokens drawn under the image's own context (VA-pi), or freely by the cached sampler (AR-GRPO)."""
     estimator: Literal["grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce"] = "grpo"
-    """How rewards become advantages and ratios."""
+    """How rewards become advantages and ratios; gspo and dapo are grpo until `inner_epochs` is over 1."""
     group_size: int = 8
     """G, sequences drawn for each image."""
     temperature: float = 1.0
