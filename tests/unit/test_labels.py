@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 
 from consonar.data import TokenStore, import_rar_jsonl
 from consonar.data.images import open_source
-from consonar.data.labels import describe, read_class_file
+from consonar.data.labels import MAX_CLASSES, data_line, describe, read_class_file
 from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.errors import MissingSplit, UserError
 from consonar.training.inputs import load_images
@@ -176,3 +176,9 @@ def test_a_store_with_more_classes_than_any_collection_is_refused(tmp_path, toke
     (tmp_path / "s" / METADATA_FILE).write_text(json.dumps(metadata | {"num_classes": 2}))
     with pytest.raises(UserError, match="a label outside its 2 classes"):
         _ = TokenStore.open(tmp_path / "s").labels
+
+
+@pytest.mark.parametrize("label", [MAX_CLASSES, 10**12, 2**64 - 1])
+def test_a_label_beyond_any_number_of_classes_is_refused_before_the_classes_are_listed(label):
+    with pytest.raises(UserError, match=f"label {label}, and there are at most"):
+        data_line({0: 1, label: 1}, None)

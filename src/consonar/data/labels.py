@@ -174,10 +174,15 @@ def describe(source: ImageSource) -> str:
 
 
 def data_line(counts: Mapping[int | None, int], class_names: Sequence[str] | None) -> str:
-    """The line of `describe` from the number of pictures of each label (None: without one); names empty classes."""
+    """The line of `describe` from the number of pictures of each label (None: without one); names empty classes.
+
+    Raises `UserError` for a label beyond any number of classes, each of which would be looked for.
+    """
     total, missing = sum(counts.values()), counts.get(None, 0)
     seen = {label for label in counts if label is not None}
     num_classes = len(class_names) if class_names else max(seen, default=-1) + 1
+    if num_classes > MAX_CLASSES:
+        raise UserError(f"data: label {num_classes - 1}, and there are at most {MAX_CLASSES:,} classes, from 0 on")
     pictures = f"{total:,} picture{'' if total == 1 else 's'}"
     if num_classes == 0:
         return f"{pictures}, no classes"
