@@ -200,8 +200,6 @@ def open_source(
     (`labels.Relabelled`), by a name of `model_classes` where the images have none. Raises `UserError` for an unknown
     `spec` or `split`, and for a folder or data set that is missing, empty or ambiguous.
     """
-    if not spec:
-        raise UserError("data: an empty name; choices: openmoji, a folder, imagefolder:PATH, hf:owner/name")
     source = _open(spec, split, image_size)
     if classes is None and label_default is None:
         return source
