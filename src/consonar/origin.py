@@ -58,6 +58,15 @@ def same_text(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def check_distinct(names: Sequence[str] | None, where: str) -> None:
+    """Raises `UserError` for two classes of one name, also where only the composition of its accents differs."""
+    seen: set[str] = set()
+    for name in map(same_text, names or ()):
+        if name in seen:
+            raise UserError(f"{where}: two classes are called {name!r}; rename one")
+        seen.add(name)
+
+
 def text_hash(names: Sequence[str]) -> str:
     """SHA-256 of a list of names in their order."""
     return hashlib.sha256("\n".join(map(same_text, names)).encode()).hexdigest()

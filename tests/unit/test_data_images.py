@@ -260,3 +260,11 @@ def test_a_web_dataset_has_labels_and_its_keys_are_no_captions(tmp_path):
                 archive.addfile(member, io.BytesIO(content))
     source = open_source(f"hf:{tmp_path}", image_size=8)
     assert [(record.label, record.caption) for record in source] == [(0, None), (1, None)] and levels(source) == [0, 1]
+
+
+def test_classes_of_one_name_in_two_spellings_are_refused_where_they_enter(tmp_path):
+    types = Features(image=ImageFeature(), label=ClassLabel(names=["caf\u00e9", "cafe\u0301"]))
+    rows = {"image": [{"bytes": encoded(red(1)), "path": None}], "label": [0]}
+    Dataset.from_dict(rows, features=types).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(UserError, match="two classes are called 'caf\u00e9'; rename one"):
+        open_source(f"arrow:{tmp_path / 'd'}", image_size=8)

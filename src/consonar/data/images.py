@@ -15,7 +15,7 @@ from consonar.data.labels import IndexedRelabelled, Relabelled, read_class_file
 from consonar.data.picture_files import read_image
 from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
-from consonar.origin import content_hash
+from consonar.origin import check_distinct, content_hash
 from consonar.outside import home_expanded
 from consonar.types import ImageRecord, ImageSource
 
@@ -88,6 +88,7 @@ class DatasetImages:
         self.caption_column = _pick_column("caption", captions, CAPTION_NAMES, columns.get("caption"))
         label_feature = features[self.label_column] if self.label_column else None
         self.class_names = tuple(label_feature.names) if isinstance(label_feature, ClassLabel) else None
+        check_distinct(self.class_names, f"data: {name}")
         kept = [c for c in (self.image_column, self.label_column, self.caption_column) if c]
         # decode=False: the bytes are decoded by read_image, which names a damaged picture and keeps no file open.
         self.dataset = dataset.select_columns(kept).cast_column(image, ImageFeature(decode=False))

@@ -12,6 +12,7 @@ import numpy as np
 
 from consonar.data.labels import MAX_CLASSES
 from consonar.errors import UserError
+from consonar.origin import check_distinct
 from consonar.outside import read_json
 
 FORMAT_VERSION = 1
@@ -47,6 +48,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: num_classes is {count}; at most {MAX_CLASSES}; {REMEDY}")
     if count < 0 or (names is not None and [type(name) for name in names] != [str] * count):
         raise UserError(f"{path}: class_names are not {count} names; {REMEDY}")
+    check_distinct(names, str(path))
     return metadata
 
 

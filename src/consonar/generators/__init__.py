@@ -15,7 +15,7 @@ from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
 from consonar.generators.janus import JanusConfig, JanusGenerator
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rear import ReARConfig, ReARGenerator
-from consonar.origin import Origin, check, same_text
+from consonar.origin import Origin, check, check_distinct
 from consonar.tokenizers import TokenizerModule, load_tokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -118,7 +118,8 @@ def load_generator(path: str | Path) -> Any:
     settings = from_dict(config, str(folder / "config.json"), config_class)
     generator = checkpoint.load_module(lambda: generator_class(settings), folder)
     generator.origin = read_origin(path)
-    names = [same_text(name) for name in generator.origin.class_names or ()]
-    if len(names) > generator.num_classes or len(set(names)) < len(names):
-        raise UserError(f"{folder / 'config.json'}: class_names are not up to {generator.num_classes} different names")
+    names = generator.origin.class_names or ()
+    if len(names) > generator.num_classes:
+        raise UserError(f"{folder / 'config.json'}: class_names are {len(names)} for {generator.num_classes} classes")
+    check_distinct(names, str(folder / "config.json"))
     return generator
