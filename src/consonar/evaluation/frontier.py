@@ -35,10 +35,10 @@ from consonar.evaluation.evaluate import (
 from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
 from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.evaluation.results import origin_of_numbers
-from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, replacing, samples_name
+from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, of_match, replacing, samples_name
 from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.lock import holds_first_argument
-from consonar.origin import check
+from consonar.origin import Origin, check
 from consonar.placement import device_of, to_device
 from consonar.sampling.job import balanced_labels, check_count, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
@@ -97,13 +97,7 @@ def evaluate_run(
     for other in match:
         matched.setdefault(round(sharpness.match(generator, other), 4), []).append(other)
     samplers = list(dict.fromkeys([*at, *(replace(sampler or SamplerConfig(), temperature=t) for t in matched)]))
-    if target is not None and (target.name != reference or target.origin is None):
-        raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
-    if target is not None and target.origin is not None:
-        check("target", target.origin, origin, str(run), "encode it anew", parts=("tokenizer",))
-    if target is None:
-        opened = open_reference(reference, tokenizer.image_size, bad=bad)
-        target = encode_reference(opened, tokenizer, batch_size=batch_size)
+    target = target_of(run, origin, tokenizer, reference, target, batch_size=batch_size, bad=bad)
     # Before hours of sampling: what is wrong with the reference is found here, and its features are kept.
     prepare_reference(target, network, NUM_NEIGHBOURS, batch_size=batch_size, seed=seed)
     labels = balanced_labels(num_samples, generator.num_classes)
@@ -154,12 +148,25 @@ def evaluate_run(
     return content
 
 
-def of_match(other: Path) -> dict[str, str]:
-    """What a row says of the run whose entropy its temperature was chosen to reach."""
-    return {
-        "matched_to": other.name,
-        "matched_sha256": checkpoint.file_sha256(model_folder(other) / "model.safetensors"),
-    }
+def target_of(
+    run: Path,
+    origin: Origin,
+    tokenizer: Tokenizer,
+    reference: str,
+    target: Reference | None,
+    *,
+    batch_size: int,
+    bad: BadImages | None,
+) -> Reference:
+    """The reference in the tokens of the run's tokenizer: `target`, checked to be that, or opened and encoded here."""
+    if target is None:
+        return encode_reference(
+            open_reference(reference, tokenizer.image_size, bad=bad), tokenizer, batch_size=batch_size
+        )
+    if target.name != reference or target.origin is None:
+        raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
+    check("target", target.origin, origin, str(run), "encode it anew", parts=("tokenizer",))
+    return target
 
 
 def result_row(settings: SamplerConfig, results: Results, drawn: Path) -> dict[str, Any]:

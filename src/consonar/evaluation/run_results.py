@@ -10,6 +10,7 @@ from typing import Any
 
 from consonar.checkpoint import file_sha256
 from consonar.errors import UserError
+from consonar.generators import model_folder
 from consonar.outside import plain_name, read_json
 
 RESULTS, RECONSTRUCTION = "results.json", "reconstruction.json"
@@ -55,6 +56,14 @@ def weights_sha256(run: Path) -> str | None:
     """SHA-256 of the weights that a run has exported; None where there are none."""
     weights = run / "model" / "model.safetensors"
     return file_sha256(weights) if weights.is_file() else None
+
+
+def of_match(other: Path) -> dict[str, str]:
+    """What a row says of the run whose entropy its temperature was chosen to reach."""
+    return {
+        "matched_to": other.name,
+        "matched_sha256": file_sha256(model_folder(other) / "model.safetensors"),
+    }
 
 
 def outdated(content: Mapping[str, Any], sha256: str | None) -> str | None:
