@@ -48,23 +48,24 @@ class Moments:
             return
         features = features.to("cpu", torch.float64)
         mean = features.mean(0)
-        centred = features - mean
-        self._add(len(features), mean, centred.T @ centred)
+        rows = torch.cat([features - mean, self._move(len(features), mean)[None]])
+        self.scatter.addmm_(rows.T, rows)  # in place: the matrix is larger than what is added to it
 
     def merge(self, other: Moments) -> None:
         """Add all rows that `other` has seen; `other` is left as it is. Raises ValueError for another width."""
         if len(other.mean) != len(self.mean):
             raise ValueError(f"cannot merge moments of {len(other.mean)} features into moments of {len(self.mean)}")
         if other.count:
-            self._add(other.count, other.mean, other.scatter)
+            shift = self._move(other.count, other.mean)
+            self.scatter += other.scatter
+            self.scatter.addr_(shift, shift)
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total = self.count + count
-        delta = mean - self.mean
-        self.scatter += scatter
-        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+    def _move(self, count: int, mean: Tensor) -> Tensor:
+        """Takes `count` rows of this mean (F,) into mean and count; returns the row (F,) that the distance adds."""
+        total, delta = self.count + count, mean - self.mean
+        shift = delta * (self.count * count / total) ** 0.5
+        self.mean, self.count = self.mean + delta * (count / total), total
+        return shift
 
     @property
     def cov(self) -> Tensor:
