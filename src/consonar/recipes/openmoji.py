@@ -96,9 +96,9 @@ def rear_openmoji_f4() -> TrainConfig:
             embedding_weight=1.0, head_width=256, noise=NoiseConfig(schedule="truncated_linear")
         ),
         data=DataConfig(tokens="tokens/openmoji-64-f4"),
-        optim=OptimConfig(lr=1.5e-3, min_lr=2e-5, warmup_steps=100),
+        optim=OptimConfig(lr=1.5e-3, min_lr=2e-5, warmup_steps=100, weight_decay=0.1),
         loop=LoopConfig(
-            steps=1800,
+            steps=2000,
             batch_size=32,
             log_every=20,
             validate_every=250,
