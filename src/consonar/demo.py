@@ -30,6 +30,7 @@ from consonar.demo_plan import (
     TrainingRate,
     Work,
     evaluation_rate,
+    first_guess,
     most_work,
     seconds_of,
     training_rate,
@@ -88,7 +89,9 @@ def make_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None
     began = time.monotonic()
     device = pick_device()
     tokenizer = load_tokenizer(TOKENIZER).to(device)
-    draw_opening(out / "opening.png", device, say)
+    drawing = draw_opening(out / "opening.png", device, say)
+    if drawing is not None and "seconds" not in stored:
+        say(first_guess(drawing, minutes))
     reference = open_reference(TOKENIZER, tokenizer.image_size)
     if "seconds" not in stored:
         stored |= make_plan(out, reference, tokenizer, minutes=minutes, seed=seed, began=began, say=say)
@@ -113,14 +116,22 @@ def make_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None
     return page
 
 
-def draw_opening(path: Path, device: torch.device, say: Callable[[str], None]) -> None:
-    """A grid of the shipped generator's pictures, one row per class, of the first seeds."""
-    if not path.exists():
-        generator, names = load_generator(OPENING).to(device), read_origin(OPENING).class_names or ()
-        labels = [label for label in range(generator.num_classes) for _ in range(PER_CLASS)]
-        drawn = sample(generator, load_own_tokenizer(OPENING).to(device), labels, config=OPENING_SAMPLER)
-        save_grid(drawn.images, path, columns=PER_CLASS)
-        say(f"{path}: drawn by the generator {OPENING!r} of the package; its rows: {', '.join(names)}")
+def draw_opening(path: Path, device: torch.device, say: Callable[[str], None]) -> float | None:
+    """A grid of the shipped generator's pictures, one row per class, of the first seeds: the seconds of drawing it.
+
+    None: it was there.
+    """
+    if path.exists():
+        return None
+    generator, names = load_generator(OPENING).to(device), read_origin(OPENING).class_names or ()
+    tokenizer = load_own_tokenizer(OPENING).to(device)
+    labels = [label for label in range(generator.num_classes) for _ in range(PER_CLASS)]
+    lap = laps()
+    drawn = sample(generator, tokenizer, labels, config=OPENING_SAMPLER)
+    seconds = lap()
+    save_grid(drawn.images, path, columns=PER_CLASS)
+    say(f"{path}: drawn by the generator {OPENING!r} of the package; its rows: {', '.join(names)}")
+    return seconds
 
 
 def make_tokens(out: Path, split: str, tokenizer: Tokenizer) -> None:

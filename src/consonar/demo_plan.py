@@ -19,6 +19,9 @@ PAGE_SECONDS = 10.0
 SUSTAINED = 1.15
 """Seconds of long work against those of its first steps (warm processor, its neighbours): 1.1 to 1.3 were seen."""
 
+DRAWING, MEASURING, LEAST = 4.0, 42.0, 275.0
+"""Seconds of the opening's pictures, of measuring the machine and of the least work, where docs/results.md is from."""
+
 
 @dataclass(frozen=True)
 class TrainingRate:
@@ -139,6 +142,14 @@ def most_work(seconds: float, cost: Callable[[Work], float]) -> Work:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(work_for(middle)) <= seconds else (low, middle)
     return work_for(low)
+
+
+def first_guess(drawing: float, minutes: float) -> str:
+    """What is said of the whole job when the opening was drawn in `drawing` seconds and nothing else is known."""
+    slower = drawing / DRAWING
+    measuring, least = slower * MEASURING / 60, slower * (DRAWING + MEASURING + LEAST) / 60
+    whole = f"{minutes:g} minutes, as asked for" if least <= minutes else f"{least:.0f} minutes, the least there is"
+    return f"a first guess, from how fast they were drawn: the whole takes {whole}; measured in {measuring:.1f} minutes"
 
 
 class Progress:

@@ -12,6 +12,7 @@ import torch
 from consonar import demo
 from consonar.checkpoint import save_component
 from consonar.demo_plan import (
+    DRAWING,
     LEAST_STEPS,
     SUSTAINED,
     EvaluationRate,
@@ -22,6 +23,7 @@ from consonar.demo_plan import (
     TrainingRate,
     Work,
     evaluation_rate,
+    first_guess,
     most_work,
     seconds_of,
     training_rate,
@@ -113,6 +115,12 @@ def test_progress_is_that_of_the_whole_job() -> None:
     ]
 
 
+def test_the_first_guess_is_as_many_times_longer_as_the_pictures_took() -> None:
+    guesses = [first_guess(slower * DRAWING, 18) for slower in (1, 6)]
+    assert "takes 18 minutes, as asked for; measured in 0.7 minutes" in guesses[0]
+    assert "takes 32 minutes, the least there is; measured in 4.2 minutes" in guesses[1]
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The demo with its work pretended: what was trained and measured is noted, and files show that it was done."""
@@ -133,7 +141,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for name, value in {
         "train": train, "evaluate_run": evaluate_run,
         "measure_machine": lambda *places: (rates(noted.slower), IMAGES),
-        "draw_opening": lambda path, device, say: say(f"{path}: pictures"), "make_tokens": lambda *places: None,
+        "draw_opening": lambda path, device, say: say(f"{path}: pictures") or noted.slower * DRAWING,
+        "make_tokens": lambda *places: None,
         "open_reference": lambda *spec: None, "encode_reference": lambda *reference: None,
         "write_report": lambda runs, page, **options: page.touch(),
     }.items():  # fmt: skip
@@ -145,8 +154,8 @@ def test_the_demo_says_how_long_the_whole_takes_before_it_trains(pretended, tmp_
     said: list[str] = []
     demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=said.append)
     plan = json.loads((tmp_path / "demo" / "demo.json").read_text())
-    assert "opening.png" in said[0] and "the whole takes about 15 minutes here" in said[3]
-    assert "%, 0 of 15 min] tokens: " in said[4] and f"min] training plain-ar: {plan['steps']} steps" in said[6]
+    assert "opening.png" in said[0] and "first guess" in said[1] and "the whole takes about 15 minutes here" in said[4]
+    assert "%, 0 of 15 min] tokens: " in said[5] and f"min] training plain-ar: {plan['steps']} steps" in said[7]
     assert sum(plan["seconds"].values()) == pytest.approx(15 * 60, rel=0.01)
     assert {run: config.loop.steps for run, config in pretended.trained.items()} == {
         name: plan["updates"] if "-ce" in name or "-vapi" in name else plan["steps"] for name in demo.PARTS
