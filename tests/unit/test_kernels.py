@@ -54,18 +54,37 @@ def test_causal_attention_is_the_same_either_way_with_its_gradients(rng):
         assert_rounding(one, other, 100)
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_dropout_zeroes_and_scales_attention_weights(ours, rng):
+    """The values are the identity, so that what comes out are the weights."""
+    q = torch.randn(8, 2, 64, 64, generator=rng, requires_grad=True)
+    values = torch.eye(64).expand_as(q)
+    torch.manual_seed(0)
+    with hardware.forced("attention", ours):
+        dropped, whole = causal_attention(q, q, values, 0.25), causal_attention(q, q, values, 0.0)
+    kept = dropped != 0
+    assert_rounding(dropped[kept], whole[kept] / 0.75, 100)
+    lower = torch.ones(64, 64, dtype=torch.bool).tril().expand_as(kept)
+    assert not kept[~lower].any() and kept[lower].float().mean() == pytest.approx(0.75, abs=0.02)
+    assert torch.autograd.grad(dropped.sum(), q)[0].isfinite().all()
+
+
 def test_the_choice_is_asked_in_training_alone_and_by_rounded_sizes(rng, monkeypatch):
     asked = []
     monkeypatch.setattr(kernels.hardware, "ours", lambda choice, ways: asked.append(choice))
     q = torch.randn(1, 2, 66, 8, generator=rng)
     with torch.no_grad():
         causal_attention(q, q, q, 0.0)
-    causal_attention(q, q, q, 0.1)
     assert not asked
     causal_attention(q, q, q, 0.0)
+    causal_attention(q, q, q, 0.1)
     with torch.inference_mode():
         Linear(256, 300)(torch.randn(5, 3, 256))
-    assert asked == ["attention, 64 positions of 8 in float32", "linear, 16 rows, weights of 2^16"]
+    assert asked == [
+        "attention, 64 positions of 8 in float32",
+        "attention, with dropout",
+        "linear, 16 rows, weights of 2^16",
+    ]
     assert [nearest_power_of_two(n) for n in (1, 2, 3, 66, 95, 96, 258, 1026)] == [1, 2, 4, 64, 64, 128, 256, 1024]
 
 

@@ -81,32 +81,35 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal softmax(q k^T / sqrt(dim)) v, all (B, heads, L, dim).
 
     PyTorch's fused kernel, but for training on a CPU where plain products were measured to be faster: on some
-    processors they take a third of its time at short lengths, on others three times it (benchmarks/training.py).
+    processors they take a third of its time at short lengths, on others three times it (benchmarks/training.py). With
+    dropout PyTorch has no fused kernel for a CPU.
     """
     if (
         q.device.type == "cpu"
         and torch.is_grad_enabled()
-        and dropout == 0
         and not torch.compiler.is_compiling()
-        and prefers_plain_attention(q.shape[2], q.shape[3], q.dtype)
+        and prefers_plain_attention(q.shape[2], q.shape[3], q.dtype, dropout)
     ):
-        return plain_attention(q, k, v)
+        return plain_attention(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
-def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtype) -> bool:
+def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> bool:
     """Whether plain products are faster here in training; lengths count as the nearest power of two."""
+    if dropout > 0:
+        return hardware.ours("attention, with dropout", None)
     length = nearest_power_of_two(num_positions)
     choice = f"attention, {length} positions of {head_dim} in {str(dtype).removeprefix('torch.')}"
     return hardware.ours(choice, lambda: attention_ways(length, head_dim, dtype))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """`causal_attention` in plain products."""
     length = q.shape[2]
     future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    return (scores.softmax(-1, dtype=q.dtype) @ v.flatten(0, 1)).view_as(q)
+    weights = F.dropout(scores.softmax(-1, dtype=q.dtype), dropout)
+    return (weights @ v.flatten(0, 1)).view_as(q)
 
 
 def attention_ways(length: int, head_dim: int, dtype: torch.dtype) -> tuple[Way, Way]:
