@@ -152,7 +152,7 @@ def test_wrong_tokenizer_views_and_rows_are_refused(tmp_path):
     with pytest.raises(UserError, match="exists and is not replaced"):
         write_token_store(tmp_path / "s", Levels(), GreyTokenizer())
     with pytest.raises(
-        UserError, match=r"unknown 'centre'.*did you mean 'center'.*choices: center, center_flip, ten_crop"
+        UserError, match=r"unknown 'centre'.*did you mean 'center'.*choices: center, center_flip, ten_crop, shift_flip"
     ):
         write_token_store(tmp_path / "t", Levels(), GreyTokenizer(), views="centre")
     with pytest.raises(UserError, match="levels holds no items"):

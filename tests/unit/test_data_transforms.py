@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consonar.data.transforms import center_crop, from_uint8, ten_crop, to_rgb, to_tensor, to_uint8
+from consonar.data.transforms import center_crop, from_uint8, make_views, ten_crop, to_rgb, to_tensor, to_uint8
 from consonar.errors import UserError
 
 
@@ -111,6 +111,18 @@ def test_ten_crop_corners_centre_and_flips():
         assert np.array_equal(crop, pixels[top : top + size, left : left + size])
         assert np.array_equal(mirrored, crop[:, ::-1])
     assert {crop.size for crop in ten_crop(Image.new("RGB", (7, 50)), 16)} == {(16, 16)}
+
+
+def test_shifts_move_the_centre_crop_repeat_its_border_and_are_mirrored():
+    size, reach = 32, 2  # round(3/64 * 32)
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size + 8, 3), dtype=np.uint8)
+    centre = pixels[:, 4 : 4 + size]
+    views = [np.asarray(view) for view in make_views(Image.fromarray(pixels), "shift_flip", size)]
+    assert len(views) == 18 and np.array_equal(views[4], centre)
+    for i, (down, right) in enumerate((d, r) for d in (reach, 0, -reach) for r in (reach, 0, -reach)):
+        rows, columns = ((np.arange(size) - move).clip(0, size - 1) for move in (down, right))
+        assert np.array_equal(views[i], centre[rows][:, columns])
+        assert np.array_equal(views[9 + i], views[i][:, ::-1])
 
 
 def test_ranges_and_round_trip():

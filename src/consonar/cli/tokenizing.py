@@ -37,7 +37,8 @@ def tokenize(
         bad_images: What is done about images that cannot be read: stop, or skip (leave them out, list them in
             OUT-bad-images.txt).
         bad_images_limit: Share of images that may be left out before skip stops too; one image may always be.
-        views: Crops kept of each training image: center, center_flip, ten_crop; of other splits the centre is kept.
+        views: Crops kept of each training image: center, center_flip, ten_crop, shift_flip; of other splits the
+            centre is kept.
         batch_size: Crops per call of the encoder.
         device: auto, cpu or cuda.
     """

@@ -18,6 +18,8 @@ MAX_IMAGE_SIZE = 4096
 """Side of the largest square images that are made or read: one of 4096 px is 200 MB as float, before any network."""
 TEN_CROP_RANGE = 1.1
 """Shorter side before the ten crops, relative to the crop."""
+SHIFT_RANGE = 3 / 64
+"""How far `shift_flip` moves an image, relative to its side: not a whole number of patches of 2, 4, 8 or 16 pixels."""
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -116,7 +118,22 @@ def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
     right, bottom = resized.width - size, resized.height - size
     corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
     crops = [_crop(resized, left, top, size) for left, top in corners]
+    return with_mirrors(crops)
+
+
+def with_mirrors(crops: list[Image.Image]) -> list[Image.Image]:
     return crops + [ImageOps.mirror(crop) for crop in crops]
+
+
+def shifts(image: Image.Image, size: int) -> list[Image.Image]:
+    """The centre crop, moved by round(3/64 size) pixels or not at all along each axis: 9 views of one scale.
+
+    Pixels of the border are repeated where it moves in: for drawings on a plain ground, which ten crops would enlarge.
+    """
+    centre, reach = center_crop(image, size), round(SHIFT_RANGE * size)
+    padded = np.pad(np.asarray(centre), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    corners = [(left, top) for top in (0, reach, 2 * reach) for left in (0, reach, 2 * reach)]
+    return [_crop(Image.fromarray(padded), left, top, size) for left, top in corners]
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -139,12 +156,12 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-VIEWS = {"center": 1, "center_flip": 2, "ten_crop": 10}
+VIEWS = {"center": 1, "center_flip": 2, "ten_crop": 10, "shift_flip": 18}
 """The sets of views that can be tokenised, and how many crops of an image each holds."""
 
 
 def make_views(image: Image.Image, views: str, size: int) -> list[Image.Image]:
-    """The VIEWS[views] crops of one RGB image, each RGB, size x size; "center_flip" is the centre crop and its mirror.
+    """The VIEWS[views] crops of one RGB image, each RGB, size x size; "flip": their mirrors follow.
 
     Raises `UserError` for an unknown `views`.
     """
@@ -152,5 +169,5 @@ def make_views(image: Image.Image, views: str, size: int) -> list[Image.Image]:
         raise unknown("views", views, VIEWS)
     if views == "ten_crop":
         return ten_crop(image, size)
-    centre = center_crop(image, size)
-    return [centre, ImageOps.mirror(centre)] if views == "center_flip" else [centre]
+    crops = shifts(image, size) if views == "shift_flip" else [center_crop(image, size)]
+    return crops if views == "center" else with_mirrors(crops)
