@@ -23,12 +23,14 @@ from consonar.training.trainee import Trainee
 from consonar.types import Batch
 
 
-def make_step(objective_config: ConsistencyConfig, args: argparse.Namespace, precision: str) -> Callable[[], None]:
+def make_step(
+    objective_config: ConsistencyConfig, args: argparse.Namespace, precision: str, dropout: float = 0.0
+) -> Callable[[], None]:
     """One full optimiser step (rollout, forward, backward, clip, update) as a callable."""
     device = pick_device("auto")
     tokenizer = load_tokenizer("openmoji-64").to(device)
     shape = REAR_PRESETS[args.preset].sized(tokenizer.vocab_size, tokenizer.num_tokens, 10)
-    shape = replace(shape, num_layers=args.layers or shape.num_layers)
+    shape = replace(shape, num_layers=args.layers or shape.num_layers, dropout=dropout)
     model = Trainee(ReARGenerator(shape), objective_config.head_specs(shape.num_layers, tokenizer.code_dim))
     model.generator.reset_parameters(seeded(0, "benchmark"))
     model.reset_heads(seeded(0, "benchmark_heads"))
@@ -68,6 +70,12 @@ def main() -> None:
         with hardware.forced("attention", plain_products):
             plain()
 
+    dropping = make_step(ConsistencyConfig(), args, "auto", dropout=0.1)
+
+    def with_dropout(our_way: bool) -> None:
+        with hardware.forced("attention", our_way), hardware.forced("dropout", our_way):
+            dropping()
+
     steps = {}
     for fused in (True, False):
         with hardware.forced("adamw", fused):
@@ -80,6 +88,8 @@ def main() -> None:
             "plain AR fp32": make_step(ConsistencyConfig(), args, "fp32"),
             "plain AR fused attention": lambda: with_attention(False),
             "plain AR plain products": lambda: with_attention(True),
+            "plain AR dropout, ours": lambda: with_dropout(True),
+            "plain AR dropout, PyTorch's": lambda: with_dropout(False),
             "plain AR fused AdamW": steps[True],
             "plain AR AdamW one by one": steps[False],
         },
@@ -91,6 +101,7 @@ def main() -> None:
         "fused attention / plain products": round(
             ratio(seconds, "plain AR fused attention", "plain AR plain products"), 2
         ),
+        "dropout, PyTorch's / ours": round(ratio(seconds, "plain AR dropout, PyTorch's", "plain AR dropout, ours"), 2),
         "AdamW one by one / fused": round(ratio(seconds, "plain AR AdamW one by one", "plain AR fused AdamW"), 2),
         "chosen on this machine": hardware.kept_answers(),
         "auto precision": str(pick_precision("auto", pick_device("auto"))),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.generators.cache import KVCache
-from consonar.generators.kernels import Linear
+from consonar.generators.kernels import Dropout, Linear
 from consonar.generators.layers import RMSNorm, SwiGLU, attend, rotate, swiglu_width
 from consonar.generators.rotary import RotaryConfig, RotaryGenerator
 from consonar.official import Official, Shapes, State
@@ -76,7 +76,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.hidden_units, config.ffn_dropout)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.dropout = Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, n, D) -> (B, n, D)."""
@@ -94,7 +94,7 @@ class AliTokARGenerator(RotaryGenerator):
         self.mask_token = config.vocab_size
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)
-        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.token_dropout = Dropout(config.token_dropout)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.output = Linear(config.width, config.vocab_size)
         self.reset_parameters()

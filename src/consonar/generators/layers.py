@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.generators.cache import KVCache
-from consonar.generators.kernels import Linear, causal_attention, later_rows_mask
+from consonar.generators.kernels import Dropout, Linear, causal_attention, later_rows_mask
 from consonar.types import Grid
 
 
@@ -43,7 +43,7 @@ class SwiGLU(nn.Module):
         self.w1 = Linear(width, hidden, bias=False)
         self.w3 = Linear(width, hidden, bias=False)
         self.w2 = Linear(hidden, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))

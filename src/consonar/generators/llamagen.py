@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
-from consonar.generators.kernels import Linear
+from consonar.generators.kernels import Dropout, Linear
 from consonar.generators.layers import RMSNorm, SwiGLU, attend, rotate, swiglu_width
 from consonar.generators.rotary import RotaryConfig, RotaryGenerator
 from consonar.official import Official, Shapes, State
@@ -117,7 +117,7 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config.width, config.hidden_units, config.ffn_dropout)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.dropout = Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, n, D) -> (B, n, D)."""
@@ -173,7 +173,7 @@ class LlamaGenGenerator(RotaryGenerator):
         else:
             self.cls_embedding = CaptionEmbedding(config.prefix_length, config.caption_dim, config.width)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
-        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.token_dropout = Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.output = Linear(config.width, config.vocab_size, bias=False)

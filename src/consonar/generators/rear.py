@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
-from consonar.generators.kernels import Linear, causal_attention, later_rows_mask
+from consonar.generators.kernels import Dropout, Linear, causal_attention, later_rows_mask
 from consonar.options import check_options
 from consonar.types import Grid
 
@@ -151,7 +151,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
         # The released module starts with SiLU; it is applied once for all blocks, in `hidden_states`.
         self.adaLN_modulation = nn.Sequential(nn.Identity(), Linear(config.width, 6 * config.width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, condition: Condition, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
