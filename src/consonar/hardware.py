@@ -2,8 +2,8 @@
 
 Both ways agree up to rounding. PyTorch's own is taken unless ours is clearly faster. Answers are kept by processor,
 instruction sets, version of PyTorch and number of threads, so that runs on one machine are calculated alike; where the
-cache folder cannot be written, or a job spans several machines, nothing is measured and PyTorch's own way is taken.
-`CONSONAR_KERNELS` overrides all answers: `pytorch` or `ours` (default: `measured`).
+cache folder cannot be written, a job spans several machines, or the machine is too busy to tell, PyTorch's own way is
+taken and nothing kept. `CONSONAR_KERNELS` overrides all answers: `pytorch` or `ours` (default: `measured`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from consonar.outside import read_json
 MODES = ("measured", "pytorch", "ours")
 # How many times as fast our way must be: timings of milliseconds repeat to within some percent.
 CLEARLY = 1.1
+# Calls that must be as fast as the fastest, up to this factor, before a timing counts; seconds spent on it.
+ENOUGH, ALIKE, AT_LEAST, PATIENCE = 3, 1.1, 0.02, 1.0
 # What an environment says about instruction sets changes what is faster.
 INSTRUCTION_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 
@@ -59,7 +61,7 @@ def kernels_mode() -> str:
 
 
 def ratio(choice: str, ways: Callable[[], tuple[Way, Way]]) -> float:
-    """Time of PyTorch's way over ours: measured once for this machine. 1 where nothing can be kept."""
+    """Time of PyTorch's way over ours: measured once for this machine. 1 where nothing can be kept or measured."""
     key = machine_key(torch.get_num_threads())
     answers = _known.setdefault(key, {})
     if choice not in answers:
@@ -121,7 +123,9 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
             everything = _read(folder / "kernels.json")
             answers = everything.setdefault(key, {})
             if choice not in answers:
-                answers[choice] = round(time_ratio(*ways()), 3)
+                if (measured := time_ratio(*ways())) is None:
+                    return 1.0
+                answers[choice] = round(measured, 3)
                 _write(folder / "kernels.json", everything)
             return answers[choice]
     except (
@@ -131,22 +135,25 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
         return 1.0
 
 
-def time_ratio(pytorch: Way, other: Way) -> float:
+def time_ratio(pytorch: Way, other: Way) -> float | None:
     """Seconds of the first over seconds of the second: the fastest of some calls each, in turn, after one unmeasured.
 
-    The fastest, because whatever else the machine does only ever adds time.
+    The fastest, because whatever else the machine does only ever adds time; it counts when each way was `ENOUGH` times
+    about as fast. None: that did not happen within `PATIENCE` seconds, since the machine is busy.
     """
-    best = [float("inf"), float("inf")]
+    seconds: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
-    for attempt in range(8):
-        for which, way in enumerate((pytorch, other)):
+    pytorch(), other()
+    while (elapsed := time.perf_counter() - start) < PATIENCE:
+        for way, taken in zip((pytorch, other), seconds, strict=True):
             begun = time.perf_counter()
             way()
-            if attempt:
-                best[which] = min(best[which], time.perf_counter() - begun)
-        if attempt >= 2 and time.perf_counter() - start > 0.05:
-            break
-    return best[0] / best[1]
+            taken.append(time.perf_counter() - begun)
+        fastest = [sorted(taken)[:ENOUGH] for taken in seconds]
+        alike = all(len(times) == ENOUGH and times[-1] <= ALIKE * times[0] for times in fastest)
+        if alike and (elapsed > AT_LEAST or len(seconds[0]) > 2 * ENOUGH):
+            return fastest[0][0] / fastest[1][0]
+    return None
 
 
 @contextlib.contextmanager

@@ -78,4 +78,4 @@ def test_a_cache_folder_that_cannot_be_made_is_told_so(tmp_path, capsys, monkeyp
     (tmp_path / "file").touch()
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "file" / "below"))
     words = " ".join(printed(capsys).split())
-    assert "cannot be made" in words and "nothing is measured" in words
+    assert "cannot be made" in words and "nothing is kept" in words

@@ -3,6 +3,7 @@
 import json
 import time
 from multiprocessing.pool import ThreadPool
+from random import Random
 
 import pytest
 import torch
@@ -105,8 +106,42 @@ def test_a_family_can_be_forced_whatever_the_rest_of_the_choice_says():
 
 
 def test_both_ways_of_the_optimizer_and_of_autocast_run():
-    for ways in (adamw_ways(), distributed.autocast_ways()):
-        assert 0 < hardware.time_ratio(*ways) < float("inf")
+    for way in (*adamw_ways(), *distributed.autocast_ways()):
+        way()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only `passes(seconds)` moves."""
+    now = [0.0]
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    return passes
+
+
+def test_a_busy_machine_tells_nothing_and_is_asked_again(clock):
+    random = Random(0)
+
+    def busy():
+        return lambda: clock(random.uniform(0.002, 2)), lambda: clock(random.uniform(0.001, 1))
+
+    assert not hardware.ours("a", busy) and hardware.kept_answers() == {}
+    hardware._known.clear()  # as another process would begin
+    assert hardware.ours("a", lambda: (lambda: clock(0.002), lambda: clock(0.001)))
+    assert hardware.kept_answers() == {"a": 2.0}
+
+
+def test_the_fastest_calls_count_however_slow_others_were(clock):
+    random = Random(0)
+
+    def way(seconds: float):
+        return lambda: clock(seconds * (1 if random.random() < 0.2 else random.uniform(1, 20)))
+
+    for seconds in (0.0001, 0.001):
+        assert hardware.time_ratio(way(3 * seconds), way(seconds)) == pytest.approx(3, rel=0.1)
 
 
 def test_bf16_is_automatic_only_where_it_is_native_and_faster(monkeypatch):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from consonar.cli.console import say
 
+UNMEASURED = "nothing is kept: the machine is too busy to be measured, or the cache folder cannot be written"
+
 WIDTH, LABEL = 80, 12
 
 
@@ -85,7 +87,7 @@ def choices() -> Iterator[tuple[str, str]]:
     if device.type == "cpu":
         why = "the processor has no instructions for bf16"
         if distributed.cpu_multiplies_bf16():
-            why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else "see kernels"
+            why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else UNMEASURED
     yield "precision", f"loop.precision auto is {'bf16' if precision is torch.bfloat16 else 'fp32'}: {why}"
     if mode != "measured":
         yield "kernels", f"all {'ours' if mode == 'ours' else 'of PyTorch'}: CONSONAR_KERNELS={mode}"
@@ -97,7 +99,7 @@ def choices() -> Iterator[tuple[str, str]]:
         kernels.prefers_onednn(rows, 2304, 768)
     answers = hardware.kept_answers()
     if not answers:
-        yield "kernels", "all of PyTorch: nothing can be kept in the cache folder, so nothing is measured"
+        yield "kernels", f"all of PyTorch: {UNMEASURED}"
         return
     yield (
         "kernels",
