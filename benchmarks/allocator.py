@@ -1,4 +1,4 @@
-"""What fresh memory costs on a CPU: `keep_freed_memory` and the feature network without copies, against the defaults.
+"""What memory costs on a CPU: `keep_freed_memory`, huge pages and the feature network without copies, against without.
 
 Every measurement runs in a process of its own, since the allocator's settings are the process's; alternatives take
 turns. Linux with glibc. Run: python benchmarks/allocator.py
@@ -19,7 +19,7 @@ import torch
 from common import ratio, write_result
 from training import make_step
 
-from consonar.allocator import keep_freed_memory
+from consonar.allocator import ask_for_huge_pages, keep_freed_memory
 from consonar.evaluation.features import load_feature_network
 from consonar.perceptual import efficientnet
 from consonar.seeding import generator as seeded
@@ -57,17 +57,20 @@ TASKS: dict[str, Callable[[], Callable[[], object]]] = {
     "decoding": decoding,
     "training step": training,
 }
-# Name of an alternative to its task and whether freed memory is kept.
+# Name of an alternative to its task and the options of the child: whether freed memory is kept, and in huge pages.
 ALTERNATIVES = {
-    **{f"{task}, default": (task, False) for task in TASKS},
-    **{f"{task}, kept": (task, True) for task in TASKS},
+    f"{task}, {name}": (task, options)
+    for name, options in {"default": [], "kept": ["--keep"], "kept, huge pages": ["--keep", "--huge"]}.items()
+    for task in TASKS
 }
 
 
-def run_task(task: str, keep: bool, repeats: int) -> None:
+def run_task(task: str, keep: bool, huge: bool, repeats: int) -> None:
     """In the child: prints the median of `repeats` timings after two warm-ups."""
     if keep and not keep_freed_memory():
         sys.exit("the C library is not glibc")
+    if huge:
+        ask_for_huge_pages()
     run = TASKS[task]()
     seconds = []
     for _ in range(repeats + 2):
@@ -83,19 +86,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--task", choices=list(TASKS), help="measure this one here; the benchmark calls itself so")
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--huge", action="store_true")
     args = parser.parse_args()
     if args.task:
-        run_task(args.task, args.keep, args.repeats)
+        run_task(args.task, args.keep, args.huge, args.repeats)
         return
     seconds: dict[str, list[float]] = {name: [] for name in ALTERNATIVES}
     for _ in range(args.rounds):
-        for name, (task, keep) in ALTERNATIVES.items():
-            command = [sys.executable, __file__, "--task", task, "--repeats", str(args.repeats), *["--keep"] * keep]
+        for name, (task, options) in ALTERNATIVES.items():
+            command = [sys.executable, __file__, "--task", task, "--repeats", str(args.repeats), *options]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds[name].append(json.loads(done.stdout.splitlines()[-1]))
     figures = {
         f"{task}: default / kept": round(ratio(seconds, f"{task}, default", f"{task}, kept"), 2) for task in TASKS
     }
+    for task in TASKS:
+        figures[f"{task}: kept / kept, huge pages"] = round(
+            ratio(seconds, f"{task}, kept", f"{task}, kept, huge pages"), 2
+        )
     figures["features: with copies / without, kept"] = round(
         ratio(seconds, "features, with copies, kept", "features, kept"), 2
     )

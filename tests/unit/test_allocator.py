@@ -1,8 +1,12 @@
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from consonar.allocator import HUGE_PAGES
 
 SCRIPT = """
 import resource, torch
@@ -32,3 +36,29 @@ def test_a_freed_block_is_used_again_without_new_pages():
     default, kept = faults(keep=False), faults(keep=True)
     assert default > 8 * 10  # pages (large ones, where the system gives them) of eight fresh blocks
     assert kept == 0
+
+
+HUGE = """
+import os
+from pathlib import Path
+from consonar import cli
+import torch
+try:
+    cli.main(["recipes"])
+finally:
+    block = torch.ones(64 * 2**20)
+    found = Path("/proc/self/smaps_rollup").read_text()
+    print([line.split()[1] for line in found.splitlines() if line.startswith("AnonHugePages")][0])
+"""
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SETTING.exists() or "[madvise]" not in SETTING.read_text(), reason="Linux that gives huge pages when asked"
+)
+@pytest.mark.parametrize("variable", [None, "0"])
+def test_large_tensors_of_a_command_lie_in_huge_pages_unless_the_variable_says_otherwise(variable):
+    environment = {**os.environ, **({HUGE_PAGES: variable} if variable else {})}
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True, env=environment)
+    kilobytes = int(done.stdout.splitlines()[-1])
+    assert kilobytes == 0 if variable else kilobytes > 2**10  # of 256 MB, what the system had

@@ -7,7 +7,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from consonar.allocator import keep_freed_memory
+from consonar.allocator import ask_for_huge_pages, keep_freed_memory
 from consonar.cli.console import say
 from consonar.cli.doctor import doctor
 from consonar.cli.making import demo, recipes, sample_command, train_command
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(__version__)
         return
     keep_freed_memory()
+    ask_for_huge_pages()
     try:
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)
