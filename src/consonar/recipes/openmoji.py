@@ -87,18 +87,21 @@ def tokenizer_openmoji_64_f4() -> TrainConfig:
 
 
 def rear_openmoji_f4() -> TrainConfig:
-    """The shipped generator: a small reAR on `openmoji-64-f4`, 16 x 16 tokens."""
+    """The shipped generator: a small reAR on `openmoji-64-f4`, 16 x 16 tokens of shifted and mirrored views.
+
+    They are those of `tokenize --tokenizer openmoji-64-f4 --data openmoji --views shift_flip`.
+    """
     return TrainConfig(
         recipe="rear-openmoji-f4",
         tokenizer="openmoji-64-f4",
-        model=ReARConfig(width=224, num_layers=5, num_heads=4, dropout=0.0),
+        model=ReARConfig(width=224, num_layers=5, num_heads=4, dropout=0.1),
         objective=ConsistencyConfig(
             embedding_weight=1.0, head_width=256, noise=NoiseConfig(schedule="truncated_linear")
         ),
-        data=DataConfig(tokens="tokens/openmoji-64-f4"),
+        data=DataConfig(tokens="tokens/openmoji-64-f4-shift"),
         optim=OptimConfig(lr=1.5e-3, min_lr=2e-5, warmup_steps=100, weight_decay=0.1),
         loop=LoopConfig(
-            steps=2000,
+            steps=3000,
             batch_size=32,
             log_every=20,
             validate_every=250,
@@ -106,6 +109,20 @@ def rear_openmoji_f4() -> TrainConfig:
             save_every=250,
             ema_decay=0.998,
         ),
+    )
+
+
+def rear_openmoji_f4_tune() -> TrainConfig:
+    """The end of the shipped generator's training, `--init RUN`: where emoji lie, and without noise."""
+    start = rear_openmoji_f4()
+    return replace(
+        start,
+        recipe="rear-openmoji-f4-tune",
+        model=None,
+        objective=ConsistencyConfig(embedding_weight=1.0, head_width=256),
+        data=DataConfig(tokens="tokens/openmoji-64-f4"),
+        optim=replace(start.optim, lr=7e-4, warmup_steps=40),
+        loop=replace(start.loop, steps=700, validate_every=100, sample_every=0, save_every=100, ema_decay=0.99),
     )
 
 
