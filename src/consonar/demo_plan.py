@@ -20,7 +20,7 @@ SUSTAINED = 1.15
 """Seconds of long work against those of its first steps (warm processor, its neighbours): 1.1 to 1.3 were seen."""
 
 DRAWING, MEASURING, LEAST = 5.0, 42.0, 275.0
-"""Seconds of the opening's pictures, of measuring the machine and of the least work, where docs/results.md is from."""
+"""About the seconds of the opening's pictures, of measuring and of the least work, where docs/results.md is from."""
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,11 @@ def test_a_family_can_be_forced_whatever_the_rest_of_the_choice_says():
     assert hardware.ours("linear, 8 rows", ways(3))
 
 
-def test_both_ways_of_the_optimizer_and_of_autocast_run():
+def test_both_ways_of_the_optimizer_and_of_autocast_run_and_draw_no_numbers():
+    state = torch.get_rng_state()
     for way in (*adamw_ways(), *distributed.autocast_ways()):
         way()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.fixture

@@ -269,11 +269,10 @@ def write_token_store(
 ) -> TokenStore:
     """Tokenise every image of `source` and return the store, opened.
 
-    `views`: "center" (1 crop of each image), "center_flip" (2), "ten_crop" (10) or "shift_flip" (18), square,
-    `tokenizer.image_size` pixels. `tokenizer`, on any device, gets about `batch_size` crops at a time, while
-    `num_workers` threads (0: one per CPU core) decode the next ones. `progress(done, total)` is called after each of
-    these calls with numbers of images; total is None when the source does not know it. Raises `UserError` as
-    `new_store` and the source do.
+    `views`: which crops of each image (`VIEWS`), square, `tokenizer.image_size` pixels. `tokenizer`, on any device,
+    gets about `batch_size` crops at a time, while `num_workers` threads (0: one per CPU core) decode the next ones.
+    `progress(done, total)` is called after each of these calls with numbers of images; total is None when the source
+    does not know it. Raises `UserError` as `new_store` and the source do.
     """
     if views not in VIEWS:
         raise unknown("views", views, VIEWS)
