@@ -42,6 +42,8 @@ class DataConfig:
 
     tokens: str | None = None
     """Folder of the token store (made by `consonar tokenize`)."""
+    views: str | None = None
+    """The views that it must hold (`tokenize --views`); None: any."""
     validation_tokens: str | None = None
     """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
     images: str | None = None

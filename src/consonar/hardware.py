@@ -3,7 +3,8 @@
 Both ways agree up to rounding. PyTorch's own is taken unless ours is clearly faster. Answers are kept by processor,
 instruction sets, version of PyTorch and number of threads, so that runs on one machine are calculated alike; where the
 cache folder cannot be written, a job spans several machines, or the machine is too busy to tell, PyTorch's own way is
-taken and nothing kept. `CONSONAR_KERNELS` overrides all answers: `pytorch` or `ours` (default: `measured`).
+taken and no answer kept. A run keeps its own answers too, and goes on with them. `CONSONAR_KERNELS` overrides all
+answers: `pytorch` or `ours` (default: `measured`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ MODES = ("measured", "pytorch", "ours")
 CLEARLY = 1.1
 # Calls that must be as fast as the fastest, up to this factor, before a timing counts; seconds spent on it.
 ENOUGH, ALIKE, AT_LEAST, PATIENCE = 3, 1.1, 0.02, 1.0
+AGAIN = 600.0
+"""Seconds until a machine that was too busy is measured again: the processes of one job find the same."""
 # What an environment says about instruction sets changes what is faster.
 INSTRUCTION_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 
@@ -42,13 +45,15 @@ def ours(choice: str, ways: Callable[[], tuple[Way, Way]] | None) -> bool:
     """Whether our way is to be taken for `choice`, e.g. "adamw" or "linear, 8 rows"; up to the comma stands the family.
 
     `ways()` makes (PyTorch's way, ours) when they are to be timed; both must leave random number generators alone.
-    None: ours is faster everywhere and not timed.
+    None: ours is faster everywhere, and not timed.
     """
     if (forced_to := _forced.get(choice.partition(",")[0])) is not None:
         return forced_to
     if (mode := kernels_mode()) != "measured":
         return mode == "ours"
-    return ways is None or ratio(choice, ways) >= CLEARLY
+    if ways is None:
+        return not several_machines()
+    return ratio(choice, ways) >= CLEARLY
 
 
 @lru_cache
@@ -80,6 +85,18 @@ def forced(family: str, take_ours: bool) -> Iterator[None]:
         del _forced[family]
         if before is not None:
             _forced[family] = before
+
+
+def keep_for_run(path: Path) -> None:
+    """Writes what was taken in this process so far, for `go_on_with`; nothing where nothing was asked."""
+    if _known:
+        _write(path, _known)
+
+
+def go_on_with(path: Path) -> None:
+    """Takes on this machine what `keep_for_run` wrote on it, whatever has been measured since."""
+    for key, answers in _read(path).items():
+        _known.setdefault(key, {}).update(answers)
 
 
 def kept_answers() -> dict[str, float]:
@@ -122,11 +139,18 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
         with _alone(folder / "kernels.lock"):
             everything = _read(folder / "kernels.json")
             answers = everything.setdefault(key, {})
-            if choice not in answers:
-                if (measured := time_ratio(*ways())) is None:
-                    return 1.0
-                answers[choice] = round(measured, 3)
-                _write(folder / "kernels.json", everything)
+            if choice in answers:
+                return answers[choice]
+            busy = _read(folder / "kernels-busy.json")
+            if abs(time.time() - busy.setdefault(key, {}).get(choice, 0.0)) < AGAIN:
+                return 1.0
+            measured = time_ratio(*ways())
+            if measured is None:
+                busy[key][choice] = time.time()
+                _write(folder / "kernels-busy.json", busy)
+                return 1.0
+            answers[choice] = round(measured, 3)
+            _write(folder / "kernels.json", everything)
             return answers[choice]
     except (
         OSError,
@@ -139,12 +163,12 @@ def time_ratio(pytorch: Way, other: Way) -> float | None:
     """Seconds of the first over seconds of the second: the fastest of some calls each, in turn, after one unmeasured.
 
     The fastest, because whatever else the machine does only ever adds time; it counts when each way was `ENOUGH` times
-    about as fast. None: that did not happen within `PATIENCE` seconds, since the machine is busy.
+    about as fast. None: that did not happen within `PATIENCE` seconds, or as many calls, since the machine is busy.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     pytorch(), other()
-    while (elapsed := time.perf_counter() - start) < PATIENCE:
+    while (elapsed := time.perf_counter() - start) < PATIENCE or len(seconds[0]) < ENOUGH:
         for way, taken in zip((pytorch, other), seconds, strict=True):
             begun = time.perf_counter()
             way()
@@ -152,7 +176,7 @@ def time_ratio(pytorch: Way, other: Way) -> float | None:
         fastest = [sorted(taken)[:ENOUGH] for taken in seconds]
         alike = all(len(times) == ENOUGH and times[-1] <= ALIKE * times[0] for times in fastest)
         if alike and (elapsed > AT_LEAST or len(seconds[0]) > 2 * ENOUGH):
-            return fastest[0][0] / fastest[1][0]
+            return max(fastest[0][0], 1e-9) / max(fastest[1][0], 1e-9)  # a coarse clock may say 0
     return None
 
 

@@ -48,6 +48,7 @@ READ_ONLY_WITH: dict[str, dict[str, Rule]] = {
         "tokenizer": GENERATOR,
         "data.tokens": TOKENS,
         "data.validation_tokens": TOKENS,
+        "data.views": TOKENS,
         "data.images": IMAGES,
         "data.flip": IMAGES,
         "data.validation_split": IMAGES,

@@ -37,7 +37,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "data": {
         "tokens": "validation", "validation_tokens": "train", "images": "pictures", "validation_items": 3, "flip": True,
         "classes": "order", "label_default": "no class",  # what a default class does: unit/test_labels.py
-        "validation_split": "25%", "bad_images": "skip", "bad_images_limit": 0.5,
+        "views": "ten_crop", "validation_split": "25%", "bad_images": "skip", "bad_images_limit": 0.5,
     },
     "": {"init": "start", "tokenizer": "other", "seed": 1, "recipe": "tokenizer-else"},
 }  # fmt: skip

@@ -95,6 +95,24 @@ def test_a_run_keeps_the_kernel_of_the_optimizer_that_it_was_started_with(genera
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_resumed_run_is_calculated_as_it_began_whatever_was_measured_since(generator_config, tmp_path, monkeypatch):
+    """Where nothing could be kept on a busy machine, a quieter one later would take the other ways."""
+    monkeypatch.setenv("CONSONAR_KERNELS", "measured")
+    hardware.kernels_mode.cache_clear()
+    runs = [tmp_path / name for name in ("straight", "broken")]
+    for found, calls in ((None, ({"out": runs[0]}, {"out": runs[1], "stop_at": 3})), (3.0, ({"out": runs[1]},))):
+        monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / f"cache {found}"))
+        monkeypatch.setattr(hardware, "time_ratio", lambda *ways, found=found: found)
+        monkeypatch.setattr(hardware, "_known", {})
+        for call in calls:
+            train(generator_config, resume=found is not None, quiet=True, **call)
+    hardware.kernels_mode.cache_clear()
+    (answers,) = json.loads((runs[1] / "kernels.json").read_text()).values()
+    assert set(answers.values()) == {1.0} and any("with dropout" in choice for choice in answers)
+    ours, theirs = (checkpoint.load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_a_finished_run_can_be_resumed_and_does_nothing(generator_config, tmp_path):
     run = train(generator_config, tmp_path / "run", quiet=True)
     before = (run / "metrics.jsonl").read_text(), (run / "model" / "model.safetensors").read_bytes()
@@ -178,6 +196,8 @@ def test_a_store_of_another_tokenizer_is_refused(generator_config, tokenizer, tm
         ({"loop": {"trackers": ("tensorbord",)}}, r"loop\.trackers: unknown 'tensorbord' \(did you mean 'tensorboard'"),
         ({"loop": {"batch_size": 9, "accumulation": 3}, "data": DataConfig()}, r"data\.tokens: no token store given"),
         ({"data": DataConfig(tokens="nowhere")}, r"data\.tokens: no token store at nowhere; make it with: consonar"),
+        ({"data": DataConfig(tokens="nowhere", views="ten_crop")}, r"--views ten_crop --data openmoji --out nowhere"),
+        ({"data": DataConfig(tokens="nowhere", views="ten")}, r"data\.views: unknown 'ten'.*choices: center, "),
         (
             {"model": ReARConfig(width=32, num_heads=4, vocab_size=9)},
             r"model\.vocab_size: 9, but the token store has 32",

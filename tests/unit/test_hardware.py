@@ -124,16 +124,36 @@ def clock(monkeypatch):
     return passes
 
 
-def test_a_busy_machine_tells_nothing_and_is_asked_again(clock):
-    random = Random(0)
+def test_a_busy_machine_tells_nothing_and_is_asked_again_later(clock, monkeypatch):
+    """Not at once: the processes of a job ask one after the other, and the first no longer keeps it busy then."""
+    random, now = Random(0), [1e9]
+    monkeypatch.setattr(hardware.time, "time", lambda: now[0])
 
     def busy():
         return lambda: clock(random.uniform(0.002, 2)), lambda: clock(random.uniform(0.001, 1))
 
+    def quiet():
+        return lambda: clock(0.002), lambda: clock(0.001)
+
     assert not hardware.ours("a", busy) and hardware.kept_answers() == {}
-    hardware._known.clear()  # as another process would begin
-    assert hardware.ours("a", lambda: (lambda: clock(0.002), lambda: clock(0.001)))
+    for seconds, expected in ((hardware.AGAIN - 1, False), (2, True)):
+        hardware._known.clear()  # as another process would begin
+        now[0] += seconds
+        assert hardware.ours("a", quiet) is expected
     assert hardware.kept_answers() == {"a": 2.0}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 3.0])
+def test_ways_of_any_length_are_measured_on_a_quiet_machine(seconds, clock):
+    ratio = hardware.time_ratio(lambda: clock(2 * seconds), lambda: clock(seconds))
+    assert ratio == pytest.approx(2 if seconds else 1)
+
+
+def test_what_is_not_timed_is_taken_where_all_processes_agree(monkeypatch):
+    assert hardware.ours("untimed", None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not hardware.ours("untimed", None)
 
 
 def test_the_fastest_calls_count_however_slow_others_were(clock):

@@ -107,16 +107,16 @@ def test_the_choice_is_asked_in_training_alone_and_by_rounded_sizes(rng, monkeyp
         Linear(256, 300)(torch.randn(5, 3, 256))
     assert asked == [
         "attention, 64 positions of 8 in float32",
-        "attention, with dropout",
+        "attention, 64 positions of 8 in float32, with dropout",
         "linear, 16 rows, weights of 2^16",
     ]
     assert [nearest_power_of_two(n) for n in (1, 2, 3, 66, 95, 96, 258, 1026)] == [1, 2, 4, 64, 64, 128, 256, 1024]
 
 
-@pytest.mark.parametrize("make", ["linear", "attention"])
+@pytest.mark.parametrize("make", ["linear", "attention", "attention with dropout"])
 def test_both_ways_run_when_they_are_timed(make):
-    state = torch.get_rng_state()
-    ways = kernels.linear_ways(2, 64, 32) if make == "linear" else kernels.attention_ways(8, 4, torch.bfloat16)
+    state, dropout = torch.get_rng_state(), 0.1 if "dropout" in make else 0.0
+    ways = kernels.linear_ways(2, 64, 32) if make == "linear" else kernels.attention_ways(8, 4, torch.bfloat16, dropout)
     with torch.inference_mode():
         for way in ways:
             way()

@@ -86,7 +86,9 @@ def choices() -> Iterator[tuple[str, str]]:
     why = "PyTorch knows of the device"
     if device.type == "cpu":
         why = "the processor has no instructions for bf16"
-        if distributed.cpu_multiplies_bf16():
+        if distributed.cpu_multiplies_bf16() and mode != "measured":
+            why = f"CONSONAR_KERNELS={mode}"
+        elif distributed.cpu_multiplies_bf16():
             why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else UNMEASURED
     yield "precision", f"loop.precision auto is {'bf16' if precision is torch.bfloat16 else 'fp32'}: {why}"
     if mode != "measured":

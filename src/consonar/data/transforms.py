@@ -19,7 +19,7 @@ MAX_IMAGE_SIZE = 4096
 TEN_CROP_RANGE = 1.1
 """Shorter side before the ten crops, relative to the crop."""
 SHIFT_RANGE = 3 / 64
-"""How far `shift_flip` moves an image, relative to its side: not a whole number of patches of 2, 4, 8 or 16 pixels."""
+"""How far `shift_flip` moves an image, relative to its side: of 16 x 16 patches, three quarters of one."""
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -126,11 +126,11 @@ def with_mirrors(crops: list[Image.Image]) -> list[Image.Image]:
 
 
 def shifts(image: Image.Image, size: int) -> list[Image.Image]:
-    """The centre crop, moved by round(3/64 size) pixels or not at all along each axis: 9 views of one scale.
+    """The centre crop, moved by 3/64 of its side (1 px or more) or not at all along each axis: 9 views of one scale.
 
     Pixels of the border are repeated where it moves in: for drawings on a plain ground, which ten crops would enlarge.
     """
-    centre, reach = center_crop(image, size), round(SHIFT_RANGE * size)
+    centre, reach = center_crop(image, size), max(1, round(SHIFT_RANGE * size))
     padded = np.pad(np.asarray(centre), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     corners = [(left, top) for top in (0, reach, 2 * reach) for left in (0, reach, 2 * reach)]
     return [_crop(Image.fromarray(padded), left, top, size) for left, top in corners]

@@ -16,6 +16,8 @@ from consonar.seeding import generator_of
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Weights below which calling oneDNN costs more than it saves; rows above which timings stay as they are.
 SMALLEST_WEIGHT, MOST_ROWS = 2**16, 128
+# Numbers of a tensor from which on our dropout is worth it.
+SMALLEST_DROPOUT = 2**15
 # Bytes of weights that are timed in turn, as the layers of a model are: one alone would stay in the processor's cache.
 TIMED_BYTES = 2**25
 
@@ -82,7 +84,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
     PyTorch's fused kernel, but for training on a CPU where plain products were measured to be faster: on some
     processors they take a third of its time at short lengths, on others three times it (benchmarks/training.py). With
-    dropout PyTorch has no fused kernel for a CPU.
+    dropout PyTorch has no fused kernel for a CPU, and the two ways draw other numbers.
     """
     if (
         q.device.type == "cpu"
@@ -96,11 +98,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> bool:
     """Whether plain products are faster here in training; lengths count as the nearest power of two."""
-    if dropout > 0:
-        return hardware.ours("attention, with dropout", None)
     length = nearest_power_of_two(num_positions)
     choice = f"attention, {length} positions of {head_dim} in {str(dtype).removeprefix('torch.')}"
-    return hardware.ours(choice, lambda: attention_ways(length, head_dim, dtype))
+    choice += ", with dropout" if dropout else ""
+    return hardware.ours(choice, lambda: attention_ways(length, head_dim, dtype, dropout))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -122,21 +123,21 @@ class Dropout(nn.Dropout):
 def drop(x: Tensor, p: float) -> Tensor:
     """x with each number zeroed with probability `p`, the others divided by 1 - p.
 
-    On a CPU by 16 random bits a number, so that p is a multiple of 2^-16, in a third of the time of PyTorch's dropout
-    (benchmarks/training.py).
+    On a CPU by 16 random bits a number, so that p is a multiple of 2^-16: on every processor tried that is faster than
+    PyTorch's dropout from `SMALLEST_DROPOUT` numbers on.
     """
     if p == 0:
         return x
     threshold = round(p * 2**16)
-    plain = x.device.type == "cpu" and 0 < threshold < 2**16 and not torch.compiler.is_compiling()
-    if not plain or not hardware.ours("dropout", None):
+    worth = x.device.type == "cpu" and x.numel() >= SMALLEST_DROPOUT and not torch.compiler.is_compiling()
+    if not worth or not 0 < threshold < 2**16 or not hardware.ours("dropout", None):
         return F.dropout(x, p)
     bits = torch.empty(-(x.numel() // -4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= threshold - 2**15
     return x * (kept.to(x.dtype) * (2**16 / (2**16 - threshold)))
 
 
-def attention_ways(length: int, head_dim: int, dtype: torch.dtype) -> tuple[Way, Way]:
+def attention_ways(length: int, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> tuple[Way, Way]:
     """Attention forward and backward over `length` positions, for `hardware.ours`; heads for some milliseconds."""
     heads = max(1, min(64, 2**19 // length**2))
     with torch.inference_mode(False), torch.enable_grad():
@@ -145,14 +146,17 @@ def attention_ways(length: int, head_dim: int, dtype: torch.dtype) -> tuple[Way,
 
     def timed(attention: Way) -> Way:
         def run() -> None:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            with (
+                torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(),
+                torch.autocast("cpu", enabled=False),
+            ):  # fmt: skip
                 torch.autograd.grad(attention().sum(), (q, k, v))  # type: ignore[attr-defined]
 
         return run
 
     return (
-        timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-        timed(lambda: plain_attention(q, k, v)),
+        timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)),
+        timed(lambda: plain_attention(q, k, v, dropout)),
     )
 
 

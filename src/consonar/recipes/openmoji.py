@@ -98,7 +98,7 @@ def rear_openmoji_f4() -> TrainConfig:
         objective=ConsistencyConfig(
             embedding_weight=1.0, head_width=256, noise=NoiseConfig(schedule="truncated_linear")
         ),
-        data=DataConfig(tokens="tokens/openmoji-64-f4-shift"),
+        data=DataConfig(tokens="tokens/openmoji-64-f4-shift", views="shift_flip"),
         optim=OptimConfig(lr=1.5e-3, min_lr=2e-5, warmup_steps=100, weight_decay=0.1),
         loop=LoopConfig(
             steps=3000,
@@ -120,7 +120,7 @@ def rear_openmoji_f4_tune() -> TrainConfig:
         recipe="rear-openmoji-f4-tune",
         model=None,
         objective=ConsistencyConfig(embedding_weight=1.0, head_width=256),
-        data=DataConfig(tokens="tokens/openmoji-64-f4"),
+        data=DataConfig(tokens="tokens/openmoji-64-f4", views="center_flip"),
         optim=replace(start.optim, lr=7e-4, warmup_steps=40),
         loop=replace(start.loop, steps=700, validate_every=100, sample_every=0, save_every=100, ema_decay=0.99),
     )

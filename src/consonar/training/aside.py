@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consonar import checkpoint, distributed
+from consonar import checkpoint, distributed, hardware
 from consonar.config import TrainConfig
 from consonar.distributed import World
 from consonar.errors import UserError, reading
@@ -22,6 +22,8 @@ from consonar.tracking import Tracker
 from consonar.types import Objective
 
 INTERRUPTED = "interrupted"
+KERNELS = "kernels.json"
+"""What the machine decided for the run: it is resumed in the same way."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -178,6 +180,7 @@ class Aside:
         """A resume checkpoint."""
         if self.world.is_main:
             folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
+            hardware.keep_for_run(self.folder / KERNELS)
             payload = self.state.payload() | {"processes": self.world.size}
             checkpoint.save_resume(folder, self.state.step, payload, keep)
 

@@ -89,7 +89,7 @@ def build_generator_run(config: TrainConfig, world: World, batch_size: int) -> M
     """Training on tokens: plain AR and reAR, from random weights or from those of `init`."""
     assert isinstance(config.objective, ConsistencyConfig) and config.tokenizer and config.model
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=stored_num_tokens(config.data.tokens)).to(world.device)
-    store = open_store(config.data.tokens, "data.tokens", tokenizer)
+    store = open_store(config.data.tokens, "data.tokens", tokenizer, config.data.views)
     shape = cast(Any, config.model).sized(
         store.vocab_size, store.num_tokens, max(1, store.num_classes), grid=tokenizer.grid
     )

@@ -13,8 +13,9 @@ from consonar.data.images import IndexedSource
 from consonar.data.labels import check_label, check_labels
 from consonar.data.loader import ImageBatches, SourceBatches
 from consonar.data.tokens import TokenStore
+from consonar.data.transforms import VIEWS
 from consonar.distributed import World
-from consonar.errors import UserError
+from consonar.errors import UserError, unknown
 from consonar.origin import check
 from consonar.outside import home_expanded
 from consonar.placement import to_device
@@ -31,20 +32,20 @@ def stored_num_tokens(path: str | None) -> int | None:
     return TokenStore.open(path).num_tokens if path and home_expanded(path).exists() else None
 
 
-def open_store(path: str | None, key: str, tokenizer: Tokenizer) -> TokenStore:
-    """A token store made with this tokenizer, or a `UserError` that says how to make one."""
+def open_store(path: str | None, key: str, tokenizer: Tokenizer, views: str | None = None) -> TokenStore:
+    """A token store made with this tokenizer, and of these views, or a `UserError` that says how to make one."""
+    if views is not None and views not in VIEWS:
+        raise unknown("data.views", views, VIEWS)
+    command = f"consonar tokenize --tokenizer {tokenizer.name}{f' --views {views}' if views else ''}"
     if not path:
-        raise UserError(
-            f"{key}: no token store given; make one with: "
-            f"consonar tokenize --tokenizer {tokenizer.name} --data ... --out DIR"
-        )
+        raise UserError(f"{key}: no token store given; make one with: {command} --data ... --out DIR")
     if not home_expanded(path).exists():
         split = " --split validation" if "validation" in key else ""
-        raise UserError(
-            f"{key}: no token store at {path}; make it with: "
-            f"consonar tokenize --tokenizer {tokenizer.name} --data openmoji{split} --out {path}"
-        )
+        raise UserError(f"{key}: no token store at {path}; make it with: {command} --data openmoji{split} --out {path}")
     store = TokenStore.open(path)
+    if views not in (None, store.metadata.get("views")):
+        held = store.metadata.get("views")
+        raise UserError(f"{key}: {path} holds the views {held}, data.views is {views}; make one with: {command} ...")
     store.check_tokenizer(tokenizer)
     store.check_content()
     return store

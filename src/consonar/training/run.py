@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from consonar import checkpoint, distributed
+from consonar import checkpoint, distributed, hardware
 from consonar.config import TrainConfig
 from consonar.config_io import to_dict
 from consonar.distributed import World
@@ -20,6 +20,7 @@ from consonar.errors import UserError
 from consonar.lock import hold, is_unused, remove_partials
 from consonar.outside import home_expanded, read_json
 from consonar.tracking import Tracker, check_sinks
+from consonar.training.aside import KERNELS
 from consonar.training.build import build
 from consonar.training.interruption import Interruption
 from consonar.training.loop import State, train_loop
@@ -116,6 +117,8 @@ def _train_held(
     quiet: bool,
     on_step: Callable[[int], None] | None,
 ) -> Path:
+    if resume:
+        hardware.go_on_with(out / KERNELS)
     made = build(config, world, per_process, out)
     if resume:
         check_same_origin(out, made.origin)
