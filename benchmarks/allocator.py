@@ -19,12 +19,11 @@ import torch
 from common import ratio, write_result
 from training import make_step
 
-from consonar.allocator import ask_for_huge_pages, keep_freed_memory
-from consonar.evaluation.features import load_feature_network
-from consonar.perceptual import efficientnet
+from consonar.components import load_tokenizer
+from consonar.cpu.memory import ask_for_huge_pages, keep_freed_memory
+from consonar.networks import efficientnet, load_feature_network
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import load_tokenizer
-from consonar.training.objectives import ConsistencyConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 
 IMAGES = 128
 
@@ -48,7 +47,7 @@ def decoding() -> Callable[[], object]:
 
 
 def training() -> Callable[[], object]:
-    return make_step(ConsistencyConfig(), Namespace(preset="tiny", layers=0, batch_size=64), "auto")
+    return make_step(AutoregressiveConfig(), Namespace(preset="tiny", layers=0, batch_size=64), "auto")
 
 
 TASKS: dict[str, Callable[[], Callable[[], object]]] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from consonar.evaluation.evaluate import library_versions, machine_name
+from consonar.evaluation.results import library_versions, machine_name
 
 RESULTS = Path(__file__).parent / "results"
 

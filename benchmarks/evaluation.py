@@ -53,7 +53,7 @@ def measure_frechet(width: int, seed: int) -> dict:
     import scipy.linalg
     import torch
 
-    from consonar.evaluation.statistics import frechet_distance
+    from consonar.metrics.distribution import frechet_distance
     from consonar.seeding import generator
 
     rng = generator(seed, "covariances")
@@ -79,7 +79,7 @@ def measure_moments(width: int, seed: int) -> dict:
     import numpy as np
     import torch
 
-    from consonar.evaluation.statistics import Moments
+    from consonar.metrics.distribution import Moments
     from consonar.seeding import generator
 
     features = torch.randn(4096, width, generator=generator(seed, "features"))
@@ -109,7 +109,7 @@ def describe_machine() -> dict:
     import scipy
     import torch
 
-    from consonar.evaluation.evaluate import library_versions, machine_name
+    from consonar.evaluation.results import library_versions, machine_name
 
     versions = {**library_versions(), "scipy": scipy.__version__}
     return {"machine": machine_name("cpu"), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}

@@ -19,7 +19,7 @@ from common import interleaved, ratio, write_result
 from torch import Tensor
 from torch.nn import functional as F
 
-from consonar import hardware
+from consonar.cpu import timing as hardware
 from consonar.generators.layers import rotary_table, rotate
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, Attention, LlamaGenGenerator
 from consonar.sampling.sample import SamplerConfig, sample_tokens

@@ -23,10 +23,12 @@ import torch
 from common import write_result
 
 from consonar import checkpoint
+from consonar.components import load_generator
 from consonar.config_io import to_dict
 from consonar.convert import convert
-from consonar.generators import Origin, build_generator, load_generator
+from consonar.generators import build_generator
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
+from consonar.origin import Origin
 from consonar.types import Grid
 
 TARGET = 1.2

@@ -12,19 +12,19 @@ from dataclasses import replace
 import torch
 from common import interleaved, ratio, write_result
 
-from consonar import hardware
+from consonar.components import load_tokenizer
+from consonar.cpu import timing as hardware
 from consonar.distributed import pick_device, pick_precision
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import load_tokenizer
-from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.optim import OptimConfig, build_optimizer
 from consonar.training.trainee import Trainee
-from consonar.types import Batch
+from consonar.types import TokenBatch
 
 
 def make_step(
-    objective_config: ConsistencyConfig, args: argparse.Namespace, precision: str, dropout: float = 0.0
+    objective_config: AutoregressiveConfig, args: argparse.Namespace, precision: str, dropout: float = 0.0
 ) -> Callable[[], None]:
     """One full optimiser step (rollout, forward, backward, clip, update) as a callable."""
     device = pick_device("auto")
@@ -35,17 +35,17 @@ def make_step(
     model.generator.reset_parameters(seeded(0, "benchmark"))
     model.reset_heads(seeded(0, "benchmark_heads"))
     model.to(device).train()
-    objective = Consistency(objective_config, tokenizer, total_steps=1000, seed=0)
+    objective = Autoregressive(objective_config, tokenizer, total_steps=1000, seed=0)
     optimizer = build_optimizer(model, OptimConfig())
     tokens = torch.randint(tokenizer.vocab_size, (args.batch_size, tokenizer.num_tokens), generator=seeded(0, "tokens"))
-    batch = Batch(tokens=tokens.to(device), condition=torch.arange(args.batch_size, device=device) % 10)
+    batch = TokenBatch(tokens.to(device), torch.arange(args.batch_size, device=device) % 10)
     dtype = pick_precision(precision, device)
 
     def step() -> None:
-        for rollout in objective.rollout(model, batch, 1):
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss, _ = objective.loss(model, rollout, 1)
-            torch.autograd.backward(loss)
+        prepared = objective.prepare(model, batch, 1)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss, _ = objective.loss(model, prepared, 1)
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -61,16 +61,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     head_width = 256 if args.preset == "tiny" else 2048
-    rear = ConsistencyConfig(
+    rear = AutoregressiveConfig(
         embedding_weight=1.0, head_width=head_width, noise=NoiseConfig(schedule="truncated_linear")
     )
-    plain = make_step(ConsistencyConfig(), args, "auto")
+    plain = make_step(AutoregressiveConfig(), args, "auto")
 
     def with_attention(plain_products: bool) -> None:
         with hardware.forced("attention", plain_products):
             plain()
 
-    dropping = make_step(ConsistencyConfig(), args, "auto", dropout=0.1)
+    dropping = make_step(AutoregressiveConfig(), args, "auto", dropout=0.1)
 
     def with_dropout(our_way: bool) -> None:
         with hardware.forced("attention", our_way), hardware.forced("dropout", our_way):
@@ -79,13 +79,13 @@ def main() -> None:
     steps = {}
     for fused in (True, False):
         with hardware.forced("adamw", fused):
-            steps[fused] = make_step(ConsistencyConfig(), args, "auto")
+            steps[fused] = make_step(AutoregressiveConfig(), args, "auto")
 
     seconds = interleaved(
         {
             "plain AR": plain,
             "reAR": make_step(rear, args, "auto"),
-            "plain AR fp32": make_step(ConsistencyConfig(), args, "fp32"),
+            "plain AR fp32": make_step(AutoregressiveConfig(), args, "fp32"),
             "plain AR fused attention": lambda: with_attention(False),
             "plain AR plain products": lambda: with_attention(True),
             "plain AR dropout, ours": lambda: with_dropout(True),

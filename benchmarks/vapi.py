@@ -20,15 +20,16 @@ import torch
 from common import interleaved, ratio, write_result
 from torch import Tensor
 
+from consonar.components import load_tokenizer
 from consonar.distributed import World, pick_device, pick_precision
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import load_tokenizer
-from consonar.training import losses, policy
-from consonar.training.alignment import AlignmentTrainee
+from consonar.training import losses
+from consonar.training import policy_gradient as policy
+from consonar.training.objectives.alignment import AlignmentTrainee
+from consonar.training.objectives.policy import PolicyConfig, PolicyForced, TeacherForcedPolicy
 from consonar.training.optim import OptimConfig, build_optimizer
-from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
-from consonar.types import Batch, Rollout
+from consonar.types import ImageBatch
 
 MICRO_BATCH = 8
 REWARDS = {"mse": 1.0, "efficientnet-lite0": 1.0}
@@ -51,12 +52,12 @@ class Bench:
         self.prior = copy.deepcopy(model).requires_grad_(False).to(self.device)
         world = World(0, 1, self.device)
         config = PolicyConfig(rewards=REWARDS, group_size=group_size)
-        self.objective = PolicyAlignment(
+        self.objective = TeacherForcedPolicy(
             config, tokenizer, self.prior, total_steps=100, seed=0, world=world, autocast_dtype=self.dtype
         )
         images = torch.rand(args.batch_size, 3, 64, 64, generator=seeded(0, "images")) * 2 - 1
         labels = torch.arange(args.batch_size) % 10
-        self.batch = Batch(condition=labels.to(self.device), images=images.to(self.device))
+        self.batch = ImageBatch(images.to(self.device), labels.to(self.device))
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-6, min_lr=1e-6))
         self.seconds: dict[str, float] = {}
         for name, owner, key in (
@@ -83,26 +84,27 @@ class Bench:
 
     def ours(self) -> None:
         """Gradients by the library's objective: one pass per image."""
-        for rollout in self.objective.rollout(self.model, self.batch, 0):
-            with self.autocast():
-                loss, _ = self.objective.loss(self.model, rollout, 0)
-            torch.autograd.backward(loss)
+        prepared = self.objective.prepare(self.model, self.batch, 0)
+        with self.autocast():
+            loss, _ = self.objective.loss(self.model, prepared, 0)
+        torch.autograd.backward(loss)
 
     def released(self) -> None:
         """Gradients by one pass per sample."""
-        (rollout,) = self.objective.rollout(self.model, self.batch, 0)
+        rollout = self.objective.prepare(self.model, self.batch, 0)
         with torch.no_grad(), self.autocast():
             logits = self.model(rollout.context, rollout.condition).logits
         drawn = self.objective.draw(self.model, logits, rollout)
-        old = policy.token_log_probs(logits, drawn["actions"]).flatten(0, 1)
-        actions, advantages = drawn["actions"].flatten(0, 1), drawn["advantages"].flatten(0, 1)
-        rows = torch.arange(len(logits), device=self.device).repeat_interleave(drawn["actions"].shape[1])
+        old = policy.token_log_probs(logits, drawn.actions).flatten(0, 1)
+        actions, advantages = drawn.actions.flatten(0, 1), drawn.advantages.flatten(0, 1)
+        rows = torch.arange(len(logits), device=self.device).repeat_interleave(drawn.actions.shape[1])
         for part in torch.arange(len(rows), device=self.device).split(MICRO_BATCH):
             loss = self.sample_loss(rollout, rows[part], actions[part], old[part], advantages[part])
             torch.autograd.backward(loss * len(part) / len(rows))
 
-    def sample_loss(self, rollout: Rollout, rows: Tensor, actions: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-        assert rollout.context is not None and rollout.batch.tokens is not None
+    def sample_loss(
+        self, rollout: PolicyForced, rows: Tensor, actions: Tensor, old: Tensor, advantages: Tensor
+    ) -> Tensor:
         assert isinstance(rollout.condition, Tensor)
         context, condition = rollout.context[rows], rollout.condition[rows]
         with self.autocast():

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.components import load_generator
 from consonar.data.tokens import TokenStore
-from consonar.generators import load_generator
 from consonar.sampling.sample import choose, uniforms
 from consonar.types import Tokenizer
 

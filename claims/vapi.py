@@ -20,18 +20,18 @@ from typing import Any
 
 from blanks import empty_share, patch_changes
 
-from consonar.allocator import keep_freed_memory
 from consonar.checkpoint import file_sha256, write_atomically
-from consonar.config import TrainConfig
+from consonar.components import load_tokenizer
+from consonar.cpu.memory import keep_freed_memory
 from consonar.data.images import open_source
 from consonar.data.tokens import TokenStore, write_token_store
-from consonar.evaluation.evaluate import encode_reference, open_reference
 from consonar.evaluation.frontier import evaluate_run
+from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import library_versions, machine_name
 from consonar.evaluation.run_results import is_measured, read_results
 from consonar.recipes import find_recipe
-from consonar.tokenizers import load_tokenizer
 from consonar.tracking import read_metrics
+from consonar.training.config import TrainConfig
 from consonar.training.run import train
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from consonar.data.grids import save_grid
 from consonar.evaluation.run_results import read_results
-from consonar.pictures import save_grid
 from consonar.tracking import read_metrics
 
 DOCS = Path(__file__).parent

@@ -13,13 +13,13 @@ import torch
 from device.pretend import Log, pretended_cuda
 from PIL import Image
 
-from consonar.config import DataConfig, LoopConfig, TrainConfig
+from consonar.components import load_tokenizer, save_tokenizer
 from consonar.data.tokens import write_token_store
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.training.objectives import ConsistencyConfig
+from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.optim import OptimConfig
 from consonar.types import ImageRecord
 
@@ -134,7 +134,7 @@ def make_config(stores: tuple[Path, Path], tokenizer_folder: Path) -> Callable[.
         recipe="tiny",
         tokenizer=str(tokenizer_folder),
         model=ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.0),
-        objective=ConsistencyConfig(),
+        objective=AutoregressiveConfig(),
         data=DataConfig(tokens=str(train), validation_tokens=str(validation)),
         optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_steps=2),
         loop=LoopConfig(steps=6, batch_size=8, log_every=1, precision="fp32", device="cpu"),

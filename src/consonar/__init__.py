@@ -10,8 +10,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load_tokenizer": "consonar.tokenizers",
-    "load_generator": "consonar.generators",
+    "load_tokenizer": "consonar.components",
+    "load_generator": "consonar.components",
     "sample": "consonar.sampling.sample",
     "SamplerConfig": "consonar.sampling.sample",
     "train": "consonar.training.run",

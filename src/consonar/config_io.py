@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from consonar.errors import UserError, unknown
 
+Config = TypeVar("Config")
 REPLACED_TABLES = ("rewards",)
 """Fields that hold a table of any keys; where a file changes one, it replaces that of its recipe."""
 
@@ -22,36 +24,53 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: Mapping[str, Any], where: str, kind: Any) -> Any:
+def from_dict(values: Any, where: str, kind: type[Config]) -> Config:
     """The config of type `kind` for a nested dict. `UserError` names the key, the value and the choices."""
     check_keys(values, kind, where)
     check_values(values, where)
+    return build(values, where, kind)
+
+
+def build(values: Mapping[str, Any], where: str, kind: type[Config], path: str = "") -> Config:
+    """`from_dict` of values whose keys are checked; recurses."""
+    hints = typing.get_type_hints(kind)
+    made: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        key = f"{path}{item.name}"
+        if item.name in values:
+            value, options = values[item.name], variants(item, hints[item.name])
+            if options and value is not None:
+                made[item.name] = build(value, where, pick_variant(value, options, key, where), f"{key}.")
+            else:
+                made[item.name] = read_value(value, where, key, hints[item.name])
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: {key}: missing")
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+        return kind(**made)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def read_value(value: Any, where: str, key: str, hint: Any) -> Any:
+    """A value of the type `hint`; `UserError` says what is wrong and what was given."""
+    try:
+        return adapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe(error)}") from error
+        first = error.errors()[0]
+        place = ".".join([key, *map(str, first["loc"])])
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{where}: {place}: {message}, got {first['input']!r}") from error
 
 
-def describe(error: ValidationError) -> str:
-    """The first problem of a pydantic error in one line: key path, what is wrong, what was given."""
-    errors = error.errors()
-    # A table is tried as every member of its union; `check_keys` has settled which one, so a wrong kind is noise.
-    first = next((e for e in errors if e["loc"][-1:] != ("kind",)), errors[0])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
-        return str(cause)
-    # pydantic puts the class names of union members into the path; field names are lower case
-    path = ".".join(str(part) for part in first["loc"] if str(part)[:1].islower() or isinstance(part, int))
-    if first["type"] == "missing":
-        return f"{path}: missing"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{path}: {message}, got {first['input']!r}"
+adapter = functools.cache(TypeAdapter)
 
 
-def variants(annotation: Any) -> list[type]:
-    """The dataclasses that a field's type admits."""
-    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
-    options = typing.get_args(annotation) if is_union else (annotation,)
+def variants(item: dataclasses.Field[Any], hint: Any) -> list[type]:
+    """The dataclasses that a field takes: those of the table that its metadata name, or those of its type."""
+    if "kinds" in item.metadata:
+        return list(item.metadata["kinds"]().values())
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    options = typing.get_args(hint) if is_union else (hint,)
     return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
 
 
@@ -60,11 +79,11 @@ def check_keys(values: Any, kind: type, where: str, path: str = "") -> None:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: {path.removesuffix('.') or 'the file'}: expected a table of keys, got {values!r}")
     hints = typing.get_type_hints(kind)
-    known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    known = {item.name: item for item in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: {unknown(f'{path}{key}', key, known)}")
-        options = variants(known[key])
+        options = variants(known[key], hints[key])
         if options and value is not None:
             check_keys(value, pick_variant(value, options, f"{path}{key}", where), where, f"{path}{key}.")
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from consonar import hardware
+from consonar.cpu import timing as hardware
+from consonar.cpu.timing import Way
 from consonar.errors import UserError, unknown
-from consonar.hardware import Way
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")

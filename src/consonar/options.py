@@ -59,7 +59,7 @@ READ_ONLY_WITH: dict[str, dict[str, Rule]] = {
         "data.validation_items": (lambda c: c.data.validation_tokens != "", "a data.validation_tokens that is not ''"),
         "loop.fd_samples": ALIGNS,
     },
-    "ConsistencyConfig": {
+    "AutoregressiveConfig": {
         "heads": HEADS,
         "head_depth": HEADS,
         "head_width": HEADS,

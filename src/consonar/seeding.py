@@ -3,7 +3,7 @@
 A generator is a function of (seed, names), for example (0, "noise", step): there is no generator state to save, and a
 resumed run draws exactly what the uninterrupted one would have drawn.
 
-All numbers that a generator gives are drawn here, on the generator's own device; `placement.to_device` takes them to
+All numbers that a generator gives are drawn here, on the generator's own device; `records.to_device` takes them to
 another. Drawn on the CPU (the default) they are the same whatever the run computes on.
 """
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+
+from consonar.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,27 @@ class Grid:
     @property
     def num_tokens(self) -> int:
         return self.prefix + self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a model; `kind` names it in files."""
+
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(ModelConfig):
+    """The shape of a generator; recipes leave what the data say at 0."""
+
+    vocab_size: int = 0
+    """Codes of the tokenizer; 0: taken from the token store."""
+    num_tokens: int = 0
+    """Tokens per image; 0: taken from the token store."""
+
+    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
+        """This shape for given data; `UserError` when a size was set to something else."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -74,17 +98,35 @@ Condition = Tensor | TextCondition | PromptCondition
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one optimiser step reads. Every tensor has the same first dimension B."""
+class TokenBatch:
+    """Images as tokens. Every tensor has the same first dimension B, here and in all batches."""
 
-    tokens: Tensor | None = None
-    """(B, N) int64, or None when a tokenizer is trained."""
-    condition: Condition | None = None
+    tokens: Tensor
+    """(B, N) int64."""
+    condition: Condition
     """(B,) int64 class labels, or captions."""
-    images: Tensor | None = None
-    """(B, 3, H, W) float in [-1, 1]."""
     indices: Tensor | None = None
-    """(B,) int64 row of each item in its store."""
+    """(B,) int64 row of each item in its store; None for items of no store."""
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """The images themselves."""
+
+    images: Tensor
+    """(B, 3, H, W) float in [-1, 1]."""
+    condition: Condition
+    """(B,) int64 class labels, or captions."""
+    indices: Tensor | None = None
+    """(B,) int64 row of each item in its source; None for items of no source."""
+
+
+@dataclass(frozen=True)
+class EncodedBatch(ImageBatch):
+    """Images with their tokens."""
+
+    tokens: Tensor = field(kw_only=True)
+    """(B, N) int64."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +135,6 @@ class Prediction:
 
     logits: Tensor
     taps: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One micro-batch ready for the loss: prepared without gradient by `Objective.rollout`."""
-
-    batch: Batch
-    context: Tensor | None = None
-    """(B, N) int64: the tokens fed under teacher forcing, maybe corrupted."""
-    condition: Condition | None = None
-    """The condition fed, maybe dropped to the null condition."""
-    corrupted: Tensor | None = None
-    """(B, N) bool: where `context` was replaced."""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -142,6 +170,16 @@ class Tokenizer(Protocol):
         ...
 
 
+class Weights(Protocol):
+    """What is asked of a model as a module; every `nn.Module` has it."""
+
+    def to(self, device: torch.device | str) -> Self: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *, assign: bool = False) -> object: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+
 class Cache(Protocol):
     """Keys and values of the tokens read so far; made by `Generator.new_cache`, owned by the caller."""
 
@@ -149,7 +187,7 @@ class Cache(Protocol):
 
 
 @runtime_checkable
-class Generator(Protocol):
+class Generator(Weights, Protocol):
     """A causal model of token sequences. `logits[:, i]` predicts token i, in training and in evaluation alike."""
 
     vocab_size: int
@@ -160,10 +198,8 @@ class Generator(Protocol):
     width: int
     prefix_length: int
     """P: hidden states at P + i read token i, those at P + i - 1 predict it."""
-    config: Any
-    """The frozen dataclass that it was made from; has `kind` and `sized`."""
-    blocks: Any
-    """Its transformer blocks, an `nn.ModuleList`: what `loop.compile` compiles."""
+    origin: Origin | None
+    """What it was made of and with, where it was loaded."""
 
     def __call__(
         self, context: Tensor, condition: Any, *, cache: Any = None, tap_layers: tuple[int, ...] = ()
@@ -173,6 +209,16 @@ class Generator(Protocol):
         With a cache, `context` holds only the tokens that the cache has not read yet (none at the first call) and the
         logits are those of the next token, (B, 1, V).
         """
+        ...
+
+    @property
+    def blocks(self) -> Any:
+        """Its transformer blocks, an `nn.ModuleList`: what `loop.compile` compiles."""
+        ...
+
+    @property
+    def config(self) -> GeneratorConfig:
+        """What it was made from."""
         ...
 
     def null_condition(self, condition: Any) -> Any:
@@ -189,20 +235,32 @@ class Generator(Protocol):
 
 
 class Reward(Protocol):
-    """A plain function is enough: (images, originals, batch) -> (B,), higher is better."""
+    """A plain function is enough: (images, originals, batch) -> (B,), higher is better.
 
-    def __call__(self, images: Tensor, originals: Tensor, batch: Batch) -> Tensor: ...
+    Row b of `batch` is what image b was made from: `images`, `condition`, `indices`, and in training `tokens`.
+    """
+
+    def __call__(self, images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor: ...
 
 
-class Objective(Protocol):
-    """What a method is: how a batch is prepared, and what is minimised."""
+Item = TypeVar("Item", contravariant=True)
+"""The kind of batch that an objective reads."""
+Prepared = TypeVar("Prepared")
+"""What it makes of one: a record (`consonar.records`) of its own."""
 
-    def rollout(self, model: Any, batch: Batch, step: int) -> Iterator[Rollout]:
-        """Micro-batches, prepared without gradient: corrupt, sample, reward."""
+
+class Objective(Protocol[Item, Prepared]):
+    """What a method is: what it makes of a batch, and what is minimised."""
+
+    def prepare(self, model: Any, batch: Item, step: int) -> Prepared:
+        """Whatever is corrupted, drawn or rewarded before the model is updated, without gradient."""
         ...
 
-    def loss(self, model: Any, rollout: Rollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise and its named terms, for the log."""
+    def loss(self, model: Any, prepared: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise and its named terms, for the log, of a prepared batch or some rows of it.
+
+        What is drawn from the very logits that are updated is drawn and rewarded here.
+        """
         ...
 
     def state(self, step: int) -> dict[str, float]:
@@ -213,6 +271,6 @@ class Objective(Protocol):
         """Why training must stop here, judged by these logged values; None: go on."""
         ...
 
-    def validate(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:
+    def validate(self, model: Any, batches: Iterator[Item]) -> dict[str, float]:
         """Metrics of a trainee on held-out batches, by name: means over all items, without gradient."""
         ...

@@ -7,21 +7,20 @@ import pytest
 import torch
 from rounding import assert_rounding
 
+from consonar import records
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.generators import conditions
-from consonar.training import losses, policy
-from consonar.training.alignment import AlignmentTrainee, GuardConfig
-from consonar.training.baselines import (
-    CrossEntropyAlignment,
+from consonar.records import split
+from consonar.training import losses
+from consonar.training import policy_gradient as policy
+from consonar.training.objectives import METHODS, method_of_config
+from consonar.training.objectives.alignment import AlignmentTrainee, GuardConfig
+from consonar.training.objectives.controls import (
     CrossEntropyConfig,
-    StraightThrough,
     StraightThroughConfig,
 )
-from consonar.training.build import ALIGNMENTS
-from consonar.training.loop import split
-from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
-from consonar.types import Batch
+from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
+from consonar.types import ImageBatch
 
 REWARDS = {"mse": 1.0, "l1": 0.5}
 VAPI = PolicyConfig(rewards=REWARDS, group_size=3)
@@ -53,7 +52,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 @pytest.fixture
 def batch(rng):
     images = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
-    return Batch(condition=torch.arange(4) % 3, images=images)
+    return ImageBatch(images, torch.arange(4) % 3)
 
 
 @pytest.fixture
@@ -62,16 +61,18 @@ def make(tokenizer, tiny_generator, batch):
 
     def make(config, **settings):
         if isinstance(config, PolicyConfig) and config.smooth_credit:
-            settings["probe"] = batch.images
-        objective = ALIGNMENTS[type(config)](config, tokenizer, prior, total_steps=10, seed=3, world=WORLD, **settings)
+            settings["probe"] = lambda: batch.images
+        objective = method_of_config(config).objective(
+            config, tokenizer, prior, total_steps=10, seed=3, world=WORLD, **settings
+        )
         return objective, AlignmentTrainee(copy.deepcopy(start))
 
     return make
 
 
 def test_every_objective_has_a_case():
-    assert {type(config) for config in CASES.values()} == set(ALIGNMENTS)
-    assert {PolicyAlignment, CrossEntropyAlignment, StraightThrough} == set(ALIGNMENTS.values())
+    methods = {method.name for method in METHODS if method.run == "post-training"}
+    assert {method_of_config(config).name for config in CASES.values()} == methods
     estimators = {config.estimator for config in CASES.values() if isinstance(config, PolicyConfig)}
     assert estimators == set(policy.ESTIMATORS)
 
@@ -90,9 +91,8 @@ def weighted_terms(config, terms):
 def test_terms_sum_to_the_loss_and_only_the_generator_learns(name, make, batch, tokenizer):
     objective, trainee = make(CASES[name])
     trainee.train()
-    rollouts = list(objective.rollout(trainee, batch, 0))
-    assert len(rollouts) == getattr(CASES[name], "inner_epochs", 1)
-    for rollout in rollouts:
+    rollout = objective.prepare(trainee, batch, 0)
+    for _ in range(CASES[name].updates):
         assert torch.equal(rollout.batch.tokens, tokenizer.encode(batch.images))
         loss, terms = objective.loss(trainee, rollout, 0)
         assert loss.isfinite() and loss.ndim == 0
@@ -110,7 +110,7 @@ def test_micro_batches_have_the_loss_of_the_whole(name, make, batch):
     gradients, baselines = [], []
     for parts in (1, 2):
         objective, trainee = make(CASES[name])
-        rollout = next(iter(objective.rollout(trainee, batch, 4)))
+        rollout = objective.prepare(trainee, batch, 4)
         for part in split(rollout, parts):
             (objective.loss(trainee, part, 4)[0] / parts).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainee.parameters()]))
@@ -124,7 +124,7 @@ def test_shared_context_equals_one_pass_for_each_sample(name, make, batch):
     """The released form repeats the whole generator for each of the G samples; the gradient is the same."""
     config = CASES[name]
     objective, trainee = make(config)
-    (rollout,) = objective.rollout(trainee, batch, 2)
+    rollout = objective.prepare(trainee, batch, 2)
     ours, _ = objective.loss(trainee, rollout, 2)
     ours.backward()
     shared = torch.cat([p.grad.flatten() for p in trainee.parameters()])
@@ -135,11 +135,11 @@ def test_shared_context_equals_one_pass_for_each_sample(name, make, batch):
     with torch.no_grad():
         drawn = objective.draw(trainee, trainee(rollout.context, rollout.condition).logits, rollout)
         prior = objective.prior(rollout.context[rows], rollout.condition[rows])[0]
-    actions = drawn["actions"].flatten(0, 1)[:, None]  # (B * G, 1, N)
+    actions = drawn.actions.flatten(0, 1)[:, None]  # (B * G, 1, N)
     logits = trainee(rollout.context[rows], rollout.condition[rows]).logits  # (B * G, N, V)
     log_probs = policy.token_log_probs(logits, actions, config.temperature)
     ratio = policy.probability_ratio(log_probs, log_probs.detach(), whole_sequence=config.estimator == "gspo")
-    advantages = drawn["advantages"].flatten(0, 1)[:, None]
+    advantages = drawn.advantages.flatten(0, 1)[:, None]
     loss = policy.clipped_policy_loss(ratio, advantages, config.clip_range, config.clip_high).mean()
     loss = loss + config.ce_weight * losses.next_token_loss(logits, rollout.batch.tokens[rows])
     if config.kl == "exact":
@@ -160,8 +160,7 @@ def test_one_pass_of_the_generator_whatever_the_group(group, make, batch):
     calls = {"policy": 0, "prior": 0}
     for key, module in (("policy", trainee.generator), ("prior", objective.prior)):
         module.register_forward_hook(lambda *_, key=key: calls.__setitem__(key, calls[key] + 1))
-    for rollout in objective.rollout(trainee, batch, 0):
-        objective.loss(trainee, rollout, 0)[0].backward()
+    objective.loss(trainee, objective.prepare(trainee, batch, 0), 0)[0].backward()
     assert calls == {"policy": 1, "prior": 0}
 
 
@@ -169,7 +168,8 @@ def test_with_one_epoch_the_ratio_is_one_and_with_more_it_moves(make, batch):
     objective, trainee = make(replace(VAPI, inner_epochs=3, clip_range=1e-4))
     optimizer = torch.optim.SGD(trainee.parameters(), lr=0.1)
     deviations, clipped = [], []
-    for rollout in objective.rollout(trainee, batch, 0):
+    rollout = objective.prepare(trainee, batch, 0)
+    for _ in range(3):
         loss, terms = objective.loss(trainee, rollout, 0)
         deviations.append(float(terms["ratio_deviation"]))
         clipped.append(float(terms["clip_fraction"]))
@@ -180,7 +180,7 @@ def test_with_one_epoch_the_ratio_is_one_and_with_more_it_moves(make, batch):
     assert deviations[0] < 1e-4 < deviations[1]
     assert clipped[0] < 0.05 < min(clipped[1:])
     objective, trainee = make(VAPI)
-    (rollout,) = objective.rollout(trainee.train(), batch, 0)
+    rollout = objective.prepare(trainee.train(), batch, 0)
     terms = objective.loss(trainee, rollout, 0)[1]
     assert terms["ratio_deviation"] == 0 and terms["clip_fraction"] == 0
 
@@ -200,7 +200,7 @@ def test_the_reward_rises_under_the_policy_gradient(make, batch):
     optimizer = torch.optim.Adam(trainee.parameters(), lr=2e-3)
     rewards = []
     for step in range(60):
-        (rollout,) = objective.rollout(trainee, batch, step)
+        rollout = objective.prepare(trainee, batch, step)
         loss, terms = objective.loss(trainee, rollout, step)
         rewards.append(float(terms["reward"]))
         optimizer.zero_grad()
@@ -214,7 +214,7 @@ def test_the_running_baseline_of_reinforce(make, batch):
     objective, trainee = make(replace(CASES["reinforce"], baseline_decay=0.75))
     seen = []
     for step in range(3):
-        (rollout,) = objective.rollout(trainee, batch, step)
+        rollout = objective.prepare(trainee, batch, step)
         seen.append(float(objective.loss(trainee, rollout, step)[1]["reward"]))
     expected = seen[0]
     for reward in seen:
@@ -227,7 +227,7 @@ def test_the_baseline_of_reinforce_moves_once_per_step_whatever_the_micro_batche
     for parts in (1, 2, 4):
         objective, trainee = make(replace(CASES["reinforce"], baseline_decay=0.75))
         for step in range(2):
-            (rollout,) = objective.rollout(trainee, batch, step)
+            rollout = objective.prepare(trainee, batch, step)
             for part in split(rollout, parts):
                 _, terms = objective.loss(trainee, part, step)
                 assert terms["ratio_deviation"] == 0
@@ -240,12 +240,12 @@ def test_the_baseline_of_reinforce_moves_once_per_step_whatever_the_micro_batche
 def test_groups_without_spread_are_logged(make, batch):
     """A certain policy draws the same sequence every time: all groups are ties."""
     objective, trainee = make(replace(VAPI, credit="token"))
-    (rollout,) = objective.rollout(trainee, batch, 0)
+    rollout = objective.prepare(trainee, batch, 0)
     _, terms = objective.loss(trainee, rollout, 0)
     assert 0 <= terms["reward_ties"] < 1 and terms["reward_spread"] > 0
     with torch.no_grad():
         trainee.generator.lm_head.bias[3] = 1e4
-    (rollout,) = objective.rollout(trainee, batch, 0)
+    rollout = objective.prepare(trainee, batch, 0)
     _, terms = objective.loss(trainee, rollout, 0)
     assert terms["reward_ties"] == 1 and terms["reward_spread"] == 0 and terms["policy"] == 0
 
@@ -263,7 +263,7 @@ def low_reward(images, originals, batch):
 
 def test_the_rounding_of_rewards_that_cancel_gives_no_credit(make, batch):
     objective, trainee = make(replace(VAPI, rewards=dict.fromkeys(CANCELLING, 1.0)))
-    (rollout,) = objective.rollout(trainee, batch, 0)
+    rollout = objective.prepare(trainee, batch, 0)
     _, terms = objective.loss(trainee, rollout, 0)
     assert terms["reward_ties"] == 1 and terms["policy"] == 0 and terms["reward"].abs() < 1
 
@@ -276,20 +276,20 @@ def test_equal_draws_get_equal_rewards_however_these_are_rounded(make, batch):
     objective, trainee = make(replace(VAPI, rewards={"test_alignment:uneven_reward": 1.0}))
     with torch.no_grad():
         trainee.generator.lm_head.bias[3] = 1e4
-    (rollout,) = objective.rollout(trainee, batch, 0)
+    rollout = objective.prepare(trainee, batch, 0)
     _, terms = objective.loss(trainee, rollout, 0)
     assert terms["reward_ties"] == 1 and terms["policy"] == 0
 
 
 def test_free_rollouts_are_samples_of_the_policy(make, batch):
     objective, trainee = make(replace(VAPI, rollout="free", group_size=2, ce_weight=0.0))
-    (rollout,) = objective.rollout(trainee, batch, 0)
-    actions = rollout.extra["actions"]
+    rollout = objective.prepare(trainee, batch, 0)
+    actions = rollout.drawn.actions
     assert actions.shape == (4, 2, 16) and not torch.equal(actions[:, 0], actions[:, 1])
-    (again,) = objective.rollout(trainee, batch, 0)
-    assert torch.equal(actions, again.extra["actions"])
-    (other,) = objective.rollout(trainee, batch, 1)
-    assert not torch.equal(actions, other.extra["actions"])
+    again = objective.prepare(trainee, batch, 0)
+    assert torch.equal(actions, again.drawn.actions)
+    other = objective.prepare(trainee, batch, 1)
+    assert not torch.equal(actions, other.drawn.actions)
 
 
 def test_pictures_too_small_for_the_perceptual_distance_are_refused(make):
@@ -298,7 +298,7 @@ def test_pictures_too_small_for_the_perceptual_distance_are_refused(make):
 
 
 def test_straight_through_has_hard_values_and_soft_gradient(rng):
-    from consonar.training.baselines import straight_through
+    from consonar.training.objectives.controls import straight_through
 
     logits = torch.randn(2, 3, 5, generator=rng, requires_grad=True)
     chosen = straight_through(logits, 0.7)
@@ -312,16 +312,16 @@ def test_straight_through_has_hard_values_and_soft_gradient(rng):
 
 def test_straight_through_gradient_reaches_the_generator_through_the_decoder(make, batch):
     objective, trainee = make(replace(CASES["ste"], ce_weight=0.0))
-    (rollout,) = objective.rollout(trainee, batch, 0)
+    rollout = objective.prepare(trainee, batch, 0)
     objective.loss(trainee, rollout, 0)[0].backward()
     assert trainee.generator.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_class_dropout_reaches_draw_and_update_alike(make, batch):
     objective, trainee = make(replace(VAPI, class_dropout=1.0))
-    (rollout,) = objective.rollout(trainee, batch, 0)
+    rollout = objective.prepare(trainee, batch, 0)
     assert torch.equal(rollout.condition, trainee.generator.null_condition(batch.condition))
-    assert conditions.num_rows(rollout.condition) == 4
+    assert records.num_rows(rollout.condition) == 4
 
 
 def test_validation_is_of_the_true_context_and_the_same_for_all(make, batch):
@@ -383,7 +383,7 @@ def test_mistakes_are_one_line(name):
 def test_token_credit_needs_tokens_with_a_place(tokenizer):
     tokenizer.grid = None
     with pytest.raises(UserError, match=r"objective.credit: 'token' needs tokens with a place; tiny-vq is a 1D"):
-        PolicyAlignment(CASES["tokens"], tokenizer, None, total_steps=1, seed=0, world=WORLD)
+        TeacherForcedPolicy(CASES["tokens"], tokenizer, None, total_steps=1, seed=0, world=WORLD)
 
 
 def bad_reward(images, originals, batch):
@@ -406,6 +406,6 @@ NONSENSE = [
 @pytest.mark.parametrize(("name", "message"), NONSENSE)
 def test_a_reward_that_returns_nonsense_is_one_line(name, message, make, batch):
     objective, trainee = make(replace(VAPI, rewards={f"test_alignment:{name}": 10.0}))
-    (rollout,) = objective.rollout(trainee, batch, 0)
+    rollout = objective.prepare(trainee, batch, 0)
     with pytest.raises(UserError, match=message):
         objective.loss(trainee, rollout, 0)

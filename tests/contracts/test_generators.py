@@ -7,10 +7,13 @@ import torch
 from conftest import NUM_CLASSES, stir
 from rounding import assert_rounding
 
-from consonar.generators import GENERATORS, Origin, conditions, load_generator, save_generator
+from consonar import records
+from consonar.components import load_generator, save_generator
+from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig, pad_prompts
 from consonar.generators.llamagen import LlamaGenConfig
+from consonar.origin import Origin
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.types import Generator, Grid, TextCondition
@@ -50,7 +53,7 @@ def model(request, tiny_generator):
 
 @pytest.fixture
 def condition(model, rng):
-    """Three conditions, all different."""
+    """Three all different."""
     if model.num_classes:
         return torch.tensor([0, 2, 1])
     if model.config.kind == "janus":
@@ -127,7 +130,7 @@ def test_a_full_cache_refuses_more(model, condition, tokens):
 
 def test_a_row_does_not_depend_on_its_batch(model, condition, tokens):
     together = model(tokens, condition)[0]
-    alone = torch.cat([model(tokens[i : i + 1], conditions.rows(condition, slice(i, i + 1)))[0] for i in range(3)])
+    alone = torch.cat([model(tokens[i : i + 1], records.rows(condition, slice(i, i + 1)))[0] for i in range(3)])
     assert_rounding(together, alone, SUMMANDS)
 
 
@@ -143,7 +146,7 @@ def test_every_condition_differs_and_the_null_one_is_its_own(model, condition, t
     null = model.null_condition(condition)
     for given, ours, again in zip(*map(fields, (condition, null, model.null_condition(null))), strict=True):
         assert ours.shape == given.shape and ours.dtype == given.dtype and torch.equal(again, ours)
-    all_four = conditions.concatenate(condition, conditions.rows(null, slice(0, 1)))
+    all_four = records.concatenate(condition, records.rows(null, slice(0, 1)))
     logits = model(tokens[:1].expand(4, -1), all_four)[0]
     for i in range(4):
         for j in range(i):

@@ -6,25 +6,25 @@ import pytest
 import torch
 
 from consonar.checkpoint import file_sha256
-from consonar.config import TrainConfig
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.perceptual import lpips
+from consonar.networks import lpips
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
+from consonar.training.config import TrainConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig, TokenizerTrainee
 from consonar.training.trainee import Trainee
-from consonar.training.vq_objective import Reconstruction, ReconstructionConfig, TokenizerTrainee
-from consonar.types import Batch, Rollout
+from consonar.types import EncodedBatch, ImageBatch, TokenBatch
 
 NOISY = NoiseConfig(schedule="constant", max_rate=0.5)
 CONSISTENCY = {
-    "plain": ConsistencyConfig(),
-    "noise": ConsistencyConfig(noise=NOISY),
-    "mask": ConsistencyConfig(noise=replace(NOISY, corruption="mask")),
-    "nearest": ConsistencyConfig(noise=replace(NOISY, corruption="nearest", num_neighbours=4)),
-    "heads": ConsistencyConfig(embedding_weight=0.7, head_width=16),
-    "encode": ConsistencyConfig(embedding_weight=0.7, heads="encode", head_depth=1),
-    "rear": ConsistencyConfig(embedding_weight=0.7, head_width=16, head_depth=2, mask_noised=True, noise=NOISY),
+    "plain": AutoregressiveConfig(),
+    "noise": AutoregressiveConfig(noise=NOISY),
+    "mask": AutoregressiveConfig(noise=replace(NOISY, corruption="mask")),
+    "nearest": AutoregressiveConfig(noise=replace(NOISY, corruption="nearest", num_neighbours=4)),
+    "heads": AutoregressiveConfig(embedding_weight=0.7, head_width=16),
+    "encode": AutoregressiveConfig(embedding_weight=0.7, heads="encode", head_depth=1),
+    "rear": AutoregressiveConfig(embedding_weight=0.7, head_width=16, head_depth=2, mask_noised=True, noise=NOISY),
 }
 RECONSTRUCTION = {
     "plain": ReconstructionConfig(perceptual_weight=0),
@@ -38,14 +38,15 @@ WORLD = World(0, 1, torch.device("cpu"))
 @pytest.fixture
 def batch(rng):
     images = torch.rand(6, 3, 16, 16, generator=rng) * 2 - 1
-    return Batch(torch.randint(32, (6, 16), generator=rng), torch.arange(6) % 3, images)
+    tokens = torch.randint(32, (6, 16), generator=rng)
+    return EncodedBatch(images, torch.arange(6) % 3, tokens=tokens)
 
 
 @pytest.fixture
 def consistency(tokenizer, tiny_generator):
-    def make(config: ConsistencyConfig) -> tuple[Consistency, Trainee]:
+    def make(config: AutoregressiveConfig) -> tuple[Autoregressive, Trainee]:
         trainee = Trainee(tiny_generator(), config.head_specs(2, tokenizer.code_dim))
-        return Consistency(config, tokenizer, total_steps=10, seed=3), trainee
+        return Autoregressive(config, tokenizer, total_steps=10, seed=3), trainee
 
     return make
 
@@ -60,16 +61,15 @@ def reconstruction(tokenizer):
     return make
 
 
-def only_rollout(objective, trainee, batch, step=0) -> Rollout:
-    (rollout,) = objective.rollout(trainee, batch, step)
-    return rollout
+def prepare(objective, trainee, batch, step=0):
+    return objective.prepare(trainee, batch, step)
 
 
 @pytest.mark.parametrize("name", CONSISTENCY)
 def test_consistency_terms_sum_to_the_loss(name, consistency, batch):
     config = CONSISTENCY[name]
     objective, trainee = consistency(config)
-    loss, terms = objective.loss(trainee, only_rollout(objective, trainee, batch), 0)
+    loss, terms = objective.loss(trainee, prepare(objective, trainee, batch), 0)
     assert loss.isfinite() and loss.ndim == 0
     expected = {f"align_{spec.name}" for spec in trainee.specs}
     assert set(terms) == {"cross_entropy"} | expected
@@ -84,7 +84,7 @@ def test_consistency_leaves_the_tokenizer_alone(name, consistency, batch):
     objective, trainee = consistency(CONSISTENCY[name])
     before = {key: value.clone() for key, value in objective.tokenizer.state_dict().items()}
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=0.1)
-    objective.loss(trainee, only_rollout(objective, trainee, batch), 0)[0].backward()
+    objective.loss(trainee, prepare(objective, trainee, batch), 0)[0].backward()
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in objective.tokenizer.state_dict().items())
     assert all(parameter.grad is None for parameter in objective.tokenizer.parameters())
@@ -94,8 +94,8 @@ def test_consistency_leaves_the_tokenizer_alone(name, consistency, batch):
 @pytest.mark.parametrize("name", CONSISTENCY)
 def test_rollout_corrupts_the_context_alone(name, consistency, batch):
     objective, trainee = consistency(CONSISTENCY[name])
-    rollout = only_rollout(objective, trainee, batch)
-    assert torch.equal(rollout.batch.tokens, batch.tokens)  # targets stay clean
+    rollout = prepare(objective, trainee, batch)
+    assert torch.equal(rollout.tokens, batch.tokens)  # targets stay clean
     assert torch.equal(rollout.context[~rollout.corrupted], batch.tokens[~rollout.corrupted])
     if CONSISTENCY[name].noise.schedule == "none":
         assert not rollout.corrupted.any()
@@ -103,32 +103,32 @@ def test_rollout_corrupts_the_context_alone(name, consistency, batch):
         assert (rollout.context[rollout.corrupted] == trainee.generator.mask_token).all()
     elif name == "nearest":
         assert (rollout.context[rollout.corrupted] != batch.tokens[rollout.corrupted]).all()
-    again = only_rollout(objective, trainee, batch)
+    again = prepare(objective, trainee, batch)
     assert torch.equal(again.context, rollout.context) and torch.equal(again.condition, rollout.condition)
     if CONSISTENCY[name].noise.schedule != "none":
-        assert not torch.equal(only_rollout(objective, trainee, batch, step=1).context, rollout.context)
+        assert not torch.equal(prepare(objective, trainee, batch, step=1).context, rollout.context)
 
 
 def test_noise_and_class_dropout_have_generators_of_their_own(consistency, batch):
-    plain = only_rollout(*consistency(ConsistencyConfig(class_dropout=0.5)), batch)
-    noisy = only_rollout(*consistency(ConsistencyConfig(class_dropout=0.5, noise=NOISY)), batch)
-    undropped = only_rollout(*consistency(ConsistencyConfig(class_dropout=0, noise=NOISY)), batch)
+    plain = prepare(*consistency(AutoregressiveConfig(class_dropout=0.5)), batch)
+    noisy = prepare(*consistency(AutoregressiveConfig(class_dropout=0.5, noise=NOISY)), batch)
+    undropped = prepare(*consistency(AutoregressiveConfig(class_dropout=0, noise=NOISY)), batch)
     assert torch.equal(plain.condition, noisy.condition) and (plain.condition == 3).any()
     assert torch.equal(noisy.context, undropped.context)
     assert torch.equal(undropped.condition, batch.condition)
 
 
 def test_weight_zero_builds_no_head_and_no_term(consistency, batch):
-    objective, trainee = consistency(ConsistencyConfig(embedding_weight=0, noise=NOISY))
+    objective, trainee = consistency(AutoregressiveConfig(embedding_weight=0, noise=NOISY))
     assert len(trainee.heads) == 0
-    loss, terms = objective.loss(trainee, only_rollout(objective, trainee, batch), 0)
+    loss, terms = objective.loss(trainee, prepare(objective, trainee, batch), 0)
     assert torch.equal(loss, terms["cross_entropy"])
 
 
 def test_mask_noised_zeroes_the_encode_term_at_noised_positions(consistency, batch):
     masked, trainee = consistency(CONSISTENCY["rear"])
-    rollout = only_rollout(masked, trainee, batch)
-    everywhere = Rollout(batch, rollout.context, rollout.condition, torch.ones_like(rollout.corrupted))
+    rollout = prepare(masked, trainee, batch)
+    everywhere = replace(rollout, corrupted=torch.ones_like(rollout.corrupted))
     _, terms = masked.loss(trainee, everywhere, 0)
     assert terms["align_current"] == 0 and terms["align_next"] > 0
     unmasked, _ = consistency(replace(CONSISTENCY["rear"], mask_noised=False))
@@ -136,16 +136,16 @@ def test_mask_noised_zeroes_the_encode_term_at_noised_positions(consistency, bat
 
 
 def test_noise_follows_the_schedule(consistency, batch):
-    objective, trainee = consistency(ConsistencyConfig(noise=NoiseConfig(schedule="truncated_linear")))
+    objective, trainee = consistency(AutoregressiveConfig(noise=NoiseConfig(schedule="truncated_linear")))
     assert [round(objective.noise_rate(step), 12) for step in (0, 3, 8)] == [1.0, 0.6, 0.0]
     assert objective.state(3) == {"noise_rate": objective.noise_rate(3)}
-    assert not only_rollout(objective, trainee, batch, step=8).corrupted.any()
+    assert not prepare(objective, trainee, batch, step=8).corrupted.any()
 
 
 def test_validation_is_clean_and_weighs_images_equally(consistency, batch):
-    objective, trainee = consistency(ConsistencyConfig(noise=NOISY, class_dropout=0.9))
+    objective, trainee = consistency(AutoregressiveConfig(noise=NOISY, class_dropout=0.9))
     whole = objective.validate(trainee, iter([batch]))
-    parts = [Batch(batch.tokens[a:b], batch.condition[a:b]) for a, b in ((0, 4), (4, 6))]
+    parts = [TokenBatch(batch.tokens[a:b], batch.condition[a:b]) for a, b in ((0, 4), (4, 6))]
     assert objective.validate(trainee, iter(parts)) == pytest.approx(whole, rel=1e-5)
     logits = trainee.generator(batch.tokens, batch.condition)[0]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten())
@@ -157,7 +157,7 @@ def test_validation_is_clean_and_weighs_images_equally(consistency, batch):
 def test_reconstruction_terms_sum_to_the_loss(name, reconstruction, batch):
     config = RECONSTRUCTION[name]
     objective, trainee = reconstruction(config)
-    loss, terms = objective.loss(trainee, only_rollout(objective, trainee, batch), 0)
+    loss, terms = objective.loss(trainee, prepare(objective, trainee, batch), 0)
     active = config.discriminator_weight > 0 and config.discriminator_start == 0
     weights = {"mse": config.mse_weight, "codebook": config.codebook_weight, "commitment": config.commitment_weight}
     if active:
@@ -173,7 +173,7 @@ def test_reconstruction_terms_sum_to_the_loss(name, reconstruction, batch):
 
 def test_adversarial_terms_move_their_own_side(reconstruction, batch):
     objective, trainee = reconstruction(RECONSTRUCTION["adversarial"])
-    rollout = only_rollout(objective, trainee, batch)
+    rollout = prepare(objective, trainee, batch)
     _, terms = objective.loss(trainee, rollout, 0)
     terms["adversarial"].backward(retain_graph=True)
     assert all(p.grad is None for p in trainee.discriminator.parameters())
@@ -186,9 +186,9 @@ def test_adversarial_terms_move_their_own_side(reconstruction, batch):
 def test_codes_are_counted_once_a_step_however_many_micro_batches(reconstruction, batch):
     objective, trainee = reconstruction(RECONSTRUCTION["plain"])
     for step in range(3):
-        rollout = only_rollout(objective, trainee, batch, step)
+        rollout = prepare(objective, trainee, batch, step)
         for rows in (slice(0, 2), slice(2, 6)):
-            objective.loss(trainee, Rollout(Batch(images=rollout.batch.images[rows])), step)
+            objective.loss(trainee, ImageBatch(rollout.images[rows], rollout.condition[rows]), step)
     used = torch.isin(torch.arange(32), trainee.tokenizer.encode(batch.images))
     assert used.any() and not used.all()
     assert torch.equal(trainee.steps_unused, torch.where(used, 0, 3))
@@ -199,10 +199,10 @@ def test_revival_moves_dead_codes_onto_vectors_of_the_batch(reconstruction, batc
     codebook = trainee.tokenizer.quantize.embedding.weight
     before = codebook.detach().clone()
     trainee.steps_unused[:] = torch.tensor([3] * 4 + [2] * 28)
-    only_rollout(objective, trainee, batch, step=8)  # after `revive_until` of 10 steps: left where they are
+    prepare(objective, trainee, batch, step=8)  # after `revive_until` of 10 steps: left where they are
     assert torch.equal(codebook, before)
     trainee.steps_unused[:] = torch.tensor([3] * 4 + [2] * 28)
-    only_rollout(objective, trainee, batch, step=5)
+    prepare(objective, trainee, batch, step=5)
     vectors = trainee.tokenizer.vectors(batch.images)
     assert torch.equal(codebook[4:], before[4:])
     assert all((vectors == code).all(1).any() for code in codebook[:4])
@@ -229,7 +229,7 @@ def test_lpips_is_the_perceptual_term_when_chosen(reconstruction, batch, tmp_pat
     config = ReconstructionConfig(perceptual="lpips", perceptual_weights=str(path), perceptual_weight=0.5)
     objective, trainee = reconstruction(config)
     path.unlink()
-    loss, terms = objective.loss(trainee, only_rollout(objective, trainee, batch), 0)
+    loss, terms = objective.loss(trainee, prepare(objective, trainee, batch), 0)
     output = trainee.tokenizer(batch.images)
     torch.testing.assert_close(terms["perceptual"], objective.perceptual(output.reconstruction, batch.images).mean())
     assert objective.perceptual.name == "lpips" and terms["perceptual"] > 0

@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from consonar.errors import UserError
-from consonar.perceptual import lpips
-from consonar.perceptual.lpips import VGG16Features
-from consonar.training.discriminator import save_discriminator
-from consonar.training.rewards import (
-    PLACED_REWARDS,
-    RECONSTRUCTION_REWARDS,
-    REWARDS,
-    PlacedReward,
-    build_rewards,
-)
-from consonar.training.vq_objective import PatchDiscriminator
-from consonar.types import Batch, Grid
+from consonar.networks import lpips
+from consonar.networks.discriminator import PatchDiscriminator, save_discriminator
+from consonar.networks.lpips import VGG16Features
+from consonar.training.rewards import PLACED_REWARDS, RECONSTRUCTION_REWARDS, REWARDS, PlacedReward, build_rewards
+from consonar.types import Grid
 
 SIDE = 32
 
@@ -67,22 +60,22 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("name", REWARDS)
 def test_one_finite_number_for_each_image_whatever_the_chunks(name, build, originals, rng):
     images = (originals + 0.1 * torch.randn(originals.shape, generator=rng)).requires_grad_()
-    total, values = build({name: 2.0})(images, originals, Batch())
+    total, values = build({name: 2.0})(images, originals)
     assert set(values) == {name} and values[name].shape == (5,) and values[name].dtype == torch.float32
     assert torch.equal(total, 2 * values[name]) and values[name].isfinite().all()
     assert not total.requires_grad and not total.is_inference()  # the latter could not enter a loss
-    chunked = build({name: 2.0}, chunk=2)(images, originals, Batch())[0]
+    chunked = build({name: 2.0}, chunk=2)(images, originals)[0]
     torch.testing.assert_close(chunked, total, rtol=1e-4, atol=1e-5)
     order = torch.tensor([3, 1, 4, 0, 2])
-    moved = build({name: 2.0})(images[order], originals[order], Batch())[0]
+    moved = build({name: 2.0})(images[order], originals[order])[0]
     torch.testing.assert_close(moved, total[order], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(RECONSTRUCTION_REWARDS))
 def test_no_image_is_better_than_the_original_itself(name, build, originals, rng):
     rewards = build({name: 1.0})
-    best = rewards(originals, originals, Batch())[0]
-    scores = {what: rewards(images, originals, Batch())[0] for what, images in perturbations(originals, rng).items()}
+    best = rewards(originals, originals)[0]
+    scores = {what: rewards(images, originals)[0] for what, images in perturbations(originals, rng).items()}
     for what, score in scores.items():
         assert (score < best).all(), what
     assert (scores["noise"] < scores["a little noise"]).all()
@@ -91,9 +84,9 @@ def test_no_image_is_better_than_the_original_itself(name, build, originals, rng
 @pytest.mark.parametrize("name", sorted(set(REWARDS) - RECONSTRUCTION_REWARDS))
 def test_rewards_that_need_no_original_ignore_it(name, build, originals):
     rewards = build({name: 1.0})
-    total = rewards(originals, originals, Batch())[0]
-    assert torch.equal(rewards(originals, torch.zeros_like(originals), Batch())[0], total)
-    assert not torch.equal(rewards(-originals, originals, Batch())[0], total)
+    total = rewards(originals, originals)[0]
+    assert torch.equal(rewards(originals, torch.zeros_like(originals))[0], total)
+    assert not torch.equal(rewards(-originals, originals)[0], total)
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 4), Grid(32, 32), Grid(1, 1), Grid(5, 7, prefix=3)], ids=str)
@@ -103,7 +96,7 @@ def test_the_mean_over_cells_is_the_reward(name, grid, build, originals, rng):
     images = originals + 0.2 * torch.randn(originals.shape, generator=rng)
     maps = rewards.maps(images, originals, grid)
     assert maps.shape == (5, grid.rows, grid.columns) and (maps <= 0).all()
-    torch.testing.assert_close(maps.mean((1, 2)), rewards(images, originals, Batch())[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(maps.mean((1, 2)), rewards(images, originals)[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PLACED_REWARDS)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from consonar.components import load_tokenizer, save_tokenizer
 from consonar.errors import UserError
-from consonar.tokenizers import TOKENIZERS, load_tokenizer, save_tokenizer
+from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer

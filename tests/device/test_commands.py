@@ -14,9 +14,8 @@ from conftest import TINY_VQ, picture
 from device.pretend import pretended_cuda
 
 from consonar import cli
+from consonar.components import load_generator, save_tokenizer
 from consonar.data.tokens import TokenStore
-from consonar.generators import load_generator
-from consonar.tokenizers import save_tokenizer
 from consonar.tokenizers.vq import VQTokenizer
 
 LOOP = {"steps": 2, "batch_size": 4, "log_every": 1, "precision": "bf16"}

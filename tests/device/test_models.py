@@ -10,13 +10,13 @@ from conftest import stir
 from contracts.test_generators import CONFIGS
 from contracts.test_tokenizers import TINY_CONV, TINY_PIXELS, TINY_VIT
 
-from consonar.evaluation.features import EfficientNetLite0Features
-from consonar.evaluation.inception import InceptionFeatures
-from consonar.evaluation.inception_network import InceptionV3
 from consonar.generators import GENERATORS
 from consonar.generators.janus import pad_prompts
-from consonar.perceptual.lpips import LPIPS, VGG16Features
-from consonar.placement import device_of, to_device
+from consonar.networks.features import EfficientNetLite0Features
+from consonar.networks.inception import InceptionFeatures
+from consonar.networks.inception_network import InceptionV3
+from consonar.networks.lpips import LPIPS, VGG16Features
+from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
@@ -25,7 +25,7 @@ from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.training.rewards import build_rewards
-from consonar.types import Batch, TextCondition
+from consonar.types import ImageBatch, TextCondition
 
 CUDA = torch.device("cuda", 0)
 CONVOLUTIONAL = {"code_dim": 4, **TINY_CONV}
@@ -144,7 +144,7 @@ def test_lpips_measures_as_on_the_cpu(cuda, rng) -> None:
 def test_rewards_measure_as_on_the_cpu(cuda, rng) -> None:
     names = dict.fromkeys(("mse", "l1", "psnr", "ssim", "efficientnet-lite0", "embedding"), 1.0)
     originals, images = torch.rand(2, 3, 32, 32, generator=rng), torch.rand(4, 3, 32, 32, generator=rng)
-    batch = Batch(images=originals, condition=torch.zeros(2, dtype=torch.int64))
+    batch = ImageBatch(originals, torch.zeros(2, dtype=torch.int64))
     here = build_rewards(names, device="cpu", chunk=2).measure(images, batch)[1]
     with torch.autocast("cuda", torch.bfloat16):
         there = build_rewards(names, device=CUDA, chunk=2).measure(images.to(CUDA), to_device(batch, CUDA))[1]

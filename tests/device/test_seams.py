@@ -10,9 +10,9 @@ import torch
 
 import consonar
 from consonar.distributed import pick_device
-from consonar.placement import device_of, to_device
+from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig
-from consonar.types import Batch, Rollout, TextCondition
+from consonar.types import TextCondition, TokenBatch
 
 SOURCE = Path(consonar.__file__).parent
 SEAMS = {
@@ -41,13 +41,13 @@ def test_float32_is_float32_on_the_device(cuda, monkeypatch) -> None:
 
 def test_a_record_moves_whole_and_without_waiting(cuda) -> None:
     condition = TextCondition(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
-    record = Rollout(Batch(torch.zeros(2, 4), condition), extra={"seeds": torch.arange(2), "kept": 3})
+    record = {"batch": TokenBatch(torch.zeros(2, 4), condition), "kept": 3}
     moved = to_device(record, torch.device("cuda", 0))
-    assert moved.batch.tokens.is_cuda and moved.batch.condition.mask.is_cuda and moved.extra["seeds"].is_cuda
-    assert moved.extra["kept"] == 3 and moved.batch.images is None and not cuda.waits
+    assert moved["batch"].tokens.is_cuda and moved["batch"].condition.mask.is_cuda
+    assert moved["kept"] == 3 and moved["batch"].indices is None and not cuda.waits
     assert to_device(SamplerConfig(), torch.device("cuda", 0)) == SamplerConfig()
     back = to_device(moved, torch.device("cpu"))
-    assert not back.extra["seeds"].is_cuda and cuda.waits  # what is read on the CPU is there
+    assert not back["batch"].tokens.is_cuda and cuda.waits  # what is read on the CPU is there
 
 
 def test_the_device_of_a_model_is_that_of_its_weights(cuda) -> None:

@@ -9,21 +9,23 @@ import torch
 from contracts.test_alignment import CASES, VAPI
 from contracts.test_objectives import CONSISTENCY, RECONSTRUCTION
 
+from consonar.components import load_tokenizer
 from consonar.distributed import World
-from consonar.placement import to_device
+from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import load_tokenizer
-from consonar.training.alignment import AlignmentTrainee
-from consonar.training.baselines import StraightThroughConfig
-from consonar.training.build import ALIGNMENTS
-from consonar.training.loop import State, update
-from consonar.training.objectives import Consistency, NoiseConfig
-from consonar.training.optim import build_optimizer, update_average
-from consonar.training.policy_objective import PolicyConfig
+from consonar.training.aside import State
+from consonar.training.loop import update
+from consonar.training.objectives import method_of_config
+from consonar.training.objectives.alignment import AlignmentTrainee
+from consonar.training.objectives.autoregressive import Autoregressive, NoiseConfig
+from consonar.training.objectives.base import ALONE
+from consonar.training.objectives.controls import StraightThroughConfig
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.objectives.reconstruction import Reconstruction, TokenizerTrainee
+from consonar.training.optim import build_optimizer
 from consonar.training.trainee import Trainee
-from consonar.training.vq_objective import Reconstruction, TokenizerTrainee
-from consonar.types import Batch
+from consonar.types import EncodedBatch, ImageBatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CONSISTENCY_CASES = CONSISTENCY | {
@@ -45,7 +47,7 @@ REWARDS = ("number", "training/own_rewards.py:check_finite")
 """Whether the rewards are, once for each time that they are measured."""
 SAMPLING = ("number", "sampling/sample.py:sample_tokens")
 """Whether all logits of a free rollout were finite."""
-REVIVAL = ("nonzero", "training/vq_objective.py:_revive")
+REVIVAL = ("nonzero", "training/objectives/reconstruction.py:_revive")
 """Which codes are dead."""
 
 
@@ -58,9 +60,10 @@ def waits_of(config) -> dict[tuple[str, str], int]:
 
 
 @pytest.fixture
-def batch(rng) -> Batch:
+def batch(rng) -> EncodedBatch:
     images = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
-    return Batch(torch.randint(32, (4, 16), generator=rng), torch.arange(4) % 3, images)
+    tokens = torch.randint(32, (4, 16), generator=rng)
+    return EncodedBatch(images, torch.arange(4) % 3, tokens=tokens)
 
 
 @pytest.fixture
@@ -75,12 +78,14 @@ def build(tokenizer_folder, tiny_generator, batch):
         if config in CONSISTENCY_CASES.values():
             trainee = Trainee(tiny_generator(), config.head_specs(2, tokenizer.code_dim))
             trainee.reset_heads(seeded(0, "heads"))
-            return Consistency(config, tokenizer, total_steps=10, seed=3), trainee.to(device).train()
+            return Autoregressive(config, tokenizer, total_steps=10, seed=3), trainee.to(device).train()
         settings = {"autocast_dtype": dtype}
         if isinstance(config, PolicyConfig) and config.smooth_credit:
-            settings["probe"] = batch.images.to(device)
+            settings["probe"] = lambda: batch.images.to(device)
         prior = tiny_generator(seed=1).requires_grad_(False).to(device)
-        objective = ALIGNMENTS[type(config)](config, tokenizer, prior, total_steps=10, seed=3, world=world, **settings)
+        objective = method_of_config(config).objective(
+            config, tokenizer, prior, total_steps=10, seed=3, world=world, **settings
+        )
         return objective, AlignmentTrainee(tiny_generator()).to(device).train()
 
     return build
@@ -93,16 +98,19 @@ def steps(build, batch, make_config, tmp_path, cuda):
     def steps(config, device, dtype=None):
         torch.manual_seed(0)
         objective, trainee = build(config, device, dtype)
-        settings, losses = make_config(loop={"accumulation": 2}), []
+        settings, losses = make_config(loop={"accumulation": 2, "ema_decay": 0.9}), []
         average = {key: value.clone() for key, value in trainee.state_dict().items()}
         state = State(trainee, build_optimizer(trainee, settings.optim), average, device=device)
-        data = replace(batch, tokens=None) if isinstance(objective, tuple(ALIGNMENTS.values())) else batch
+        aligns = isinstance(trainee, AlignmentTrainee)
+        data = ImageBatch(batch.images, batch.condition) if aligns else batch
         for step in (1, 2):
             cuda.clear()
             moved = to_device(data, device)
-            for rollout in objective.rollout(trainee, moved, step):
-                losses.append(update(trainee, state, objective, rollout, step, settings, dtype, tmp_path)["loss"])
-            update_average(average, trainee, 0.9)
+            state.step = step
+            prepared = objective.prepare(trainee, moved, step)
+            for _ in range(config.updates):
+                terms = update(trainee, state, objective, prepared, settings, ALONE, dtype, tmp_path)
+                losses.append(terms["loss"])
         waits = dict(cuda.waits)
         with torch.inference_mode():
             measured = objective.validate(trainee.eval(), iter([to_device(data, device)]))
@@ -145,4 +153,4 @@ def test_no_token_is_waited_for(cuda, sampler, tiny_generator) -> None:
         cuda.clear()
         sample_tokens(model, condition, range(3), sampler, num_tokens=length)
         counts.append((dict(cuda.waits), dict(cuda.copies)))
-    assert counts[0] == counts[1] == ({SAMPLING: 1}, {("to the device", "placement.py:<lambda>"): 1})
+    assert counts[0] == counts[1] == ({SAMPLING: 1}, {("to the device", "records.py:<lambda>"): 1})

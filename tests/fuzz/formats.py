@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from consonar import checkpoint
-from consonar.config import read_config
+from consonar.components import load_generator, load_tokenizer, read_origin, save_generator, save_tokenizer
 from consonar.config_io import to_dict
 from consonar.convert.back import read_source
 from consonar.convert.containers import read_weights
@@ -27,19 +27,19 @@ from consonar.data.loader import TokenBatches
 from consonar.data.picture_files import read_image
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
-from consonar.demo import claim
+from consonar.demo.job import claim
 from consonar.errors import BadImage
-from consonar.evaluation.evaluate import load_samples, open_reference
-from consonar.generators import Origin, load_generator, read_origin, save_generator
+from consonar.evaluation.inputs import load_samples, open_reference
 from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.networks.weight_files import WeightFile
+from consonar.origin import Origin
 from consonar.recipes import find_recipe
+from consonar.recipes.files import read_config
 from consonar.report import write_report
-from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.tracking import read_metrics
 from consonar.training.origins import read_run_origin, write_run_origin
 from consonar.types import ImageRecord
-from consonar.weight_files import WeightFile
 
 TINY = VQConfig(image_size=8, vocab_size=16, code_dim=2, base_channels=4, channel_multipliers=(1, 2),
                 latent_channels=4, num_groups=2)  # fmt: skip

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from consonar.components import load_generator
 from consonar.distributed import pick_device
-from consonar.evaluation.evaluate import Reference, encode_reference
 from consonar.evaluation.image_sets import folder_image_set
-from consonar.generators import load_generator
+from consonar.evaluation.inputs import Reference, encode_reference
 from consonar.sampling.sample import SamplerConfig, sample_tokens
-from consonar.training.baselines import gumbel_noise
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.controls import gumbel_noise
 from consonar.training.run import train
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +26,9 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_training_on_cuda_follows_the_cpu(make_config, tmp_path: Path) -> None:
-    rear = ConsistencyConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="uniform", max_rate=0.5))
+    rear = AutoregressiveConfig(
+        embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="uniform", max_rate=0.5)
+    )
     cpu = losses(train(make_config(objective=rear), tmp_path / "cpu", quiet=True))
     cuda = losses(train(make_config(objective=rear, loop={"device": "cuda"}), tmp_path / "cuda", quiet=True))
     assert cuda == pytest.approx(cpu, rel=1e-4)
@@ -36,7 +38,7 @@ def test_training_on_cuda_follows_the_cpu(make_config, tmp_path: Path) -> None:
 def test_bf16_with_compiled_blocks_trains(make_config, tmp_path: Path, corruption: str) -> None:
     noise = NoiseConfig(schedule="linear", corruption=corruption)
     config = make_config(
-        objective=ConsistencyConfig(embedding_weight=1.0, head_width=16, noise=noise),
+        objective=AutoregressiveConfig(embedding_weight=1.0, head_width=16, noise=noise),
         loop={"device": "cuda", "precision": "bf16", "compile": True, "steps": 4, "ema_decay": 0.9},
     )
     values = losses(train(config, tmp_path / "run", quiet=True))

@@ -6,29 +6,30 @@ import pytest
 import torch
 from conftest import NUM_CLASSES, TINY_VQ, Pictures, picture
 
-from consonar.config import DataConfig
+from consonar.components import load_generator, load_tokenizer, save_tokenizer
 from consonar.data.tokens import write_token_store
 from consonar.distributed import World
-from consonar.generators import GENERATORS, load_generator
+from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig, pad_prompts
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.sampling.sample import SamplerConfig, sample
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import TOKENIZERS, load_tokenizer, save_tokenizer
+from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
 from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
 from consonar.tracking import read_metrics
-from consonar.training.alignment import AlignmentTrainee
-from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
-from consonar.training.policy_objective import PolicyAlignment, PolicyConfig
+from consonar.training.config import DataConfig
+from consonar.training.objectives.alignment import AlignmentTrainee
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
 from consonar.training.run import train
 from consonar.training.trainee import Trainee
-from consonar.types import Batch, TextCondition
+from consonar.types import EncodedBatch, TextCondition
 
 CONV = {
     "image_size": 16, "base_channels": 8, "channel_multipliers": (1, 1, 2), "num_res_blocks": 1, "num_groups": 4,
@@ -57,7 +58,7 @@ BY_TEXT = {
         max_prompt_tokens=9, head_width=24,
     ),
 }  # fmt: skip
-REAR = ConsistencyConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="linear", max_rate=0.5))
+REAR = AutoregressiveConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="linear", max_rate=0.5))
 VAPI = PolicyConfig(rewards={"mse": 1.0, "l1": 0.5}, group_size=2, context_noise=0.2)
 
 
@@ -126,11 +127,11 @@ def test_text_conditional(tokenizer, generator, data):
     model = GENERATORS[config.kind][1](config.sized(codec.vocab_size, codec.num_tokens, 0, codec.grid))
     model.reset_parameters(seeded(0, "matrix"))
     images = torch.rand(4, 3, 16, 16, generator=seeded(1, "matrix")) * 2 - 1
-    batch = Batch(codec.encode(images), captions(model, 4), images)
+    batch = EncodedBatch(images, captions(model, 4), tokens=codec.encode(images))
     world = World(0, 1, torch.device("cpu"))
     trainee = Trainee(model, REAR.head_specs(2, codec.code_dim))
-    updates(Consistency(REAR, codec, total_steps=3, seed=0), trainee, batch, steps=3)
-    policy = PolicyAlignment(VAPI, codec, None, total_steps=2, seed=0, world=world)
+    updates(Autoregressive(REAR, codec, total_steps=3, seed=0), trainee, batch, steps=3)
+    policy = TeacherForcedPolicy(VAPI, codec, None, total_steps=2, seed=0, world=world)
     updates(policy, AlignmentTrainee(model), batch, steps=2)
     samples = sample(model.eval(), codec, captions(model, 2), config=SamplerConfig(guidance_scale=1.5))
     assert samples.images.shape == (2, 3, 16, 16) and samples.tokens.shape == (2, codec.num_tokens)
@@ -140,8 +141,9 @@ def updates(objective, trainee, batch, *, steps: int) -> None:
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-3)
     before = [p.detach().clone() for p in trainee.generator.parameters()]
     for step in range(steps):
-        for rollout in objective.rollout(trainee, batch, step):
-            loss, _ = objective.loss(trainee, rollout, step)
+        prepared = objective.prepare(trainee, batch, step)
+        for _ in range(objective.config.updates):
+            loss, _ = objective.loss(trainee, prepared, step)
             assert loss.isfinite()
             optimizer.zero_grad()
             loss.backward()

@@ -13,9 +13,9 @@ import yaml
 from PIL import Image
 
 from consonar import cli
-from consonar.config import TrainConfig
+from consonar.components import model_folder
 from consonar.config_io import to_dict
-from consonar.tokenizers import PRETRAINED
+from consonar.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,9 @@ def test_sample_to_npz_folder_and_png(trained: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_sampling_job_goes_on(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from consonar.generators import load_generator
+    from consonar.components import load_generator, load_tokenizer
     from consonar.sampling import job as jobs
     from consonar.sampling.sample import SamplerConfig
-    from consonar.tokenizers import load_tokenizer
 
     generator = load_generator(trained / "run")
     tokenizer = load_tokenizer(json.loads((trained / "run" / "model" / "config.json").read_text())["tokenizer"])
@@ -130,7 +129,7 @@ def test_options_that_a_command_does_not_read_here_are_refused(trained: Path, tm
         assert f"{option}: " in fails([*samples, option, value], capsys)
     assert "--overwrite: True is read only with --out" in fails([*samples, "--overwrite"], capsys)
     tokenizer = tmp_path / "run"
-    shutil.copytree(PRETRAINED / "openmoji-64", tokenizer / "model")
+    shutil.copytree(model_folder("openmoji-64", "tokenizer"), tokenizer / "model")
     for name in ("config.json", "metrics.jsonl"):
         (tokenizer / name).write_text("{}")
     for option, value in (("--temperatures", "0.9"), ("--num-samples", "16"), ("--draws", "2"), ("--seed", "1")):
@@ -285,7 +284,7 @@ def test_wrong_input_is_one_line(case: str, trained, tokenizer_folder, picture_f
 def test_tokens_of_another_tokenizer_are_refused(
     trained: Path, tmp_path: Path, make_config: Callable[..., TrainConfig], capsys
 ) -> None:
-    from consonar.tokenizers import load_tokenizer, save_tokenizer
+    from consonar.components import load_tokenizer, save_tokenizer
 
     config = to_dict(make_config())
     other = load_tokenizer(config["tokenizer"])

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from consonar import cli, demo, demo_plan
+from consonar import cli
+from consonar.demo import job as demo
+from consonar.demo import plan as demo_plan
 from consonar.evaluation import frontier
 
 

@@ -6,8 +6,9 @@ import platform
 import pytest
 import torch
 
-from consonar import cli, distributed, hardware
+from consonar import cli, distributed
 from consonar.cli.doctor import optional_packages
+from consonar.cpu import timing as hardware
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from consonar import cli
-from consonar.config import TrainConfig
-from consonar.convert.hub import read_name
+from consonar.components import save_generator
 from consonar.data.transforms import MAX_IMAGE_SIZE
 from consonar.errors import UserError
-from consonar.generators import Origin, save_generator
+from consonar.hub import read_name
+from consonar.origin import Origin
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vq import VQConfig
+from consonar.training.config import TrainConfig
 from consonar.training.run import with_validation
 
 

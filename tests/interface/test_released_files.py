@@ -9,10 +9,11 @@ from conftest import picture
 from unit.released_models import CASES, released
 
 from consonar import cli
-from consonar.generators import read_origin
-from consonar.generators.llamagen import OFFICIAL, LlamaGenConfig
+from consonar.components import load_tokenizer, read_origin
+from consonar.convert.layouts.llamagen import OFFICIAL
+from consonar.generators.llamagen import LlamaGenConfig
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import TOKENIZERS, load_tokenizer, resized
+from consonar.tokenizers import TOKENIZERS, resized
 from consonar.types import Grid
 
 GPT = LlamaGenConfig(

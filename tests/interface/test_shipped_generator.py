@@ -8,9 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from consonar import cli, generators
+from consonar import cli, model_folders
+from consonar.components import (
+    SHIPPED_GENERATORS,
+    load_generator,
+    load_own_tokenizer,
+    model_folder,
+    read_origin,
+    save_generator,
+)
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, load_own_tokenizer, read_origin, save_generator
+from consonar.origin import Origin
 from consonar.training.start import resolve_start
 
 
@@ -19,10 +27,10 @@ def shipped(tiny_generator, tokenizer, tokenizer_folder: Path, tmp_path: Path, m
     """A tiny generator in the place of the shipped `openmoji`, in half precision."""
     names = ("Animals", "Food & Drink", "tench, Tinca tinca")
     origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint, class_names=names)
-    save_generator(tiny_generator(), tmp_path / "pretrained" / "openmoji", origin, dtype="float16")
-    monkeypatch.setattr(generators, "PRETRAINED", tmp_path / "pretrained")
+    save_generator(tiny_generator(), tmp_path / "generators" / "pretrained" / "openmoji", origin, dtype="float16")
+    monkeypatch.setattr(model_folders, "PACKAGE", tmp_path)
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "pretrained" / "openmoji"
+    return tmp_path / "generators" / "pretrained" / "openmoji"
 
 
 def test_a_shipped_generator_is_loaded_by_its_name(shipped: Path, tokenizer) -> None:
@@ -76,11 +84,11 @@ def test_measuring_a_shipped_generator_names_the_way(shipped: Path, capsys) -> N
     assert sorted(path.name for path in shipped.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("name", generators.SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED_GENERATORS)
 def test_every_shipped_generator_is_there_small_and_fits_its_tokenizer(name: str) -> None:
     generator, tokenizer = load_generator(name), load_own_tokenizer(name)
     assert (generator.vocab_size, generator.num_tokens) == (tokenizer.vocab_size, tokenizer.num_tokens)
     assert len(read_origin(name).class_names or ()) == generator.num_classes
-    folder = generators.model_folder(name)
+    folder = model_folder(name)
     assert (folder / "README.md").is_file()
     assert (folder / "model.safetensors").stat().st_size <= 12e6

@@ -167,8 +167,7 @@ def test_pictures_of_an_older_unfinished_job_do_not_mix_in(place: Path, tmp_path
 def test_a_tokenizer_that_changed_after_training_is_refused(
     place: Path, tmp_path: Path, tokenizer_folder: Path, fails: Fails
 ) -> None:
-    from consonar.generators import load_own_tokenizer
-    from consonar.tokenizers import load_tokenizer, save_tokenizer
+    from consonar.components import load_own_tokenizer, load_tokenizer, save_tokenizer
 
     own = tmp_path / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_folder)

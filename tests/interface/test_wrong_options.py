@@ -11,17 +11,18 @@ import torch
 from consonar import cli
 from consonar.cli.making import with_rewards
 from consonar.cli.parsing import check_repeats, class_list
-from consonar.config import LoopConfig, read_config
-from consonar.demo import run_demo
+from consonar.components import load_generator, load_tokenizer, save_generator
+from consonar.demo.job import run_demo
 from consonar.errors import UserError, unknown
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.results import check_place
-from consonar.generators import Origin, load_generator, save_generator
+from consonar.origin import Origin
 from consonar.recipes import find_recipe
+from consonar.recipes.files import read_config
 from consonar.sampling.job import MOST_IMAGES
-from consonar.tokenizers import load_tokenizer
 from consonar.tracking import check_sinks
+from consonar.training.config import LoopConfig
 
 
 def told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -5,7 +5,7 @@ import re
 import torch
 from golden import Golden
 
-from consonar.evaluation.statistics import Moments, frechet_distance, inception_score, neighbour_radii, precision_recall
+from consonar.metrics.distribution import Moments, frechet_distance, inception_score, neighbour_radii, precision_recall
 
 NUM_NEIGHBOURS = 3
 # The json's rtol of the Fréchet distance and the Inception score; `compare` is relative above 1.

@@ -8,8 +8,8 @@ import torch
 from fill import fill, make_image
 from golden import Golden
 
-from consonar.evaluation.inception import FRONT_ENDS, INPUT_SIZE, half_pixel_pixels, resize_from_corner
-from consonar.evaluation.inception_network import InceptionV3
+from consonar.networks.inception import FRONT_ENDS, INPUT_SIZE, half_pixel_pixels, resize_from_corner
+from consonar.networks.inception_network import InceptionV3
 
 POOLED = {"feat_64": 0, "feat_192": 1, "feat_768": 2}
 """torch-fidelity's outputs that are means of a feature map, and which."""

@@ -6,7 +6,7 @@ from fill import value_for
 from golden import Golden
 from torch import Tensor
 
-from consonar.convert import janus
+from consonar.convert.layouts import janus
 from consonar.generators.janus import JanusConfig, JanusGenerator
 
 CLASSES = ("vision_head, MlpProjector", "Janus janus.models.vq_model.VQModel")

@@ -4,7 +4,7 @@ import torch
 from fill import fill, make_image
 from golden import Golden
 
-from consonar.perceptual.lpips import LPIPS, VGG16Features
+from consonar.networks.lpips import LPIPS, VGG16Features
 
 
 def matches(meta: dict) -> bool:

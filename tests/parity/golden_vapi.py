@@ -4,7 +4,8 @@ import ast
 
 import torch
 
-from consonar.training import losses, policy
+from consonar.training import losses
+from consonar.training import policy_gradient as policy
 
 
 def matches(meta: dict) -> bool:

@@ -14,8 +14,8 @@ from golden import Golden
 from safetensors.torch import save_file
 
 from consonar.errors import UserError
-from consonar.perceptual import lpips
-from consonar.perceptual.lpips import LPIPS, VGG16Features, load_lpips, weighted_difference
+from consonar.networks import lpips
+from consonar.networks.lpips import LPIPS, VGG16Features, load_lpips, weighted_difference
 
 
 @lru_cache
@@ -155,7 +155,7 @@ def test_damaged_and_other_files_are_refused_in_one_line(weights, tmp_path):
 
 def test_a_file_of_the_hub_put_there_by_hand(weights, tmp_path, monkeypatch):
     """No network: what lies in the folder that the message names is taken; what does not is one line."""
-    from consonar.convert import hub
+    from consonar import hub
 
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path))
 

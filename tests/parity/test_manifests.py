@@ -13,10 +13,10 @@ import torch
 from fill import GOLDENS
 
 from consonar.convert.examine import examine
-from consonar.convert.registry import officials
+from consonar.convert.layouts import OFFICIALS
+from consonar.convert.layouts.official import State
 from consonar.errors import UserError
 from consonar.generators.rear import REAR_PRESETS
-from consonar.official import State
 
 FOLDER = GOLDENS / "manifests"
 # Networks that judge images: they have loaders of their own (test_lpips.py, test_inception.py).
@@ -64,7 +64,7 @@ def test_the_converter_takes_exactly_these_keys(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_one_record_alone_recognises_it(name):
     shapes = {key: tuple(shape) for key, shape in manifest(name)["state_dict"].items()}
-    assert sum(official.recognises(shapes) for official in officials()) == 1
+    assert sum(official.recognises(shapes) for official in OFFICIALS) == 1
 
 
 @pytest.mark.parametrize("name", sorted(NOT_CONVERTED))

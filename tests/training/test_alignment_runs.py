@@ -12,18 +12,17 @@ from PIL import Image
 from two_processes import run_on_two
 
 from consonar import checkpoint
-from consonar.config import DataConfig
+from consonar.components import load_generator, load_tokenizer, read_origin, save_tokenizer
 from consonar.errors import UserError
-from consonar.generators import load_generator, read_origin
 from consonar.generators.rear import ReARConfig
-from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.tracking import read_metrics
-from consonar.training import policy_objective
-from consonar.training.alignment import GuardConfig
-from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
-from consonar.training.objectives import ConsistencyConfig
-from consonar.training.policy_objective import PolicyConfig
+from consonar.training.config import DataConfig
+from consonar.training.objectives import policy as policy_objective
+from consonar.training.objectives.alignment import GuardConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
+from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.run import train
 
 REWARDS = {"mse": 1.0}
@@ -121,7 +120,7 @@ def test_a_run_starts_at_the_weights_of_init_and_moves_away(make, start, tmp_pat
 
 def test_rear_training_also_starts_from_init(make_config, start, tmp_path):
     config = make_config(
-        init=str(start), objective=ConsistencyConfig(embedding_weight=0.5, head_width=16),
+        init=str(start), objective=AutoregressiveConfig(embedding_weight=0.5, head_width=16),
         loop={"steps": 1}, optim={"lr": 1e-12, "min_lr": 0.0, "warmup_steps": 0},
     )  # fmt: skip
     run = train(config, tmp_path / "run", quiet=True)
@@ -193,7 +192,7 @@ def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
 WORKER = """
 import os, sys, torch
 from pathlib import Path
-from consonar.config import read_config
+from consonar.recipes.files import read_config
 from consonar.training.run import train
 torch.set_num_threads(1)
 for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -258,3 +257,24 @@ def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_
             train(config, tmp_path / name.replace(" ", "-"), quiet=True)
         assert "\n" not in str(caught.value), name
         assert not (tmp_path / name.replace(" ", "-")).exists(), name
+
+
+def test_steps_are_those_of_the_optimiser_with_several_updates_on_each_batch(make, tmp_path):
+    """Seven steps are two batches of three updates and one of one; intervals fall on the ends of batches."""
+    config = make(replace(VAPI, inner_epochs=3), loop={"steps": 7, "save_every": 2, "keep_checkpoints": 9})
+    run = train(config, tmp_path / "run", quiet=True)
+    saved = checkpoint.list_resume(run / "checkpoints")
+    assert [path.name for path in saved] == ["step_00000003.pt", "step_00000006.pt", "step_00000007.pt"]
+    moments = checkpoint.load_resume(saved[-1])["optimizer"]["state"].values()
+    assert {int(moment["step"]) for moment in moments} == {7}
+
+
+def test_a_run_that_counted_the_updates_on_a_batch_as_one_step_is_not_resumed(make, tmp_path):
+    config = make(replace(VAPI, inner_epochs=2), loop={"steps": 4})
+    run = train(config, tmp_path / "run", quiet=True, stop_at=2)
+    path = checkpoint.list_resume(run / "checkpoints")[-1]
+    payload = checkpoint.load_resume(path)
+    del payload["updates"]
+    torch.save(payload, path)
+    with pytest.raises(UserError, match="counts the 2 updates on a batch as one step, as older versions did"):
+        train(config, run, quiet=True, resume=True)

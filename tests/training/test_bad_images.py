@@ -11,7 +11,6 @@ import pytest
 from conftest import TINY_VQ, Pictures, picture
 
 from consonar import cli
-from consonar.config import DataConfig, TrainConfig
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import ImageFolder
 from consonar.data.tokens import TokenStore
@@ -19,8 +18,9 @@ from consonar.errors import BadImage, UserError
 from consonar.tracking import read_metrics
 from consonar.training import inputs
 from consonar.training import run as runs
+from consonar.training.config import DataConfig, TrainConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.pictures import hold_out
-from consonar.training.vq_objective import ReconstructionConfig
 
 
 def fill(folder: Path, count: int, *broken: int) -> Path:
@@ -189,10 +189,10 @@ def test_a_validation_split_is_a_name_or_a_share(value):
 
 
 def test_post_training_validates_on_the_split_that_is_named(make_config, tiny_generator, tokenizer_folder, tmp_path):
-    from consonar.generators import save_generator
+    from consonar.components import save_generator
     from consonar.origin import Origin
-    from consonar.training.alignment import GuardConfig
-    from consonar.training.baselines import CrossEntropyConfig
+    from consonar.training.objectives.alignment import GuardConfig
+    from consonar.training.objectives.controls import CrossEntropyConfig
 
     fill(tmp_path / "data" / "train", 8)
     fill(tmp_path / "data" / "test", 4)

@@ -9,23 +9,24 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import run_on_two
 
 from consonar import checkpoint
-from consonar.config import DataConfig
 from consonar.generators.rear import ReARConfig
 from consonar.tracking import read_metrics
-from consonar.training.loop import State, update
-from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
+from consonar.training.aside import State
+from consonar.training.config import DataConfig
+from consonar.training.loop import update
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig, NoisyTokens
+from consonar.training.objectives.base import ALONE
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.run import train
 from consonar.training.trainee import Trainee
-from consonar.training.vq_objective import ReconstructionConfig
-from consonar.types import Batch, Rollout
 
 # Keeps the weights of both ranks: only rank 0 writes a run folder.
 WORKER = """
 import os, sys, torch
 from pathlib import Path
 import consonar.training.run as run
-from consonar.config import read_config
+from consonar.recipes.files import read_config
 torch.set_num_threads(1)
 inner = run.train_loop
 def recording(config, state, *args, **keywords):
@@ -44,7 +45,7 @@ NO_GRADIENT = "k_norm.bias"  # see test_loop.py
 def configs(make_config, tokenizer, picture_folder):
     """Everything that is drawn but dropout masks, which each process draws for itself."""
     noise = NoiseConfig(schedule="uniform", max_rate=0.8)
-    objective = ConsistencyConfig(embedding_weight=0.5, head_width=16, class_dropout=0.5, noise=noise)
+    objective = AutoregressiveConfig(embedding_weight=0.5, head_width=16, class_dropout=0.5, noise=noise)
     nearest = replace(objective, noise=replace(noise, schedule="constant", corruption="nearest", num_neighbours=4))
     reconstruction = ReconstructionConfig(
         perceptual_weight=0, discriminator_weight=0.1, discriminator_start=2, revive_after=0
@@ -107,19 +108,18 @@ def test_gradients_are_exchanged_once_per_step(accumulation, lone_process_group,
 
     model.register_comm_hook(None, exchange)
     tokens = torch.arange(8)[:, None].expand(8, 16).contiguous()
-    batch = Batch(tokens=tokens, condition=torch.arange(8) % 3)
-    rollout = Rollout(batch, context=tokens, condition=batch.condition)
-    objective = Consistency(config.objective, None, total_steps=2, seed=0)
-    for step in range(2):
+    prepared = NoisyTokens(tokens, tokens, torch.arange(8) % 3, torch.zeros_like(tokens, dtype=torch.bool))
+    objective = Autoregressive(config.objective, None, total_steps=2, seed=0)
+    for _ in range(2):
         exchanged.clear()
-        update(model, state, objective, rollout, step, config, None, tmp_path)
+        update(model, state, objective, prepared, config, ALONE, None, tmp_path)
         assert exchanged == [0]
 
 
 STOP_AND_RESUME = """
 import os, sys, torch
 from pathlib import Path
-from consonar.config import read_config
+from consonar.recipes.files import read_config
 from consonar.training.run import train
 torch.set_num_threads(1)
 for path, port in zip(sys.argv[1::2], sys.argv[2::2]):

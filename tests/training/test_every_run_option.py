@@ -13,16 +13,16 @@ import torch
 from conftest import TINY_VQ, picture
 
 from consonar import checkpoint
-from consonar.config import DataConfig, LoopConfig, TrainConfig
+from consonar.components import save_tokenizer
 from consonar.errors import UserError
-from consonar.tokenizers import save_tokenizer
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.tracking import read_metrics
 from consonar.training import run as runs
-from consonar.training.objectives import Consistency
+from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.objectives.autoregressive import Autoregressive
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
-from consonar.training.policy_objective import PolicyConfig
-from consonar.training.vq_objective import ReconstructionConfig
 
 VALUES: dict[str, dict[str, Any]] = {
     "loop": {
@@ -103,8 +103,8 @@ def observe(tmp_path, monkeypatch):
 
     def observe(config: TrainConfig) -> str:
         calls: list[str] = []
-        loss = Consistency.loss
-        monkeypatch.setattr(Consistency, "loss", lambda *given: calls.append("loss") or loss(*given))
+        loss = Autoregressive.loss
+        monkeypatch.setattr(Autoregressive, "loss", lambda *given: calls.append("loss") or loss(*given))
         monkeypatch.setattr(runs, "compile_blocks", lambda _: calls.append("compiled"))
         try:
             run = runs.train(config, tmp_path / "observed", quiet=True)
@@ -112,7 +112,7 @@ def observe(tmp_path, monkeypatch):
             shutil.rmtree(tmp_path / "observed", ignore_errors=True)
             return str(error)
         finally:
-            monkeypatch.setattr(Consistency, "loss", loss)
+            monkeypatch.setattr(Autoregressive, "loss", loss)
         lines = read_metrics(run / "metrics.jsonl")
         files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
         model, state = checkpoint.read_component(run / "model")

@@ -9,13 +9,13 @@ import torch
 from PIL import Image, ImageChops
 
 from consonar import checkpoint
-from consonar.config import DataConfig
 from consonar.generators.rear import ReARConfig
 from consonar.tracking import read_metrics
 from consonar.training import aside, inputs
-from consonar.training.objectives import Consistency
+from consonar.training.config import DataConfig
+from consonar.training.objectives.autoregressive import Autoregressive
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.run import train
-from consonar.training.vq_objective import ReconstructionConfig
 
 STEPS = 6
 
@@ -68,19 +68,19 @@ def test_a_picture_that_fails_is_a_warning(config, tmp_path, monkeypatch, capsys
 
 
 def test_validation_that_fails_costs_no_step_and_does_not_stop_the_next_resume(config, tmp_path, monkeypatch, capsys):
-    validate = Consistency.validate
+    validate = Autoregressive.validate
 
     def broken(self, *arguments):
         raise RuntimeError("a picture is damaged")
 
-    monkeypatch.setattr(Consistency, "validate", broken)
+    monkeypatch.setattr(Autoregressive, "validate", broken)
     run = tmp_path / "run"
     for steps in ([2], [2, 4], [4, 6]):  # every attempt fails, and every one gets on
         with pytest.raises(RuntimeError, match="damaged"):
             train(config, run, resume=run.exists(), quiet=True)
         assert saved_steps(run) == steps
     assert "the validation of step 4 is left out: RuntimeError: a picture is damaged" in capsys.readouterr().err
-    monkeypatch.setattr(Consistency, "validate", validate)
+    monkeypatch.setattr(Autoregressive, "validate", validate)
     train(config, run, resume=True, quiet=True)
     assert [line["step"] for line in lines(run) if "validation/cross_entropy" in line] == [STEPS]
     assert [line["step"] for line in lines(run) if "train/loss" in line] == list(range(1, STEPS + 1))
@@ -90,8 +90,8 @@ def test_validation_that_fails_costs_no_step_and_does_not_stop_the_next_resume(c
 @pytest.mark.parametrize("call", [1, 3])  # in the middle, and after the last step
 def test_a_run_that_ended_in_its_validation_is_resumed_as_if_it_had_not(call, config, tmp_path, monkeypatch):
     straight = train(config, tmp_path / "straight", quiet=True)
-    broken = failing(call, KeyboardInterrupt(), Consistency.validate)
-    monkeypatch.setattr(Consistency, "validate", lambda *arguments: broken(*arguments))
+    broken = failing(call, KeyboardInterrupt(), Autoregressive.validate)
+    monkeypatch.setattr(Autoregressive, "validate", lambda *arguments: broken(*arguments))
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "model").exists()

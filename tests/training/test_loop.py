@@ -10,23 +10,24 @@ import torch
 from torch.nn import functional as F
 
 from consonar import checkpoint
+from consonar.components import load_generator
 from consonar.data.loader import TokenBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.generators import load_generator
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
 from consonar.tracking import Tracker, read_metrics
-from consonar.training.loop import Callbacks, NonFiniteLoss, State, train_loop
-from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
+from consonar.training.aside import Callbacks, NonFiniteLoss, State
+from consonar.training.loop import train_loop
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.run import train
 from consonar.training.trainee import Trainee
 
-REAR = ConsistencyConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="truncated_linear"))
-PLAIN = ConsistencyConfig(class_dropout=0)
+REAR = AutoregressiveConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="truncated_linear"))
+PLAIN = AutoregressiveConfig(class_dropout=0)
 CURVE = Path(__file__).with_name("curve.json")
 # Attention does not change when every key moves by the same vector: this gradient is rounding noise, and Adam
 # amplifies it.
@@ -79,7 +80,7 @@ def test_weight_zero_and_noise_zero_are_plain_ar_bit_for_bit(make_config, tmp_pa
     config = make_config(loop={"steps": 5}, optim=constant, model=shape, objective=PLAIN)
     expected = hand_written(config)
     plain = load_generator(train(config, tmp_path / "plain", quiet=True)).state_dict()
-    switched_off = ConsistencyConfig(
+    switched_off = AutoregressiveConfig(
         embedding_weight=0, class_dropout=0,
         noise=NoiseConfig(schedule="truncated_linear", max_rate=0),
     )  # fmt: skip
@@ -94,10 +95,10 @@ def test_weight_zero_and_noise_zero_are_plain_ar_bit_for_bit(make_config, tmp_pa
 def test_heads_do_not_move_the_start_or_the_draws(make_config, tmp_path):
     """With a vanishing weight, reAR sees the batches, classes, dropout masks and start of plain AR."""
     shape = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.3)
-    tiny = ConsistencyConfig(embedding_weight=1e-12, head_width=16)
+    tiny = AutoregressiveConfig(embedding_weight=1e-12, head_width=16)
     runs = [
         train(make_config(loop={"steps": 1}, model=shape, objective=objective), tmp_path / name, quiet=True)
-        for name, objective in (("ar", ConsistencyConfig()), ("rear", tiny))
+        for name, objective in (("ar", AutoregressiveConfig()), ("rear", tiny))
     ]
     assert column(runs[0], "train/cross_entropy") == column(runs[1], "train/cross_entropy")
 
@@ -187,7 +188,7 @@ def test_one_batch_is_learnt_by_heart(make_config, tokenizer, tmp_path):
     state = State(trainee, build_optimizer(trainee, config.optim))
     tracker = Tracker(tmp_path, {}, total_steps=60, quiet=True)
     world = World(0, 1, torch.device("cpu"))
-    objective = Consistency(PLAIN, tokenizer, total_steps=60, seed=0)
+    objective = Autoregressive(PLAIN, tokenizer, total_steps=60, seed=0)
     train_loop(config, state, objective, batches, tracker=tracker, folder=tmp_path, world=world, callbacks=Callbacks())
     assert column(tmp_path, "train/cross_entropy")[-1] < 0.3  # from ln 32 = 3.47
 
@@ -223,7 +224,7 @@ def test_a_step_that_makes_weights_that_are_not_finite_stops_the_run_before_they
 
 
 def test_a_validation_that_is_not_finite_stops_the_run_before_the_model_is_exported(make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(Consistency, "validate", lambda *_: {"accuracy": 0.5, "cross_entropy": float("nan")})
+    monkeypatch.setattr(Autoregressive, "validate", lambda *_: {"accuracy": 0.5, "cross_entropy": float("nan")})
     with pytest.raises(NonFiniteLoss, match=r"step 1: validation cross_entropy is nan"):
         train(make_config(loop={"steps": 1}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "model").exists()
@@ -241,7 +242,7 @@ def train_poisoned(config, folder: Path) -> None:
         train_loop(
             config,
             State(trainee, build_optimizer(trainee, config.optim)),
-            Consistency(PLAIN, None, total_steps=6, seed=0),
+            Autoregressive(PLAIN, None, total_steps=6, seed=0),
             batches,
             tracker=Tracker(folder, {}, total_steps=6, quiet=True),
             folder=folder,

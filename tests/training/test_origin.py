@@ -14,19 +14,19 @@ from datasets import Image as ImageFeature
 
 import consonar.training.inputs as inputs
 from consonar.cli import main
-from consonar.config import DataConfig
+from consonar.components import load_tokenizer, read_origin, save_generator, save_tokenizer
 from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.errors import UserError
 from consonar.evaluation import frontier
 from consonar.evaluation.entropy import Sharpness
-from consonar.evaluation.evaluate import encode_reference, evaluate, open_reference
+from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.frontier import evaluate_run
-from consonar.generators import read_origin, save_generator
+from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.origin import Origin, check, difference
-from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tokenizers.vq import VQTokenizer
-from consonar.training.alignment import GuardConfig
-from consonar.training.baselines import CrossEntropyAlignment, CrossEntropyConfig
+from consonar.training.config import DataConfig
+from consonar.training.objectives.alignment import GuardConfig
+from consonar.training.objectives.controls import CrossEntropy, CrossEntropyConfig
 from consonar.training.run import train
 
 CE = CrossEntropyConfig(rewards={"mse": 1.0}, guard=GuardConfig(measure_kl=False))
@@ -121,14 +121,14 @@ def test_a_missing_label_never_becomes_a_class(generator_of, post_train, tmp_pat
 
 
 def spy_on_conditions(monkeypatch, seen):
-    original = CrossEntropyAlignment.prepare
+    original = CrossEntropy.prepare
 
     def spy(self, model, batch, step):
         rollout = original(self, model, batch, step)
         seen.append(rollout.condition.tolist())
         return rollout
 
-    monkeypatch.setattr(CrossEntropyAlignment, "prepare", spy)
+    monkeypatch.setattr(CrossEntropy, "prepare", spy)
 
 
 @pytest.mark.parametrize("memory", [4e9, 1])

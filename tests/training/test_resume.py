@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from consonar import checkpoint, hardware
-from consonar.config import DataConfig
+from consonar import checkpoint
+from consonar.components import load_generator, load_tokenizer, save_tokenizer
+from consonar.cpu import timing as hardware
 from consonar.errors import UserError
-from consonar.generators import load_generator
 from consonar.generators.rear import ReARConfig
 from consonar.lock import hold
-from consonar.tokenizers import load_tokenizer, save_tokenizer
 from consonar.tracking import read_metrics
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.config import DataConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.run import check_folder, train
-from consonar.training.vq_objective import ReconstructionConfig
 
 STEPS = 8
 
@@ -27,7 +27,7 @@ def generator_config(make_config):
     """Everything that draws or moves is on."""
     return make_config(
         model=ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.1),
-        objective=ConsistencyConfig(embedding_weight=0.5, head_width=16, noise=NoiseConfig(schedule="linear")),
+        objective=AutoregressiveConfig(embedding_weight=0.5, head_width=16, noise=NoiseConfig(schedule="linear")),
         loop={"steps": STEPS, "ema_decay": 0.9, "accumulation": 2},
     )
 
@@ -202,7 +202,7 @@ def test_a_store_of_another_tokenizer_is_refused(generator_config, tokenizer, tm
             {"model": ReARConfig(width=32, num_heads=4, vocab_size=9)},
             r"model\.vocab_size: 9, but the token store has 32",
         ),
-        ({"objective": ConsistencyConfig(embedding_weight=1, encode_layer=7)}, r"head at layer 7, .* layers 0\.\.1"),
+        ({"objective": AutoregressiveConfig(embedding_weight=1, encode_layer=7)}, r"head at layer 7, .* layers 0\.\.1"),
         ({"tokenizer": "nothing"}, r"tokenizer: unknown 'nothing'"),
     ],
 )
@@ -215,7 +215,7 @@ def test_mistakes_leave_no_folder_behind(changes, message, make_config, tmp_path
 
 
 def test_the_run_folder_says_what_was_run(generator_config, tmp_path):
-    from consonar.config import read_config
+    from consonar.recipes.files import read_config
 
     run = train(generator_config, tmp_path / "run", stop_at=1, quiet=True)
     assert read_config(run / "config.json") == generator_config

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from consonar.config import TrainConfig
 from consonar.config_io import to_dict
+from consonar.training.config import TrainConfig
 
 
 def free_port() -> str:

@@ -4,22 +4,22 @@ import dataclasses
 import typing
 from typing import Any
 
-from consonar.config import DataConfig, LoopConfig, TrainConfig
 from consonar.generators import GENERATORS
 from consonar.sampling.sample import SamplerConfig
 from consonar.tokenizers import TOKENIZERS
-from consonar.training.alignment import GuardConfig
-from consonar.training.build import ALIGNMENTS
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.objectives import kinds
+from consonar.training.objectives.alignment import GuardConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
-from consonar.training.vq_objective import ReconstructionConfig
 
 CONFIGS: dict[type, Any] = {
     TrainConfig: TrainConfig(recipe="x", tokenizer="t"),
     **{kind: kind() for kind in (DataConfig, LoopConfig, OptimConfig, SamplerConfig)},
-    **{kind: kind() for kind in (ConsistencyConfig, NoiseConfig, ReconstructionConfig, GuardConfig)},
-    **{kind: kind(rewards={"mse": 1.0}) for kind in ALIGNMENTS},
-    **{kind: kind() for registry in (GENERATORS, TOKENIZERS) for kind, _ in registry.values()},
+    **{kind: kind() for kind in (AutoregressiveConfig, NoiseConfig, ReconstructionConfig, GuardConfig)},
+    **{kind: kind(rewards={"mse": 1.0}) for kind in kinds("post-training").values()},
+    **{row.config: row.config() for registry in (GENERATORS, TOKENIZERS) for row in registry.values()},
 }
 
 

@@ -5,16 +5,16 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from consonar.convert import janus, rear, vq
+from consonar.convert.layouts import alitok, alitok_ar, janus, maskgit, rear, titok, vqgan_plus
+from consonar.convert.layouts import llamagen as llamagen_module
+from consonar.convert.layouts import llamagen_vq as vq
 from consonar.generators import GENERATORS
-from consonar.generators import alitok as alitok_ar
-from consonar.generators import llamagen as llamagen_module
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.seeding import generator as seeded
-from consonar.tokenizers import TOKENIZERS, alitok, maskgit, titok, vqgan_plus
+from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
 from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig

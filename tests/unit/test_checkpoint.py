@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from consonar import checkpoint
+from consonar.components import load_generator, load_tokenizer, read_origin, save_generator
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, read_origin, save_generator
-from consonar.tokenizers import load_tokenizer
+from consonar.origin import Origin
 from consonar.training.aside import State
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import consonar
-from consonar.config import DataConfig, LoopConfig, TrainConfig, read_config
 from consonar.config_io import REPLACED_TABLES, from_dict, merge, to_dict
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
@@ -18,6 +17,7 @@ from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.recipes import RECIPES, find_recipe
+from consonar.recipes.files import read_config
 from consonar.sampling.sample import SamplerConfig
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
@@ -26,13 +26,14 @@ from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
-from consonar.training.alignment import GuardConfig
-from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
-from consonar.training.build import ALIGNMENTS
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.objectives import kinds
+from consonar.training.objectives.alignment import GuardConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
-from consonar.training.policy_objective import PolicyConfig
-from consonar.training.vq_objective import ReconstructionConfig
 
 SOURCE = Path(consonar.__file__).parent
 
@@ -158,8 +159,8 @@ def test_files_that_cannot_be_read(tmp_path):
         (lambda: LoopConfig(fd_samples=1), r"loop\.fd_samples: a distance needs 2 samples"),
         (lambda: ReARConfig(width=30, num_heads=4), r"model\.num_heads: 4 does not divide model\.width 30"),
         (lambda: ReARConfig(dropout=1), r"model\.dropout: 1 is not in"),
-        (lambda: ConsistencyConfig(embedding_weight=-1), r"objective\.embedding_weight: -1 is negative"),
-        (lambda: ConsistencyConfig(class_dropout=1), r"objective\.class_dropout: 1 is not in"),
+        (lambda: AutoregressiveConfig(embedding_weight=-1), r"objective\.embedding_weight: -1 is negative"),
+        (lambda: AutoregressiveConfig(class_dropout=1), r"objective\.class_dropout: 1 is not in"),
         (lambda: NoiseConfig(schedule="linear", max_rate=1.5), r"objective\.noise\.max_rate: 1\.5 is not in"),
         (lambda: NoiseConfig(schedule="truncated_linear", anneal_end=0), r"objective\.noise\.anneal_end: 0 is not in"),
         (lambda: ReconstructionConfig(mse_weight=-1), r"objective\.mse_weight: -1 is negative"),
@@ -180,10 +181,10 @@ CALLED = {
     OptimConfig: {"optim", "config"},
     ReARConfig: {"model", "config"},
     VQConfig: {"model", "config"},
-    ConsistencyConfig: {"objective", "config"},
+    AutoregressiveConfig: {"objective", "config"},
     ReconstructionConfig: {"objective", "config"},
     NoiseConfig: {"noise", "settings"},
-    PolicyConfig: {"config", "objective", "AlignmentConfig"},
+    PolicyConfig: {"config", "settings", "objective", "AlignmentConfig"},
     CrossEntropyConfig: {"config", "AlignmentConfig"},
     StraightThroughConfig: {"config", "AlignmentConfig"},
     GuardConfig: {"guard"},
@@ -202,7 +203,7 @@ CALLED = {
 def test_every_kind_of_configuration_is_in_the_table():
     """Those of the registries and of `TrainConfig`."""
     known = {pair[0] for registry in (GENERATORS, TOKENIZERS) for pair in registry.values()}
-    known |= set(ALIGNMENTS) | {ConsistencyConfig, ReconstructionConfig}
+    known |= set(kinds().values())
     assert known <= set(CALLED)
 
 
@@ -226,6 +227,11 @@ def test_every_field_is_read():
             base = node.value
             name = base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
             reads.add((self.owner if name == "self" else name, node.attr))
+            self.generic_visit(node)
+
+        def visit_Subscript(self, node):  # of the plain dicts that rows of methods are chosen by
+            if isinstance(node.value, ast.Name) and isinstance(node.slice, ast.Constant):
+                reads.add((node.value.id, node.slice.value))
             self.generic_visit(node)
 
     for path in SOURCE.rglob("*.py"):

@@ -12,9 +12,9 @@ import torch
 from released_models import load, released, same
 
 from consonar import checkpoint
+from consonar.components import load_generator
 from consonar.convert import convert, to_official
 from consonar.errors import UserError
-from consonar.generators import load_generator
 
 ENTRIES = {
     "model": lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "steps": 7,

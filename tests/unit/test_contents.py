@@ -6,10 +6,11 @@ import pytest
 from conftest import Pictures
 
 import consonar
+from consonar.components import save_generator
 from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.errors import UserError
-from consonar.generators import Origin, save_generator
+from consonar.origin import Origin
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.inputs import open_store
 

@@ -8,11 +8,12 @@ from released_models import CASES, DEEP, USED, load, module_of, released, same
 
 from consonar import checkpoint
 from consonar.cli import main
-from consonar.convert import convert, janus, to_official
-from consonar.convert.registry import officials, shapes_of
+from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin, save_generator
+from consonar.convert import convert, to_official
+from consonar.convert.layouts import OFFICIALS, janus
+from consonar.convert.layouts.official import shapes_of
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, load_own_tokenizer, read_origin, save_generator
-from consonar.tokenizers import load_tokenizer
+from consonar.origin import Origin
 from consonar.tokenizers.vq import VQConfig
 from consonar.types import Grid
 
@@ -25,7 +26,7 @@ def bare(tmp_path):
 
 
 def test_every_record_has_a_case():
-    assert {record.name for record, _, _ in CASES.values()} == {record.name for record in officials()}
+    assert {record.name for record, _, _ in CASES.values()} == {record.name for record in OFFICIALS}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -33,7 +34,7 @@ def test_every_record_has_a_case():
 def test_there_and_back_bit_for_bit(name, ending, tmp_path):
     record, config, unused = CASES[name]
     state = released(name)
-    assert [r.name for r in officials() if r.recognises(shapes_of(state))] == [record.name]
+    assert [r.name for r in OFFICIALS if r.recognises(shapes_of(state))] == [record.name]
     checkpoint.save_tensors(tmp_path / "released.safetensors", state)
     (made,) = convert(tmp_path / "released.safetensors", tmp_path / "ours")
     assert made.recognised_as == record.name and made.component == record.component

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from consonar.components import load_tokenizer
 from consonar.errors import UserError
-from consonar.tokenizers import load_tokenizer
 from consonar.training.credit import Influence, measure_influence, resize_to_grid, spatial_credit, token_grid
 from consonar.types import Grid
 

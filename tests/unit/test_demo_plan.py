@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from consonar import demo
 from consonar.checkpoint import save_component
-from consonar.demo_plan import (
+from consonar.demo import job as demo
+from consonar.demo.plan import (
     DRAWING,
     LEAST_STEPS,
     SUSTAINED,

@@ -6,18 +6,19 @@ import pytest
 import torch
 from PIL import Image
 
+from consonar.components import save_generator
 from consonar.errors import UserError
 from consonar.evaluation import entropy
 from consonar.evaluation.entropy import GRID, Sharpness, matching_temperature, teacher_forced_entropies
-from consonar.generators import Origin, save_generator
+from consonar.origin import Origin
 from consonar.training import losses
-from consonar.types import Batch, ImageRecord
+from consonar.types import ImageRecord, TokenBatch
 
 
 @pytest.fixture
 def batches(rng):
     tokens, labels = torch.randint(32, (5, 16), generator=rng), torch.arange(5) % 3
-    return [Batch(condition=labels[:3], tokens=tokens[:3]), Batch(condition=labels[3:], tokens=tokens[3:])]
+    return [TokenBatch(tokens[:3], labels[:3]), TokenBatch(tokens[3:], labels[3:])]
 
 
 def test_entropy_is_the_mean_over_all_images_and_grows_with_temperature(tiny_generator, batches):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from consonar.errors import UserError
-from consonar.evaluation.copying import copy_rate_features, copy_rate_tokens, hamming_distances
+from consonar.metrics.copying import copy_rate_features, copy_rate_tokens, hamming_distances
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from PIL import Image
 from torch.nn import functional
 
 from consonar.errors import UserError
-from consonar.evaluation.evaluate import encode_reference, evaluate, load_samples, open_reference
+from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.features import extract_features
 from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.statistics import Moments, frechet_distance, precision_recall
+from consonar.evaluation.inputs import encode_reference, load_samples, open_reference
+from consonar.metrics.distribution import Moments, frechet_distance, precision_recall
 
 
 class Quadrants:
@@ -121,7 +122,7 @@ def test_the_spread_is_taken_over_disjoint_parts(tmp_path, data):
     assert {k: m.value for k, m in drawn.metrics.items()} == {k: m.value for k, m in single.metrics.items()}
     assert drawn.metrics == again.metrics != other.metrics
     # The spread of the copy rate, from its definition: the parts have 10 images each.
-    from consonar.evaluation.statistics import random_parts
+    from consonar.metrics.distribution import random_parts
     from consonar.seeding import generator
 
     part_of = random_parts(30, 3, generator(1, "evaluation", "parts"))

@@ -9,7 +9,8 @@ from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation import image_sets
 from consonar.evaluation.image_sets import ImageSet
-from consonar.perceptual.efficientnet import load_efficientnet_lite0
+from consonar.networks import load_feature_network
+from consonar.networks.efficientnet import load_efficientnet_lite0
 from consonar.types import ImageRecord
 
 
@@ -185,11 +186,11 @@ def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_not_the_work(tmp
 
 def test_unknown_feature_network():
     with pytest.raises(UserError, match=r"feature_network: unknown 'efficientnet'.*choices: efficientnet-lite0"):
-        sets.load_feature_network("efficientnet")
+        load_feature_network("efficientnet")
 
 
 def test_efficientnet_features():
-    network = sets.load_feature_network("efficientnet-lite0")
+    network = load_feature_network("efficientnet-lite0")
     assert isinstance(network, sets.FeatureNetwork) and len(network.weights_sha256) == 64
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     features = network(images)

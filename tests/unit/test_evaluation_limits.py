@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional
 
 from consonar.errors import UserError
-from consonar.evaluation.evaluate import Reference, Samples, evaluate, load_samples, open_reference
+from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inputs import Reference, Samples, load_samples, open_reference
 from consonar.evaluation.measure import distance_of_draws
-from consonar.evaluation.statistics import Moments, frechet_distance, symmetric_root
+from consonar.metrics.distribution import Moments, frechet_distance, symmetric_root
 from consonar.origin import Origin
 from consonar.sampling.job import write_npz
 

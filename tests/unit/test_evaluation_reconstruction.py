@@ -9,14 +9,8 @@ import torch
 from torch.nn import functional
 
 from consonar.errors import UserError
-from consonar.evaluation.reconstruction import (
-    gaussian_filter,
-    psnr,
-    reconstruction_metrics,
-    round_to_8_bits,
-    ssim,
-    usage_and_perplexity,
-)
+from consonar.evaluation.reconstruction import reconstruction_metrics, round_to_8_bits, usage_and_perplexity
+from consonar.metrics.pixels import gaussian_filter, psnr, ssim
 from consonar.types import Grid
 
 

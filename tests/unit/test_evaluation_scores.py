@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.statistics import InceptionScore, frechet_distance, inception_score, random_parts
+from consonar.metrics.distribution import InceptionScore, frechet_distance, inception_score, random_parts
 from consonar.seeding import generator
 
 
@@ -88,8 +88,8 @@ def test_their_spread_is_taken_over_the_same_parts(tmp_path, files):
 
 
 def test_a_noise_floor_of_both_distances(tmp_path, files):
-    from consonar.evaluation.evaluate import Reference
     from consonar.evaluation.image_sets import npz_image_set
+    from consonar.evaluation.inputs import Reference
 
     names = {"train": "reference", "validation": "samples"}
     images = {name: npz_image_set(tmp_path / f"{file}.npz")[0] for name, file in names.items()}

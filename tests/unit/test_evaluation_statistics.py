@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from consonar.errors import UserError
-from consonar.evaluation.statistics import (
+from consonar.metrics.distribution import (
     Moments,
     Target,
     frechet_distance,

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from consonar.data.loader import ImageBatches
-from consonar.evaluation.evaluate import Reference, Samples, evaluate
+from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.features import extract_features
 from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inputs import Reference, Samples
 from consonar.evaluation.subsets import RowDraw
 from consonar.sampling.job import balanced_labels
 
@@ -65,7 +66,7 @@ def test_no_metric_depends_on_the_order_of_files_or_classes():
 
 
 def test_the_inception_score_of_samples_that_are_sorted_by_class_is_that_of_shuffled_ones(monkeypatch):
-    monkeypatch.setattr("consonar.evaluation.statistics.InceptionScore.drawn.__func__.__defaults__", (50,))
+    monkeypatch.setattr("consonar.metrics.distribution.InceptionScore.drawn.__func__.__defaults__", (50,))
     samples = two_classes(400, 0)
     values, _ = measure(samples, two_classes(40, 1), two_classes(40, 2))
     # Certain predictions of two equally frequent classes score 2; splits of a single class would score 1.

@@ -30,14 +30,14 @@ from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
-from consonar.training.alignment import AlignmentTrainee, GuardConfig
-from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
-from consonar.training.build import ALIGNMENTS
-from consonar.training.objectives import Consistency, ConsistencyConfig, NoiseConfig
-from consonar.training.policy_objective import PolicyConfig
+from consonar.training.objectives import kinds, method_of_config
+from consonar.training.objectives.alignment import AlignmentTrainee, GuardConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig, TokenizerTrainee
 from consonar.training.trainee import Trainee
-from consonar.training.vq_objective import Reconstruction, ReconstructionConfig, TokenizerTrainee
-from consonar.types import Batch, Grid, TextCondition
+from consonar.types import EncodedBatch, Grid, TextCondition
 
 WORLD = World(0, 1, torch.device("cpu"))
 CONV = {"image_size": 16, "base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}
@@ -53,7 +53,7 @@ REWARDS = {"mse": 1.0, "l1": 0.5}
 
 BASES: dict[type, Any] = {
     SamplerConfig: SamplerConfig(),
-    ConsistencyConfig: ConsistencyConfig(),
+    AutoregressiveConfig: AutoregressiveConfig(),
     NoiseConfig: NoiseConfig(),
     GuardConfig: GuardConfig(),
     PolicyConfig: PolicyConfig(rewards=REWARDS, group_size=3),
@@ -80,14 +80,14 @@ NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (SamplerConfig, "guidance_power"): {"guidance_scale": 2.0, "guidance_schedule": "power_cosine"},
     (SamplerConfig, "guidance_interval"): {"guidance_scale": 2.0, "guidance_schedule": "interval"},
     **{
-        (ConsistencyConfig, name): HEADS
+        (AutoregressiveConfig, name): HEADS
         for name in ("heads", "encode_layer", "decode_layer", "head_depth", "head_width")
     },
-    (ConsistencyConfig, "mask_noised"): {**HEADS, "noise": NoiseConfig(schedule="constant")},
+    (AutoregressiveConfig, "mask_noised"): {**HEADS, "noise": NoiseConfig(schedule="constant")},
     **{(NoiseConfig, name): {"schedule": "truncated_linear"} for name in ("max_rate", "anneal_end", "corruption")},
     (NoiseConfig, "num_neighbours"): {"schedule": "constant", "corruption": "nearest"},
-    **{(kind, "noise_schedule"): {"context_noise": 0.5} for kind in ALIGNMENTS},
-    **{(kind, "lpips_weights"): {"rewards": {"lpips": 1.0}} for kind in ALIGNMENTS},
+    **{(kind, "noise_schedule"): {"context_noise": 0.5} for kind in kinds("post-training").values()},
+    **{(kind, "lpips_weights"): {"rewards": {"lpips": 1.0}} for kind in kinds("post-training").values()},
     (PolicyConfig, "guidance_scale"): FREE,
     (PolicyConfig, "rollout"): {"ce_weight": 0.0},
     (PolicyConfig, "clip_range"): {"inner_epochs": 2},
@@ -106,7 +106,7 @@ NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (LlamaGenConfig, "condition"): {"num_classes": 0},
     **{
         (kind, "discriminator"): {"rewards": {"patch-discriminator": 1.0}, "discriminator": "nowhere"}
-        for kind in ALIGNMENTS
+        for kind in kinds("post-training").values()
     },
 }
 # What the option is changed to, where the type does not say it.
@@ -191,38 +191,40 @@ def observe(tiny_generator, tokenizer):
             tokens, entropy = sample_tokens(tiny_generator(), torch.tensor([0, 2]), [0, 1], config)
             yield tokens.tolist(), entropy.tolist()
         elif isinstance(config, NoiseConfig):
-            yield from look(ConsistencyConfig(noise=config))
+            yield from look(AutoregressiveConfig(noise=config))
         elif isinstance(config, GuardConfig):
             yield from look(replace(BASES[PolicyConfig], guard=config))
-        elif isinstance(config, ConsistencyConfig):
+        elif isinstance(config, AutoregressiveConfig):
             trainee = Trainee(tiny_generator(), config.head_specs(2, tokenizer.code_dim))
-            yield from updates(Consistency(config, tokenizer, total_steps=10, seed=0), trainee, batch(), (0, 3, 8))
+            yield from updates(Autoregressive(config, tokenizer, total_steps=10, seed=0), trainee, batch(), (0, 3, 8))
         elif isinstance(config, ReconstructionConfig):
             model = VQConfig(image_size=32, vocab_size=32, code_dim=4, latent_channels=8, base_channels=8, num_groups=4)
             trainee = TokenizerTrainee(
                 TOKENIZERS["vq"][1](model, name="x"), discriminator=config.discriminator_weight > 0
             )
             objective = Reconstruction(config, total_steps=4, seed=0, world=WORLD)
-            yield from updates(objective, trainee, Batch(images=batch(32).images), range(4))
-        elif type(config) in ALIGNMENTS:
+            yield from updates(objective, trainee, batch(32), range(4))
+        elif type(config) in kinds("post-training").values():
             yield from aligned(config)
         elif isinstance(config, TransformerConfig):
             yield from look(replace(BASES[AliTokConfig], encoder=config, decoder=config))
         else:
             yield from module_of(config)
 
-    def batch(side: int = 16) -> Batch:
+    def batch(side: int = 16) -> EncodedBatch:
         rng = seeded(0, "every option")
         images = torch.rand(8, 3, side, side, generator=rng) * 2 - 1
-        return Batch(torch.randint(32, (8, 16), generator=rng), torch.arange(8) % 3, images)
+        tokens = torch.randint(32, (8, 16), generator=rng)
+        return EncodedBatch(images, torch.arange(8) % 3, tokens=tokens)
 
     def aligned(config: Any):
         codec, calls = copy.deepcopy(tokenizer), []
         decode = codec.decode
         codec.decode = lambda tokens: calls.append(len(tokens)) or decode(tokens)
-        probe = {"probe": batch().images} if getattr(config, "smooth_credit", False) else {}
         prior = tiny_generator(seed=1)
-        objective = ALIGNMENTS[type(config)](config, codec, prior, total_steps=10, seed=0, world=WORLD, **probe)
+        objective = method_of_config(config).objective(
+            config, codec, prior, total_steps=10, seed=0, world=WORLD, probe=lambda: batch().images
+        )
         yield from updates(objective, AlignmentTrainee(tiny_generator()), batch(), (0, 5, 7))
         yield objective.validate(AlignmentTrainee(tiny_generator()), iter([batch()])), calls
         yield objective.breach({"entropy": 1.0, "kl": 1.0}), config.needs_prior
@@ -230,11 +232,12 @@ def observe(tiny_generator, tokenizer):
     return observed
 
 
-def updates(objective: Any, trainee: Any, batch: Batch, steps: Any):
+def updates(objective: Any, trainee: Any, batch: EncodedBatch, steps: Any):
     """The loss, its terms and the weights of some large steps of gradient descent."""
     for step in steps:
-        for rollout in objective.rollout(trainee, batch, step):
-            loss, terms = objective.loss(trainee, rollout, step)
+        prepared = objective.prepare(trainee, batch, step)
+        for _ in range(objective.config.updates):
+            loss, terms = objective.loss(trainee, prepared, step)
             loss.backward()
             with torch.no_grad():
                 for parameter in trainee.parameters():

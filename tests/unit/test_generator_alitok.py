@@ -10,8 +10,9 @@ from manifests import manifest, released_shapes
 from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
+from consonar.convert.layouts.alitok_ar import OFFICIAL
 from consonar.errors import UserError
-from consonar.generators.alitok import ALITOK_PRESETS, OFFICIAL, AliTokARConfig, AliTokARGenerator
+from consonar.generators.alitok import ALITOK_PRESETS, AliTokARConfig, AliTokARGenerator
 from consonar.seeding import generator as seeded
 from consonar.types import Grid
 

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_VQ
 from rounding import assert_rounding
 
-from consonar.convert import janus as files
+from consonar.convert.layouts import janus as files
 from consonar.errors import UserError
 from consonar.generators.janus import JANUS_PRESETS, JanusConfig, JanusGenerator, pad_prompts
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens

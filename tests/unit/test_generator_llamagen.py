@@ -9,10 +9,12 @@ from conftest import stir
 from manifests import manifest, names, released_shapes
 from rounding import assert_rounding
 
+from consonar.components import load_generator, save_generator
 from consonar.config_io import from_dict, to_dict
+from consonar.convert.layouts.llamagen import OFFICIAL
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, save_generator
-from consonar.generators.llamagen import LLAMAGEN_PRESETS, OFFICIAL, LlamaGenConfig, LlamaGenGenerator
+from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig, LlamaGenGenerator
+from consonar.origin import Origin
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.types import Grid, TextCondition

@@ -8,7 +8,8 @@ from random import Random
 import pytest
 import torch
 
-from consonar import distributed, hardware
+from consonar import distributed
+from consonar.cpu import timing as hardware
 from consonar.errors import UserError
 from consonar.training.optim import adamw_ways
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from consonar import checkpoint
+from consonar import checkpoint, components, hub, published
 from consonar.cli import main
-from consonar.convert import hub, published
+from consonar.components import fetch_component, load_generator, load_own_tokenizer, load_tokenizer
 from consonar.convert.examine import examine
-from consonar.convert.hub import fetch_component, read_name
-from consonar.convert.published import PUBLISHED
-from consonar.convert.registry import officials
+from consonar.convert.layouts import OFFICIALS
 from consonar.errors import UserError
-from consonar.generators import GENERATORS, load_generator, load_own_tokenizer
+from consonar.generators import GENERATORS
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
-from consonar.tokenizers import TOKENIZERS, load_tokenizer
+from consonar.hub import read_name
+from consonar.published import PUBLISHED
+from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.types import Grid
@@ -183,14 +183,14 @@ def test_a_tokenizer_is_no_generator(hub_files, cache):
 def test_processes_that_want_one_file_convert_it_once(hub_files, cache, monkeypatch):
     """The second waits for the first, as ranks of one job do."""
     hub_files("someone/codes/vq.pt", tiny_tokenizer())
-    convert_file, converted, found = hub.convert_file, [], []
+    convert_file, converted, found = components.convert_file, [], []
 
     def slow(wanted, folder):
         time.sleep(0.1)
         convert_file(wanted, folder)
         converted.append(folder)
 
-    monkeypatch.setattr(hub, "convert_file", slow)
+    monkeypatch.setattr(components, "convert_file", slow)
 
     def fetch():
         found.append(fetch_component("hf:someone/codes/vq.pt", "tokenizer"))
@@ -240,7 +240,7 @@ def test_the_table_says_what_is_so(name):
         size = 384 if name == "janus-pro-vq" else model.image_size
         found = examine({key: torch.empty(shape, device="meta") for key, shape in keys.items()}, name, image_size=size)
         made = found.module
-        assert found.official in officials() and found.config.kind == model.kind
+        assert found.official in OFFICIALS and found.config.kind == model.kind
         ours = (made.num_tokens, made.vocab_size, sum(parameter.numel() for parameter in made.parameters()))
         assert ours == (model.num_tokens, model.vocab_size, model.parameters)
         assert getattr(made, "code_dim", None) == model.code_dim or model.component == "generator"

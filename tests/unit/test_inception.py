@@ -18,10 +18,10 @@ from rounding import assert_rounding
 from consonar import cli
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
-from consonar.evaluation import inception
 from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inception import InceptionFeatures, load_inception, resize_from_corner
-from consonar.evaluation.inception_network import InceptionV3
+from consonar.networks import inception, load_feature_network
+from consonar.networks.inception import InceptionFeatures, load_inception, resize_from_corner
+from consonar.networks.inception_network import InceptionV3
 
 TESTS = Path(__file__).parents[1]
 
@@ -155,7 +155,7 @@ def test_a_missing_file_is_named_with_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path))
     name = "pt_inception-2015-12-05-6726825d.pth"
     with pytest.raises(UserError) as caught:
-        sets.load_feature_network("inception")
+        load_feature_network("inception")
     assert str(tmp_path / name) in str(caught.value) and "SHA-256 6726825d" in str(caught.value)
     assert f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{name}" in str(caught.value)
     assert str(tmp_path / "mine.pth") in refused(tmp_path / "mine.pth")
@@ -169,7 +169,7 @@ def test_the_default_file_its_hash_and_both_names(weights, tmp_path, monkeypatch
     assert digest[:8] in message and "6726825d" in message
     monkeypatch.setattr(inception, "WEIGHTS", replace(inception.WEIGHTS, sha256_prefix=digest[:8]))
     for name in ("inception", "inception-pytorch-fid"):
-        network = sets.load_feature_network(name)
+        network = load_feature_network(name)
         assert (network.name, network.weights_sha256) == (name, digest)
     assert "choices: inception, inception-pytorch-fid" in refused(weights, name="fid")
     for folder, first in (("samples", 0), ("reference", 10)):

@@ -6,9 +6,9 @@ from rounding import assert_rounding
 from torch import nn
 from torch.nn import functional as F
 
-from consonar import hardware
-from consonar.generators import kernels
-from consonar.generators.kernels import Dropout, Linear, causal_attention, drop, nearest_power_of_two
+from consonar.cpu import kernels
+from consonar.cpu import timing as hardware
+from consonar.cpu.kernels import Dropout, Linear, causal_attention, drop, nearest_power_of_two
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -11,18 +11,19 @@ import torch
 from torch import nn
 
 from consonar import checkpoint
-from consonar.config import TrainConfig
+from consonar.components import load_generator, save_generator
 from consonar.config_io import from_dict
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, save_generator
 from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.origin import Origin
+from consonar.training.config import TrainConfig
 
 # Everything that is imported while a model is built counts before, not while the large one is loaded.
 MEASURE = """
 import json, sys
 from pathlib import Path
 from consonar.convert import convert
-from consonar.generators import load_generator
+from consonar.components import load_generator
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()

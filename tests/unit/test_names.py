@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from consonar.cli.parsing import class_list
+from consonar.components import load_generator, load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, save_generator
-from consonar.tokenizers import load_tokenizer, save_tokenizer
+from consonar.origin import Origin
 
 
 @pytest.mark.parametrize(("word", "label"), [("Cat", 0), ("cat", 1), ("DOG", 2), ("Cat,cat", [0, 1])])

@@ -6,9 +6,9 @@ from torch import nn
 
 from consonar.errors import UserError
 from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import OptimConfig, learning_rate, parameter_groups, update_average
 from consonar.training.trainee import HeadSpec, Trainee
-from consonar.training.vq_objective import TokenizerTrainee
 
 CONFIG = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
 

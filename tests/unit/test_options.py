@@ -9,16 +9,17 @@ from configurations import CONFIGS, floats_in
 
 from consonar import checkpoint
 from consonar.cli import main
-from consonar.config import read_config
+from consonar.components import load_generator, save_generator
 from consonar.errors import UserError
-from consonar.generators import Origin, load_generator, save_generator
 from consonar.generators.llamagen import LlamaGenConfig
+from consonar.origin import Origin
+from consonar.recipes.files import read_config
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
-from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
-from consonar.training.policy_objective import PolicyConfig
-from consonar.training.vq_objective import ReconstructionConfig
 
 FLOATS = [(kind, name) for kind in CONFIGS for name in floats_in(kind)]
 
@@ -134,9 +135,9 @@ UNREAD = {
     "interval": (lambda: SamplerConfig(guidance_scale=2.0, guidance_interval=3), "guidance_schedule 'interval'"),
     "top-k of the most likely": (lambda: SamplerConfig(temperature=0, top_k=5), "temperature over 0"),
     "noise": (lambda: NoiseConfig(max_rate=0.5), r"objective\.noise\.schedule other than 'none'"),
-    "heads": (lambda: ConsistencyConfig(head_width=7), r"objective\.embedding_weight over 0"),
+    "heads": (lambda: AutoregressiveConfig(head_width=7), r"objective\.embedding_weight over 0"),
     "head that is not there": (
-        lambda: ConsistencyConfig(embedding_weight=1, heads="encode", decode_layer=0), "heads 'decode' or 'both'"
+        lambda: AutoregressiveConfig(embedding_weight=1, heads="encode", decode_layer=0), "heads 'decode' or 'both'"
     ),
     "credit": (lambda: PolicyConfig(rewards=REWARDS, estimator="gspo", credit="token"), "so not 'gspo'"),
     "clip": (lambda: PolicyConfig(rewards=REWARDS, clip_range=0.1), r"objective\.inner_epochs over 1"),

@@ -15,10 +15,10 @@ import torch
 from consonar.cache import cache_dir
 from consonar.checkpoint import save_tensors
 from consonar.convert.containers import read_weights
-from consonar.convert.hub import read_name
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError, reading
-from consonar.evaluation.evaluate import load_samples, open_reference
+from consonar.evaluation.inputs import load_samples, open_reference
+from consonar.hub import read_name
 from consonar.outside import read_json, read_metrics_line, read_npy, read_npz
 from consonar.report import load_runs
 from consonar.tracking import read_metrics

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from consonar.data.images import ImageFolder
 from consonar.data.picture_files import find_pictures, read_image
 from consonar.errors import BadImage, UserError
-from consonar.evaluation.evaluate import load_samples, open_reference
+from consonar.evaluation.inputs import load_samples, open_reference
 
 
 def picture(level: int = 7, size=(8, 8), mode: str = "RGB") -> Image.Image:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from consonar.seeding import generator
-from consonar.training import losses, policy
+from consonar.training import losses
+from consonar.training import policy_gradient as policy
 
 
 def test_draws_follow_the_distribution(rng):

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from consonar.evaluation import copying, reconstruction, statistics
-from consonar.perceptual import lpips
-from consonar.perceptual.efficientnet import PerceptualDistance
-from consonar.perceptual.lpips import VGG16Features, load_lpips
+from consonar.components import load_tokenizer
+from consonar.evaluation import reconstruction
+from consonar.metrics import copying
+from consonar.metrics import distribution as statistics
+from consonar.networks import lpips
+from consonar.networks.efficientnet import PerceptualDistance
+from consonar.networks.lpips import VGG16Features, load_lpips
 from consonar.precision import in_float32
-from consonar.tokenizers import load_tokenizer, quantizer
-from consonar.training import losses, noise, policy
+from consonar.tokenizers import quantizer
+from consonar.training import losses, noise
+from consonar.training import policy_gradient as policy
 
 
 def in_bf16():

@@ -7,8 +7,9 @@ import torch
 from rounding import assert_rounding
 from torch.nn import functional as F
 
+from consonar.components import load_tokenizer
 from consonar.errors import UserError
-from consonar.tokenizers import load_tokenizer, quantizer
+from consonar.tokenizers import quantizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 
 CODEBOOK = torch.tensor([[0.0, 0], [1, 0], [0, 2]])

@@ -10,14 +10,15 @@ from conftest import NUM_CLASSES, TINY_VQ
 from manifests import manifest, released_shapes
 
 from consonar import cli
-from consonar.config import DataConfig, TrainConfig
-from consonar.convert import registry
+from consonar.components import load_generator, load_tokenizer, save_generator
+from consonar.convert.examine import build, recognise
 from consonar.errors import UserError
-from consonar.generators import Origin, build_generator, load_generator, save_generator
+from consonar.generators import build_generator
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig, LlamaGenGenerator
+from consonar.origin import Origin
 from consonar.recipes import RECIPES, find_recipe
-from consonar.tokenizers import load_tokenizer
 from consonar.tracking import read_metrics
+from consonar.training.config import DataConfig, TrainConfig
 from consonar.training.run import train
 from consonar.training.trainee import Trainee
 from consonar.types import Grid
@@ -48,8 +49,8 @@ PLAIN_OF = {"ar-l": "rear-l", "ar-b-titok": "rear-b-titok", "ar-b-alitok": "rear
 def trainee_of(config: TrainConfig) -> Trainee:
     """What the recipe trains with its own tokenizer and 1000 classes, without memory."""
     shapes = released_shapes(TOKENIZERS[config.tokenizer])
-    official = registry.recognise(shapes, config.tokenizer)
-    tokenizer = registry.build(official.component, official.config(shapes), "tokenizer")
+    official = recognise(shapes, config.tokenizer)
+    tokenizer = build(official.component, official.config(shapes), "tokenizer")
     shape = config.model.sized(tokenizer.vocab_size, tokenizer.num_tokens, 1000, grid=tokenizer.grid)
     with torch.device("meta"):
         model = build_generator(shape)

@@ -11,7 +11,6 @@ import pytest
 from conftest import NUM_CLASSES, picture
 from test_report import FD, Page, images_of, write_results, write_run
 
-from consonar.config import DataConfig
 from consonar.errors import UserError
 from consonar.report import MAX_RUNS, load_runs, write_report
 from consonar.report.charts import LOOKS
@@ -20,8 +19,9 @@ from consonar.report.frontier import RING_OF_OTHERS, frontier_charts
 from consonar.report.post_training import post_training_section
 from consonar.report.tables import control_sections, result_columns
 from consonar.report.verdicts import verdict_table
-from consonar.training.baselines import CrossEntropyConfig
-from consonar.training.policy_objective import PolicyConfig
+from consonar.training.config import DataConfig
+from consonar.training.objectives.controls import CrossEntropyConfig
+from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.run import train
 
 ENTROPY = "entropy (teacher-forced)"
@@ -254,7 +254,7 @@ def test_real_runs_of_post_training_make_a_page(make_config, tmp_path):
     control = CrossEntropyConfig(rewards=rewards)
     ce = train(make_config(loop=loop, objective=control, **settings), tmp_path / "ce", quiet=True)
     made = section(start, vapi, ce)
-    assert made["indices"] == [1, 2] and made["rows"][0]["steps"] == "1, stopped" and made["rows"][1]["steps"] == "3"
+    assert made["indices"] == [1, 2] and made["rows"][0]["steps"] == "2, stopped" and made["rows"][1]["steps"] == "3"
     assert all(" → " in row["cells"][0] for row in made["rows"])
     titles = {chart["title"] for chart in made["charts"]}
     assert {"Validation reward: l1", "Training reward (mean of the draws)", "Clip fraction (share of ratios)",

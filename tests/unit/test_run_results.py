@@ -8,13 +8,14 @@ import torch
 from conftest import picture
 from torch.nn import functional
 
+from consonar import networks
 from consonar.checkpoint import file_sha256
+from consonar.components import load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
-from consonar.evaluation import features, frontier
-from consonar.evaluation.evaluate import encode_reference, open_reference
+from consonar.evaluation import frontier
+from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.run_results import is_measured, read_results, replacing
-from consonar.generators import Origin, save_generator
-from consonar.tokenizers import load_tokenizer, save_tokenizer
+from consonar.origin import Origin
 
 
 class Quarters:
@@ -27,7 +28,7 @@ class Quarters:
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch):
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(features.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
 
 
 def save_run(folder, generator, tokenizer_folder, tokenizer):

@@ -10,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from consonar.components import save_generator
 from consonar.errors import UserError
-from consonar.generators import Origin, build_generator, save_generator
+from consonar.generators import build_generator
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.lock import hold
+from consonar.origin import Origin
 from consonar.sampling import job as jobs
 from consonar.sampling.sample import SamplerConfig
 from consonar.types import Grid

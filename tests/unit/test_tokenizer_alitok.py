@@ -9,9 +9,10 @@ from manifests import released_shapes
 from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
-from consonar.convert.registry import shapes_of
+from consonar.convert.layouts.alitok import OFFICIAL
+from consonar.convert.layouts.official import shapes_of
 from consonar.errors import UserError
-from consonar.tokenizers.alitok import OFFICIAL, AliTokConfig, AliTokTokenizer
+from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.types import Grid
 

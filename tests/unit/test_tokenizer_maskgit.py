@@ -9,10 +9,11 @@ from manifests import released_shapes
 from rounding import assert_rounding
 from torch import nn
 
-from consonar.convert.registry import shapes_of
+from consonar.convert.layouts.maskgit import OFFICIAL
+from consonar.convert.layouts.official import shapes_of
 from consonar.errors import UserError
 from consonar.tokenizers.conv import ResidualBlock
-from consonar.tokenizers.maskgit import OFFICIAL, MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 
 TINY = MaskGITConfig(
     image_size=16, vocab_size=32, code_dim=4, base_channels=8, channel_multipliers=(1, 1, 2), num_res_blocks=1,

@@ -9,10 +9,11 @@ from manifests import manifest, names, released_shapes
 from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
-from consonar.convert.registry import shapes_of
+from consonar.convert.layouts.official import shapes_of
+from consonar.convert.layouts.titok import OFFICIAL
 from consonar.errors import UserError
 from consonar.tokenizers.maskgit import MaskGITConfig
-from consonar.tokenizers.titok import OFFICIAL, TiTokConfig, TiTokTokenizer
+from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig, patches_to_image
 
 RELEASED = names("tokenizer_titok_*")

@@ -8,10 +8,12 @@ from conftest import stir
 from manifests import released_shapes
 from rounding import assert_rounding
 
-from consonar.convert.registry import shapes_of
+from consonar.components import load_tokenizer, save_tokenizer
+from consonar.convert.layouts.official import shapes_of
+from consonar.convert.layouts.vqgan_plus import OFFICIAL
 from consonar.errors import UserError
-from consonar.tokenizers import load_tokenizer, quantizer, save_tokenizer
-from consonar.tokenizers.vqgan_plus import OFFICIAL, VQGANPlusConfig, VQGANPlusTokenizer, sign_codes, sign_tokens
+from consonar.tokenizers import quantizer
+from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer, sign_codes, sign_tokens
 
 TINY = VQGANPlusConfig(
     image_size=16, vocab_size=32, code_dim=5, base_channels=8, channel_multipliers=(1, 1, 2), num_res_blocks=1,

@@ -7,7 +7,6 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from consonar.allocator import ask_for_huge_pages, keep_freed_memory
 from consonar.cli.console import say
 from consonar.cli.doctor import doctor
 from consonar.cli.making import demo, recipes, sample_command, train_command
@@ -15,6 +14,7 @@ from consonar.cli.measuring import evaluate, report
 from consonar.cli.models import convert, models
 from consonar.cli.parsing import parse
 from consonar.cli.tokenizing import import_tokens, tokenize
+from consonar.cpu.memory import ask_for_huge_pages, keep_freed_memory
 from consonar.errors import BadImage, UserError, printable, unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_command(name: str, args: list[str]) -> None:
-    from consonar.training.loop import NonFiniteLoss
+    from consonar.training.aside import NonFiniteLoss
 
     try:
         if COMMANDS[name] in (train_command, sample_command):

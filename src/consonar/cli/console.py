@@ -11,7 +11,7 @@ from rich.console import Console
 from consonar.errors import printable
 
 if TYPE_CHECKING:
-    from consonar.convert.published import Published
+    from consonar.published import Published
 
 
 def print_metrics(metrics: dict[str, dict[str, float | None]], title: str) -> None:

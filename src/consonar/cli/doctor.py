@@ -54,7 +54,8 @@ def versions() -> list[str]:
 def devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    from consonar import distributed, hardware
+    from consonar import distributed
+    from consonar.cpu import timing as hardware
 
     device = distributed.pick_device("auto")
     if device.type == "cpu":
@@ -76,8 +77,9 @@ def choices() -> Iterator[tuple[str, str]]:
     """Precision and kernels, and why."""
     import torch
 
-    from consonar import distributed, hardware
-    from consonar.generators import kernels
+    from consonar import distributed
+    from consonar.cpu import kernels
+    from consonar.cpu import timing as hardware
     from consonar.training.optim import adamw_ways
 
     device = distributed.pick_device("auto")
@@ -162,7 +164,7 @@ def cached() -> Iterator[tuple[str, str]]:
 
 def published_weights(folder: Path) -> list[tuple[str, Path]]:
     """(what it is for, place) of the files that a user brings."""
-    from consonar.evaluation.inception import WEIGHTS as inception
-    from consonar.perceptual.lpips import WEIGHTS as lpips
+    from consonar.networks.inception import WEIGHTS as inception
+    from consonar.networks.lpips import WEIGHTS as lpips
 
     return [(f"{file.network} ({file.name})", folder / file.name) for file in (lpips, inception)]

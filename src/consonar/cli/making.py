@@ -22,7 +22,7 @@ def demo(*, out: Path = Path("runs/demo"), minutes: float = 18.0, seed: int = 0)
         minutes: How long the whole may take on this machine, which is measured first; more is better pictures.
         seed: Of all runs.
     """
-    from consonar.demo import run_demo
+    from consonar.demo.job import run_demo
 
     check_output(out)
     page = run_demo(out, minutes=minutes, seed=seed, say=say)
@@ -49,8 +49,9 @@ def train_command(args: Sequence[str]) -> None:
     `--label-default` are `--data.classes` and `--data.label-default`, and `--objective.rewards NAME=WEIGHT,...`
     replaces the rewards, whatever they are called.
     """
-    from consonar.config import TrainConfig, read_config
     from consonar.recipes import RECIPES, find_recipe
+    from consonar.recipes.files import read_config
+    from consonar.training.config import TrainConfig
     from consonar.training.run import train
 
     if not args or args[0].startswith("-"):
@@ -92,7 +93,7 @@ def with_rewards(config: Any, text: str) -> Any:
 
     It is not checked whether the rest reads them: the parser changes that yet, and makes the whole anew.
     """
-    from consonar.training.alignment import AlignmentConfig
+    from consonar.training.objectives.alignment import AlignmentConfig
 
     if not isinstance(config.objective, AlignmentConfig):
         raise UserError(f"objective.rewards: recipe {config.recipe!r} has no rewards")
@@ -142,10 +143,9 @@ def sample_command(args: Sequence[str]) -> None:
             batch_size: Images drawn together; does not change them.
             device: auto, cpu or cuda.
         """
+        from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
         from consonar.distributed import pick_device
-        from consonar.generators import load_generator, load_own_tokenizer, read_origin
         from consonar.sampling.job import make_job, run_job
-        from consonar.tokenizers import load_tokenizer
 
         check_name(out)
         place = pick_device(device, "--device")

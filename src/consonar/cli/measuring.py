@@ -53,15 +53,15 @@ def evaluate(
         bad_images_limit: Share of images that may be left out before skip stops too; one image may always be.
         overwrite: Replace results that are there.
     """
+    from consonar.components import SHIPPED_GENERATORS, read_component_kind
     from consonar.distributed import pick_device
-    from consonar.generators import SHIPPED, read_component_kind
 
     place = str(pick_device(device, "--device"))
     given = dict(locals())
     check_bad_images(bad_images, bad_images_limit)
     check_output(out)
     bad = BadImages(bad_images, bad_images_limit, out and out.with_name(f"{out.name}-bad-images.txt"))
-    if not samples.exists() and str(samples) in SHIPPED:
+    if not samples.exists() and str(samples) in SHIPPED_GENERATORS:
         raise UserError(
             f"evaluate: {samples} is a shipped generator, which keeps no results; first "
             f"consonar sample {samples} --num-samples {num_samples} --out {samples}.npz, then evaluate that file"
@@ -106,8 +106,8 @@ def number_list(text: str) -> list[float]:
 
 def evaluate_folder(run: Path, fixed: dict[str, Any], **sampling: Any) -> None:
     """Measures a run folder by what it holds: a tokenizer (with `fixed` alone), or a generator."""
+    from consonar.components import read_component_kind
     from consonar.evaluation.frontier import evaluate_run, evaluate_tokenizer
-    from consonar.generators import read_component_kind
 
     if read_component_kind(run) == "tokenizer":
         metrics = evaluate_tokenizer(run, **fixed)
@@ -132,11 +132,11 @@ def evaluate_samples(
     **settings: Any,
 ) -> None:
     """Measures a sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
-    from consonar.evaluation.evaluate import check_tokenizer, encode_reference, load_samples, open_reference
+    from consonar.components import SHIPPED_TOKENIZERS, load_tokenizer
     from consonar.evaluation.evaluate import evaluate as measure
+    from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_samples, open_reference
     from consonar.evaluation.results import check_place
     from consonar.seeding import check_seed
-    from consonar.tokenizers import SHIPPED, load_tokenizer
 
     check_seed(settings["seed"], "--seed")
     if out is not None:
@@ -146,7 +146,7 @@ def evaluate_samples(
         raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {path} has none")
     target = open_reference(reference, samples.image_size, bad=bad)
     stored = samples.settings or {}
-    name = tokenizer or (stored.get("tokenizer") if stored.get("tokenizer") in SHIPPED else None)
+    name = tokenizer or (stored.get("tokenizer") if stored.get("tokenizer") in SHIPPED_TOKENIZERS else None)
     if name is not None and samples.tokens is not None:
         codec = load_tokenizer(name).to(settings["device"])
         check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))

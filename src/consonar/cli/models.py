@@ -76,7 +76,7 @@ def models(name: tyro.conf.Positional[str | None] = None, /) -> None:
     Args:
         name: One of them.
     """
-    from consonar.convert.published import GENERATORS, PUBLISHED, TOKENIZERS
+    from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS
 
     if name is None:
         print_models("tokenizers", TOKENIZERS)

@@ -92,8 +92,8 @@ def tokenize(
 
 def tokenizer_for(name: str, image_size: int | None) -> Any:
     """The tokenizer for images of `image_size` pixels (None: its own); `UserError` where it takes none such."""
+    from consonar.components import load_tokenizer
     from consonar.data.transforms import check_image_size
-    from consonar.tokenizers import load_tokenizer
 
     if image_size is not None:
         check_image_size(image_size, "--image-size")
@@ -144,8 +144,8 @@ def import_tokens(*, format: str, data: Path, tokenizer: str, out: Path, labels:
         out: Folder of the token store to make.
         labels: Folder of label files (llamagen-npy).
     """
+    from consonar.components import load_tokenizer
     from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
-    from consonar.tokenizers import load_tokenizer
 
     formats = ("rar-jsonl", "llamagen-npy")
     if format not in formats:

@@ -19,10 +19,12 @@ from consonar.config_io import to_dict
 from consonar.convert.back import SOURCE, UNUSED, to_official
 from consonar.convert.containers import Weights, read_weights
 from consonar.convert.examine import Found, examine, image_size_in_name
-from consonar.convert.janus import split_parts
+from consonar.convert.layouts.janus import split_parts
+from consonar.convert.layouts.official import State
 from consonar.errors import UserError
 from consonar.lock import folder_at_once, is_taken
-from consonar.official import State
+from consonar.model_folders import read_tokenizer, shipped_or_folder
+from consonar.origin import Origin
 from consonar.tensors import check_finite
 
 __all__ = ["Converted", "convert", "to_official"]
@@ -110,14 +112,12 @@ def origin_of(found: Found, tokenizer: str | None, beside: Path) -> dict[str, An
 
     `beside` is where a tokenizer from the same file was just written, and `tokenizer` then where it will be.
     """
-    from consonar.generators import Origin
-    from consonar.tokenizers import load_tokenizer
-
     if found.official.component == "tokenizer":
         return {}
     if tokenizer is None or tokenizer.startswith("hf:"):
         return to_dict(Origin(tokenizer=tokenizer))
-    loaded = load_tokenizer(beside if beside.is_dir() else tokenizer, num_tokens=found.module.num_tokens)
+    folder = beside if beside.is_dir() else shipped_or_folder("tokenizer", tokenizer)
+    loaded = read_tokenizer(folder, found.module.num_tokens)
     for key in ("vocab_size", "num_tokens"):
         if getattr(loaded, key) != getattr(found.module, key):
             raise UserError(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from consonar import checkpoint
-from consonar.config_io import from_dict
-from consonar.convert import registry
 from consonar.convert.containers import TORCH_ENDINGS
+from consonar.convert.layouts import OFFICIALS
+from consonar.convert.layouts.official import State, shapes_of
 from consonar.errors import UserError, reading
-from consonar.official import State
+from consonar.generators import GENERATORS
+from consonar.model_folders import read_settings
 from consonar.outside import read_json
+from consonar.tokenizers import TOKENIZERS
 
 SOURCE, UNUSED = "source.json", "unused.safetensors"
 
@@ -52,28 +53,23 @@ def to_official(folder: Path, out: Path) -> str:
 
 def official_state(folder: Path) -> tuple[str, State, list[str]]:
     """Architecture, released state dict and entry of one component folder."""
-    from consonar.generators import GENERATORS, Origin
-    from consonar.tokenizers import TOKENIZERS
-
-    values, ours = checkpoint.read_component(folder)
-    component = values.pop("component", None)
-    registries: dict[str, dict[str, Any]] = {"tokenizer": {**TOKENIZERS}, "generator": {**GENERATORS}}
-    kinds = registries.get(str(component), {})
-    if values.get("kind") not in kinds:
-        raise UserError(f"{folder}: not a folder of a tokenizer or generator (component and kind in config.json)")
-    for key in ("name", *(field.name for field in fields(Origin))):
-        values.pop(key, None)
-    config = from_dict(values, str(folder / "config.json"), kinds[values["kind"]][0])
+    component = str(checkpoint.read_config(folder).get("component"))
+    tables: dict[str, dict[str, Any]] = {"tokenizer": {**TOKENIZERS}, "generator": {**GENERATORS}}
+    kinds = tables.get(component)
+    if kinds is None:
+        raise UserError(f"{folder}: not a folder of a tokenizer or generator (component in config.json)")
+    _, config, _ = read_settings(folder, component, kinds)
+    ours = checkpoint.map_tensors(folder / "model.safetensors")
     unused = checkpoint.map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
     entry: list[str] = []
     if (folder / SOURCE).is_file():
         name, entry = read_source(folder / SOURCE)
-        official = next((o for o in registry.officials() if o.name == name), None)
+        official = next((o for o in OFFICIALS if o.name == name), None)
     else:
-        shapes = registry.shapes_of(ours)
-        official = next((o for o in registry.officials() if o.component == component and o.recognises(shapes)), None)
+        shapes = shapes_of(ours)
+        official = next((o for o in OFFICIALS if o.component == component and o.recognises(shapes)), None)
     if official is None:
-        raise UserError(f"{folder}: a {component} of kind {values['kind']!r} has no released layout that is known here")
+        raise UserError(f"{folder}: a {component} of kind {config.kind!r} has no released layout that is known here")
     return official.name, official.to_official(ours, unused, config), entry
 
 

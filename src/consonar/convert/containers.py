@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from consonar.checkpoint import map_tensors
+from consonar.convert.layouts.official import State
 from consonar.errors import UserError, reading, unknown
-from consonar.official import State
-from consonar.outside import beside, read_json
+from consonar.hub import read_index
 from consonar.tensors import check_plain
 
 ENTRIES = ("model", "module", "state_dict", "model_state_dict", "ema")
@@ -215,14 +215,6 @@ def bare(key: str) -> str:
 def same(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors hold the same weights; of tensors without memory, the same shapes."""
     return ours.shape == theirs.shape and (ours.is_meta or theirs.is_meta or torch.equal(ours, theirs))
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """Which file beside it holds a key, for every key, of an index of shards."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{index}: not an index of shards (a JSON object with weight_map)")
-    return {key: beside(index, name) for key, name in places.items()}
 
 
 def read_shards(index: Path) -> Weights:

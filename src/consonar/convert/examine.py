@@ -12,10 +12,12 @@ import torch
 
 from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
-from consonar.convert import registry
+from consonar.convert.layouts import OFFICIALS
+from consonar.convert.layouts.official import Official, Shapes, State, shapes_of
 from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
-from consonar.official import Official, State
+from consonar.generators import build_generator
+from consonar.tokenizers import TOKENIZERS
 from consonar.types import Grid
 
 # Reduction of the tokenizers that LlamaGen's released generators were trained with.
@@ -31,6 +33,23 @@ class Found:
     module: Any
 
 
+def recognise(shapes: Shapes, where: str) -> Official:
+    """The one record that these keys and shapes are of; `UserError` lists what is known and what the file holds."""
+    found = [official for official in OFFICIALS if official.recognises(shapes)]
+    assert len(found) < 2, f"{where}: recognised as {[official.name for official in found]}"
+    if not found:
+        known = ", ".join(official.name for official in OFFICIALS)
+        held = ", ".join(sorted(shapes)[:4])
+        raise UserError(f"{where}: not a released model that is known here ({known}); its first keys: {held}")
+    return found[0]
+
+
+def build(component: str, config: Any, name: str) -> Any:
+    """The tokenizer or generator of a configuration, on the meta device: keys and shapes, no memory."""
+    with torch.device("meta"):
+        return TOKENIZERS[config.kind].model(config, name=name) if component == "tokenizer" else build_generator(config)
+
+
 def image_size_in_name(path: Path) -> int | None:
     """384 or 512 where LlamaGen's file names say so (`c2i_XL_384.pt`); shapes do not."""
     named = re.search(r"(?<!\d)(384|512)(?!\d)", path.name)
@@ -42,18 +61,18 @@ def examine(
 ) -> Found:
     """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes."""
     meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
-    official = registry.recognise(registry.shapes_of(meta), where)
+    official = recognise(shapes_of(meta), where)
     try:
-        config = official.config(registry.shapes_of(meta))
+        config = official.config(shapes_of(meta))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         cause = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{where}: looks like {official.name}, but {cause}") from error
     config = configured(config, image_size, settings or {}, where)
     ours, unused = official.to_ours(meta, config)
-    module = registry.build(official.component, config, "converted")
+    module = build(official.component, config, "converted")
     checkpoint.check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
     back = official.to_official(ours, unused, config)
-    assert registry.shapes_of(back) == registry.shapes_of(meta), f"{official.name}: the way back changes keys or shapes"
+    assert shapes_of(back) == shapes_of(meta), f"{official.name}: the way back changes keys or shapes"
     return Found(official, config, module)
 
 

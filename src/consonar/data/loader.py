@@ -1,15 +1,13 @@
-"""Batches as a function of the step, and decoding that runs ahead of its consumer.
+"""Batches as a function of the step.
 
 There is no iterator state: `batch(step)` depends on (seed, step, data) alone, so a resumed run reads what the
 uninterrupted one would have read, and W ranks together read what one rank with a W times larger batch would.
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +15,12 @@ from torch import Tensor
 
 from consonar.data.images import IndexedSource
 from consonar.data.labels import check_label, check_labels
+from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.seeding import generator, integers, permutation, uniform
-from consonar.types import Batch, ImageRecord, ImageSource
+from consonar.types import ImageBatch, TokenBatch
 
-if TYPE_CHECKING:
-    from consonar.data.tokens import TokenStore
-
-T = TypeVar("T")
 MAX_THREADS = 16
 
 
@@ -79,7 +74,7 @@ class TokenBatches:
     Raises `UserError` for an empty store, a batch size below 1, and a store of which only some items have a label.
     """
 
-    def __init__(self, store: "TokenStore", *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, store: TokenStore, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         _check_batching(len(store), batch_size, rank, world_size, str(store.path))
         self.store = store
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
@@ -90,10 +85,10 @@ class TokenBatches:
     def num_items(self) -> int:
         return len(self.store)
 
-    def _read(self, rows: Tensor, views: Tensor) -> Batch:
-        return Batch(tokens=self.store.read(rows, views), condition=self.labels[rows], indices=rows)
+    def _read(self, rows: Tensor, views: Tensor) -> TokenBatch:
+        return TokenBatch(tokens=self.store.read(rows, views), condition=self.labels[rows], indices=rows)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TokenBatch:
         """tokens (B, N), condition (B,), indices (B,), all int64, for one optimiser step of this rank."""
         rows = batch_rows(
             step, self.batch_size, self.num_items, seed=self.seed, rank=self.rank, world_size=self.world_size
@@ -103,7 +98,7 @@ class TokenBatches:
         views = integers(generator(self.seed, "views", step), 0, self.store.num_views, *shape)
         return self._read(rows, views[self.rank :: self.world_size])
 
-    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[TokenBatch]:
         """`spread_rows` in the order of the store, first view, for validation; the last batch may be short."""
         chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
         for rows in chosen.split(batch_size):
@@ -139,11 +134,11 @@ class ImageBatches:
     def num_items(self) -> int:
         return len(self.images)
 
-    def read(self, rows: Tensor) -> Batch:
+    def read(self, rows: Tensor) -> ImageBatch:
         """The items `rows` (B,), not mirrored: images (B, 3, H, W) float32 in [-1, 1], condition (B,), indices (B,)."""
-        return Batch(images=from_uint8(self.images[rows]), condition=self.labels[rows], indices=rows)
+        return ImageBatch(images=from_uint8(self.images[rows]), condition=self.labels[rows], indices=rows)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> ImageBatch:
         """images (B, 3, H, W) float32 in [-1, 1], condition (B,), indices (B,) for one optimiser step of this rank."""
         rows = batch_rows(
             step, self.batch_size, self.num_items, seed=self.seed, rank=self.rank, world_size=self.world_size
@@ -151,14 +146,13 @@ class ImageBatches:
         batch = self.read(rows)
         if not self.flip:
             return batch
-        assert batch.images is not None
         shape = (self.batch_size * self.world_size,)
         mirrored = integers(generator(self.seed, "flip", step), 0, 2, *shape).bool()
         mirrored = mirrored[self.rank :: self.world_size].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         images = torch.where(mirrored, batch.images.flip(-1), batch.images)
-        return Batch(images=images, condition=batch.condition, indices=rows)
+        return ImageBatch(images=images, condition=batch.condition, indices=rows)
 
-    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Batch]:
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[ImageBatch]:
         """`spread_rows` in order and not mirrored, for validation; the last batch may be short."""
         chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
         for rows in chosen.split(batch_size):
@@ -196,7 +190,7 @@ class SourceBatches(ImageBatches):
     def num_items(self) -> int:
         return len(self.source)
 
-    def read(self, rows: Tensor) -> Batch:
+    def read(self, rows: Tensor) -> ImageBatch:
         def read(index: int) -> tuple[np.ndarray, int]:
             record = self.source.read(index)
             pixels = np.asarray(center_crop(record.image, self.image_size))
@@ -206,47 +200,4 @@ class SourceBatches(ImageBatches):
 
         pixels, labels = zip(*self.pool.map(read, rows.tolist()), strict=True)
         images = from_uint8(torch.from_numpy(np.stack(pixels)))
-        return Batch(images=images, condition=torch.tensor(labels), indices=rows)
-
-
-def prefetch(
-    source: ImageSource, prepare: Callable[[ImageRecord], T], *, num_workers: int, depth: int
-) -> Generator[T, None, None]:
-    """`prepare(record)` for every image of `source`, in its order, computed by threads up to `depth` items ahead.
-
-    Pillow releases the interpreter lock, so threads decode in parallel. An `IndexedSource` is decoded by all
-    `num_workers` threads (0: one per CPU core, at most 16); any other source is walked by one more thread, and only
-    `prepare` runs in the others. An exception in a thread is raised here, at its item; waiting work is then dropped.
-    """
-    records = None if isinstance(source, IndexedSource) else iter(source)
-    indices = iter(range(len(source))) if isinstance(source, IndexedSource) else None
-    reader = ThreadPoolExecutor(1)
-    workers = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, MAX_THREADS))
-    pending: deque[Future[T | None]] = deque()
-
-    def from_stream(record: "Future[ImageRecord | None]") -> T | None:
-        result = record.result()
-        return None if result is None else prepare(result)
-
-    def from_index(index: int) -> T:
-        assert isinstance(source, IndexedSource)
-        return prepare(source.read(index))
-
-    def submit() -> None:
-        if records is not None:
-            pending.append(workers.submit(from_stream, reader.submit(next, records, None)))
-        elif indices is not None and (index := next(indices, None)) is not None:
-            pending.append(workers.submit(from_index, index))
-
-    try:
-        for _ in range(depth):
-            submit()
-        while pending:
-            item = pending.popleft().result()
-            if item is None:  # the end of a stream
-                return
-            submit()
-            yield item
-    finally:
-        workers.shutdown(cancel_futures=True)
-        reader.shutdown(cancel_futures=True)
+        return ImageBatch(images=images, condition=torch.tensor(labels), indices=rows)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import consonar
 from consonar.data.labels import LABEL_REMEDY, MAX_CLASSES, check_label, data_line
-from consonar.data.loader import prefetch
+from consonar.data.prefetch import prefetch
 from consonar.data.store_format import (
     FORMAT_VERSION,
     METADATA_FILE,
@@ -40,7 +40,7 @@ from consonar.errors import UserError, printable, reading, unknown
 from consonar.lock import folder_at_once, is_taken
 from consonar.origin import Origin, check
 from consonar.outside import home_expanded
-from consonar.placement import device_of, to_device
+from consonar.records import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
 ROWS_PER_BLOCK = 1024

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.components import load_generator, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.images import open_source
 from consonar.data.labels import Relabelled, check_label
 from consonar.errors import MissingSplit, UserError
-from consonar.evaluation.evaluate import REFERENCES
 from consonar.evaluation.features import to_float
 from consonar.evaluation.image_sets import cropped
-from consonar.generators import load_generator, read_origin
+from consonar.evaluation.inputs import REFERENCES
 from consonar.origin import Origin, check, class_difference, same_text
-from consonar.placement import device_of, to_device
+from consonar.records import device_of, to_device
 from consonar.training import losses
-from consonar.types import Batch, Generator, ImageSource, Tokenizer
+from consonar.types import Generator, ImageSource, TokenBatch, Tokenizer
 
 GRID = tuple(round(0.2 + 0.02 * i, 2) for i in range(91))
 """Temperatures at which entropy is measured to be inverted: 0.2 to 2."""
@@ -34,7 +34,7 @@ GRID = tuple(round(0.2 + 0.02 * i, 2) for i in range(91))
 
 @torch.inference_mode()
 def teacher_forced_entropies(
-    generator: Generator, batches: Iterable[Batch], temperatures: Sequence[float]
+    generator: Generator, batches: Iterable[TokenBatch], temperatures: Sequence[float]
 ) -> list[float]:
     """Mean entropy in nats of the next-token distributions under the true context, at each temperature (over 0).
 
@@ -43,7 +43,6 @@ def teacher_forced_entropies(
     device = device_of(generator)
     sums, count = torch.zeros(len(temperatures), dtype=torch.float64), 0
     for batch in batches:
-        assert batch.tokens is not None
         logits, _ = generator(to_device(batch.tokens, device), to_device(batch.condition, device))
         for index, temperature in enumerate(temperatures):
             sums[index] += losses.entropy(logits.float() / temperature).mean().double().cpu() * len(logits)
@@ -85,7 +84,7 @@ class Sharpness:
         elif other := class_difference(given, known, "the generator"):
             self.missing, self.source = f"of the reference, {other}", None
 
-    def batches(self, generator: Any) -> Iterator[Batch] | None:
+    def batches(self, generator: Any) -> Iterator[TokenBatch] | None:
         """The validation images as tokens, or None where `missing` says why they cannot serve this generator."""
         if self.source is None:
             return None
@@ -106,7 +105,7 @@ class Sharpness:
             self.missing = str(error)
             return None
         parts = zip(tokens.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
-        return (Batch(tokens=part, condition=classes) for part, classes in parts)
+        return (TokenBatch(part, classes) for part, classes in parts)
 
     @torch.inference_mode()
     def _encode(self, source: ImageSource) -> tuple[Tensor, list[int | None]]:

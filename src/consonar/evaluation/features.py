@@ -1,106 +1,32 @@
-"""Feature networks, and the features of image sets that are streamed, never held as floats.
-
-The offline network is EfficientNet-Lite0 (Tan and Le 2019, arXiv 1905.11946, Lite variant), ImageNet weights. A Fréchet
-distance of its features is named `FD(efficientnet-lite0)`: it is not FID, which is defined by one Inception network,
-`inception` here (`inception.py`); its weights are a file that the user brings.
+"""The features of image sets that are streamed, never held as floats; those of references are kept in the cache folder.
 
 Shapes: `B` batch, `F` features. Images on this side are uint8 (B, H, W, 3) numpy arrays until the network is called.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from consonar.cache import cache_dir, keep
-from consonar.errors import UserError, reading, unknown
+from consonar.data.transforms import from_uint8
+from consonar.errors import UserError, reading
 from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inception import load_inception
-from consonar.evaluation.statistics import InceptionScore, Moments
 from consonar.evaluation.subsets import RowDraw
+from consonar.metrics.distribution import InceptionScore, Moments
+from consonar.networks.features import FeatureNetwork, ScoringNetwork
 from consonar.outside import read_npz
 from consonar.seeding import derive_seed, generator
 
 CACHE_VERSION = 2
 """Of the feature cache: entries of other versions are not found."""
-
-
-@runtime_checkable
-class FeatureNetwork(Protocol):
-    """A frozen map from images to feature vectors; any object of this shape can be given to `evaluate`."""
-
-    name: str
-    weights_sha256: str
-    num_features: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float in [-1, 1], any H and W -> (B, F) float32; one image's features ignore its batch."""
-        ...
-
-
-@runtime_checkable
-class ScoringNetwork(FeatureNetwork, Protocol):
-    """A feature network that also gives what sFID and the Inception score are made of."""
-
-    num_spatial: int
-
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The features (B, F), spatial features (B, num_spatial) and class probabilities (B, K), all float32."""
-        ...
-
-
-class EfficientNetLite0Features:
-    """The 1,280 pooled features of EfficientNet-Lite0 at 224 px.
-
-    Images of any size are resized to 224 x 224 px first: bilinear, half-pixel centres, antialiased when they shrink
-    (enlarging is plain bilinear). The size is part of the metric: other sizes give other features.
-    """
-
-    name = "efficientnet-lite0"
-    num_features = 1280
-    input_size = 224
-
-    def __init__(self, device: str = "cpu") -> None:
-        from consonar.perceptual.efficientnet import load_efficientnet_lite0
-
-        backbone, self.weights_sha256 = load_efficientnet_lite0()
-        self.device = torch.device(device)
-        # A copy: the loader hands the same module to everyone, and it must not move to this device for all of them.
-        self.backbone = copy.deepcopy(backbone).eval().to(self.device)
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float in [-1, 1] on any device -> (B, 1280) float32 on the network's device."""
-        size = (self.input_size, self.input_size)
-        pooled = []  # a CPU is twice as fast on pieces that stay in its caches, and with the channels last
-        for part in images.to(self.device).split(16 if self.device.type == "cpu" else max(1, len(images))):
-            part = functional.interpolate(part, size=size, mode="bilinear", antialias=True)
-            pooled.append(self.backbone(part.contiguous(memory_format=torch.channels_last))[1])
-        return torch.cat(pooled).float()  # (B, 1280)
-
-
-FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
-    "efficientnet-lite0": EfficientNetLite0Features,
-    "inception": partial(load_inception, "inception"),
-    "inception-pytorch-fid": partial(load_inception, "inception-pytorch-fid"),
-}
-
-
-def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
-    """The feature network called `name` on `device`; UserError for another name, or where its weights are missing."""
-    if name not in FEATURE_NETWORKS:
-        raise unknown("feature_network", name, FEATURE_NETWORKS)
-    return FEATURE_NETWORKS[name](device)
 
 
 @dataclass(frozen=True)
@@ -126,7 +52,7 @@ def to_float(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]. Raises UserError for another type or shape."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"images: {images.dtype} {images.shape}; expected uint8 (count, height, width, 3)")
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(np.array(images))).contiguous(memory_format=torch.channels_last)
 
 
 def extract_features(

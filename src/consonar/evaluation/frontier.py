@@ -16,33 +16,26 @@ import numpy as np
 import torch
 
 from consonar import checkpoint
+from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, model_folder, read_origin
 from consonar.config_io import to_dict
 from consonar.data.bad_images import BadImages
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
-from consonar.evaluation.copying import CopyRate
 from consonar.evaluation.entropy import Sharpness
-from consonar.evaluation.evaluate import (
-    Reference,
-    Results,
-    encode_reference,
-    evaluate,
-    load_samples,
-    machine_name,
-    open_reference,
-    prepare_reference,
-)
-from consonar.evaluation.features import FeatureNetwork, ImageSet, load_feature_network, to_float
+from consonar.evaluation.evaluate import evaluate, prepare_reference
+from consonar.evaluation.features import ImageSet, to_float
+from consonar.evaluation.inputs import Reference, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import reconstruction_metrics
-from consonar.evaluation.results import origin_of_numbers
+from consonar.evaluation.results import Results, machine_name, origin_of_numbers
 from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, of_match, replacing, samples_name
-from consonar.generators import load_generator, load_own_tokenizer, model_folder, read_origin
 from consonar.lock import holds_first_argument
+from consonar.metrics.copying import CopyRate
+from consonar.networks import load_feature_network
+from consonar.networks.features import FeatureNetwork
 from consonar.origin import Origin, check
-from consonar.placement import device_of, to_device
+from consonar.records import device_of, to_device
 from consonar.sampling.job import balanced_labels, check_count, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size
-from consonar.tokenizers import load_tokenizer
 from consonar.types import Tokenizer
 
 KEPT_IMAGES = 80

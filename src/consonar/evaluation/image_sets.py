@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from consonar.checkpoint import file_sha256
-from consonar.data.bad_images import BadImages
+from consonar.data.bad_images import BadImages, readable_rows
+from consonar.data.picture_files import IMAGE_ENDINGS, find_pictures, read_image
+from consonar.data.transforms import center_crop
 from consonar.errors import BadImage, UserError, reading
 from consonar.outside import npz_keys, npz_member, read_npz
 from consonar.types import ImageSource
@@ -87,8 +89,6 @@ def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageS
     Images are neither cropped nor resized. Raises UserError for an empty folder and, while streaming, for an image that
     cannot be read or whose size differs from the first one's.
     """
-    from consonar.data.bad_images import readable_rows
-    from consonar.data.picture_files import IMAGE_ENDINGS, find_pictures, read_image
 
     found = find_pictures(folder)
     files = found.files
@@ -128,7 +128,6 @@ def source_image_set(source: ImageSource, image_size: int) -> ImageSet:
 
 def cropped(image: Image.Image, image_size: int) -> np.ndarray:
     """uint8 (S, S, 3): the picture itself if it has that size, else its ADM centre crop."""
-    from consonar.data.transforms import center_crop
 
     return np.asarray(image if image.size == (image_size, image_size) else center_crop(image, image_size))
 

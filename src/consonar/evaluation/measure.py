@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.evaluation.copying import CopyRate, copy_rate_features, copy_rate_tokens
-from consonar.evaluation.features import FeatureNetwork, FeatureSet, ScoringNetwork
-from consonar.evaluation.statistics import Target, frechet_distance
+from consonar.evaluation.features import FeatureSet
+from consonar.evaluation.inputs import Reference, Samples
+from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
+from consonar.metrics.distribution import Target, frechet_distance
+from consonar.networks.features import FeatureNetwork, ScoringNetwork
 from consonar.seeding import derive_seed
-
-if TYPE_CHECKING:
-    from consonar.evaluation.evaluate import Reference, Samples
 
 LARGEST = 1e30
 """Of the numbers of a Gaussian: the product of two covariances is calculated with."""

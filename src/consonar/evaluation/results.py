@@ -15,9 +15,9 @@ import torch
 
 from consonar import __version__
 from consonar.checkpoint import write_atomically
+from consonar.cpu.timing import processor
 from consonar.errors import UserError
-from consonar.evaluation.copying import CopyRate
-from consonar.hardware import processor
+from consonar.metrics.copying import CopyRate
 from consonar.outside import read_json
 
 

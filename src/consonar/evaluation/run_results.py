@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from consonar.checkpoint import file_sha256
+from consonar.components import model_folder
 from consonar.errors import UserError
-from consonar.generators import model_folder
 from consonar.outside import plain_name, read_json
 
 RESULTS, RECONSTRUCTION = "results.json", "reconstruction.json"

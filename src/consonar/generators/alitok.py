@@ -20,12 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from consonar.cpu.kernels import Dropout, Linear
 from consonar.generators.cache import KVCache
-from consonar.generators.kernels import Dropout, Linear
-from consonar.generators.layers import RMSNorm, SwiGLU, attend, rotate, swiglu_width
+from consonar.generators.layers import RMSNorm, SwiGLU, attend, rotate
 from consonar.generators.rotary import RotaryConfig, RotaryGenerator
-from consonar.official import Official, Shapes, State
-from consonar.types import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,37 +108,3 @@ class AliTokARGenerator(RotaryGenerator):
 
     def null_condition(self, condition: Tensor) -> Tensor:
         return torch.full_like(condition, self.num_classes)
-
-
-def recognises(shapes: Shapes) -> bool:
-    """AliTok's generator: Llama-style blocks under reAR's names, without AdaLN."""
-    needed = {"embeddings.weight", "output.weight", "blocks.0.attn.q_norm.weight", "blocks.0.mlp.w3.weight"}
-    return needed <= shapes.keys()
-
-
-def config_of(shapes: Shapes) -> AliTokARConfig:
-    """From the shapes, which do not tell where the tokens sit: 17 and 16 x 16, as published. Codes and classes share a
-    table; the rows of the output say how many are codes."""
-    vocab_size, width = shapes["output.weight"]
-    hidden = shapes["blocks.0.mlp.w1.weight"][0]
-    return AliTokARConfig(
-        width=width,
-        num_layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
-        num_heads=width // shapes["blocks.0.attn.q_norm.weight"][0],
-        ffn_width=0 if hidden == swiglu_width(width, 256) else hidden,
-        vocab_size=vocab_size,
-        num_tokens=273,
-        num_classes=shapes["embeddings.weight"][0] - vocab_size - 2,
-        grid=Grid(16, 16, prefix=17),
-    )
-
-
-def to_ours(state: State, config: AliTokARConfig) -> tuple[State, State]:
-    return dict(state), {}
-
-
-def to_official(state: State, unused: State, config: AliTokARConfig) -> State:
-    return {**state, **unused}
-
-
-OFFICIAL = Official("AliTok generator", "generator", recognises, config_of, to_ours, to_official)

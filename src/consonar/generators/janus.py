@@ -22,8 +22,8 @@ Letters: `B` batch, `L` prompt positions of a batch, `P` of the longest prompt a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,84 +31,9 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
-from consonar.generators.janus_parts import CacheLayers, build_parts, rotary, visible
-from consonar.options import check_options
-from consonar.types import Grid, PromptCondition
-
-# "<｜▁pad▁｜>" of the tokenizer of both released models.
-PAD_TOKEN = 100002
-
-
-@dataclass(frozen=True, kw_only=True)
-class JanusConfig:
-    """Shape of a Janus generator; the defaults are Janus-Pro-1B. Recipes leave `vocab_size`, `num_tokens` at 0."""
-
-    kind: Literal["janus"] = "janus"
-    width: int = 2048
-    """Hidden size of the language model."""
-    num_layers: int = 24
-    """Transformer blocks."""
-    num_heads: int = 16
-    """Attention heads; divides `width`."""
-    num_kv_heads: int = 0
-    """Heads of keys and values; divides `num_heads`; 0: as many."""
-    mlp_width: int = 5632
-    """Hidden units of the gated MLP."""
-    rope_base: float = 10000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm."""
-    text_vocab_size: int = 102400
-    """Tokens of the language model's text vocabulary."""
-    pad_token: int = PAD_TOKEN
-    """Text token that pads prompts and stands for every word of the null prompt."""
-    max_prompt_tokens: int = 256
-    """Longest prompt, with the begin-of-sentence and the start-of-image token."""
-    code_dim: int = 8
-    """Width of the generator's own embedding of a code."""
-    head_width: int = 0
-    """Hidden units of the generation head; 0: as many as `width`."""
-    vocab_size: int = 0
-    """Codes of the tokenizer; 0: taken from the token store."""
-    num_tokens: int = 0
-    """Tokens per image; 0: taken from the token store."""
-
-    def __post_init__(self) -> None:
-        check_options(self, "model.")
-        for key in ("width", "num_layers", "num_heads", "mlp_width", "text_vocab_size", "code_dim"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
-        if self.width % (2 * self.num_heads):
-            raise UserError(
-                f"model.num_heads: {self.num_heads} does not split model.width {self.width} into heads of even width"
-            )
-        if self.num_kv_heads < 0 or (self.num_kv_heads and self.num_heads % self.num_kv_heads):
-            raise UserError(f"model.num_kv_heads: {self.num_kv_heads} does not divide model.num_heads {self.num_heads}")
-        if self.head_width < 0:
-            raise UserError(f"model.head_width: {self.head_width} is negative")
-        if not 0 <= self.pad_token < self.text_vocab_size:
-            raise UserError(
-                f"model.pad_token: {self.pad_token} is not a text token; choices: 0..{self.text_vocab_size - 1} "
-                f"(model.text_vocab_size {self.text_vocab_size})"
-            )
-        if self.max_prompt_tokens < 2:
-            raise UserError(
-                f"model.max_prompt_tokens: {self.max_prompt_tokens}; a prompt has a first and a start-of-image token"
-            )
-        for key in ("rope_base", "norm_eps"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
-
-    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> JanusConfig:
-        """This shape for given data; raises `UserError` when a size was set to something else.
-
-        Prompts are the condition whatever `num_classes` is, and positions are on a line whatever `grid` is.
-        """
-        for key, size in {"vocab_size": vocab_size, "num_tokens": num_tokens}.items():
-            if getattr(self, key) not in (0, size):
-                raise UserError(f"model.{key}: {getattr(self, key)}, but the token store has {size}")
-        return replace(self, vocab_size=vocab_size, num_tokens=num_tokens)
-
+from consonar.generators.janus_parts import PAD_TOKEN, CacheLayers, JanusConfig, build_parts, rotary, visible
+from consonar.origin import Origin
+from consonar.types import PromptCondition
 
 JANUS_PRESETS = {
     "1B": JanusConfig(),
@@ -134,6 +59,7 @@ class JanusGenerator(nn.Module):
     """
 
     num_classes = 0
+    origin: Origin | None = None
     language_model: Any
     generation_embeddings: nn.Module
     generation_aligner: nn.Module

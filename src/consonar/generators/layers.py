@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consonar.cpu.kernels import Dropout, Linear, causal_attention, later_rows_mask
 from consonar.generators.cache import KVCache
-from consonar.generators.kernels import Dropout, Linear, causal_attention, later_rows_mask
 from consonar.types import Grid
 
 

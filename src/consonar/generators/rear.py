@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consonar.cpu.kernels import Dropout, Linear, causal_attention, later_rows_mask
 from consonar.errors import UserError
 from consonar.generators.cache import KVCache
-from consonar.generators.kernels import Dropout, Linear, causal_attention, later_rows_mask
 from consonar.options import check_options
-from consonar.types import Grid
+from consonar.origin import Origin
+from consonar.types import GeneratorConfig, Grid
 
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
@@ -34,7 +35,7 @@ FEW_CLASSES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReARConfig:
+class ReARConfig(GeneratorConfig):
     """Shape of a reAR/RAR generator. Recipes leave `vocab_size`, `num_tokens`, `num_classes` at 0: set by the data."""
 
     kind: Literal["rear"] = "rear"
@@ -48,10 +49,6 @@ class ReARConfig:
     """Width of the MLP as a multiple of `width`."""
     dropout: float = 0.1
     """Dropout after attention and MLP, and on the attention weights."""
-    vocab_size: int = 0
-    """Codes of the tokenizer; 0: taken from the token store."""
-    num_tokens: int = 0
-    """Tokens per image; 0: taken from the token store."""
     num_classes: int = 0
     """Classes; 0: taken from the token store."""
 
@@ -175,6 +172,7 @@ class ReARGenerator(nn.Module):
     """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
 
     prefix_length = 2
+    origin: Origin | None = None
 
     def __init__(self, config: ReARConfig):
         super().__init__()

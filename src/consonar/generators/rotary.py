@@ -19,13 +19,14 @@ from consonar.errors import UserError
 from consonar.generators.cache import KVCache
 from consonar.generators.layers import RMSNorm, attention_mask, rotary_table, swiglu_width
 from consonar.options import check_options
-from consonar.types import Grid
+from consonar.origin import Origin
+from consonar.types import GeneratorConfig, Grid
 
 SIZES = ("vocab_size", "num_tokens", "num_classes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotaryConfig:
+class RotaryConfig(GeneratorConfig):
     """Shape of a generator with rotary positions. Recipes leave the last four at 0 and None: set by the data."""
 
     width: int = 768
@@ -50,10 +51,6 @@ class RotaryConfig:
     """Dropout after attention."""
     ffn_dropout: float = 0.1
     """Dropout after the SwiGLU."""
-    vocab_size: int = 0
-    """Codes of the tokenizer; 0: taken from the token store."""
-    num_tokens: int = 0
-    """Tokens per image; 0: taken from the token store."""
     num_classes: int = 0
     """Classes; 0: taken from the token store, or none."""
     grid: Grid | None = None
@@ -115,6 +112,7 @@ class RotaryGenerator(nn.Module, ABC):
     methods that tell what conditions and tokens are. `config` has all sizes set.
     """
 
+    origin: Origin | None = None
     norm: RMSNorm
     output: nn.Linear
     token_dropout: nn.Dropout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from consonar.config import TrainConfig
 from consonar.errors import unknown
 from consonar.recipes.openmoji import (
     ar_openmoji,
@@ -33,6 +32,7 @@ from consonar.recipes.published import (
     vapi_llamagen_xl,
     vapi_llamagen_xxl,
 )
+from consonar.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "ar-openmoji": ar_openmoji,

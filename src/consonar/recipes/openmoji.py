@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from consonar.config import DataConfig, LoopConfig, TrainConfig
 from consonar.generators.rear import REAR_PRESETS, ReARConfig
 from consonar.tokenizers.vq import VQConfig
-from consonar.training.baselines import CrossEntropyConfig, StraightThroughConfig
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
-from consonar.training.policy_objective import PolicyConfig
-from consonar.training.vq_objective import ReconstructionConfig
 
 OPENMOJI_REWARDS = {"mse": 1.0, "efficientnet-lite0": 1.0}
 
@@ -22,7 +22,7 @@ def ar_openmoji() -> TrainConfig:
         recipe="ar-openmoji",
         tokenizer="openmoji-64",
         model=REAR_PRESETS["tiny"],
-        objective=ConsistencyConfig(),
+        objective=AutoregressiveConfig(),
         data=DataConfig(tokens="tokens/openmoji-64"),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=50),
         loop=LoopConfig(steps=900, batch_size=64, log_every=10, validate_every=100, sample_every=300, save_every=300),
@@ -34,7 +34,7 @@ def rear_openmoji() -> TrainConfig:
     return replace(
         ar_openmoji(),
         recipe="rear-openmoji",
-        objective=ConsistencyConfig(
+        objective=AutoregressiveConfig(
             embedding_weight=1.0, head_width=256, noise=NoiseConfig(schedule="truncated_linear")
         ),
     )
@@ -95,7 +95,7 @@ def rear_openmoji_f4() -> TrainConfig:
         recipe="rear-openmoji-f4",
         tokenizer="openmoji-64-f4",
         model=ReARConfig(width=224, num_layers=5, num_heads=4, dropout=0.1),
-        objective=ConsistencyConfig(
+        objective=AutoregressiveConfig(
             embedding_weight=1.0, head_width=256, noise=NoiseConfig(schedule="truncated_linear")
         ),
         data=DataConfig(tokens="tokens/openmoji-64-f4-shift", views="shift_flip"),
@@ -119,7 +119,7 @@ def rear_openmoji_f4_tune() -> TrainConfig:
         start,
         recipe="rear-openmoji-f4-tune",
         model=None,
-        objective=ConsistencyConfig(embedding_weight=1.0, head_width=256),
+        objective=AutoregressiveConfig(embedding_weight=1.0, head_width=256),
         data=DataConfig(tokens="tokens/openmoji-64-f4", views="center_flip"),
         optim=replace(start.optim, lr=7e-4, warmup_steps=40),
         loop=replace(start.loop, steps=700, validate_every=100, sample_every=0, save_every=100, ema_decay=0.99),

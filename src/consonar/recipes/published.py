@@ -22,15 +22,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from consonar.config import DataConfig, LoopConfig, TrainConfig
 from consonar.generators.alitok import ALITOK_PRESETS
 from consonar.generators.rear import REAR_PRESETS
-from consonar.training.alignment import GuardConfig
-from consonar.training.objectives import ConsistencyConfig, NoiseConfig
+from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.objectives.alignment import GuardConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.optim import OptimConfig
-from consonar.training.policy_objective import PolicyConfig
 
-PLAIN = ConsistencyConfig(class_dropout=0.1)
+PLAIN = AutoregressiveConfig(class_dropout=0.1)
 # Heads at layer 0 and at three quarters of the depth (15 of 20, 18 of 24); the largest noise rate falls from 1 at the
 # start to 0 at three quarters of the run (187,500 of 250,000 steps).
 REGULARISED = replace(

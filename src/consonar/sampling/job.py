@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from consonar.checkpoint import component_fingerprint, write_atomically
 from consonar.config_io import to_dict
+from consonar.data.grids import save_grid
 from consonar.data.picture_files import IMAGE_ENDINGS
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.lock import hold, is_unused
 from consonar.origin import Origin, check
 from consonar.outside import read_json, read_npz
-from consonar.pictures import save_grid
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer

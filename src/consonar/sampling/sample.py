@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from consonar import records
 from consonar.errors import UserError
-from consonar.generators import conditions
 from consonar.options import check_options
 from consonar.origin import Origin, check
-from consonar.placement import device_of, to_device
+from consonar.records import device_of, to_device
 from consonar.sampling.guidance import guided_logits, scale_at
 from consonar.seeding import generator as seeded
 from consonar.seeding import uniform
@@ -129,7 +129,7 @@ def sample_tokens(
     ones, which are also all that the guidance schedule knows of. `on_token(position, tokens)` is called after each
     token. Raises `UserError` for logits that are not finite.
     """
-    count, device = conditions.num_rows(condition), conditions.first_tensor(condition).device
+    count, device = records.num_rows(condition), records.first_tensor(condition).device
     if len(seeds) != count:
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions")
     length = generator.num_tokens if num_tokens is None else num_tokens
@@ -137,8 +137,8 @@ def sample_tokens(
         raise UserError(f"num_tokens: {num_tokens} is not between 1 and the generator's {generator.num_tokens}")
     scales = [config.scale(i, length) for i in range(length)]
     guided = any(scale != 1 for scale in scales)
-    rows: Any = conditions.concatenate(condition, generator.null_condition(condition)) if guided else condition
-    num_rows = conditions.num_rows(rows)
+    rows: Any = records.concatenate(condition, generator.null_condition(condition)) if guided else condition
+    num_rows = records.num_rows(rows)
     cache = generator.new_cache(num_rows)
     draws = to_device(uniforms(seeds, length), device)
     tokens = torch.empty(count, length, dtype=torch.int64, device=device)
@@ -184,7 +184,7 @@ def sample(
     """
     if isinstance(condition, Sequence | Tensor):
         condition = class_ids(condition)
-    count = conditions.num_rows(condition)
+    count = records.num_rows(condition)
     seeds = range(count) if seeds is None else seeds
     check_batch_size(batch_size)
     check_fit(generator, tokenizer)
@@ -194,7 +194,7 @@ def sample(
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions; give one each, and at least one")
     parts = []
     for start in range(0, count, batch_size):
-        rows = to_device(conditions.rows(condition, slice(start, start + batch_size)), device_of(generator))
+        rows = to_device(records.rows(condition, slice(start, start + batch_size)), device_of(generator))
         tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config or SamplerConfig())
         images = tokenizer.decode(tokens).clamp(-1, 1)
         parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))

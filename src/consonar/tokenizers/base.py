@@ -45,7 +45,9 @@ class CodebookTokenizer(nn.Module, ABC):
 
     unit_range = True
     """Whether the networks work on pixels in [0, 1]; images change range here."""
-    # Set by subclasses, where there is a table of codes.
+    # Set by subclasses; `quantize` where there is a table of codes.
+    encoder: nn.Module
+    decoder: nn.Module
     quantize: Codebook
 
     def __init__(self, config: Any, name: str, num_tokens: int, grid: Grid | None, *, l2_normalize: bool):

@@ -13,7 +13,6 @@ Letters: `B` batch, `N` tokens (raster order), `V` vocabulary, `C` code width, `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,11 +23,11 @@ from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
 from consonar.options import check_options
 from consonar.tokenizers.base import CodebookTokenizer
-from consonar.types import Grid
+from consonar.types import Grid, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvConfig:
+class ConvConfig(ModelConfig):
     """Shape of a convolutional tokenizer; the defaults are MaskGIT's."""
 
     image_size: int = 256
@@ -109,11 +108,6 @@ def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
     for block in blocks:
         x = block(x)
     return x
-
-
-def num_indices(keys: Iterable[str], prefix: str) -> int:
-    """How many entries the module list `prefix` has in a state dict with these keys."""
-    return len({key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)})
 
 
 class ConvTokenizer(CodebookTokenizer):

@@ -16,9 +16,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.official import Official, Shapes, same_keys, same_keys_back
 from consonar.tokenizers.base import Codebook
-from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, num_indices, residual_blocks, run
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, residual_blocks, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,38 +97,3 @@ class MaskGITTokenizer(ConvTokenizer):
         super().__init__(config, name)
         self.encoder, self.decoder = MaskGITEncoder(config), MaskGITDecoder(config)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
-
-
-# VQGAN of taming-transformers shares the names of the levels, but not those of the middle.
-MARKERS = {
-    "encoder.down.0.block.0.conv1.weight",
-    "encoder.mid.0.conv1.weight",
-    "decoder.up.0.block.0.conv1.weight",
-    "quantize.embedding.weight",
-}
-
-
-def config_from(shapes: Shapes) -> MaskGITConfig:
-    """Sizes from the shapes; image size and groups as published."""
-    base_channels = shapes["encoder.conv_in.weight"][0]
-    vocab_size, code_dim = shapes["quantize.embedding.weight"]
-    return MaskGITConfig(
-        vocab_size=vocab_size,
-        code_dim=code_dim,
-        base_channels=base_channels,
-        channel_multipliers=tuple(
-            shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] // base_channels
-            for level in range(num_indices(shapes, "encoder.down."))
-        ),
-        num_res_blocks=num_indices(shapes, "encoder.mid."),
-    )
-
-
-OFFICIAL = Official(
-    name="MaskGIT-VQGAN tokenizer",
-    component="tokenizer",
-    recognises=lambda shapes: shapes.keys() >= MARKERS,
-    config=config_from,
-    to_ours=same_keys,
-    to_official=same_keys_back,
-)

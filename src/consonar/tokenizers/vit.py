@@ -15,7 +15,6 @@ Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `D` transformer 
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -25,12 +24,9 @@ from torch.nn import functional as F
 
 from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
-from consonar.official import Shapes
 from consonar.options import check_options
 from consonar.tokenizers.base import CodebookTokenizer
-from consonar.tokenizers.conv import num_indices
-
-PUBLISHED_HEAD_WIDTH = 64
+from consonar.types import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +58,7 @@ LARGE = TransformerConfig(width=1024, num_layers=24, num_heads=16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig:
+class ViTConfig(ModelConfig):
     """Shape of a tokenizer with a transformer on either side; `TiTokConfig` and `AliTokConfig` set the defaults."""
 
     image_size: int = 256
@@ -94,17 +90,6 @@ class ViTConfig:
     def decoder_side(self) -> int:
         """Patches along one side of the image as the decoder writes it."""
         return self.image_size // self.decoder.patch_size
-
-
-def transformer_from_shapes(shapes: Shapes, side: str, image_size: int, num_patches: int) -> TransformerConfig:
-    """The sizes of `encoder` or `decoder`, whichever `side` names, that cuts the image into `num_patches`."""
-    width = shapes[f"{side}.ln_post.weight"][0]
-    return TransformerConfig(
-        width=width,
-        num_layers=num_indices(shapes, f"{side}.transformer."),
-        num_heads=max(1, width // PUBLISHED_HEAD_WIDTH),
-        patch_size=image_size // math.isqrt(num_patches),
-    )
 
 
 def attend(projected: Tensor, num_heads: int) -> Tensor:

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.errors import UserError
-from consonar.official import Official, Shapes, State
 from consonar.tokenizers.base import Codebook
-from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, num_indices, residual_blocks, run
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, residual_blocks, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,60 +163,3 @@ class VQGANPlusTokenizer(ConvTokenizer):
     def embed(self, tokens: Tensor) -> Tensor:
         # Not by way of the table: it has 2^18 rows in the largest released model.
         return sign_codes(tokens, self.code_dim) if self.lookup_free else super().embed(tokens)
-
-
-MARKERS = {
-    "encoder.down.0.res_blocks.0.conv1.weight",
-    "encoder.mid.res_blocks.0.conv1.weight",
-    "decoder.up.0.res_blocks.0.conv1.weight",
-}
-CODEBOOK, TABLE, WEIGHTS = "quantize.embedding.weight", "quantize.codebook", "quantize.bits_to_indices"
-
-
-def recognises(shapes: Shapes) -> bool:
-    """Whether the keys are those of VQGAN+ with the decoder in the order of execution."""
-    last = num_indices(shapes, "decoder.up.") - 1
-    in_order = f"decoder.up.{last}.upsample_conv.weight" not in shapes
-    return shapes.keys() >= MARKERS and in_order and (CODEBOOK in shapes or WEIGHTS in shapes)
-
-
-def config_from(shapes: Shapes) -> VQGANPlusConfig:
-    """Sizes from the shapes; image size, groups and normalisation as published."""
-    base_channels, levels = shapes["encoder.conv_in.weight"][0], num_indices(shapes, "encoder.down.")
-    code_dim = shapes["encoder.conv_out.weight"][0]
-    blocks, decoder_blocks = (num_indices(shapes, f"{part}.mid.res_blocks.") for part in ("encoder", "decoder"))
-    return VQGANPlusConfig(
-        vocab_size=shapes[CODEBOOK][0] if CODEBOOK in shapes else 2**code_dim,
-        code_dim=code_dim,
-        base_channels=base_channels,
-        channel_multipliers=tuple(
-            shapes[f"encoder.down.{level}.res_blocks.0.conv2.weight"][0] // base_channels for level in range(levels)
-        ),
-        num_res_blocks=blocks,
-        num_decoder_blocks=None if decoder_blocks == blocks else decoder_blocks,
-        quantizer="lookup" if CODEBOOK in shapes else "lookup-free",
-        downsample="average" if levels > 1 and "encoder.down.0.down_conv.weight" not in shapes else "convolution",
-    )
-
-
-def to_ours(official: State, config: VQGANPlusConfig) -> tuple[State, State]:
-    tables = {key: value for key, value in official.items() if key in (TABLE, WEIGHTS)}
-    return {key: value for key, value in official.items() if key not in tables}, tables
-
-
-def to_official(ours: State, unused: State, config: VQGANPlusConfig) -> State:
-    tables: State = {}
-    if config.quantizer == "lookup-free":  # a tokenizer that was not converted has no `unused`
-        bits = torch.arange(config.code_dim)
-        tables = {WEIGHTS: (2**bits).int(), TABLE: sign_codes(torch.arange(config.vocab_size), config.code_dim)}
-    return {**ours, **tables, **unused}
-
-
-OFFICIAL = Official(
-    name="VQGAN+ tokenizer",
-    component="tokenizer",
-    recognises=recognises,
-    config=config_from,
-    to_ours=to_ours,
-    to_official=to_official,
-)

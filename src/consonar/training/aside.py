@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consonar import checkpoint, distributed, hardware
-from consonar.config import TrainConfig
+from consonar import checkpoint, distributed
+from consonar.cpu import timing as hardware
 from consonar.distributed import World
 from consonar.errors import UserError, reading
 from consonar.tensors import check_plain
 from consonar.tracking import Tracker
+from consonar.training.config import TrainConfig
 from consonar.types import Objective
 
 INTERRUPTED = "interrupted"
@@ -85,7 +86,7 @@ class Aside:
 
     config: TrainConfig
     state: State
-    objective: Objective
+    objective: Objective[Any, Any]
     callbacks: Callbacks
     tracker: Tracker
     folder: Path
@@ -94,6 +95,9 @@ class Aside:
 
     def __post_init__(self) -> None:
         self.clock, self.clock_step = time.monotonic(), self.state.step
+
+    def due(self, every: int) -> bool:
+        return due(self.state.step, every, self.config.objective.updates)
 
     @property
     def at_end(self) -> bool:
@@ -116,7 +120,7 @@ class Aside:
             return
         known = distributed.from_main(self.tracker.has(step, "validation/"), self.world)
         ends = self.at_end or bool(state.stopped)
-        if self.callbacks.validate and not known and (due(step, loop.validate_every) or ends):
+        if self.callbacks.validate and not known and (self.due(loop.validate_every) or ends):
             try:
                 breach = self.objective.breach(self.validate())
                 state.stopped = state.stopped or breach
@@ -124,14 +128,14 @@ class Aside:
                 raise
             except Exception as error:
                 self.tracker.warn(f"the validation of step {step} is left out: {one_line(error)}")
-        if (due(step, loop.sample_every) or ends or state.stopped) and not self.picture.exists():
+        if (self.due(loop.sample_every) or ends or state.stopped) and not self.picture.exists():
             self.preview()
 
     def log(self, terms: Mapping[str, Tensor]) -> None:
         """A line of metrics where one is due. Sets `state.stopped` by what it says, and `state.interrupted`."""
         state, loop = self.state, self.config.loop
         state.interrupted = self.interrupted() and self.world.size == 1  # several processes agree in the next line
-        if state.step % loop.log_every and not self.at_end:
+        if not self.due(loop.log_every) and not self.at_end:
             return
         values = {key: float(value) for key, value in terms.items()} | {INTERRUPTED: float(self.interrupted())}
         values = distributed.mean_over_ranks(values, self.world)
@@ -145,12 +149,12 @@ class Aside:
     def measure(self) -> None:
         """Validation and a picture where they are due; a breach that validation finds is `state.stopped`, and saved."""
         state, loop = self.state, self.config.loop
-        if self.callbacks.validate and (due(state.step, loop.validate_every) or self.at_end or state.stopped):
+        if self.callbacks.validate and (self.due(loop.validate_every) or self.at_end or state.stopped):
             breach = self.objective.breach(self.validate())
             if breach and not state.stopped:
                 state.stopped = breach
                 self.save()
-        if due(state.step, loop.sample_every) or self.at_end or state.stopped:
+        if self.due(loop.sample_every) or self.at_end or state.stopped:
             self.preview()
 
     def validate(self) -> dict[str, float]:
@@ -181,12 +185,13 @@ class Aside:
         if self.world.is_main:
             folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
             hardware.keep_for_run(self.folder / KERNELS)
-            payload = self.state.payload() | {"processes": self.world.size}
+            payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
             checkpoint.save_resume(folder, self.state.step, payload, keep)
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def due(step: int, every: int, updates: int = 1) -> bool:
+    """Whether a multiple of `every` was reached by the last `updates` steps."""
+    return every > 0 and step % every < updates
 
 
 def one_line(error: Exception) -> str:

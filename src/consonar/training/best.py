@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from consonar import checkpoint
+from consonar.components import save_generator
 from consonar.data.loader import ImageBatches
 from consonar.errors import UserError, reading
-from consonar.evaluation.features import load_feature_network
-from consonar.evaluation.statistics import Moments, frechet_distance
-from consonar.generators import Origin, save_generator
+from consonar.metrics.distribution import Moments, frechet_distance
+from consonar.networks import load_feature_network
+from consonar.origin import Origin
 from consonar.outside import read_json
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
@@ -32,7 +33,6 @@ class ValidationDistance:
         self.batch_size = validation.batch_size
         self.target = Moments(self.network.num_features)
         for batch in validation.ordered(self.batch_size):
-            assert batch.images is not None
             self.target.update(self.network(batch.images))
         if self.target.count < 2:
             raise UserError("loop.fd_samples: a distance needs 2 validation images or more, there is 1; set it to 0")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.placement import to_device
+from consonar.records import to_device
 from consonar.seeding import integers, permutation
 from consonar.types import Grid, Tokenizer
 

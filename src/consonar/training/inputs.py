@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
-from consonar.config import TrainConfig
+from consonar.data.grids import save_grid
 from consonar.data.images import IndexedSource
 from consonar.data.labels import check_label, check_labels
 from consonar.data.loader import ImageBatches, SourceBatches
 from consonar.data.tokens import TokenStore
-from consonar.data.transforms import VIEWS
+from consonar.data.transforms import VIEWS, center_crop
 from consonar.distributed import World
 from consonar.errors import UserError, unknown
 from consonar.origin import check
 from consonar.outside import home_expanded
-from consonar.placement import to_device
-from consonar.tokenizers.vq import VQTokenizer
-from consonar.types import Batch, ImageSource, Tokenizer
+from consonar.records import to_device
+from consonar.sampling.job import balanced_labels
+from consonar.sampling.sample import SamplerConfig, sample
+from consonar.training.config import TrainConfig
+from consonar.types import Generator, ImageSource, Tokenizer
+
+Item = TypeVar("Item", covariant=True)
+
+
+class Held(Protocol[Item]):
+    """Batches that can be walked through in order."""
+
+    batch_size: int
+
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Item]: ...
+
 
 PREVIEW_IMAGES = 16
 MAX_MEMORY = 4e9
@@ -92,10 +106,6 @@ def load_images(
 
     Raises `UserError` for a label that is none of `num_classes` classes, or missing (`labels.check_label`).
     """
-    import numpy as np
-
-    from consonar.data.transforms import center_crop
-
     images, conditions = [], []
     if num_classes is not None:
         check_labels(source, num_classes, missing)
@@ -108,27 +118,20 @@ def load_images(
     return torch.from_numpy(np.stack(images)), None if num_classes is None else torch.tensor(conditions)
 
 
-def held_out_batches(batches: Any, config: TrainConfig, world: World) -> Iterator[Batch]:
+def held_out_batches(batches: Held[Item], config: TrainConfig, world: World) -> Iterator[Item]:
     """What a validation measures, on the device."""
     for batch in batches.ordered(batches.batch_size, config.data.validation_items):
         yield to_device(batch, world.device)
 
 
-def preview_samples(model: Any, tokenizer: Tokenizer, path: Path) -> None:
-    from consonar.pictures import save_grid
-    from consonar.sampling.job import balanced_labels
-    from consonar.sampling.sample import SamplerConfig, sample
-
+def preview_samples(model: Generator, tokenizer: Tokenizer, path: Path) -> None:
     labels = balanced_labels(PREVIEW_IMAGES, max(1, model.num_classes))
     result = sample(model, tokenizer, labels, seeds=range(PREVIEW_IMAGES), config=SamplerConfig())
     save_grid(result.images, path, columns=8)
 
 
-def preview_reconstructions(tokenizer: VQTokenizer, validation: ImageBatches, world: World, path: Path) -> None:
-    from consonar.pictures import save_grid
-
+def preview_reconstructions(tokenizer: Tokenizer, validation: ImageBatches, world: World, path: Path) -> None:
     rows = torch.linspace(0, validation.num_items - 1, min(PREVIEW_IMAGES, validation.num_items)).long()
     images = to_device(validation.read(rows), world.device).images
-    assert images is not None
     pairs = torch.stack([images, tokenizer.decode(tokenizer.encode(images))], 1).flatten(0, 1)
     save_grid(pairs, path, columns=8)

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from consonar import distributed
-from consonar.config import TrainConfig
 from consonar.distributed import World
-from consonar.placement import map_tensors, to_device
+from consonar.records import split, to_device
 from consonar.seeding import derive_seed
 from consonar.tracking import Tracker
-from consonar.training.aside import Aside, Callbacks, NonFiniteLoss, State, due, non_finite
+from consonar.training.aside import Aside, Callbacks, State, due, non_finite
+from consonar.training.config import TrainConfig
 from consonar.training.optim import learning_rate, update_average
-from consonar.types import Batch, Objective, Rollout
-
-__all__ = ["Batches", "Callbacks", "NonFiniteLoss", "State", "split", "train_loop"]
+from consonar.types import Objective
 
 
 class Batches(Protocol):
-    """Random access by step, so that resuming needs no state, and an ordered walk for validation."""
+    """Random access by number, so that resuming needs no state, and an ordered walk for validation."""
 
-    def batch(self, step: int) -> Batch: ...
-    def ordered(self, batch_size: int) -> Iterator[Batch]: ...
+    def batch(self, step: int) -> Any: ...
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Any]: ...
 
 
 def train_loop(
     config: TrainConfig,
     state: State,
-    objective: Objective,
+    objective: Objective[Any, Any],
     batches: Batches,
     *,
     tracker: Tracker,
@@ -44,39 +42,32 @@ def train_loop(
 ) -> None:
     """Trains `state.model` in place from `state.step` to `config.loop.steps`, or to `stop_at` when that is earlier.
 
-    Ends before that, with all that the end does, when the objective finds a breach (`state.stopped`), and with nothing
-    but a checkpoint once `interrupted()` (several processes: at the next line of metrics). Raises `NonFiniteLoss` in
-    the step that makes such a number, before its weights are saved; the last checkpoint stays. Where it was the loss or
-    its gradient, the weights are those before the step.
+    Steps are those of the optimiser; an objective may want several on each batch, which then end together. Ends before
+    that, with all that the end does, when the objective finds a breach (`state.stopped`), and with nothing but a
+    checkpoint once `interrupted()` (several processes: at the next line of metrics). Raises `NonFiniteLoss` in the step
+    that makes such a number, before its weights are saved; the last checkpoint stays. Where it was the loss or its
+    gradient, the weights are those before the step.
     """
-    loop, device = config.loop, state.device
+    loop, device, updates = config.loop, state.device, config.objective.updates
     autocast_dtype = distributed.pick_precision(loop.precision, device)
     model = distributed.wrap(state.model, world)
     last = min(loop.steps, stop_at or loop.steps)
     aside = Aside(config, state, objective, callbacks, tracker, folder, world, interrupted)
     model.train()
     aside.begin()
-    for step in range(state.step, state.step if state.stopped else last):
-        # Only dropout draws from the global generator. Seeded in every step and process, it has no state to keep.
-        torch.manual_seed(derive_seed(config.seed, "dropout", world.rank, step))
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(step, loop.steps, config.optim)
-        batch = to_device(batches.batch(step), device)
-        for rollout in objective.rollout(state.model, batch, step):
-            terms = update(model, state, objective, rollout, step, config, autocast_dtype, folder)
-        state.step = step + 1
-        if state.average is not None:
-            update_average(state.average, state.model, loop.ema_decay)
+    while state.step < last and not state.stopped:
+        batch = to_device(batches.batch(state.step // updates), device)
+        prepared = objective.prepare(state.model, batch, state.step)
+        for _ in range(min(updates, loop.steps - state.step)):
+            terms = update(model, state, objective, prepared, config, world, autocast_dtype, folder)
         tracker.advance(state.step)
         aside.log(terms)
         # Before all that is optional: what fails below costs no step.
-        if due(state.step, loop.save_every) or state.step == last or state.stopped or state.interrupted:
+        if due(state.step, loop.save_every, updates) or state.step >= last or state.stopped or state.interrupted:
             aside.save()
         if state.interrupted:
             break
         aside.measure()
-        if state.stopped:
-            break
     if state.stopped:
         tracker.warn(f"stopped at step {state.step}: {state.stopped}; the model of this step is kept")
     distributed.barrier(world)
@@ -85,15 +76,20 @@ def train_loop(
 def update(
     model: nn.Module,
     state: State,
-    objective: Objective,
-    rollout: Rollout,
-    step: int,
+    objective: Objective[Any, Any],
+    prepared: object,
     config: TrainConfig,
+    world: World,
     autocast_dtype: torch.dtype | None,
     folder: Path,
 ) -> dict[str, Tensor]:
-    """One optimiser step on one rollout, in `accumulation` micro-batches; returns the mean terms."""
-    parts = split(rollout, config.loop.accumulation)
+    """One optimiser step on a prepared batch, in `accumulation` micro-batches; returns the mean terms."""
+    step = state.step
+    # Only dropout draws from the global generator. Seeded in every step and process, it has no state to keep.
+    torch.manual_seed(derive_seed(config.seed, "dropout", world.rank, step))
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(step, config.loop.steps, config.optim)
+    parts = split(prepared, config.loop.accumulation)
     sums: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
         with distributed.exchange_of_gradients(model, index == len(parts) - 1):
@@ -111,15 +107,7 @@ def update(
     size = torch.nn.utils.get_total_norm(model.parameters())
     if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
         raise non_finite(step, f"loss {float(sums['loss'])}, but the step made weights of norm {float(size)}", folder)
+    state.step = step + 1
+    if state.average is not None:
+        update_average(state.average, state.model, config.loop.ema_decay)
     return sums | {"grad_norm": norm}
-
-
-def split(rollout: Rollout, parts: int) -> list[Rollout]:
-    """Equal slices along the first dimension, so that the mean of their losses is the loss of the whole."""
-    if parts == 1:
-        return [rollout]
-
-    def part(index: int) -> Rollout:
-        return map_tensors(rollout, lambda tensor: tensor.chunk(parts)[index])
-
-    return [part(index) for index in range(parts)]

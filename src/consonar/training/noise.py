@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from consonar.placement import to_device
 from consonar.precision import in_float32
+from consonar.records import to_device
 from consonar.seeding import integers, rows_of_rank, uniform
 
 SCHEDULES = ("none", "constant", "uniform", "linear", "truncated_linear")

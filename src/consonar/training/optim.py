@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from consonar import hardware
+from consonar.cpu import timing as hardware
+from consonar.cpu.timing import Way
 from consonar.errors import UserError
-from consonar.hardware import Way
 from consonar.options import check_options
 
 

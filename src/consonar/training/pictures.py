@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from consonar.config import TrainConfig
+from consonar.components import read_origin
 from consonar.data.bad_images import BadImages, Part, leave_out
 from consonar.data.image_folder import other_files
 from consonar.data.images import IndexedSource, open_source
 from consonar.data.labels import describe
 from consonar.errors import MissingSplit, UserError
-from consonar.generators import read_origin
 from consonar.seeding import generator, permutation
+from consonar.training.config import TrainConfig
 from consonar.types import ImageSource
 
 HELD_OUT = 0.05

@@ -12,7 +12,6 @@ Letters: `B` originals, `G` images of each (1 if not said), `H`, `W` pixels, `h`
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -22,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from consonar import records
 from consonar.errors import UserError, unknown
-from consonar.evaluation import reconstruction
-from consonar.evaluation.features import EfficientNetLite0Features
-from consonar.generators import conditions
-from consonar.perceptual import SMALLEST_INPUT
-from consonar.perceptual.efficientnet import PerceptualDistance
-from consonar.perceptual.lpips import load_lpips
-from consonar.placement import to_device
+from consonar.metrics import pixels
+from consonar.networks import PERCEPTUAL_DISTANCES
+from consonar.networks.discriminator import load_discriminator
+from consonar.networks.efficientnet import PerceptualDistance
+from consonar.networks.features import EfficientNetLite0Features
+from consonar.networks.lpips import load_lpips
+from consonar.records import to_device
 from consonar.training.credit import resize_to_grid
-from consonar.training.discriminator import load_discriminator
 from consonar.training.own_rewards import (
     DOTTED_PATH,
     KEY,
@@ -41,7 +40,7 @@ from consonar.training.own_rewards import (
     import_reward,
     told_in_one_line,
 )
-from consonar.types import Batch, Grid, Reward
+from consonar.types import Grid, ImageBatch, Reward
 
 SUM = "weighted sum"
 LARGEST_PSNR = 100.0
@@ -56,7 +55,7 @@ class PlacedReward:
     """(images (B * G, 3, H, W), originals (B, 3, H, W)) -> maps (B * G, h, w), not negative; the error of an image is
     the sum of its maps' means. The G images of one original follow each other."""
 
-    def __call__(self, images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
         return reward_of(self.errors(images, originals))
 
 
@@ -92,15 +91,15 @@ def as_unit_range(images: Tensor) -> Tensor:
     return (images.clamp(-1, 1) + 1) / 2
 
 
-def psnr(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+def psnr(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
     """Peak signal-to-noise ratio in dB of clamped images, at most `LARGEST_PSNR`."""
-    return reconstruction.psnr(as_unit_range(images), as_unit_range(originals)).clamp_max(LARGEST_PSNR)
+    return pixels.psnr(as_unit_range(images), as_unit_range(originals)).clamp_max(LARGEST_PSNR)
 
 
-def ssim(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+def ssim(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
     """Structural similarity of clamped images, in [-1, 1]; 11 px or more."""
     # float64: the variances are differences of nearly equal numbers where a picture is flat.
-    return reconstruction.ssim(as_unit_range(images).double(), as_unit_range(originals).double()).float()
+    return pixels.ssim(as_unit_range(images).double(), as_unit_range(originals).double()).float()
 
 
 def lpips(resources: Resources) -> Reward:
@@ -110,15 +109,14 @@ def lpips(resources: Resources) -> Reward:
 
 def efficientnet_lite0(resources: Resources) -> Reward:
     """Minus the EfficientNet-Lite0 distance, at the images' own size."""
-    # A copy: the backbone is shared by all who load it, and must not move to this device for all of them.
-    return PlacedReward(copy.deepcopy(PerceptualDistance()).to(resources.device).maps)
+    return PlacedReward(PerceptualDistance().to(resources.device).maps)
 
 
 def embedding(resources: Resources) -> Reward:
     """Cosine of the pooled EfficientNet-Lite0 features of both images, resized to 224 px as for a Fréchet distance."""
     network = EfficientNetLite0Features(str(resources.device))
 
-    def cosine(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+    def cosine(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
         return F.cosine_similarity(network(images), network(originals), dim=1)
 
     return cosine
@@ -129,7 +127,7 @@ def patch_discriminator(resources: Resources) -> Reward:
     assert resources.discriminator is not None
     discriminator = load_discriminator(resources.discriminator).to(resources.device)
 
-    def realness(images: Tensor, originals: Tensor, batch: Batch) -> Tensor:
+    def realness(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
         return discriminator(images).mean((1, 2, 3))
 
     return realness
@@ -159,22 +157,25 @@ class Rewards:
         assert list(functions) == list(weights) and chunk > 0
         self.functions, self.weights, self.chunk = dict(functions), dict(weights), chunk
 
-    def __call__(self, images: Tensor, originals: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, images: Tensor, originals: Tensor, batch: ImageBatch | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum (B,) and every reward by name (B,), float32; images and originals (B, 3, H, W) in [-1, 1].
 
-        `batch` is what the images were made from, one row for each. Raises `UserError` as `measure`.
+        `batch` is what they were made from, one row for each (None: of class 0). Raises `UserError` as `measure`.
         """
+        batch = batch or unlabelled(originals)
         return self.measure(images, dataclasses.replace(batch, images=originals))[:2]
 
     def maps(self, images: Tensor, originals: Tensor, grid: Grid) -> Tensor:
         """The weighted sum at each cell of the token grid, (B, rows, columns); the mean over cells is `__call__`'s."""
-        maps = self.measure(images, Batch(images=originals), grid=grid)[2]
+        maps = self.measure(images, unlabelled(originals), grid=grid)[2]
         assert maps is not None
         return maps
 
     @torch.no_grad()
     def measure(
-        self, images: Tensor, batch: Batch, *, grid: Grid | None = None
+        self, images: Tensor, batch: ImageBatch, *, grid: Grid | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
 
@@ -182,7 +183,6 @@ class Rewards:
         original once. Raises `UserError` for images too small for a network, for a reward that raises or returns
         anything but one finite number per image, and, with a grid, when a reward with a weight over 0 has no place.
         """
-        assert batch.images is not None
         self.check_size(min(images.shape[-2:]))
         if grid is not None:
             self._check_places()
@@ -193,7 +193,7 @@ class Rewards:
         # In float32 even inside an update in bf16: samples of one image differ by less than bf16 would leave.
         with torch.autocast(images.device.type, enabled=False):
             for start in range(0, len(batch.images), step):
-                rows = batch_rows(batch, slice(start, start + step))
+                rows = records.rows(batch, slice(start, start + step))
                 parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid))
         values = {name: torch.cat([part[name] for part, _ in parts]) for name in self.functions}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
@@ -204,9 +204,8 @@ class Rewards:
         """Sum of the magnitudes that the weighted sum of rewards `values` (n,) is made of: what its rounding is of."""
         return torch.stack([self.weights[name] * value.abs() for name, value in values.items()]).sum(0)
 
-    def _chunk(self, images: Tensor, batch: Batch, grid: Grid | None) -> tuple[dict[str, Tensor], Tensor]:
+    def _chunk(self, images: Tensor, batch: ImageBatch, grid: Grid | None) -> tuple[dict[str, Tensor], Tensor]:
         """Every reward of some images; their sum at the cells (empty: no grid)."""
-        assert batch.images is not None
         originals = batch.images.float()
         chosen = torch.arange(len(originals), device=originals.device).repeat_interleave(len(images) // len(originals))
         values, cells = {}, []
@@ -220,7 +219,7 @@ class Rewards:
                     if grid is not None and self.weights[name] > 0:
                         cells += [-self.weights[name] * resize_to_grid(layer, grid) for layer in layers]
                 else:
-                    returned = function(seen, originals[chosen], batch_rows(batch, chosen))
+                    returned = function(seen, originals[chosen], records.rows(batch, chosen))
             values[name] = to_device(checked(name, returned, len(images)), images.device)
         return values, torch.stack(cells).sum(0) if cells else images.new_empty(0)
 
@@ -235,8 +234,14 @@ class Rewards:
     def check_size(self, side: int) -> None:
         """Raises `UserError` when a network cannot read images of `side` pixels."""
         for name in self.functions:
-            if name in SMALLEST_INPUT and side < SMALLEST_INPUT[name]:
-                raise UserError(f"{KEY}: {name!r} reads images of {SMALLEST_INPUT[name]} px or more, these have {side}")
+            distance = PERCEPTUAL_DISTANCES.get(name)
+            if distance is not None and side < distance.smallest_input:
+                raise UserError(f"{KEY}: {name!r} reads images of {distance.smallest_input} px or more, not of {side}")
+
+
+def unlabelled(images: Tensor) -> ImageBatch:
+    """A batch of images of class 0."""
+    return ImageBatch(images, torch.zeros(len(images), dtype=torch.int64, device=images.device))
 
 
 def check_rewards(weights: Mapping[str, float], *, discriminator: str | None) -> None:
@@ -271,11 +276,3 @@ def build_rewards(
     resources = Resources(torch.device(device), lpips_weights, discriminator)
     functions = {name: REWARDS[name](resources) if name in REWARDS else import_reward(name) for name in weights}
     return Rewards(functions, weights, chunk=chunk)
-
-
-def batch_rows(batch: Batch, chosen: slice | Tensor) -> Batch:
-    """Some rows of every tensor of a batch."""
-    present = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    present = {name: value for name, value in present.items() if value is not None}
-    assert len({conditions.num_rows(value) for value in present.values()}) == 1, "one row for each original"
-    return dataclasses.replace(batch, **{name: conditions.rows(value, chosen) for name, value in present.items()})

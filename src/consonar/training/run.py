@@ -10,11 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from consonar import checkpoint, distributed, hardware
-from consonar.config import TrainConfig
+from consonar import checkpoint, distributed
 from consonar.config_io import to_dict
+from consonar.cpu import timing as hardware
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.lock import hold, is_unused, remove_partials
@@ -22,13 +20,14 @@ from consonar.outside import home_expanded, read_json
 from consonar.tracking import Tracker, check_sinks
 from consonar.training.aside import KERNELS
 from consonar.training.build import build
+from consonar.training.config import TrainConfig
 from consonar.training.interruption import Interruption
 from consonar.training.loop import State, train_loop
+from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import check_same_origin, without_places, write_run_origin
 from consonar.training.start import resolve_start
 from consonar.training.trainee import Trainee
-from consonar.training.vq_objective import TokenizerTrainee
 
 
 def train(
@@ -119,37 +118,37 @@ def _train_held(
 ) -> Path:
     if resume:
         hardware.go_on_with(out / KERNELS)
-    made = build(config, world, per_process, out)
+    built = build(config, world, per_process, out)
     if resume:
-        check_same_origin(out, made.origin)
-    trainee = made.trainee
+        check_same_origin(out, built.origin)
+    trainee = built.trainee
     trainee.to(world.device)
     if config.loop.compile:
         compile_blocks(trainee)
     average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
     state = State(trainee, build_optimizer(trainee, config.optim), average, device=world.device)
-    note = restore(state, out, world) if resume else None
+    note = restore(state, out, world, config.objective.updates) if resume else None
     distributed.barrier(world)
     if world.is_main:
         (out / "stopped.json").unlink(missing_ok=True)  # written again where the checkpoint says so
         text = json.dumps(to_dict(config), indent=1) + "\n"
         checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
-        write_run_origin(out, made.origin)
-        if made.bad is not None:
-            made.bad.write()
+        write_run_origin(out, built.origin)
+        if built.bad is not None:
+            built.bad.write()
     tracker = Tracker(
         out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
         enabled=world.is_main, quiet=quiet, description=config.recipe, on_step=on_step,
     )  # fmt: skip
-    for line in made.about:
+    for line in built.about:
         tracker.say(line)
     if note:
         tracker.warn(note)
     with Interruption() as interrupted:
         try:
             train_loop(
-                config, state, made.objective, made.batches, tracker=tracker, folder=out, world=world,
-                callbacks=made.callbacks, stop_at=stop_at, interrupted=interrupted,
+                config, state, built.objective, built.batches, tracker=tracker, folder=out, world=world,
+                callbacks=built.callbacks, stop_at=stop_at, interrupted=interrupted,
             )  # fmt: skip
             if state.interrupted and interrupted.caught != signal.SIGINT:  # Ctrl-C: the command line says so
                 tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
@@ -163,16 +162,25 @@ def _train_held(
             checkpoint.write_atomically(out / "stopped.json", lambda path: path.write_text(note))
         if state.average is not None:
             trainee.load_state_dict(state.average)
-        made.export(trainee, out)
+        built.export(trainee, out)
     return out
 
 
-def restore(state: State, out: Path, world: World) -> str | None:
-    """Restores the last checkpoint of the run, where there is one; says when other processes than these wrote it."""
+def restore(state: State, out: Path, world: World, updates: int) -> str | None:
+    """Restores the last checkpoint of the run, where there is one; says when other processes than these wrote it.
+
+    Raises `UserError` for a run with several `updates` on each batch that an older version began: it counted them as
+    one step.
+    """
     saved = checkpoint.list_resume(out / "checkpoints")
     if not saved:
         return None
     payload = checkpoint.load_resume(saved[-1])
+    if payload.get("updates", 1) != updates:
+        raise UserError(
+            f"--resume: {saved[-1]} counts the {updates} updates on a batch as one step, as older versions did; start "
+            "another run"
+        )
     state.restore(payload, str(saved[-1]))
     before = payload.get("processes", world.size)  # older checkpoints do not say
     if before == world.size:
@@ -223,12 +231,7 @@ def first_difference(now: dict[str, Any], before: dict[str, Any], path: str = ""
     return f"{path}{key}", ours, theirs
 
 
-def compile_blocks(trainee: nn.Module) -> None:
+def compile_blocks(trainee: Trainee | TokenizerTrainee) -> None:
     """Compiles the generator's blocks (or the tokenizer's networks) in place; state-dict keys do not change."""
-    if isinstance(trainee, Trainee):
-        for block in trainee.generator.blocks:
-            block.compile()
-    else:
-        assert isinstance(trainee, TokenizerTrainee)
-        trainee.tokenizer.encoder.compile()
-        trainee.tokenizer.decoder.compile()
+    for module in trainee.parts_to_compile():
+        module.compile()

@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from consonar.config import TrainConfig
+from consonar.components import SHIPPED_TOKENIZERS, has_name, load_generator, read_origin, weights_sha256
 from consonar.errors import UserError
-from consonar.generators import has_name, load_generator, read_origin, weights_sha256
+from consonar.generators import build_generator
 from consonar.origin import Origin, check
-from consonar.tokenizers import SHIPPED
-from consonar.types import ImageSource, Tokenizer
+from consonar.training.config import TrainConfig
+from consonar.types import Generator, GeneratorConfig, ImageSource, Tokenizer
 
 
 def resolve_start(config: TrainConfig) -> TrainConfig:
@@ -40,16 +40,15 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
     return replace(config, init=start if has_name(start) else str(Path(start).resolve()))
 
 
-def load_start(config: TrainConfig, shape: Any, tokenizer: Tokenizer) -> Any:
+def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:
     """The generator of `init`, ready to be trained, with the dropout of `shape`.
 
     Raises `UserError` when it is of another shape, or its tokenizer is not `tokenizer`.
     """
-    assert config.init is not None
-    check("tokenizer", of_tokenizer(tokenizer), read_origin(config.init), config.init, "its tokens mean other codes")
-    stored = load_generator(config.init)
-    check_same_shape(config.init, asdict(stored.config), asdict(shape))
-    generator = type(stored)(shape)
+    check("tokenizer", of_tokenizer(tokenizer), read_origin(init), init, "its tokens mean other codes")
+    stored = load_generator(init)
+    check_same_shape(init, asdict(stored.config), asdict(shape))
+    generator = build_generator(shape)
     generator.load_state_dict(stored.state_dict(), assign=True)
     return generator.requires_grad_(True)
 
@@ -79,15 +78,18 @@ def check_start_classes(config: TrainConfig, key: str, given: Origin) -> None:
         check(where, given, read_origin(config.init), config.init, remedy, parts=("classes",))
 
 
-def origin_of(config: TrainConfig, fingerprint: str, data: Origin, held_out: Origin | None = None) -> Origin:
-    """What a run and its generator say about their making; without names, classes are those of `init`."""
-    assert config.tokenizer is not None
+def origin_of(
+    config: TrainConfig, tokenizer: str, fingerprint: str, data: Origin, held_out: Origin | None = None
+) -> Origin:
+    """What a run and its generator say about their making; without names, classes are those of `init`.
+
+    `tokenizer` is the name or folder of the one with this fingerprint.
+    """
     start = Origin() if config.init is None else read_origin(config.init)
     # A folder is stored whole, so that the model works from any directory.
-    by_name = config.tokenizer in SHIPPED or config.tokenizer.startswith("hf:")
-    name = config.tokenizer if by_name else str(Path(config.tokenizer).resolve())
+    by_name = tokenizer in SHIPPED_TOKENIZERS or tokenizer.startswith("hf:")
     return Origin(
-        tokenizer=name,
+        tokenizer=tokenizer if by_name else str(Path(tokenizer).resolve()),
         tokenizer_fingerprint=fingerprint,
         class_names=data.class_names or start.class_names,
         data=data.data,

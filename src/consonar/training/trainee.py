@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError
-from consonar.types import Condition, Prediction
+from consonar.types import Condition, Generator, Prediction
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def alignment_head(width: int, spec: HeadSpec) -> nn.Sequential:
 class Trainee(nn.Module):
     """`forward(context, condition)` -> `Prediction` with taps (B, N, C) by head name."""
 
-    def __init__(self, generator: Any, heads: tuple[HeadSpec, ...] = ()):
+    def __init__(self, generator: Generator, heads: tuple[HeadSpec, ...] = ()):
         super().__init__()
         self.generator = generator
         self.specs = heads
@@ -74,3 +74,7 @@ class Trainee(nn.Module):
             start = prefix if spec.target == "current" else prefix - 1
             taps[spec.name] = self.heads[spec.name](hidden[spec.layer][:, start : start + length])
         return Prediction(logits, taps)
+
+    def parts_to_compile(self) -> list[nn.Module]:
+        """What `loop.compile` compiles, each on its own."""
+        return list(self.generator.blocks)

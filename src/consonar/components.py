@@ -1,0 +1,150 @@
+"""Generators and tokenizers by name: shipped with the package, a run, a model folder, or `hf:` a released file.
+
+A released file is converted once into the cache folder and read from there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from consonar import checkpoint, model_folders
+from consonar.convert import convert
+from consonar.convert.back import SOURCE
+from consonar.errors import UserError
+from consonar.hub import PREFIX, Wanted, read_name, released_file
+from consonar.lock import hold
+from consonar.model_folders import (
+    SHIPPED_GENERATORS,
+    SHIPPED_TOKENIZERS,
+    read_generator,
+    read_tokenizer,
+    save_generator,
+    save_tokenizer,
+    shipped_or_folder,
+)
+from consonar.origin import Origin, check
+from consonar.outside import plain_name, read_json
+from consonar.tokenizers import TokenizerModule
+from consonar.types import Generator
+
+__all__ = [
+    "SHIPPED_GENERATORS",
+    "SHIPPED_TOKENIZERS",
+    "load_generator",
+    "load_own_tokenizer",
+    "load_tokenizer",
+    "save_generator",
+    "save_tokenizer",
+]
+
+
+def has_name(generator: str) -> bool:
+    """Whether this is a name (of a shipped generator, or `hf:`), which means the same in every working directory."""
+    return generator in SHIPPED_GENERATORS or generator.startswith(PREFIX)
+
+
+def model_folder(name: str | Path, what: str = "generator") -> Path:
+    """The model folder that is meant: the path, `model` inside a run folder, that of a shipped or an `hf:` model.
+
+    `what` is `generator` or `tokenizer`. Raises `UserError` where there is none, and for a run that has no model yet.
+    """
+    return fetch_component(str(name), what) if str(name).startswith(PREFIX) else shipped_or_folder(what, name)
+
+
+def read_component_kind(path: str | Path) -> str:
+    """What a run or model folder holds: `generator` or `tokenizer`."""
+    return str(checkpoint.read_config(model_folder(path)).get("component", ""))
+
+
+def read_origin(path: str | Path) -> Origin:
+    """The origin of a generator by name; `UserError` for what is no generator."""
+    return model_folders.read_origin(model_folder(path))
+
+
+def weights_sha256(path: str | Path) -> str:
+    """SHA-256 of the file of a stored generator's weights."""
+    return checkpoint.file_sha256(model_folder(path) / "model.safetensors")
+
+
+def load_generator(path: str | Path) -> Generator:
+    """A frozen generator in evaluation mode on the CPU: a name (`openmoji`), a run, a model folder, a released file.
+
+    A released file is `hf:` and the name of a published model or owner/repository/file (see `consonar.hub`). The
+    generator's `origin` says what it was made of and with. Raises `UserError` for a missing, damaged or unfinished
+    folder, and for weights of another shape.
+    """
+    return read_generator(model_folder(path))
+
+
+def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -> TokenizerModule:
+    """A frozen tokenizer in evaluation mode on the CPU: a name (`openmoji-64`), a run, a model folder, a released file.
+
+    `num_tokens`: for images of so many tokens, where its architecture takes any image size (see `tokenizers.resized`).
+    Raises `UserError` for an unknown name, a missing or damaged folder, or weights of another shape.
+    """
+    return read_tokenizer(model_folder(name_or_path, "tokenizer"), num_tokens)
+
+
+def load_own_tokenizer(path: str | Path) -> TokenizerModule:
+    """The tokenizer that a stored generator was trained with, frozen, on the CPU.
+
+    Raises `UserError` when it is not there or its weights have changed since: other codes would decode to noise.
+    """
+    origin = read_origin(path)
+    if origin.tokenizer is None:
+        raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
+    num_tokens = checkpoint.read_config(model_folder(path)).get("num_tokens")
+    tokenizer = load_tokenizer(origin.tokenizer, num_tokens=num_tokens)
+    here = Origin(tokenizer=origin.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint)
+    check("tokenizer", here, origin, str(path), "it has changed since; train again, or put back the one it was")
+    return tokenizer
+
+
+def fetch_component(text: str, component: str) -> Path:
+    """The component folder of an `hf:` name, converted at the first call, and again when the file was replaced.
+
+    Raises `UserError` when the file cannot be had, with where to put it; when its hash is not the published one; when
+    it cannot be converted; and when it holds no `component`.
+    """
+    wanted = read_name(text)
+    folder = wanted.converted
+    if not is_current(wanted, folder):
+        with hold(folder.with_name(f".{folder.name}.converting"), wait=True):
+            if not is_current(wanted, folder):  # else another process has converted it meanwhile
+                convert_file(wanted, folder)
+    if (folder / component / "config.json").is_file():
+        return folder / component
+    found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if found.get("component") != component:
+        raise UserError(f"{text}: holds no {component}")
+    return folder
+
+
+def is_current(wanted: Wanted, folder: Path) -> bool:
+    """Whether `folder` is the whole conversion of the file that lies at its place, by content.
+
+    Where none lies there, of the file that was downloaded: those do not change.
+    """
+    records = [path for part in ("", "generator", "tokenizer") if (path := folder / part / SOURCE).is_file()]
+    if not records:
+        return False
+    if not wanted.place.is_file():
+        return True
+    files = read_json(records[0]).get("files")
+    if not isinstance(files, dict) or not all(map(plain_name, files)):
+        return False
+    beside = {name: wanted.place.with_name(name) for name in files}
+    return wanted.place.name in files and all(
+        path.is_file() and checkpoint.file_sha256(path) == files[name] for name, path in beside.items()
+    )
+
+
+def convert_file(wanted: Wanted, folder: Path) -> None:
+    """Converts the released file into `folder`, in the place of an older conversion."""
+    file = released_file(wanted)
+    model = wanted.published
+    if model is not None and model.sha256 is not None and checkpoint.file_sha256(file) != model.sha256:
+        raise UserError(f"{wanted.text}: {file} is not the published file (its SHA-256 is not {model.sha256[:12]}...)")
+    shutil.rmtree(folder, ignore_errors=True)
+    convert(file, folder, image_size=wanted.image_size, tokenizer=model.tokenizer if model else None)

@@ -1,0 +1,168 @@
+"""Products and causal attention, each in PyTorch's way or in ours, as `consonar.cpu.timing` finds faster here.
+
+Letters: `B` batch, `L` positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consonar.cpu import timing as hardware
+from consonar.cpu.timing import Way
+from consonar.seeding import generator_of
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Weights below which calling oneDNN costs more than it saves; rows above which timings stay as they are.
+SMALLEST_WEIGHT, MOST_ROWS = 2**16, 128
+# Numbers of a tensor from which on our dropout is worth it.
+SMALLEST_DROPOUT = 2**15
+# Bytes of weights that are timed in turn, as the layers of a model are: one alone would stay in the processor's cache.
+TIMED_BYTES = 2**25
+
+
+class Linear(nn.Linear):
+    """x A^T + b.
+
+    While sampling on a CPU in float32, oneDNN multiplies instead of PyTorch's default there, MKL, where that was
+    measured to be faster for as many rows (benchmarks/llamagen_sampling.py). Results differ by rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            HAS_ONEDNN
+            and torch.is_inference_mode_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and weight.numel() >= SMALLEST_WEIGHT
+            and x.numel() > 0
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and prefers_onednn(x.numel() // x.shape[-1], *weight.shape)
+        ):
+            return onednn_linear(x, weight, self.bias)
+        return super().forward(x)
+
+
+def prefers_onednn(num_rows: int, width_out: int, width_in: int) -> bool:
+    """Whether oneDNN is faster here for so many rows and weights of this shape; weights of 2^k to 2^(k+1) are one."""
+    rows = min(MOST_ROWS, nearest_power_of_two(num_rows))
+    choice = f"linear, {rows} rows, weights of 2^{(width_out * width_in).bit_length() - 1}"
+    return hardware.ours(choice, lambda: linear_ways(rows, width_out, width_in))
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def nearest_power_of_two(count: int) -> int:
+    """Of 1, 2, 4, ...: sizes that are timed as one. 3 counts as 4, 66 as 64."""
+    return 1 << (4 * count // 3).bit_length() - 1
+
+
+def linear_ways(rows: int, width_out: int, width_in: int) -> tuple[Way, Way]:
+    """Products of `rows` rows with weights of this shape, for `hardware.ours`."""
+    copies = max(1, min(16, TIMED_BYTES // (4 * width_out * width_in)))
+    weights = [torch.full((width_out, width_in), 0.01) for _ in range(copies)]
+    x = torch.full((rows, width_in), 0.1)
+
+    def pytorch() -> None:
+        for weight in weights:
+            F.linear(x, weight)
+
+    def onednn() -> None:
+        for weight in weights:
+            onednn_linear(x, weight, None)
+
+    return pytorch, onednn
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal softmax(q k^T / sqrt(dim)) v, all (B, heads, L, dim).
+
+    PyTorch's fused kernel, but for training on a CPU where plain products were measured to be faster: on some
+    processors they take a third of its time at short lengths, on others three times it (benchmarks/training.py). With
+    dropout PyTorch has no fused kernel for a CPU, and the two ways draw other numbers.
+    """
+    if (
+        q.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and prefers_plain_attention(q.shape[2], q.shape[3], q.dtype, dropout)
+    ):
+        return plain_attention(q, k, v, dropout)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> bool:
+    """Whether plain products are faster here in training; lengths count as the nearest power of two."""
+    length = nearest_power_of_two(num_positions)
+    choice = f"attention, {length} positions of {head_dim} in {str(dtype).removeprefix('torch.')}"
+    choice += ", with dropout" if dropout else ""
+    return hardware.ours(choice, lambda: attention_ways(length, head_dim, dtype, dropout))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """`causal_attention` in plain products."""
+    length = q.shape[2]
+    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(future, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    weights = drop(scores.softmax(-1, dtype=q.dtype), dropout)
+    return (weights @ v.flatten(0, 1)).view_as(q)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, but for training on a CPU: see `drop`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training else x
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """x with each number zeroed with probability `p`, the others divided by 1 - p.
+
+    On a CPU by 16 random bits a number, so that p is a multiple of 2^-16: on every processor tried that is faster than
+    PyTorch's dropout from `SMALLEST_DROPOUT` numbers on.
+    """
+    if p == 0:
+        return x
+    threshold = round(p * 2**16)
+    worth = x.device.type == "cpu" and x.numel() >= SMALLEST_DROPOUT and not torch.compiler.is_compiling()
+    if not worth or not 0 < threshold < 2**16 or not hardware.ours("dropout", None):
+        return F.dropout(x, p)
+    bits = torch.empty(-(x.numel() // -4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= threshold - 2**15
+    return x * (kept.to(x.dtype) * (2**16 / (2**16 - threshold)))
+
+
+def attention_ways(length: int, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> tuple[Way, Way]:
+    """Attention forward and backward over `length` positions, for `hardware.ours`; heads for some milliseconds."""
+    heads = max(1, min(64, 2**19 // length**2))
+    with torch.inference_mode(False), torch.enable_grad():
+        rng = generator_of(0)
+        q, k, v = (torch.randn(1, heads, length, head_dim, generator=rng).to(dtype).requires_grad_() for _ in "qkv")
+
+    def timed(attention: Way) -> Way:
+        def run() -> None:
+            with (
+                torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(),
+                torch.autocast("cpu", enabled=False),
+            ):  # fmt: skip
+                torch.autograd.grad(attention().sum(), (q, k, v))  # type: ignore[attr-defined]
+
+        return run
+
+    return (
+        timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)),
+        timed(lambda: plain_attention(q, k, v, dropout)),
+    )
+
+
+def later_rows_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """The last `num_queries` rows of a causal mask over `num_keys` positions; None where they see everything."""
+    if num_queries == 1:
+        return None
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return mask.tril(num_keys - num_queries)

@@ -1,0 +1,300 @@
+"""The main job on real data: plain AR and reAR on OpenMoji, each then post-trained by VA-pi and by its control.
+
+It opens with pictures of a generator in the package, measures how fast this machine is, and fits the job to the minutes
+given. Same seed, data order, steps and samples for the runs of a comparison; one page at the end.
+
+Every step that is finished is skipped when the demo is called again, so that an interrupted one goes on, as planned.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consonar.checkpoint import is_component, write_atomically
+from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
+from consonar.data.grids import save_grid
+from consonar.data.images import open_source
+from consonar.data.openmoji import OpenMoji
+from consonar.data.tokens import METADATA_FILE, write_token_store
+from consonar.demo.plan import (
+    ImageRate,
+    Progress,
+    Rates,
+    TrainingRate,
+    Work,
+    evaluation_rate,
+    first_guess,
+    most_work,
+    seconds_of,
+    training_rate,
+)
+from consonar.demo.runs import PARTS, POST_TRAINING, RUNS, TEMPERATURES, config_of
+from consonar.distributed import pick_device
+from consonar.errors import UserError
+from consonar.evaluation.features import cached_features
+from consonar.evaluation.frontier import evaluate_run
+from consonar.evaluation.inputs import Reference, encode_reference, open_reference
+from consonar.evaluation.run_results import is_measured
+from consonar.lock import hold, is_taken
+from consonar.networks import load_feature_network
+from consonar.outside import read_json
+from consonar.report import write_report
+from consonar.sampling.job import MOST_IMAGES
+from consonar.sampling.sample import SamplerConfig, sample
+from consonar.seeding import check_seed
+from consonar.tracking import read_metrics
+from consonar.training.config import TrainConfig
+from consonar.training.run import train
+from consonar.types import Tokenizer
+
+TOKENIZER = "openmoji-64"
+OPENING, OPENING_SAMPLER, PER_CLASS = "openmoji", SamplerConfig(temperature=0.8), 8
+"""The generator whose pictures come first, how they are drawn, and how many of each class."""
+MOST_MINUTES = 100_000
+STORES = {"train": ("tokens", "center_flip"), "validation": ("tokens-validation", "center")}
+"""Folder and views of the tokens of each split."""
+PROBE_STEPS, PROBE_ITEMS, PROBE_SAMPLES = 4, 128, (32, 96)
+"""What is run to measure this machine: steps of every kind of training, validation items, samples of two rows."""
+
+
+def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
+    """Draws `out`/opening.png, measures this machine, trains and measures all runs, and returns `out`/report.html.
+
+    The number of steps, updates and samples is what fits into `minutes` here; it is decided once and kept in
+    `out`/demo.json. Raises `UserError` when `out` holds a demo with other minutes or another seed, or something
+    else, and when another process is at it.
+    """
+    if not 0 < minutes <= MOST_MINUTES:
+        raise UserError(f"--minutes: {minutes} is not a time, over 0 and at most {MOST_MINUTES:,}")
+    check_seed(seed, "--seed", MOST_IMAGES)
+    with hold(out):
+        return make_demo(out, minutes=minutes, seed=seed, say=say)
+
+
+def make_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
+    """`run_demo` in a folder that this process holds."""
+    stored = claim(out, {"minutes": minutes, "seed": seed})
+    page = out / "report.html"
+    if page.exists():
+        say(f"{page} is there already; remove {out} to run the demo again")
+        return page
+    began = time.monotonic()
+    device = pick_device()
+    tokenizer = load_tokenizer(TOKENIZER).to(device)
+    drawing = draw_opening(out / "opening.png", device, say)
+    if drawing is not None and "seconds" not in stored:
+        say(first_guess(drawing, minutes))
+    reference = open_reference(TOKENIZER, tokenizer.image_size)
+    if "seconds" not in stored:
+        stored |= make_plan(out, reference, tokenizer, minutes=minutes, seed=seed, began=began, say=say)
+        write_settings(out, stored)
+    work = Work(stored["steps"], stored["updates"], stored["samples"])
+    progress = Progress(stored["seconds"], say)
+    progress.skip("preparing")
+    progress.start("tokens", "of the training images")
+    make_tokens(out, "train", tokenizer)
+    progress.finish()
+    progress.start("reference", "tokens of all images")
+    target = encode_reference(reference, tokenizer)
+    progress.finish()
+    for name in PARTS:
+        train_part(name, out, work, seed, progress)
+    for name in PARTS:
+        measure_part(name, out, work, seed, target, progress)
+    progress.start("page")
+    runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
+    write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji", opening=out / "opening.png")
+    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes")
+    return page
+
+
+def draw_opening(path: Path, device: torch.device, say: Callable[[str], None]) -> float | None:
+    """A grid of the shipped generator's pictures, one row per class, of the first seeds: the seconds of drawing it.
+
+    None: it was there.
+    """
+    if path.exists():
+        return None
+    generator, names = load_generator(OPENING).to(device), read_origin(OPENING).class_names or ()
+    tokenizer = load_own_tokenizer(OPENING).to(device)
+    labels = [label for label in range(generator.num_classes) for _ in range(PER_CLASS)]
+    lap = laps()
+    drawn = sample(generator, tokenizer, labels, config=OPENING_SAMPLER)
+    seconds = lap()
+    save_grid(drawn.images, path, columns=PER_CLASS)
+    say(f"{path}: drawn by the generator {OPENING!r} of the package; its rows: {', '.join(names)}")
+    return seconds
+
+
+def make_tokens(out: Path, split: str, tokenizer: Tokenizer) -> None:
+    """The token store of the images of a split, unless it is there."""
+    folder, views = STORES[split]
+    if not (out / folder / METADATA_FILE).is_file():  # written last
+        source = open_source("openmoji", split=split, image_size=tokenizer.image_size)
+        write_token_store(out / folder, source, tokenizer, views=views)
+
+
+def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) -> None:
+    """Trains one run, or goes on with it."""
+    piece, config, run = f"training {name}", config_of(name, out, work, seed), out / name
+    if is_component(run / "model"):
+        progress.skip(piece)
+        return
+    steps, unit = config.loop.steps, PARTS[name].unit
+    progress.start(piece, f"{steps} {unit}s")
+    train(
+        config, run, resume=(run / "config.json").exists(), quiet=True,
+        on_step=lambda step: progress.at(step / steps, f"{unit} {step} of {steps}"),
+    )  # fmt: skip
+    progress.finish()
+
+
+def measure_part(name: str, out: Path, work: Work, seed: int, target: Reference, progress: Progress) -> None:
+    """Samples and measures one run at every temperature."""
+    piece, trained, rows = f"measuring {name}", name in RUNS, PARTS[name].rows
+    if is_measured(out / name):
+        progress.skip(piece)
+        return
+    progress.start(piece, f"{rows} x {work.samples} samples")
+    said: list[str] = []
+
+    def row(text: str) -> None:
+        progress.at(len(said) / rows, text.removeprefix(f"{name}: "))
+        said.append(text)
+
+    evaluate_run(
+        out / name, reference=TOKENIZER, target=target, reconstruct=trained, temperatures=TEMPERATURES,
+        match=[out / f"{name}-vapi"] if trained else (), num_samples=work.samples, seed=seed, progress=row,
+        device=str(pick_device()), overwrite=True,
+    )  # fmt: skip
+    progress.finish()
+
+
+def make_plan(
+    out: Path,
+    reference: Reference,
+    tokenizer: Tokenizer,
+    *,
+    minutes: float,
+    seed: int,
+    began: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measures this machine, says how long the whole job takes, and returns what demo.json keeps of it."""
+    say("measuring this machine: some steps of every kind")
+    rates, images = measure_machine(out / ".measure", out, reference, tokenizer, seed)
+
+    def seconds(work: Work) -> dict[str, float]:
+        return seconds_of(work, rates, PARTS, images)
+
+    spent = time.monotonic() - began
+    work = most_work(60 * minutes - spent, lambda work: sum(seconds(work).values()))
+    planned = {"preparing": spent, **seconds(work)}
+    whole = sum(planned.values()) / 60
+    speed = ", ".join(f"{kind} {rate.step:.2g}" for kind, rate in rates.training.items())
+    say(f"seconds per step here: {speed}; per sample: {rates.measuring.sample:.2g}")
+    short = f", the least there is: {minutes:g} are too few" if whole > minutes * 1.05 else ""
+    say(
+        f"the whole takes about {whole:.0f} minutes here{short}: {work.steps} steps for {' and '.join(RUNS)}, "
+        f"{work.updates} updates for each post-training run, {work.samples} samples per row"
+    )
+    return {**asdict(work), "seconds": planned, "rates": asdict(rates)}
+
+
+def measure_machine(
+    folder: Path, out: Path, reference: Reference, tokenizer: Tokenizer, seed: int
+) -> tuple[Rates, tuple[int, int]]:
+    """Rates of everything the job does, from little of it in `folder`, which is removed.
+
+    And how many images there are to train on and to validate with. Only the validation images are encoded and seen by
+    the feature network here, in the place of the training images too.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    device = str(pick_device())
+    count = len(OpenMoji("train", tokenizer.image_size))
+    held_out, lap = reference.images["validation"], laps()
+    target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
+    assert target.tokens is not None
+    seen, encoding = len(target.tokens["validation"]), lap() / 2
+    cached_features(load_feature_network("efficientnet-lite0", device), held_out, batch_size=64, max_rows=seen)
+    images = ImageRate(encoding / seen, lap() / seen)
+    make_tokens(out, "validation", tokenizer)
+    training: dict[str, TrainingRate] = {}
+    for name, part in PARTS.items():
+        if part.kind not in training:
+            config = config_of(name, out, Work(PROBE_STEPS, PROBE_STEPS, 0), seed)
+            training[part.kind] = measure_training(folder, config, PROBE_ITEMS / seen)
+    rows = []
+    for samples in PROBE_SAMPLES:
+        stamps: list[float] = []
+        lap()
+
+        def stamp(_: str, stamps: list[float] = stamps) -> None:
+            stamps.append(lap())
+
+        evaluate_run(
+            folder / next(iter(RUNS)), reference=TOKENIZER, target=target, reconstruct=False, overwrite=True,
+            num_samples=samples, seed=seed, progress=stamp, device=device,
+        )  # fmt: skip
+        rows.append((samples, lap()))
+    shutil.rmtree(folder)
+    return Rates(images, training, evaluation_rate(stamps[0], *rows)), (count, seen)
+
+
+def measure_training(folder: Path, config: TrainConfig, share: float) -> TrainingRate:
+    """The rate of a kind of run, from its first steps; `share`: of the validation images, what `PROBE_ITEMS` are."""
+    tokens = f"{config.data.tokens}-validation" if config.data.tokens else None
+    config = replace(
+        config,
+        init=str(folder / Path(config.init).name) if config.init else None,
+        data=replace(config.data, tokens=tokens, validation_tokens=tokens, validation_items=PROBE_ITEMS),
+        loop=replace(config.loop, log_every=1, validate_every=0, save_every=0),
+    )
+    out, lap = folder / str(config.recipe), laps()
+    train(config, out, quiet=True)
+    return training_rate(read_metrics(out / "metrics.jsonl"), lap(), share)
+
+
+def laps() -> Callable[[], float]:
+    """A function that returns the seconds since its last call."""
+    last = time.monotonic()
+
+    def lap() -> float:
+        nonlocal last
+        before, last = last, time.monotonic()
+        return last - before
+
+    return lap
+
+
+def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes `out` this demo's folder, or checks that it is; returns what its demo.json holds."""
+    path = out / "demo.json"
+    if not path.exists():
+        if is_taken(out):
+            raise UserError(f"--out: {out} exists and holds no demo; choose another folder")
+        write_settings(out, settings)
+        return settings
+    stored = read_json(path, "remove the folder or choose another --out")
+    for key, value in settings.items():
+        if stored.get(key) != value:
+            raise UserError(
+                f"--{key}: {value:g}, but the demo in {out} was started with {stored.get(key)}; "
+                "remove it or choose another --out"
+            )
+    if "steps" in stored and "seconds" not in stored:
+        raise UserError(f"--out: the demo in {out} was planned by an older version; remove it or choose another --out")
+    return stored
+
+
+def write_settings(out: Path, settings: dict[str, Any]) -> None:
+    text = json.dumps(settings, indent=1) + "\n"
+    write_atomically(out / "demo.json", lambda partial: partial.write_text(text))

@@ -1,0 +1,110 @@
+"""`hf:` names: which released file each stands for, and how it is fetched.
+
+`hf:rar-b` is a published model by name (`consonar models`), `hf:owner/repository/path/to/file` any file that `convert`
+recognises; `@384` behind either says the image size where shapes do not. A file that is put into the folder named in
+the messages is taken instead of a download, so that all of this works without a network.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from consonar.cache import cache_dir
+from consonar.errors import UserError, unknown
+from consonar.outside import beside, plain_name, read_json
+from consonar.published import PUBLISHED, Published
+
+PREFIX = "hf:"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an `hf:` name stands for."""
+
+    text: str
+    file: str
+    repository: str | None
+    image_size: int | None
+    published: Published | None = None
+
+    @property
+    def place(self) -> Path:
+        """Where the released file may be put by hand."""
+        folder = self.repository or (self.published.name if self.published else "")
+        return cache_dir() / "released" / folder / self.file
+
+    @property
+    def converted(self) -> Path:
+        name = f"{self.repository}/{self.file}" if self.repository or not self.published else self.published.name
+        size = f"@{self.image_size}" if self.image_size else ""
+        return cache_dir() / "converted" / f"{name.replace('/', '--')}{size}"
+
+
+def read_name(text: str) -> Wanted:
+    """What an `hf:` name stands for; `UserError` for a name that is neither published nor owner/repository/file."""
+    rest, _, size = text.removeprefix(PREFIX).partition("@")
+    if size and not re.fullmatch(r"[1-9]\d*", size):
+        raise UserError(f"{text}: {size!r} behind @ is not an image size in pixels")
+    image_size = int(size) if size else None
+    if rest in PUBLISHED:
+        model = PUBLISHED[rest]
+        return Wanted(text, model.file, model.repository, image_size or model.image_size, model)
+    parts = rest.split("/", 2)
+    # Plain names only: what stands here becomes a path below the cache folder.
+    if len(parts) < 3 or not all(map(plain_name, rest.split("/"))):
+        raise unknown("hf: name", rest, [*PUBLISHED, "owner/repository/file"])
+    repository = f"{parts[0]}/{parts[1]}"
+    known = next((m for m in PUBLISHED.values() if (m.repository, m.file) == (repository, parts[2])), None)
+    return Wanted(text, parts[2], repository, image_size or (known.image_size if known else None), known)
+
+
+def fetch_file(text: str) -> Path:
+    """The released file of an `hf:` name, as it is; `UserError` when it cannot be had, with where to put it."""
+    return released_file(read_name(text))
+
+
+def released_file(wanted: Wanted) -> Path:
+    """The released file: put there by hand, or downloaded; for an index of shards, with all shards beside it."""
+    if wanted.place.is_file():
+        return wanted.place
+    if wanted.repository is None:
+        assert wanted.published is not None and wanted.published.elsewhere is not None
+        raise UserError(
+            f"{wanted.text}: not on the hub ({wanted.published.elsewhere}); put {wanted.file} at {wanted.place}"
+        )
+    file = Path(guarded_download(wanted, wanted.file))
+    if wanted.file.endswith(".index.json"):
+        for shard in sorted(set(read_index(file).values())):
+            guarded_download(wanted, str(Path(wanted.file).with_name(shard)))
+    return file
+
+
+def guarded_download(wanted: Wanted, file: str) -> str:
+    """`download`, with one line for whatever goes wrong between here and there."""
+    assert wanted.repository is not None
+    try:
+        return download(wanted.repository, file)
+    # No network, no such file, no permission, offline mode, a proxy's page: each library below has errors of its own.
+    except Exception as error:
+        cause = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"{wanted.text}: cannot download {file} of https://huggingface.co/{wanted.repository} ({cause}); "
+            f"get it elsewhere and put it at {wanted.place.with_name(Path(file).name)}"
+        ) from error
+
+
+def download(repository: str, file: str) -> str:
+    """The path of a hub file on this machine; the only place that touches the network."""
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repo_id=repository, filename=file)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Which file beside it holds a key, for every key, of an index of shards."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: not an index of shards (a JSON object with weight_map)")
+    return {key: beside(index, name) for key, name in places.items()}

@@ -1,0 +1,60 @@
+"""Likeness of two images by their pixels: PSNR and SSIM (Wang et al. 2004, IEEE TIP 13(4), Eq. 13). Pure functions.
+
+Deviation from Wang et al.: SSIM is taken per RGB channel and averaged (theirs is on grey images), at full size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from consonar.errors import UserError
+from consonar.precision import in_float32
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+
+
+@in_float32
+def psnr(images: Tensor, originals: Tensor) -> Tensor:
+    """(B,) peak signal-to-noise ratio in dB, 10 log10(1 / MSE), of (B, 3, H, W) in [0, 1]; inf for equal images."""
+    mse = (images - originals).square().flatten(1).mean(1)
+    return -10 * mse.log10()
+
+
+def gaussian_window() -> Tensor:
+    """(11,) float64 Gaussian of standard deviation 1.5 pixels, sum 1; the 11 x 11 window is its outer product."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    weights = (-offsets.square() / (2 * SSIM_SIGMA**2)).exp()
+    return weights / weights.sum()
+
+
+def gaussian_filter(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H - 10, W - 10): weighted means over the 11 x 11 window, only where it fits entirely."""
+    window = gaussian_window().to(images.device, images.dtype)
+
+    def bands(size: int) -> Tensor:  # (size - 10, size): row i holds the window from column i on
+        return torch.stack([functional.pad(window, (i, size - len(window) - i)) for i in range(size - len(window) + 1)])
+
+    # Band matrices instead of two convolutions: 1.5 times faster at 64 px, 3.5 at 256 px (float64, one CPU thread).
+    return bands(images.shape[-2]) @ images @ bands(images.shape[-1]).T
+
+
+@in_float32
+def ssim(images: Tensor, originals: Tensor) -> Tensor:
+    """(B,) structural similarity in [-1, 1] of (B, C, H, W) in [0, 1] (Wang et al. 2004, Eq. 13); 1 for equal images.
+
+    Gaussian window 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, no padding, mean over positions and channels. Raises
+    UserError for images under 11 px.
+    """
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise UserError(f"SSIM: images of {images.shape[-2]} x {images.shape[-1]} px; at least {SSIM_WINDOW} px needed")
+    c1, c2 = 0.01**2, 0.03**2
+    mean_x, mean_y = gaussian_filter(images), gaussian_filter(originals)
+    variance_x = gaussian_filter(images.square()) - mean_x.square()
+    variance_y = gaussian_filter(originals.square()) - mean_y.square()
+    covariance = gaussian_filter(images * originals) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).flatten(1).mean(1)

@@ -1,0 +1,93 @@
+"""Records row by row: a tensor, or a dataclass or dict of tensors with one first dimension, as one thing.
+
+Batches, conditions (class ids, caption features, prompts) and what an objective has prepared are all such records. Here
+they are moved to a device, cut, chosen from and joined; where data lie is decided by `distributed.pick_device`, numbers
+are drawn by `consonar.seeding`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Record = TypeVar("Record")
+
+
+def device_of(model: object) -> torch.device:
+    """The device of a model's weights; the CPU for what has none."""
+    parameters = getattr(model, "parameters", tuple)
+    return next((parameter.device for parameter in parameters()), torch.device("cpu"))
+
+
+def to_device(record: Record, device: torch.device) -> Record:
+    """The record with all tensors in it on `device`; the CPU waits for no copy to an accelerator."""
+    waits = device.type == "cpu"  # what is read on the CPU has to be there
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=not waits), record)
+
+
+def map_tensors(function: Callable[..., Tensor], record: Record, *others: Record) -> Record:
+    """The record with `function` applied to every tensor in it and to those at the same place in `others`.
+
+    Dataclasses and dicts go field by field, also inside each other; anything else stays as it is in `record`.
+    """
+    # The casts: a record goes out as the type that it came in as, which the branches below cannot tell mypy.
+    if isinstance(record, Tensor):
+        return cast(Record, function(record, *others))
+    if isinstance(record, dict):
+        tables = cast(tuple[dict[Any, Any], ...], others)
+        return cast(Record, {k: map_tensors(function, v, *(table[k] for table in tables)) for k, v in record.items()})
+    if not dataclasses.is_dataclass(record) or isinstance(record, type):
+        return record
+    values = {
+        item.name: map_tensors(function, getattr(record, item.name), *(getattr(other, item.name) for other in others))
+        for item in dataclasses.fields(record)
+    }
+    return cast(Record, dataclasses.replace(record, **values))
+
+
+def first_tensor(record: object) -> Tensor:
+    """The record itself, or the first tensor in its fields: where the number of rows and the device are read."""
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, record)  # type: ignore[func-returns-value]
+    assert found, f"a {type(record).__name__} without a tensor has no rows"
+    return found[0]
+
+
+def num_rows(record: object) -> int:
+    """The size of the first dimension."""
+    return len(first_tensor(record))
+
+
+def rows(record: Record, chosen: slice | Tensor) -> Record:
+    """Some rows."""
+    return map_tensors(lambda tensor: tensor[chosen], record)
+
+
+def repeat(record: Record, count: int) -> Record:
+    """Every row `count` times, one after the other."""
+    return map_tensors(lambda tensor: tensor.repeat_interleave(count, 0), record)
+
+
+def split(record: Record, parts: int) -> list[Record]:
+    """Equal slices along the first dimension, so that the mean of their losses is the loss of the whole."""
+    if parts == 1:
+        return [record]
+    return [map_tensors(lambda tensor, i=index: tensor.chunk(parts)[i], record) for index in range(parts)]
+
+
+def concatenate(first: Record, *others: Record) -> Record:
+    """One record with the rows of all, which are of one kind and length."""
+    return map_tensors(lambda *tensors: torch.cat(tensors), first, *others)
+
+
+def select(keep: Tensor, kept: Record, other: Record) -> Record:
+    """Row b of `kept` where keep[b], else of `other`, which is of the same kind; keep (B,) bool."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return map_tensors(pick, kept, other)

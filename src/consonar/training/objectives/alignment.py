@@ -1,0 +1,254 @@
+"""What every post-training method shares: noisy teacher-forced context, frozen decoder, rewards, start model, guard.
+
+VA-pi (arXiv 2512.19680) and its controls (`policy_objective`, `baselines`) differ in the loss alone: images, tokens,
+noise, steps and measurements are the same code and, for equal seeds, the same numbers. Dropout is off throughout, so
+that tokens are drawn from the distribution that is updated.
+
+Letters: `B` images, `N` tokens, `V` codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from consonar.distributed import World
+from consonar.errors import UserError
+from consonar.options import check_options
+from consonar.seeding import generator, rows_of_rank, uniform
+from consonar.training import losses, noise
+from consonar.training import policy_gradient as policy
+from consonar.training.objectives.base import ObjectiveConfig, drop_classes
+from consonar.training.rewards import build_rewards, check_rewards
+from consonar.training.trainee import Trainee
+from consonar.types import Condition, EncodedBatch, Generator, ImageBatch, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """The band that the policy must stay in; outside of it the run stops with a warning and keeps what it has."""
+
+    min_entropy: float | None = None
+    """Lowest teacher-forced entropy, nats."""
+    max_entropy: float | None = None
+    """Highest teacher-forced entropy, nats."""
+    max_kl: float | None = None
+    """Largest KL to the start model, nats per token."""
+    measure_kl: bool = True
+    """Keep the start model in memory and measure KL to it at every validation."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "objective.guard.")
+        for key in ("min_entropy", "max_entropy", "max_kl"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise UserError(f"objective.guard.{key}: {value} is negative")
+        low, high = self.min_entropy, self.max_entropy
+        if low is not None and high is not None and low > high:
+            raise UserError(f"objective.guard.min_entropy: {low} is above objective.guard.max_entropy {high}")
+        if self.max_kl is not None and not self.measure_kl:
+            raise UserError("objective.guard.measure_kl: False, but objective.guard.max_kl needs the KL")
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """What is outside of the band in these logged values; None when nothing is, or nothing is measured here."""
+        bounds = (("entropy", self.min_entropy, self.max_entropy), ("kl", None, self.max_kl))
+        for key, low, high in bounds:
+            if key not in values:
+                continue
+            if low is not None and values[key] < low:
+                return f"{key} {values[key]:.4g} is below objective.guard.min_{key} {low:g}"
+            if high is not None and values[key] > high:
+                return f"{key} {values[key]:.4g} is above objective.guard.max_{key} {high:g}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig(ObjectiveConfig):
+    """What all post-training objectives have."""
+
+    context_noise: float = 0.0
+    """xi: probability that a context token is replaced by any code."""
+    noise_schedule: Literal["constant", "linear", "truncated_linear"] = "constant"
+    """How xi moves over training: constant, or down to 0 as reAR's schedules do."""
+    class_dropout: float = 0.0
+    """Probability of training an image without its class, so that guidance keeps its null distribution."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
+    """Weight of each reward by name or dotted path; what is measured, and what a policy maximises."""
+    lpips_weights: str | None = None
+    """VGG16 weights for the reward lpips: a file or hf:owner/repository/file; None: vgg16-397923af.pth in the cache."""
+    discriminator: str | None = None
+    """Folder of a discriminator, for the reward patch-discriminator."""
+    chunk: int = 64
+    """Images decoded and rewarded at once; bounds memory."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """When to stop early."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "objective.")
+        for key in ("context_noise", "class_dropout"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"objective.{key}: {getattr(self, key)} is not in [0, 1]")
+        if self.chunk < 1:
+            raise UserError(f"objective.chunk: {self.chunk} is not a number of images, 1 or more")
+        if not self.rewards:
+            raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
+        check_rewards(self.rewards, discriminator=self.discriminator)
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.guard.measure_kl
+
+    @property
+    def drops_all_classes(self) -> bool:
+        return self.class_dropout == 1
+
+
+class AlignmentTrainee(Trainee):
+    """A trained generator in post-training. Dropout stays off; the running reward of REINFORCE is kept with it."""
+
+    def __init__(self, model: Generator):
+        super().__init__(model)
+        self.register_buffer("reward_baseline", torch.zeros(model.num_tokens))
+        self.register_buffer("num_baseline_updates", torch.zeros(()))
+        self.reward_baseline: Tensor
+        self.num_baseline_updates: Tensor
+
+    def train(self, mode: bool = True) -> AlignmentTrainee:
+        """Stays in evaluation mode, whatever the loop asks for."""
+        return super().train(False)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Images with their tokens, ready for a teacher-forced pass."""
+
+    batch: EncodedBatch
+    context: Tensor
+    """(B, N) int64: the tokens fed, maybe corrupted."""
+    condition: Condition
+    """The condition fed, maybe dropped to the null condition."""
+
+
+class Alignment:
+    """The shared part of a post-training objective; follows `consonar.types.Objective` but for `prepare` and `loss`.
+
+    `prior` is the frozen start model, or None where no KL is wanted; `probe` reads images (n, 3, H, W) of the data, for
+    what is measured of the decoder. Raises `UserError` for rewards that cannot be built.
+    """
+
+    config: AlignmentConfig
+
+    def __init__(
+        self,
+        config: AlignmentConfig,
+        tokenizer: Tokenizer,
+        prior: Generator | None,
+        *,
+        total_steps: int,
+        seed: int,
+        world: World,
+        autocast_dtype: torch.dtype | None = None,
+        probe: Callable[[], Tensor] | None = None,
+    ):
+        self.tokenizer, self.prior, self.world, self.probe = tokenizer, prior, world, probe
+        self.total_steps, self.seed, self.autocast_dtype = total_steps, seed, autocast_dtype
+        self.rewards = build_rewards(
+            config.rewards, device=world.device, lpips_weights=config.lpips_weights,
+            discriminator=config.discriminator, chunk=config.chunk,
+        )  # fmt: skip
+        self.rewards.check_size(tokenizer.image_size)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the update, for passes of the generator outside of it."""
+        return torch.autocast(self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def codebook(self) -> Tensor:
+        """(V, C): what the decoder receives for each token."""
+        tokens = torch.arange(self.tokenizer.vocab_size, device=self.world.device)
+        return self.tokenizer.embed(tokens[None])[0].detach().float()
+
+    def noise_rate(self, step: int) -> float:
+        """xi at this step."""
+        return noise.max_noise_rate(
+            self.config.noise_schedule, step / self.total_steps, max_rate=self.config.context_noise
+        )
+
+    def encode(self, batch: ImageBatch) -> EncodedBatch:
+        """The batch with its tokens."""
+        return EncodedBatch(batch.images, batch.condition, batch.indices, tokens=self.tokenizer.encode(batch.images))
+
+    def force(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
+        """Tokens of the images, a noisy context, maybe a dropped condition; each from a generator of its own."""
+        encoded = self.encode(batch)
+        tokens, condition, rate = encoded.tokens, encoded.condition, self.noise_rate(step)
+        if (share := self.config.class_dropout) > 0:
+            condition = drop_classes(model.generator, condition, share, self.seed, step, self.world)
+        context = tokens
+        if rate > 0:
+            context, _ = noise.corrupt_tokens(
+                tokens, torch.full((len(tokens),), rate), self.tokenizer.vocab_size,
+                generator(self.seed, "noise", step, 0), rank=self.world.rank, world_size=self.world.size,
+            )  # fmt: skip
+        return Forced(encoded, context, condition)
+
+    def own_rows(self, draw: Callable[[int], Tensor], num_rows: int) -> Tensor:
+        """This process's rows of a draw for the batch of all of them, see `seeding.rows_of_rank`."""
+        return rows_of_rank(draw, num_rows, self.world.rank, self.world.size)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images (n, 3, H, W) of tokens (n, N), not clamped, in chunks and in float32 whatever the update runs in."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return torch.cat([self.tokenizer.decode(part) for part in tokens.split(self.config.chunk)])
+
+    @torch.no_grad()
+    def prior_logits(self, context: Tensor, condition: Condition) -> Tensor:
+        """(B, N, V) of the start model on this context (B, N)."""
+        assert self.prior is not None, "kept where a KL is wanted (`AlignmentConfig.needs_prior`)"
+        with self.autocast():
+            logits, _ = self.prior(context, condition)
+        return logits.float()
+
+    def state(self, step: int) -> dict[str, float]:
+        """What the log shows beside the terms."""
+        return {"noise_rate": self.noise_rate(step)}
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """Why the run should stop here; see `GuardConfig`."""
+        return self.config.guard.breach(values)
+
+    @torch.no_grad()
+    def validate(self, model: AlignmentTrainee, batches: Iterator[ImageBatch]) -> dict[str, float]:
+        """Under a clean context with the true class, on held-out images: means over all of them.
+
+        cross_entropy, entropy and kl (to the start model, exact) in nats per token; accuracy 0..1; reward and its parts
+        of one draw of every token, the same uniform numbers whatever the model is (common random numbers).
+        """
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for batch in batches:
+            encoded = self.encode(batch)
+            tokens = encoded.tokens
+            with self.autocast():
+                logits = model(tokens, batch.condition).logits.float()
+            rng = generator(self.seed, "validation", count)
+            uniforms = uniform(rng, len(tokens), 1, tokens.shape[1], dtype=torch.float64)
+            drawn = policy.draw_actions(logits, uniforms)[:, 0]
+            total, parts, _ = self.rewards.measure(self.decode(drawn), encoded)
+            values = {
+                "cross_entropy": losses.next_token_loss(logits, tokens),
+                "accuracy": losses.next_token_accuracy(logits, tokens),
+                "entropy": losses.entropy(logits).mean(),
+                "reward": total.mean(),
+            }
+            values |= {f"reward_{name}": part.mean() for name, part in parts.items()}
+            if self.prior is not None:
+                values["kl"] = policy.kl_exact(logits, self.prior_logits(tokens, batch.condition)).mean()
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0.0) + value.double() * len(tokens)
+            count += len(tokens)
+        return {key: float(value / count) for key, value in sums.items()}

@@ -1,0 +1,211 @@
+"""Next-token prediction on tokens: plain AR (the defaults) and reAR.
+
+reAR (arXiv 2510.04450): L = L_ar + lambda L_emb, with L_ar on a noisy context and clean targets, and L_emb =
+mean(1 - cos) of two heads: one at a shallow layer regresses the code of the token being read, one at a deep layer that
+of the token being predicted. Plain AR is the same objective with weight 0 and noise 0, bit for bit on one machine.
+
+Deviations from the released code: the loss is 1 - cos instead of -cos (a constant apart); noise is drawn in `prepare`,
+never inside the model; noised positions keep their encode term by default, as in the article (`mask_noised=True` is the
+released behaviour).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from consonar.distributed import World
+from consonar.errors import UserError
+from consonar.options import check_options
+from consonar.seeding import generator, rows_of_rank
+from consonar.training import losses, noise
+from consonar.training.objectives.base import ALONE, ObjectiveConfig, drop_classes
+from consonar.training.trainee import HeadSpec, Trainee
+from consonar.types import Condition, TokenBatch, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """Noisy context: how often and by what context tokens are replaced."""
+
+    schedule: Literal["none", "constant", "uniform", "linear", "truncated_linear"] = "none"
+    """How the largest rate f(t) moves over training; the article's best is truncated_linear."""
+    max_rate: float = 1.0
+    """Largest rate at the start (linear, truncated_linear), always (uniform), or the rate itself (constant)."""
+    anneal_end: float = 0.75
+    """Share of training after which truncated_linear is 0."""
+    corruption: Literal["uniform", "mask", "nearest"] = "uniform"
+    """What replaces a token: any code, the mask, or one of its nearest codes."""
+    num_neighbours: int = 16
+    """How many nearest codes `nearest` chooses from."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "objective.noise.")
+        if not 0 <= self.max_rate <= 1:
+            raise UserError(f"objective.noise.max_rate: {self.max_rate} is not in [0, 1]")
+        if not 0 < self.anneal_end <= 1:
+            raise UserError(f"objective.noise.anneal_end: {self.anneal_end} is not in (0, 1]")
+        if self.num_neighbours < 1:
+            raise UserError(f"objective.noise.num_neighbours: {self.num_neighbours} is not positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveConfig(ObjectiveConfig):
+    """Plain AR (the defaults) and reAR."""
+
+    kind: Literal["consistency"] = "consistency"
+    embedding_weight: float = 0.0
+    """lambda, the weight of codebook embedding regularisation."""
+    heads: Literal["encode", "decode", "both"] = "both"
+    """Which alignment heads exist; none does while `embedding_weight` is 0."""
+    encode_layer: int = 0
+    """0-based layer at which the code of the token being read is regressed."""
+    decode_layer: int | None = None
+    """0-based layer at which the next token's code is regressed; None: three quarters of the depth."""
+    head_depth: int = 3
+    """Linear maps of a head (released weights 3, article 2)."""
+    head_width: int = 2048
+    """Hidden width of a head."""
+    mask_noised: bool = False
+    """Zero the encode term at noised positions, as the released code does."""
+    class_dropout: float = 0.1
+    """Probability of training an image without its class, for classifier-free guidance."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Noisy context."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "objective.")
+        if self.embedding_weight < 0:
+            raise UserError(f"objective.embedding_weight: {self.embedding_weight} is negative")
+        if not 0 <= self.class_dropout < 1:
+            raise UserError(f"objective.class_dropout: {self.class_dropout} is not in [0, 1)")
+        for key in ("head_depth", "head_width"):
+            if getattr(self, key) < 1:
+                raise UserError(f"objective.{key}: {getattr(self, key)} is not positive")
+
+    def head_specs(self, num_layers: int, code_dim: int) -> tuple[HeadSpec, ...]:
+        """The heads of a generator with `num_layers` blocks for a tokenizer of width `code_dim`."""
+        if self.embedding_weight == 0:
+            return ()
+        decode_layer = num_layers * 3 // 4 if self.decode_layer is None else self.decode_layer
+        specs = []
+        if self.heads in ("encode", "both"):
+            specs.append(HeadSpec("current", self.encode_layer, "current", code_dim, self.head_depth, self.head_width))
+        if self.heads in ("decode", "both"):
+            specs.append(HeadSpec("next", decode_layer, "next", code_dim, self.head_depth, self.head_width))
+        return tuple(specs)
+
+
+@dataclass(frozen=True)
+class NoisyTokens:
+    """A batch of tokens, ready for the loss."""
+
+    tokens: Tensor
+    """(B, N) int64: the targets."""
+    context: Tensor
+    """(B, N) int64: the tokens fed, maybe corrupted."""
+    condition: Condition
+    """The condition fed, maybe dropped to the null condition."""
+    corrupted: Tensor
+    """(B, N) bool: where `context` was replaced."""
+
+
+class Autoregressive:
+    """Follows `consonar.types.Objective`. `total_steps` is the length of the run (the noise schedule's clock)."""
+
+    def __init__(
+        self, config: AutoregressiveConfig, tokenizer: Tokenizer, *, total_steps: int, seed: int, world: World = ALONE
+    ):
+        self.config, self.tokenizer = config, tokenizer
+        self.total_steps, self.seed, self.world = total_steps, seed, world
+        self.neighbours: Tensor | None = None  # made when first needed, on the device of the tokens
+
+    def noise_rate(self, step: int) -> float:
+        """f(t) at this step."""
+        settings = self.config.noise
+        return noise.max_noise_rate(
+            settings.schedule, step / self.total_steps, max_rate=settings.max_rate, anneal_end=settings.anneal_end
+        )
+
+    @torch.no_grad()
+    def prepare(self, model: Trainee, batch: TokenBatch, step: int) -> NoisyTokens:
+        """Drops classes and corrupts the context; each from a generator of its own, so that neither moves the other."""
+        share = self.config.class_dropout
+        condition = drop_classes(model.generator, batch.condition, share, self.seed, step, self.world)
+        context, corrupted = self._corrupt(model, batch.tokens, step)
+        return NoisyTokens(batch.tokens, context, condition, corrupted)
+
+    def _corrupt(self, model: Trainee, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        rate = self.noise_rate(step)
+        if rate == 0:
+            return tokens, torch.zeros_like(tokens, dtype=torch.bool)
+        rng = generator(self.seed, "noise", step, 0)
+        settings = self.config.noise
+        mask_token = None
+        if settings.corruption == "mask":
+            mask_token = getattr(model.generator, "mask_token", None)
+            if mask_token is None:
+                raise UserError(
+                    "objective.noise.corruption: 'mask' needs a generator with a mask token; choices: uniform, nearest"
+                )
+        if settings.corruption == "nearest" and self.neighbours is None:
+            codebook = self.tokenizer.embed(torch.arange(self.tokenizer.vocab_size, device=tokens.device)[None])[0]
+            self.neighbours = noise.code_neighbours(codebook, min(settings.num_neighbours, len(codebook) - 1))
+        rates = rows_of_rank(
+            lambda n: noise.draw_noise_rates(settings.schedule, rate, n, rng),
+            len(tokens),
+            self.world.rank,
+            self.world.size,
+        )
+        return noise.corrupt_tokens(
+            tokens,
+            rates,
+            self.tokenizer.vocab_size,
+            rng,
+            corruption=settings.corruption,
+            mask_token=mask_token,
+            neighbours=self.neighbours,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def loss(self, model: Trainee, prepared: NoisyTokens, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy on the clean targets, and with heads the weighted alignment of their codes."""
+        prediction = model(prepared.context, prepared.condition)
+        total = cross_entropy = losses.next_token_loss(prediction.logits, prepared.tokens)
+        terms = {"cross_entropy": cross_entropy}
+        if prediction.taps:
+            codes = self.tokenizer.embed(prepared.tokens)  # (B, N, C)
+            for name, predicted in prediction.taps.items():
+                keep = ~prepared.corrupted if name == "current" and self.config.mask_noised else None
+                terms[f"align_{name}"] = losses.codebook_alignment_loss(predicted, codes, keep)
+                total = total + self.config.embedding_weight * terms[f"align_{name}"]
+        return total, terms
+
+    def state(self, step: int) -> dict[str, float]:
+        """What the log shows beside the terms."""
+        return {"noise_rate": self.noise_rate(step)}
+
+    def breach(self, values: Mapping[str, float]) -> str | None:
+        """Nothing stops such a run early."""
+        return None
+
+    @torch.no_grad()
+    def validate(self, model: Trainee, batches: Iterator[TokenBatch]) -> dict[str, float]:
+        """Teacher-forced cross-entropy (nats), accuracy and entropy on a clean context with the true class."""
+        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        for batch in batches:
+            logits = model(batch.tokens, batch.condition).logits.float()
+            values = [
+                losses.next_token_loss(logits, batch.tokens),
+                losses.next_token_accuracy(logits, batch.tokens),
+                losses.entropy(logits).mean(),
+            ]
+            sums += torch.stack(values).double().cpu() * len(batch.tokens)
+            count += len(batch.tokens)
+        cross_entropy, accuracy, entropy = (sums / count).tolist()
+        return {"cross_entropy": cross_entropy, "accuracy": accuracy, "entropy": entropy}

@@ -1,0 +1,57 @@
+"""What all objectives share: the class of their configurations, and how a condition is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from consonar import records
+from consonar.distributed import World
+from consonar.seeding import generator, rows_of_rank, uniform
+from consonar.training.trainee import HeadSpec
+from consonar.types import Condition, Generator, ModelConfig
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The settings of one objective; `kind` names it in files."""
+
+    kind: str
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps on each batch."""
+        return 1
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether the start model is kept in memory."""
+        return False
+
+    @property
+    def drops_all_classes(self) -> bool:
+        """Whether no image is trained with its class, so that none needs one."""
+        return False
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether a discriminator is trained beside the tokenizer."""
+        return False
+
+    def check_model(self, model: ModelConfig | None) -> None:
+        """Raises `UserError` for the shape of a model that this objective cannot train."""
+
+    def head_specs(self, num_layers: int, code_dim: int) -> tuple[HeadSpec, ...]:
+        """The training-only heads of a generator with `num_layers` blocks for a tokenizer of width `code_dim`."""
+        return ()
+
+
+def drop_classes(model: Generator, condition: Condition, share: float, seed: int, step: int, world: World) -> Condition:
+    """The condition with the null condition in this `share` of the rows, drawn by (seed, step) alone."""
+    rng = generator(seed, "class_dropout", step, 0)
+    dropped = rows_of_rank(lambda n: uniform(rng, n), records.num_rows(condition), world.rank, world.size)
+    keep = records.to_device(dropped >= share, records.first_tensor(condition).device)
+    return records.select(keep, condition, model.null_condition(condition))

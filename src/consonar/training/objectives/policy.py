@@ -1,0 +1,258 @@
+"""VA-pi (arXiv 2512.19680): policy gradient on pixel reconstruction under teacher forcing, with a prior regulariser.
+
+Of every image, G token sequences are drawn from the logits of one pass over the (noisy) true context, decoded by the
+frozen tokenizer and rewarded by their likeness to the image; the loss is the clipped policy loss on group-relative
+advantages + beta_ce cross-entropy on the true tokens + beta_kl KL to the start model. With `rollout="free"` it is
+another objective, in `free.py`.
+
+Deviations from the released code: the G samples share one pass (theirs repeats it for each); draw and update see the
+same distribution (theirs drops classes and units in one of the two), so with one inner epoch the ratio is exactly 1 and
+the draw reuses the update's own pass; no pass of the start model where no KL is wanted; filtering by top-k or top-p,
+which biases their ratio, is not offered. Beyond the article, off by default: exact KL, several inner epochs, other
+estimators, and credit by place (`credit="token"`).
+
+Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from consonar import distributed
+from consonar.errors import UserError
+from consonar.records import to_device
+from consonar.seeding import generator, uniform
+from consonar.training import losses
+from consonar.training import policy_gradient as policy
+from consonar.training.credit import Influence, measure_influence, spatial_credit, token_grid
+from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
+from consonar.types import EncodedBatch, Grid, ImageBatch
+
+INFLUENCE_POSITIONS = 64
+"""At how many positions of each probe image the decoder's receptive field is measured."""
+DAPO_CLIP_HIGH = 0.28
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(AlignmentConfig):
+    """VA-pi with the published settings of class-conditional LlamaGen."""
+
+    kind: Literal["policy"] = "policy"
+    rollout: Literal["teacher_forced", "free"] = "teacher_forced"
+    """Tokens drawn under the image's own context (VA-pi), or freely by the cached sampler (AR-GRPO)."""
+    estimator: Literal["grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce"] = "grpo"
+    """How rewards become advantages and ratios; gspo and dapo are grpo until `inner_epochs` is over 1."""
+    group_size: int = 8
+    """G, sequences drawn for each image."""
+    temperature: float = 1.0
+    """Of the draws and of the ratio."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of free rollouts; the ratio stays that of the conditional distribution."""
+    advantage_clamp: float = 5.0
+    """Advantages are clamped to plus and minus this; 0: not."""
+    clip_range: float = 0.2
+    """The ratio counts within 1 minus this ..."""
+    clip_range_high: float | None = None
+    """... and 1 plus this; None: `clip_range`, for dapo 0.28."""
+    ce_weight: float = 0.1
+    """beta_ce, cross-entropy on the true tokens."""
+    kl_weight: float = 0.0
+    """beta_kl, KL to the start model; the released text-to-image script has 0.01."""
+    kl: Literal["k3", "exact"] = "k3"
+    """Estimated at the drawn tokens, or summed over the vocabulary."""
+    inner_epochs: int = 1
+    """Updates on the same draws; over 1 the ratio leaves 1 and clipping matters."""
+    credit: Literal["sequence", "token"] = "sequence"
+    """One advantage for all tokens of a sequence, or each token its own from the error at its place."""
+    smooth_credit: bool = False
+    """Spread each token's credit over the decoder's receptive field, measured once (credit by token)."""
+    baseline_decay: float = 0.9
+    """Of the running mean that reinforce subtracts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 1 or (self.group_size == 1 and self.estimator != "reinforce"):
+            raise UserError(
+                f"objective.group_size: {self.group_size}, but {self.estimator} compares the samples of a group: "
+                "2 or more (reinforce takes 1)"
+            )
+        if self.inner_epochs < 1:
+            raise UserError(f"objective.inner_epochs: {self.inner_epochs} is not positive")
+        for key in ("temperature", "clip_range"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"objective.{key}: {getattr(self, key)} is not positive")
+        for key in ("ce_weight", "kl_weight", "advantage_clamp", "guidance_scale"):
+            if getattr(self, key) < 0:
+                raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
+        if not 0 <= self.baseline_decay < 1:
+            raise UserError(f"objective.baseline_decay: {self.baseline_decay} is not in [0, 1)")
+        if self.rollout == "free":
+            if self.credit == "token":
+                raise UserError("objective.credit: 'token' compares an image with its original; choices here: sequence")
+            for key in ("context_noise", "ce_weight"):
+                if getattr(self, key):
+                    raise UserError(
+                        f"objective.{key}: {getattr(self, key)}, but free rollouts have no true context; set it to 0"
+                    )
+
+    @property
+    def updates(self) -> int:
+        return self.inner_epochs
+
+    @property
+    def needs_prior(self) -> bool:
+        return super().needs_prior or self.kl_weight > 0
+
+    @property
+    def clip_high(self) -> float:
+        """The upper clip range."""
+        if self.clip_range_high is None:
+            return DAPO_CLIP_HIGH if self.estimator == "dapo" else self.clip_range
+        return self.clip_range_high
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Sequences drawn for every image, and what they are worth."""
+
+    actions: Tensor
+    """(B, G, N) int64."""
+    advantages: Tensor
+    """(B, G, 1 or N)."""
+    shown: dict[str, Tensor]
+    """For the log: the rewards (B, G), their parts, and per group the spread and whether it is none (B, 1 or N)."""
+    old_log_probs: Tensor | None = None
+    """(B, G, N) of the policy that drew, where that is not the one that is updated."""
+
+
+@dataclass(frozen=True)
+class PolicyForced(Forced):
+    """With the numbers that the draws are made from, and the draws where the loss does not make them."""
+
+    uniforms: Tensor
+    """(B, G, N) float64 in [0, 1)."""
+    drawn: Drawn | None = None
+
+
+class PolicyGradient(Alignment):
+    """What VA-pi and AR-GRPO share: from rewards to advantages, and the clipped loss."""
+
+    def __init__(self, config: PolicyConfig, *args: Any, **settings: Any):
+        self.config: PolicyConfig = config
+        super().__init__(config, *args, **settings)
+        self.grid: Grid | None = None
+        self.influence: Influence | None = None
+        if config.credit == "token":
+            self.grid = token_grid(self.tokenizer)  # found out now and not after the first draws
+        if config.smooth_credit:
+            assert self.probe is not None, "images to measure the decoder with"
+            self.influence = measure_influence(
+                self.tokenizer, self.tokenizer.encode(self.probe()), num_positions=INFLUENCE_POSITIONS,
+                rng=generator(self.seed, "influence"),
+            )  # fmt: skip
+
+    def reward(self, trainee: AlignmentTrainee, actions: Tensor, batch: EncodedBatch) -> Drawn:
+        """What actions (B, G, N) drawn for the images of `batch` are worth."""
+        group = actions.shape[1]
+        images = self.decode(actions.flatten(0, 1))  # (B * G, 3, H, W)
+        total, parts, maps = self.rewards.measure(images, batch, grid=self.grid)
+        rewards = total.view(-1, group, 1)
+        if self.grid is not None and maps is not None:
+            rewards = spatial_credit(maps, self.influence, self.grid).unflatten(0, (-1, group))  # (B, G, N)
+        # Equal draws are worth the same, whatever the rounding of their pictures and of a reward near 0.
+        first = (actions[:, :, None] == actions[:, None]).all(-1).int().argmax(-1)  # (B, G): the first draw like each
+        rewards = rewards.gather(1, first[..., None].expand_as(rewards))
+        sizes = rewards if self.grid is not None else self.rewards.sizes(parts).view(-1, group, 1)
+        baseline = self.update_baseline(trainee, rewards) if self.config.estimator == "reinforce" else None
+        advantages = policy.group_advantages(
+            rewards, self.config.estimator, baseline=baseline, clamp=self.config.advantage_clamp, sizes=sizes
+        )
+        spread, tied = policy.group_spread(rewards, sizes)  # (B, 1 or N) each
+        shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
+        shown = {key: value.view(-1, group) for key, value in shown.items()}
+        return Drawn(actions, advantages, {**shown, "reward_spread": spread, "reward_ties": tied.float()})
+
+    def update_baseline(self, trainee: AlignmentTrainee, rewards: Tensor) -> Tensor:
+        """The running mean before this batch (its own mean at the very first), (N,) or a scalar; then updates it."""
+        mean = distributed.sum_over_ranks(rewards.mean((0, 1)), self.world) / self.world.size  # (1,) or (N,)
+        first = trainee.num_baseline_updates == 0
+        before = torch.where(first, mean, trainee.reward_baseline)
+        trainee.reward_baseline.copy_(self.config.baseline_decay * before + (1 - self.config.baseline_decay) * mean)
+        trainee.num_baseline_updates += 1
+        return before if self.config.credit == "token" else before[:1]
+
+    def policy_terms(self, log_probs: Tensor, logits: Tensor, drawn: Drawn) -> dict[str, Tensor]:
+        """The clipped loss under `policy`, what was shown of the draws, and how far the ratio has moved."""
+        config = self.config
+        old = log_probs.detach() if drawn.old_log_probs is None else drawn.old_log_probs
+        ratio = policy.probability_ratio(log_probs, old, whole_sequence=config.estimator == "gspo")
+        terms = {key: value.mean() for key, value in drawn.shown.items()}
+        loss = policy.clipped_policy_loss(ratio, drawn.advantages, config.clip_range, config.clip_high)
+        terms["policy"] = loss.mean()
+        with torch.no_grad():
+            terms["entropy"] = losses.entropy(logits).mean()
+            terms["ratio_deviation"] = (ratio - 1).abs().max()
+            terms["clip_fraction"] = policy.clip_fraction(ratio, config.clip_range, config.clip_high)
+        return terms
+
+    def divergence(self, logits: Tensor, log_probs: Tensor, prior: Tensor, actions: Tensor) -> Tensor:
+        """Mean KL to the start model per token, nats; `prior` are its logits where `logits` are the policy's."""
+        temperature = self.config.temperature
+        if self.config.kl == "exact":
+            return policy.kl_exact(logits.float() / temperature, prior / temperature).mean()
+        return policy.kl_k3(log_probs, self.log_probs(prior, actions)).mean()
+
+    def log_probs(self, logits: Tensor, actions: Tensor) -> Tensor:
+        """log pi of each drawn token: (B, G, N) <- logits (B, N, V) that serve all G, actions (B, G, N)."""
+        return policy.token_log_probs(logits, actions, self.config.temperature)
+
+
+class TeacherForcedPolicy(PolicyGradient):
+    """VA-pi. Follows `consonar.types.Objective`."""
+
+    @torch.no_grad()
+    def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> PolicyForced:
+        """Context and random numbers; with several inner epochs or for reinforce the draws and advantages too.
+
+        The running mean of reinforce moves once per step: were the draws left to the loss, every micro-batch would
+        move it.
+        """
+        forced = self.force(model, batch, step)
+        rng = generator(self.seed, "actions", step, 0)
+        count, length = forced.batch.tokens.shape
+        shape = (self.config.group_size, length)
+        uniforms = self.own_rows(lambda n: uniform(rng, n, *shape, dtype=torch.float64), count)
+        prepared = PolicyForced(**vars(forced), uniforms=to_device(uniforms, forced.context.device))
+        if self.config.updates == 1 and self.config.estimator != "reinforce":
+            return prepared
+        with self.autocast():
+            logits = model(forced.context, forced.condition).logits
+        drawn = self.draw(model, logits, prepared)
+        if self.config.updates > 1:
+            drawn = replace(drawn, old_log_probs=self.log_probs(logits, drawn.actions))
+        return replace(prepared, drawn=drawn)
+
+    @torch.no_grad()
+    def draw(self, trainee: AlignmentTrainee, logits: Tensor, prepared: PolicyForced) -> Drawn:
+        """Sequences drawn from logits (B, N, V)."""
+        actions = policy.draw_actions(logits, prepared.uniforms, self.config.temperature)
+        return self.reward(trainee, actions, prepared.batch)
+
+    def loss(self, model: AlignmentTrainee, prepared: PolicyForced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy loss from one pass over the images' contexts, whatever G is; with its regularisers."""
+        config = self.config
+        logits = model(prepared.context, prepared.condition).logits
+        drawn = prepared.drawn or self.draw(distributed.unwrap(model), logits.detach(), prepared)
+        log_probs = self.log_probs(logits, drawn.actions)
+        terms = self.policy_terms(log_probs, logits, drawn)
+        terms["cross_entropy"] = losses.next_token_loss(logits, prepared.batch.tokens)
+        total = terms["policy"] + config.ce_weight * terms["cross_entropy"]
+        if config.kl_weight > 0:
+            prior = self.prior_logits(prepared.context, prepared.condition)
+            terms["kl"] = self.divergence(logits, log_probs, prior, drawn.actions)
+            total = total + config.kl_weight * terms["kl"]
+        return total, terms

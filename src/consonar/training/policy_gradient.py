@@ -1,0 +1,133 @@
+"""Group-relative policy gradient on tokens drawn under teacher forcing (VA-pi, arXiv 2512.19680). Pure functions.
+
+All `G` samples of an image are drawn from the same logits, so everything here gathers from one (B, N, V) tensor: the
+generator runs once per image, whatever G is. Estimators, with the source of each:
+- `grpo` (arXiv 2402.03300): reward minus group mean, over the group's unbiased standard deviation.
+- `dr_grpo` (arXiv 2503.20783): reward minus group mean.
+- `rloo` (arXiv 2402.14740): reward minus the mean of the other samples.
+- `gspo` (arXiv 2507.18071): advantages of `grpo`, one probability ratio per sequence.
+- `dapo` (arXiv 2503.14476): advantages of `grpo`, a clip range that is wider upwards. Its token-level mean equals the
+  others' here, since all sequences are of one length; its dropping of groups without spread has no use for a
+  continuous reward and is left out.
+- `reinforce` (Williams 1992): reward minus a running mean.
+
+Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
+"""
+
+import torch
+from torch import Tensor
+
+from consonar.precision import in_float32
+from consonar.records import to_device
+
+ESTIMATORS = ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")
+TIE = 1e-6
+"""Rewards of one image that differ by less than this share of its largest are equal: float32 leaves 6e-8 of each number
+that is summed, and a standard deviation of such differences would make advantages of any size from them."""
+
+
+def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """G independent draws of every token by inverse transform: (B, G, N) <- logits (B, N, V), uniforms (B, G, N)."""
+    actions = torch.empty(uniforms.shape, dtype=torch.int64, device=logits.device)
+    for image, numbers in enumerate(to_device(uniforms, logits.device)):  # one image at a time: float64 over V is large
+        cumulative = (logits[image].double() / temperature).softmax(-1).cumsum(-1)  # (N, V)
+        # `right`: a draw of exactly 0 must not fall on a token of probability 0.
+        thresholds = (numbers.double().t() * cumulative[:, -1:]).contiguous()  # (N, G)
+        actions[image] = torch.searchsorted(cumulative, thresholds, right=True).t()
+    return actions.clamp_max_(logits.shape[-1] - 1)
+
+
+@in_float32
+def token_log_probs(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> Tensor:
+    """log pi of each drawn token: (B, G, N) <- logits (B, N, V), actions (B, G, N). In float32."""
+    log_probs = (logits / temperature).log_softmax(-1)
+    return log_probs.gather(-1, actions.transpose(1, 2)).transpose(1, 2)
+
+
+@in_float32
+def group_spread(rewards: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Standard deviation within each group, and whether it has none: two (B,) or (B, N) <- rewards (B, G[, N]).
+
+    Differences below `TIE` times the largest reward of the image, over all its samples and tokens, are none; the
+    standard deviation then is 0. A group of one has none. `sizes`, of the shape of the rewards, is what counts in the
+    place of the rewards where these are sums of which much may cancel: the sum of the magnitudes.
+    """
+    scale = (rewards if sizes is None else sizes).abs().flatten(1).amax(1).view(-1, *[1] * (rewards.ndim - 2))
+    tied = rewards.amax(1) - rewards.amin(1) <= TIE * scale
+    if rewards.shape[1] == 1:
+        return torch.zeros_like(tied, dtype=rewards.dtype), tied
+    unit = scale.where(scale > 0, 1)  # the squares of very small rewards would be 0
+    return ((rewards / unit.unsqueeze(1)).std(1) * unit).masked_fill(tied, 0), tied
+
+
+@in_float32
+def group_advantages(
+    rewards: Tensor,
+    estimator: str,
+    *,
+    baseline: Tensor | float | None = None,
+    clamp: float = 5.0,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """Advantages of the same shape as rewards (B, G) or, with one reward per token, (B, G, N).
+
+    `baseline` is what `reinforce` subtracts, broadcast; `clamp` bounds the advantages on both sides, 0 does not. Where
+    samples are compared with each other, that is everywhere but in `reinforce`, a group without spread (`group_spread`,
+    also for `sizes`) has advantages of exactly 0. There the standard deviation is divided by as it is, since it is over
+    0: the released code adds 1e-8, which takes the advantages from rewards of that size.
+    """
+    if estimator == "reinforce":
+        assert baseline is not None
+        advantages = rewards - baseline
+    else:
+        group_size = rewards.shape[1]
+        assert group_size > 1, "a group of one has no spread"
+        spread, tied = (value.unsqueeze(1) for value in group_spread(rewards, sizes))
+        advantages = (rewards - rewards.mean(1, keepdim=True)).masked_fill(tied, 0)
+        if estimator == "rloo":
+            advantages = advantages * (group_size / (group_size - 1))
+        elif estimator != "dr_grpo":
+            assert estimator in ("grpo", "gspo", "dapo"), estimator
+            advantages = advantages / spread.masked_fill(tied, 1)
+    return advantages.clamp(-clamp, clamp) if clamp else advantages
+
+
+@in_float32
+def probability_ratio(log_probs: Tensor, old_log_probs: Tensor, *, whole_sequence: bool = False) -> Tensor:
+    """rho = pi / pi_old of each token (B, G, N), or its geometric mean over the sequence (B, G, 1) (GSPO, eq. 7)."""
+    difference = log_probs - old_log_probs
+    return (difference.mean(-1, keepdim=True) if whole_sequence else difference).exp()
+
+
+@in_float32
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) per token (PPO, eq. 7); ratio and advantages broadcast."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+
+
+def clip_fraction(ratio: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Share of ratios outside the clip range, 0..1."""
+    return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().mean()
+
+
+@in_float32
+def kl_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
+    """exp(d) - d - 1, d = log pi_prior - log pi at the drawn token: an estimate of KL(pi || prior), never negative."""
+    difference = prior_log_probs - log_probs
+    return difference.exp() - difference - 1
+
+
+@in_float32
+def kl_exact(logits: Tensor, prior_logits: Tensor) -> Tensor:
+    """KL(pi || prior) over the vocabulary, in nats: (B, N) <- two (B, N, V). In float32."""
+    log_probs, prior_log_probs = logits.log_softmax(-1), prior_logits.log_softmax(-1)
+    return (log_probs.exp() * (log_probs - prior_log_probs)).sum(-1)
+
+
+def code_similarity_targets(codebook: Tensor, tau: float) -> Tensor:
+    """softmax over k of -|Z[k] - Z[x]|^2 / tau, a row for each true token x: (V, V) <- codebook Z (V, C).
+
+    What the pixel reward would teach if the decoder were linear and local.
+    """
+    distances = torch.cdist(codebook.double(), codebook.double()).square()
+    return (-distances / tau).softmax(-1).float()
