@@ -25,10 +25,10 @@ from consonar.components import load_tokenizer
 from consonar.cpu.memory import keep_freed_memory
 from consonar.data.images import open_source
 from consonar.data.tokens import TokenStore, write_token_store
-from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import library_versions, machine_name
 from consonar.evaluation.run_results import is_measured, read_results
+from consonar.evaluation.runs import evaluate_run
 from consonar.recipes import find_recipe
 from consonar.tracking import read_metrics
 from consonar.training.config import TrainConfig

@@ -11,7 +11,7 @@ import torch
 from consonar.components import load_generator
 from consonar.distributed import pick_device
 from consonar.evaluation.image_sets import folder_image_set
-from consonar.evaluation.inputs import Reference, encode_reference
+from consonar.evaluation.inputs import ReferenceSet, encode_reference
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
 from consonar.training.objectives.controls import gumbel_noise
@@ -63,7 +63,7 @@ def test_resume_on_cuda(make_config, tmp_path: Path) -> None:
 
 def test_a_reference_is_encoded_as_on_the_cpu(tokenizer, picture_folder: Path) -> None:
     """Its pictures are read on the CPU; the convolutions are float32, not TF32."""
-    reference = Reference("x", {"train": folder_image_set(picture_folder / "train" / "all")[0]})
+    reference = ReferenceSet("x", {"train": folder_image_set(picture_folder / "train" / "all")[0]})
     here = encode_reference(reference, tokenizer)
     there = encode_reference(reference, tokenizer.to(pick_device("cuda")))
     assert here.tokens and there.tokens

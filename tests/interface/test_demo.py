@@ -10,7 +10,7 @@ import pytest
 from consonar import cli
 from consonar.demo import job as demo
 from consonar.demo import plan as demo_plan
-from consonar.evaluation import frontier
+from consonar.evaluation import runs
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_demo_makes_a_page_and_goes_on_where_it_stopped(
         assert [row["temperature"] for row in results["rows"][:2]] == [1.0, 0.9]
         matched = [row["matched_to"] for row in results["rows"][2:]]
         assert matched == ([f"{name}-vapi"] if name in demo.RUNS else [])
-        assert results["best"] == frontier.best_row(results["rows"])
+        assert results["best"] == runs.best_row(results["rows"])
         assert {"FD(efficientnet-lite0) train", "FD(efficientnet-lite0) validation", "precision", "recall"} <= set(
             results["rows"][0]["metrics"]
         )

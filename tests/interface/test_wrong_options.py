@@ -15,8 +15,8 @@ from consonar.components import load_generator, load_tokenizer, save_generator
 from consonar.demo.job import run_demo
 from consonar.errors import UserError, unknown
 from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.results import check_place
+from consonar.evaluation.runs import evaluate_run
 from consonar.origin import Origin
 from consonar.recipes import find_recipe
 from consonar.recipes.files import read_config

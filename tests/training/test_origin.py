@@ -17,11 +17,11 @@ from consonar.cli import main
 from consonar.components import load_tokenizer, read_origin, save_generator, save_tokenizer
 from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.errors import UserError
-from consonar.evaluation import frontier
+from consonar.evaluation import runs
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.frontier import evaluate_run
 from consonar.evaluation.inputs import encode_reference, open_reference
+from consonar.evaluation.runs import evaluate_run
 from consonar.origin import Origin, check, difference
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import DataConfig
@@ -236,7 +236,7 @@ def test_entropy_is_not_measured_under_labels_of_other_classes(
     generator_of, make_config, stores, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(frontier, "load_feature_network", lambda name, device: Colour())
+    monkeypatch.setattr(runs, "load_feature_network", lambda name, device: Colour())
     for split in ("train", "val"):
         for name in "bac":
             pictures(tmp_path / "data" / split / name, 2)

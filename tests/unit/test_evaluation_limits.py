@@ -8,7 +8,7 @@ from torch.nn import functional
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inputs import Reference, Samples, load_samples, open_reference
+from consonar.evaluation.inputs import ReferenceSet, SampleSet, load_samples, open_reference
 from consonar.evaluation.measure import distance_of_draws
 from consonar.metrics.distribution import Moments, frechet_distance, symmetric_root
 from consonar.origin import Origin
@@ -38,8 +38,8 @@ def in_memory(images, name="memory"):
 
 
 def measured(samples, reference, network=None, **options):
-    given = Samples(in_memory(samples, "samples"), len(samples), 4, "0")
-    known = Reference("known", {"reference": in_memory(reference)})
+    given = SampleSet(in_memory(samples, "samples"), len(samples), 4, "0")
+    known = ReferenceSet("known", {"reference": in_memory(reference)})
     return evaluate(given, known, feature_network=network or Cells(), **options)
 
 
@@ -90,10 +90,10 @@ def test_what_perfect_samples_score_is_said_where_samples_are_few(rng):
 
 def test_a_copy_rate_that_cannot_see_a_copy_is_said():
     train, held_out = noise(20, 0), noise(5, 1)
-    given = Samples(in_memory(train, "samples"), 20, 4, "0", tokens=torch.zeros(20, 4, dtype=torch.int64))
+    given = SampleSet(in_memory(train, "samples"), 20, 4, "0", tokens=torch.zeros(20, 4, dtype=torch.int64))
     for leaked, said in ((held_out, 0), (np.concatenate([held_out, train[:1]]), 1)):
         sets = {"train": in_memory(train), "validation": in_memory(leaked)}
-        result = evaluate(given, Reference("known", sets), feature_network=Cells())
+        result = evaluate(given, ReferenceSet("known", sets), feature_network=Cells())
         assert sum("copy rate (features) cannot see a copy" in line for line in result.remarks) == said
         assert result.metrics["copy rate (features)"].value == 1 - said  # all are training images
 
@@ -181,7 +181,7 @@ MU, SIGMA = np.zeros(48), np.eye(48)
 ])  # fmt: skip
 def test_statistics_that_are_not_of_this_network_are_one_line(arrays, message, tmp_path):
     write_npz(tmp_path / "s.npz", arrays)
-    given = Samples(in_memory(noise(9, 0)), 9, 4, "0")
+    given = SampleSet(in_memory(noise(9, 0)), 9, 4, "0")
     with pytest.raises(UserError, match=message) as caught:
         evaluate(given, open_reference(tmp_path / "s.npz", 4), feature_network=Cells())
     assert "\n" not in str(caught.value)
@@ -202,9 +202,9 @@ def test_samples_that_say_two_things_or_nothing_are_refused(arrays, message, tmp
 
 def test_tokens_of_two_tokenizers_are_not_compared():
     tokens = torch.zeros(9, 4, dtype=torch.int64)
-    given = Samples(in_memory(noise(9, 0)), 9, 4, "0", tokens=tokens, settings={"tokenizer_fingerprint": "one"})
+    given = SampleSet(in_memory(noise(9, 0)), 9, 4, "0", tokens=tokens, settings={"tokenizer_fingerprint": "one"})
     sets = {name: in_memory(noise(9, seed)) for seed, name in enumerate(("train", "validation"))}
-    known = Reference(
+    known = ReferenceSet(
         "known", sets, tokens=dict.fromkeys(sets, tokens), origin=Origin(tokenizer="b", tokenizer_fingerprint="two")
     )
     with pytest.raises(UserError, match=r"the tokenizer is 'b' \(two\)"):
@@ -212,10 +212,10 @@ def test_tokens_of_two_tokenizers_are_not_compared():
 
 
 def test_statistics_given_as_tensors_are_checked_as_well():
-    given, mean, cov = Samples(in_memory(noise(9, 0)), 9, 4, "0"), torch.zeros(48), torch.eye(48)
+    given, mean, cov = SampleSet(in_memory(noise(9, 0)), 9, 4, "0"), torch.zeros(48), torch.eye(48)
     for statistics, message in [
         ((cov, mean), r"mean \(48, 48\) and covariance \(48,\).*exchanged\?"),
         ((mean * torch.nan, cov), "holds NaN"),
     ]:
         with pytest.raises(UserError, match=message):
-            evaluate(given, Reference("known", {}, statistics), feature_network=Cells())
+            evaluate(given, ReferenceSet("known", {}, statistics), feature_network=Cells())

@@ -89,11 +89,11 @@ def test_their_spread_is_taken_over_the_same_parts(tmp_path, files):
 
 def test_a_noise_floor_of_both_distances(tmp_path, files):
     from consonar.evaluation.image_sets import npz_image_set
-    from consonar.evaluation.inputs import Reference
+    from consonar.evaluation.inputs import ReferenceSet
 
     names = {"train": "reference", "validation": "samples"}
     images = {name: npz_image_set(tmp_path / f"{file}.npz")[0] for name, file in names.items()}
-    floor = evaluate(tmp_path / "samples.npz", Reference("both", images), feature_network=Scored()).noise_floor
+    floor = evaluate(tmp_path / "samples.npz", ReferenceSet("both", images), feature_network=Scored()).noise_floor
     train, validation = outputs_of(files["reference"]), outputs_of(files["samples"])
     assert floor == {
         "FD(scored) validation vs train": pytest.approx(distance(train[0], validation[0]), rel=1e-5),

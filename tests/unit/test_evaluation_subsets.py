@@ -8,7 +8,7 @@ from consonar.data.loader import ImageBatches
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.features import extract_features
 from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inputs import Reference, Samples
+from consonar.evaluation.inputs import ReferenceSet, SampleSet
 from consonar.evaluation.subsets import RowDraw
 from consonar.sampling.job import balanced_labels
 
@@ -43,8 +43,8 @@ def in_memory(images, name="memory"):
 
 
 def measure(samples, train, validation, **options):
-    reference = Reference("r", {"train": in_memory(train), "validation": in_memory(validation)})
-    given = Samples(in_memory(samples), len(samples), 4, "0")
+    reference = ReferenceSet("r", {"train": in_memory(train), "validation": in_memory(validation)})
+    given = SampleSet(in_memory(samples), len(samples), 4, "0")
     results = evaluate(given, reference, feature_network=Colours(), **options)
     return {name: metric.value for name, metric in results.metrics.items()}, results
 

@@ -12,7 +12,7 @@ from consonar import networks
 from consonar.checkpoint import file_sha256
 from consonar.components import load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
-from consonar.evaluation import frontier
+from consonar.evaluation import runs
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.run_results import is_measured, read_results, replacing
 from consonar.origin import Origin
@@ -45,7 +45,7 @@ def run(tmp_path, tiny_generator, tokenizer_folder, tokenizer):
 
 def measure(run, picture_folder, **options):
     options = {"num_samples": 12, "draws": 2, "reference": str(picture_folder)} | options
-    return frontier.evaluate_run(run, feature_network="quarters", **options)
+    return runs.evaluate_run(run, feature_network="quarters", **options)
 
 
 def files(run):
@@ -63,7 +63,7 @@ def test_samples_of_a_killed_measurement_go_with_the_next_whatever_its_temperatu
 @pytest.mark.parametrize("fails", ["evaluate", "measure_reconstruction"])
 def test_results_stay_until_the_new_ones_are_complete(run, picture_folder, monkeypatch, fails):
     measure(run, picture_folder, temperatures=(1.0, 0.5))
-    before, function, calls = files(run), getattr(frontier, fails), []
+    before, function, calls = files(run), getattr(runs, fails), []
 
     def breaks(*args, **options):
         calls.append(args)
@@ -72,7 +72,7 @@ def test_results_stay_until_the_new_ones_are_complete(run, picture_folder, monke
         return function(*args, **options)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(frontier, fails, breaks)
+        patched.setattr(runs, fails, breaks)
         measure(run, picture_folder, temperatures=(1.0, 0.5), seed=7, overwrite=True)
     after = {path: content for path, content in files(run).items() if not str(path).startswith(".samples_t")}
     assert after == before
@@ -137,12 +137,12 @@ def test_a_shared_reference_is_that_of_the_run(run, picture_folder, tokenizer, t
 
 
 def test_more_classes_than_pictures_are_kept_of_are_shown_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(frontier, "KEPT_IMAGES", 4)
+    monkeypatch.setattr(runs, "KEPT_IMAGES", 4)
     for count, labels in ((12, [0, 3, 6, 9]), (5, [0, 2, 4, 7])):
         classes = np.arange(count) * 10 // count if count < 10 else np.arange(count) % 10
         images = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
         np.savez(tmp_path / "drawn.npz", arr_0=images, labels=classes, seeds=np.arange(count))
-        frontier.keep_some(tmp_path / "drawn.npz", tmp_path / "kept.npz", None, {}, None)
+        runs.keep_some(tmp_path / "drawn.npz", tmp_path / "kept.npz", None, {}, None)
         with np.load(tmp_path / "kept.npz") as kept:
             assert len(kept["labels"]) == 4 and np.abs(kept["labels"] - labels).max() <= 2
             assert (kept["images"][:, 0, 0, 0] == kept["seeds"]).all()
@@ -159,6 +159,6 @@ def test_a_reference_that_cannot_be_measured_against_is_refused_before_anything_
     for split in ("train", "validation"):
         (tmp_path / "one" / split / "all").mkdir(parents=True)
         picture(0).save(tmp_path / "one" / split / "all" / "0.png")
-    monkeypatch.delattr(frontier, "run_job")
+    monkeypatch.delattr(runs, "run_job")
     with pytest.raises(UserError, match=r"reference .*: 1 image\(s\) as train"):
         measure(run, tmp_path / "one")

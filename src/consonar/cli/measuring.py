@@ -107,7 +107,7 @@ def number_list(text: str) -> list[float]:
 def evaluate_folder(run: Path, fixed: dict[str, Any], **sampling: Any) -> None:
     """Measures a run folder by what it holds: a tokenizer (with `fixed` alone), or a generator."""
     from consonar.components import read_component_kind
-    from consonar.evaluation.frontier import evaluate_run, evaluate_tokenizer
+    from consonar.evaluation.runs import evaluate_run, evaluate_tokenizer
 
     if read_component_kind(run) == "tokenizer":
         metrics = evaluate_tokenizer(run, **fixed)

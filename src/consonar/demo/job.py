@@ -40,9 +40,9 @@ from consonar.demo.runs import PARTS, POST_TRAINING, RUNS, TEMPERATURES, config_
 from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
-from consonar.evaluation.frontier import evaluate_run
-from consonar.evaluation.inputs import Reference, encode_reference, open_reference
+from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
 from consonar.evaluation.run_results import is_measured
+from consonar.evaluation.runs import evaluate_run
 from consonar.lock import hold, is_taken
 from consonar.networks import load_feature_network
 from consonar.outside import read_json
@@ -157,7 +157,7 @@ def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) 
     progress.finish()
 
 
-def measure_part(name: str, out: Path, work: Work, seed: int, target: Reference, progress: Progress) -> None:
+def measure_part(name: str, out: Path, work: Work, seed: int, target: ReferenceSet, progress: Progress) -> None:
     """Samples and measures one run at every temperature."""
     piece, trained, rows = f"measuring {name}", name in RUNS, PARTS[name].rows
     if is_measured(out / name):
@@ -180,7 +180,7 @@ def measure_part(name: str, out: Path, work: Work, seed: int, target: Reference,
 
 def make_plan(
     out: Path,
-    reference: Reference,
+    reference: ReferenceSet,
     tokenizer: Tokenizer,
     *,
     minutes: float,
@@ -210,7 +210,7 @@ def make_plan(
 
 
 def measure_machine(
-    folder: Path, out: Path, reference: Reference, tokenizer: Tokenizer, seed: int
+    folder: Path, out: Path, reference: ReferenceSet, tokenizer: Tokenizer, seed: int
 ) -> tuple[Rates, tuple[int, int]]:
     """Rates of everything the job does, from little of it in `folder`, which is removed.
 

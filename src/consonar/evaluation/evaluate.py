@@ -20,9 +20,9 @@ import torch
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation.features import FeatureSet
-from consonar.evaluation.inputs import Reference, Samples, check_tokenizer, load_samples, open_reference
+from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
 from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
-from consonar.evaluation.results import Metric, Results, library_versions, machine_name
+from consonar.evaluation.results import Evaluation, Metric, library_versions, machine_name
 from consonar.metrics.distribution import Target, random_parts
 from consonar.networks import load_feature_network
 from consonar.networks.features import FeatureNetwork
@@ -35,7 +35,7 @@ MAX_ROWS = 10_000
 
 
 def prepare_reference(
-    reference: Reference, network: FeatureNetwork, num_neighbours: int, *, max_rows: int = MAX_ROWS, **options: Any
+    reference: ReferenceSet, network: FeatureNetwork, num_neighbours: int, *, max_rows: int = MAX_ROWS, **options: Any
 ) -> tuple[dict[str, FeatureSet], dict[str, Target], dict[str, str]]:
     """Features of each set of the reference (`cached_features`), then what `prepare` makes of them."""
     images = reference.images.items()
@@ -44,8 +44,8 @@ def prepare_reference(
 
 
 def evaluate(
-    samples: Samples | str | Path,
-    reference: Reference | str | Path,
+    samples: SampleSet | str | Path,
+    reference: ReferenceSet | str | Path,
     *,
     feature_network: str | FeatureNetwork = "efficientnet-lite0",
     num_neighbours: int = 3,
@@ -56,7 +56,7 @@ def evaluate(
     draws: int = 1,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
-) -> Results:
+) -> Evaluation:
     """Measure `samples` against `reference`; what each metric means is in docs/evaluation.md.
 
     `FD(NETWORK) train` and `FD(NETWORK) validation` (`FD(NETWORK)` for a reference of one set), `precision` and
@@ -69,11 +69,11 @@ def evaluate(
     """
     check_seed(seed, "seed")
     check_batch_size(batch_size)
-    samples = samples if isinstance(samples, Samples) else load_samples(samples)
+    samples = samples if isinstance(samples, SampleSet) else load_samples(samples)
     if draws > 0 and samples.count // draws <= (least := max(num_neighbours, 1)):
         raise UserError(f"{samples.images.name}: {samples.count} images; each of {draws} draws needs over {least}")
     part_of = random_parts(samples.count, draws, generator(seed, "evaluation", "parts"))  # (S,)
-    reference = reference if isinstance(reference, Reference) else open_reference(reference, samples.image_size)
+    reference = reference if isinstance(reference, ReferenceSet) else open_reference(reference, samples.image_size)
     if samples.tokens is not None:
         check_tokenizer(samples, reference.origin or Origin())
     network = load_feature_network(feature_network, device) if isinstance(feature_network, str) else feature_network
@@ -92,7 +92,7 @@ def evaluate(
     parts = [measure(targets, network.name, found, 1 + i, copies, part_of == i) for i in range(num_parts)]
     limits = {"num_neighbours": num_neighbours, "max_neighbours_images": max_neighbours_images}
     config = {**limits, "copy_quantile": copy_quantile, "batch_size": batch_size, "device": device, "draws": draws}
-    return Results(
+    return Evaluation(
         metrics={k: Metric(value, stdev(part[k] for part in parts) if parts else None) for k, value in values.items()},
         unavailable=without | unavailable,
         remarks=remarks(network, targets, found, known, seed, copies),

@@ -36,7 +36,7 @@ REFERENCES = {"openmoji-64": ("openmoji", 64)}
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleSet:
     """Generated images of one size, streamed, with what was stored beside them."""
 
     images: ImageSet
@@ -53,7 +53,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceSet:
     """What samples are compared with: image sets called `train` and `validation`, or one called `reference`."""
 
     name: str
@@ -72,7 +72,7 @@ class Reference:
     """How many pictures and classes there are."""
 
 
-def load_samples(path: str | Path, *, bad: BadImages | None = None) -> Samples:
+def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet:
     """Samples from an .npz or a folder of picture files; the images are streamed later, not read now.
 
     .npz: uint8 images (S, H, H, 3) as `images` or `arr_0` (ADM); optional `labels` or `arr_1` (S,), `tokens` (S, N),
@@ -82,7 +82,7 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> Samples:
     path = Path(path)
     if path.is_dir():
         images, shape, sha256 = folder_image_set(path, bad)
-        return Samples(images, shape[0], _square(path, shape), sha256)
+        return SampleSet(images, shape[0], _square(path, shape), sha256)
     images, shape = npz_image_set(path)
     extra: dict[str, Any] = {}
     names = {"labels": "labels", "arr_1": "labels", "tokens": "tokens", "seeds": "seeds"}
@@ -101,12 +101,12 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> Samples:
             extra["settings"] = parse_json(str(arrays["settings"]))
         if not isinstance(extra["settings"], dict):
             raise UserError(f"{path}: settings are a {type(extra['settings']).__name__}, expected a JSON object")
-    return Samples(images, shape[0], _square(path, shape), file_sha256(path), **extra)
+    return SampleSet(images, shape[0], _square(path, shape), file_sha256(path), **extra)
 
 
 def open_reference(
     spec: str | Path, image_size: int, *, splits: tuple[str, ...] | None = None, bad: BadImages | None = None
-) -> Reference:
+) -> ReferenceSet:
     """The reference called `spec`, for samples of `image_size` px.
 
     A name in `REFERENCES`; an .npz of images (as for `load_samples`), of statistics (`mu` (F,), `sigma` (F, F), and for
@@ -135,10 +135,10 @@ def open_reference(
     }
     opened = {name: source_image_set(source, image_size) for name, source in sources.items()}
     about = "; ".join(f"{name if chosen else 'all'}: {describe(source)}" for name, source in sources.items())
-    return Reference(spec, opened if chosen else {"reference": opened["train"]}, about=about)
+    return ReferenceSet(spec, opened if chosen else {"reference": opened["train"]}, about=about)
 
 
-def _open_npz_reference(path: Path, image_size: int) -> Reference:
+def _open_npz_reference(path: Path, image_size: int) -> ReferenceSet:
     keys, images = set(npz_keys(path, NEEDED)), {}
     statistics, spatial_statistics = (
         npz_statistics(path, mean, cov) if keys.issuperset((mean, cov)) else None
@@ -149,10 +149,10 @@ def _open_npz_reference(path: Path, image_size: int) -> Reference:
         if _square(path, shape) != image_size:
             raise UserError(f"reference {path}: images of {shape[1]} px, but the samples have {image_size} px")
     of_file = {"statistics": file_sha256(path)} if statistics else {}
-    return Reference(str(path), images, statistics, spatial_statistics, of_file)
+    return ReferenceSet(str(path), images, statistics, spatial_statistics, of_file)
 
 
-def check_tokenizer(samples: Samples, used: Origin) -> None:
+def check_tokenizer(samples: SampleSet, used: Origin) -> None:
     """Raises `UserError` where the samples say that they are tokens of another tokenizer than that of `used`."""
     stored = samples.settings if isinstance(samples.settings, dict) else {}
     keys = [key for key in ("tokenizer", "tokenizer_fingerprint") if isinstance(stored.get(key), str)]
@@ -160,7 +160,7 @@ def check_tokenizer(samples: Samples, used: Origin) -> None:
     check("tokenizer", used, theirs, samples.images.name, "name the tokenizer that the samples were drawn with")
 
 
-def encode_reference(reference: Reference, tokenizer: Tokenizer, *, batch_size: int = 64) -> Reference:
+def encode_reference(reference: ReferenceSet, tokenizer: Tokenizer, *, batch_size: int = 64) -> ReferenceSet:
     """The reference with the tokens of its images, for the copy rate in tokens; the tokenizer must be the samples'."""
 
     def encode(images: np.ndarray) -> Tensor:

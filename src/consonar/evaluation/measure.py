@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.evaluation.features import FeatureSet
-from consonar.evaluation.inputs import Reference, Samples
+from consonar.evaluation.inputs import ReferenceSet, SampleSet
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.distribution import Target, frechet_distance
 from consonar.networks.features import FeatureNetwork, ScoringNetwork
@@ -24,7 +24,7 @@ ENOUGH = 10
 
 
 def prepare(
-    network: FeatureNetwork, reference: Reference, known: dict[str, FeatureSet], k: int
+    network: FeatureNetwork, reference: ReferenceSet, known: dict[str, FeatureSet], k: int
 ) -> tuple[dict[str, Target], dict[str, str]]:
     """Targets `FD` and, of a `ScoringNetwork`, `sFD`; and why there is none."""
     for name, found in known.items():
@@ -48,7 +48,7 @@ def prepare(
 
 
 def given_gaussian(
-    reference: Reference, statistics: tuple[Tensor, Tensor] | None, network: str, num_features: int
+    reference: ReferenceSet, statistics: tuple[Tensor, Tensor] | None, network: str, num_features: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The Gaussian that the reference brings instead of images; UserError for what is not one of this network."""
     if statistics is None:
@@ -87,7 +87,7 @@ def measure(
 
 
 def copy_rates(
-    samples: Samples, found: FeatureSet, reference: Reference, known: dict[str, FeatureSet], quantile: float
+    samples: SampleSet, found: FeatureSet, reference: ReferenceSet, known: dict[str, FeatureSet], quantile: float
 ) -> tuple[dict[str, CopyRate], dict[str, str]]:
     """The copy rates that can be measured, and why other metrics cannot."""
     without_images = "the reference holds statistics, no images"

@@ -59,7 +59,7 @@ def check_place(path: Path, *, overwrite: bool, key: str) -> None:
 
 
 def holds_results(path: Path) -> bool:
-    """Whether a file is one that `Results.to_json` wrote."""
+    """Whether a file is one that `Evaluation.to_json` wrote."""
     try:
         return {"schema", "metrics"} <= read_json(path).keys()
     except UserError:
@@ -67,7 +67,7 @@ def holds_results(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Results:
+class Evaluation:
     """Everything that makes a metric a result. `to_json` writes all of it but the per-sample part of `copies`."""
 
     metrics: dict[str, Metric]
@@ -105,7 +105,7 @@ class Results:
         write_atomically(path, lambda partial: partial.write_text(text))
 
 
-def origin_of_numbers(results: Results, reference: str) -> dict[str, Any]:
+def origin_of_numbers(results: Evaluation, reference: str) -> dict[str, Any]:
     """What all rows of results.json share: against what they were measured, with what, and what to know of it."""
     sizes = {f"num_{name}": count for name, count in results.num_reference.items()}
     hashes = {f"{name}_sha256": sha256 for name, sha256 in results.reference_sha256.items()}

@@ -24,9 +24,9 @@ from consonar.errors import UserError
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import evaluate, prepare_reference
 from consonar.evaluation.features import ImageSet, to_float
-from consonar.evaluation.inputs import Reference, encode_reference, load_samples, open_reference
+from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import reconstruction_metrics
-from consonar.evaluation.results import Results, machine_name, origin_of_numbers
+from consonar.evaluation.results import Evaluation, machine_name, origin_of_numbers
 from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, of_match, replacing, samples_name
 from consonar.lock import holds_first_argument
 from consonar.metrics.copying import CopyRate
@@ -53,7 +53,7 @@ def evaluate_run(
     feature_network: str = "efficientnet-lite0",
     temperatures: Sequence[float] = (1.0,),
     match: Sequence[Path] = (),
-    target: Reference | None = None,
+    target: ReferenceSet | None = None,
     reconstruct: bool = True,
     sampler: SamplerConfig | None = None,
     num_samples: int = 1024,
@@ -146,11 +146,11 @@ def target_of(
     origin: Origin,
     tokenizer: Tokenizer,
     reference: str,
-    target: Reference | None,
+    target: ReferenceSet | None,
     *,
     batch_size: int,
     bad: BadImages | None,
-) -> Reference:
+) -> ReferenceSet:
     """The reference in the tokens of the run's tokenizer: `target`, checked to be that, or opened and encoded here."""
     if target is None:
         return encode_reference(
@@ -162,7 +162,7 @@ def target_of(
     return target
 
 
-def result_row(settings: SamplerConfig, results: Results, drawn: Path) -> dict[str, Any]:
+def result_row(settings: SamplerConfig, results: Evaluation, drawn: Path) -> dict[str, Any]:
     """One row of results.json: the sampler's settings, the metrics, and the samples' mean entropy from their file."""
     with np.load(drawn) as arrays:
         entropy = float(arrays["entropy"].mean())
@@ -185,7 +185,7 @@ def best_row(rows: list[dict[str, Any]]) -> int:
 def keep_some(
     drawn: Path,
     kept: Path,
-    reference: Reference,
+    reference: ReferenceSet,
     copies: dict[str, CopyRate],
     class_names: tuple[str, ...] | None,
 ) -> None:
