@@ -111,19 +111,19 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def make_tiny_generator(num_layers: int = 2, dropout: float = 0.0, seed: int = 0, **sizes: int) -> ReARGenerator:
+    """A generator whose every weight is drawn, so that no path is switched off by a zero initialisation."""
+    sizes = {"vocab_size": 32, "num_tokens": 16, "num_classes": NUM_CLASSES} | sizes
+    generator = ReARGenerator(ReARConfig(width=32, num_layers=num_layers, num_heads=4, dropout=dropout, **sizes))
+    rng = seeded(seed, "tiny_generator")
+    generator.reset_parameters(rng)
+    stir(generator, rng)
+    return generator.eval()
+
+
 @pytest.fixture
 def tiny_generator() -> Callable[..., ReARGenerator]:
-    """Makes a generator whose every weight is drawn, so that no path is switched off by a zero initialisation."""
-
-    def make(num_layers: int = 2, dropout: float = 0.0, seed: int = 0, **sizes: int) -> ReARGenerator:
-        sizes = {"vocab_size": 32, "num_tokens": 16, "num_classes": NUM_CLASSES} | sizes
-        generator = ReARGenerator(ReARConfig(width=32, num_layers=num_layers, num_heads=4, dropout=dropout, **sizes))
-        rng = seeded(seed, "tiny_generator")
-        generator.reset_parameters(rng)
-        stir(generator, rng)
-        return generator.eval()
-
-    return make
+    return make_tiny_generator
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, stir
+from conftest import NUM_CLASSES, make_tiny_generator, stir
 from rounding import assert_rounding
 
 from consonar import records
@@ -16,7 +16,7 @@ from consonar.generators.llamagen import LlamaGenConfig
 from consonar.origin import Origin
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
-from consonar.types import Generator, Grid, TextCondition
+from consonar.types import Condition, Generator, Grid, TextCondition
 
 LENGTH = 16
 SUMMANDS = 1000  # on the way to a logit: two or three layers of width 32, MLPs of up to 128
@@ -35,31 +35,40 @@ CONFIGS = {
         max_prompt_tokens=9, code_dim=4, head_width=24, vocab_size=32, num_tokens=LENGTH,
     ),
 }  # fmt: skip
+KINDS = ("rear", *CONFIGS)
 
 
-@pytest.fixture(params=["rear", *CONFIGS])
-def model(request, tiny_generator):
-    """Every weight is drawn, so that no path is switched off by a zero initialisation."""
-    if request.param == "rear":
-        return tiny_generator()
-    if request.param == "janus":
-        pytest.importorskip("transformers")
-    config = CONFIGS[request.param]
-    generator, rng = GENERATORS[config.kind][1](config), seeded(0, request.param)
+def make_generator(name: str) -> Generator:
+    """The tiny model of a name in `KINDS`; every weight is drawn, so that no path is switched off by a zero."""
+    if name == "rear":
+        return make_tiny_generator()
+    config = CONFIGS[name]
+    generator, rng = GENERATORS[config.kind].model(config), seeded(0, name)
     generator.reset_parameters(rng)
     stir(generator, rng)
     return generator.eval()
 
 
-@pytest.fixture
-def condition(model, rng):
-    """Three all different."""
+def make_condition(model: Generator, rng: torch.Generator) -> Condition:
+    """Three, all different."""
     if model.num_classes:
         return torch.tensor([0, 2, 1])
     if model.config.kind == "janus":
         return pad_prompts([[2, 5, 6, 3], [2, 7, 8, 9, 5, 3], [2, 6, 3]], model.config.pad_token)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
     return TextCondition(torch.randn(3, 4, 6, generator=rng), mask)
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    if request.param == "janus":
+        pytest.importorskip("transformers")
+    return make_generator(request.param)
+
+
+@pytest.fixture
+def condition(model, rng):
+    return make_condition(model, rng)
 
 
 @pytest.fixture

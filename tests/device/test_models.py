@@ -6,31 +6,29 @@ import copy
 
 import pytest
 import torch
-from conftest import stir
-from contracts.test_generators import CONFIGS
+from conftest import TINY_VQ
+from contracts.test_generators import KINDS, make_condition, make_generator
 from contracts.test_tokenizers import TINY_CONV, TINY_PIXELS, TINY_VIT
 
-from consonar.generators import GENERATORS
-from consonar.generators.janus import pad_prompts
 from consonar.networks.features import EfficientNetLite0Features
 from consonar.networks.inception import InceptionFeatures
 from consonar.networks.inception_network import InceptionV3
 from consonar.networks.lpips import LPIPS, VGG16Features
 from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
-from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
+from consonar.tokenizers.vq import VQTokenizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.training.rewards import build_rewards
-from consonar.types import ImageBatch, TextCondition
+from consonar.types import ImageBatch, Tokenizer
 
 CUDA = torch.device("cuda", 0)
 CONVOLUTIONAL = {"code_dim": 4, **TINY_CONV}
 TOKENIZER_CASES = {
-    "vq": None,
+    "vq": lambda: VQTokenizer(TINY_VQ),
     "maskgit-vq": lambda: MaskGITTokenizer(MaskGITConfig(vocab_size=32, **CONVOLUTIONAL)),
     "vqgan-plus": lambda: VQGANPlusTokenizer(VQGANPlusConfig(vocab_size=32, **CONVOLUTIONAL)),
     "vqgan-plus, cosine": lambda: VQGANPlusTokenizer(
@@ -50,24 +48,21 @@ SAMPLERS = {
 }
 
 
-@pytest.fixture(params=["rear", *CONFIGS])
-def model(request, tiny_generator):
-    if request.param == "rear":
-        return tiny_generator()
-    config = CONFIGS[request.param]
-    made, rng = GENERATORS[config.kind][1](config), seeded(0, request.param)
-    made.reset_parameters(rng)
-    stir(made, rng)
-    return made.eval()
+def make_tokenizer(name: str) -> Tokenizer:
+    """The frozen tiny tokenizer of a name in `TOKENIZER_CASES`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return TOKENIZER_CASES[name]().eval().requires_grad_(False)
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return make_generator(request.param)
 
 
 @pytest.fixture
 def condition(model, rng):
-    if model.num_classes:
-        return torch.tensor([0, 2, 1])
-    if model.config.kind == "janus":
-        return pad_prompts([[2, 5, 6, 3], [2, 7, 8, 9, 5, 3], [2, 6, 3]], model.config.pad_token)
-    return TextCondition(torch.randn(3, 4, 6, generator=rng), torch.ones(3, 4, dtype=torch.bool))
+    return make_condition(model, rng)
 
 
 def test_generators_train_as_on_the_cpu(cuda, model, condition, rng) -> None:
@@ -98,10 +93,8 @@ def test_every_tokenizer_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZER_CASES)
-def test_tokenizers_code_as_on_the_cpu(cuda, name, tokenizer, rng, tiny_generator) -> None:
-    torch.manual_seed(0)
-    make = TOKENIZER_CASES[name]
-    here = (make() if make else tokenizer).eval().requires_grad_(False)
+def test_tokenizers_code_as_on_the_cpu(cuda, name, rng, tiny_generator) -> None:
+    here = make_tokenizer(name)
     images = torch.rand(3, 3, 16, 16, generator=rng) * 2 - 1
     there = copy.deepcopy(here).to(CUDA)
     tokens = there.encode(images.to(CUDA))

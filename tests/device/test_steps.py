@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_VQ, make_tiny_generator
 from contracts.test_alignment import CASES, VAPI
 from contracts.test_objectives import CONSISTENCY, RECONSTRUCTION
+from device.pretend import LOG
+from torch import nn
 
-from consonar.components import load_tokenizer
 from consonar.distributed import World
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
+from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.aside import State
+from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.loop import update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
-from consonar.training.objectives.autoregressive import Autoregressive, NoiseConfig
-from consonar.training.objectives.base import ALONE
+from consonar.training.objectives.autoregressive import NoiseConfig
+from consonar.training.objectives.base import ALONE, ObjectiveConfig
 from consonar.training.objectives.controls import StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
-from consonar.training.objectives.reconstruction import Reconstruction, TokenizerTrainee
-from consonar.training.optim import build_optimizer
+from consonar.training.objectives.reconstruction import TokenizerTrainee
+from consonar.training.optim import OptimConfig, build_optimizer
 from consonar.training.trainee import Trainee
-from consonar.types import EncodedBatch, ImageBatch
+from consonar.types import EncodedBatch, ImageBatch, Objective
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CONSISTENCY_CASES = CONSISTENCY | {
@@ -40,6 +46,10 @@ CASES_BY_NAME = {
     **{f"tokenizer, {name}": config for name, config in RECONSTRUCTION_CASES.items()},
 }
 IN_BF16 = ("consistency, rear", "post-training, smooth", "post-training, free", "post-training, ste", "tokenizer, late")
+RUN = TrainConfig(
+    recipe="steps", tokenizer="tiny", optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_steps=2),
+    loop=LoopConfig(steps=6, batch_size=4, accumulation=2, ema_decay=0.9),
+)  # fmt: skip
 # What the CPU waits for in a step (of two micro-batches), and how often.
 LOOP = ("number", "training/loop.py:update")
 """Whether loss and gradient are finite, and whether the weights are that the step made."""
@@ -59,82 +69,69 @@ def waits_of(config) -> dict[tuple[str, str], int]:
     return {LOOP: 2} | ({REVIVAL: 1} if getattr(config, "revive_after", 0) else {})
 
 
-@pytest.fixture
-def batch(rng) -> EncodedBatch:
+def make_batch() -> EncodedBatch:
+    rng = seeded(0, "test")
     images = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
-    tokens = torch.randint(32, (4, 16), generator=rng)
-    return EncodedBatch(images, torch.arange(4) % 3, tokens=tokens)
+    return EncodedBatch(images, torch.arange(4) % 3, tokens=torch.randint(32, (4, 16), generator=rng))
 
 
-@pytest.fixture
-def build(tokenizer_folder, tiny_generator, batch):
+def build(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype | None) -> tuple[Objective, nn.Module]:
     """The objective and its trainee, in training, for a configuration and a device."""
-
-    def build(config, device, dtype=None):
-        tokenizer, world = load_tokenizer(tokenizer_folder).to(device), World(0, 1, device)
-        if config in RECONSTRUCTION_CASES.values():
-            trainee = TokenizerTrainee(tokenizer.requires_grad_(True), discriminator=config.discriminator_weight > 0)
-            return Reconstruction(config, total_steps=10, seed=3, world=world), trainee.to(device).train()
-        if config in CONSISTENCY_CASES.values():
-            trainee = Trainee(tiny_generator(), config.head_specs(2, tokenizer.code_dim))
-            trainee.reset_heads(seeded(0, "heads"))
-            return Autoregressive(config, tokenizer, total_steps=10, seed=3), trainee.to(device).train()
-        settings = {"autocast_dtype": dtype}
-        if isinstance(config, PolicyConfig) and config.smooth_credit:
-            settings["probe"] = lambda: batch.images.to(device)
-        prior = tiny_generator(seed=1).requires_grad_(False).to(device)
-        objective = method_of_config(config).objective(
-            config, tokenizer, prior, total_steps=10, seed=3, world=world, **settings
-        )
-        return objective, AlignmentTrainee(tiny_generator()).to(device).train()
-
-    return build
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(TINY_VQ, name="tiny-vq").eval().requires_grad_(False).to(device)
+    method, settings = method_of_config(config), {"total_steps": 10, "seed": 3, "world": World(0, 1, device)}
+    if method.run == "tokenizer":
+        trainee = TokenizerTrainee(tokenizer.requires_grad_(True), discriminator=config.has_discriminator)
+        return method.objective(config, **settings), trainee.to(device).train()
+    if method.run == "generator":
+        trainee = Trainee(make_tiny_generator(), config.head_specs(2, tokenizer.code_dim))
+        trainee.reset_heads(seeded(0, "heads"))
+        return method.objective(config, tokenizer, **settings), trainee.to(device).train()
+    prior = make_tiny_generator(seed=1).requires_grad_(False).to(device)
+    settings |= {"autocast_dtype": dtype, "probe": lambda: make_batch().images.to(device)}
+    trainee = AlignmentTrainee(make_tiny_generator()).to(device).train()
+    return method.objective(config, tokenizer, prior, **settings), trainee
 
 
-@pytest.fixture
-def steps(build, batch, make_config, tmp_path, cuda):
-    """Losses of two steps as the loop takes them, in two micro-batches; what the second waited for; a validation."""
-
-    def steps(config, device, dtype=None):
-        torch.manual_seed(0)
-        objective, trainee = build(config, device, dtype)
-        settings, losses = make_config(loop={"accumulation": 2, "ema_decay": 0.9}), []
-        average = {key: value.clone() for key, value in trainee.state_dict().items()}
-        state = State(trainee, build_optimizer(trainee, settings.optim), average, device=device)
-        aligns = isinstance(trainee, AlignmentTrainee)
-        data = ImageBatch(batch.images, batch.condition) if aligns else batch
-        for step in (1, 2):
-            cuda.clear()
-            moved = to_device(data, device)
-            state.step = step
-            prepared = objective.prepare(trainee, moved, step)
-            for _ in range(config.updates):
-                terms = update(trainee, state, objective, prepared, settings, ALONE, dtype, tmp_path)
-                losses.append(terms["loss"])
-        waits = dict(cuda.waits)
-        with torch.inference_mode():
-            measured = objective.validate(trainee.eval(), iter([to_device(data, device)]))
-        return [float(loss) for loss in losses], waits, measured
-
-    return steps
+def take_steps(
+    config: ObjectiveConfig, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[list[dict[str, float]], dict[tuple[str, str], int], dict[str, float]]:
+    """The terms of two steps as the loop takes them, in two micro-batches; what the second waited for; a validation."""
+    objective, trainee = build(config, device, dtype)
+    average = {key: value.clone() for key, value in trainee.state_dict().items()}
+    state = State(trainee, build_optimizer(trainee, RUN.optim), average, device=device)
+    data, terms = make_batch(), []
+    if isinstance(trainee, AlignmentTrainee):
+        data = ImageBatch(data.images, data.condition)
+    for step in (1, 2):
+        LOG.clear()
+        state.step = step
+        prepared = objective.prepare(trainee, to_device(data, device), step)
+        for _ in range(config.updates):
+            terms.append(update(trainee, state, objective, prepared, RUN, ALONE, dtype, Path("no run")))
+    waits = dict(LOG.waits)
+    with torch.inference_mode():
+        measured = objective.validate(trainee.eval(), iter([to_device(data, device)]))
+    return [{key: float(value) for key, value in row.items()} for row in terms], waits, measured
 
 
 @pytest.mark.parametrize("name", CASES_BY_NAME)
-def test_a_step_has_the_losses_of_the_cpu_and_waits_for_what_is_named(name, steps) -> None:
+def test_a_step_has_the_terms_of_the_cpu_and_waits_for_what_is_named(name, cuda) -> None:
     config = CASES_BY_NAME[name]
-    losses, waits, measured = steps(config, CUDA)
+    terms, waits, measured = take_steps(config, CUDA)
     assert waits == waits_of(config)
-    expected, _, known = steps(config, CPU)
+    expected, _, known = take_steps(config, CPU)
     if not isinstance(config, StraightThroughConfig):  # its noise is drawn on the device, where numbers are others
-        assert losses == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        for ours, theirs in zip(terms, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
         assert measured == pytest.approx(known, rel=1e-2, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_steps_in_bf16(name, steps) -> None:
+def test_steps_in_bf16(name, cuda) -> None:
     config = CASES_BY_NAME[name]
-    losses, waits, _ = steps(config, CUDA, torch.bfloat16)
-    assert waits == waits_of(config) and torch.tensor(losses).isfinite().all()
+    terms, waits, _ = take_steps(config, CUDA, torch.bfloat16)
+    assert waits == waits_of(config) and all(math.isfinite(value) for row in terms for value in row.values())
 
 
 @pytest.mark.parametrize(
