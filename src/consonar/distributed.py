@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +91,19 @@ def autocast_ways() -> tuple[Way, Way]:
     return way(False), way(True)
 
 
-def start(device_name: str = "auto") -> World:
-    """Joins the process group that torchrun describes (NCCL on CUDA, gloo elsewhere); without one, a world of one."""
+@contextmanager
+def joined(device_name: str = "auto") -> Iterator[World]:
+    """Inside of it this process is one of those that torchrun describes (NCCL on CUDA, gloo elsewhere), or alone."""
     device = pick_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        return World(0, 1, device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World(0, 1, device)
+        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def stop(world: World) -> None:
-    if world.size > 1:
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
         dist.destroy_process_group()
 
 

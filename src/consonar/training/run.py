@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,13 @@ from consonar.lock import hold, is_unused, remove_partials
 from consonar.outside import home_expanded, read_json
 from consonar.tracking import Tracker, check_sinks
 from consonar.training.aside import KERNELS
-from consonar.training.build import build
+from consonar.training.build import Built, build
 from consonar.training.config import TrainConfig
 from consonar.training.interruption import Interruption
 from consonar.training.loop import State, train_loop
-from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import check_same_origin, without_places, write_run_origin
 from consonar.training.start import resolve_start
-from consonar.training.trainee import Trainee
 
 
 def train(
@@ -51,37 +49,50 @@ def train(
     if stop_at is not None and stop_at < 1:
         raise UserError(f"--stop-at: {stop_at} is not a step, 1 or more")
     out = Path(out)
-    world = distributed.start(config.loop.device)
-    try:
-        return _train(config, out, world, resume=resume, stop_at=stop_at, quiet=quiet, on_step=on_step)
-    finally:
-        distributed.stop(world)
+    with distributed.joined(config.loop.device) as world:
+        batch_size = batch_of_process(config, world)
+        config = with_validation(resolve_start(config))
+        check_sinks(config.loop.trackers)
+        check_folder(config, out, resume)
+        with held(out, world):
+            check_folder(config, out, resume)  # it may have become another process's run before it was held
+            if resume:
+                hardware.go_on_with(out / KERNELS)
+            built = build(config, world, batch_size, out)
+            if resume:
+                check_same_origin(out, built.origin)
+            state = start_state(config, built, world)
+            note = restore(state, out, world, config.objective.updates) if resume else None
+            describe(config, built, out, world)
+            tracker = Tracker(
+                out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
+                enabled=world.is_main, quiet=quiet, description=config.recipe, on_step=on_step,
+            )  # fmt: skip
+            for line in built.about:
+                tracker.say(line)
+            if note:
+                tracker.warn(note)
+            with Interruption() as interrupted, closing(tracker):
+                train_loop(
+                    config, state, built.objective, built.batches, tracker=tracker, folder=out, world=world,
+                    callbacks=built.callbacks, stop_at=stop_at, interrupted=interrupted,
+                )  # fmt: skip
+                if state.interrupted and interrupted.caught != signal.SIGINT:  # Ctrl-C: the command line says so
+                    tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
+            if world.is_main and not state.interrupted and (state.step == config.loop.steps or state.stopped):
+                export(built, state, out)
+    return out
 
 
-def _train(
-    config: TrainConfig,
-    out: Path,
-    world: World,
-    *,
-    resume: bool,
-    stop_at: int | None,
-    quiet: bool,
-    on_step: Callable[[int], None] | None,
-) -> Path:
+def batch_of_process(config: TrainConfig, world: World) -> int:
+    """The batch of one process; `UserError` where that is no whole number of micro-batches."""
     per_process, rest = divmod(config.loop.batch_size, world.size)
     if rest or per_process % config.loop.accumulation:
         raise UserError(
             f"loop.batch_size: {config.loop.batch_size} is not a multiple of {world.size} processes "
             f"x {config.loop.accumulation} micro-batches"
         )
-    config = with_validation(resolve_start(config))
-    check_sinks(config.loop.trackers)
-    check_folder(config, out, resume)
-    with held(out, world):
-        check_folder(config, out, resume)  # it may have become another process's run before it was held
-        return _train_held(
-            config, out, world, per_process, resume=resume, stop_at=stop_at, quiet=quiet, on_step=on_step
-        )
+    return per_process
 
 
 @contextmanager
@@ -105,29 +116,18 @@ def held(out: Path, world: World) -> Iterator[None]:
         yield
 
 
-def _train_held(
-    config: TrainConfig,
-    out: Path,
-    world: World,
-    per_process: int,
-    *,
-    resume: bool,
-    stop_at: int | None,
-    quiet: bool,
-    on_step: Callable[[int], None] | None,
-) -> Path:
-    if resume:
-        hardware.go_on_with(out / KERNELS)
-    built = build(config, world, per_process, out)
-    if resume:
-        check_same_origin(out, built.origin)
-    trainee = built.trainee
-    trainee.to(world.device)
+def start_state(config: TrainConfig, built: Built, world: World) -> State:
+    """The trainee on its device, compiled where that is wanted, with its optimizer and moving average."""
+    trainee = built.trainee.to(world.device)
     if config.loop.compile:
-        compile_blocks(trainee)
+        for part in trainee.parts_to_compile():
+            part.compile()  # in place: keys of the state dict do not change
     average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
-    state = State(trainee, build_optimizer(trainee, config.optim), average, device=world.device)
-    note = restore(state, out, world, config.objective.updates) if resume else None
+    return State(trainee, build_optimizer(trainee, config.optim), average, device=world.device)
+
+
+def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None:
+    """Writes what the run is into its folder, once all processes have read what was there."""
     distributed.barrier(world)
     if world.is_main:
         (out / "stopped.json").unlink(missing_ok=True)  # written again where the checkpoint says so
@@ -136,34 +136,16 @@ def _train_held(
         write_run_origin(out, built.origin)
         if built.bad is not None:
             built.bad.write()
-    tracker = Tracker(
-        out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
-        enabled=world.is_main, quiet=quiet, description=config.recipe, on_step=on_step,
-    )  # fmt: skip
-    for line in built.about:
-        tracker.say(line)
-    if note:
-        tracker.warn(note)
-    with Interruption() as interrupted:
-        try:
-            train_loop(
-                config, state, built.objective, built.batches, tracker=tracker, folder=out, world=world,
-                callbacks=built.callbacks, stop_at=stop_at, interrupted=interrupted,
-            )  # fmt: skip
-            if state.interrupted and interrupted.caught != signal.SIGINT:  # Ctrl-C: the command line says so
-                tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
-        finally:
-            tracker.close()
-    if state.interrupted:
-        return out
-    if world.is_main and (state.step == config.loop.steps or state.stopped):
-        if state.stopped:
-            note = json.dumps({"step": state.step, "reason": state.stopped}) + "\n"
-            checkpoint.write_atomically(out / "stopped.json", lambda path: path.write_text(note))
-        if state.average is not None:
-            trainee.load_state_dict(state.average)
-        built.export(trainee, out)
-    return out
+
+
+def export(built: Built, state: State, out: Path) -> None:
+    """Writes the released component, with the averaged weights where there are such; and why training ended early."""
+    if state.stopped:
+        note = json.dumps({"step": state.step, "reason": state.stopped}) + "\n"
+        checkpoint.write_atomically(out / "stopped.json", lambda path: path.write_text(note))
+    if state.average is not None:
+        built.trainee.load_state_dict(state.average)
+    built.export(built.trainee, out)
 
 
 def restore(state: State, out: Path, world: World, updates: int) -> str | None:
@@ -229,9 +211,3 @@ def first_difference(now: dict[str, Any], before: dict[str, Any], path: str = ""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return first_difference(ours, theirs, f"{path}{key}.")
     return f"{path}{key}", ours, theirs
-
-
-def compile_blocks(trainee: Trainee | TokenizerTrainee) -> None:
-    """Compiles the generator's blocks (or the tokenizer's networks) in place; state-dict keys do not change."""
-    for module in trainee.parts_to_compile():
-        module.compile()
