@@ -1,0 +1,98 @@
+"""What a new method, reward or tokenizer takes: a module and a row. Each toy here is one, used as a user would."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from conftest import NUM_CLASSES, picture
+from torch import Tensor
+
+import consonar
+from consonar import cli
+from consonar.components import load_tokenizer
+from consonar.tokenizers import TOKENIZERS, TokenizerKind
+from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.training.rewards import REWARDS
+from consonar.types import ImageBatch
+
+SOURCE = Path(consonar.__file__).parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """A folder of labelled pictures to work in."""
+    for split, first, count in (("train", 0, 12), ("validation", 100, 6)):
+        for index in range(first, first + count):
+            path = tmp_path / "data" / split / "abc"[index % NUM_CLASSES] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(index).save(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_reward(folder: Path, make_config, monkeypatch) -> None:
+    def brightness(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setitem(REWARDS, "brightness", lambda resources: brightness)
+    start = consonar.train(make_config(loop={"steps": 2}), folder / "start", quiet=True)
+    cli.main([
+        "train", "vapi-openmoji", "--init", str(start), "--data", "data", "--out", "run", "--objective.rewards",
+        "brightness=1", "--loop.steps", "2", "--loop.batch-size", "4", "--loop.device", "cpu",
+    ])  # fmt: skip
+    cli.main(["report", str(start), "run", "--out", "page.html"])
+    assert "reward: brightness" in Path("page.html").read_text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreyConfig(VQConfig):
+    """A tokenizer of grey pictures."""
+
+    kind: Literal["grey-vq"] = "grey-vq"  # type: ignore[assignment]
+
+
+class GreyTokenizer(VQTokenizer):
+    def pixels(self, codes: Tensor) -> Tensor:
+        return super().pixels(codes).mean(1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+def test_a_trainable_tokenizer(folder: Path, monkeypatch) -> None:
+    monkeypatch.setitem(TOKENIZERS, "grey-vq", TokenizerKind(GreyConfig, GreyTokenizer, trainable=True))
+    Path("grey.yaml").write_text(
+        "base: tokenizer-openmoji-64\n"
+        "model: {kind: grey-vq, image_size: 16, vocab_size: 32, code_dim: 4, base_channels: 8, num_groups: 4}\n"
+        "objective: {perceptual_weight: 0.0}\ndata: {images: data}\nloop: {steps: 2, batch_size: 4, device: cpu}\n"
+    )
+    cli.main(["train", "grey.yaml", "--out", "run"])
+    images = load_tokenizer("run").decode(torch.zeros(1, 4, dtype=torch.int64))
+    assert torch.equal(images[:, 0], images[:, 1])
+    cli.main(["tokenize", "--tokenizer", "run", "--data", "data", "--out", "tokens", "--device", "cpu"])
+    cli.main(["evaluate", "run", "--reference", "data", "--device", "cpu"])
+    cli.main(["report", "run", "--out", "page.html"])
+
+
+HAD_TO_KNOW = {
+    # A word that only what is about it needs, and the files of src that have it.
+    "FreePolicy": ["training/objectives/__init__.py", "training/objectives/free.py"],
+    "absolute_errors": ["training/rewards.py"],
+    "TiTokTokenizer": ["tokenizers/__init__.py", "tokenizers/titok.py"],
+    "AliTokARGenerator": ["generators/__init__.py", "generators/alitok.py"],
+    "InceptionFeatures": ["networks/inception.py"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", HAD_TO_KNOW)
+def test_few_files_know_of_each_thing(word: str) -> None:
+    assert sorted(files_with(word)) == HAD_TO_KNOW[word]
+
+
+def files_with(word: str) -> Iterator[str]:
+    for path in SOURCE.rglob("*.py"):
+        if re.search(rf"\b{word}\b", path.read_text()):
+            yield path.relative_to(SOURCE).as_posix()
