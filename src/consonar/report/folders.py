@@ -14,6 +14,7 @@ from consonar.outside import beside, read_json
 from consonar.report.records import Measurement, ResultRow, Results, Run
 from consonar.report.validity import comparable, without_old_matches, without_outdated
 from consonar.tracking import read_metrics
+from consonar.training.objectives import method_of
 
 MAX_RUNS = 8
 RESULTS_SCHEMA = 1
@@ -51,6 +52,8 @@ def _load_run(folder: Path, name: str) -> Run:
             raise UserError(
                 f"{folder / 'config.json'}: {key} is {str(config[key])[:60]!r}; expected as training writes it"
             )
+    with reading(f"{folder / 'config.json'}: objective", "settings as training writes them"):
+        method_of(config.get("objective") or {})
     results_path = folder / "results.json"
     return Run(
         path=folder,

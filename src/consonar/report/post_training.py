@@ -11,15 +11,8 @@ from typing import Any
 
 from consonar.report.charts import CURVES, NOT_DRAWN, curve_chart, logged_keys
 from consonar.report.records import Run, listed
+from consonar.training.objectives import method_of
 
-METHODS = {
-    "VA-pi": "draws several sequences of tokens under the true tokens of a picture, decodes them, and makes those more "
-    "likely whose picture is nearer to the original",
-    "AR-GRPO": "draws whole sequences freely and makes those more likely that earn more reward than the others",
-    "cross-entropy": "is the control: further training with the true next token as its only aim",
-    "soft targets": "is cross-entropy in which codes that are near the true one count as well",
-    "straight-through": "sends the pixel error back through the decoder",
-}
 CHARTS = {
     "validation/reward": "Validation reward (weighted sum)",
     "train/reward": "Training reward (mean of the draws)",
@@ -54,10 +47,10 @@ def post_training_section(runs: Sequence[Run]) -> dict[str, Any] | None:
     chosen = [run for _, run in entries]
     logged = logged_keys(entries)
     columns = {key: heading for key, heading in _columns(logged).items() if key in logged}
-    present = dict.fromkeys(run.method.partition(" (")[0] for run in chosen)
+    rows = [row for run in chosen if (row := method_of(run.objective))]
     return {
         "indices": [index for index, _ in entries],
-        "methods": [(name, METHODS[name]) for name in present],
+        "methods": dict.fromkeys((row.name, row.about) for row in rows),
         "columns": list(columns.values()),
         "keeps_best": any(run.best_model for run in chosen),
         "rows": [_row(index, run, columns) for index, run in entries],
@@ -114,7 +107,7 @@ def _end_notes(runs: Sequence[Run]) -> list[str]:
 def _reading_notes(runs: Sequence[Run]) -> list[str]:
     """What to know when reading the charts."""
     notes = []
-    policies = [run for run in runs if run.objective["kind"] == "policy"]
+    policies = [run for run in runs if "train/ratio_deviation" in logged_keys([(0, run)])]
     if policies and not _moves_ratio(runs):
         notes.append("Each draw serves one update, so the probability ratio is exactly 1 and nothing is clipped.")
     if len({str(run.objective.get("rewards")) for run in runs}) > 1:

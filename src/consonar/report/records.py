@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-POST_TRAINING = ("policy", "cross_entropy", "straight_through")
-"""Kinds of objectives that train a finished generator on, with its tokenizer's decoder in view."""
+from consonar.training.objectives import Settings, completed, method_of
+
 COMPONENTS = ("model", "best")
 """Folders inside a run that another run can start from."""
 
@@ -107,55 +107,30 @@ class Run:
         return next(reversed(self.series(key)), None)
 
     @property
-    def objective(self) -> Mapping[str, Any]:
+    def objective(self) -> Settings:
         """The configuration's objective; empty where it has none."""
-        objective: Mapping[str, Any] = self.config.get("objective") or {}
-        return objective
+        return completed(self.config.get("objective") or {})
 
     @property
     def post_trains(self) -> bool:
-        """Whether this is VA-pi or one of its controls."""
-        return self.objective.get("kind") in POST_TRAINING
+        """Whether this trained a finished generator on."""
+        row = method_of(self.objective)
+        return row is not None and row.run == "post-training"
 
     @property
-    def is_cross_entropy_control(self) -> bool:
-        """Whether this trains a start model on with cross-entropy alone, the control of every other method."""
-        return self.objective.get("kind") == "cross_entropy" and self.objective.get("target") != "soft"
+    def is_control(self) -> bool:
+        """Whether other methods of its kind of run are judged by it."""
+        row = method_of(self.objective)
+        return row is not None and row.is_control
 
     @property
     def method(self) -> str:
-        """What the run trained, read off what it logged: a noise setting that never fires is not noise.
-
-        "plain AR", "reAR", one of its halves, "tokenizer", a method of post-training, or the objective's own name for
-        anything else.
-        """
-        if self.post_trains:
-            return post_training_method(self.objective)
-        logged = {key for line in self.metrics for key in line}
-        if logged & {"train/mse", "validation/psnr"}:
-            return "tokenizer"
-        if "embedding_weight" not in self.objective or not logged:
+        """ "reAR", "VA-pi (rloo)": by its row in `METHODS`; for what has none there the kind that its record names."""
+        row = method_of(self.objective)
+        if row is None:
             return str(self.objective.get("kind", "run"))
-        noisy = any(line.get("train/noise_rate", 0) > 0 for line in self.metrics)
-        aligned = self.objective["embedding_weight"] > 0
-        return {
-            (False, False): "plain AR",
-            (True, True): "reAR",
-            (True, False): "noisy context only",
-            (False, True): "codebook alignment only",
-        }[noisy, aligned]
-
-
-def post_training_method(objective: Mapping[str, Any]) -> str:
-    """ "VA-pi", "VA-pi (rloo, credit by place)", "AR-GRPO", "cross-entropy", "soft targets" or "straight-through"."""
-    if objective["kind"] == "cross_entropy":
-        return "soft targets" if objective.get("target") == "soft" else "cross-entropy"
-    if objective["kind"] == "straight_through":
-        return "straight-through"
-    name = "AR-GRPO" if objective.get("rollout") == "free" else "VA-pi"
-    estimator = objective.get("estimator", "grpo")
-    extras = [estimator] * (estimator != "grpo") + ["credit by place"] * (objective.get("credit") == "token")
-    return f"{name} ({', '.join(extras)})" if extras else name
+        details = row.details(self.objective)
+        return f"{row.name} ({', '.join(details)})" if details else row.name
 
 
 def start_of(run: Run) -> tuple[Path | None, bool]:

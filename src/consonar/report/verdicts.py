@@ -66,10 +66,10 @@ NOT_MEASURED = "not measured"
 def control_of(run: Run, runs: Sequence[Run]) -> Run | None:
     """What `run` is judged by; None for what is itself the measure of the others, and where the page has no control."""
     if run.post_trains:
-        alone = (other for other in runs if other.is_cross_entropy_control and share_start(run, other))
-        return (None if run.is_cross_entropy_control else next(alone, None)) or find_start(run, runs)
+        controls = (other for other in runs if other.post_trains and other.is_control and share_start(run, other))
+        return (None if run.is_control else next(controls, None)) or find_start(run, runs)
     trained = [other for other in runs if not other.post_trains]
-    plain = next((other for other in trained if other.method == "plain AR"), trained[0])
+    plain = next((other for other in trained if other.is_control), trained[0])
     return None if plain is run else plain
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from consonar.config_io import to_dict
+from consonar.config_io import merge, to_dict
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.controls import (
@@ -129,9 +129,16 @@ def kinds(*runs: str) -> dict[str, type[ObjectiveConfig]]:
     return {method.kind: method.config for method in METHODS if not runs or method.run in runs}
 
 
+def completed(settings: Settings) -> Settings:
+    """The settings with the defaults of what they lack: older versions had fewer; as they are for an unknown kind."""
+    config = kinds().get(settings.get("kind", ""))
+    return merge(to_dict(config(kind=settings["kind"])), settings) if config else settings
+
+
 def method_of(settings: Settings) -> Method | None:
-    """The method with these settings; None for a kind that is not in the table."""
-    return next((m for m in METHODS if m.kind == settings.get("kind") and m.fits(settings)), None)
+    """The method with these settings, `completed`; None for a kind that is not in the table."""
+    given = completed(settings)
+    return next((m for m in METHODS if m.kind == given.get("kind") and m.fits(given)), None)
 
 
 def method_of_config(config: ObjectiveConfig) -> Method:
