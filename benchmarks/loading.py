@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from common import write_result
 
-from consonar import checkpoint
 from consonar.components import load_generator
 from consonar.config_io import to_dict
 from consonar.convert import convert
+from consonar.files.component import save_component
 from consonar.generators import build_generator
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
 from consonar.origin import Origin
@@ -53,7 +53,7 @@ def make_files(preset: str, folder: Path) -> None:
     state = {key: torch.rand(shape, generator=rng) for key, shape in shapes.items()}
     torch.save({"model": state}, folder / "released.pt")
     head = {"component": "generator", **to_dict(Origin()), **to_dict(config_of(preset))}
-    checkpoint.save_component(folder / "model", head, state)
+    save_component(folder / "model", head, state)
 
 
 def load(preset: str, folder: Path) -> float:

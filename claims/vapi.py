@@ -20,7 +20,6 @@ from typing import Any
 
 from blanks import empty_share, patch_changes
 
-from consonar.checkpoint import file_sha256, write_atomically
 from consonar.components import load_tokenizer
 from consonar.cpu.memory import keep_freed_memory
 from consonar.data.images import open_source
@@ -29,10 +28,11 @@ from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import library_versions, machine_name
 from consonar.evaluation.run_results import is_measured, read_results
 from consonar.evaluation.runs import evaluate_run
+from consonar.files.writers import file_sha256, write_atomically
 from consonar.recipes import find_recipe
-from consonar.tracking import read_metrics
 from consonar.training.config import TrainConfig
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
 METHODS = {

@@ -35,8 +35,8 @@ FLOORS = (
     ("cpu",),
     # What everyone may use; among these the order is that of their own imports.
     (
-        "__init__", "cache", "checkpoint", "config_io", "errors", "hub", "lock", "options", "origin", "outside",
-        "precision", "published", "records", "seeding", "tensors", "tracking", "types",
+        "__init__", "config_io", "errors", "files", "hub", "options", "origin", "precision", "published", "records",
+        "seeding", "types",
     ),
 )  # fmt: skip
 """From the roof down: a room (a folder, or a file at the root) may import those of the floors below its own."""

@@ -17,7 +17,7 @@ import torch
 
 from consonar.data.grids import save_grid
 from consonar.evaluation.run_results import read_results
-from consonar.tracking import read_metrics
+from consonar.training.tracking import read_metrics
 
 DOCS = Path(__file__).parent
 NAMES = {

@@ -8,12 +8,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from consonar import checkpoint, model_folders
+from consonar import model_folders
 from consonar.convert import convert
 from consonar.convert.back import SOURCE
 from consonar.errors import UserError
+from consonar.files.component import component_config
+from consonar.files.lock import hold
+from consonar.files.readers import plain_name, read_json
+from consonar.files.writers import file_sha256
 from consonar.hub import PREFIX, Wanted, read_name, released_file
-from consonar.lock import hold
 from consonar.model_folders import (
     SHIPPED_GENERATORS,
     SHIPPED_TOKENIZERS,
@@ -24,7 +27,6 @@ from consonar.model_folders import (
     shipped_or_folder,
 )
 from consonar.origin import Origin, check
-from consonar.outside import plain_name, read_json
 from consonar.tokenizers import TokenizerModule
 from consonar.types import Generator
 
@@ -54,7 +56,7 @@ def model_folder(name: str | Path, what: str = "generator") -> Path:
 
 def read_component_kind(path: str | Path) -> str:
     """What a run or model folder holds: `generator` or `tokenizer`."""
-    return str(checkpoint.read_config(model_folder(path)).get("component", ""))
+    return str(component_config(model_folder(path)).get("component", ""))
 
 
 def read_origin(path: str | Path) -> Origin:
@@ -64,7 +66,7 @@ def read_origin(path: str | Path) -> Origin:
 
 def weights_sha256(path: str | Path) -> str:
     """SHA-256 of the file of a stored generator's weights."""
-    return checkpoint.file_sha256(model_folder(path) / "model.safetensors")
+    return file_sha256(model_folder(path) / "model.safetensors")
 
 
 def load_generator(path: str | Path) -> Generator:
@@ -94,7 +96,7 @@ def load_own_tokenizer(path: str | Path) -> TokenizerModule:
     origin = read_origin(path)
     if origin.tokenizer is None:
         raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
-    num_tokens = checkpoint.read_config(model_folder(path)).get("num_tokens")
+    num_tokens = component_config(model_folder(path)).get("num_tokens")
     tokenizer = load_tokenizer(origin.tokenizer, num_tokens=num_tokens)
     here = Origin(tokenizer=origin.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint)
     check("tokenizer", here, origin, str(path), "it has changed since; train again, or put back the one it was")
@@ -136,7 +138,7 @@ def is_current(wanted: Wanted, folder: Path) -> bool:
         return False
     beside = {name: wanted.place.with_name(name) for name in files}
     return wanted.place.name in files and all(
-        path.is_file() and checkpoint.file_sha256(path) == files[name] for name, path in beside.items()
+        path.is_file() and file_sha256(path) == files[name] for name, path in beside.items()
     )
 
 
@@ -144,7 +146,7 @@ def convert_file(wanted: Wanted, folder: Path) -> None:
     """Converts the released file into `folder`, in the place of an older conversion."""
     file = released_file(wanted)
     model = wanted.published
-    if model is not None and model.sha256 is not None and checkpoint.file_sha256(file) != model.sha256:
+    if model is not None and model.sha256 is not None and file_sha256(file) != model.sha256:
         raise UserError(f"{wanted.text}: {file} is not the published file (its SHA-256 is not {model.sha256[:12]}...)")
     shutil.rmtree(folder, ignore_errors=True)
     convert(file, folder, image_size=wanted.image_size, tokenizer=model.tokenizer if model else None)

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from consonar.cache import cache_dir
 from consonar.errors import UserError, unknown
-from consonar.outside import beside, plain_name, read_json
+from consonar.files.cache import cache_dir
+from consonar.files.readers import beside, plain_name, read_json
 from consonar.published import PUBLISHED, Published
 
 PREFIX = "hf:"

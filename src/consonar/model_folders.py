@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
 from consonar.errors import UserError, unknown
+from consonar.files.component import component_config, load_module, released, save_component
 from consonar.generators import GENERATORS
 from consonar.origin import Origin, check_distinct
 from consonar.tokenizers import TOKENIZERS, TokenizerModule, resized
@@ -29,13 +29,13 @@ PACKAGE = Path(__file__).parent
 def save_generator(generator: Generator, folder: Path, origin: Origin, *, dtype: str = "float32") -> None:
     """Writes a model folder: the generator's shape, its origin and its weights; `dtype` float16 halves the file."""
     config = {"component": "generator", **to_dict(origin), **to_dict(generator.config)}
-    checkpoint.save_component(folder, config, stored(generator, dtype))
+    save_component(folder, config, stored(generator, dtype))
 
 
 def save_tokenizer(tokenizer: TokenizerModule, folder: Path, *, dtype: str = "float32") -> None:
     """Writes a model folder; `dtype` float16 halves the file (the fingerprint is that of the rounded weights)."""
     config = {"component": "tokenizer", "name": tokenizer.name, **to_dict(tokenizer.config)}
-    checkpoint.save_component(folder, config, stored(tokenizer, dtype))
+    save_component(folder, config, stored(tokenizer, dtype))
 
 
 def stored(model: Any, dtype: str) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def shipped_or_folder(what: str, name: str | Path) -> Path:
         return PACKAGE / f"{what}s" / "pretrained" / name
     if not str(name) or not Path(name).is_dir():  # an empty name would be the working directory
         raise unknown(what, str(name), [*shipped, "a run folder", "a model folder", "hf:NAME"])
-    return checkpoint.released(Path(name), what)
+    return released(Path(name), what)
 
 
 def read_settings(folder: Path, what: str, kinds: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
@@ -61,7 +61,7 @@ def read_settings(folder: Path, what: str, kinds: dict[str, Any]) -> tuple[dict[
 
     Raises `UserError` for a folder of something else than `what`, and for a kind that is not in the table.
     """
-    config = checkpoint.read_config(folder)
+    config = component_config(folder)
     if config.pop("component", None) != what:
         raise UserError(f"{folder}: not a {what} folder (component in config.json)")
     about = {key: config.pop(key) for key in ("name", *(field.name for field in fields(Origin))) if key in config}
@@ -77,7 +77,7 @@ def read_generator(folder: Path) -> Generator:
     Raises `UserError` for a damaged folder, weights of another shape, and more names of classes than classes.
     """
     _, settings, generator_class = read_settings(folder, "generator", GENERATORS)
-    generator: Generator = checkpoint.load_module(lambda: generator_class(settings), folder)
+    generator: Generator = load_module(lambda: generator_class(settings), folder)
     generator.origin = read_origin(folder)
     names, where = generator.origin.class_names or (), str(folder / "config.json")
     if len(names) > generator.num_classes:
@@ -97,13 +97,13 @@ def read_tokenizer(folder: Path, num_tokens: int | None = None) -> TokenizerModu
         raise UserError(f"{folder / 'config.json'}: name is {name!r}, expected a text")
     if num_tokens is not None:
         settings = resized(settings, num_tokens)
-    tokenizer: TokenizerModule = checkpoint.load_module(lambda: tokenizer_class(settings, name=name), folder)
+    tokenizer: TokenizerModule = load_module(lambda: tokenizer_class(settings, name=name), folder)
     return tokenizer
 
 
 def read_origin(folder: Path) -> Origin:
     """The origin of the generator in a model folder; `UserError` for a folder that is none."""
-    config = checkpoint.read_config(folder)
+    config = component_config(folder)
     if config.get("component") != "generator":
         raise UserError(f"{folder}: not a generator folder (component in config.json)")
     values = {field.name: config[field.name] for field in fields(Origin) if field.name in config}

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from consonar.checkpoint import file_sha256
 from consonar.distributed import World
 from consonar.errors import UserError
+from consonar.files.writers import file_sha256
 from consonar.networks import lpips
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.config import TrainConfig

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from consonar import checkpoint
 from consonar.components import load_generator, load_tokenizer, read_origin, save_generator, save_tokenizer
 from consonar.config_io import to_dict
 from consonar.convert.back import read_source
@@ -30,6 +29,7 @@ from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.demo.job import claim
 from consonar.errors import BadImage
 from consonar.evaluation.inputs import load_samples, open_reference
+from consonar.files.weights import save_tensors
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.networks.weight_files import WeightFile
 from consonar.origin import Origin
@@ -37,8 +37,9 @@ from consonar.recipes import find_recipe
 from consonar.recipes.files import read_config
 from consonar.report import write_report
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.tracking import read_metrics
 from consonar.training.origins import read_run_origin, write_run_origin
+from consonar.training.resume import load_resume, save_resume
+from consonar.training.tracking import read_metrics
 from consonar.types import ImageRecord
 
 TINY = VQConfig(image_size=8, vocab_size=16, code_dim=2, base_channels=4, channel_multipliers=(1, 2),
@@ -145,8 +146,8 @@ def read_weight_file(folder: Path) -> None:
 
 
 def make_shards(folder: Path) -> None:
-    checkpoint.save_tensors(folder / "one.safetensors", {"w": torch.zeros(2)})
-    checkpoint.save_tensors(folder / "two.safetensors", {"b": torch.zeros(2)})
+    save_tensors(folder / "one.safetensors", {"w": torch.zeros(2)})
+    save_tensors(folder / "two.safetensors", {"b": torch.zeros(2)})
     text = json.dumps({"metadata": {}, "weight_map": {"w": "one.safetensors", "b": "two.safetensors"}})
     (folder / "m.safetensors.index.json").write_text(text)
 
@@ -257,7 +258,7 @@ def make_source(folder: Path) -> None:
 
 
 def make_resume(folder: Path) -> None:
-    checkpoint.save_resume(folder, 1, {"trainee": {"w": torch.zeros(3)}, "rng": torch.get_rng_state()[:8]}, keep=1)
+    save_resume(folder, 1, {"trainee": {"w": torch.zeros(3)}, "rng": torch.get_rng_state()[:8]}, keep=1)
 
 
 FORMATS = {
@@ -289,7 +290,7 @@ FORMATS = {
     "pt": Format("a.pt", make_torch, lambda folder: read_weights(folder / "a.pt")),
     "old pt": Format("a.pt", make_old_torch, lambda folder: read_weights(folder / "a.pt")),
     "pth": Format("a.pth", make_weights, read_weight_file),
-    "resume file": Format("step_00000001.pt", make_resume, lambda f: checkpoint.load_resume(f / "step_00000001.pt")),
+    "resume file": Format("step_00000001.pt", make_resume, lambda f: load_resume(f / "step_00000001.pt")),
     "yaml config": Format("a.yaml", make_yaml, lambda folder: read_config(folder / "a.yaml")),
     "json config": Format("a.json", make_json, lambda folder: read_config(folder / "a.json")),
     "store json": Format("s/store.json", make_store, read_store),

@@ -22,12 +22,12 @@ from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
-from consonar.tracking import read_metrics
 from consonar.training.config import DataConfig
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 from consonar.training.trainee import Trainee
 from consonar.types import EncodedBatch, TextCondition
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import NUM_CLASSES, picture
 
 from consonar import cli
-from consonar.tracking import read_metrics
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 
 
 @pytest.fixture

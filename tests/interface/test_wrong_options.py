@@ -21,8 +21,8 @@ from consonar.origin import Origin
 from consonar.recipes import find_recipe
 from consonar.recipes.files import read_config
 from consonar.sampling.job import MOST_IMAGES
-from consonar.tracking import check_sinks
 from consonar.training.config import LoopConfig
+from consonar.training.tracking import check_sinks
 
 
 def told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

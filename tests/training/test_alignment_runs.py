@@ -11,19 +11,20 @@ from conftest import NUM_CLASSES, TINY_VQ, picture
 from PIL import Image
 from two_processes import run_on_two
 
-from consonar import checkpoint
 from consonar.components import load_generator, load_tokenizer, read_origin, save_tokenizer
 from consonar.errors import UserError
+from consonar.files.component import read_component
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vq import VQTokenizer
-from consonar.tracking import read_metrics
 from consonar.training.config import DataConfig
 from consonar.training.objectives import policy as policy_objective
 from consonar.training.objectives.alignment import GuardConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.resume import list_resume, load_resume
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 
 REWARDS = {"mse": 1.0}
 VAPI = PolicyConfig(rewards=REWARDS, group_size=4, context_noise=0.2)
@@ -84,7 +85,7 @@ def test_the_receptive_field_is_measured_on_pictures_of_all_classes(make, labell
 
 
 def weights(run):
-    return checkpoint.read_component(run / "model")[1]
+    return read_component(run / "model")[1]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -183,7 +184,7 @@ def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
     distances = {line["step"]: line[key] for line in read_metrics(run / "metrics.jsonl") if key in line}
     best = json.loads((run / "best.json").read_text())
     assert len(distances) == 4 and best["value"] == min(distances.values()) == distances[best["step"]]
-    kept, last = checkpoint.read_component(run / "best")[1], weights(run)
+    kept, last = read_component(run / "best")[1], weights(run)
     same = all(torch.equal(kept[name], last[name]) for name in kept)
     assert same == (best["step"] == 3)
     load_generator(run / "best")
@@ -263,17 +264,17 @@ def test_steps_are_those_of_the_optimiser_with_several_updates_on_each_batch(mak
     """Seven steps are two batches of three updates and one of one; intervals fall on the ends of batches."""
     config = make(replace(VAPI, inner_epochs=3), loop={"steps": 7, "save_every": 2, "keep_checkpoints": 9})
     run = train(config, tmp_path / "run", quiet=True)
-    saved = checkpoint.list_resume(run / "checkpoints")
+    saved = list_resume(run / "checkpoints")
     assert [path.name for path in saved] == ["step_00000003.pt", "step_00000006.pt", "step_00000007.pt"]
-    moments = checkpoint.load_resume(saved[-1])["optimizer"]["state"].values()
+    moments = load_resume(saved[-1])["optimizer"]["state"].values()
     assert {int(moment["step"]) for moment in moments} == {7}
 
 
 def test_a_run_that_counted_the_updates_on_a_batch_as_one_step_is_not_resumed(make, tmp_path):
     config = make(replace(VAPI, inner_epochs=2), loop={"steps": 4})
     run = train(config, tmp_path / "run", quiet=True, stop_at=2)
-    path = checkpoint.list_resume(run / "checkpoints")[-1]
-    payload = checkpoint.load_resume(path)
+    path = list_resume(run / "checkpoints")[-1]
+    payload = load_resume(path)
     del payload["updates"]
     torch.save(payload, path)
     with pytest.raises(UserError, match="counts the 2 updates on a batch as one step, as older versions did"):

@@ -15,12 +15,12 @@ from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import ImageFolder
 from consonar.data.tokens import TokenStore
 from consonar.errors import BadImage, UserError
-from consonar.tracking import read_metrics
 from consonar.training import inputs
 from consonar.training import run as runs
 from consonar.training.config import DataConfig, TrainConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.pictures import hold_out
+from consonar.training.tracking import read_metrics
 
 
 def fill(folder: Path, count: int, *broken: int) -> Path:

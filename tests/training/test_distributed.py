@@ -8,9 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import run_on_two
 
-from consonar import checkpoint
 from consonar.generators.rear import ReARConfig
-from consonar.tracking import read_metrics
 from consonar.training.aside import State
 from consonar.training.config import DataConfig
 from consonar.training.loop import update
@@ -18,7 +16,9 @@ from consonar.training.objectives.autoregressive import Autoregressive, Autoregr
 from consonar.training.objectives.base import ALONE
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
+from consonar.training.resume import load_resume
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 from consonar.training.trainee import Trainee
 
 # Keeps the weights of both ranks: only rank 0 writes a run folder.
@@ -70,8 +70,8 @@ def test_two_processes_equal_one(configs, tmp_path):
         assert all(torch.equal(first[key], second[key]) for key in first), name
     for name, config in configs.items():
         alone = train(config, tmp_path / f"{name}-alone", quiet=True)
-        ours = checkpoint.load_resume(tmp_path / name / "checkpoints" / "step_00000004.pt")["model"]
-        theirs = checkpoint.load_resume(alone / "checkpoints" / "step_00000004.pt")["model"]
+        ours = load_resume(tmp_path / name / "checkpoints" / "step_00000004.pt")["model"]
+        theirs = load_resume(alone / "checkpoints" / "step_00000004.pt")["model"]
         for key in ours:
             if not key.endswith(NO_GRADIENT):
                 # Adam moves a weight by the learning rate whose gradient is rounding alone, in either direction.
@@ -136,5 +136,5 @@ def test_two_processes_resume_exactly_with_dropout(make_config, tmp_path):
     config = make_config(model=shape, loop={"steps": 4})
     run_on_two(STOP_AND_RESUME, dict.fromkeys(("whole", "first half", "second half"), config), tmp_path)
     last = "checkpoints/step_00000004.pt"
-    whole, broken = (checkpoint.load_resume(tmp_path / name / last)["model"] for name in ("whole", "half"))
+    whole, broken = (load_resume(tmp_path / name / last)["model"] for name in ("whole", "half"))
     assert all(torch.equal(whole[key], broken[key]) for key in whole)

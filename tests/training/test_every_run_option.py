@@ -12,17 +12,18 @@ import pytest
 import torch
 from conftest import TINY_VQ, picture
 
-from consonar import checkpoint
 from consonar.components import save_tokenizer
 from consonar.errors import UserError
+from consonar.files.component import read_component
+from consonar.files.weights import component_fingerprint
 from consonar.tokenizers.vq import VQTokenizer
-from consonar.tracking import read_metrics
 from consonar.training import run as runs
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
 from consonar.training.objectives.autoregressive import Autoregressive
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
+from consonar.training.tracking import read_metrics
 
 VALUES: dict[str, dict[str, Any]] = {
     "loop": {
@@ -115,8 +116,8 @@ def observe(tmp_path, monkeypatch):
             monkeypatch.setattr(Autoregressive, "loss", loss)
         lines = read_metrics(run / "metrics.jsonl")
         files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
-        model, state = checkpoint.read_component(run / "model")
-        found = checkpoint.component_fingerprint({"name": model.get("name")}, state)
+        model, state = read_component(run / "model")
+        found = component_fingerprint({"name": model.get("name")}, state)
         shutil.rmtree(run)
         return repr(([{**line, "time": 0} for line in lines], files, found, calls))
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from consonar import checkpoint
 from consonar.generators.rear import ReARConfig
-from consonar.tracking import read_metrics
 from consonar.training import aside, inputs
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import Autoregressive
 from consonar.training.objectives.reconstruction import ReconstructionConfig
+from consonar.training.resume import list_resume, load_resume
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 
 STEPS = 6
 
@@ -28,7 +28,7 @@ def config(make_config):
 
 
 def saved_steps(run):
-    return [checkpoint.load_resume(path)["step"] for path in checkpoint.list_resume(run / "checkpoints")]
+    return [load_resume(path)["step"] for path in list_resume(run / "checkpoints")]
 
 
 def lines(run):
@@ -37,7 +37,7 @@ def lines(run):
 
 def assert_same_run(ours, theirs):
     """The same weights, and the same lines of metrics."""
-    stored = [checkpoint.load_resume(checkpoint.list_resume(run / "checkpoints")[-1]) for run in (ours, theirs)]
+    stored = [load_resume(list_resume(run / "checkpoints")[-1]) for run in (ours, theirs)]
     assert stored[0]["step"] == stored[1]["step"] == STEPS
     assert all(torch.equal(value, stored[1]["model"][key]) for key, value in stored[0]["model"].items())
     assert lines(ours) == lines(theirs)

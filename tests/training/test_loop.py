@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from consonar import checkpoint
 from consonar.components import load_generator
 from consonar.data.loader import TokenBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError
+from consonar.files.component import read_component
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
-from consonar.tracking import Tracker, read_metrics
 from consonar.training.aside import Callbacks, NonFiniteLoss, State
 from consonar.training.loop import train_loop
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.optim import build_optimizer
+from consonar.training.resume import list_resume, load_resume
 from consonar.training.run import train
+from consonar.training.tracking import Tracker, read_metrics
 from consonar.training.trainee import Trainee
 
 REAR = AutoregressiveConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="truncated_linear"))
@@ -35,7 +36,7 @@ NO_GRADIENT = "k_norm.bias"
 
 
 def resume_file(run: Path) -> dict:
-    return checkpoint.load_resume(checkpoint.list_resume(run / "checkpoints")[-1])
+    return load_resume(list_resume(run / "checkpoints")[-1])
 
 
 def column(run: Path, key: str) -> list[float]:
@@ -105,7 +106,7 @@ def test_heads_do_not_move_the_start_or_the_draws(make_config, tmp_path):
 
 def test_heads_are_in_the_resume_file_and_never_in_the_model(make_config, tmp_path):
     run = train(make_config(objective=REAR, loop={"ema_decay": 0.9}), tmp_path / "rear", quiet=True)
-    _, exported = checkpoint.read_component(run / "model")
+    _, exported = read_component(run / "model")
     plain = ReARGenerator(ReARConfig(width=32, num_layers=2, num_heads=4, vocab_size=32, num_tokens=16, num_classes=3))
     assert exported.keys() == plain.state_dict().keys()
     stored = resume_file(run)
@@ -126,7 +127,7 @@ def test_moving_average(make_config, tmp_path):
     decay = 0.7
     config = make_config(loop={"steps": 4, "ema_decay": decay, "save_every": 1, "keep_checkpoints": 9})
     run = train(config, tmp_path / "run", quiet=True)
-    files = [checkpoint.load_resume(path) for path in checkpoint.list_resume(run / "checkpoints")]
+    files = [load_resume(path) for path in list_resume(run / "checkpoints")]
     exported = load_generator(run)
     for key, value in exported.state_dict().items():
         key = f"generator.{key}"
@@ -163,7 +164,7 @@ def test_intervals(make_config, tmp_path):
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 5]
     assert [line["step"] for line in lines if "validation/cross_entropy" in line] == [3, 5]
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_000004.png", "step_000005.png"]
-    kept = [path.name for path in checkpoint.list_resume(run / "checkpoints")]
+    kept = [path.name for path in list_resume(run / "checkpoints")]
     assert kept == ["step_00000004.pt", "step_00000005.pt"]
 
 
@@ -217,8 +218,8 @@ def test_a_step_that_makes_weights_that_are_not_finite_stops_the_run_before_they
     monkeypatch.setattr(torch.optim, "AdamW", Diverging)
     with pytest.raises(NonFiniteLoss, match=r"step 1: loss \d.*weights of norm inf; lower optim\.lr") as caught:
         train(config, tmp_path / "run", quiet=True)
-    (saved,) = checkpoint.list_resume(tmp_path / "run" / "checkpoints")
-    assert str(saved) in str(caught.value) and checkpoint.load_resume(saved)["step"] == 1
+    (saved,) = list_resume(tmp_path / "run" / "checkpoints")
+    assert str(saved) in str(caught.value) and load_resume(saved)["step"] == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
     assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run").glob("samples/*"))
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from consonar import checkpoint
 from consonar.components import load_generator, load_tokenizer, save_tokenizer
 from consonar.cpu import timing as hardware
 from consonar.errors import UserError
+from consonar.files.lock import hold
 from consonar.generators.rear import ReARConfig
-from consonar.lock import hold
-from consonar.tracking import read_metrics
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
+from consonar.training.resume import list_resume, load_resume
 from consonar.training.run import check_folder, train
+from consonar.training.tracking import read_metrics
 
 STEPS = 8
 
@@ -66,7 +66,7 @@ def test_resume_is_exact(kind, stop, request, tmp_path):
     torch.manual_seed(12345)  # another process would be in another state
     train(config, broken, resume=True, quiet=True)
     last = f"checkpoints/step_{STEPS:08d}.pt"
-    ours, theirs = (flat(checkpoint.load_resume(run / last)) for run in (straight, broken))
+    ours, theirs = (flat(load_resume(run / last)) for run in (straight, broken))
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         same = torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key]
@@ -91,7 +91,7 @@ def test_a_run_keeps_the_kernel_of_the_optimizer_that_it_was_started_with(genera
             train(generator_config, runs[1], stop_at=3, quiet=True)
         with hardware.forced("adamw", resumed):
             train(generator_config, runs[1], resume=True, quiet=True)
-        ours, theirs = (checkpoint.load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
+        ours, theirs = (load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_is_calculated_as_it_began_whatever_was_measured_since(gen
     hardware.kernels_mode.cache_clear()
     (answers,) = json.loads((runs[1] / "kernels.json").read_text()).values()
     assert set(answers.values()) == {1.0} and any("with dropout" in choice for choice in answers)
-    ours, theirs = (checkpoint.load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
+    ours, theirs = (load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -174,7 +174,7 @@ def test_a_run_made_by_another_process_meanwhile_is_not_taken_over(generator_con
 
 def test_a_damaged_checkpoint_is_named(generator_config, tmp_path):
     run = train(generator_config, tmp_path / "run", stop_at=2, quiet=True)
-    (saved,) = checkpoint.list_resume(run / "checkpoints")
+    (saved,) = list_resume(run / "checkpoints")
     saved.write_bytes(saved.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"step_00000002\.pt: damaged or cut short"):
         train(generator_config, run, resume=True, quiet=True)
@@ -225,7 +225,7 @@ def test_the_run_folder_says_what_was_run(generator_config, tmp_path):
 def test_a_finished_run_without_checkpoints_is_not_trained_anew(generator_config, tmp_path):
     """People remove checkpoints, which are large; the numbers and the model must outlive a --resume."""
     run = train(generator_config, tmp_path / "run", quiet=True)
-    for path in checkpoint.list_resume(run / "checkpoints"):
+    for path in list_resume(run / "checkpoints"):
         path.unlink()
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"--resume: .* holds a trained model and no checkpoint to go on from"):
@@ -245,8 +245,8 @@ def test_a_damaged_model_is_written_again_by_a_resume(generator_config, tmp_path
 
 def test_a_run_that_goes_on_with_another_number_of_processes_says_so(generator_config, tmp_path, capsys):
     run = train(generator_config, tmp_path / "run", stop_at=2, quiet=True)
-    (saved,) = checkpoint.list_resume(run / "checkpoints")
-    payload = checkpoint.load_resume(saved)
+    (saved,) = list_resume(run / "checkpoints")
+    payload = load_resume(saved)
     assert payload["processes"] == 1
     torch.save(payload | {"processes": 4}, saved)
     train(generator_config, run, resume=True, stop_at=3, quiet=True)

@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from released_models import load, released, same
 
-from consonar import checkpoint
 from consonar.components import load_generator
 from consonar.convert import convert, to_official
 from consonar.errors import UserError
+from consonar.files.weights import save_tensors
 
 ENTRIES = {
     "model": lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "steps": 7,
@@ -75,7 +75,7 @@ def test_shards(ending, tmp_path):
     names = {key: f"part-{i % 2}.{ending}" for i, key in enumerate(state)}
     for name in sorted(set(names.values())):
         part = {key: value for key, value in state.items() if names[key] == name}
-        checkpoint.save_tensors(tmp_path / name, part) if ending == "safetensors" else torch.save(part, tmp_path / name)
+        save_tensors(tmp_path / name, part) if ending == "safetensors" else torch.save(part, tmp_path / name)
     whole = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}[ending]
     (tmp_path / whole).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     convert(tmp_path, tmp_path / "ours")  # a folder as it is downloaded

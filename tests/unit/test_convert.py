@@ -6,13 +6,14 @@ import pytest
 import torch
 from released_models import CASES, DEEP, USED, load, module_of, released, same
 
-from consonar import checkpoint
 from consonar.cli import main
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin, save_generator
 from consonar.convert import convert, to_official
 from consonar.convert.layouts import OFFICIALS, janus
 from consonar.convert.layouts.official import shapes_of
 from consonar.errors import UserError
+from consonar.files.weights import save_tensors
+from consonar.files.writers import file_sha256
 from consonar.origin import Origin
 from consonar.tokenizers.vq import VQConfig
 from consonar.types import Grid
@@ -35,7 +36,7 @@ def test_there_and_back_bit_for_bit(name, ending, tmp_path):
     record, config, unused = CASES[name]
     state = released(name)
     assert [r.name for r in OFFICIALS if r.recognises(shapes_of(state))] == [record.name]
-    checkpoint.save_tensors(tmp_path / "released.safetensors", state)
+    save_tensors(tmp_path / "released.safetensors", state)
     (made,) = convert(tmp_path / "released.safetensors", tmp_path / "ours")
     assert made.recognised_as == record.name and made.component == record.component
     assert (made.vocab_size, made.num_parameters) == (
@@ -139,7 +140,7 @@ def test_nothing_is_overwritten(bare, tmp_path):
 def test_the_source_is_written_down(bare, tmp_path):
     convert(bare, tmp_path / "ours")
     source = json.loads((tmp_path / "ours" / "source.json").read_text())
-    assert source["files"] == {"rar.bin": checkpoint.file_sha256(bare)}
+    assert source["files"] == {"rar.bin": file_sha256(bare)}
     assert source["recognised_as"] == "reAR/RAR generator" and source["entry"] == []
 
 

@@ -17,7 +17,7 @@ from consonar.data.loader import ImageBatches, TokenBatches, batch_rows
 from consonar.data.prefetch import prefetch
 from consonar.data.tokens import METADATA_FILE, TOKENS_FILE
 from consonar.errors import UserError
-from consonar.lock import hold
+from consonar.files.lock import hold
 from consonar.types import Grid, ImageRecord, Tokenizer
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from consonar.checkpoint import save_component
 from consonar.demo import job as demo
 from consonar.demo.plan import (
     DRAWING,
@@ -30,7 +29,8 @@ from consonar.demo.plan import (
     work_for,
 )
 from consonar.errors import UserError
-from consonar.lock import hold
+from consonar.files.component import save_component
+from consonar.files.lock import hold
 
 TRAINING = {
     "plain-ar": TrainingRate(2.0, 0.7, 1.5),

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from consonar import checkpoint, components, hub, published
+from consonar import components, hub, published
 from consonar.cli import main
 from consonar.components import fetch_component, load_generator, load_own_tokenizer, load_tokenizer
 from consonar.convert.examine import examine
 from consonar.convert.layouts import OFFICIALS
 from consonar.errors import UserError
+from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.hub import read_name
@@ -169,7 +170,7 @@ def test_another_file_than_the_published_one_is_refused(hub_files, cache, monkey
     with pytest.raises(UserError, match=r"is not the published file \(its SHA-256 is not 3dde024443d6"):
         load_tokenizer("hf:maskbit-12bit")
     hub_files("markweber/maskbit_tokenizer_12bit/maskbit_tokenizer_12bit.bin", {"model": tiny_tokenizer()})
-    mine = replace(PUBLISHED["maskbit-12bit"], sha256=checkpoint.file_sha256(file))
+    mine = replace(PUBLISHED["maskbit-12bit"], sha256=file_sha256(file))
     monkeypatch.setitem(published.PUBLISHED, "maskbit-12bit", mine)
     assert load_tokenizer("hf:maskbit-12bit").vocab_size == 16
 

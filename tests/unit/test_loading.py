@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from consonar import checkpoint
 from consonar.components import load_generator, save_generator
 from consonar.config_io import from_dict
 from consonar.errors import UserError
+from consonar.files.component import load_module, save_component
+from consonar.files.weights import map_tensors, read_tensors, save_tensors
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.origin import Origin
 from consonar.training.config import TrainConfig
@@ -95,9 +96,9 @@ def test_loading_draws_no_random_numbers(folder):
 def test_every_shape_and_type_is_read(shape, dtype, tmp_path):
     value = (torch.arange(35)[: max(1, torch.Size(shape).numel())] % 3).to(dtype)
     state = {"a": torch.ones(3), "b": value[: torch.Size(shape).numel()].reshape(shape), "c": torch.ones(2).half()}
-    checkpoint.save_tensors(tmp_path / "x.safetensors", state)
-    mapped = checkpoint.map_tensors(tmp_path / "x.safetensors")
-    read = checkpoint.read_tensors(tmp_path / "x.safetensors", mapped, state)
+    save_tensors(tmp_path / "x.safetensors", state)
+    mapped = map_tensors(tmp_path / "x.safetensors")
+    read = read_tensors(tmp_path / "x.safetensors", mapped, state)
     assert all(torch.equal(read[key], state[key]) and read[key].dtype == state[key].dtype for key in state)
 
 
@@ -111,9 +112,9 @@ class WithTable(nn.Module):
 
 
 def test_a_buffer_that_no_file_holds_is_our_mistake(tmp_path):
-    checkpoint.save_component(tmp_path, {}, {"weight": torch.ones(2)})
+    save_component(tmp_path, {}, {"weight": torch.ones(2)})
     with pytest.raises(AssertionError, match=r"WithTable: .*without a value: \['table'\]"):
-        checkpoint.load_module(WithTable, tmp_path)
+        load_module(WithTable, tmp_path)
 
 
 def test_a_configuration_with_sizes_that_the_weights_cannot_have_is_refused_at_once(tmp_path):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from consonar import lock
 from consonar.errors import UserError
+from consonar.files import lock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from consonar.lock import hold
+from consonar.files.lock import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

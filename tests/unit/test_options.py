@@ -7,10 +7,10 @@ import pytest
 import torch
 from configurations import CONFIGS, floats_in
 
-from consonar import checkpoint
 from consonar.cli import main
 from consonar.components import load_generator, save_generator
 from consonar.errors import UserError
+from consonar.files.weights import load_weights, save_tensors
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.origin import Origin
 from consonar.recipes.files import read_config
@@ -107,11 +107,11 @@ def test_weights_that_are_not_finite_are_refused_where_they_enter_and_leave(valu
     with pytest.raises(UserError, match=r"new: lm_head\.bias holds numbers that are not finite"):
         save_generator(generator, tmp_path / "new", Origin())
     assert not (tmp_path / "new").exists()
-    checkpoint.save_tensors(tmp_path / "model" / "model.safetensors", generator.state_dict())
+    save_tensors(tmp_path / "model" / "model.safetensors", generator.state_dict())
     with pytest.raises(UserError, match=r"model\.safetensors: lm_head\.bias holds numbers that are not finite"):
         load_generator(tmp_path / "model")
     with pytest.raises(UserError, match=r"here: lm_head\.bias holds numbers that are not finite"):
-        checkpoint.load_weights(tiny_generator(), generator.state_dict(), "here")
+        load_weights(tiny_generator(), generator.state_dict(), "here")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

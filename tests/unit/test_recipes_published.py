@@ -17,9 +17,9 @@ from consonar.generators import build_generator
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig, LlamaGenGenerator
 from consonar.origin import Origin
 from consonar.recipes import RECIPES, find_recipe
-from consonar.tracking import read_metrics
 from consonar.training.config import DataConfig, TrainConfig
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 from consonar.training.trainee import Trainee
 from consonar.types import Grid
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_report import Page, write_results, write_run
 
-from consonar.checkpoint import file_sha256
 from consonar.errors import UserError
+from consonar.files.writers import file_sha256
 from consonar.report import load_runs, write_report
 
 

@@ -9,12 +9,12 @@ from conftest import picture
 from torch.nn import functional
 
 from consonar import networks
-from consonar.checkpoint import file_sha256
 from consonar.components import load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
 from consonar.evaluation import runs
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.run_results import is_measured, read_results, replacing
+from consonar.files.writers import file_sha256
 from consonar.origin import Origin
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from consonar.components import save_generator
 from consonar.errors import UserError
+from consonar.files.lock import hold
 from consonar.generators import build_generator
 from consonar.generators.llamagen import LlamaGenConfig
-from consonar.lock import hold
 from consonar.origin import Origin
 from consonar.sampling import job as jobs
 from consonar.sampling.sample import SamplerConfig

@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from consonar import tracking
 from consonar.errors import UserError
-from consonar.tracking import Tracker, read_metrics
+from consonar.training import tracking
+from consonar.training.tracking import Tracker, read_metrics
 
 
 def test_metrics_are_lines_of_json(tmp_path):

@@ -136,8 +136,8 @@ def optional_packages() -> tuple[list[str], list[str]]:
 def cached() -> Iterator[tuple[str, str]]:
     """Weights found in the cache folder, its size, and what is free."""
     import consonar
-    from consonar.cache import cache_dir
     from consonar.errors import UserError
+    from consonar.files.cache import cache_dir
 
     try:
         folder = cache_dir()

@@ -46,7 +46,7 @@ def tokenize(
     from consonar.data.images import open_source
     from consonar.data.transforms import VIEWS
     from consonar.distributed import pick_device
-    from consonar.lock import is_taken
+    from consonar.files.lock import is_taken
     from consonar.sampling.sample import check_batch_size
 
     check_name(out)

@@ -8,13 +8,11 @@ it came from). `to_official` makes the released layout again, from a converted f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consonar import checkpoint
 from consonar.config_io import to_dict
 from consonar.convert.back import SOURCE, UNUSED, to_official
 from consonar.convert.containers import Weights, read_weights
@@ -22,10 +20,12 @@ from consonar.convert.examine import Found, examine, image_size_in_name
 from consonar.convert.layouts.janus import split_parts
 from consonar.convert.layouts.official import State
 from consonar.errors import UserError
-from consonar.lock import folder_at_once, is_taken
+from consonar.files.component import save_component
+from consonar.files.lock import folder_at_once, is_taken
+from consonar.files.weights import check_finite, save_tensors
+from consonar.files.writers import file_sha256, write_json
 from consonar.model_folders import read_tokenizer, shipped_or_folder
 from consonar.origin import Origin
-from consonar.tensors import check_finite
 
 __all__ = ["Converted", "convert", "to_official"]
 
@@ -83,7 +83,7 @@ def convert(
             "generator": examine(halves["generator"], f"{path} (generator)", settings=settings),
         }
         notes = []
-    hashes = {file.name: checkpoint.file_sha256(file) for file in weights.files}
+    hashes = {file.name: file_sha256(file) for file in weights.files}
     written = []
     with folder_at_once(to) as partial:
         for part, found in parts.items():
@@ -143,9 +143,9 @@ def write(
     head: dict[str, Any] = {"component": official.component, **origin}
     if official.component == "tokenizer":
         head["name"] = final.name if final.name != "tokenizer" else final.parent.name
-    checkpoint.save_component(folder, {**head, **to_dict(found.config)}, ours)
+    save_component(folder, {**head, **to_dict(found.config)}, ours)
     if unused:
-        checkpoint.save_tensors(folder / UNUSED, unused)
+        save_tensors(folder / UNUSED, unused)
     source = {
         "recognised_as": official.name,
         "files": dict(hashes),
@@ -153,8 +153,7 @@ def write(
         "ignored_entries": list(weights.ignored),
         "prefix": weights.prefix,
     }
-    text = json.dumps(source, indent=1) + "\n"
-    checkpoint.write_atomically(folder / SOURCE, lambda path: path.write_text(text))
+    write_json(folder / SOURCE, source)
     notes = [f"from its entry {'/'.join(weights.entry)!r}"] if weights.entry else []
     if weights.ignored:
         notes.append(f"left alone beside it: {', '.join(weights.ignored[:6])}")

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from consonar import checkpoint
 from consonar.convert.containers import TORCH_ENDINGS
 from consonar.convert.layouts import OFFICIALS
 from consonar.convert.layouts.official import State, shapes_of
 from consonar.errors import UserError, reading
+from consonar.files.component import component_config, released
+from consonar.files.readers import read_json
+from consonar.files.weights import map_tensors, save_tensors
+from consonar.files.writers import write_atomically
 from consonar.generators import GENERATORS
 from consonar.model_folders import read_settings
-from consonar.outside import read_json
 from consonar.tokenizers import TOKENIZERS
 
 SOURCE, UNUSED = "source.json", "unused.safetensors"
@@ -37,30 +39,30 @@ def to_official(folder: Path, out: Path) -> str:
     state: State = {}
     names: list[str] = []
     entry: list[str] = []
-    for half in halves or [checkpoint.released(folder, "--to-official")]:
+    for half in halves or [released(folder, "--to-official")]:
         name, tensors, entry = official_state(half)
         names.append(name)
         state |= tensors
     if out.suffix == ".safetensors":
-        checkpoint.save_tensors(out, state)
+        save_tensors(out, state)
     else:
         payload: dict[str, Any] = state
         for key in reversed(entry):
             payload = {key: payload}
-        checkpoint.write_atomically(out, lambda path: torch.save(payload, path))
+        write_atomically(out, lambda path: torch.save(payload, path))
     return " and ".join(names)
 
 
 def official_state(folder: Path) -> tuple[str, State, list[str]]:
     """Architecture, released state dict and entry of one component folder."""
-    component = str(checkpoint.read_config(folder).get("component"))
+    component = str(component_config(folder).get("component"))
     tables: dict[str, dict[str, Any]] = {"tokenizer": {**TOKENIZERS}, "generator": {**GENERATORS}}
     kinds = tables.get(component)
     if kinds is None:
         raise UserError(f"{folder}: not a folder of a tokenizer or generator (component in config.json)")
     _, config, _ = read_settings(folder, component, kinds)
-    ours = checkpoint.map_tensors(folder / "model.safetensors")
-    unused = checkpoint.map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
+    ours = map_tensors(folder / "model.safetensors")
+    unused = map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
     entry: list[str] = []
     if (folder / SOURCE).is_file():
         name, entry = read_source(folder / SOURCE)

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consonar.checkpoint import map_tensors
 from consonar.convert.layouts.official import State
 from consonar.errors import UserError, reading, unknown
+from consonar.files.weights import check_plain, map_tensors
 from consonar.hub import read_index
-from consonar.tensors import check_plain
 
 ENTRIES = ("model", "module", "state_dict", "model_state_dict", "ema")
 """Where training checkpoints keep the weights; the first that is there counts (DDP, DeepSpeed, Lightning, others)."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from consonar import checkpoint
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.layouts import OFFICIALS
 from consonar.convert.layouts.official import Official, Shapes, State, shapes_of
 from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
+from consonar.files.weights import check_weights
 from consonar.generators import build_generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.types import Grid
@@ -70,7 +70,7 @@ def examine(
     config = configured(config, image_size, settings or {}, where)
     ours, unused = official.to_ours(meta, config)
     module = build(official.component, config, "converted")
-    checkpoint.check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
+    check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
     back = official.to_official(ours, unused, config)
     assert shapes_of(back) == shapes_of(meta), f"{official.name}: the way back changes keys or shapes"
     return Found(official, config, module)

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from consonar.cache import cache_dir
 from consonar.errors import UserError, unknown
-from consonar.outside import read_json
+from consonar.files.cache import cache_dir
+from consonar.files.readers import read_json
 
 MODES = ("measured", "pytorch", "ours")
 # How many times as fast our way must be: timings of milliseconds repeat to within some percent.

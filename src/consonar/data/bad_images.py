@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from consonar.checkpoint import write_atomically
 from consonar.data.labels import known_labels
 from consonar.errors import BadImage, UserError, reading, unknown
+from consonar.files.writers import write_atomically
 from consonar.types import ImageRecord, ImageSource
 
 POLICIES = ("stop", "skip")

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from consonar.checkpoint import write_atomically
 from consonar.data.transforms import to_uint8
+from consonar.files.writers import write_atomically
 
 
 def grid(images: Tensor, columns: int = 8, gap: int = 2) -> Image.Image:

@@ -13,8 +13,8 @@ from consonar.data.picture_files import (
     sub_folders,
 )
 from consonar.errors import MissingSplit, UserError, printable
+from consonar.files.readers import home_expanded
 from consonar.origin import content_hash, same_text
-from consonar.outside import home_expanded
 from consonar.types import ImageRecord
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}

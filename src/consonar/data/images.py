@@ -15,8 +15,8 @@ from consonar.data.labels import IndexedRelabelled, Relabelled, read_class_file
 from consonar.data.picture_files import read_image
 from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
+from consonar.files.readers import home_expanded
 from consonar.origin import check_distinct, content_hash
-from consonar.outside import home_expanded
 from consonar.types import ImageRecord, ImageSource
 
 SPECS = ("openmoji", "PATH", "imagefolder:PATH", "arrow:PATH", "hf:OWNER/NAME[:CONFIG]", "hf:PATH", "hf-stream:...")

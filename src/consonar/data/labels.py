@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from consonar.errors import UserError, printable, reading, unknown
+from consonar.files.readers import home_expanded
 from consonar.origin import same_text
-from consonar.outside import home_expanded
 from consonar.types import ImageRecord, ImageSource
 
 MAX_CLASSES = 100_000

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from consonar.cache import cache_dir, keep
 from consonar.errors import UserError, reading, unknown
-from consonar.outside import read_npz
+from consonar.files.cache import cache_dir, keep
+from consonar.files.readers import read_npz
 from consonar.types import ImageRecord
 
 CLASS_NAMES = (

@@ -12,8 +12,8 @@ import numpy as np
 
 from consonar.data.labels import MAX_CLASSES
 from consonar.errors import UserError
+from consonar.files.readers import read_json
 from consonar.origin import check_distinct
-from consonar.outside import read_json
 
 FORMAT_VERSION = 1
 METADATA_FILE, TOKENS_FILE = "store.json", "tokens.arrow"

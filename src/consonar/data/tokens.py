@@ -37,9 +37,9 @@ from consonar.data.store_format import (
 )  # fmt: skip
 from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import UserError, printable, reading, unknown
-from consonar.lock import folder_at_once, is_taken
+from consonar.files.lock import folder_at_once, is_taken
+from consonar.files.readers import home_expanded
 from consonar.origin import Origin, check
-from consonar.outside import home_expanded
 from consonar.records import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 

@@ -16,7 +16,7 @@ import numpy as np
 from consonar.data.labels import MAX_CLASSES
 from consonar.data.tokens import TokenStore, new_store
 from consonar.errors import UserError, reading
-from consonar.outside import home_expanded, parse_json, read_npy
+from consonar.files.readers import home_expanded, parse_json, read_npy
 from consonar.types import Tokenizer
 
 ITEMS_PER_WRITE = 1024

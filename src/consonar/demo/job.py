@@ -8,7 +8,6 @@ Every step that is finished is skipped when the demo is called again, so that an
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 
-from consonar.checkpoint import is_component, write_atomically
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.data.grids import save_grid
 from consonar.data.images import open_source
@@ -43,16 +41,18 @@ from consonar.evaluation.features import cached_features
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
 from consonar.evaluation.run_results import is_measured
 from consonar.evaluation.runs import evaluate_run
-from consonar.lock import hold, is_taken
+from consonar.files.component import is_component
+from consonar.files.lock import hold, is_taken
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
 from consonar.networks import load_feature_network
-from consonar.outside import read_json
 from consonar.report import write_report
 from consonar.sampling.job import MOST_IMAGES
 from consonar.sampling.sample import SamplerConfig, sample
 from consonar.seeding import check_seed
-from consonar.tracking import read_metrics
 from consonar.training.config import TrainConfig
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 from consonar.types import Tokenizer
 
 TOKENIZER = "openmoji-64"
@@ -95,7 +95,7 @@ def make_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None
     reference = open_reference(TOKENIZER, tokenizer.image_size)
     if "seconds" not in stored:
         stored |= make_plan(out, reference, tokenizer, minutes=minutes, seed=seed, began=began, say=say)
-        write_settings(out, stored)
+        write_json(out / "demo.json", stored)
     work = Work(stored["steps"], stored["updates"], stored["samples"])
     progress = Progress(stored["seconds"], say)
     progress.skip("preparing")
@@ -281,7 +281,7 @@ def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         if is_taken(out):
             raise UserError(f"--out: {out} exists and holds no demo; choose another folder")
-        write_settings(out, settings)
+        write_json(out / "demo.json", settings)
         return settings
     stored = read_json(path, "remove the folder or choose another --out")
     for key, value in settings.items():
@@ -293,8 +293,3 @@ def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if "steps" in stored and "seconds" not in stored:
         raise UserError(f"--out: the demo in {out} was planned by an older version; remove it or choose another --out")
     return stored
-
-
-def write_settings(out: Path, settings: dict[str, Any]) -> None:
-    text = json.dumps(settings, indent=1) + "\n"
-    write_atomically(out / "demo.json", lambda partial: partial.write_text(text))

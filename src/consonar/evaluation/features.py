@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.cache import cache_dir, keep
 from consonar.data.transforms import from_uint8
 from consonar.errors import UserError, reading
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.subsets import RowDraw
+from consonar.files.cache import cache_dir, keep
+from consonar.files.readers import read_npz
 from consonar.metrics.distribution import InceptionScore, Moments
 from consonar.networks.features import FeatureNetwork, ScoringNetwork
-from consonar.outside import read_npz
 from consonar.seeding import derive_seed, generator
 
 CACHE_VERSION = 2

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from consonar.checkpoint import file_sha256
 from consonar.data.bad_images import BadImages, readable_rows
 from consonar.data.picture_files import IMAGE_ENDINGS, find_pictures, read_image
 from consonar.data.transforms import center_crop
 from consonar.errors import BadImage, UserError, reading
-from consonar.outside import npz_keys, npz_member, read_npz
+from consonar.files.readers import npz_keys, npz_member, read_npz
+from consonar.files.writers import file_sha256
 from consonar.types import ImageSource
 
 NEEDED = "give an .npz or a folder of images"

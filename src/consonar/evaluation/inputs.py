@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.checkpoint import file_sha256
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import SPLIT_NAMES, split_folders
 from consonar.data.images import open_source
@@ -26,8 +25,9 @@ from consonar.evaluation.image_sets import (
     one_of,
     source_image_set,
 )
+from consonar.files.readers import home_expanded, npz_keys, parse_json, read_npz
+from consonar.files.writers import file_sha256
 from consonar.origin import Origin, check
-from consonar.outside import home_expanded, npz_keys, parse_json, read_npz
 from consonar.records import device_of, to_device
 from consonar.types import Tokenizer
 

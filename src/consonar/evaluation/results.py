@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field, replace
@@ -14,11 +13,11 @@ import numpy as np
 import torch
 
 from consonar import __version__
-from consonar.checkpoint import write_atomically
 from consonar.cpu.timing import processor
 from consonar.errors import UserError
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
 from consonar.metrics.copying import CopyRate
-from consonar.outside import read_json
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,7 @@ class Evaluation:
         check_place(path, overwrite=overwrite, key="results")
         content = asdict(replace(self, copies={}))
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
-        text = json.dumps(content, indent=1, allow_nan=False)
-        write_atomically(path, lambda partial: partial.write_text(text))
+        write_json(path, content, end="", allow_nan=False)
 
 
 def origin_of_numbers(results: Evaluation, reference: str) -> dict[str, Any]:

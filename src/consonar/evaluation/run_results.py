@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from consonar.checkpoint import file_sha256
 from consonar.components import model_folder
 from consonar.errors import UserError
-from consonar.outside import plain_name, read_json
+from consonar.files.readers import plain_name, read_json
+from consonar.files.writers import file_sha256
 
 RESULTS, RECONSTRUCTION = "results.json", "reconstruction.json"
 STAGED = ".evaluation.partial"

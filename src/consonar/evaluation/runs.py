@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from consonar import checkpoint
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, model_folder, read_origin
 from consonar.config_io import to_dict
 from consonar.data.bad_images import BadImages
@@ -28,7 +27,8 @@ from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samp
 from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.evaluation.results import Evaluation, machine_name, origin_of_numbers
 from consonar.evaluation.run_results import RECONSTRUCTION, RESULTS, is_measured, of_match, replacing, samples_name
-from consonar.lock import holds_first_argument
+from consonar.files.lock import holds_first_argument
+from consonar.files.writers import file_sha256, write_atomically, write_json
 from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
 from consonar.networks.features import FeatureNetwork
@@ -82,7 +82,7 @@ def evaluate_run(
     if draws < 1 or num_samples // draws <= NUM_NEIGHBOURS:
         raise UserError(f"num_samples: {num_samples} in {draws} draws; each draw needs over {NUM_NEIGHBOURS} samples")
     at = [replace(sampler or SamplerConfig(), temperature=t) for t in temperatures]
-    sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
+    sha256 = file_sha256(model_folder(run) / "model.safetensors")
     generator, origin = load_generator(run).to(device), read_origin(run)
     tokenizer, network = load_own_tokenizer(run).to(device), load_feature_network(feature_network, device)
     sharpness = Sharpness(reference, tokenizer, batch_size, origin, bad)
@@ -117,7 +117,7 @@ def evaluate_run(
             kept = staged / samples_name(settings.temperature)
             keep_some(drawn, kept, target, results.copies, origin.class_names)
             row = result_row(settings, results, drawn) | {"samples": kept.name, "seed": seed}
-            row["samples_sha256"] = checkpoint.file_sha256(kept)
+            row["samples_sha256"] = file_sha256(kept)
             if settings.temperature in entropies:
                 row["metrics"]["entropy (teacher-forced)"] = {"value": entropies[settings.temperature], "spread": None}
             rows += [row | of_match(other) for other in matched.get(settings.temperature, [])] or [row]
@@ -136,8 +136,7 @@ def evaluate_run(
         }
         if reconstruct and "validation" in target.images:
             measure_reconstruction(staged, tokenizer, target.images["validation"], network)
-        text = json.dumps(content, indent=1)
-        checkpoint.write_atomically(staged / RESULTS, lambda partial: partial.write_text(text + "\n"))
+        write_json(staged / RESULTS, content)
     return content
 
 
@@ -211,7 +210,7 @@ def keep_some(
         arrays["nearest_train"] = pick(reference.images["train"], nearest)
     if class_names is not None:
         arrays["class_names"] = np.array(class_names)
-    checkpoint.write_atomically(kept, lambda partial: write_npz(partial, arrays))
+    write_atomically(kept, lambda partial: write_npz(partial, arrays))
 
 
 def nearest_to(rows: torch.Tensor, copies: dict[str, CopyRate]) -> torch.Tensor | None:
@@ -249,7 +248,7 @@ def evaluate_tokenizer(
     """
     if (run / RECONSTRUCTION).exists() and not overwrite:
         raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
-    sha256 = checkpoint.file_sha256(model_folder(run) / "model.safetensors")
+    sha256 = file_sha256(model_folder(run) / "model.safetensors")
     tokenizer = load_tokenizer(model_folder(run)).to(device)
     images = open_reference(reference, tokenizer.image_size, bad=bad).images
     if not images:
@@ -282,9 +281,8 @@ def measure_reconstruction(
         "reconstructions": to_uint8(decoded).cpu().numpy(),
         "names": np.array([f"{images.name} {i}" for i in rows]),
     }
-    checkpoint.write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
+    write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
     origin |= {"images": images.name, "tokenizer_fingerprint": tokenizer.fingerprint}
     origin |= {"feature_network_sha256": network.weights_sha256}
-    text = json.dumps({**metrics, "origin": origin}, indent=1)
-    checkpoint.write_atomically(folder / RECONSTRUCTION, lambda partial: partial.write_text(text + "\n"))
+    write_json(folder / RECONSTRUCTION, {**metrics, "origin": origin})
     return metrics

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from consonar import checkpoint
 from consonar.errors import UserError
+from consonar.files.component import read_component, save_component
+from consonar.files.weights import load_weights
 
 
 class PatchDiscriminator(nn.Module):
@@ -31,7 +32,7 @@ def save_discriminator(discriminator: PatchDiscriminator, folder: Path) -> None:
     """Writes a component folder."""
     state = discriminator.state_dict()
     config = {"component": "discriminator", "kind": "patch", "width": len(state["layers.0.weight"])}
-    checkpoint.save_component(folder, config, state)
+    save_component(folder, config, state)
 
 
 def load_discriminator(folder: str | Path) -> PatchDiscriminator:
@@ -41,7 +42,7 @@ def load_discriminator(folder: str | Path) -> PatchDiscriminator:
     """
     path = Path(folder)
     path = path / "discriminator" if (path / "discriminator").is_dir() else path
-    config, state = checkpoint.read_component(path)
+    config, state = read_component(path)
     width = config.pop("width", None)
     if config != {"component": "discriminator", "kind": "patch"}:
         raise UserError(f"{path}: not the folder of a patch discriminator (component and kind in config.json)")
@@ -51,5 +52,5 @@ def load_discriminator(folder: str | Path) -> PatchDiscriminator:
     with torch.device("meta"):
         discriminator = PatchDiscriminator(width)
     discriminator.to_empty(device="cpu")
-    checkpoint.load_weights(discriminator, state, str(path))
+    load_weights(discriminator, state, str(path))
     return discriminator.eval().requires_grad_(False)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consonar.checkpoint import load_weights
 from consonar.errors import unknown
+from consonar.files.weights import load_weights
 from consonar.networks.inception_network import INPUT_SIZE, SPATIAL_CHANNELS, InceptionV3
 from consonar.networks.weight_files import WeightFile
 

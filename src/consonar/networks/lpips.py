@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from consonar.checkpoint import load_weights
+from consonar.files.weights import load_weights
 from consonar.hub import fetch_file
 from consonar.networks.weight_files import WeightFile
 from consonar.precision import in_float32

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from consonar.cache import cache_dir
-from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
-from consonar.outside import home_expanded
-from consonar.tensors import check_plain
+from consonar.files.cache import cache_dir
+from consonar.files.readers import home_expanded
+from consonar.files.weights import check_plain
+from consonar.files.writers import file_sha256
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import yaml
 
 from consonar.config_io import from_dict, merge, to_dict
 from consonar.errors import UserError, reading, unknown
-from consonar.outside import check_extent
+from consonar.files.readers import check_extent
 from consonar.recipes import RECIPES, find_recipe
 from consonar.training.config import TrainConfig
 

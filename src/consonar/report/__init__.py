@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from consonar.checkpoint import write_atomically
 from consonar.errors import UserError
+from consonar.files.writers import write_atomically
 from consonar.report.folders import MAX_RUNS, RESULTS_SCHEMA, load_runs
 from consonar.report.records import (
     Measurement,

@@ -7,14 +7,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from consonar.checkpoint import file_sha256
 from consonar.errors import UserError, reading
 from consonar.evaluation.run_results import weights_sha256
-from consonar.outside import beside, read_json
+from consonar.files.readers import beside, read_json
+from consonar.files.writers import file_sha256
 from consonar.report.records import Measurement, ResultRow, Results, Run
 from consonar.report.validity import comparable, without_old_matches, without_outdated
-from consonar.tracking import read_metrics
 from consonar.training.objectives import method_of
+from consonar.training.tracking import read_metrics
 
 MAX_RUNS = 8
 RESULTS_SCHEMA = 1

@@ -17,7 +17,7 @@ from PIL import Image
 
 from consonar.data.picture_files import read_image
 from consonar.errors import UserError
-from consonar.outside import read_npz
+from consonar.files.readers import read_npz
 from consonar.report.records import Run
 
 MAX_CLASSES = 10

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from consonar.evaluation.run_results import outdated
-from consonar.outside import read_json
+from consonar.files.readers import read_json
 from consonar.report.records import ResultRow, Results, Run, listed
 
 SETTINGS = ("num_neighbours", "max_neighbours_images", "copy_quantile", "draws")

@@ -22,15 +22,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from consonar.checkpoint import component_fingerprint, write_atomically
 from consonar.config_io import to_dict
 from consonar.data.grids import save_grid
 from consonar.data.picture_files import IMAGE_ENDINGS
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
-from consonar.lock import hold, is_unused
+from consonar.files.lock import hold, is_unused
+from consonar.files.readers import read_json, read_npz
+from consonar.files.weights import component_fingerprint
+from consonar.files.writers import write_atomically, write_json
 from consonar.origin import Origin, check
-from consonar.outside import read_json, read_npz
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
@@ -195,8 +196,7 @@ def claim(folder: Path, job: Job, restart: bool) -> None:
     if change:
         for path in folder.glob("shard_*.npz"):  # of the job that is given up
             path.unlink()
-    text = json.dumps(job.settings, indent=1, sort_keys=True)
-    write_atomically(record, lambda path: path.write_text(text))
+    write_json(record, job.settings, end="", sort_keys=True)
 
 
 def different(record: Path, settings: dict[str, Any]) -> str | None:

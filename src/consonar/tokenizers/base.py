@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.checkpoint import component_fingerprint
 from consonar.config_io import to_dict
 from consonar.errors import UserError
+from consonar.files.weights import component_fingerprint
 from consonar.tokenizers import quantizer
 from consonar.types import Grid
 

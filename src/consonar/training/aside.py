@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consonar import checkpoint, distributed
+from consonar import distributed
 from consonar.cpu import timing as hardware
 from consonar.distributed import World
 from consonar.errors import UserError, reading
-from consonar.tensors import check_plain
-from consonar.tracking import Tracker
+from consonar.files.weights import check_plain, check_weights, load_weights
 from consonar.training.config import TrainConfig
+from consonar.training.resume import RESUME_REMEDY, list_resume, save_resume
+from consonar.training.tracking import Tracker
 from consonar.types import Objective
 
 INTERRUPTED = "interrupted"
@@ -63,16 +64,16 @@ class State:
         return states | {"average": self.average, "stopped": self.stopped}
 
     def restore(self, payload: dict[str, Any], where: str) -> None:
-        """Goes on from what `checkpoint.load_resume` read; `UserError` for a part that is missing or something else."""
+        """Goes on from what `load_resume` read; `UserError` for a part that is missing or something else."""
         parts = ("model", "optimizer") if self.average is None else ("model", "optimizer", "average")
         for part in parts:
             if not isinstance(payload.get(part), dict):
-                raise UserError(f"{where}: holds no {part}; {checkpoint.RESUME_REMEDY}")
+                raise UserError(f"{where}: holds no {part}; {RESUME_REMEDY}")
             if part != "optimizer":
-                checkpoint.check_weights(self.model.state_dict(), payload[part], where)
+                check_weights(self.model.state_dict(), payload[part], where)
                 check_plain(payload[part], where)
-        checkpoint.load_weights(self.model, payload["model"], where)
-        with reading(where, "a resume file", checkpoint.RESUME_REMEDY):
+        load_weights(self.model, payload["model"], where)
+        with reading(where, "a resume file", RESUME_REMEDY):
             self.optimizer.load_state_dict(payload["optimizer"])
         if self.average is not None:
             self.average = {key: value.to(self.device) for key, value in payload["average"].items()}
@@ -186,7 +187,7 @@ class Aside:
             folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
             hardware.keep_for_run(self.folder / KERNELS)
             payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
-            checkpoint.save_resume(folder, self.state.step, payload, keep)
+            save_resume(folder, self.state.step, payload, keep)
 
 
 def due(step: int, every: int, updates: int = 1) -> bool:
@@ -200,7 +201,7 @@ def one_line(error: Exception) -> str:
 
 def non_finite(step: int, found: str, folder: Path) -> NonFiniteLoss:
     """The error of a run in `folder` that met such a number."""
-    saved = checkpoint.list_resume(folder / "checkpoints")
+    saved = list_resume(folder / "checkpoints")
     kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
     return NonFiniteLoss(f"step {step}: {found}; lower optim.lr or the weights of the objective; {kept}")
 

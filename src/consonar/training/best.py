@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from consonar import checkpoint
 from consonar.components import save_generator
 from consonar.data.loader import ImageBatches
 from consonar.errors import UserError, reading
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.networks import load_feature_network
 from consonar.origin import Origin
-from consonar.outside import read_json
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
 from consonar.types import Tokenizer
@@ -62,5 +61,4 @@ class KeepBest:
             if better:
                 return
         save_generator(trainee.generator, self.folder, self.origin)
-        text = json.dumps({"step": step, "metric": METRIC, "value": metrics[METRIC]}) + "\n"
-        checkpoint.write_atomically(record, lambda path: path.write_text(text))
+        write_json(record, {"step": step, "metric": METRIC, "value": metrics[METRIC]}, indent=None)

@@ -17,8 +17,8 @@ from consonar.data.tokens import TokenStore
 from consonar.data.transforms import VIEWS, center_crop
 from consonar.distributed import World
 from consonar.errors import UserError, unknown
+from consonar.files.readers import home_expanded
 from consonar.origin import check
-from consonar.outside import home_expanded
 from consonar.records import to_device
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import SamplerConfig, sample

@@ -13,10 +13,10 @@ from consonar import distributed
 from consonar.distributed import World
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
-from consonar.tracking import Tracker
 from consonar.training.aside import Aside, Callbacks, State, due, non_finite
 from consonar.training.config import TrainConfig
 from consonar.training.optim import learning_rate, update_average
+from consonar.training.tracking import Tracker
 from consonar.types import Objective
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from consonar.checkpoint import write_atomically
 from consonar.config_io import from_dict, to_dict
 from consonar.errors import UserError
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
 from consonar.origin import MEANING, PARTS, Origin, check
-from consonar.outside import read_json
 
 FILE = "origin.json"
 PLACES = {
@@ -33,8 +32,7 @@ def read_run_origin(run: Path) -> Origin:
 
 def write_run_origin(run: Path, origin: Origin) -> None:
     """Beside the configuration."""
-    text = json.dumps(to_dict(origin), indent=1) + "\n"
-    write_atomically(run / FILE, lambda path: path.write_text(text))
+    write_json(run / FILE, to_dict(origin))
 
 
 def without_places(config: dict[str, Any], run: Path) -> dict[str, Any]:

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from consonar import checkpoint, distributed
+from consonar import distributed
 from consonar.config_io import to_dict
 from consonar.cpu import timing as hardware
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.lock import hold, is_unused, remove_partials
-from consonar.outside import home_expanded, read_json
-from consonar.tracking import Tracker, check_sinks
+from consonar.files.component import finish_save
+from consonar.files.lock import hold, is_unused, remove_partials
+from consonar.files.readers import home_expanded, read_json
+from consonar.files.writers import write_json
 from consonar.training.aside import KERNELS
 from consonar.training.build import Built, build
 from consonar.training.config import TrainConfig
@@ -25,7 +26,9 @@ from consonar.training.interruption import Interruption
 from consonar.training.loop import State, train_loop
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import check_same_origin, without_places, write_run_origin
+from consonar.training.resume import list_resume, load_resume
 from consonar.training.start import resolve_start
+from consonar.training.tracking import Tracker, check_sinks
 
 
 def train(
@@ -105,7 +108,7 @@ def held(out: Path, world: World) -> Iterator[None]:
                 stack.enter_context(hold(out))
                 remove_partials(out)
                 for part in ("model", "best", "discriminator"):
-                    checkpoint.finish_save(out / part)
+                    finish_save(out / part)
             except UserError as error:
                 refusal = str(error)
             except OSError as error:
@@ -131,8 +134,7 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
     distributed.barrier(world)
     if world.is_main:
         (out / "stopped.json").unlink(missing_ok=True)  # written again where the checkpoint says so
-        text = json.dumps(to_dict(config), indent=1) + "\n"
-        checkpoint.write_atomically(out / "config.json", lambda path: path.write_text(text))
+        write_json(out / "config.json", to_dict(config))
         write_run_origin(out, built.origin)
         if built.bad is not None:
             built.bad.write()
@@ -141,8 +143,7 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
 def export(built: Built, state: State, out: Path) -> None:
     """Writes the released component, with the averaged weights where there are such; and why training ended early."""
     if state.stopped:
-        note = json.dumps({"step": state.step, "reason": state.stopped}) + "\n"
-        checkpoint.write_atomically(out / "stopped.json", lambda path: path.write_text(note))
+        write_json(out / "stopped.json", {"step": state.step, "reason": state.stopped}, indent=None)
     if state.average is not None:
         built.trainee.load_state_dict(state.average)
     built.export(built.trainee, out)
@@ -154,10 +155,10 @@ def restore(state: State, out: Path, world: World, updates: int) -> str | None:
     Raises `UserError` for a run with several `updates` on each batch that an older version began: it counted them as
     one step.
     """
-    saved = checkpoint.list_resume(out / "checkpoints")
+    saved = list_resume(out / "checkpoints")
     if not saved:
         return None
-    payload = checkpoint.load_resume(saved[-1])
+    payload = load_resume(saved[-1])
     if payload.get("updates", 1) != updates:
         raise UserError(
             f"--resume: {saved[-1]} counts the {updates} updates on a batch as one step, as older versions did; start "
@@ -197,7 +198,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     if before != now:
         key, ours, theirs = first_difference(now, before)
         raise UserError(f"--resume: {key} is {ours!r}, but the run in {out} was started with {theirs!r}")
-    if (out / "model" / "model.safetensors").exists() and not checkpoint.list_resume(out / "checkpoints"):
+    if (out / "model" / "model.safetensors").exists() and not list_resume(out / "checkpoints"):
         raise UserError(
             f"--resume: {out} holds a trained model and no checkpoint to go on from; training would begin anew and "
             "replace it: choose another folder, or remove this one"

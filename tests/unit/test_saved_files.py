@@ -9,11 +9,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from consonar import checkpoint
 from consonar.components import load_generator, load_tokenizer, read_origin, save_generator
 from consonar.errors import UserError
+from consonar.files.component import finish_save, is_component
+from consonar.files.weights import component_fingerprint, load_weights, save_tensors
+from consonar.files.writers import write_atomically
 from consonar.origin import Origin
 from consonar.training.aside import State
+from consonar.training.resume import list_resume, load_resume, save_resume
 
 
 @pytest.fixture
@@ -29,17 +32,17 @@ def edit(folder, **changes):
 
 def test_fingerprint_depends_on_names_shapes_values_and_config():
     state = {"a": torch.arange(4.0), "b": torch.ones(2)}
-    base = checkpoint.component_fingerprint({"x": 1}, state)
-    assert checkpoint.component_fingerprint({"x": 1}, dict(reversed(state.items()))) == base
+    base = component_fingerprint({"x": 1}, state)
+    assert component_fingerprint({"x": 1}, dict(reversed(state.items()))) == base
     others = [
-        checkpoint.component_fingerprint({"x": 2}, state),
-        checkpoint.component_fingerprint({"x": 1}, state | {"a": torch.arange(4.0).view(2, 2)}),
-        checkpoint.component_fingerprint({"x": 1}, {"a": state["a"], "c": state["b"]}),
-        checkpoint.component_fingerprint({"x": 1}, state | {"b": torch.tensor([1.0, 1.0001])}),
+        component_fingerprint({"x": 2}, state),
+        component_fingerprint({"x": 1}, state | {"a": torch.arange(4.0).view(2, 2)}),
+        component_fingerprint({"x": 1}, {"a": state["a"], "c": state["b"]}),
+        component_fingerprint({"x": 1}, state | {"b": torch.tensor([1.0, 1.0001])}),
     ]
     assert len({base, *others}) == 5
     half = {key: value.half() for key, value in state.items()}
-    assert checkpoint.component_fingerprint({"x": 1}, half) == base  # values count, not their type
+    assert component_fingerprint({"x": 1}, half) == base  # values count, not their type
 
 
 def test_missing_files(folder, tmp_path):
@@ -127,12 +130,12 @@ def test_other_write_errors_are_not_called_a_full_disk(folder):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.raises(PermissionError):
-        checkpoint.write_atomically(folder / "config.json", forbidden)
+        write_atomically(folder / "config.json", forbidden)
     assert json.loads((folder / "config.json").read_text())["component"] == "generator"
 
 
 def test_a_full_disk_keeps_the_resume_files(tmp_path, monkeypatch):
-    checkpoint.save_resume(tmp_path, 1, {"a": torch.ones(2)}, keep=1)
+    save_resume(tmp_path, 1, {"a": torch.ones(2)}, keep=1)
 
     def full(payload, path):
         path.write_bytes(b"half")
@@ -141,17 +144,17 @@ def test_a_full_disk_keeps_the_resume_files(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"step_00000002\.pt: the disk is full"):
-            checkpoint.save_resume(tmp_path, 2, {}, keep=1)
+            save_resume(tmp_path, 2, {}, keep=1)
     (kept,) = tmp_path.iterdir()
-    assert checkpoint.load_resume(kept)["step"] == 1
+    assert load_resume(kept)["step"] == 1
 
 
 def test_resume_files(tmp_path):
     for step in (1, 20, 300):
-        checkpoint.save_resume(tmp_path, step, {"a": torch.full((2,), float(step))}, keep=2)
+        save_resume(tmp_path, step, {"a": torch.full((2,), float(step))}, keep=2)
     (tmp_path / "step_1.pt").touch()  # not one of ours
-    assert [path.name for path in checkpoint.list_resume(tmp_path)] == ["step_00000020.pt", "step_00000300.pt"]
-    assert checkpoint.load_resume(tmp_path / "step_00000300.pt")["a"].tolist() == [300, 300]
+    assert [path.name for path in list_resume(tmp_path)] == ["step_00000020.pt", "step_00000300.pt"]
+    assert load_resume(tmp_path / "step_00000300.pt")["a"].tolist() == [300, 300]
 
 
 class Evil:
@@ -171,15 +174,15 @@ def test_resume_files_that_are_refused(content, tmp_path):
         if content == "cut":
             path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(UserError, match=rf"{path.name}: (damaged|not a resume file)"):
-        checkpoint.load_resume(path)
+        load_resume(path)
 
 
 def test_load_weights_converts_types_and_refuses_shapes():
     layer = nn.Linear(2, 1)
-    checkpoint.load_weights(layer, {"weight": torch.ones(1, 2).half(), "bias": torch.zeros(1).half()}, "here")
+    load_weights(layer, {"weight": torch.ones(1, 2).half(), "bias": torch.zeros(1).half()}, "here")
     assert layer.weight.dtype == torch.float32 and layer.weight.tolist() == [[1, 1]]
     with pytest.raises(UserError, match=r"here: not the weights .*: missing bias; weight is \(2,\), the model"):
-        checkpoint.load_weights(layer, {"weight": torch.ones(2)}, "here")
+        load_weights(layer, {"weight": torch.ones(2)}, "here")
     assert layer.weight.tolist() == [[1, 1]]
 
 
@@ -188,27 +191,27 @@ def test_files_of_two_saves_are_no_pair(folder, tmp_path, tiny_generator):
     (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
     with pytest.raises(UserError, match=r"config\.json and model\.safetensors are from different saves") as caught:
         load_generator(folder)
-    assert "\n" not in str(caught.value) and not checkpoint.is_component(folder)
+    assert "\n" not in str(caught.value) and not is_component(folder)
 
 
 def test_a_save_that_was_ended_between_its_files_is_completed(folder, monkeypatch, tiny_generator):
-    newer, save_tensors = tiny_generator(seed=1), checkpoint.save_tensors
+    newer = tiny_generator(seed=1)
 
     def end(*arguments):
         save_tensors(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_tensors", end)
+    monkeypatch.setattr("consonar.files.component.save_tensors", end)
     with pytest.raises(KeyboardInterrupt):
         save_generator(newer, folder, Origin(tokenizer="another"))
     with pytest.raises(UserError, match="different saves"):
         read_origin(folder)
-    checkpoint.finish_save(folder)
+    finish_save(folder)
     assert read_origin(folder) == Origin(tokenizer="another")
     assert torch.equal(load_generator(folder).lm_head.weight, newer.lm_head.weight)
     before = (folder / "config.json").read_bytes()
-    checkpoint.finish_save(folder)
-    assert (folder / "config.json").read_bytes() == before and checkpoint.is_component(folder)
+    finish_save(folder)
+    assert (folder / "config.json").read_bytes() == before and is_component(folder)
 
 
 def test_a_model_folder_without_its_last_file_is_an_unfinished_run(folder, tmp_path):
@@ -226,10 +229,10 @@ def test_two_processes_of_the_same_number_write_one_file(tmp_path):
 
     def outer(partial):
         partial.write_text("outer")
-        checkpoint.write_atomically(path, lambda other: other.write_text("inner"))
+        write_atomically(path, lambda other: other.write_text("inner"))
         assert path.read_text() == "inner" and partial.read_text() == "outer"
 
-    checkpoint.write_atomically(path, outer)
+    write_atomically(path, outer)
     assert path.read_text() == "outer" and list(tmp_path.iterdir()) == [path]
 
 
@@ -255,8 +258,8 @@ PARTS = {
 
 @pytest.mark.parametrize(("part", "value"), [(part, value) for part in PARTS for value in PARTS[part]])
 def test_a_resume_file_with_a_part_that_is_something_else_is_refused_by_name(part, value, tmp_path):
-    path = checkpoint.save_resume(tmp_path, 4, moving().payload(), keep=1)
-    moving().restore(checkpoint.load_resume(path), str(path))
+    path = save_resume(tmp_path, 4, moving().payload(), keep=1)
+    moving().restore(load_resume(path), str(path))
     torch.save(torch.load(path, weights_only=True) | {part: value}, path)
     with pytest.raises(UserError, match=r"step_00000004\.pt: "):
-        moving().restore(checkpoint.load_resume(path), str(path))
+        moving().restore(load_resume(path), str(path))

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from consonar.checkpoint import write_atomically
 from consonar.errors import UserError, printable
+from consonar.files.writers import write_atomically
 
 
 def cache_dir() -> Path:

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from consonar.cache import cache_dir
-from consonar.checkpoint import save_tensors
 from consonar.convert.containers import read_weights
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError, reading
 from consonar.evaluation.inputs import load_samples, open_reference
+from consonar.files.cache import cache_dir
+from consonar.files.readers import read_json, read_npy, read_npz
+from consonar.files.weights import save_tensors
 from consonar.hub import read_name
-from consonar.outside import read_json, read_metrics_line, read_npy, read_npz
 from consonar.report import load_runs
-from consonar.tracking import read_metrics
+from consonar.training.tracking import read_metrics, read_metrics_line
 
 IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
 

@@ -81,18 +81,6 @@ def plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
-def read_metrics_line(text: str, where: str) -> dict[str, Any]:
-    """One line of a metrics.jsonl: an object with an integer step and finite numbers or null."""
-    with reading(where, "valid JSON", "remove the line if writing was cut off"):
-        line = parse_json(text)
-    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
-        raise UserError(f"{where}: {text[:60]!r} is not an object with an integer 'step'")
-    for key, value in line.items():
-        if value is not None and not (isinstance(value, (int, float)) and abs(value) < math.inf):
-            raise UserError(f"{where}: {key} is {str(value)[:60]!r}, expected a finite number or null")
-    return line
-
-
 @dataclass(frozen=True)
 class ArrayFile:
     """An array in a file, behind its header."""

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from consonar.checkpoint import write_atomically
 from consonar.errors import UserError, reading, unknown
-from consonar.outside import read_metrics_line
+from consonar.files.readers import parse_json
+from consonar.files.writers import write_atomically
 
 
 class Sink(Protocol):
@@ -87,6 +87,18 @@ def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> 
     """The optional sinks by name; raises as `check_sinks`."""
     check_sinks(names)
     return [SINKS[name][1](folder, config) for name in names]
+
+
+def read_metrics_line(text: str, where: str) -> dict[str, Any]:
+    """One line of a metrics.jsonl: an object with an integer step and finite numbers or null."""
+    with reading(where, "valid JSON", "remove the line if writing was cut off"):
+        line = parse_json(text)
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
+        raise UserError(f"{where}: {text[:60]!r} is not an object with an integer 'step'")
+    for key, value in line.items():
+        if value is not None and not (isinstance(value, (int, float)) and abs(value) < math.inf):
+            raise UserError(f"{where}: {key} is {str(value)[:60]!r}, expected a finite number or null")
+    return line
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, float]]:

@@ -1,0 +1,62 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+
+from consonar.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path beside `path`, then renames; a failed write leaves what was there.
+
+    Raises `UserError` when the disk is full, with what is free and that nothing was replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not of the process alone: two machines or containers that share a folder have processes of the same number.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # else a name may outlive a power cut without its content
+        partial.replace(path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+            r"No space left|os error (28|27|122)|unexpected pos|PytorchStreamWriter|file write failed", str(error)
+        )
+        if full:
+            raise UserError(f"{path}: the disk is full ({free / 1e6:.0f} MB free); nothing was replaced") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(
+    path: Path,
+    value: object,
+    *,
+    indent: int | None = 1,
+    end: str = "\n",
+    sort_keys: bool = False,
+    allow_nan: bool = True,
+) -> None:
+    """`write_atomically` of a value as JSON."""
+    text = json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan) + end
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
