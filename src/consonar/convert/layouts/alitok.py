@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from consonar.convert.layouts.official import Official, Shapes, same_keys, same_keys_back
+from consonar.convert.layouts.official import Official, Shapes
 from consonar.convert.layouts.vit import transformer_from_shapes
 from consonar.tokenizers.alitok import AliTokConfig
 
@@ -39,6 +39,4 @@ OFFICIAL = Official(
     component="tokenizer",
     recognises=recognises,
     config=config_from_shapes,
-    to_ours=same_keys,
-    to_official=same_keys_back,
 )

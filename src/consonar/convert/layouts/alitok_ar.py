@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from consonar.convert.layouts.official import Official, Shapes, same_keys, same_keys_back
+from consonar.convert.layouts.official import Official, Shapes
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.layers import swiglu_width
 from consonar.types import Grid
@@ -31,4 +31,4 @@ def config_of(shapes: Shapes) -> AliTokARConfig:
     )
 
 
-OFFICIAL = Official("AliTok generator", "generator", recognises, config_of, same_keys, same_keys_back)
+OFFICIAL = Official("AliTok generator", "generator", recognises, config_of)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from consonar.convert.layouts.official import Official, Shapes, State
+from consonar.convert.layouts.official import Official, Shapes, set_aside
 from consonar.generators.layers import swiglu_width
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig
 from consonar.types import Grid
@@ -48,13 +48,6 @@ def config_of(shapes: Shapes) -> LlamaGenConfig:
 CACHE_KEY = re.compile(r"layers\.\d+\.attention\.kv_cache\.[kv]_cache")
 
 
-def to_ours(state: State, config: LlamaGenConfig) -> tuple[State, State]:
-    unused = {key: value for key, value in state.items() if CACHE_KEY.fullmatch(key)}
-    return {key: value for key, value in state.items() if key not in unused}, unused
-
-
-def to_official(state: State, unused: State, config: LlamaGenConfig) -> State:
-    return {**state, **unused}
-
-
-OFFICIAL = Official("LlamaGen generator", "generator", recognises, config_of, to_ours, to_official)
+OFFICIAL = Official(
+    "LlamaGen generator", "generator", recognises, config_of, set_aside(lambda key: bool(CACHE_KEY.fullmatch(key)))
+)

@@ -7,7 +7,7 @@ of its reduction; `image_size` of `convert` says another).
 
 from __future__ import annotations
 
-from consonar.convert.layouts.official import Official, Shapes, State, num_indices
+from consonar.convert.layouts.official import Official, Shapes, num_indices, set_aside
 from consonar.tokenizers.vq import VQConfig
 
 UNUSED = "quantize.codebook_used"
@@ -35,17 +35,10 @@ def config_from_shapes(shapes: Shapes) -> VQConfig:
     )
 
 
-def to_ours(official: State, config: VQConfig) -> tuple[State, State]:
-    ours = dict(official)
-    unused = {UNUSED: ours.pop(UNUSED)} if UNUSED in ours else {}
-    return ours, unused
-
-
 OFFICIAL = Official(
     name="LlamaGen VQ tokenizer",
     component="tokenizer",
     recognises=lambda shapes: set(shapes) >= MARKERS,
     config=config_from_shapes,
-    to_ours=to_ours,
-    to_official=lambda ours, unused, config: {**ours, **unused},
+    to_ours=set_aside(lambda key: key == UNUSED),
 )

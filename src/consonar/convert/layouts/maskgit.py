@@ -5,7 +5,7 @@ Files do not tell the image size and the number of groups: 256 and 32, as publis
 
 from __future__ import annotations
 
-from consonar.convert.layouts.official import Official, Shapes, num_indices, same_keys, same_keys_back
+from consonar.convert.layouts.official import Official, Shapes, num_indices
 from consonar.tokenizers.maskgit import MaskGITConfig
 
 # VQGAN of taming-transformers shares the names of the levels, but not those of the middle.
@@ -38,6 +38,4 @@ OFFICIAL = Official(
     component="tokenizer",
     recognises=lambda shapes: shapes.keys() >= MARKERS,
     config=config_from,
-    to_ours=same_keys,
-    to_official=same_keys_back,
 )

@@ -13,6 +13,26 @@ Shapes = Mapping[str, tuple[int, ...]]
 State = dict[str, Tensor]
 
 
+def same_keys(official: State, config: Any) -> tuple[State, State]:
+    """Our keys are the file's, and nothing is left over."""
+    return dict(official), {}
+
+
+def set_aside(unused: Callable[[str], bool]) -> Callable[[State, Any], tuple[State, State]]:
+    """Our keys are the file's, but for those that we do not use."""
+
+    def to_ours(official: State, config: Any) -> tuple[State, State]:
+        aside = {key: value for key, value in official.items() if unused(key)}
+        return {key: value for key, value in official.items() if key not in aside}, aside
+
+    return to_ours
+
+
+def together(ours: State, unused: State, config: Any) -> State:
+    """The way back of both."""
+    return {**ours, **unused}
+
+
 @dataclass(frozen=True)
 class Official:
     """A released architecture. All functions are pure; tensors are renamed, split or joined, never recalculated."""
@@ -24,20 +44,10 @@ class Official:
     """Whether a file with these keys and shapes is of this architecture; true for one architecture at most."""
     config: Callable[[Shapes], Any]
     """The configuration that the keys and shapes mean; what they cannot say (heads, image size) is as published."""
-    to_ours: Callable[[State, Any], tuple[State, State]]
+    to_ours: Callable[[State, Any], tuple[State, State]] = same_keys
     """(official, config) -> ours, and what we do not use but need for the way back (a usage buffer, training heads)."""
-    to_official: Callable[[State, State, Any], State]
+    to_official: Callable[[State, State, Any], State] = together
     """(ours, unused, config) -> official; the inverse of `to_ours`, bit for bit."""
-
-
-def same_keys(official: State, config: Any) -> tuple[State, State]:
-    """`to_ours` where our keys are the file's and nothing is left over."""
-    return dict(official), {}
-
-
-def same_keys_back(ours: State, unused: State, config: Any) -> State:
-    """`to_official` of `same_keys`."""
-    return {**ours, **unused}
 
 
 def num_indices(keys: Iterable[str], prefix: str) -> int:

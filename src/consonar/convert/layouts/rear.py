@@ -51,5 +51,4 @@ OFFICIAL = Official(
     recognises=lambda shapes: {"target_aware_pos_embed", "adaln_before_head.adaLN_modulation.1.weight"} <= set(shapes),
     config=config_from_shapes,
     to_ours=to_ours,
-    to_official=lambda ours, unused, config: {**ours, **unused},
 )

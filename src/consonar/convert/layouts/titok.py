@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from consonar.convert.layouts.official import Official, Shapes, num_indices, same_keys, same_keys_back
+from consonar.convert.layouts.official import Official, Shapes, num_indices
 from consonar.convert.layouts.vit import transformer_from_shapes
 from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
@@ -58,6 +58,4 @@ OFFICIAL = Official(
     component="tokenizer",
     recognises=recognises,
     config=config_from_shapes,
-    to_ours=same_keys,
-    to_official=same_keys_back,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from consonar.convert.layouts.official import Official, Shapes, State, num_indices
+from consonar.convert.layouts.official import Official, Shapes, State, num_indices, set_aside
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, sign_codes
 
 MARKERS = {
@@ -46,11 +46,6 @@ def config_from(shapes: Shapes) -> VQGANPlusConfig:
     )
 
 
-def to_ours(official: State, config: VQGANPlusConfig) -> tuple[State, State]:
-    tables = {key: value for key, value in official.items() if key in (TABLE, WEIGHTS)}
-    return {key: value for key, value in official.items() if key not in tables}, tables
-
-
 def to_official(ours: State, unused: State, config: VQGANPlusConfig) -> State:
     tables: State = {}
     if config.quantizer == "lookup-free":  # a tokenizer that was not converted has no `unused`
@@ -64,6 +59,6 @@ OFFICIAL = Official(
     component="tokenizer",
     recognises=recognises,
     config=config_from,
-    to_ours=to_ours,
+    to_ours=set_aside(lambda key: key in (TABLE, WEIGHTS)),
     to_official=to_official,
 )
