@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from consonar.cpu import timing as hardware
 from consonar.cpu.timing import Way
 from consonar.errors import UserError, unknown
 
+Value = TypeVar("Value")
+Module = TypeVar("Module", bound=nn.Module)
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -139,7 +141,7 @@ def broadcast(values: torch.Tensor, world: World) -> None:
         dist.broadcast(values.detach(), 0)
 
 
-def from_main(value: Any, world: World) -> Any:
+def from_main(value: Value, world: World) -> Value:
     """The `value` of rank 0 (anything that can be pickled) in every process."""
     if world.size == 1:
         return value
@@ -148,9 +150,10 @@ def from_main(value: Any, world: World) -> Any:
     return box[0]
 
 
-def unwrap(model: nn.Module) -> Any:
+def unwrap(model: Module) -> Module:
     """The module inside DistributedDataParallel, or the module itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    # The cast: what is wrapped is declared as what is inside.
+    return cast(Module, model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def barrier(world: World) -> None:
@@ -158,7 +161,7 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
-def exchange_of_gradients(model: nn.Module, wanted: bool) -> Any:
+def exchange_of_gradients(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
     """Context of the forward and backward pass of a micro-batch; gradients are exchanged in the last one of a step.
 
     The forward pass belongs inside: it is there that DistributedDataParallel decides whether to exchange.

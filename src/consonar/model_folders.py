@@ -17,7 +17,7 @@ from consonar.files.component import component_config, load_module, released, sa
 from consonar.generators import GENERATORS
 from consonar.origin import Origin, check_distinct
 from consonar.tokenizers import TOKENIZERS, TokenizerModule, resized
-from consonar.types import Generator
+from consonar.types import Generator, Weights
 
 SHIPPED_GENERATORS = ("openmoji",)
 """Generators whose weights are part of the package."""
@@ -38,7 +38,7 @@ def save_tokenizer(tokenizer: TokenizerModule, folder: Path, *, dtype: str = "fl
     save_component(folder, config, stored(tokenizer, dtype))
 
 
-def stored(model: Any, dtype: str) -> dict[str, torch.Tensor]:
+def stored(model: Weights, dtype: str) -> dict[str, torch.Tensor]:
     """The weights as they are written."""
     return {key: value.to(getattr(torch, dtype)) for key, value in model.state_dict().items()}
 

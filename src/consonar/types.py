@@ -202,7 +202,7 @@ class Generator(Weights, Protocol):
     """What it was made of and with, where it was loaded."""
 
     def __call__(
-        self, context: Tensor, condition: Any, *, cache: Any = None, tap_layers: tuple[int, ...] = ()
+        self, context: Tensor, condition: Condition, *, cache: Cache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits (B, N, V) and the hidden states (B, P + N, D) after each layer of `tap_layers`.
 
@@ -212,8 +212,8 @@ class Generator(Weights, Protocol):
         ...
 
     @property
-    def blocks(self) -> Any:
-        """Its transformer blocks, an `nn.ModuleList`: what `loop.compile` compiles."""
+    def blocks(self) -> nn.ModuleList:
+        """Its transformer blocks: what `loop.compile` compiles."""
         ...
 
     @property
@@ -221,15 +221,16 @@ class Generator(Weights, Protocol):
         """What it was made from."""
         ...
 
+    # Any: of every kind of condition, but each generator takes one.
     def null_condition(self, condition: Any) -> Any:
         """The condition that guidance and condition dropout use instead, same type and shape."""
         ...
 
-    def reset_parameters(self, rng: Any = None) -> None:
+    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
         """Draws every weight anew, from `rng`."""
         ...
 
-    def new_cache(self, batch_size: int) -> Any:
+    def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for `batch_size` rows on the generator's device."""
         ...
 
@@ -250,7 +251,10 @@ Prepared = TypeVar("Prepared")
 
 
 class Objective(Protocol[Item, Prepared]):
-    """What a method is: what it makes of a batch, and what is minimised."""
+    """What a method is: what it makes of a batch, and what is minimised.
+
+    The model is the trainee of its kind of run, or that wrapped for several processes, hence `Any`.
+    """
 
     def prepare(self, model: Any, batch: Item, step: int) -> Prepared:
         """Whatever is corrupted, drawn or rewarded before the model is updated, without gradient."""

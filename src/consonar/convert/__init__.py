@@ -164,7 +164,6 @@ def write(
 
 def summary(folder: Path, found: Found, notes: tuple[str, ...]) -> Converted:
     module = found.module
-    is_tokenizer = found.official.component == "tokenizer"
     return Converted(
         folder=folder,
         recognised_as=found.official.name,
@@ -172,6 +171,6 @@ def summary(folder: Path, found: Found, notes: tuple[str, ...]) -> Converted:
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         vocab_size=module.vocab_size,
         num_tokens=module.num_tokens,
-        code_dim=module.code_dim if is_tokenizer else None,
+        code_dim=getattr(module, "code_dim", None),
         notes=notes,
     )

@@ -16,9 +16,9 @@ from consonar.convert.layouts.official import Official, Shapes, State, shapes_of
 from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
 from consonar.files.weights import check_weights
-from consonar.generators import build_generator
-from consonar.tokenizers import TOKENIZERS
-from consonar.types import Grid
+from consonar.generators import GENERATORS
+from consonar.tokenizers import TOKENIZERS, TokenizerModule
+from consonar.types import Generator, Grid, ModelConfig
 
 # Reduction of the tokenizers that LlamaGen's released generators were trained with.
 LLAMAGEN_REDUCTION = 16
@@ -29,8 +29,8 @@ class Found:
     """What a state dict is: the record, our configuration, and our module on the meta device."""
 
     official: Official
-    config: Any
-    module: Any
+    config: ModelConfig
+    module: Generator | TokenizerModule
 
 
 def recognise(shapes: Shapes, where: str) -> Official:
@@ -44,10 +44,14 @@ def recognise(shapes: Shapes, where: str) -> Official:
     return found[0]
 
 
-def build(component: str, config: Any, name: str) -> Any:
+def build(component: str, config: ModelConfig, name: str) -> Generator | TokenizerModule:
     """The tokenizer or generator of a configuration, on the meta device: keys and shapes, no memory."""
     with torch.device("meta"):
-        return TOKENIZERS[config.kind].model(config, name=name) if component == "tokenizer" else build_generator(config)
+        return (
+            TOKENIZERS[config.kind].model(config, name=name)
+            if component == "tokenizer"
+            else GENERATORS[config.kind].model(config)
+        )
 
 
 def image_size_in_name(path: Path) -> int | None:
@@ -76,7 +80,7 @@ def examine(
     return Found(official, config, module)
 
 
-def configured(config: Any, image_size: int | None, settings: Mapping[str, Any], where: str) -> Any:
+def configured(config: ModelConfig, image_size: int | None, settings: Mapping[str, Any], where: str) -> ModelConfig:
     """`config` for this image size and with these settings; `UserError` for a field that it does not have."""
     changes = dict(settings)
     if image_size is not None:

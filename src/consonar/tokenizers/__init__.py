@@ -20,8 +20,10 @@ from consonar.types import ModelConfig, Tokenizer, Weights
 class TokenizerModule(Tokenizer, Weights, Protocol):
     """A tokenizer that is a module: what `components.load_tokenizer` returns."""
 
-    config: Any
-    """The frozen dataclass that it was made from; has `kind`."""
+    @property
+    def config(self) -> ModelConfig:
+        """What it was made from."""
+        ...
 
     @property
     def codebook(self) -> Tensor:

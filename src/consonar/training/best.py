@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,8 @@ from consonar.networks import load_feature_network
 from consonar.origin import Origin
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
-from consonar.types import Tokenizer
+from consonar.training.trainee import Trainee
+from consonar.types import Generator, Tokenizer
 
 NETWORK = "efficientnet-lite0"
 METRIC = f"FD({NETWORK}) validation"
@@ -36,7 +36,7 @@ class ValidationDistance:
         if self.target.count < 2:
             raise UserError("loop.fd_samples: a distance needs 2 validation images or more, there is 1; set it to 0")
 
-    def __call__(self, generator: Any) -> float:
+    def __call__(self, generator: Generator) -> float:
         labels = balanced_labels(self.num_samples, max(1, generator.num_classes))
         images = sample(generator, self.tokenizer, labels, batch_size=self.batch_size).images
         moments = Moments(self.network.num_features)
@@ -51,7 +51,7 @@ class KeepBest:
     def __init__(self, folder: Path, origin: Origin):
         self.folder, self.origin = folder, origin
 
-    def __call__(self, trainee: Any, step: int, metrics: dict[str, float]) -> None:
+    def __call__(self, trainee: Trainee, step: int, metrics: dict[str, float]) -> None:
         record = self.folder.parent / "best.json"
         # A record of a later step is left from before a resume: the run will come by there again.
         known = read_json(record) if record.exists() else None

@@ -25,7 +25,7 @@ from consonar.origin import Origin
 from consonar.records import to_device
 from consonar.seeding import derive_seed, generator
 from consonar.tokenizers import TOKENIZERS
-from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.base import Codebook, CodebookTokenizer
 from consonar.training.aside import Callbacks
 from consonar.training.best import METRIC, KeepBest, ValidationDistance
 from consonar.training.config import TrainConfig
@@ -63,7 +63,7 @@ class Built:
 
     trainee: Trainee | TokenizerTrainee
     objective: Objective[Any, Any]
-    batches: Batches
+    batches: Batches[object]
     callbacks: Callbacks
     export: Callable[[Any, Path], None]
     origin: Origin
@@ -171,7 +171,9 @@ def tokenizer_run(config: TrainConfig, world: World, batch_size: int, out: Path)
     shape = needed(config.model, "model: a tokenizer is trained from its shape")
     needed(config.data.images, f"data.images: a tokenizer needs an image source; choices: {SOURCES}")
     name = config.recipe.removeprefix("tokenizer-")
-    tokenizer: Any = TOKENIZERS[shape.kind].model(shape, name=name)
+    tokenizer = TOKENIZERS[shape.kind].model(shape, name=name)
+    if not isinstance(tokenizer, CodebookTokenizer):
+        raise UserError(f"model.kind: {shape.kind!r} has no codebook to train")
     size = tokenizer.image_size
     pictures = open_pictures(config, size, out, must_validate=True)
     held_out = needed(pictures.held_out, "data.validation_split: there is none, and a tokenizer is validated")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,23 @@ from consonar.training.optim import learning_rate, update_average
 from consonar.training.tracking import Tracker
 from consonar.types import Objective
 
+Item = TypeVar("Item", covariant=True)
 
-class Batches(Protocol):
+
+class Batches(Protocol[Item]):
     """Random access by number, so that resuming needs no state, and an ordered walk for validation."""
 
-    def batch(self, step: int) -> Any: ...
-    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Any]: ...
+    batch_size: int
+
+    def batch(self, step: int) -> Item: ...
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Item]: ...
 
 
 def train_loop(
     config: TrainConfig,
     state: State,
     objective: Objective[Any, Any],
-    batches: Batches,
+    batches: Batches[object],
     *,
     tracker: Tracker,
     folder: Path,

@@ -173,7 +173,7 @@ def tokenizer_record(layout: Layout) -> Official:
         return {to_llamagen(key): shape for key, shape in shapes.items()}
 
     def config(shapes: Shapes) -> VQConfig:
-        return replace(vq.OFFICIAL.config(renamed(shapes)), image_size=IMAGE_SIZE)
+        return replace(vq.config_from_shapes(renamed(shapes)), image_size=IMAGE_SIZE)
 
     def to_ours(official: State, config: VQConfig) -> tuple[State, State]:
         return vq.OFFICIAL.to_ours({to_llamagen(key): value for key, value in official.items()}, config)

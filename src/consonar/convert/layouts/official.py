@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from consonar.types import ModelConfig
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Key to shape of every tensor in a file."""
 State = dict[str, Tensor]
@@ -42,8 +44,9 @@ class Official:
     component: Literal["tokenizer", "generator"]
     recognises: Callable[[Shapes], bool]
     """Whether a file with these keys and shapes is of this architecture; true for one architecture at most."""
-    config: Callable[[Shapes], Any]
+    config: Callable[[Shapes], ModelConfig]
     """The configuration that the keys and shapes mean; what they cannot say (heads, image size) is as published."""
+    # Any: each record takes the configuration of its own model.
     to_ours: Callable[[State, Any], tuple[State, State]] = same_keys
     """(official, config) -> ours, and what we do not use but need for the way back (a usage buffer, training heads)."""
     to_official: Callable[[State, State, Any], State] = together
