@@ -28,6 +28,7 @@ from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import library_versions, machine_name
 from consonar.evaluation.run_results import is_measured, read_results
 from consonar.evaluation.runs import evaluate_run
+from consonar.evaluation.settings import RunSettings
 from consonar.files.writers import file_sha256, write_atomically
 from consonar.recipes import find_recipe
 from consonar.training.config import TrainConfig
@@ -92,10 +93,10 @@ def measure_runs(out: Path, seeds: int, samples: int) -> None:
         started = time.monotonic()
         match = [out / f"{name}-{seed}" for name in MATCHED for seed in range(seeds)] if run == "start" else []
         target = target or encode_reference(open_reference("openmoji-64", 64), load_tokenizer("openmoji-64"))
-        evaluate_run(
-            out / run, target=target, reconstruct=False, temperatures=TEMPERATURES, match=match, num_samples=samples,
-            batch_size=128, overwrite=True,
-        )  # fmt: skip
+        settings = RunSettings(
+            reconstruct=False, temperatures=TEMPERATURES, match=match, num_samples=samples, batch_size=128
+        )
+        evaluate_run(out / run, settings, target=target, overwrite=True)
         print(f"measured {run}: {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -16,7 +16,7 @@ from consonar.demo.job import run_demo
 from consonar.errors import UserError, unknown
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.results import check_place
-from consonar.evaluation.runs import evaluate_run
+from consonar.evaluation.settings import RunSettings
 from consonar.origin import Origin
 from consonar.recipes import find_recipe
 from consonar.recipes.files import read_config
@@ -126,7 +126,7 @@ def test_a_number_of_samples_that_no_job_has_is_refused_at_once(count, model, to
     command = ["sample", str(model), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "x.npz")]
     assert told([*command, f"--num-samples={count}"], capsys).startswith(f"--num-samples: {count} is not between 1 and")
     with pytest.raises(UserError, match=rf"num_samples: {count} is not between 1 and"):
-        evaluate_run(tmp_path, num_samples=count)
+        RunSettings(num_samples=count)
 
 
 def test_fewer_samples_than_classes_are_of_classes_at_equal_steps():
@@ -140,22 +140,22 @@ def test_a_wrong_seed_is_refused_before_anything_is_made(tmp_path):
         with pytest.raises(UserError, match=rf"--seed: {seed} is not between 0 and 2\^63 - 1"):
             run_demo(tmp_path / "demo", minutes=18, seed=seed, say=print)
         with pytest.raises(UserError, match=rf"seed: {seed} is not between 0 and 2\^63 - 1"):
-            evaluate_run(tmp_path, seed=seed)
+            RunSettings(seed=seed)
         with pytest.raises(UserError, match=rf"seed: {seed} is not between 0 and 2\^63 - 1"):
             evaluate(tmp_path / "none.npz", "nothing", seed=seed)
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_settings_of_an_evaluation_are_refused_before_a_model_is_read(tmp_path):
+def test_wrong_settings_of_an_evaluation_are_refused_before_a_model_is_read():
     for wrong, words in (
         ({"temperatures": [1.0, -1.0]}, r"temperature: -1\.0 is negative"),
         ({"temperatures": [float("nan")]}, r"temperature: nan is not a finite number"),
-        ({"draws": 0}, r"in 0 draws"),
-        ({"draws": 10**20}, r"in 100000000000000000000 draws; each draw needs over 3"),
+        ({"draws": 0}, r"draws: 0; choose 1 or more"),
+        ({"draws": 10**20}, r"each of 100000000000000000000 draws needs over 3"),
         ({"batch_size": 0}, r"batch_size: 0"),
     ):
         with pytest.raises(UserError, match=words):
-            evaluate_run(tmp_path / "no run", **wrong)
+            RunSettings(**wrong)
 
 
 def test_an_evaluation_does_not_work_for_results_that_it_cannot_keep(tmp_path, capsys):

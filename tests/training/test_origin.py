@@ -22,6 +22,7 @@ from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.runs import evaluate_run
+from consonar.evaluation.settings import RunSettings
 from consonar.origin import Origin, check, difference
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import DataConfig
@@ -241,13 +242,13 @@ def test_entropy_is_not_measured_under_labels_of_other_classes(
         for name in "bac":
             pictures(tmp_path / "data" / split / name, 2)
     run = train(make_config(init=str(generator_of(*"abc")), loop={"steps": 1}), tmp_path / "run", quiet=True)
-    few = {"num_samples": 8, "draws": 1, "batch_size": 8}
-    same = evaluate_run(run, reference=str(tmp_path / "data"), **few)
+    few = RunSettings(num_samples=8, draws=1, batch_size=8)
+    same = evaluate_run(run, few, reference=str(tmp_path / "data"))
     assert "entropy (teacher-forced)" in same["rows"][0]["metrics"] and same["unavailable"] == {}
     assert same["origin"]["class_names"] == ("a", "b", "c") and same["origin"]["init_sha256"]
     (tmp_path / "data" / "val" / "c").rename(tmp_path / "data" / "val" / "d")
     said = []
-    other = evaluate_run(run, reference=str(tmp_path / "data"), overwrite=True, progress=said.append, **few)
+    other = evaluate_run(run, few, reference=str(tmp_path / "data"), overwrite=True, progress=said.append)
     reason = other["unavailable"]["entropy (teacher-forced)"]
     assert "class 3 is 'd' (4 classes), in the generator it is none (3)" in reason
     assert "entropy (teacher-forced)" not in other["rows"][0]["metrics"] and any(reason in line for line in said)

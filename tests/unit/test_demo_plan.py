@@ -133,9 +133,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         save_component(out / "model", {}, {"weight": torch.zeros(1)})
         on_step(config.loop.steps)
 
-    def evaluate_run(run, *, num_samples, progress, **options) -> None:
-        noted.measured[run.name] = num_samples
-        progress(f"{run.name}: {num_samples} samples at temperature 1")
+    def evaluate_run(run, settings, *, progress, **options) -> None:
+        noted.measured[run.name] = settings.num_samples
+        progress(f"{run.name}: {settings.num_samples} samples at temperature 1")
         (run / "results.json").touch()
 
     for name, value in {

@@ -107,13 +107,16 @@ def number_list(text: str) -> list[float]:
 def evaluate_folder(run: Path, fixed: dict[str, Any], **sampling: Any) -> None:
     """Measures a run folder by what it holds: a tokenizer (with `fixed` alone), or a generator."""
     from consonar.components import read_component_kind
-    from consonar.evaluation.runs import evaluate_run, evaluate_tokenizer
+    from consonar.evaluation.reconstruction import evaluate_tokenizer
+    from consonar.evaluation.runs import evaluate_run
+    from consonar.evaluation.settings import RunSettings
 
     if read_component_kind(run) == "tokenizer":
         metrics = evaluate_tokenizer(run, **fixed)
         print_metrics({key: {"value": value, "spread": None} for key, value in metrics.items()}, str(run))
         return
-    content = evaluate_run(run, progress=say, **fixed, **sampling)
+    settings = RunSettings(device=fixed.pop("device"), **sampling)
+    content = evaluate_run(run, settings, progress=say, **fixed)
     for row in content["rows"]:
         print_metrics(row["metrics"], f"temperature {row['temperature']:g}")
     for remark in content["remarks"]:

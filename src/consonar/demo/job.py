@@ -41,6 +41,7 @@ from consonar.evaluation.features import cached_features
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
 from consonar.evaluation.run_results import is_measured
 from consonar.evaluation.runs import evaluate_run
+from consonar.evaluation.settings import RunSettings
 from consonar.files.component import is_component
 from consonar.files.lock import hold, is_taken
 from consonar.files.readers import read_json
@@ -170,11 +171,11 @@ def measure_part(name: str, out: Path, work: Work, seed: int, target: ReferenceS
         progress.at(len(said) / rows, text.removeprefix(f"{name}: "))
         said.append(text)
 
-    evaluate_run(
-        out / name, reference=TOKENIZER, target=target, reconstruct=trained, temperatures=TEMPERATURES,
-        match=[out / f"{name}-vapi"] if trained else (), num_samples=work.samples, seed=seed, progress=row,
-        device=str(pick_device()), overwrite=True,
+    settings = RunSettings(
+        temperatures=TEMPERATURES, match=[out / f"{name}-vapi"] if trained else (), num_samples=work.samples, seed=seed,
+        reconstruct=trained, device=str(pick_device()),
     )  # fmt: skip
+    evaluate_run(out / name, settings, reference=TOKENIZER, target=target, overwrite=True, progress=row)
     progress.finish()
 
 
@@ -240,10 +241,9 @@ def measure_machine(
         def stamp(_: str, stamps: list[float] = stamps) -> None:
             stamps.append(lap())
 
-        evaluate_run(
-            folder / next(iter(RUNS)), reference=TOKENIZER, target=target, reconstruct=False, overwrite=True,
-            num_samples=samples, seed=seed, progress=stamp, device=device,
-        )  # fmt: skip
+        settings = RunSettings(num_samples=samples, seed=seed, reconstruct=False, device=device)
+        run = folder / next(iter(RUNS))
+        evaluate_run(run, settings, reference=TOKENIZER, target=target, overwrite=True, progress=stamp)
         rows.append((samples, lap()))
     shutil.rmtree(folder)
     return Rates(images, training, evaluation_rate(stamps[0], *rows)), (count, seen)

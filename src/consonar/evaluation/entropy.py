@@ -20,7 +20,7 @@ from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.images import open_source
 from consonar.data.labels import Relabelled, check_label
 from consonar.errors import MissingSplit, UserError
-from consonar.evaluation.features import to_float
+from consonar.evaluation.features import as_input
 from consonar.evaluation.image_sets import cropped
 from consonar.evaluation.inputs import REFERENCES
 from consonar.origin import Origin, check, class_difference, same_text
@@ -112,7 +112,7 @@ class Sharpness:
         """Tokens (n, N) on the CPU, and the n labels."""
         tokens, labels = [], []
         for images, classes in labelled_batches(source, self.tokenizer.image_size, self.batch_size):
-            tokens.append(self.tokenizer.encode(to_device(to_float(images), device_of(self.tokenizer))).cpu())
+            tokens.append(self.tokenizer.encode(as_input(images, self.tokenizer)).cpu())
             labels += classes
         return torch.cat(tokens), labels
 

@@ -1,6 +1,7 @@
 """Samples against a reference: Fréchet distances, precision, recall, Inception score and copy rates.
 
-The formulas and their papers are in `statistics.py` and `copying.py`, the file that records them in `results.py`. The
+The formulas and their papers are in `consonar.metrics`, the table of them in `sample_metrics.py`, the file that records
+them in `results.py`. The
 ADM protocol is `feature_network="inception"` (see `inception.py`). Deviations from it: another feature network by
 default (so the metric has another name), and an uncertainty: with `draws` > 1 the samples are split at
 random into that many disjoint equal parts, and the standard deviation of a metric over the parts is its `spread`. A
@@ -10,37 +11,24 @@ compare among themselves only, and their values are not reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from statistics import stdev
-from typing import Any
 
 import torch
 
-from consonar.errors import UserError
-from consonar.evaluation import features as sets
-from consonar.evaluation.features import FeatureSet
+from consonar.evaluation.features import ImagesDone, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
-from consonar.evaluation.measure import copy_rates, measure, prepare, remarks
+from consonar.evaluation.prepared import PreparedReference, prepare_reference
+from consonar.evaluation.remarks import remarks
 from consonar.evaluation.results import Evaluation, Metric, library_versions, machine_name
-from consonar.metrics.distribution import Target, random_parts
+from consonar.evaluation.sample_metrics import all_and_parts, copy_rates, measure
+from consonar.evaluation.settings import EvaluationSettings
+from consonar.metrics.copying import CopyRate
+from consonar.metrics.distribution import random_parts
 from consonar.networks import load_feature_network
 from consonar.networks.features import FeatureNetwork
 from consonar.origin import Origin
-from consonar.sampling.sample import check_batch_size
-from consonar.seeding import check_seed, generator
-
-MAX_ROWS = 10_000
-"""Images of a set that are compared with each other."""
-
-
-def prepare_reference(
-    reference: ReferenceSet, network: FeatureNetwork, num_neighbours: int, *, max_rows: int = MAX_ROWS, **options: Any
-) -> tuple[dict[str, FeatureSet], dict[str, Target], dict[str, str]]:
-    """Features of each set of the reference (`cached_features`), then what `prepare` makes of them."""
-    images = reference.images.items()
-    known = {name: sets.cached_features(network, one, max_rows=max_rows, **options) for name, one in images}
-    return known, *prepare(network, reference, known, num_neighbours)
+from consonar.seeding import generator
 
 
 def evaluate(
@@ -49,13 +37,13 @@ def evaluate(
     *,
     feature_network: str | FeatureNetwork = "efficientnet-lite0",
     num_neighbours: int = 3,
-    max_neighbours_images: int = MAX_ROWS,
+    max_neighbours_images: int = 10_000,
     copy_quantile: float = 0.0,
     batch_size: int = 64,
     device: str = "cpu",
     draws: int = 1,
     seed: int = 0,
-    progress: Callable[[str, int], None] | None = None,
+    progress: ImagesDone | None = None,
 ) -> Evaluation:
     """Measure `samples` against `reference`; what each metric means is in docs/evaluation.md.
 
@@ -67,49 +55,47 @@ def evaluate(
     drawn with `seed`. A network given by name runs on `device`.
     `progress` gets a set's name and the number of images done. Raises UserError for wrong input or too few samples.
     """
-    check_seed(seed, "seed")
-    check_batch_size(batch_size)
+    settings = EvaluationSettings(
+        num_neighbours=num_neighbours, max_neighbours_images=max_neighbours_images, copy_quantile=copy_quantile,
+        batch_size=batch_size, device=device, draws=draws, seed=seed,
+    )  # fmt: skip
     samples = samples if isinstance(samples, SampleSet) else load_samples(samples)
-    if draws > 0 and samples.count // draws <= (least := max(num_neighbours, 1)):
-        raise UserError(f"{samples.images.name}: {samples.count} images; each of {draws} draws needs over {least}")
-    part_of = random_parts(samples.count, draws, generator(seed, "evaluation", "parts"))  # (S,)
+    settings.check_parts(samples.count, samples.images.name)
     reference = reference if isinstance(reference, ReferenceSet) else open_reference(reference, samples.image_size)
     if samples.tokens is not None:
         check_tokenizer(samples, reference.origin or Origin())
     network = load_feature_network(feature_network, device) if isinstance(feature_network, str) else feature_network
-    if not 0 <= copy_quantile <= 1:
-        raise UserError(f"copy_quantile: {copy_quantile}; choose a number from 0 (the minimum) to 1")
-    if max_neighbours_images <= least:
-        raise UserError(f"max_neighbours_images: {max_neighbours_images}; {num_neighbours} neighbours need more")
-    keep: Any = {"batch_size": batch_size, "max_rows": max_neighbours_images, "seed": seed, "progress": progress}
-    known, targets, without = prepare_reference(reference, network, num_neighbours, **keep)
-    found = sets.extract_features(
-        network, samples.images, part_of=part_of if draws > 1 else torch.full_like(part_of, -1), **keep
-    )
-    copies, unavailable = copy_rates(samples, found, reference, known, copy_quantile)
-    values = measure(targets, network.name, found, 0, copies, part_of >= -1)
-    num_parts = len(found.parts)
-    parts = [measure(targets, network.name, found, 1 + i, copies, part_of == i) for i in range(num_parts)]
-    limits = {"num_neighbours": num_neighbours, "max_neighbours_images": max_neighbours_images}
-    config = {**limits, "copy_quantile": copy_quantile, "batch_size": batch_size, "device": device, "draws": draws}
+    return compare(samples, prepare_reference(reference, network, settings, progress), settings, progress)
+
+
+def compare(
+    samples: SampleSet, reference: PreparedReference, settings: EvaluationSettings, progress: ImagesDone | None = None
+) -> Evaluation:
+    """`evaluate` of samples that were checked, against a reference that was prepared with the same settings."""
+    network, seed = reference.network, settings.seed
+    part_of = random_parts(samples.count, settings.draws, generator(seed, "evaluation", "parts"))  # (S,)
+    found = extract_features(
+        network, samples.images, batch_size=settings.batch_size, max_rows=settings.max_neighbours_images, seed=seed,
+        part_of=part_of if settings.draws > 1 else torch.full_like(part_of, -1), progress=progress,
+    )  # fmt: skip
+    rates = copy_rates(samples, found, reference, settings.copy_quantile)
+    copies = {kind: copied for kind, copied in rates.items() if isinstance(copied, CopyRate)}
+    (values, unavailable), *parts = map(measure, all_and_parts(found, reference, rates, part_of))
+    sets = reference.features.items()
     return Evaluation(
-        metrics={k: Metric(value, stdev(part[k] for part in parts) if parts else None) for k, value in values.items()},
-        unavailable=without | unavailable,
-        remarks=remarks(network, targets, found, known, seed, copies),
-        noise_floor={
-            f"{kind}({network.name}) {name}": value
-            for kind, target in targets.items()
-            for name, value in target.noise_floor().items()
-        },
+        metrics={k: Metric(v, stdev(part[k] for part, _ in parts) if parts else None) for k, v in values.items()},
+        unavailable=unavailable,
+        remarks=tuple(remarks(found, reference, copies, seed)),
+        noise_floor=reference.noise_floor,
         copies=copies,
         num_samples=samples.count,
-        num_reference={name: features.moments.count for name, features in known.items()},
-        reference_sha256={name: features.content for name, features in known.items()} | reference.statistics_sha256,
+        num_reference={name: features.moments.count for name, features in sets},
+        reference_sha256={name: features.content for name, features in sets} | reference.given.statistics_sha256,
         samples={"name": samples.images.name, "sha256": samples.sha256, "settings": samples.settings},
-        reference=reference.name,
+        reference=reference.given.name,
         feature_network={"name": network.name, "sha256": network.weights_sha256},
         seed=seed,
-        config=config,
-        machine=machine_name(device),
+        config=settings.stored,
+        machine=machine_name(settings.device),
         versions=library_versions(),
     )

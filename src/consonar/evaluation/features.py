@@ -23,10 +23,13 @@ from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
 from consonar.metrics.distribution import InceptionScore, Moments
 from consonar.networks.features import FeatureNetwork, ScoringNetwork
+from consonar.records import device_of, to_device
 from consonar.seeding import derive_seed, generator
 
 CACHE_VERSION = 2
 """Of the feature cache: entries of other versions are not found."""
+ImagesDone = Callable[[str, int], None]
+"""Gets the name of a set of images, and how many of them are done."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def to_float(images: np.ndarray) -> Tensor:
     return from_uint8(torch.from_numpy(np.array(images))).contiguous(memory_format=torch.channels_last)
 
 
+def as_input(images: np.ndarray, model: object) -> Tensor:
+    """`to_float`, on the device of `model`."""
+    return to_device(to_float(images), device_of(model))
+
+
 def extract_features(
     network: FeatureNetwork,
     images: ImageSet,
@@ -63,7 +71,7 @@ def extract_features(
     max_rows: int,
     seed: int = 0,
     part_of: Tensor | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    progress: ImagesDone | None = None,
 ) -> FeatureSet:
     """Features of a set of images; keeps the moments of all, and the vectors of `max_rows` drawn with `seed`.
 
@@ -132,7 +140,7 @@ def cached_features(
     batch_size: int,
     max_rows: int,
     seed: int = 0,
-    progress: Callable[[str, int], None] | None = None,
+    progress: ImagesDone | None = None,
 ) -> FeatureSet:
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 

@@ -37,6 +37,15 @@ class ImageSet:
     stream: Callable[[int], Iterator[np.ndarray]]
     """Batch size -> uint8 (B, H, W, 3) arrays, always in the same order; the last one may be short."""
 
+    def pick(self, rows: Tensor) -> np.ndarray:
+        """The images at `rows` (n,), in that order, for which all are walked through: uint8 (n, H, W, 3)."""
+        wanted, start = set(rows.tolist()), 0
+        found: dict[int, np.ndarray] = {}
+        for batch in self.stream(256):
+            found |= {start + i: batch[i] for i in range(len(batch)) if start + i in wanted}
+            start += len(batch)
+        return np.stack([found[row] for row in rows.tolist()])
+
 
 def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
     """The uint8 array `images` or `arr_0` (count, H, W, 3) of an .npz, read batch by batch, and its shape.

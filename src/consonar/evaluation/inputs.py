@@ -15,7 +15,7 @@ from consonar.data.image_folder import SPLIT_NAMES, split_folders
 from consonar.data.images import open_source
 from consonar.data.labels import describe
 from consonar.errors import UserError, reading
-from consonar.evaluation import features as sets
+from consonar.evaluation.features import as_input
 from consonar.evaluation.image_sets import (
     NEEDED,
     ImageSet,
@@ -28,7 +28,6 @@ from consonar.evaluation.image_sets import (
 from consonar.files.readers import home_expanded, npz_keys, parse_json, read_npz
 from consonar.files.writers import file_sha256
 from consonar.origin import Origin, check
-from consonar.records import device_of, to_device
 from consonar.types import Tokenizer
 
 REFERENCES = {"openmoji-64": ("openmoji", 64)}
@@ -162,12 +161,8 @@ def check_tokenizer(samples: SampleSet, used: Origin) -> None:
 
 def encode_reference(reference: ReferenceSet, tokenizer: Tokenizer, *, batch_size: int = 64) -> ReferenceSet:
     """The reference with the tokens of its images, for the copy rate in tokens; the tokenizer must be the samples'."""
-
-    def encode(images: np.ndarray) -> Tensor:
-        return tokenizer.encode(to_device(sets.to_float(images), device_of(tokenizer))).cpu()
-
     tokens = {
-        name: torch.cat([encode(batch) for batch in images.stream(batch_size)])
+        name: torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in images.stream(batch_size)])
         for name, images in reference.images.items()
     }
     origin = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)

@@ -10,16 +10,32 @@ Shapes: `B` batch, `N` tokens per image, `V` vocabulary, `F` features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.components import load_tokenizer, model_folder
+from consonar.data.bad_images import BadImages
+from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
+from consonar.evaluation.features import as_input
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inputs import open_reference
+from consonar.evaluation.run_results import RECONSTRUCTION, replacing
+from consonar.files.lock import holds_first_argument
+from consonar.files.writers import file_sha256, write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
+from consonar.networks import load_feature_network
 from consonar.networks.features import FeatureNetwork
+from consonar.sampling.job import write_npz
 from consonar.tokenizers import quantizer
 from consonar.types import Tokenizer
+
+RECONSTRUCTIONS = 32
+"""Images that are kept beside their originals."""
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:
@@ -92,3 +108,57 @@ def _count_codes(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     if len(outside):
         raise UserError(f"token {outside[0]} from tokenizer {tokenizer.name}, which has {tokenizer.vocab_size} codes")
     return torch.bincount(flat, minlength=tokenizer.vocab_size)
+
+
+@holds_first_argument
+def evaluate_tokenizer(
+    run: Path,
+    *,
+    reference: str,
+    feature_network: str = "efficientnet-lite0",
+    device: str = "cpu",
+    overwrite: bool = False,
+    bad: BadImages | None = None,
+) -> dict[str, float]:
+    """Measures the tokenizer of a run on the validation images of `reference` (on all, when it has one set).
+
+    Writes reconstruction.json and reconstructions.npz into the run and returns the metrics. Raises `UserError` when
+    they exist (unless `overwrite`).
+    """
+    if (run / RECONSTRUCTION).exists() and not overwrite:
+        raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
+    sha256 = file_sha256(model_folder(run) / "model.safetensors")
+    tokenizer = load_tokenizer(model_folder(run)).to(device)
+    images = open_reference(reference, tokenizer.image_size, bad=bad).images
+    if not images:
+        raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
+    measured = images.get("validation") or next(iter(images.values()))
+    network = load_feature_network(feature_network, device)
+    with replacing(run) as staged:
+        return measure_reconstruction(staged, tokenizer, measured, network, checkpoint_sha256=sha256)
+
+
+def measure_reconstruction(
+    folder: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, **origin: str
+) -> dict[str, float]:
+    """Writes reconstruction.json (all images of the set, and `origin`) and reconstructions.npz (some, evenly spaced).
+
+    Returns the metrics.
+    """
+    batches = (as_input(batch, tokenizer) for batch in images.stream(64))
+    metrics = reconstruction_metrics(tokenizer, batches, feature_network=network)
+    count = int(metrics["num_images"])
+    rows = torch.linspace(0, count - 1, min(RECONSTRUCTIONS, count)).long()
+    originals = images.pick(rows)
+    with torch.inference_mode():
+        decoded = tokenizer.decode(tokenizer.encode(as_input(originals, tokenizer))).clamp(-1, 1)
+    arrays = {
+        "originals": originals,
+        "reconstructions": to_uint8(decoded).cpu().numpy(),
+        "names": np.array([f"{images.name} {i}" for i in rows]),
+    }
+    write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
+    origin |= {"images": images.name, "tokenizer_fingerprint": tokenizer.fingerprint}
+    origin |= {"feature_network_sha256": network.weights_sha256}
+    write_json(folder / RECONSTRUCTION, {**metrics, "origin": origin})
+    return metrics

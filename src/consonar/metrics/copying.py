@@ -51,6 +51,12 @@ class CopyRate:
     """(S,) int64: which samples these are, where some were drawn from more."""
 
 
+def check_quantile(quantile: float) -> None:
+    """Raises `UserError` for what is no quantile."""
+    if not 0 <= quantile <= 1:
+        raise UserError(f"copy_quantile: {quantile}; choose a number from 0 (the minimum) to 1")
+
+
 def copy_rate_tokens(
     samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, block: int = 1024
 ) -> CopyRate:
@@ -146,8 +152,7 @@ def _copy_rate(
     quantile: float,
     block: int,
 ) -> CopyRate:
-    if not 0 <= quantile <= 1:
-        raise UserError(f"copy_quantile: {quantile}; choose a number from 0 (the minimum) to 1")
+    check_quantile(quantile)
     if min(len(samples), len(train), len(validation)) == 0:
         raise UserError(
             f"copy rate: {len(samples)} samples, {len(train)} training and {len(validation)} validation images; "

@@ -197,12 +197,12 @@ class Target:
         self.rows, self.k = rows, k
         self.radii = None if rows is None else neighbour_radii(rows, k)
 
-    def frechet_distances(self, moments: Moments) -> dict[str, float]:
-        """`frechet_distance` of the samples with these moments to every set, by its name."""
-        return {
-            name: frechet_distance(mean, cov, moments.mean, moments.cov, root1=root)
-            for name, (mean, cov, root) in self.gaussians.items()
-        }
+    def distance(self, name: str, moments: Moments) -> float | None:
+        """`frechet_distance` of the samples with these moments to a set; None where there is none of this name."""
+        if name not in self.gaussians:
+            return None
+        mean, cov, root = self.gaussians[name]
+        return frechet_distance(mean, cov, moments.mean, moments.cov, root1=root)
 
     def noise_floor(self) -> dict[str, float]:
         """`validation vs train`: their `frechet_distance`, what real images reach; nothing without both sets."""
@@ -211,12 +211,9 @@ class Target:
         (mean1, cov1, root), (mean2, cov2, _) = self.gaussians["train"], self.gaussians["validation"]
         return {"validation vs train": frechet_distance(mean1, cov1, mean2, cov2, root1=root)}
 
-    def precision_recall(self, rows: Tensor) -> dict[str, float]:
-        """`precision` and `recall` of the samples (S, F); nothing when the reference has no vectors."""
-        if self.rows is None:
-            return {}
-        precision, recall = precision_recall(self.rows, rows, self.k, reference_radii=self.radii)
-        return {"precision": precision, "recall": recall}
+    def precision_recall(self, rows: Tensor) -> tuple[float, float] | None:
+        """`precision_recall` of the samples (S, F); None when the reference has no vectors."""
+        return None if self.rows is None else precision_recall(self.rows, rows, self.k, reference_radii=self.radii)
 
 
 class InceptionScore:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from consonar.config_io import to_dict
 from consonar.data.grids import save_grid
 from consonar.data.picture_files import IMAGE_ENDINGS
-from consonar.data.transforms import to_uint8
+from consonar.data.transforms import from_uint8, to_uint8
 from consonar.errors import UserError
 from consonar.files.lock import hold, is_unused
 from consonar.files.readers import read_json, read_npz
@@ -233,7 +233,7 @@ def assemble(folder: Path, job: Job, out: Path) -> None:
     shards = [path for path, _ in job.shards(folder)]
     if out.suffix.lower() == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path in shards])
-        save_grid(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, out)
+        save_grid(from_uint8(torch.from_numpy(images)), out)
     elif out.suffix.lower() == ".npz":
         write_atomically(out, partial(merge_npz, shards, job))
     else:

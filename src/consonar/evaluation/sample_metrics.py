@@ -1,0 +1,136 @@
+"""The metrics of samples: a table of functions, and what they are given.
+
+A new metric of samples is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+from torch import Tensor
+
+from consonar.evaluation.features import FeatureSet
+from consonar.evaluation.inputs import SampleSet
+from consonar.evaluation.prepared import PreparedReference
+from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
+from consonar.metrics.distribution import InceptionScore, Moments, Target
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric is made of: samples, which are all or one of the disjoint parts of them, and the reference."""
+
+    reference: PreparedReference
+    moments: Moments
+    """Of the features of these samples."""
+    spatial: Moments | None
+    """Of their spatial features; None where the network has none."""
+    scores: InceptionScore | None
+    """Of their class probabilities; None where the network has none."""
+    rows: Tensor
+    """(R, F) float32: the features of these samples, or of so many that were drawn from them."""
+    copies: dict[str, Tensor | str]
+    """`features` and `tokens`: which of them are copies, (R,) or (S,) bool; or why that is not known."""
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float] | None:
+        """Against the reference's vectors; None where it has none."""
+        return self.reference.target.precision_recall(self.rows)
+
+
+SampleMetric = Callable[[Measured], float | str | None]
+"""The value, or in words why there is none; None: the question does not arise, with this network or reference."""
+
+
+def frechet_distance_to(name: str, measured: Measured) -> float | None:
+    return measured.reference.target.distance(name, measured.moments)
+
+
+def spatial_distance_to(name: str, measured: Measured) -> float | str | None:
+    target = measured.reference.spatial
+    if isinstance(target, Target) and measured.spatial is not None:
+        return target.distance(name, measured.spatial)
+    return target if isinstance(target, str) and name == "reference" else None
+
+
+def inception_score(measured: Measured) -> float | None:
+    return None if measured.scores is None else measured.scores.value
+
+
+def precision_or_recall(index: int, measured: Measured) -> float | str:
+    if measured.precision_recall is not None:
+        return measured.precision_recall[index]
+    alone = "has validation images alone" if measured.reference.given.images else "holds statistics, no images"
+    return f"the reference {alone}"
+
+
+def copy_rate(kind: str, measured: Measured) -> float | str:
+    copies = measured.copies[kind]
+    return copies if isinstance(copies, str) else float(copies.double().mean())
+
+
+SAMPLE_METRICS: dict[str, SampleMetric] = {
+    "FD({network}) train": partial(frechet_distance_to, "train"),
+    "FD({network}) validation": partial(frechet_distance_to, "validation"),
+    "FD({network})": partial(frechet_distance_to, "reference"),
+    "sFD({network}) train": partial(spatial_distance_to, "train"),
+    "sFD({network}) validation": partial(spatial_distance_to, "validation"),
+    "sFD({network})": partial(spatial_distance_to, "reference"),
+    "IS({network})": inception_score,
+    "precision": partial(precision_or_recall, 0),
+    "recall": partial(precision_or_recall, 1),
+    "copy rate (features)": partial(copy_rate, "features"),
+    "copy rate (tokens)": partial(copy_rate, "tokens"),
+}
+"""By name, in which {network} stands for that of the feature network; in the order of results.json."""
+
+
+def measure(measured: Measured) -> tuple[dict[str, float], dict[str, str]]:
+    """The metrics of the table that there are, and why others cannot be measured."""
+    values: dict[str, float] = {}
+    unavailable: dict[str, str] = {}
+    for template, metric in SAMPLE_METRICS.items():
+        name, found = template.format(network=measured.reference.network.name), metric(measured)
+        if isinstance(found, str):
+            unavailable[name] = found
+        elif found is not None:
+            values[name] = found
+    return values, unavailable
+
+
+def all_and_parts(
+    found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate | str], part_of: Tensor
+) -> list[Measured]:
+    """All samples with these features, then each of their parts; `part_of` (S,) int64 as in `extract_features`."""
+    result = []
+    for index, moments in enumerate((found.moments, *found.parts)):
+        members = part_of >= -1 if index == 0 else part_of == index - 1  # (S,)
+        of_members = {
+            kind: copied if isinstance(copied, str) else copied.is_copy[members[copied.rows]]
+            for kind, copied in copies.items()
+        }
+        spatial = found.spatial[index] if found.spatial else None
+        scores = found.scores[index] if found.scores else None
+        rows = found.rows[members[found.indices]]
+        result.append(Measured(reference, moments, spatial, scores, rows, of_members))
+    return result
+
+
+def copy_rates(
+    samples: SampleSet, found: FeatureSet, reference: PreparedReference, quantile: float
+) -> dict[str, CopyRate | str]:
+    """The copy rates in `features` and `tokens`, or why one cannot be measured."""
+    known, tokens = reference.features, reference.given.tokens
+    if not {"train", "validation"} <= known.keys():
+        missing = "the reference has no train and validation images"
+        return {"features": missing, "tokens": missing}
+    train = known["train"]
+    near = copy_rate_features(found.rows, train.rows, known["validation"].rows, quantile=quantile)
+    in_features = replace(near, indices=train.indices[near.indices], rows=found.indices)
+    if samples.tokens is None or tokens is None:
+        bare = "samples carry" if samples.tokens is None else "reference carries"
+        return {"features": in_features, "tokens": f"the {bare} no tokens"}
+    in_tokens = copy_rate_tokens(samples.tokens, tokens["train"], tokens["validation"], quantile=quantile)
+    return {"features": in_features, "tokens": in_tokens}
