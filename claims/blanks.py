@@ -10,7 +10,8 @@ from torch import Tensor
 
 from consonar.components import load_generator
 from consonar.data.tokens import TokenStore
-from consonar.sampling.sample import choose, uniforms
+from consonar.sampling.sample import uniforms
+from consonar.seeding import choose
 from consonar.types import Tokenizer
 
 EMPTY_BELOW = 25
@@ -45,7 +46,7 @@ def patch_changes(run: Path, store: TokenStore, tokenizer: Tokenizer) -> dict[st
     for rows in torch.arange(len(store)).split(64):
         tokens = store.read(rows, torch.zeros_like(rows))
         logits = generator(tokens, store.labels[rows])[0].flatten(0, 1)
-        drawn = choose(logits, uniforms(rows.tolist(), tokens.shape[1]).flatten()).view_as(tokens)
+        drawn = choose(logits, uniforms(rows.tolist(), tokens.shape[1]).view(-1, 1)).view_as(tokens)
         assert tokenizer.grid is not None
         side = tokenizer.grid.rows
         before.append(blank_patches(tokenizer.decode(tokens), side))

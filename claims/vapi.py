@@ -22,7 +22,7 @@ from blanks import empty_share, patch_changes
 
 from consonar.components import load_tokenizer
 from consonar.cpu.memory import keep_freed_memory
-from consonar.data.images import open_source
+from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import library_versions, machine_name

@@ -53,7 +53,6 @@ ABOUT = {
 BEHIND_A_WORD = ("__init__", "cli")
 """Rooms whose imports stand inside functions, because `import consonar` and `consonar --help` are to be quick."""
 LATER = {
-    ("data.images", "data.openmoji"): "needs the optional package openmoji",
     ("report", "report.page"): "jinja2 and matplotlib are slow to import",
 }
 """Every other import of our own inside a function, and why."""

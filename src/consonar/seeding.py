@@ -57,6 +57,17 @@ def permutation(rng: torch.Generator, count: int) -> torch.Tensor:
     return torch.randperm(count, generator=rng, device=rng.device)
 
 
+def choose(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws by inverse transform: (B, G) int64 <- logits (B, V), uniforms (B, G) in [0, 1).
+
+    In float64: with a large V the sum stays exact.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    # `right`: a draw of exactly 0 must not fall on a token of probability 0.
+    thresholds = (uniforms.double() * cumulative[:, -1:]).contiguous()
+    return torch.searchsorted(cumulative, thresholds, right=True).clamp_max_(logits.shape[-1] - 1)
+
+
 def rows_of_rank(draw: Callable[[int], torch.Tensor], num_rows: int, rank: int, world_size: int) -> torch.Tensor:
     """This rank's rows of a draw for the batch of all ranks: every `world_size`-th from its own number on.
 

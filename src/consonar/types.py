@@ -73,6 +73,17 @@ class ImageSource(Protocol):
     def __iter__(self) -> Iterator[ImageRecord]: ...
 
 
+@runtime_checkable
+class IndexedSource(ImageSource, Protocol):
+    """A source whose images can be read in any order and from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> ImageRecord:
+        """Decode image `index`, 0 <= index < len(self)."""
+        ...
+
+
 @dataclass(frozen=True)
 class TextCondition:
     """Captions as the features of a text encoder, padded on the left."""

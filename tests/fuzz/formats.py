@@ -20,10 +20,10 @@ from consonar.config_io import to_dict
 from consonar.convert.back import read_source
 from consonar.convert.containers import read_weights
 from consonar.data.bad_images import BadImages, readable_rows
-from consonar.data.images import open_source
 from consonar.data.labels import read_class_file
 from consonar.data.loader import TokenBatches
 from consonar.data.picture_files import read_image
+from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.demo.job import claim

@@ -1,7 +1,8 @@
-"""What a new method, reward or tokenizer takes: a module and a row. Each toy here is one, used as a user would."""
+"""What a new thing takes: a module and a row. Each toy here is one, used as a user would."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +12,18 @@ from typing import Literal
 import pytest
 import torch
 from conftest import NUM_CLASSES, picture
+from PIL import Image
 from torch import Tensor
 
 import consonar
 from consonar import cli
 from consonar.components import load_tokenizer
+from consonar.data.sources import SOURCES, SourceKind
+from consonar.data.tokens import TokenStore
 from consonar.tokenizers import TOKENIZERS, TokenizerKind
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.rewards import REWARDS
-from consonar.types import ImageBatch
+from consonar.types import ImageBatch, ImageRecord
 
 SOURCE = Path(consonar.__file__).parent
 
@@ -77,12 +81,42 @@ def test_a_trainable_tokenizer(folder: Path, monkeypatch) -> None:
     cli.main(["report", "run", "--out", "page.html"])
 
 
+class Greys:
+    """Squares of one grey each, drawn at any size; dark ones are class 0."""
+
+    class_names: tuple[str, ...] | None = ("dark", "light")
+
+    def __init__(self, split: str, size: int):
+        self.name, self.size, self.levels = f"greys/{split}@{size}", size, range(0 if split == "train" else 9, 250, 10)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        for level in self.levels:
+            yield ImageRecord(Image.new("RGB", (self.size,) * 2, (level,) * 3), f"grey {level}", int(level > 127))
+
+
+def test_a_data_source(folder: Path, tokenizer_folder: Path, monkeypatch, capsys) -> None:
+    kind = SourceKind(lambda _, split, size: Greys(split, size), has_validation=lambda _: True, is_drawn=True)
+    monkeypatch.setitem(SOURCES, "greys", kind)
+    tokenizer = ["--tokenizer", str(tokenizer_folder), "--device", "cpu"]
+    cli.main(["tokenize", *tokenizer, "--data", "greys", "--out", "tokens"])
+    stores = [TokenStore.open(name) for name in ("tokens", "tokens-validation")]
+    assert [len(store) for store in stores] == [25, 25] and stores[0].class_names == ("dark", "light")
+    assert stores[0].source == "greys/train@16" and stores[0].labels.tolist() == [0] * 13 + [1] * 12
+    argv = ["evaluate", "data/train", "--draws", "1", "--device", "cpu", "--out", "r.json"]
+    cli.main([*argv, "--reference", "greys-16"])
+    assert json.loads(Path("r.json").read_text())["num_reference"] == {"train": 25, "validation": 25}
+    with pytest.raises(SystemExit):
+        cli.main(["tokenize", *tokenizer, "--data", "grays", "--out", "t"])
+    assert "'grays' is neither a folder nor a known source; choices: openmoji, PATH," in capsys.readouterr().err
+
+
 HAD_TO_KNOW = {
     # A word that only what is about it needs, and the files of src that have it.
     "FreePolicy": ["training/objectives/__init__.py", "training/objectives/free.py"],
     "absolute_errors": ["training/rewards.py"],
     "TiTokTokenizer": ["tokenizers/__init__.py", "tokenizers/titok.py"],
     "AliTokARGenerator": ["generators/__init__.py", "generators/alitok.py"],
+    "open_dataset": ["data/huggingface.py", "data/sources.py"],
     "InceptionFeatures": ["networks/inception.py"],
 }  # fmt: skip
 

@@ -66,7 +66,7 @@ def test_an_empty_value_does_not_mean_the_working_directory(argv, model, tmp_pat
 
 
 def test_the_functions_refuse_empty_names_too(tmp_path, monkeypatch):
-    from consonar.data.images import open_source
+    from consonar.data.sources import open_source
 
     monkeypatch.chdir(tmp_path)
     for load in (load_generator, load_tokenizer):

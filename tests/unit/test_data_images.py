@@ -9,9 +9,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import consonar.types
-from consonar.data.images import IndexedSource, open_source, read_image
-from consonar.data.picture_files import IMAGE_ENDINGS
+from consonar.data.picture_files import IMAGE_ENDINGS, read_image
+from consonar.data.sources import open_source
 from consonar.errors import UserError
+from consonar.types import IndexedSource
 
 
 def encoded(image: Image.Image, format: str = "PNG") -> bytes:

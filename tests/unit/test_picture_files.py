@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from consonar.data.images import ImageFolder
+from consonar.data.image_folder import ImageFolder
 from consonar.data.picture_files import find_pictures, read_image
 from consonar.errors import BadImage, UserError
 from consonar.evaluation.inputs import load_samples, open_reference

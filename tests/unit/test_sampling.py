@@ -4,7 +4,8 @@ import torch
 from rounding import assert_rounding
 
 from consonar.errors import UserError
-from consonar.sampling.sample import SamplerConfig, choose, filter_logits, sample, sample_tokens, uniforms
+from consonar.sampling.sample import SamplerConfig, filter_logits, sample, sample_tokens, uniforms
+from consonar.seeding import choose
 
 PROBABILITIES = torch.tensor([[0.125, 0.5, 0.25, 0.125]])
 
@@ -42,7 +43,7 @@ def test_choose_is_the_inverse_transform():
     edges = [0, 0.125 - 1e-12, 0.125 + 1e-12, 0.625 - 1e-12, 0.625 + 1e-12, 0.875 - 1e-12, 0.875 + 1e-12, 1 - 2**-53]
     uniform = torch.tensor(edges, dtype=torch.float64)
     logits = PROBABILITIES.double().log().expand(len(uniform), -1)
-    assert choose(logits, uniform).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert choose(logits, uniform[:, None])[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("blocked", [[0], [3], [0, 1, 3]])
@@ -50,11 +51,11 @@ def test_choose_never_takes_a_token_of_probability_zero(blocked):
     logits = PROBABILITIES.log().clone()
     logits[:, blocked] = -torch.inf
     uniform = torch.tensor([0, 2**-53, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
-    assert not torch.isin(choose(logits.expand(len(uniform), -1), uniform), torch.tensor(blocked)).any()
+    assert not torch.isin(choose(logits.expand(len(uniform), -1), uniform[:, None]), torch.tensor(blocked)).any()
 
 
 def test_choose_follows_the_distribution(rng):
-    draws = choose(PROBABILITIES.log().expand(40000, -1), torch.rand(40000, generator=rng))
+    draws = choose(PROBABILITIES.log(), torch.rand(1, 40000, generator=rng))[0]
     shares = draws.bincount(minlength=4) / 40000
     torch.testing.assert_close(shares, PROBABILITIES[0], rtol=0, atol=5 * 0.5 / 200)
 
@@ -158,8 +159,8 @@ def test_tokens_follow_the_uncached_model(tiny_generator):
     for i in range(16):
         scale = config.scale(i, 16)
         logits = unconditional[:, i] + scale * (conditional[:, i] - unconditional[:, i])
-        expected = choose(filter_logits(logits / 0.9, top_k=20), draws[:, i])
-        assert torch.equal(tokens[:, i], expected)
+        expected = choose(filter_logits(logits / 0.9, top_k=20), draws[:, i, None])
+        assert torch.equal(tokens[:, i : i + 1], expected)
 
 
 @torch.inference_mode()

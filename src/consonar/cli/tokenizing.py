@@ -43,7 +43,7 @@ def tokenize(
         device: auto, cpu or cuda.
     """
     from consonar.data.bad_images import BadImages, leave_out
-    from consonar.data.images import open_source
+    from consonar.data.sources import open_source
     from consonar.data.transforms import VIEWS
     from consonar.distributed import pick_device
     from consonar.files.lock import is_taken

@@ -1,7 +1,9 @@
 """Images and tokens: sources, transforms, token stores and batches. See docs/data.md."""
 
-from consonar.data.images import ImageFolder, open_source, read_image
+from consonar.data.image_folder import ImageFolder
 from consonar.data.loader import ImageBatches, TokenBatches, batch_rows
+from consonar.data.picture_files import read_image
+from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 

@@ -6,19 +6,16 @@ without them, so that rows, labels and counts mean the same throughout, and agai
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
 
-from consonar.data.labels import known_labels
+from consonar.data.parts import Part
 from consonar.errors import BadImage, UserError, reading, unknown
 from consonar.files.writers import write_atomically
-from consonar.types import ImageRecord, ImageSource
+from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 POLICIES = ("stop", "skip")
 LIMIT = 0.01
@@ -91,7 +88,7 @@ class BadImages:
         write_atomically(self.listing, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def readable_rows(read: Callable[[int], Any], count: int, bad: BadImages, part: str) -> list[int]:
+def readable_rows(read: Callable[[int], object], count: int, bad: BadImages, part: str) -> list[int]:
     """The rows 0..count - 1 that `read` can read, from several threads, rising; the others are noted in `bad`.
 
     Raises `UserError` where none can, and where an earlier list is of another number of pictures.
@@ -122,34 +119,6 @@ def readable_rows(read: Callable[[int], Any], count: int, bad: BadImages, part: 
     return rows
 
 
-class Part:
-    """Some rows of an `IndexedSource`, one itself; what it is called says which."""
-
-    def __init__(self, source: Any, rows: list[int], name: str) -> None:
-        self.source, self.rows, self.name = source, rows, name
-        self.class_names: tuple[str, ...] | None = source.class_names
-        labels = known_labels(source)
-        if labels is not None:
-            self.labels = [labels[row] for row in rows]
-
-    @cached_property
-    def content_hash(self) -> str | None:
-        """Of the source's content and the rows; None where the source has none."""
-        content = getattr(self.source, "content_hash", None)
-        return content and hashlib.sha256(f"{content} {self.rows}".encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> ImageRecord:
-        """Picture `index` of the part."""
-        record: ImageRecord = self.source.read(self.rows[index])
-        return record
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return map(self.read, range(len(self)))
-
-
 class SkippingStream:
     """A stream without the pictures that cannot be read."""
 
@@ -174,9 +143,9 @@ class SkippingStream:
 
 def leave_out(source: ImageSource, bad: BadImages | None, part: str) -> ImageSource:
     """The source without its pictures that cannot be read, where `bad` says `skip`; else the source itself."""
-    if bad is None or not bad.skips or (isinstance(source, Sized) and not hasattr(source, "read")):
-        return source  # what is in memory is readable
-    if not isinstance(source, Sized):
+    if bad is None or not bad.skips:
+        return source
+    if not isinstance(source, IndexedSource):
         return SkippingStream(source, bad, part)
-    rows = readable_rows(cast(Any, source).read, len(source), bad, part)
+    rows = readable_rows(source.read, len(source), bad, part)
     return source if len(rows) == len(source) else Part(source, rows, source.name)

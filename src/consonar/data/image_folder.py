@@ -42,6 +42,13 @@ def split_folders(root: Path) -> list[Path]:
     return [] if [path.name.lower() for path in splits] == ["test"] and len(children) > 1 else splits
 
 
+def is_split(path: str) -> bool:
+    """Whether a folder holds pictures to train on and others to validate on, by the names of its sub-folders."""
+    root = home_expanded(path)
+    found = {folder.name.lower() for folder in split_folders(root)} if root.is_dir() else set()
+    return all(found & {*SPLIT_NAMES[split]} for split in ("train", "validation"))
+
+
 def class_name(folder: str) -> str:
     """What a class is called whose folder has this name."""
     return same_text(printable(folder))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from consonar.errors import UserError, printable, reading, unknown
 from consonar.files.readers import home_expanded
 from consonar.origin import same_text
-from consonar.types import ImageRecord, ImageSource
+from consonar.types import ImageSource
 
 MAX_CLASSES = 100_000
 """More than any collection of labelled pictures has; a model has a row of weights for each."""
@@ -75,74 +74,6 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
     if not names or len(names) > MAX_CLASSES:
         raise UserError(f"--classes: {path} names {len(names)} classes; 1 to {MAX_CLASSES}, one a line")
     return tuple(names)
-
-
-class Relabelled:
-    """An image source whose labels count the classes `class_names`, and whose pictures without one get `default`.
-
-    `class_names` None leaves them as they are. `default` is the id or name of a class, `drop` (such pictures are left
-    out), or None; where the source names no classes, the default is one of `names`. Raises `UserError` for a class of
-    the source that is not among `class_names`, and an unknown default.
-    """
-
-    def __init__(
-        self, source: ImageSource, class_names: tuple[str, ...] | None, default: str | None, names: Names = None
-    ) -> None:
-        own = source.class_names
-        self.source, self.name, self.class_names = source, source.name, class_names or own
-        self.order: list[int] | None = None
-        if own is not None and class_names is not None:
-            index = {same_text(name): label for label, name in enumerate(class_names)}
-            for name in own:
-                if same_text(name) not in index:
-                    raise unknown(f"--classes: class of {source.name}", name, class_names)
-            self.order = [index[same_text(name)] for name in own]
-        self.drops = default == DROP
-        self.default = None if default is None or self.drops else class_id(default, self.class_names or names)
-
-    @property
-    def content_hash(self) -> str | None:
-        """That of the source."""
-        return getattr(self.source, "content_hash", None)
-
-    def _label(self, label: int | None) -> int | None:
-        if label is None or self.order is None:
-            return self.default if label is None else label
-        return self.order[label] if 0 <= label < len(self.order) else label
-
-    def _apply(self, record: ImageRecord) -> ImageRecord:
-        return replace(record, label=self._label(record.label))
-
-    def _keeps(self, record: ImageRecord) -> bool:
-        return not (self.drops and record.label is None)
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        # No generator: these go on behind a picture that could not be read.
-        return filter(self._keeps, map(self._apply, self.source))
-
-
-class IndexedRelabelled(Relabelled):
-    """The same of an `IndexedSource`, and one itself."""
-
-    source: Any
-
-    def __init__(
-        self, source: Any, class_names: tuple[str, ...] | None, default: str | None, names: Names = None
-    ) -> None:
-        super().__init__(source, class_names, default, names)
-        known = [self._label(label) for label in known_labels(source) or [None] * len(source)]
-        self.rows = [row for row, label in enumerate(known) if not (self.drops and label is None)]
-        self.labels = [known[row] for row in self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> ImageRecord:
-        """Picture `index` of those that are kept."""
-        return self._apply(self.source.read(self.rows[index]))
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return map(self.read, range(len(self)))
 
 
 def class_id(word: str, names: Sequence[str] | None) -> int:

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.data.images import IndexedSource
 from consonar.data.labels import check_label, check_labels
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.seeding import generator, integers, permutation, uniform
-from consonar.types import ImageBatch, TokenBatch
+from consonar.types import ImageBatch, IndexedSource, TokenBatch
 
 MAX_THREADS = 16
 

@@ -78,7 +78,7 @@ class _Rendered:
 
 
 class OpenMoji:
-    """One split of OpenMoji at one size, an `ImageSource` held in memory (64 px: 12 kB an image).
+    """One split of OpenMoji at one size, an `IndexedSource` held in memory (64 px: 12 kB an image).
 
     `images` uint8 (n, S, S, 3), `labels` (n,) int64, `names` (hex code points), `captions`; `content_hash` identifies
     the pixels. Raises `UserError` for an unknown split and when the packages of the extra `openmoji` are missing.
@@ -109,9 +109,13 @@ class OpenMoji:
     def captions(self) -> tuple[str, ...]:
         return tuple(caption_of(name) for name in self.names)
 
+    def read(self, index: int) -> ImageRecord:
+        """Emoji `index` in the order of the names."""
+        name = self.names[index]
+        return ImageRecord(Image.fromarray(self.images[index]), name, int(self.labels[index]), caption_of(name))
+
     def __iter__(self) -> Iterator[ImageRecord]:
-        for image, name, label in zip(self.images, self.names, self.labels.tolist(), strict=True):
-            yield ImageRecord(Image.fromarray(image), name, label, caption_of(name))
+        return map(self.read, range(len(self)))
 
 
 def base_emoji(name: str) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from consonar.data.images import IndexedSource
-from consonar.types import ImageRecord, ImageSource
+from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 T = TypeVar("T")
 MAX_THREADS = 16

@@ -19,8 +19,8 @@ import torch
 
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.data.grids import save_grid
-from consonar.data.images import open_source
 from consonar.data.openmoji import OpenMoji
+from consonar.data.sources import open_source
 from consonar.data.tokens import METADATA_FILE, write_token_store
 from consonar.demo.plan import (
     ImageRate,

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from consonar.components import load_generator, read_origin
 from consonar.data.bad_images import BadImages, leave_out
-from consonar.data.images import open_source
-from consonar.data.labels import Relabelled, check_label
+from consonar.data.labels import check_label
+from consonar.data.parts import relabelled
+from consonar.data.sources import at_size, open_source
 from consonar.errors import MissingSplit, UserError
 from consonar.evaluation.features import as_input
 from consonar.evaluation.image_sets import cropped
-from consonar.evaluation.inputs import REFERENCES
 from consonar.origin import Origin, check, class_difference, same_text
 from consonar.records import device_of, to_device
 from consonar.training import losses
@@ -70,7 +70,7 @@ class Sharpness:
         self.missing, self.source = "the reference has none", None
         self.encoded: tuple[Tensor, list[int | None]] | None = None
         self.origin = origin or Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
-        spec = REFERENCES.get(reference, (reference, 0))[0]
+        spec, _ = at_size(reference)
         if spec.endswith(".npz"):
             return
         try:
@@ -80,7 +80,7 @@ class Sharpness:
         self.source = leave_out(self.source, bad, "reference validation")
         known, given = self.origin.class_names, self.source.class_names
         if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
-            self.source = Relabelled(self.source, known, None)  # in the generator's order
+            self.source = relabelled(self.source, known)  # in the generator's order
         elif other := class_difference(given, known, "the generator"):
             self.missing, self.source = f"of the reference, {other}", None
 

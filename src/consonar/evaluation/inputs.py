@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from consonar.data.bad_images import BadImages, leave_out
-from consonar.data.image_folder import SPLIT_NAMES, split_folders
-from consonar.data.images import open_source
 from consonar.data.labels import describe
+from consonar.data.sources import at_size, find_source, open_source
 from consonar.errors import UserError, reading
 from consonar.evaluation.features import as_input
 from consonar.evaluation.image_sets import (
@@ -25,13 +24,10 @@ from consonar.evaluation.image_sets import (
     one_of,
     source_image_set,
 )
-from consonar.files.readers import home_expanded, npz_keys, parse_json, read_npz
+from consonar.files.readers import npz_keys, parse_json, read_npz
 from consonar.files.writers import file_sha256
 from consonar.origin import Origin, check
 from consonar.types import Tokenizer
-
-REFERENCES = {"openmoji-64": ("openmoji", 64)}
-"""References by the name of a shipped tokenizer: the data it was made for, and the size in pixels."""
 
 
 @dataclass(frozen=True)
@@ -108,26 +104,24 @@ def open_reference(
 ) -> ReferenceSet:
     """The reference called `spec`, for samples of `image_size` px.
 
-    A name in `REFERENCES`; an .npz of images (as for `load_samples`), of statistics (`mu` (F,), `sigma` (F, F), and for
-    sFID `mu_s`, `sigma_s`) or of both, as ADM publishes them: then distances are to the statistics, and neighbours come
-    from the images; otherwise what `consonar.data.images.open_source` takes, centre-cropped to `image_size`. `splits`
-    of such a source: by default train and validation for `openmoji` and a folder with both sub-folders, else its images
-    as one set. `bad`: what is done about images that cannot be read.
-    Raises UserError for an unknown spec or another image size.
+    A drawn source with its size (`openmoji-64`); an .npz of images (as for `load_samples`), of statistics (`mu` (F,),
+    `sigma` (F, F), and for sFID `mu_s`, `sigma_s`) or of both, as ADM publishes them: then distances are to the
+    statistics, and neighbours come from the images; otherwise what `consonar.data.sources.open_source` takes,
+    centre-cropped to `image_size`. `splits` of such a source: by default train and validation where it is known to have
+    both (`SourceKind.has_validation`), else its images as one set. `bad`: what is done about images that cannot be
+    read. Raises UserError for an unknown spec or another image size.
     """
     spec = str(spec)
-    if spec in REFERENCES:
-        source, size = REFERENCES[spec]
+    source, size = at_size(spec)
+    if size is not None:
         if size != image_size:
             raise UserError(f"reference {spec} has {size} px, but the samples have {image_size} px; use {source!r}")
         return replace(open_reference(source, size), name=spec)
     if spec.endswith(".npz"):
         return _open_npz_reference(Path(spec), image_size)
 
-    folder = home_expanded(spec.removeprefix("imagefolder:"))
-    found = {path.name.lower() for path in split_folders(folder)} if folder.is_dir() else set()
-    both = all(found & {*SPLIT_NAMES[split]} for split in ("train", "validation"))
-    chosen = splits or (("train", "validation") if both or spec == "openmoji" else None)
+    kind, target = find_source(spec)
+    chosen = splits or (("train", "validation") if kind.has_validation(target) else None)
     sources = {
         name: leave_out(open_source(spec, split=name, image_size=image_size), bad, f"reference {name}")
         for name in chosen or ("train",)

@@ -32,7 +32,7 @@ from consonar.files.readers import read_json, read_npz
 from consonar.files.weights import component_fingerprint
 from consonar.files.writers import write_atomically, write_json
 from consonar.origin import Origin, check
-from consonar.sampling.sample import SamplerConfig, check_batch_size, check_classes, check_fit, sample
+from consonar.sampling.sample import SamplerConfig, check_batch_size, check_class_ids, check_fit, sample
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
 
@@ -89,7 +89,7 @@ def make_job(
     used = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
     remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
     check("tokenizer", used, origin, source, remedy)
-    check_classes(labels, generator)
+    check_class_ids(labels, generator)
     fingerprint = component_fingerprint(to_dict(generator.config), cast(nn.Module, generator).state_dict())
     settings = {
         "generator": source,

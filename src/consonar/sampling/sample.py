@@ -22,8 +22,8 @@ from consonar.options import check_options
 from consonar.origin import Origin, check
 from consonar.records import device_of, to_device
 from consonar.sampling.guidance import guided_logits, scale_at
+from consonar.seeding import choose, uniform
 from consonar.seeding import generator as seeded
-from consonar.seeding import uniform
 from consonar.types import Condition, Generator, Tokenizer
 
 
@@ -96,14 +96,6 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-transform draw: (B,) int64 <- logits (B, V), uniform (B,) in [0, 1). Float64: large V stays exact."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    # `right`: a draw of exactly 0 must not fall on a token of probability 0.
-    index = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return index.clamp_max(logits.shape[-1] - 1)
-
-
 def uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
     """One number per image and token, (B, N) in [0, 1), row b from `seeds[b]` alone: an integer of any type."""
     try:
@@ -155,7 +147,7 @@ def sample_tokens(
             token = logits.argmax(-1)
         else:
             logits = filter_logits(logits / config.temperature, config.top_k, config.top_p)
-            token = choose(logits, draws[:, position])
+            token = choose(logits, draws[:, position : position + 1])[:, 0]
             entropy += torch.special.entr(logits.softmax(-1)).sum(-1) / length
         tokens[:, position] = token
         if on_token:
@@ -238,13 +230,13 @@ def check_origin(generator: Generator, tokenizer: Tokenizer) -> None:
 def check_condition(condition: Condition, generator: Generator) -> None:
     """Raises `UserError` for class ids that the generator does not have, and captions where it takes class ids."""
     if isinstance(condition, Tensor):
-        check_classes(condition, generator)
+        check_class_ids(condition, generator)
     elif generator.num_classes:
         last = generator.num_classes - 1
         raise UserError(f"condition: a {type(condition).__name__}, but this generator takes class ids 0..{last}")
 
 
-def check_classes(condition: Tensor, generator: Generator) -> None:
+def check_class_ids(condition: Tensor, generator: Generator) -> None:
     if generator.num_classes == 0:
         raise UserError("classes: this generator has none; it takes captions (`TextCondition`, `PromptCondition`)")
     wrong = condition[(condition < 0) | (condition >= generator.num_classes)]

@@ -17,6 +17,7 @@ from consonar import distributed
 from consonar.components import load_generator, load_tokenizer, save_generator, save_tokenizer
 from consonar.data.bad_images import BadImages
 from consonar.data.loader import TokenBatches
+from consonar.data.sources import choices
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.generators import build_generator
@@ -49,7 +50,6 @@ from consonar.types import Generator, GeneratorConfig, Objective
 
 PROBE_IMAGES = 8
 """From how many images, drawn over all of them, the decoder's receptive field is measured."""
-SOURCES = "openmoji, a folder, imagefolder:PATH, hf:owner/name"
 Value = TypeVar("Value")
 
 
@@ -118,7 +118,7 @@ def post_training_run(config: TrainConfig, world: World, batch_size: int, out: P
     name = needed(config.tokenizer, f"tokenizer: {init} does not say which tokenizer it goes with; add --tokenizer")
     shape = shape_of(config)
     tokenizer = load_tokenizer(name, num_tokens=shape.num_tokens).to(world.device)
-    images = needed(config.data.images, f"data.images: post-training needs the images themselves; choices: {SOURCES}")
+    images = needed(config.data.images, f"data.images: post-training needs the images themselves; choices: {choices()}")
     model = load_start(init, shape, tokenizer)
     pictures = open_pictures(config, tokenizer.image_size, out, must_validate=False)
     train_source, held_out = pictures.train, pictures.held_out
@@ -169,7 +169,7 @@ def post_training_run(config: TrainConfig, world: World, batch_size: int, out: P
 def tokenizer_run(config: TrainConfig, world: World, batch_size: int, out: Path) -> Built:
     """Training a tokenizer on images."""
     shape = needed(config.model, "model: a tokenizer is trained from its shape")
-    needed(config.data.images, f"data.images: a tokenizer needs an image source; choices: {SOURCES}")
+    needed(config.data.images, f"data.images: a tokenizer needs an image source; choices: {choices()}")
     name = config.recipe.removeprefix("tokenizer-")
     tokenizer = TOKENIZERS[shape.kind].model(shape, name=name)
     if not isinstance(tokenizer, CodebookTokenizer):

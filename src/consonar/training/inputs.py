@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from consonar.data.grids import save_grid
-from consonar.data.images import IndexedSource
 from consonar.data.labels import check_label, check_labels
 from consonar.data.loader import ImageBatches, SourceBatches
 from consonar.data.tokens import TokenStore
@@ -23,7 +22,7 @@ from consonar.records import to_device
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import SamplerConfig, sample
 from consonar.training.config import TrainConfig
-from consonar.types import Generator, ImageSource, Tokenizer
+from consonar.types import Generator, ImageSource, IndexedSource, Tokenizer
 
 Item = TypeVar("Item", covariant=True)
 

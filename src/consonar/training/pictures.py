@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.components import read_origin
-from consonar.data.bad_images import BadImages, Part, leave_out
+from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import other_files
-from consonar.data.images import IndexedSource, open_source
 from consonar.data.labels import describe
+from consonar.data.parts import Part
+from consonar.data.sources import open_source
 from consonar.errors import MissingSplit, UserError
 from consonar.seeding import generator, permutation
 from consonar.training.config import TrainConfig
-from consonar.types import ImageSource
+from consonar.types import ImageSource, IndexedSource
 
 HELD_OUT = 0.05
 """Share of the training pictures that a tokenizer is validated on where the data have no split for it."""

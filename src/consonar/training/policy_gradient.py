@@ -19,6 +19,7 @@ from torch import Tensor
 
 from consonar.precision import in_float32
 from consonar.records import to_device
+from consonar.seeding import choose
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")
 TIE = 1e-6
@@ -30,11 +31,8 @@ def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> 
     """G independent draws of every token by inverse transform: (B, G, N) <- logits (B, N, V), uniforms (B, G, N)."""
     actions = torch.empty(uniforms.shape, dtype=torch.int64, device=logits.device)
     for image, numbers in enumerate(to_device(uniforms, logits.device)):  # one image at a time: float64 over V is large
-        cumulative = (logits[image].double() / temperature).softmax(-1).cumsum(-1)  # (N, V)
-        # `right`: a draw of exactly 0 must not fall on a token of probability 0.
-        thresholds = (numbers.double().t() * cumulative[:, -1:]).contiguous()  # (N, G)
-        actions[image] = torch.searchsorted(cumulative, thresholds, right=True).t()
-    return actions.clamp_max_(logits.shape[-1] - 1)
+        actions[image] = choose(logits[image].double() / temperature, numbers.t()).t()
+    return actions
 
 
 @in_float32

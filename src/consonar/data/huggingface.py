@@ -1,39 +1,23 @@
-"""Where images come from: OpenMoji, a folder, or a Hugging Face data set, all as an `ImageSource`.
-
-`open_source` turns the text that a user writes (`--data ...`) into a source. Every image is decoded completely and
-converted to RGB (`picture_files.read_image`) when it is read; one that is no image or is cut short stops with its name.
-"""
+"""Data sets of Hugging Face, of the hub or of this machine, as image sources."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import starmap
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from urllib.parse import parse_qsl
 
-from consonar.data.image_folder import ImageFolder, choose_split
-from consonar.data.labels import IndexedRelabelled, Relabelled, read_class_file
+from consonar.data.image_folder import choose_split
 from consonar.data.picture_files import read_image
 from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
 from consonar.files.readers import home_expanded
 from consonar.origin import check_distinct, content_hash
-from consonar.types import ImageRecord, ImageSource
+from consonar.types import ImageRecord
 
 SPECS = ("openmoji", "PATH", "imagefolder:PATH", "arrow:PATH", "hf:OWNER/NAME[:CONFIG]", "hf:PATH", "hf-stream:...")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "cls")
 WEBDATASET_NAMES = ("__key__", "__url__")
-
-
-@runtime_checkable
-class IndexedSource(ImageSource, Protocol):
-    """A source whose images can be read in any order and from several threads at once."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> ImageRecord:
-        """Decode image `index`, 0 <= index < len(self)."""
-        ...
 
 
 def _pick_column(kind: str, candidates: list[str], preferred: tuple[str, ...], wanted: str | None) -> str | None:
@@ -145,16 +129,20 @@ class IndexedDatasetImages(DatasetImages):
         return self._record(index, row)
 
 
-def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> DatasetImages:
-    """A data set of the hub or of this machine through `datasets`; `target` = path or name[:config], then ?columns."""
+def open_dataset(kind: str, target: str, split: str) -> DatasetImages:
+    """A data set through `datasets`: `target` is a path or name[:config], then ?columns.
+
+    `kind` "arrow" is on this machine, "hf" there or on the hub, and "hf-stream" is read while it is used.
+    """
     import datasets
 
+    spec, stream = f"{kind}:{target}", kind == "hf-stream"
     target, _, query = target.partition("?")
     columns = dict(parse_qsl(query, keep_blank_values=True))
     for key in columns.keys() - {"image", "label", "caption"}:
         raise unknown("data: column kind", key, ("image", "label", "caption"))
     path = home_expanded(target)
-    if spec.startswith("arrow:") and not path.exists():
+    if kind == "arrow" and not path.exists():
         raise UserError(f"data: no file or folder {str(path)!r}")
     with reading(f"data: {spec!r}", "a Hugging Face data set"):
         if path.is_file():
@@ -170,54 +158,9 @@ def _open_dataset(spec: str, target: str, split: str, *, stream: bool) -> Datase
         loaded = loaded[choose_split(split, list(loaded), target)]
     elif split != "train":
         raise MissingSplit(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
-    kind = DatasetImages if isinstance(loaded, datasets.IterableDataset) else IndexedDatasetImages
+    name = f"{kind}:{target}[{split}]"
     with reading(f"data: {spec!r}", "a Hugging Face data set"):
-        if kind is IndexedDatasetImages:
-            check_buffers(loaded.data.table)
-        source = kind(loaded, f"{spec.partition('?')[0]}[{split}]", columns)
-    return source
-
-
-def open_source(
-    spec: str,
-    *,
-    split: str = "train",
-    image_size: int,
-    classes: str | None = None,
-    label_default: str | None = None,
-    model_classes: Sequence[str] | None = None,
-) -> ImageSource:
-    """The images that `spec` names.
-
-    * `openmoji`: the emoji of the OpenMoji package, drawn at `image_size` pixels (the only use of `image_size`: images
-      of other sources keep their size and are cropped when they are used).
-    * `PATH`, `imagefolder:PATH`: a folder of image files, see `ImageFolder`.
-    * `hf:OWNER/NAME[:CONFIG]`, `hf:PATH`, `arrow:PATH`: a Hugging Face data set of the hub, or of this machine (saved
-      with `save_to_disk`, an .arrow file, or a folder that `load_dataset` reads); `hf-stream:` instead of `hf:` reads
-      it while it is used, without keeping it. `?image=NAME&label=NAME&caption=NAME` behind it chooses columns.
-
-    `split` is "train", "validation" or, where the data has more, the name of a split. `classes` is a file that names
-    class 0, 1, ... (`labels.read_class_file`), `label_default` what becomes of pictures without a label
-    (`labels.Relabelled`), by a name of `model_classes` where the images have none. Raises `UserError` for an unknown
-    `spec` or `split`, and for a folder or data set that is missing, empty or ambiguous.
-    """
-    source = _open(spec, split, image_size)
-    if classes is None and label_default is None:
-        return source
-    kind = IndexedRelabelled if isinstance(source, IndexedSource) else Relabelled
-    return kind(source, None if classes is None else read_class_file(classes), label_default, model_classes)
-
-
-def _open(spec: str, split: str, image_size: int) -> ImageSource:
-    kind, colon, target = spec.partition(":")
-    if spec == "openmoji":
-        from consonar.data.openmoji import OpenMoji
-
-        return OpenMoji(split, image_size)  # it checks and names the choices itself
-    if colon and kind == "imagefolder":
-        return ImageFolder(target, split)
-    if colon and kind in ("hf", "hf-stream", "arrow"):
-        return _open_dataset(spec, target, split, stream=kind == "hf-stream")
-    if home_expanded(spec).exists():
-        return ImageFolder(spec, split)
-    raise UserError(f"data: {spec!r} is neither a folder nor a known source; choices: {', '.join(SPECS)}")
+        if isinstance(loaded, datasets.IterableDataset):
+            return DatasetImages(loaded, name, columns)
+        check_buffers(loaded.data.table)
+        return IndexedDatasetImages(loaded, name, columns)
