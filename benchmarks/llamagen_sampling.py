@@ -3,7 +3,7 @@
 The alternative does what the released samplers of RAR and AliTok do at every token: embeds the whole prefix and makes
 its table of positions again, keeps the last position of both, and grows every layer's keys and values by
 concatenation. Both run conditional and null rows as one batch and must choose equal tokens. On a CPU the alternative
-multiplies as PyTorch does by default; a third run gives it our products (`kernels.Linear`) to tell the two gains
+multiplies as PyTorch does by default; a third run gives it our products (`kernels.tune`) to tell the two gains
 apart.
 
 Run: python benchmarks/llamagen_sampling.py
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from consonar.cpu import timing as hardware
+from consonar.cpu.kernels import tune
 from consonar.generators.layers import rotary_table, rotate
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, Attention, LlamaGenGenerator
 from consonar.sampling.sample import SamplerConfig, sample_tokens
@@ -80,7 +81,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     num_tokens = args.side**2
     config = LLAMAGEN_PRESETS["B"].sized(16384, num_tokens, 1000, Grid(args.side, args.side))
-    model = LlamaGenGenerator(replace(config, num_layers=args.layers))
+    model = tune(LlamaGenGenerator(replace(config, num_layers=args.layers)))
     rng = seeded(0, "benchmark")
     model.reset_parameters(rng)
     # A fresh output layer is zero, and every token as likely as any other.

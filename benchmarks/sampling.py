@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from common import interleaved, ratio, write_result
 
+from consonar.cpu.kernels import tune
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
@@ -35,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = replace(REAR_PRESETS["S"].sized(1024, 256, 1000), num_layers=args.layers)
-    model = ReARGenerator(config)
+    model = tune(ReARGenerator(config))
     model.reset_parameters(seeded(0, "benchmark"))
     model = model.to(device).eval()
     condition = torch.arange(args.batch_size, device=device)

@@ -21,7 +21,7 @@ from typing import Any
 from blanks import empty_share, patch_changes
 
 from consonar.components import load_tokenizer
-from consonar.cpu.memory import keep_freed_memory
+from consonar.cpu.memory import hold_memory
 from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.evaluation.inputs import encode_reference, open_reference
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "vapi.json")
     args = parser.parse_args()
-    keep_freed_memory()
+    hold_memory()
     started = time.monotonic()
     make_runs(args.out, args.seeds, args.steps)
     measure_runs(args.out, args.seeds, args.samples)

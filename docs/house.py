@@ -29,14 +29,14 @@ FLOORS = (
     ("components",),
     ("convert",),
     ("model_folders",),
-    ("generators", "tokenizers", "networks"),
+    ("tokenizers", "networks"),
     ("metrics", "data"),
     ("distributed",),
-    ("cpu",),
+    ("cpu", "generators"),
     # What everyone may use; among these the order is that of their own imports.
     (
-        "__init__", "config_io", "errors", "files", "hub", "options", "origin", "precision", "published", "records",
-        "seeding", "types",
+        "__init__", "attention", "config_io", "errors", "files", "hub", "options", "origin", "precision", "published",
+        "records", "seeding", "types",
     ),
 )  # fmt: skip
 """From the roof down: a room (a folder, or a file at the root) may import those of the floors below its own."""

@@ -14,6 +14,7 @@ from device.pretend import Log, pretended_cuda
 from PIL import Image
 
 from consonar.components import load_tokenizer, save_tokenizer
+from consonar.cpu.kernels import tune
 from consonar.data.tokens import write_token_store
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import generator as seeded
@@ -118,7 +119,7 @@ def make_tiny_generator(num_layers: int = 2, dropout: float = 0.0, seed: int = 0
     rng = seeded(seed, "tiny_generator")
     generator.reset_parameters(rng)
     stir(generator, rng)
-    return generator.eval()
+    return tune(generator.eval())
 
 
 @pytest.fixture

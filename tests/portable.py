@@ -25,7 +25,7 @@ SETTINGS = (
 """What is added to the environment; threads: 1 unless said."""
 
 UNIT = (
-    *("credit", "entropy", "evaluation_*", "generator_*", "guidance", "inception", "kernels", "layers", "losses"),
+    *("credit", "entropy", "evaluation_*", "generator_*", "guidance", "inception", "kernels", "losses"),
     *("optim", "policy", "precision", "quantizer", "reward_functions", "sampling", "tokenizer_*"),
 )
 """Unit tests, beside three folders, whose numbers come out of products and sums."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from consonar.config_io import from_dict, to_dict
+from consonar.cpu.kernels import tune
 from consonar.errors import UserError, unknown
 from consonar.files.component import component_config, load_module, released, save_component
 from consonar.generators import GENERATORS
@@ -77,7 +78,7 @@ def read_generator(folder: Path) -> Generator:
     Raises `UserError` for a damaged folder, weights of another shape, and more names of classes than classes.
     """
     _, settings, generator_class = read_settings(folder, "generator", GENERATORS)
-    generator: Generator = load_module(lambda: generator_class(settings), folder)
+    generator: Generator = tune(load_module(lambda: generator_class(settings), folder))
     generator.origin = read_origin(folder)
     names, where = generator.origin.class_names or (), str(folder / "config.json")
     if len(names) > generator.num_classes:

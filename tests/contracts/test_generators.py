@@ -9,6 +9,7 @@ from rounding import assert_rounding
 
 from consonar import records
 from consonar.components import load_generator, save_generator
+from consonar.cpu.kernels import tune
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig, pad_prompts
@@ -43,7 +44,7 @@ def make_generator(name: str) -> Generator:
     if name == "rear":
         return make_tiny_generator()
     config = CONFIGS[name]
-    generator, rng = GENERATORS[config.kind].model(config), seeded(0, name)
+    generator, rng = tune(GENERATORS[config.kind].model(config)), seeded(0, name)
     generator.reset_parameters(rng)
     stir(generator, rng)
     return generator.eval()

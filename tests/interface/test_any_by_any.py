@@ -7,6 +7,7 @@ import torch
 from conftest import NUM_CLASSES, TINY_VQ, Pictures, picture
 
 from consonar.components import load_generator, load_tokenizer, save_tokenizer
+from consonar.cpu.kernels import tune
 from consonar.data.tokens import write_token_store
 from consonar.distributed import World
 from consonar.generators import GENERATORS
@@ -124,7 +125,7 @@ def test_text_conditional(tokenizer, generator, data):
     config = BY_TEXT[generator]
     if generator == "janus":
         config = replace(config, code_dim=codec.code_dim)
-    model = GENERATORS[config.kind][1](config.sized(codec.vocab_size, codec.num_tokens, 0, codec.grid))
+    model = tune(GENERATORS[config.kind].model(config.sized(codec.vocab_size, codec.num_tokens, 0, codec.grid)))
     model.reset_parameters(seeded(0, "matrix"))
     images = torch.rand(4, 3, 16, 16, generator=seeded(1, "matrix")) * 2 - 1
     batch = EncodedBatch(images, captions(model, 4), tokens=codec.encode(images))

@@ -18,9 +18,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("CONSONAR_KERNELS", "measured")
     monkeypatch.setattr(hardware, "_known", {})
     monkeypatch.setattr(hardware, "time_ratio", lambda *ways: 3.0)
-    hardware.kernels_mode.cache_clear()
-    yield tmp_path / "cache"
-    hardware.kernels_mode.cache_clear()
+    return tmp_path / "cache"
 
 
 def printed(capsys) -> str:

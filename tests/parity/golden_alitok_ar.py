@@ -8,6 +8,7 @@ from fill import fill
 from golden import Golden
 from golden_llamagen_gpt import class_ids, run_positions
 
+from consonar.cpu.kernels import tune
 from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.types import Grid
@@ -28,7 +29,7 @@ def filled(golden: Golden) -> AliTokARGenerator:
         vocab_size=model["vq_model"]["codebook_size"], num_tokens=GRID.num_tokens, grid=GRID,
         num_classes=shape["condition_num_classes"],
     )  # fmt: skip
-    return fill(AliTokARGenerator(config)).eval()
+    return fill(tune(AliTokARGenerator(config))).eval()
 
 
 @torch.inference_mode()

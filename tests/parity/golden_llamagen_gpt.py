@@ -8,7 +8,9 @@ import torch
 from fill import fill
 from golden import Golden
 
-from consonar.generators.layers import attention_mask, rotate
+from consonar.attention import attention_mask
+from consonar.cpu.kernels import tune
+from consonar.generators.layers import rotate
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rotary import RotaryGenerator
 from consonar.sampling.sample import SamplerConfig, filter_logits, sample_tokens
@@ -38,7 +40,7 @@ def filled(golden: Golden) -> LlamaGenGenerator:
         caption_dim=arguments.get("caption_dim", 2048) if is_text else 2048,
         num_classes=0 if is_text else arguments["num_classes"],
     )  # fmt: skip
-    return fill(LlamaGenGenerator(config)).eval()
+    return fill(tune(LlamaGenGenerator(config))).eval()
 
 
 def conditions_of(golden: Golden, generator: LlamaGenGenerator) -> tuple[Condition, Condition]:

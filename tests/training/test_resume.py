@@ -98,7 +98,6 @@ def test_a_run_keeps_the_kernel_of_the_optimizer_that_it_was_started_with(genera
 def test_a_resumed_run_is_calculated_as_it_began_whatever_was_measured_since(generator_config, tmp_path, monkeypatch):
     """Where nothing could be kept on a busy machine, a quieter one later would take the other ways."""
     monkeypatch.setenv("CONSONAR_KERNELS", "measured")
-    hardware.kernels_mode.cache_clear()
     runs = [tmp_path / name for name in ("straight", "broken")]
     for found, calls in ((None, ({"out": runs[0]}, {"out": runs[1], "stop_at": 3})), (3.0, ({"out": runs[1]},))):
         monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / f"cache {found}"))
@@ -106,7 +105,6 @@ def test_a_resumed_run_is_calculated_as_it_began_whatever_was_measured_since(gen
         monkeypatch.setattr(hardware, "_known", {})
         for call in calls:
             train(generator_config, resume=found is not None, quiet=True, **call)
-    hardware.kernels_mode.cache_clear()
     (answers,) = json.loads((runs[1] / "kernels.json").read_text()).values()
     assert set(answers.values()) == {1.0} and any("with dropout" in choice for choice in answers)
     ours, theirs = (load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)

@@ -11,6 +11,7 @@ from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.layouts.alitok_ar import OFFICIAL
+from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.generators.alitok import ALITOK_PRESETS, AliTokARConfig, AliTokARGenerator
 from consonar.seeding import generator as seeded
@@ -24,7 +25,7 @@ TINY = AliTokARConfig(
 
 def drawn(config: AliTokARConfig) -> AliTokARGenerator:
     """A model whose every weight is drawn, the output too."""
-    generator, rng = AliTokARGenerator(config), seeded(0, "alitok")
+    generator, rng = tune(AliTokARGenerator(config)), seeded(0, "alitok")
     generator.reset_parameters(rng)
     stir(generator, rng)
     return generator.eval()

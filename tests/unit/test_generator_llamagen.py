@@ -12,6 +12,7 @@ from rounding import assert_rounding
 from consonar.components import load_generator, save_generator
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.layouts.llamagen import OFFICIAL
+from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig, LlamaGenGenerator
 from consonar.origin import Origin
@@ -30,7 +31,7 @@ TINY_TEXT = replace(TINY, condition="text", num_condition_tokens=4, caption_dim=
 
 def drawn(config: LlamaGenConfig, seed: int = 0) -> LlamaGenGenerator:
     """A model whose every weight is drawn, the output too."""
-    generator, rng = LlamaGenGenerator(config), seeded(seed, "llamagen")
+    generator, rng = tune(LlamaGenGenerator(config)), seeded(seed, "llamagen")
     generator.reset_parameters(rng)
     stir(generator, rng)
     return generator.eval()

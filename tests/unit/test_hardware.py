@@ -20,9 +20,7 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CONSONAR_KERNELS", "measured")
     monkeypatch.setattr(hardware, "_known", {})
-    hardware.kernels_mode.cache_clear()
-    yield tmp_path / "cache" / "kernels.json"
-    hardware.kernels_mode.cache_clear()
+    return tmp_path / "cache" / "kernels.json"
 
 
 def ways(ratio: float, calls: list | None = None):
@@ -79,7 +77,6 @@ def test_nothing_is_measured_in_a_job_over_several_machines(monkeypatch):
 def test_the_environment_overrides_and_wrong_words_are_refused(mode, expected, monkeypatch):
     monkeypatch.setenv("CONSONAR_KERNELS", mode)
     assert hardware.ours("a", ways(1)) is expected
-    hardware.kernels_mode.cache_clear()
     monkeypatch.setenv("CONSONAR_KERNELS", "fast")
     with pytest.raises(UserError, match=r"CONSONAR_KERNELS: unknown 'fast'.*choices: measured, pytorch, ours"):
         hardware.ours("a", ways(1))

@@ -1,14 +1,43 @@
 """Products and attention in PyTorch's way and in ours: the same numbers up to rounding, whichever was chosen."""
 
+import copy
+
 import pytest
 import torch
 from rounding import assert_rounding
 from torch import nn
 from torch.nn import functional as F
 
-from consonar.cpu import kernels
+from consonar.cpu import kernels, memory
 from consonar.cpu import timing as hardware
-from consonar.cpu.kernels import Dropout, Linear, causal_attention, drop, nearest_power_of_two
+from consonar.cpu.kernels import Attention, Dropout, Linear, drop, nearest_power_of_two, tune
+from consonar.generators.rear import ReARGenerator
+
+
+def test_a_tuned_generator_is_the_same_model_with_layers_that_choose(tiny_generator):
+    """Twice is once; copies keep it; what transformers made is left alone."""
+    plain = ReARGenerator(tiny_generator().config)
+    before = {key: value.data_ptr() for key, value in plain.state_dict().items()}
+    kinds = [type(layer) for layer in plain.modules()]
+    assert set(kernels.TUNED) <= set(kinds)
+    tuned = copy.deepcopy(tune(tune(plain)))
+    assert {key: value.data_ptr() for key, value in plain.state_dict().items()} == before
+    assert [type(layer) for layer in tuned.modules()] == [kernels.TUNED.get(kind, kind) for kind in kinds]
+    foreign = type("Foreign", (nn.Sequential,), {"__module__": "transformers.models.llama"})
+    assert type(tune(nn.Sequential(foreign(nn.Linear(2, 2))))[0][0]) is nn.Linear
+
+
+def test_one_variable_turns_all_of_it_off(monkeypatch):
+    """What is not timed; the rest: `test_the_environment_overrides_and_wrong_words_are_refused`."""
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(memory, "ask_for_huge_pages", lambda: done.append("huge"))
+    for mode in ("pytorch", "ours", "measured"):
+        monkeypatch.setenv("CONSONAR_KERNELS", mode)
+        network, done = nn.Sequential(nn.ReLU6()), []
+        kernels.spare_copies(network)
+        memory.hold_memory()
+        plain = kernels.channels_last(torch.rand(2, 3, 4, 5)).is_contiguous()
+        assert (plain, network[0].inplace, len(done)) == ((True, False, 0) if mode == "pytorch" else (False, True, 2))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -47,7 +76,7 @@ def test_causal_attention_is_the_same_either_way_with_its_gradients(rng):
     for ours in (True, False):
         q, k, v = (torch.randn(2, 3, 10, 8, generator=rng.manual_seed(i)).requires_grad_() for i in range(3))
         with hardware.forced("attention", ours):
-            mixed = causal_attention(q, k, v, 0.0)
+            mixed = Attention().unmasked(q, k, v, 0.0)
         mixed.square().sum().backward()
         results.append((mixed.detach(), q.grad, k.grad, v.grad))
     for one, other in zip(*results, strict=True):
@@ -61,7 +90,7 @@ def test_dropout_zeroes_and_scales_attention_weights(ours, rng):
     values = torch.eye(64).expand_as(q)
     torch.manual_seed(0)
     with hardware.forced("attention", ours):
-        dropped, whole = causal_attention(q, q, values, 0.25), causal_attention(q, q, values, 0.0)
+        dropped, whole = Attention().unmasked(q, q, values, 0.25), Attention().unmasked(q, q, values, 0.0)
     kept = dropped != 0
     assert_rounding(dropped[kept], whole[kept] / 0.75, 100)
     lower = torch.ones(64, 64, dtype=torch.bool).tril().expand_as(kept)
@@ -99,10 +128,10 @@ def test_the_choice_is_asked_in_training_alone_and_by_rounded_sizes(rng, monkeyp
     monkeypatch.setattr(kernels.hardware, "ours", lambda choice, ways: asked.append(choice))
     q = torch.randn(1, 2, 66, 8, generator=rng)
     with torch.no_grad():
-        causal_attention(q, q, q, 0.0)
+        Attention().unmasked(q, q, q, 0.0)
     assert not asked
-    causal_attention(q, q, q, 0.0)
-    causal_attention(q, q, q, 0.1)
+    Attention().unmasked(q, q, q, 0.0)
+    Attention().unmasked(q, q, q, 0.1)
     with torch.inference_mode():
         Linear(256, 300)(torch.randn(5, 3, 256))
     assert asked == [

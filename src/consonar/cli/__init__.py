@@ -14,7 +14,7 @@ from consonar.cli.measuring import evaluate, report
 from consonar.cli.models import convert, models
 from consonar.cli.parsing import parse
 from consonar.cli.tokenizing import import_tokens, tokenize
-from consonar.cpu.memory import ask_for_huge_pages, keep_freed_memory
+from consonar.cpu.memory import hold_memory
 from consonar.errors import BadImage, UserError, printable, unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -46,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         say(__version__)
         return
-    keep_freed_memory()
-    ask_for_huge_pages()
     try:
+        hold_memory()
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)
         run_command(args[0], args[1:])

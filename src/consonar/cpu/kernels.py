@@ -1,17 +1,23 @@
-"""Products and causal attention, each in PyTorch's way or in ours, as `consonar.cpu.timing` finds faster here.
+"""Products, causal attention, dropout and convolutions on a CPU, each in PyTorch's way or in ours, as
+`consonar.cpu.timing` finds faster here. `tune` applies them to a finished generator.
 
 Letters: `B` batch, `L` positions.
 """
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consonar.attention import CausalAttention
+from consonar.cpu import kernels_mode
 from consonar.cpu import timing as hardware
 from consonar.cpu.timing import Way
 from consonar.seeding import generator_of
+from consonar.types import Weights
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Weights below which calling oneDNN costs more than it saves; rows above which timings stay as they are.
@@ -20,6 +26,20 @@ SMALLEST_WEIGHT, MOST_ROWS = 2**16, 128
 SMALLEST_DROPOUT = 2**15
 # Bytes of weights that are timed in turn, as the layers of a model are: one alone would stay in the processor's cache.
 TIMED_BYTES = 2**25
+Model = TypeVar("Model", bound=Weights)
+
+
+def tune(generator: Model) -> Model:
+    """The generator itself, whose layers from now on choose: those of the types in `TUNED` become ours.
+
+    Weights and keys stay. Networks that transformers makes (Janus) keep PyTorch's layers.
+    """
+    for layer in generator.children():
+        if type(layer) in TUNED:
+            layer.__class__ = TUNED[type(layer)]
+        elif not type(layer).__module__.startswith("transformers."):
+            tune(layer)
+    return generator
 
 
 class Linear(nn.Linear):
@@ -79,21 +99,22 @@ def linear_ways(rows: int, width_out: int, width_in: int) -> tuple[Way, Way]:
     return pytorch, onednn
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal softmax(q k^T / sqrt(dim)) v, all (B, heads, L, dim).
+class Attention(CausalAttention):
+    """PyTorch's fused kernel, but for training on a CPU where plain products were measured to be faster.
 
-    PyTorch's fused kernel, but for training on a CPU where plain products were measured to be faster: on some
-    processors they take a third of its time at short lengths, on others three times it (benchmarks/training.py). With
-    dropout PyTorch has no fused kernel for a CPU, and the two ways draw other numbers.
+    On some processors they take a third of its time at short lengths, on others three times it
+    (benchmarks/training.py). With dropout PyTorch has no fused kernel for a CPU, and the two ways draw other numbers.
     """
-    if (
-        q.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and prefers_plain_attention(q.shape[2], q.shape[3], q.dtype, dropout)
-    ):
-        return plain_attention(q, k, v, dropout)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+    def unmasked(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        if (
+            q.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and prefers_plain_attention(q.shape[2], q.shape[3], q.dtype, dropout)
+        ):
+            return plain_attention(q, k, v, dropout)
+        return super().unmasked(q, k, v, dropout)
 
 
 def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> bool:
@@ -105,7 +126,7 @@ def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtyp
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """`causal_attention` in plain products."""
+    """Causal softmax(q k^T / sqrt(dim)) v in plain products, all (B, heads, L, dim)."""
     length = q.shape[2]
     future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
@@ -160,9 +181,28 @@ def attention_ways(length: int, head_dim: int, dtype: torch.dtype, dropout: floa
     )
 
 
-def later_rows_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-    """The last `num_queries` rows of a causal mask over `num_keys` positions; None where they see everything."""
-    if num_queries == 1:
-        return None
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return mask.tril(num_keys - num_queries)
+TUNED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear, nn.Dropout: Dropout, CausalAttention: Attention,
+}  # fmt: skip
+"""PyTorch's layer to ours of the same weights."""
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) with the channels innermost in memory, which convolutions are faster on; rounds otherwise."""
+    plain = kernels_mode() == "pytorch"
+    return images.contiguous(memory_format=torch.contiguous_format if plain else torch.channels_last)
+
+
+def spare_copies(network: nn.Module) -> None:
+    """Even padding inside the convolutions of EfficientNet, activations in place: the same bits in half the time."""
+    if kernels_mode() == "pytorch":
+        return
+    layer: Any  # the package is untyped
+    for layer in network.modules():
+        if isinstance(layer, nn.ReLU6):
+            layer.inplace = True
+        padding = getattr(layer, "static_padding", None)
+        if isinstance(padding, nn.ZeroPad2d):
+            left, right, top, bottom = padding.padding
+            if left == right and top == bottom:  # not so where the stride is 2
+                layer.padding, layer.static_padding = (top, left), nn.Identity()

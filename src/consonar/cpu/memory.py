@@ -4,10 +4,19 @@ import ctypes
 import os
 import platform
 
+from consonar.cpu import kernels_mode
+
 # mallopt's parameters (malloc.h): blocks mapped on their own from here on, free memory given back, memory asked for.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """PyTorch reads this variable once, at its first large tensor."""
+
+
+def hold_memory() -> None:
+    """Both of the below, for this process; neither under `CONSONAR_KERNELS=pytorch`."""
+    if kernels_mode() != "pytorch":
+        keep_freed_memory()
+        ask_for_huge_pages()
 
 
 def keep_freed_memory() -> bool:

@@ -3,14 +3,12 @@
 Both ways agree up to rounding. PyTorch's own is taken unless ours is clearly faster. Answers are kept by processor,
 instruction sets, version of PyTorch and number of threads, so that runs on one machine are calculated alike; where the
 cache folder cannot be written, a job spans several machines, or the machine is too busy to tell, PyTorch's own way is
-taken and no answer kept. A run keeps its own answers too, and goes on with them. `CONSONAR_KERNELS` overrides all
-answers: `pytorch` or `ours` (default: `measured`).
+taken and no answer kept. A run keeps its own answers too, and goes on with them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -22,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from consonar.errors import UserError, unknown
+from consonar.cpu import kernels_mode
+from consonar.errors import UserError
 from consonar.files.cache import cache_dir
 from consonar.files.readers import read_json
+from consonar.files.writers import write_json
 
-MODES = ("measured", "pytorch", "ours")
 # How many times as fast our way must be: timings of milliseconds repeat to within some percent.
 CLEARLY = 1.1
 # Calls that must be as fast as the fastest, up to this factor, before a timing counts; seconds spent on it.
@@ -56,15 +55,6 @@ def ours(choice: str, ways: Callable[[], tuple[Way, Way]] | None) -> bool:
     return ratio(choice, ways) >= CLEARLY
 
 
-@lru_cache
-def kernels_mode() -> str:
-    """`CONSONAR_KERNELS`; raises `UserError` for another value than its choices."""
-    mode = os.environ.get("CONSONAR_KERNELS") or "measured"
-    if mode not in MODES:
-        raise unknown("CONSONAR_KERNELS", mode, MODES)
-    return mode
-
-
 def ratio(choice: str, ways: Callable[[], tuple[Way, Way]]) -> float:
     """Time of PyTorch's way over ours: measured once for this machine. 1 where nothing can be kept or measured."""
     key = machine_key(torch.get_num_threads())
@@ -90,7 +80,7 @@ def forced(family: str, take_ours: bool) -> Iterator[None]:
 def keep_for_run(path: Path) -> None:
     """Writes what was taken in this process so far, for `go_on_with`; nothing where nothing was asked."""
     if _known:
-        _write(path, _known)
+        write_json(path, _known)
 
 
 def go_on_with(path: Path) -> None:
@@ -147,15 +137,12 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
             measured = time_ratio(*ways())
             if measured is None:
                 busy[key][choice] = time.time()
-                _write(folder / "kernels-busy.json", busy)
+                write_json(folder / "kernels-busy.json", busy)
                 return 1.0
             answers[choice] = round(measured, 3)
-            _write(folder / "kernels.json", everything)
+            write_json(folder / "kernels.json", everything)
             return answers[choice]
-    except (
-        OSError,
-        UserError,
-    ):  # a cache folder that cannot be written: an answer that is not kept would change between runs
+    except (OSError, UserError):  # cannot be written: an answer that is not kept would change between runs
         return 1.0
 
 
@@ -204,9 +191,3 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
         for key, answers in found.items()
         if isinstance(answers, dict)
     }
-
-
-def _write(path: Path, everything: dict[str, dict[str, float]]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(everything, indent=1) + "\n")
-    temporary.replace(path)

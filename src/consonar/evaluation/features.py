@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.cpu.kernels import channels_last
 from consonar.data.transforms import from_uint8
 from consonar.errors import UserError, reading
 from consonar.evaluation.image_sets import ImageSet
@@ -55,7 +56,7 @@ def to_float(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]. Raises UserError for another type or shape."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"images: {images.dtype} {images.shape}; expected uint8 (count, height, width, 3)")
-    return from_uint8(torch.from_numpy(np.array(images))).contiguous(memory_format=torch.channels_last)
+    return channels_last(from_uint8(torch.from_numpy(np.array(images))))
 
 
 def as_input(images: np.ndarray, model: object) -> Tensor:

@@ -20,9 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from consonar.cpu.kernels import Dropout, Linear
-from consonar.generators.cache import KVCache
-from consonar.generators.layers import RMSNorm, SwiGLU, attend, rotate
+from consonar.attention import CausalAttention, KVCache
+from consonar.generators.layers import RMSNorm, SwiGLU, rotate
 from consonar.generators.rotary import RotaryConfig, RotaryGenerator
 
 
@@ -53,16 +52,17 @@ class Attention(nn.Module):
     def __init__(self, config: AliTokARConfig):
         super().__init__()
         self.num_heads, self.dropout = config.num_heads, config.attention_dropout
-        self.qkv = Linear(config.width, 3 * config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
         self.q_norm = RMSNorm(config.width // config.num_heads, config.norm_eps)
         self.k_norm = RMSNorm(config.width // config.num_heads, config.norm_eps)
-        self.proj = Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.attend = CausalAttention()
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, width)
         q, k = (rotate(norm(y), table).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         dropout = self.dropout if self.training else 0.0
-        return self.proj(attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
+        return self.proj(self.attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
 
 
 class Block(nn.Module):
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.hidden_units, config.ffn_dropout)
-        self.dropout = Dropout(config.residual_dropout)
+        self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, n, D) -> (B, n, D)."""
@@ -92,9 +92,9 @@ class AliTokARGenerator(RotaryGenerator):
         self.mask_token = config.vocab_size
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)
-        self.token_dropout = Dropout(config.token_dropout)
+        self.token_dropout = nn.Dropout(config.token_dropout)
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.output = Linear(config.width, config.vocab_size)
+        self.output = nn.Linear(config.width, config.vocab_size)
         self.reset_parameters()
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consonar.attention import KVCache
 from consonar.errors import UserError
-from consonar.generators.cache import KVCache
 from consonar.generators.janus_parts import PAD_TOKEN, CacheLayers, JanusConfig, build_parts, rotary, visible
 from consonar.origin import Origin
 from consonar.types import PromptCondition

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from consonar.attention import KVCache
 from consonar.errors import UserError
-from consonar.generators.cache import KVCache
 from consonar.options import check_options
 from consonar.types import GeneratorConfig, Grid
 

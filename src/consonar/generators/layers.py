@@ -1,13 +1,12 @@
 """Layers that the generators of LlamaGen (arXiv 2406.06525) and AliTok (arXiv 2506.05289) share: RMSNorm, SwiGLU,
-rotary positions (RoFormer, arXiv 2104.09864) on a line or a grid, causal attention with padding and a cache.
+rotary positions (RoFormer, arXiv 2104.09864) on a line or a grid.
 
 Facts kept from the released code: rotary pairs are neighbours (2i, 2i + 1); on a grid the first half of the pairs turns
 with the row, the second half with the column; the rows of the table that belong to the condition are zero, not the
 identity, so queries and keys of condition tokens vanish and every image token gives all of them the score 0; rotation
 and RMSNorm run in float32, the norm's weight is applied after the cast back.
 
-Letters: `B` batch, `n` new positions, `T` positions read so far with them, `P` condition tokens, `N` image tokens, `H`
-heads, `E` width of one head.
+Letters: `n` new positions, `P` condition tokens, `N` image tokens, `E` width of one head.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.cpu.kernels import Dropout, Linear, causal_attention, later_rows_mask
-from consonar.generators.cache import KVCache
 from consonar.types import Grid
 
 
@@ -40,10 +37,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
-        self.w1 = Linear(width, hidden, bias=False)
-        self.w3 = Linear(width, hidden, bias=False)
-        self.w2 = Linear(hidden, width, bias=False)
-        self.dropout = Dropout(dropout)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
@@ -87,34 +84,3 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = table.unbind(-1)
     return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], -1).flatten(-2).to(x.dtype)
-
-
-def attention_mask(
-    num_queries: int, num_keys: int, kept: Tensor | None, *, cached: bool, device: torch.device
-) -> Tensor | None:
-    """Which of T keys the last n positions may read, (B or 1, 1, n, T) bool; None: what `attend` does by itself.
-
-    `kept` (B, P) is False at padding of the condition: nothing reads it but the padded position itself (a row that may
-    read nothing has no softmax).
-    """
-    if kept is None:
-        return later_rows_mask(num_queries, num_keys, device) if cached else None
-    places = torch.arange(num_keys, device=device)
-    queries = places[num_keys - num_queries :, None]
-    visible = F.pad(kept, (0, num_keys - kept.shape[1]), value=True)[:, None]  # (B, 1, T)
-    return ((places <= queries) & visible | (places == queries))[:, None]
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, cache: KVCache | None, layer: int, dropout: float
-) -> Tensor:
-    """Causal attention (B, n, H E) of q (B, H, n, E) over k, v (B, key heads, n, E) and what the cache holds."""
-    if cache is not None:
-        k, v = cache.append(layer, k, v)
-    if k.shape[1] != q.shape[1]:  # grouped queries: neighbouring heads share keys
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    if cache is None and mask is None:
-        mixed = causal_attention(q, k, v, dropout)
-    else:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return mixed.transpose(1, 2).flatten(2)

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.cpu.kernels import Dropout, Linear
+from consonar.attention import CausalAttention, KVCache
 from consonar.errors import UserError
-from consonar.generators.cache import KVCache
-from consonar.generators.layers import RMSNorm, SwiGLU, attend, rotate
+from consonar.generators.layers import RMSNorm, SwiGLU, rotate
 from consonar.generators.rotary import RotaryConfig, RotaryGenerator
 from consonar.types import Grid, TextCondition
 
@@ -95,15 +94,16 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_key_heads = config.num_heads, config.num_key_heads
         self.head_dim, self.dropout = config.width // config.num_heads, config.attention_dropout
-        self.wqkv = Linear(config.width, (self.num_heads + 2 * self.num_key_heads) * self.head_dim, bias=False)
-        self.wo = Linear(config.width, config.width, bias=False)
+        self.wqkv = nn.Linear(config.width, (self.num_heads + 2 * self.num_key_heads) * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.attend = CausalAttention()
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads of q, k, v, n, width)
         turned, v = heads.split([self.num_heads + self.num_key_heads, self.num_key_heads], 1)
         q, k = rotate(turned, table).split([self.num_heads, self.num_key_heads], 1)
         dropout = self.dropout if self.training else 0.0
-        return self.wo(attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
+        return self.wo(self.attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
 
 
 class Block(nn.Module):
@@ -115,7 +115,7 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config.width, config.hidden_units, config.ffn_dropout)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
-        self.dropout = Dropout(config.residual_dropout)
+        self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, n, D) -> (B, n, D)."""
@@ -137,8 +137,8 @@ class ClassEmbedding(nn.Module):
 class CaptionProjection(nn.Module):
     def __init__(self, caption_dim: int, width: int):
         super().__init__()
-        self.fc1 = Linear(caption_dim, width, bias=False)
-        self.fc2 = Linear(width, width, bias=False)
+        self.fc1 = nn.Linear(caption_dim, width, bias=False)
+        self.fc2 = nn.Linear(width, width, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(features.to(self.fc1.weight.dtype)), approximate="tanh"))
@@ -171,10 +171,10 @@ class LlamaGenGenerator(RotaryGenerator):
         else:
             self.cls_embedding = CaptionEmbedding(config.prefix_length, config.caption_dim, config.width)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
-        self.token_dropout = Dropout(config.token_dropout)
+        self.token_dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.output = Linear(config.width, config.vocab_size, bias=False)
+        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @property

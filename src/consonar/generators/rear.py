@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.cpu.kernels import Dropout, Linear, causal_attention, later_rows_mask
+from consonar.attention import CausalAttention, KVCache, attention_mask
 from consonar.errors import UserError
-from consonar.generators.cache import KVCache
 from consonar.options import check_options
 from consonar.origin import Origin
 from consonar.types import GeneratorConfig, Grid
@@ -110,28 +109,25 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
         self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.attend = CausalAttention()
 
-    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, L, dim)
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, dim)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if cache is None:
-            mixed = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        else:
-            k, v = cache.append(layer, k, v)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=later_rows_mask(length, k.shape[2], x.device))
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        # Sequences that are drawn while the model trains (`objectives.free`) meet no dropout here.
+        dropout = self.dropout if self.training and cache is None else 0.0
+        return self.proj(self.attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
 
 
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -147,13 +143,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
         # The released module starts with SiLU; it is applied once for all blocks, in `hidden_states`.
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), Linear(config.width, 6 * config.width))
-        self.dropout = Dropout(config.dropout)
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.width, 6 * config.width))
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, condition: Condition, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Condition, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.project(self.adaLN_modulation).chunk(6, dim=-1)
-        x = x + gate_a * self.dropout(self.attn(modulate(self.norm1(x), shift_a, scale_a), cache, layer))
+        x = x + gate_a * self.dropout(self.attn(modulate(self.norm1(x), shift_a, scale_a), mask, cache, layer))
         return x + gate_m * self.dropout(self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
 
@@ -161,7 +159,7 @@ class HeadModulation(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         scale, shift = condition.project(self.adaLN_modulation).chunk(2, dim=-1)
@@ -193,7 +191,7 @@ class ReARGenerator(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)
         self.adaln_before_head = HeadModulation(config.width)
-        self.lm_head = Linear(config.width, config.vocab_size)
+        self.lm_head = nn.Linear(config.width, config.vocab_size)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -263,9 +261,9 @@ class ReARGenerator(nn.Module):
         if few:
             rows, condition_embedding = condition, self.embeddings.weight[self.vocab_size + 1 :].unsqueeze(1)
         step = Condition(F.silu(condition_embedding + self.timesteps_embeddings[:, start:end]), rows)
-        taps = {}
+        mask, taps = attention_mask(end - start, end, None, cached=cache is not None, device=x.device), {}
         for layer, block in enumerate(self.blocks):
-            x = block(x, step, cache, layer)
+            x = block(x, step, mask, cache, layer)
             if layer in tap_layers:
                 taps[layer] = x
         if cache is not None:

@@ -15,9 +15,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
-from consonar.generators.cache import KVCache
-from consonar.generators.layers import RMSNorm, attention_mask, rotary_table, swiglu_width
+from consonar.generators.layers import RMSNorm, rotary_table, swiglu_width
 from consonar.options import check_options
 from consonar.origin import Origin
 from consonar.types import GeneratorConfig, Grid

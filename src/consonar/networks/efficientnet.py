@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from consonar.cpu.kernels import spare_copies
 from consonar.errors import UserError
 from consonar.precision import in_float32
 
@@ -39,7 +40,7 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, network: Any):
         super().__init__()
         # Any: the package is untyped, and layers reached through `nn.Module` would all be `Tensor | Module`.
-        self.network: Any = spare_copies(fold_batch_norms(network)).eval().requires_grad_(False)
+        self.network: Any = fold_batch_norms(network).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
         """Stays in evaluation mode: batch statistics of a frozen network never move."""
@@ -87,19 +88,6 @@ def fold_batch_norms(network: Any) -> Any:
     return network
 
 
-def spare_copies(network: Any) -> Any:
-    """Even padding inside the convolutions, activations in place: the same bits in half the time on a CPU."""
-    for module in network.modules():
-        if isinstance(module, nn.ReLU6):
-            module.inplace = True
-        padding = getattr(module, "static_padding", None)
-        if isinstance(padding, nn.ZeroPad2d):
-            left, right, top, bottom = padding.padding
-            if left == right and top == bottom:  # not so where the stride is 2
-                module.padding, module.static_padding = (top, left), nn.Identity()
-    return network
-
-
 def load_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
     """The backbone, a copy of its own for every caller, who may move it to a device, and its weight file's SHA-256.
 
@@ -124,6 +112,7 @@ def _read_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
         raise UserError(f"efficientnet-lite0: {path} has SHA-256 {digest[:12]}..., expected {WEIGHTS_SHA256[:12]}...")
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    spare_copies(network)
     return EfficientNetLite0(network), digest
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from consonar.cpu.kernels import channels_last
 from consonar.errors import unknown
 from consonar.files.weights import load_weights
 from consonar.networks.inception_network import INPUT_SIZE, SPATIAL_CHANNELS, InceptionV3
@@ -93,7 +94,7 @@ class InceptionFeatures:
         """Features (B, 2048), spatial features (B, 2023) and class probabilities (B, 1008), float32."""
         parts = []  # small ones on a CPU: they stay in its caches
         for part in images.to(self.device).split(16 if self.device.type == "cpu" else max(1, len(images))):
-            pixels = self.front_end(part).contiguous(memory_format=torch.channels_last)
+            pixels = channels_last(self.front_end(part))
             _, spatial, pool3 = self.network(pixels)
             parts.append((pool3, spatial, self.network.logits(pool3).softmax(1)))
         features, spatial, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.types import Condition, Generator, Prediction
 
@@ -47,7 +48,7 @@ class Trainee(nn.Module):
 
     def __init__(self, generator: Generator, heads: tuple[HeadSpec, ...] = ()):
         super().__init__()
-        self.generator = generator
+        self.generator = tune(generator)
         self.specs = heads
         for spec in heads:
             if not 0 <= spec.layer < generator.num_layers:

@@ -6,16 +6,8 @@ from rounding import assert_rounding
 from torch import nn
 from torch.nn import functional as F
 
-from consonar.generators.cache import KVCache
-from consonar.generators.layers import (
-    RMSNorm,
-    SwiGLU,
-    attend,
-    attention_mask,
-    rotary_table,
-    rotate,
-    swiglu_width,
-)
+from consonar.attention import CausalAttention, KVCache, attention_mask
+from consonar.generators.layers import RMSNorm, SwiGLU, rotary_table, rotate, swiglu_width
 from consonar.types import Grid
 
 CPU = torch.device("cpu")
@@ -139,7 +131,7 @@ def test_nothing_is_masked_where_attention_is_plainly_causal():
 def test_attention_through_the_cache_equals_attention_without(num_key_heads, rng):
     q = torch.randn(3, 4, 6, 8, generator=rng)
     k, v = torch.randn(2, 3, num_key_heads, 6, 8, generator=rng)
-    whole = attend(q, k, v, mask=None, cache=None, layer=0, dropout=0.0)
+    whole = CausalAttention()(q, k, v, mask=None, cache=None, layer=0, dropout=0.0)
     repeated = [x.repeat_interleave(4 // num_key_heads, 1) for x in (k, v)]
     expected = F.scaled_dot_product_attention(q, *repeated, is_causal=True).transpose(1, 2).flatten(2)
     assert_rounding(whole, expected, 64)
@@ -147,7 +139,9 @@ def test_attention_through_the_cache_equals_attention_without(num_key_heads, rng
     for piece in (2, 1, 3):
         new = slice(start, start + piece)
         mask = attention_mask(piece, start + piece, None, cached=True, device=CPU)
-        mixed = attend(q[:, :, new], k[:, :, new], v[:, :, new], mask=mask, cache=cache, layer=0, dropout=0.0)
+        mixed = CausalAttention()(
+            q[:, :, new], k[:, :, new], v[:, :, new], mask=mask, cache=cache, layer=0, dropout=0.0
+        )
         assert_rounding(mixed, whole[:, new], 64)
         cache.advance(piece)
         start += piece
@@ -157,7 +151,7 @@ def test_dropout_acts_on_attention_weights(rng):
     q, k = torch.randn(2, 1, 1, 6, 4, generator=rng)
     mask, ones = attention_mask(6, 6, torch.ones(1, 1).bool(), cached=False, device=CPU), torch.ones(1, 1, 6, 4)
     for given in (None, mask):
-        kept = attend(q, k, ones, mask=given, cache=None, layer=0, dropout=0.0)
+        kept = CausalAttention()(q, k, ones, mask=given, cache=None, layer=0, dropout=0.0)
         torch.testing.assert_close(kept, torch.ones(1, 6, 4))
-        dropped = attend(q, k, ones, mask=given, cache=None, layer=0, dropout=0.5)
+        dropped = CausalAttention()(q, k, ones, mask=given, cache=None, layer=0, dropout=0.5)
         assert not torch.isclose(dropped, kept).all()
