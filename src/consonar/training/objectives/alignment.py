@@ -166,11 +166,6 @@ class Alignment:
         """The precision of the update, for passes of the generator outside of it."""
         return torch.autocast(self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
-    def codebook(self) -> Tensor:
-        """(V, C): what the decoder receives for each token."""
-        tokens = torch.arange(self.tokenizer.vocab_size, device=self.world.device)
-        return self.tokenizer.embed(tokens[None])[0].detach().float()
-
     def noise_rate(self, step: int) -> float:
         """xi at this step."""
         return noise.max_noise_rate(

@@ -23,7 +23,7 @@ from consonar.errors import UserError
 from consonar.options import check_options
 from consonar.seeding import generator, rows_of_rank
 from consonar.training import losses, noise
-from consonar.training.objectives.base import ALONE, ObjectiveConfig, drop_classes
+from consonar.training.objectives.base import ALONE, ObjectiveConfig, codebook_of, drop_classes
 from consonar.training.trainee import HeadSpec, Trainee
 from consonar.types import Condition, TokenBatch, Tokenizer
 
@@ -153,7 +153,7 @@ class Autoregressive:
                     "objective.noise.corruption: 'mask' needs a generator with a mask token; choices: uniform, nearest"
                 )
         if settings.corruption == "nearest" and self.neighbours is None:
-            codebook = self.tokenizer.embed(torch.arange(self.tokenizer.vocab_size, device=tokens.device)[None])[0]
+            codebook = codebook_of(self.tokenizer, tokens.device)
             self.neighbours = noise.code_neighbours(codebook, min(settings.num_neighbours, len(codebook) - 1))
         rates = rows_of_rank(
             lambda n: noise.draw_noise_rates(settings.schedule, rate, n, rng),

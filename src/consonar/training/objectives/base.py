@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from consonar import records
 from consonar.distributed import World
 from consonar.seeding import generator, rows_of_rank, uniform
 from consonar.training.trainee import HeadSpec
-from consonar.types import Condition, Generator, ModelConfig
+from consonar.types import Condition, Generator, ModelConfig, Tokenizer
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -55,3 +56,8 @@ def drop_classes(model: Generator, condition: Condition, share: float, seed: int
     dropped = rows_of_rank(lambda n: uniform(rng, n), records.num_rows(condition), world.rank, world.size)
     keep = records.to_device(dropped >= share, records.first_tensor(condition).device)
     return records.select(keep, condition, model.null_condition(condition))
+
+
+def codebook_of(tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """(V, C): what the decoder receives for each token."""
+    return tokenizer.embed(torch.arange(tokenizer.vocab_size, device=device)[None])[0]

@@ -24,6 +24,7 @@ from consonar.seeding import derive_seed, exponential, generator_of
 from consonar.training import losses
 from consonar.training import policy_gradient as policy
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
+from consonar.training.objectives.base import codebook_of
 from consonar.types import ImageBatch
 
 
@@ -51,7 +52,9 @@ class CrossEntropy(Alignment):
         super().__init__(config, *args, **settings)
         self.targets: Tensor | None = None
         if config.target == "soft":
-            self.targets = policy.code_similarity_targets(self.codebook(), config.tau)
+            self.targets = policy.code_similarity_targets(
+                codebook_of(self.tokenizer, self.world.device).detach().float(), config.tau
+            )
 
     @torch.no_grad()
     def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
@@ -108,7 +111,7 @@ class StraightThrough(Alignment):
     def __init__(self, config: StraightThroughConfig, *args: Any, **settings: Any):
         self.config: StraightThroughConfig = config
         super().__init__(config, *args, **settings)
-        self.codes = self.codebook()
+        self.codes = codebook_of(self.tokenizer, self.world.device).detach().float()
         self.perceptual: nn.Module | None = None
         if config.perceptual_weight > 0:
             smallest, side = PERCEPTUAL_DISTANCES[config.perceptual].smallest_input, self.tokenizer.image_size
