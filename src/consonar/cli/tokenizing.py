@@ -124,7 +124,8 @@ def write_store(name: str, source: Any, model: Any, path: Path, views: str, batc
 
 def is_store_of(path: Path, source: Any, tokenizer: Any, views: str) -> bool:
     """Whether a finished store at `path` is what tokenising these would make, as its metadata tell."""
-    from consonar.data.tokens import METADATA_FILE, TokenStore
+    from consonar.data.store_format import METADATA_FILE
+    from consonar.data.tokens import TokenStore
 
     if not (path / METADATA_FILE).is_file():
         return False

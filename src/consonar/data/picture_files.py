@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from consonar.data.transforms import to_rgb
 from consonar.errors import BadImage, UserError, reading
@@ -113,7 +113,7 @@ def read_image(source: str | Path | bytes, name: str) -> Image.Image:
     data = source if isinstance(source, bytes) else _read_bytes(Path(source), name)
     try:
         image = _decode(data)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadImage(f"{name}: not an image ({len(data)} bytes)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, _TooLarge) as error:
         raise BadImage(f"{name}: too large to be decoded ({error}); make it smaller") from error

@@ -21,7 +21,8 @@ from consonar.components import load_generator, load_own_tokenizer, load_tokeniz
 from consonar.data.grids import save_grid
 from consonar.data.openmoji import OpenMoji
 from consonar.data.sources import open_source
-from consonar.data.tokens import METADATA_FILE, write_token_store
+from consonar.data.store_format import METADATA_FILE
+from consonar.data.tokens import write_token_store
 from consonar.demo.plan import (
     ImageRate,
     Progress,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from consonar.demo.plan import Part, Work
-from consonar.recipes import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
+from consonar.recipes.openmoji import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
 from consonar.training.config import TrainConfig
 
 TEMPERATURES = (1.0, 0.7)

@@ -172,7 +172,7 @@ def holds_first_argument(function: Callable[Concatenate[Path, P], T]) -> Callabl
         with hold(folder):
             return function(folder, *args, **keywords)
 
-    return held
+    return held  # type: ignore[return-value]  # mypy takes the name of the first argument for a part of its type
 
 
 def is_unused(folder: Path) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
-from consonar.generators.janus import JanusConfig, JanusGenerator
+from consonar.generators.janus import JanusGenerator
+from consonar.generators.janus_parts import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.types import Generator, GeneratorConfig
