@@ -78,13 +78,13 @@ def choices() -> Iterator[tuple[str, str]]:
     import torch
 
     from consonar import distributed
-    from consonar.cpu import kernels
+    from consonar.cpu import kernels, kernels_mode
     from consonar.cpu import timing as hardware
     from consonar.training.optim import adamw_ways
 
     device = distributed.pick_device("auto")
     precision = distributed.pick_precision("auto", device)
-    mode, answers = hardware.kernels_mode(), hardware.kept_answers()
+    mode, answers = kernels_mode(), hardware.kept_answers()
     why = "PyTorch knows of the device"
     if device.type == "cpu":
         why = "the processor has no instructions for bf16"
