@@ -7,19 +7,17 @@ without them, so that rows, labels and counts mean the same throughout, and agai
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from consonar.data.parts import Part
+from consonar.data.prefetch import decoding_threads
 from consonar.errors import BadImage, UserError, reading, unknown
 from consonar.files.writers import write_atomically
 from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 POLICIES = ("stop", "skip")
 LIMIT = 0.01
-MAX_THREADS = 16
 STREAM_START = 1000
 """Pictures of a stream, whose number is not known, that the limit is a share of before more have been read."""
 
@@ -106,7 +104,7 @@ def readable_rows(read: Callable[[int], object], count: int, bad: BadImages, par
         raise UserError(f"{bad.listing}: the {part} images were {before} and are {count} now; begin anew elsewhere")
     if part not in bad.found:
         bad.found[part] = {}
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+        with decoding_threads() as pool:
             try:
                 for row, error in enumerate(pool.map(error_of, range(count))):
                     if error is not None:

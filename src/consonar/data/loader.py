@@ -4,23 +4,24 @@ There is no iterator state: `batch(step)` depends on (seed, step, data) alone, s
 uninterrupted one would have read, and W ranks together read what one rank with a W times larger batch would.
 """
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
+from typing import Generic, NotRequired, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from consonar.data.labels import check_label, check_labels
+from consonar.data.prefetch import decoding_threads
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
-from consonar.seeding import generator, integers, permutation, uniform
+from consonar.seeding import generator, integers, permutation, rows_of_rank, uniform
 from consonar.types import ImageBatch, IndexedSource, TokenBatch
 
-MAX_THREADS = 16
+Item = TypeVar("Item")
 
 
 @lru_cache(maxsize=4)
@@ -58,108 +59,113 @@ def spread_rows(num_items: int, max_items: int, rng: torch.Generator) -> Tensor:
     return edges[:-1] + (uniform(rng, count, dtype=torch.float64) * lengths).long()
 
 
-def _check_batching(num_items: int, batch_size: int, rank: int, world_size: int, name: str) -> None:
-    if num_items == 0:
-        raise UserError(f"data: {name} holds no items")
-    if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size} is not a number of items, 1 or more")
-    assert 0 <= rank < world_size
+class Place(TypedDict):
+    """Which items a process reads: `batch_size` at each step, drawn by `seed`, its share of those of all processes."""
+
+    batch_size: int
+    seed: int
+    rank: NotRequired[int]
+    world_size: NotRequired[int]
 
 
-class TokenBatches:
-    """Training batches of a token store; `batch(step)` is reproducible from (seed, step), see `batch_rows`.
+class Batches(Generic[Item]):
+    """Batches of `num_items` numbered items; `batch(step)` is reproducible from (seed, step), see `batch_rows`.
 
-    `batch_size` is per rank. Of a store with several views of each image, one view per item is drawn from (seed, step).
-    Raises `UserError` for an empty store, a batch size below 1, and a store of which only some items have a label.
-    """
-
-    def __init__(self, store: TokenStore, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        _check_batching(len(store), batch_size, rank, world_size, str(store.path))
-        self.store = store
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        # A store without classes trains one distribution: everything is class 0.
-        self.labels = store.labels if store.num_classes else torch.zeros(len(store), dtype=torch.int64)
-
-    @property
-    def num_items(self) -> int:
-        return len(self.store)
-
-    def _read(self, rows: Tensor, views: Tensor) -> TokenBatch:
-        return TokenBatch(tokens=self.store.read(rows, views), condition=self.labels[rows], indices=rows)
-
-    def batch(self, step: int) -> TokenBatch:
-        """tokens (B, N), condition (B,), indices (B,), all int64, for one optimiser step of this rank."""
-        rows = batch_rows(
-            step, self.batch_size, self.num_items, seed=self.seed, rank=self.rank, world_size=self.world_size
-        )
-        # Drawn for all ranks together, so that the number of ranks does not change which view an item shows.
-        shape = (self.batch_size * self.world_size,)
-        views = integers(generator(self.seed, "views", step), 0, self.store.num_views, *shape)
-        return self._read(rows, views[self.rank :: self.world_size])
-
-    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[TokenBatch]:
-        """`spread_rows` in the order of the store, first view, for validation; the last batch may be short."""
-        chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
-        for rows in chosen.split(batch_size):
-            yield self._read(rows, torch.zeros_like(rows))
-
-
-class ImageBatches:
-    """Training batches of images held in memory; `batch(step)` is reproducible from (seed, step), see `batch_rows`.
-
-    `images` uint8 (n, H, W, 3); `labels` (n,) int64 or None (condition 0 for all); `batch_size` is per rank. `flip`
-    mirrors half of the items, drawn from (seed, step). Raises `UserError` for no images or a batch size below 1.
+    `batch_size` is per rank. Raises `UserError`, which names `where` they come from, for no items and for a batch size
+    below 1.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor | None,
-        *,
-        batch_size: int,
-        seed: int,
-        flip: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        self, num_items: int, where: str, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, "images: uint8 (n, H, W, 3)"
-        assert labels is None or labels.shape == images.shape[:1], "labels: (n,)"
-        _check_batching(len(images), batch_size, rank, world_size, "the image tensor")
-        self.images = images
-        self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-        self.batch_size, self.seed, self.flip, self.rank, self.world_size = batch_size, seed, flip, rank, world_size
+        if num_items == 0:
+            raise UserError(f"data: {where} holds no items")
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is not a number of items, 1 or more")
+        assert 0 <= rank < world_size
+        self.num_items, self.batch_size, self.seed, self.rank, self.world_size = (
+            num_items, batch_size, seed, rank, world_size
+        )  # fmt: skip
 
-    @property
-    def num_items(self) -> int:
-        return len(self.images)
+    def read(self, rows: Tensor) -> Item:
+        """The items `rows` (B,) as they are held."""
+        raise NotImplementedError
 
-    def read(self, rows: Tensor) -> ImageBatch:
-        """The items `rows` (B,), not mirrored: images (B, 3, H, W) float32 in [-1, 1], condition (B,), indices (B,)."""
-        return ImageBatch(images=from_uint8(self.images[rows]), condition=self.labels[rows], indices=rows)
-
-    def batch(self, step: int) -> ImageBatch:
-        """images (B, 3, H, W) float32 in [-1, 1], condition (B,), indices (B,) for one optimiser step of this rank."""
-        rows = batch_rows(
+    def rows(self, step: int) -> Tensor:
+        """(B,) int64: the items of this rank at one optimiser step."""
+        return batch_rows(
             step, self.batch_size, self.num_items, seed=self.seed, rank=self.rank, world_size=self.world_size
         )
-        batch = self.read(rows)
+
+    def draw(self, name: str, step: int, high: int) -> Tensor:
+        """(B,) int64 in [0, high), one number for each item of `rows(step)`, whatever the number of ranks."""
+        rng = generator(self.seed, name, step)
+        return rows_of_rank(lambda count: integers(rng, 0, high, count), self.batch_size, self.rank, self.world_size)
+
+    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Item]:
+        """`spread_rows` in order and as they are held, for validation; the last batch may be short."""
+        chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
+        return map(self.read, chosen.split(batch_size))
+
+
+class TokenBatches(Batches[TokenBatch]):
+    """Batches of a token store: tokens (B, N), condition (B,), indices (B,), all int64.
+
+    Of a store with several views of each image, one view per item is drawn from (seed, step); `read` takes the first.
+    Raises `UserError` also for a store of which only some items have a label.
+    """
+
+    def __init__(self, store: TokenStore, **place: Unpack[Place]) -> None:
+        super().__init__(len(store), str(store.path), **place)
+        self.store = store
+        # A store without classes trains one distribution: everything is class 0.
+        self.labels = store.labels if store.num_classes else torch.zeros(len(store), dtype=torch.int64)
+
+    def read(self, rows: Tensor, views: Tensor | None = None) -> TokenBatch:
+        """The items `rows` (B,), each in its view of `views` (B,)."""
+        tokens = self.store.read(rows, torch.zeros_like(rows) if views is None else views)
+        return TokenBatch(tokens=tokens, condition=self.labels[rows], indices=rows)
+
+    def batch(self, step: int) -> TokenBatch:
+        """For one optimiser step of this rank."""
+        return self.read(self.rows(step), self.draw("views", step, self.store.num_views))
+
+
+class PictureBatches(Batches[ImageBatch]):
+    """Batches of images: images (B, 3, H, W) float32 in [-1, 1], condition (B,) and indices (B,) int64.
+
+    `flip` mirrors half of the items, drawn from (seed, step).
+    """
+
+    def __init__(self, num_items: int, where: str, *, flip: bool = False, **place: Unpack[Place]) -> None:
+        super().__init__(num_items, where, **place)
+        self.flip = flip
+
+    def batch(self, step: int) -> ImageBatch:
+        """For one optimiser step of this rank."""
+        batch = self.read(self.rows(step))
         if not self.flip:
             return batch
-        shape = (self.batch_size * self.world_size,)
-        mirrored = integers(generator(self.seed, "flip", step), 0, 2, *shape).bool()
-        mirrored = mirrored[self.rank :: self.world_size].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        images = torch.where(mirrored, batch.images.flip(-1), batch.images)
-        return ImageBatch(images=images, condition=batch.condition, indices=rows)
-
-    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[ImageBatch]:
-        """`spread_rows` in order and not mirrored, for validation; the last batch may be short."""
-        chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
-        for rows in chosen.split(batch_size):
-            yield self.read(rows)
+        mirrored = self.draw("flip", step, 2).bool().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        return replace(batch, images=torch.where(mirrored, batch.images.flip(-1), batch.images))
 
 
-class SourceBatches(ImageBatches):
-    """The same batches of images that are read when they are needed, by several threads: for sets beyond memory.
+class ImageBatches(PictureBatches):
+    """Batches of images held in memory: `images` uint8 (n, H, W, 3); `labels` (n,) int64 or None (condition 0)."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None, *, flip: bool = False, **place: Unpack[Place]) -> None:
+        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, "images: uint8 (n, H, W, 3)"
+        assert labels is None or labels.shape == images.shape[:1], "labels: (n,)"
+        super().__init__(len(images), "the image tensor", flip=flip, **place)
+        self.images = images
+        self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+
+    def read(self, rows: Tensor) -> ImageBatch:
+        return ImageBatch(images=from_uint8(self.images[rows]), condition=self.labels[rows], indices=rows)
+
+
+class SourceBatches(PictureBatches):
+    """Batches of images that are read when they are needed, by several threads: for sets beyond memory.
 
     A condition is the label of the record read, as `labels.check_label` finds it for `num_classes` and `missing`; 0
     where `num_classes` is None, for models that read no classes. Labels that are known beforehand are checked at once.
@@ -171,23 +177,15 @@ class SourceBatches(ImageBatches):
         image_size: int,
         *,
         num_classes: int | None,
-        batch_size: int,
-        seed: int,
         missing: int | None = None,
         flip: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        **place: Unpack[Place],
     ) -> None:
-        _check_batching(len(source), batch_size, rank, world_size, source.name)
+        super().__init__(len(source), source.name, flip=flip, **place)
         if num_classes is not None:
             check_labels(source, num_classes, missing)
         self.source, self.image_size, self.num_classes, self.missing = source, image_size, num_classes, missing
-        self.batch_size, self.seed, self.flip, self.rank, self.world_size = batch_size, seed, flip, rank, world_size
-        self.pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS))
-
-    @property
-    def num_items(self) -> int:
-        return len(self.source)
+        self.pool = decoding_threads()
 
     def read(self, rows: Tensor) -> ImageBatch:
         def read(index: int) -> tuple[np.ndarray, int]:

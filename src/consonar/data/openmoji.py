@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
-import os
 import unicodedata
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from consonar.data.prefetch import decoding_threads
 from consonar.errors import UserError, reading, unknown
 from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
@@ -207,7 +206,7 @@ def _render_all(size: int) -> _Rendered:
     path = cache_dir() / f"{key}.npz"
     if path.exists():
         return _read_rendered(path)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with decoding_threads() as pool:
         pictures = list(pool.map(lambda file: render(file, size), files))
     distinct = {picture.tobytes(): i for i, picture in reversed(list(enumerate(pictures)))}
     first = sorted(distinct.values())

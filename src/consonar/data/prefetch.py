@@ -2,14 +2,20 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 T = TypeVar("T")
-MAX_THREADS = 16
+
+
+def decoding_threads(count: int = 0) -> ThreadPoolExecutor:
+    """Threads for pictures, since Pillow releases the interpreter lock; 0: one per CPU core, at most 16."""
+    return ThreadPoolExecutor(count or min(os.cpu_count() or 1, 16))
 
 
 def prefetch(
@@ -17,38 +23,33 @@ def prefetch(
 ) -> Generator[T, None, None]:
     """`prepare(record)` for every image of `source`, in its order, computed by threads up to `depth` items ahead.
 
-    Pillow releases the interpreter lock, so threads decode in parallel. An `IndexedSource` is decoded by all
-    `num_workers` threads (0: one per CPU core, at most 16); any other source is walked by one more thread, and only
-    `prepare` runs in the others. An exception in a thread is raised here, at its item; waiting work is then dropped.
+    An `IndexedSource` is decoded by all `num_workers` threads (0: one per CPU core, at most 16); any other source is
+    walked by one more thread, and only `prepare` runs in the others. An exception in a thread is raised here, at its
+    item; waiting work is then dropped.
     """
-    records = None if isinstance(source, IndexedSource) else iter(source)
-    indices = iter(range(len(source))) if isinstance(source, IndexedSource) else None
-    reader = ThreadPoolExecutor(1)
-    workers = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, MAX_THREADS))
-    pending: deque[Future[T | None]] = deque()
+    reader, workers = ThreadPoolExecutor(1), decoding_threads(num_workers)
 
-    def from_stream(record: "Future[ImageRecord | None]") -> T | None:
-        result = record.result()
-        return None if result is None else prepare(result)
+    def reads() -> Iterator[Callable[[], ImageRecord | None]]:
+        """What gives the next image; of a stream None behind its end."""
+        if isinstance(source, IndexedSource):
+            yield from (partial(source.read, index) for index in range(len(source)))
+            return
+        records = iter(source)
+        while True:
+            yield reader.submit(next, records, None).result
 
-    def from_index(index: int) -> T:
-        assert isinstance(source, IndexedSource)
-        return prepare(source.read(index))
-
-    def submit() -> None:
-        if records is not None:
-            pending.append(workers.submit(from_stream, reader.submit(next, records, None)))
-        elif indices is not None and (index := next(indices, None)) is not None:
-            pending.append(workers.submit(from_index, index))
+    def prepared(read: Callable[[], ImageRecord | None]) -> T | None:
+        record = read()
+        return None if record is None else prepare(record)
 
     try:
-        for _ in range(depth):
-            submit()
+        waiting = reads()
+        pending = deque(workers.submit(prepared, read) for read in islice(waiting, depth))
         while pending:
             item = pending.popleft().result()
-            if item is None:  # the end of a stream
+            if item is None:
                 return
-            submit()
+            pending.extend(workers.submit(prepared, read) for read in islice(waiting, 1))
             yield item
     finally:
         workers.shutdown(cancel_futures=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from consonar.components import save_generator
-from consonar.data.loader import ImageBatches
+from consonar.data.loader import PictureBatches
 from consonar.errors import UserError, reading
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
@@ -26,7 +26,7 @@ METRIC = f"FD({NETWORK}) validation"
 class ValidationDistance:
     """FD to the validation images of `num_samples` samples at temperature 1, the same seeds at every call."""
 
-    def __init__(self, validation: ImageBatches, tokenizer: Tokenizer, num_samples: int, device: torch.device):
+    def __init__(self, validation: PictureBatches, tokenizer: Tokenizer, num_samples: int, device: torch.device):
         self.tokenizer, self.num_samples = tokenizer, num_samples
         self.network = load_feature_network(NETWORK, str(device))
         self.batch_size = validation.batch_size

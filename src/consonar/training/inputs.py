@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from consonar.data.grids import save_grid
 from consonar.data.labels import check_label, check_labels
-from consonar.data.loader import ImageBatches, SourceBatches
+from consonar.data.loader import Batches, ImageBatches, PictureBatches, SourceBatches
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import VIEWS, center_crop
 from consonar.distributed import World
@@ -24,15 +24,7 @@ from consonar.sampling.sample import SamplerConfig, sample
 from consonar.training.config import TrainConfig
 from consonar.types import Generator, ImageSource, IndexedSource, Tokenizer
 
-Item = TypeVar("Item", covariant=True)
-
-
-class Held(Protocol[Item]):
-    """Batches that can be walked through in order."""
-
-    batch_size: int
-
-    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Item]: ...
+Item = TypeVar("Item")
 
 
 PREVIEW_IMAGES = 16
@@ -86,7 +78,7 @@ def image_batches(
     num_classes: int | None = None,
     missing: int | None = None,
     **settings: Any,
-) -> ImageBatches:
+) -> PictureBatches:
     """Batches of centre-cropped images: from memory where all of them fit, else read in every epoch.
 
     Their labels become conditions by `labels.check_label`; without `num_classes` they are not read.
@@ -117,7 +109,7 @@ def load_images(
     return torch.from_numpy(np.stack(images)), None if num_classes is None else torch.tensor(conditions)
 
 
-def held_out_batches(batches: Held[Item], config: TrainConfig, world: World) -> Iterator[Item]:
+def held_out_batches(batches: Batches[Item], config: TrainConfig, world: World) -> Iterator[Item]:
     """What a validation measures, on the device."""
     for batch in batches.ordered(batches.batch_size, config.data.validation_items):
         yield to_device(batch, world.device)
@@ -129,7 +121,7 @@ def preview_samples(model: Generator, tokenizer: Tokenizer, path: Path) -> None:
     save_grid(result.images, path, columns=8)
 
 
-def preview_reconstructions(tokenizer: Tokenizer, validation: ImageBatches, world: World, path: Path) -> None:
+def preview_reconstructions(tokenizer: Tokenizer, validation: PictureBatches, world: World, path: Path) -> None:
     rows = torch.linspace(0, validation.num_items - 1, min(PREVIEW_IMAGES, validation.num_items)).long()
     images = to_device(validation.read(rows), world.device).images
     pairs = torch.stack([images, tokenizer.decode(tokenizer.encode(images))], 1).flatten(0, 1)
