@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 MINUTES ?= 18
 BIN := .venv/bin
 
-.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench results claims-vapi clean
+.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench gpu-prepare gpu-check results claims-vapi clean
 
 help:
 	@echo "make demo       train plain AR and reAR, post-train both by VA-pi, write runs/demo/report.html (MINUTES=18, of this machine)"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make test-portable  the numeric tests under other instruction sets, threads and kernels (nine times a minute or two)"
 	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
+	@echo "make gpu-prepare  fill .gpu/ for a machine with a GPU and no network (benchmarks/gpu/README.md)"
+	@echo "make gpu-check  tests, parity, timings and a small real run on a CUDA device: 9 minutes at most (PRETEND=1 TOY=1: dry)"
 	@echo "make results    docs/results.md from the files of a finished demo; keeps the section of claims-vapi"
 	@echo "make claims-vapi  VA-pi against its controls over 3 seeds, into docs/results.md (at most 90 minutes on 2 cores)"
 
@@ -48,6 +50,12 @@ test-portable: .venv/installed
 
 bench: .venv/installed
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+gpu-prepare: .venv/installed
+	PYTHON=$(BIN)/python bash benchmarks/gpu/prepare.sh
+
+gpu-check: .venv/installed
+	PYTHON=$(BIN)/python bash benchmarks/gpu/check.sh
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

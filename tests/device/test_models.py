@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_VQ
+from conftest import TINY_VQ, stir
 from contracts.test_generators import KINDS, make_condition, make_generator
 from contracts.test_tokenizers import TINY_CONV, TINY_PIXELS, TINY_VIT
 
@@ -16,6 +16,7 @@ from consonar.networks.inception_network import InceptionV3
 from consonar.networks.lpips import LPIPS, VGG16Features
 from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
+from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
@@ -49,10 +50,12 @@ SAMPLERS = {
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The frozen tiny tokenizer of a name in `TOKENIZER_CASES`."""
+    """The frozen tiny tokenizer of a name in `TOKENIZER_CASES`, stirred: untrained, some decode all tokens alike."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return TOKENIZER_CASES[name]().eval().requires_grad_(False)
+        made = TOKENIZER_CASES[name]().eval().requires_grad_(False)
+    stir(made, seeded(0, name))
+    return made
 
 
 @pytest.fixture(params=KINDS)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# A small real model from pictures to results on the card: tokenise, train, post-train by VA-pi, sample, evaluate.
+# Reads $DATA/openmoji and $DATA/tokens of `prepare.sh`; results go to $OUT. TOY=1: two steps of each.
+set -eu
+: "${DATA:=.gpu}" "${OUT:=.}" "${PYTHON:=python3}" "${WORK:=$(mktemp -d)}" "${TOY:=}"
+: "${CONSONAR:=$PYTHON -m consonar}"
+steps=1500 updates=60 batch=256 images=32 samples=1024
+[ -z "$TOY" ] || steps=2 updates=2 batch=8 images=4 samples=16
+
+$CONSONAR tokenize --tokenizer openmoji-64 --data "$DATA/openmoji" --out "$WORK/tokens" --batch-size $batch
+$CONSONAR train rear-openmoji --out "$WORK/rear" --data.tokens "$WORK/tokens" --loop.steps $steps \
+  --loop.batch-size $batch --loop.validate-every $((steps / 2)) --loop.sample-every 0 --quiet
+$CONSONAR train vapi-openmoji --init "$WORK/rear" --out "$WORK/vapi" --data.images "$DATA/openmoji" \
+  --loop.steps $updates --loop.batch-size $images --loop.validate-every $((updates / 2)) --quiet
+for name in rear vapi; do
+  $CONSONAR sample "$WORK/$name" --out "$WORK/$name.npz" --num-samples $samples --batch-size $batch
+  $CONSONAR evaluate "$WORK/$name.npz" --reference "$DATA/openmoji" --out "$OUT/$name.json" --batch-size $batch
+done
+$CONSONAR sample "$WORK/vapi" --out "$OUT/vapi.png" --num-samples 16
+for name in rear vapi; do cp "$WORK/$name/metrics.jsonl" "$OUT/${name}_metrics.jsonl"; done
+$PYTHON - "$DATA/tokens" "$WORK/tokens" <<'PY'
+import sys
+import torch
+from consonar.data.tokens import TokenStore
+here, there = map(TokenStore.open, sys.argv[1:])
+rows = torch.arange(len(here))
+first, second = (store.read(rows, torch.zeros_like(rows)) for store in (here, there))
+print(f"tokens made here that differ from those made on a CPU: {100 * (first != second).float().mean():.4f} %")
+PY

@@ -1,0 +1,303 @@
+"""Sampling, decoding, training and VA-pi on a CUDA device against the ceilings measured in the same run.
+
+Every stage writes one line of JSON to $OUT/timing.jsonl as soon as it is done; one that fails or has no time left
+writes `error` or `skipped`, and the others go on. Models have random weights: time does not depend on them.
+
+Run: OUT=FOLDER SECONDS_LEFT=170 PYTHONPATH=src:tests python benchmarks/gpu/timing.py; with PRETEND=1 on the pretended
+device, with TOY=1 at sizes that take a second on a CPU, where the figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from device.pretend import pretended_cuda
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from consonar.distributed import World, pick_device
+from consonar.evaluation.results import library_versions
+from consonar.generators import build_generator
+from consonar.generators.llamagen import LLAMAGEN_PRESETS
+from consonar.generators.rear import REAR_PRESETS
+from consonar.networks.lpips import LPIPS, VGG16Features
+from consonar.recipes.published import PLAIN, REGULARISED
+from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.training.aside import State
+from consonar.training.config import LoopConfig, TrainConfig
+from consonar.training.loop import update
+from consonar.training.objectives import method_of_config
+from consonar.training.objectives.alignment import AlignmentTrainee
+from consonar.training.objectives.base import ALONE, ObjectiveConfig
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.optim import OptimConfig, build_optimizer
+from consonar.training.rewards import PlacedReward, Rewards, squared_errors
+from consonar.training.trainee import Trainee
+from consonar.types import GeneratorConfig, Grid, ImageBatch, TokenBatch
+
+RELEASED_VQ = VQConfig(
+    vocab_size=16384, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), num_res_blocks=2, latent_channels=256
+)
+FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+"""Without cuDNN's attention, which PyTorch prefers on some devices."""
+FLOAT32, BF16 = torch.float32, torch.bfloat16
+
+
+class Bench:
+    """The device, what it can do at most, and where the lines go."""
+
+    def __init__(self, device: torch.device, folder: Path, seconds: float, toy: bool):
+        self.device, self.toy, self.deadline = device, toy, time.monotonic() + seconds
+        self.file = folder / "timing.jsonl"
+        self.bytes_per_second = self.products_per_second = float("nan")
+
+    def emit(self, name: str, **figures: Any) -> None:
+        rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()}
+        line = json.dumps({"name": name, **rounded})
+        print(line, flush=True)
+        with self.file.open("a") as lines:
+            lines.write(line + "\n")
+
+    def stage(self, name: str, run: Callable[[Bench], dict[str, Any]]) -> None:
+        """Writes what `run` measured, or why there is nothing."""
+        if time.monotonic() > self.deadline:
+            return self.emit(name, skipped="no time left")
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            figures = run(self)
+            self.emit(name, **figures, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
+        except Exception as error:  # whatever it is: the stages after it are worth their minutes
+            self.emit(name, error=f"{type(error).__name__}: {str(error)[:300]}")
+
+    def measured(
+        self, run: Callable[[], object], images: int, rounds: int = 3, operations: int = 0
+    ) -> dict[str, float]:
+        """Seconds of the first call, which makes plans and handles, and the median of `rounds` after it."""
+        first, *times = [self.seconds(run) for _ in range(rounds + 1)]
+        seconds = statistics.median(times)
+        figures = {"first_s": first, "seconds": seconds, "images_per_s": images / seconds}
+        share = {"share_of_products": operations / seconds / self.products_per_second} if operations else {}
+        return figures | share
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Of one call, from an idle device to an idle device."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def sized(self, preset: GeneratorConfig, vocab_size: int, side: int) -> GeneratorConfig:
+        """The preset for side x side tokens; one narrow layer and 2 x 2 tokens where this is a toy."""
+        if self.toy:
+            preset, side = replace(preset, num_layers=1, width=64, num_heads=4), 2
+        return preset.sized(vocab_size, side * side, 1000, grid=Grid(side, side))
+
+    def made(self, make: Callable[[Any], Any], config: Any) -> Any:
+        """A model with weights drawn on the device: a CPU takes its time with a billion."""
+        with torch.device("meta"):
+            model = make(config)
+        model.to_empty(device=self.device)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        return model.eval()
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    """What the figures are of, and the ceilings: bytes that a copy reads and writes, bf16 operations of a product."""
+    size, width = (2**20, 64) if bench.toy else (2**30, 8192)
+    source = torch.empty(size, dtype=torch.uint8, device=bench.device).random_()
+    target = torch.empty_like(source)
+    one, two = (torch.randn(width, width, device=bench.device, dtype=BF16) for _ in range(2))
+    bench.bytes_per_second = 2 * size / bench.measured(lambda: target.copy_(source), 1, 10)["seconds"]
+    bench.products_per_second = 2 * width**3 / bench.measured(lambda: one @ two, 1, 10)["seconds"]
+    return {
+        "gpu": torch.cuda.get_device_name(bench.device), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **library_versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+        "attention_order": str(torch._C._get_sdp_priority_order()), "toy": bench.toy,
+        "tb_per_s": bench.bytes_per_second / 1e12, "bf16_tflops": bench.products_per_second / 1e12,
+    }  # fmt: skip
+
+
+def sampling(
+    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, dtype: torch.dtype,
+    backends: Sequence[SDPBackend], bench: Bench,
+) -> dict[str, Any]:  # fmt: skip
+    """Guided tokens of `rows` images. The floor: the blocks' weights and the cache of all rows, read once a token."""
+    config = bench.sized(preset, vocab_size, side)
+    rows = 2 if bench.toy else rows
+    model = bench.made(build_generator, config).to(dtype)
+    labels = torch.arange(rows, device=bench.device)
+
+    def run() -> None:
+        with sdpa_kernel(list(backends)) if backends else nullcontext():
+            sample_tokens(model, labels, range(rows), SamplerConfig(guidance_scale=2.0))
+
+    figures = bench.measured(run, rows, rounds=1 if dtype == FLOAT32 else 2)
+    weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
+    cache = model.new_cache(2 * rows).data.nbytes / 2  # filled to a half in the mean
+    floor = config.num_tokens * (weights + cache) / bench.bytes_per_second
+    per_token = 1e3 * figures["seconds"] / config.num_tokens
+    return {**figures, "ms_per_token": per_token, "floor_s": floor, "share_of_floor": floor / figures["seconds"]}
+
+
+def decoding(mode: str, bench: Bench) -> dict[str, Any]:
+    """128 pictures of 256 px by MaskGIT's decoder. `mode`: tf32, ieee, bf16, or bf16 in channels last."""
+    config = MaskGITConfig(base_channels=32, image_size=32) if bench.toy else MaskGITConfig()
+    tokenizer = bench.made(MaskGITTokenizer, config)
+    if mode.endswith("channels last"):
+        tokenizer = tokenizer.to(memory_format=torch.channels_last)
+    pictures = 1 if bench.toy else 128
+    tokens = torch.randint(config.vocab_size, (pictures, tokenizer.num_tokens), device=bench.device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        with torch.autocast("cuda", BF16, enabled=mode.startswith("bf16")):
+            tokenizer.decode(tokens)
+
+    torch.backends.cudnn.allow_tf32 = mode == "tf32"
+    try:
+        return bench.measured(run, pictures, operations=operations_of(run))
+    finally:
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def operations_of(run: Callable[[], object]) -> int:
+    """Additions and multiplications of all products and convolutions in a call, which is made."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, bench: Bench) -> Callable[[], None]:
+    """One step of the loop in bf16, all that it does between two batches."""
+    settings = TrainConfig(
+        recipe="timing", tokenizer="timing", objective=config, optim=OptimConfig(lr=1e-6, min_lr=1e-6),
+        loop=LoopConfig(steps=1000),
+    )  # fmt: skip
+    state = State(trainee, build_optimizer(trainee, settings.optim), None, device=bench.device)
+
+    def step() -> None:
+        prepared = objective.prepare(trainee, batch, state.step)
+        update(trainee, state, objective, prepared, settings, ALONE, BF16, Path("no run"))
+
+    return step
+
+
+def training(
+    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, config: ObjectiveConfig, compiled: bool,
+    bench: Bench,
+) -> dict[str, Any]:  # fmt: skip
+    """A step on tokens."""
+    shape = bench.sized(preset, vocab_size, side)
+    rows = 2 if bench.toy else rows
+    tokenizer = bench.made(MaskGITTokenizer, MaskGITConfig(vocab_size=vocab_size)).requires_grad_(False)
+    specs = config.head_specs(shape.num_layers, tokenizer.code_dim)
+    trainee = bench.made(lambda shape: Trainee(build_generator(shape), specs), shape).train()
+    objective = method_of_config(config).objective(
+        config, tokenizer, total_steps=1000, seed=0, world=World(0, 1, bench.device)
+    )
+    tokens = torch.randint(vocab_size, (rows, shape.num_tokens), device=bench.device)
+    batch = TokenBatch(tokens, torch.arange(rows, device=bench.device))
+    step = step_of(trainee, objective, config, batch, bench)
+    operations = operations_of(step)
+    for part in trainee.parts_to_compile() if compiled and not bench.toy else ():
+        part.compile()
+    return bench.measured(step, rows, rounds=4, operations=operations)
+
+
+def vapi(preset: GeneratorConfig, side: int, rows: int, group_size: int, bench: Bench) -> dict[str, Any]:
+    """A VA-pi step with LPIPS and squared error as rewards, and the seconds of its parts."""
+    shape = bench.sized(preset, RELEASED_VQ.vocab_size, side)
+    vq = replace(RELEASED_VQ, image_size=16 * side)
+    if bench.toy:
+        rows, group_size = 2, 2
+        vq = replace(vq, image_size=32, base_channels=32, latent_channels=32)
+    tokenizer = bench.made(VQTokenizer, vq).requires_grad_(False)
+    config = PolicyConfig(rewards={"mse": 1.0}, group_size=group_size, chunk=16)
+    objective = method_of_config(config).objective(
+        config, tokenizer, None, total_steps=1000, seed=0, world=World(0, 1, bench.device), autocast_dtype=BF16
+    )
+    distance = LPIPS(VGG16Features(), "drawn").to(bench.device)
+    rewards = {"mse": PlacedReward(squared_errors), "lpips": PlacedReward(distance.maps)}
+    objective.rewards = Rewards(rewards, dict.fromkeys(rewards, 1.0), chunk=config.chunk)
+    trainee = AlignmentTrainee(bench.made(build_generator, shape)).to(bench.device)
+    images = torch.rand(rows, 3, vq.image_size, vq.image_size, device=bench.device) * 2 - 1
+    batch = ImageBatch(images, torch.arange(rows, device=bench.device))
+    step = step_of(trainee, objective, config, batch, bench)
+    operations = operations_of(step)
+    parts = {
+        name: timed(owner, name, bench)
+        for owner, name in ((objective, "encode"), (objective, "decode"), (objective.rewards, "measure"))
+    }
+    figures = bench.measured(step, rows, operations=operations)
+    return {**figures, **{f"{name}_s": statistics.median(times[1:]) for name, times in parts.items()}}
+
+
+def timed(owner: Any, name: str, bench: Bench) -> list[float]:
+    """Puts a clock around a method; the seconds of each call from now on."""
+    inner, times = getattr(owner, name), []
+
+    def call(*args: Any, **settings: Any) -> Any:
+        results: list[Any] = []
+        times.append(bench.seconds(lambda: results.append(inner(*args, **settings))))
+        return results[0]
+
+    setattr(owner, name, call)
+    return times
+
+
+S, B, L = (REAR_PRESETS[name] for name in "SBL")
+XL, XXL = LLAMAGEN_PRESETS["XL"], LLAMAGEN_PRESETS["XXL"]
+STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "machine": machine,
+    "sample reAR-S, 128 rows, float32": partial(sampling, S, 1024, 16, 128, FLOAT32, ()),
+    "sample reAR-S, 128 rows, bf16": partial(sampling, S, 1024, 16, 128, BF16, ()),
+    "sample reAR-S, 128 rows, bf16, flash first": partial(sampling, S, 1024, 16, 128, BF16, FLASH_FIRST),
+    "decode MaskGIT, ieee": partial(decoding, "ieee"),
+    "decode MaskGIT, tf32": partial(decoding, "tf32"),
+    "decode MaskGIT, bf16": partial(decoding, "bf16"),
+    "decode MaskGIT, bf16, channels last": partial(decoding, "bf16, channels last"),
+    "train reAR-S, 128 rows": partial(training, S, 1024, 16, 128, REGULARISED, False),
+    "train reAR-S, 128 rows, plain AR": partial(training, S, 1024, 16, 128, PLAIN, False),
+    "VA-pi LlamaGen-XL, 8 pictures of 384 px, G 8": partial(vapi, XL, 24, 8, 8),
+    "sample LlamaGen-XL, 32 rows of 576 tokens, bf16": partial(sampling, XL, 16384, 24, 32, BF16, ()),
+    "train LlamaGen-XL, 8 rows of 576 tokens, plain AR": partial(training, XL, 16384, 24, 8, PLAIN, False),
+    "train reAR-L, 64 rows": partial(training, L, 1024, 16, 64, REGULARISED, False),
+    "sample reAR-L, 128 rows, bf16": partial(sampling, L, 1024, 16, 128, BF16, ()),
+    "train reAR-B, 128 rows": partial(training, B, 1024, 16, 128, REGULARISED, False),
+    "sample reAR-B, 128 rows, bf16": partial(sampling, B, 1024, 16, 128, BF16, ()),
+    "train reAR-S, 128 rows, compiled": partial(training, S, 1024, 16, 128, REGULARISED, True),
+    "VA-pi LlamaGen-XXL, 8 pictures of 384 px, G 8": partial(vapi, XXL, 24, 8, 8),
+}
+"""In the order of what is worth most: the last ones may find no time left."""
+
+
+def main() -> None:
+    folder = Path(os.environ.get("OUT", "."))
+    toy, seconds = bool(os.environ.get("TOY")), float(os.environ.get("SECONDS_LEFT", 200))
+    with pretended_cuda() if os.environ.get("PRETEND") else nullcontext():
+        bench = Bench(pick_device("cuda"), folder, seconds, toy)
+        for name, run in STAGES.items():
+            bench.stage(name, run)
+
+
+if __name__ == "__main__":
+    main()

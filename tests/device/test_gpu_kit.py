@@ -1,0 +1,145 @@
+"""The kit for a quarter of an hour on a GPU (`benchmarks/gpu`) runs dry: a name that moves breaks it here already."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import picture
+
+from consonar import cli
+
+ROOT = Path(__file__).parents[2]
+KIT = ROOT / "benchmarks" / "gpu"
+PARITY_CASES = [
+    "generators: llamagen: a pass", "generators: rear: sampling, filtered", "tokenizers: vqgan-plus, signs",
+    "objectives: post-training, vapi", "objectives: post-training, ste", "networks: features of inception-pytorch",
+    "networks: features of efficientnet", "networks: distance", "networks: patch", "rewards:",
+]  # fmt: skip
+"""Every function of the script; every case is in the other files here."""
+
+
+def script(name: str) -> ModuleType:
+    """A script of the kit as a module; `parity` is also a folder of tests, so that it goes by another name."""
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", KIT / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def parity() -> ModuleType:
+    return script("parity")
+
+
+@pytest.fixture(scope="module")
+def timing() -> ModuleType:
+    return script("timing")
+
+
+def test_parity_holds_where_the_device_is_a_pretence(cuda, parity, capsys) -> None:
+    parity.main(["--only", *PARITY_CASES])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"FAILS: 0 of {len(lines) - 1}" and all(line.startswith("OK ") for line in lines[:-1])
+    assert all(any(text in line for line in lines) for text in PARITY_CASES)
+
+
+def test_parity_fails_where_the_device_computes_something_else(cuda, parity, monkeypatch, capsys) -> None:
+    def moved_and_changed(model, device):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        return model.to(device)
+
+    monkeypatch.setattr(parity, "moved", moved_and_changed)
+    cases = ["rear: a pass", "tokenizers: vq", "distance lpips"]
+    with pytest.raises(SystemExit) as ended:
+        parity.main(["--only", *cases, "rewards: mse"])
+    *lines, last = capsys.readouterr().out.split("FAILS: ")
+    failed = last.splitlines()[1:]
+    assert ended.value.code == 1 and all(any(text in name for name in failed) for text in cases)
+    assert "OK    rewards: mse" in lines[0]  # the others are tried all the same
+
+
+def test_parity_fails_where_something_breaks_or_nothing_is_tried(cuda, parity, monkeypatch, capsys) -> None:
+    def broken(device):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(parity.GROUPS, "tokenizers", lambda: iter([("vq", broken)]))
+    for arguments in (["tokenizers"], ["--only", "nothing of this name"]):
+        with pytest.raises(SystemExit) as ended:
+            parity.main(arguments)
+        assert ended.value.code == 1
+    assert "FAIL  tokenizers: vq: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.fixture
+def timed(cuda, timing, monkeypatch, tmp_path):
+    """Lines of some stages at toy sizes."""
+
+    def run(stages: dict, seconds: float = 600) -> list[dict]:
+        for key, value in {"TOY": "1", "OUT": str(tmp_path), "SECONDS_LEFT": str(seconds)}.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr(timing, "STAGES", stages)
+        timing.main()
+        return [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_every_way_of_timing_gives_a_line(timed, timing) -> None:
+    one_of_each = {getattr(run, "func", run): name for name, run in timing.STAGES.items()}
+    stages = {name: timing.STAGES[name] for name in one_of_each.values()}
+    lines = timed(stages)
+    assert [line["name"] for line in lines] == list(stages) and len(stages) == 5
+    assert not [line for line in lines if "error" in line]
+    assert {"gpu", "torch", "date", "tb_per_s", "bf16_tflops"} <= lines[0].keys()
+    assert all(line["seconds"] > 0 for line in lines[1:])
+    assert all({"share_of_floor", "share_of_products"} & line.keys() for line in lines[1:])
+    assert {"encode_s", "decode_s", "measure_s"} <= lines[-1].keys()
+
+
+def test_a_stage_that_breaks_loses_no_other_and_time_runs_out(timed) -> None:
+    stages = {"breaks": lambda bench: 1 / 0, "goes on": lambda bench: {"seconds": 1.23456}}
+    assert timed(stages) == [
+        {"name": "breaks", "error": "ZeroDivisionError: division by zero"},
+        {"name": "goes on", "seconds": 1.235, "peak_gib": 0.0},
+    ]
+    assert timed(stages, seconds=-1)[2:] == [{"name": name, "skipped": "no time left"} for name in stages]
+
+
+def test_the_commands_of_the_real_run(tmp_path: Path, monkeypatch) -> None:
+    """As `real.sh` gives them, on the CPU with few pictures; all of `evaluate` but its options is in other tests."""
+    for split, count in (("train", 12), ("validation", 6)):
+        for index in range(count):
+            path = tmp_path / "openmoji" / split / "abc"[index % 3] / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(index, 64).save(path)
+    places = {"DATA": tmp_path, "OUT": tmp_path, "WORK": tmp_path / "work", "PYTHON": sys.executable}
+    settings = {key: str(value) for key, value in places.items()} | {"TOY": "1", "CONSONAR": "echo consonar"}
+    told = subprocess.run(["bash", KIT / "real.sh"], env=os.environ | settings, capture_output=True, text=True)
+    commands = [shlex.split(line)[1:] for line in told.stdout.splitlines() if line.startswith("consonar ")]
+    assert [command[0] for command in commands] == ["tokenize", "train", "train", *["sample", "evaluate"] * 2, "sample"]
+    evaluated = []
+    options_only = functools.wraps(cli.COMMANDS["evaluate"])(lambda *names, **options: evaluated.append(options))
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", options_only)
+    for command in commands:
+        cli.main(command)
+    assert len(evaluated) == 2 and (tmp_path / "vapi.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["prepare", "check", "real"])
+def test_shell_scripts_can_be_read(name) -> None:
+    assert subprocess.run(["bash", "-n", KIT / f"{name}.sh"]).returncode == 0
