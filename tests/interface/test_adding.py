@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from conftest import NUM_CLASSES, picture
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import consonar
 from consonar import cli
-from consonar.components import load_tokenizer
+from consonar.attention import KVCache
+from consonar.components import load_generator, load_tokenizer
 from consonar.data.sources import SOURCES, SourceKind
 from consonar.data.tokens import TokenStore
+from consonar.generators import GENERATORS, GeneratorKind
+from consonar.generators.base import CausalConfig, CausalGenerator
 from consonar.tokenizers import TOKENIZERS, TokenizerKind
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.rewards import REWARDS
@@ -78,6 +82,66 @@ def test_a_trainable_tokenizer(folder: Path, monkeypatch) -> None:
     assert torch.equal(images[:, 0], images[:, 1])
     cli.main(["tokenize", "--tokenizer", "run", "--data", "data", "--out", "tokens", "--device", "cpu"])
     cli.main(["evaluate", "run", "--reference", "data", "--device", "cpu"])
+    cli.main(["report", "run", "--out", "page.html"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigramConfig(CausalConfig):
+    """A generator that sees the last token alone."""
+
+    kind: Literal["bigram"] = "bigram"
+    width: int = 8
+    num_layers: int = 1
+    num_heads: int = 1
+    num_classes: int = 0
+
+
+class BigramBlock(nn.Linear):
+    def forward(self, x: Tensor, needed: None, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        return x + super().forward(x)
+
+
+class BigramGenerator(CausalGenerator[Tensor]):
+    def __init__(self, config: BigramConfig):
+        super().__init__(config, config.num_classes)
+        self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 1, config.width)
+        self.blocks = nn.ModuleList([BigramBlock(config.width, config.width)])
+        self.output = nn.Linear(config.width, config.vocab_size)
+
+    @torch.no_grad()
+    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=rng)
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return torch.full_like(condition, self.num_classes)
+
+    def hidden_states(self, context, condition, *, cache=None, tap_layers=()) -> tuple[Tensor, dict[int, Tensor]]:
+        if cache is None or cache.length == 0:
+            context = torch.cat([condition[:, None] + self.vocab_size, context], 1)
+        return self.run_blocks(self.embeddings(context), None, None, cache, tap_layers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden)
+
+
+def test_a_generator(folder: Path, tokenizer_folder: Path, monkeypatch) -> None:
+    """Its tokens are those of its table: the most likely one after each."""
+    monkeypatch.setitem(GENERATORS, "bigram", GeneratorKind(BigramConfig, BigramGenerator))
+    for name, part in (("tokens", "train"), ("held-out", "validation")):
+        cli.main(["tokenize", "--tokenizer", str(tokenizer_folder), "--data", f"data/{part}", "--out", name])
+    Path("bigram.yaml").write_text(
+        f"base: rear-openmoji\ntokenizer: {tokenizer_folder}\nmodel: {{kind: bigram, width: 12}}\n"
+        "data: {tokens: tokens, validation_tokens: held-out}\n"
+        "loop: {steps: 3, batch_size: 4, validate_every: 2, save_every: 2, device: cpu}\n"
+    )
+    cli.main(["train", "bigram.yaml", "--out", "run"])
+    cli.main(["sample", "run", "--classes", "0,2", "--temperature", "0", "--out", "samples.npz", "--device", "cpu"])
+    model, tokens = load_generator("run"), np.load("samples.npz")["tokens"]
+    following = torch.cat([torch.tensor([[0], [2]]) + 32, torch.from_numpy(tokens)], 1)
+    table = model.output(model.blocks[0](model.embeddings.weight, None, None, None, 0)).argmax(-1)
+    assert isinstance(model, BigramGenerator) and torch.equal(table[following[:, :-1]], following[:, 1:])
+    cli.main(["evaluate", "run", "--reference", "data", "--num-samples", "8", "--draws", "1", "--device", "cpu"])
     cli.main(["report", "run", "--out", "page.html"])
 
 

@@ -116,7 +116,7 @@ def test_a_shape_is_sized_by_the_data():
     assert text.num_classes == 0 and text.prefix_length == 120
     with pytest.raises(UserError, match=r"model\.vocab_size: 64, but the token store has 63"):
         sized.sized(63, 30, 5, Grid(5, 6))
-    with pytest.raises(UserError, match=r"model\.grid: .*rows=5.*, but the tokens of the store sit on .*rows=6"):
+    with pytest.raises(UserError, match=r"model\.grid: .*rows=5.*, but the token store has .*rows=6"):
         sized.sized(64, 30, 5, Grid(6, 5))
     with pytest.raises(UserError, match=r"model\.num_tokens: 31, but model\.grid has 30"):
         bare.sized(64, 31, 5, Grid(5, 6))

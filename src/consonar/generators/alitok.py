@@ -82,13 +82,13 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class AliTokARGenerator(RotaryGenerator):
+class AliTokARGenerator(RotaryGenerator[Tensor]):
     """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
 
     config: AliTokARConfig
 
     def __init__(self, config: AliTokARConfig):
-        super().__init__(config)
+        super().__init__(config, config.num_classes)
         self.mask_token = config.vocab_size
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)

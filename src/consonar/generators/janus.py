@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 from consonar.attention import KVCache
 from consonar.errors import UserError
+from consonar.generators.base import CausalGenerator
 from consonar.generators.janus_parts import PAD_TOKEN, CacheLayers, JanusConfig, build_parts, rotary, visible
-from consonar.origin import Origin
 from consonar.types import PromptCondition
 
 JANUS_PRESETS = {
@@ -51,31 +51,21 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_token: int = PAD_TOKEN) ->
     return PromptCondition(torch.tensor(tokens, dtype=torch.int64), torch.tensor(mask))
 
 
-class JanusGenerator(nn.Module):
+class JanusGenerator(CausalGenerator[PromptCondition]):
     """The generator; follows `consonar.types.Generator`. `config` has all sizes set; needs transformers.
 
     `prefix_length` is `config.max_prompt_tokens`, whatever the length of the prompts given: hidden states are padded on
     the left with zeros to that many.
     """
 
-    num_classes = 0
-    origin: Origin | None = None
+    config: JanusConfig
     language_model: Any
     generation_embeddings: nn.Module
     generation_aligner: nn.Module
     generation_head: nn.Module
 
     def __init__(self, config: JanusConfig):
-        super().__init__()
-        for key in ("vocab_size", "num_tokens"):
-            if getattr(config, key) < 1:
-                raise UserError(
-                    f"model.{key}: {getattr(config, key)} is not positive; set it or build from a token store"
-                )
-        self.config = config
-        self.vocab_size, self.num_tokens = config.vocab_size, config.num_tokens
-        self.num_layers, self.width = config.num_layers, config.width
-        self.prefix_length = config.max_prompt_tokens
+        super().__init__(config, num_classes=0)
         for name, part in build_parts(config).items():
             self.add_module(name, part)
         device = torch.get_default_device()
@@ -84,7 +74,7 @@ class JanusGenerator(nn.Module):
             self.reset_parameters()
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
         return self.language_model.layers
 
     @torch.no_grad()
@@ -103,19 +93,10 @@ class JanusGenerator(nn.Module):
         tokens = condition.tokens.masked_fill(condition.mask & ~starts, self.config.pad_token)
         return replace(condition, tokens=tokens)
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        weight = self.language_model.norm.weight
-        return KVCache(
-            self.num_layers,
-            batch_size,
-            self.config.num_kv_heads or self.config.num_heads,
-            self.prefix_length + self.num_tokens,
-            self.width // self.config.num_heads,
-            device=weight.device,
-            dtype=dtype or weight.dtype,
-        )
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.generation_head(self.language_model.norm(hidden))
 
-    def forward(
+    def hidden_states(
         self,
         context: Tensor,
         condition: PromptCondition,
@@ -123,12 +104,9 @@ class JanusGenerator(nn.Module):
         cache: KVCache | None = None,
         tap_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits (B, n, V) for the n tokens of `context` (B, n) int64; (B, P + n, D) after each layer of `tap_layers`.
+        """Before the last norm, and without what pads the taps on the left.
 
-        Row i comes from the position before token i: from the start-of-image token for i = 0. With a cache: `context`
-        holds the tokens not yet read, the logits are those of the next token, (B, 1, V), and the taps those of the
-        positions read by this call. Raises `UserError` for a condition that is no prompt, too long, or not padded on
-        the left.
+        Raises `UserError` for a condition that is no prompt, too long, or not padded on the left.
         """
         reads_prompt = cache is None or cache.length == 0
         if reads_prompt:
@@ -150,8 +128,7 @@ class JanusGenerator(nn.Module):
             taps = {layer: F.pad(tap, (0, 0, spare, 0)) for layer, tap in taps.items()}
         if cache is not None:
             cache.advance(end - start)
-        predicting = x[:, -1:] if cache is not None else x[:, length - 1 : length - 1 + context.shape[1]]
-        return self.generation_head(self.language_model.norm(predicting)), taps
+        return x, taps
 
     def _blocks(
         self, x: Tensor, valid: Tensor, start: int, cache: KVCache | None, tap_layers: tuple[int, ...]

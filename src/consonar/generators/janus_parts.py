@@ -7,7 +7,7 @@ Letters: `B` batch, `T` positions read so far.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from consonar.attention import KVCache
 from consonar.errors import UserError
+from consonar.generators.base import CausalConfig
 from consonar.options import check_options
-from consonar.types import GeneratorConfig, Grid
 
 # "<｜▁pad▁｜>" of the tokenizer of both released models.
 PAD_TOKEN = 100002
 
 
 @dataclass(frozen=True, kw_only=True)
-class JanusConfig(GeneratorConfig):
+class JanusConfig(CausalConfig):
     """Shape of a Janus generator; the defaults are Janus-Pro-1B. Recipes leave `vocab_size`, `num_tokens` at 0."""
 
     kind: Literal["janus"] = "janus"
@@ -79,15 +79,14 @@ class JanusConfig(GeneratorConfig):
             if not getattr(self, key) > 0:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
 
-    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> JanusConfig:
-        """This shape for given data; raises `UserError` when a size was set to something else.
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return self.max_prompt_tokens
 
-        Prompts are the condition whatever `num_classes` is, and positions are on a line whatever `grid` is.
-        """
-        for key, size in {"vocab_size": vocab_size, "num_tokens": num_tokens}.items():
-            if getattr(self, key) not in (0, size):
-                raise UserError(f"model.{key}: {getattr(self, key)}, but the token store has {size}")
-        return replace(self, vocab_size=vocab_size, num_tokens=num_tokens)
+    @property
+    def num_key_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
 
 @lru_cache(maxsize=16)
@@ -140,7 +139,7 @@ def build_parts(config: JanusConfig) -> dict[str, nn.Module]:
         intermediate_size=config.mlp_width,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads or config.num_heads,
+        num_key_value_heads=config.num_key_heads,
         rms_norm_eps=config.norm_eps,
         # With a padding index the embedding that fills the null prompt would get no gradient.
         pad_token_id=None,

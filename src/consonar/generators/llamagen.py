@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class LlamaGenConfig(RotaryConfig):
         return self.num_kv_heads or self.num_heads
 
     def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
-        """As `RotaryConfig.sized`; with captions the store's classes are of no use."""
+        """As `CausalConfig.sized`; with captions the store's classes are of no use."""
         return super().sized(vocab_size, num_tokens, 0 if self.condition == "text" else num_classes, grid)
 
 
@@ -159,13 +159,13 @@ class CaptionEmbedding(nn.Module):
         return self.cap_proj(condition.features * condition.mask[:, :, None])
 
 
-class LlamaGenGenerator(RotaryGenerator):
+class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
     """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
 
     config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig):
-        super().__init__(config)
+        super().__init__(config, config.num_classes)
         if config.condition == "class":
             self.cls_embedding: nn.Module = ClassEmbedding(config.num_classes, config.width)
         else:
@@ -178,7 +178,7 @@ class LlamaGenGenerator(RotaryGenerator):
         self.reset_parameters()
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
         """The released name of the list is `layers`."""
         return self.layers
 
@@ -205,7 +205,7 @@ class LlamaGenGenerator(RotaryGenerator):
     def kept_positions(self, condition: Tensor | TextCondition) -> Tensor | None:
         return condition.mask if isinstance(condition, TextCondition) else None
 
-    def null_condition(self, condition: Any) -> Any:
+    def null_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
         """The null class, or the null caption under the mask of the caption (so the released sampler does)."""
         if not isinstance(condition, TextCondition):
             return torch.full_like(condition, self.num_classes)

@@ -14,7 +14,7 @@ Letters: `B` batch, `N` tokens, `V` codes, `D` width, `L` = N + 2 positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,9 +23,8 @@ from torch.nn import functional as F
 
 from consonar.attention import CausalAttention, KVCache, attention_mask
 from consonar.errors import UserError
+from consonar.generators.base import CausalConfig, CausalGenerator
 from consonar.options import check_options
-from consonar.origin import Origin
-from consonar.types import GeneratorConfig, Grid
 
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
@@ -34,7 +33,7 @@ FEW_CLASSES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReARConfig(GeneratorConfig):
+class ReARConfig(CausalConfig):
     """Shape of a reAR/RAR generator. Recipes leave `vocab_size`, `num_tokens`, `num_classes` at 0: set by the data."""
 
     kind: Literal["rear"] = "rear"
@@ -62,13 +61,10 @@ class ReARConfig(GeneratorConfig):
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout: {self.dropout} is not in [0, 1)")
 
-    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> ReARConfig:
-        """This shape for given data (positions are learned: `grid` is not asked); `UserError` for other sizes."""
-        sizes = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": num_classes}
-        for key, size in sizes.items():
-            if getattr(self, key) not in (0, size):
-                raise UserError(f"model.{key}: {getattr(self, key)}, but the token store has {size}")
-        return replace(self, vocab_size=vocab_size, num_tokens=num_tokens, num_classes=num_classes)
+    @property
+    def prefix_length(self) -> int:
+        """P: cls and the condition."""
+        return 2
 
 
 REAR_PRESETS = {
@@ -166,22 +162,13 @@ class HeadModulation(nn.Module):
         return modulate(self.norm_final(x), shift, scale)
 
 
-class ReARGenerator(nn.Module):
+class ReARGenerator(CausalGenerator[Tensor]):
     """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
 
-    prefix_length = 2
-    origin: Origin | None = None
+    config: ReARConfig
 
     def __init__(self, config: ReARConfig):
-        super().__init__()
-        for key in ("vocab_size", "num_tokens", "num_classes"):
-            if getattr(config, key) < 1:
-                raise UserError(
-                    f"model.{key}: {getattr(config, key)} is not positive; set it or build from a token store"
-                )
-        self.config = config
-        self.vocab_size, self.num_tokens, self.num_classes = config.vocab_size, config.num_tokens, config.num_classes
-        self.num_layers, self.width = config.num_layers, config.width
+        super().__init__(config, config.num_classes)
         self.mask_token = config.vocab_size
         self.null_class = config.num_classes
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -210,44 +197,13 @@ class ReARGenerator(nn.Module):
     def null_condition(self, condition: Tensor) -> Tensor:
         return torch.full_like(condition, self.null_class)
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        head_dim = self.width // self.config.num_heads
-        return KVCache(
-            self.num_layers,
-            batch_size,
-            self.config.num_heads,
-            self.prefix_length + self.num_tokens,
-            head_dim,
-            device=self.cls_token.device,
-            dtype=dtype or self.cls_token.dtype,
-        )
-
-    def forward(
-        self,
-        context: Tensor,
-        condition: Tensor,
-        *,
-        cache: KVCache | None = None,
-        tap_layers: tuple[int, ...] = (),
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits (B, n, V) for the n tokens of `context` (B, n) int64; (B, P + n, D) after each layer of `tap_layers`.
-
-        `condition` (B,) int64 class ids, `num_classes` = the null class. With a cache: `context` holds the tokens not
-        yet read, and the logits are those of the next token, (B, 1, V).
-        """
-        hidden, taps = self.hidden_states(context, condition, cache=cache, tap_layers=tap_layers)
-        predicting = hidden[:, -1:] if cache is not None else hidden[:, 1 : 1 + context.shape[1]]
-        return self.lm_head(predicting), taps
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
 
     def hidden_states(
-        self,
-        context: Tensor,
-        condition: Tensor,
-        *,
-        cache: KVCache | None = None,
-        tap_layers: tuple[int, ...] = (),
+        self, context: Tensor, condition: Tensor, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """What `lm_head` reads, at every new position: (B, P + n, D) without a cache."""
+        """Of the classes `condition` (B,) int64, `num_classes` = the null class."""
         start = cache.length if cache is not None else 0
         condition_embedding = self.embeddings(condition + self.vocab_size + 1).unsqueeze(1)  # (B, 1, D)
         x = self.embeddings(context)
@@ -261,13 +217,8 @@ class ReARGenerator(nn.Module):
         if few:
             rows, condition_embedding = condition, self.embeddings.weight[self.vocab_size + 1 :].unsqueeze(1)
         step = Condition(F.silu(condition_embedding + self.timesteps_embeddings[:, start:end]), rows)
-        mask, taps = attention_mask(end - start, end, None, cached=cache is not None, device=x.device), {}
-        for layer, block in enumerate(self.blocks):
-            x = block(x, step, mask, cache, layer)
-            if layer in tap_layers:
-                taps[layer] = x
-        if cache is not None:
-            cache.advance(x.shape[1])
+        mask = attention_mask(end - start, end, None, cached=cache is not None, device=x.device)
+        x, taps = self.run_blocks(x, step, mask, cache, tap_layers)
         return self.adaln_before_head(x, step), taps
 
     def _target_embedding(self, start: int, end: int) -> Tensor:

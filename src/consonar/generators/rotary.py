@@ -1,32 +1,31 @@
 """The shape and the forward pass that LlamaGen and AliTok's generator share; their blocks differ.
 
-Sequence [condition, token 0, token 1, ...], causal; hidden state P - 1 + i predicts token i. The table of positions is
-not part of the weights but follows from `grid`, so that weights trained at one resolution load at another.
+The table of positions is not part of the weights but follows from `grid`, so that weights trained at one resolution
+load at another.
 
 Letters: `B` batch, `n` new tokens, `N` tokens, `V` codes, `D` width, `P` condition tokens.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self, cast
+from abc import abstractmethod
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
+from consonar.generators.base import CausalConfig, CausalGenerator, Given
 from consonar.generators.layers import RMSNorm, rotary_table, swiglu_width
 from consonar.options import check_options
-from consonar.origin import Origin
-from consonar.types import GeneratorConfig, Grid
+from consonar.types import Grid
 
 SIZES = ("vocab_size", "num_tokens", "num_classes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotaryConfig(GeneratorConfig):
+class RotaryConfig(CausalConfig):
     """Shape of a generator with rotary positions. Recipes leave the last four at 0 and None: set by the data."""
 
     width: int = 768
@@ -75,56 +74,22 @@ class RotaryConfig(GeneratorConfig):
             raise UserError(f"model.num_tokens: {self.num_tokens}, but model.grid has {self.grid.num_tokens} places")
 
     @property
-    def needed_sizes(self) -> tuple[str, ...]:
-        """Fields that a generator cannot be built without."""
-        return SIZES
-
-    @property
-    def prefix_length(self) -> int:
-        """P."""
-        return 1
-
-    @property
-    def num_key_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_heads
-
-    @property
     def hidden_units(self) -> int:
         """Of the SwiGLU."""
         return self.ffn_width or swiglu_width(self.width, self.multiple_of)
 
-    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
-        """This shape for given data; raises `UserError` when a size was set to something else."""
-        sizes = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": num_classes}
-        for key, size in sizes.items():
-            if getattr(self, key) not in (0, size):
-                raise UserError(f"model.{key}: {getattr(self, key)}, but the token store has {size}")
-        if self.grid not in (None, grid):
-            raise UserError(f"model.grid: {self.grid}, but the tokens of the store sit on {grid}")
-        return replace(self, vocab_size=vocab_size, num_tokens=num_tokens, num_classes=num_classes, grid=grid)
 
-
-class RotaryGenerator(nn.Module, ABC):
+class RotaryGenerator(CausalGenerator[Given]):
     """Follows `consonar.types.Generator`.
 
-    A subclass makes `blocks`, each called with (x, table, mask, cache, layer), the modules declared here, and the four
-    methods that tell what conditions and tokens are. `config` has all sizes set.
+    A subclass makes `blocks`, which need the table of positions, the modules declared here, and the methods that tell
+    what conditions and tokens are.
     """
 
-    origin: Origin | None = None
+    config: RotaryConfig
     norm: RMSNorm
     output: nn.Linear
     token_dropout: nn.Dropout
-
-    def __init__(self, config: RotaryConfig):
-        super().__init__()
-        for key in config.needed_sizes:
-            if getattr(config, key) < 1:
-                raise UserError(f"model.{key}: {getattr(config, key)} is not positive; set it or build from a store")
-        self.config = config
-        self.vocab_size, self.num_tokens, self.num_classes = config.vocab_size, config.num_tokens, config.num_classes
-        self.num_layers, self.width, self.prefix_length = config.num_layers, config.width, config.prefix_length
 
     @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -132,18 +97,13 @@ class RotaryGenerator(nn.Module, ABC):
         ...
 
     @abstractmethod
-    def embed_condition(self, condition: Any) -> Tensor:
+    def embed_condition(self, condition: Given) -> Tensor:
         """(B, P, D)."""
         ...
 
     @abstractmethod
-    def kept_positions(self, condition: Any) -> Tensor | None:
+    def kept_positions(self, condition: Given) -> Tensor | None:
         """Which of the P condition tokens are no padding, (B, P) bool; None: all."""
-        ...
-
-    @abstractmethod
-    def null_condition(self, condition: Any) -> Any:
-        """What guidance and condition dropout use instead."""
         ...
 
     @torch.no_grad()
@@ -158,16 +118,8 @@ class RotaryGenerator(nn.Module, ABC):
                 nn.init.ones_(module.weight)
         nn.init.zeros_(self.output.weight)
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        return KVCache(
-            self.num_layers,
-            batch_size,
-            self.config.num_key_heads,
-            self.prefix_length + self.num_tokens,
-            self.width // self.config.num_heads,
-            device=self.output.weight.device,
-            dtype=dtype or self.output.weight.dtype,
-        )
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden)
 
     def rotary_table(self, device: torch.device) -> Tensor:
         """(P + N, head width / 2, 2) of this shape."""
@@ -175,32 +127,9 @@ class RotaryGenerator(nn.Module, ABC):
         head_dim = self.width // config.num_heads
         return rotary_table(head_dim, self.prefix_length, self.num_tokens, config.grid, config.rope_base, device)
 
-    def forward(
-        self,
-        context: Tensor,
-        condition: Any,
-        *,
-        cache: KVCache | None = None,
-        tap_layers: tuple[int, ...] = (),
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits (B, n, V) for the n tokens of `context` (B, n) int64; (B, P + n, D) after each layer of `tap_layers`.
-
-        With a cache: `context` holds the tokens not yet read, and the logits are those of the next token, (B, 1, V).
-        """
-        hidden, taps = self.hidden_states(context, condition, cache=cache, tap_layers=tap_layers)
-        first = self.prefix_length - 1
-        predicting = hidden[:, -1:] if cache is not None else hidden[:, first : first + context.shape[1]]
-        return self.output(predicting), taps
-
     def hidden_states(
-        self,
-        context: Tensor,
-        condition: Any,
-        *,
-        cache: KVCache | None = None,
-        tap_layers: tuple[int, ...] = (),
+        self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """What `output` reads, at every new position: (B, P + n, D) without a cache."""
         start = cache.length if cache is not None else 0
         x = self.embed_tokens(context)
         if start == 0:
@@ -211,11 +140,5 @@ class RotaryGenerator(nn.Module, ABC):
         kept = self.kept_positions(condition)
         mask = attention_mask(end - start, end, kept, cached=cache is not None, device=x.device)
         table = self.rotary_table(x.device)[start:end]
-        taps = {}
-        for layer, block in enumerate(cast(nn.ModuleList, self.blocks)):
-            x = block(x, table, mask, cache, layer)
-            if layer in tap_layers:
-                taps[layer] = x
-        if cache is not None:
-            cache.advance(end - start)
+        x, taps = self.run_blocks(x, table, mask, cache, tap_layers)
         return self.norm(x), taps

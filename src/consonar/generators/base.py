@@ -1,0 +1,140 @@
+"""What all generators share: sizes that the data say, the cache, and which hidden states predict which token.
+
+Sequence [condition, token 0, token 1, ...], causal; hidden state P - 1 + i predicts token i.
+
+Letters: `B` batch, `n` new tokens, `N` tokens, `V` codes, `D` width, `P` condition tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from consonar.attention import KVCache
+from consonar.errors import UserError
+from consonar.origin import Origin
+from consonar.types import GeneratorConfig, Grid
+
+Given = TypeVar("Given")
+"""What a kind of generator is conditioned on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(GeneratorConfig):
+    """Shape of a generator. Its own fields among vocab_size, num_tokens, num_classes and grid are set by the data."""
+
+    width: int
+    """Hidden size."""
+    num_layers: int
+    """Transformer blocks."""
+    num_heads: int
+    """Attention heads."""
+
+    @property
+    def needed_sizes(self) -> tuple[str, ...]:
+        """Fields that a generator cannot be built without."""
+        own = [field.name for field in fields(self)]
+        return tuple(key for key in ("vocab_size", "num_tokens", "num_classes") if key in own)
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return 1
+
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads
+
+    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
+        """This shape for given data, in the fields that it has; `UserError` when one was set to something else."""
+        given = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": num_classes, "grid": grid}
+        sizes: dict[str, Any] = {field.name: given[field.name] for field in fields(self) if field.name in given}
+        for key, size in sizes.items():
+            if getattr(self, key) not in (0, None, size):
+                raise UserError(f"model.{key}: {getattr(self, key)}, but the token store has {size}")
+        return replace(self, **sizes)
+
+
+class CausalGenerator(nn.Module, ABC, Generic[Given]):
+    """Follows `consonar.types.Generator`. `config` has all sizes set.
+
+    A subclass makes `blocks`, called with (x, whatever they need, mask, cache, layer), and what goes in and out.
+    """
+
+    origin: Origin | None = None
+    blocks: nn.ModuleList
+
+    def __init__(self, config: CausalConfig, num_classes: int):
+        super().__init__()
+        for key in config.needed_sizes:
+            if getattr(config, key) < 1:
+                raise UserError(
+                    f"model.{key}: {getattr(config, key)} is not positive; set it or build from a token store"
+                )
+        self.config, self.num_classes = config, num_classes
+        self.vocab_size, self.num_tokens = config.vocab_size, config.num_tokens
+        self.num_layers, self.width, self.prefix_length = config.num_layers, config.width, config.prefix_length
+
+    @abstractmethod
+    def hidden_states(
+        self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """What `logits` reads, at every new position, (B, P + n, D) without a cache; and the taps of `forward`."""
+        ...
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, n, V) <- (B, n, D)."""
+        ...
+
+    @abstractmethod
+    def null_condition(self, condition: Given) -> Given:
+        """What guidance and condition dropout use instead."""
+        ...
+
+    @abstractmethod
+    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
+        """Draws every weight anew."""
+        ...
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
+        weight, config = next(self.parameters()), self.config
+        return KVCache(
+            self.num_layers,
+            batch_size,
+            config.num_key_heads,
+            self.prefix_length + self.num_tokens,
+            self.width // config.num_heads,
+            device=weight.device,
+            dtype=dtype or weight.dtype,
+        )
+
+    def forward(
+        self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits (B, n, V) for the n tokens of `context` (B, n) int64; (B, P + n, D) after each layer of `tap_layers`.
+
+        With a cache: `context` holds the tokens not yet read, the logits are those of the next token, (B, 1, V), and
+        the taps those of the positions read by this call.
+        """
+        hidden, taps = self.hidden_states(context, condition, cache=cache, tap_layers=tap_layers)
+        predicting = hidden[:, -1:] if cache is not None else hidden[:, -1 - context.shape[1] : -1]
+        return self.logits(predicting), taps
+
+    def run_blocks(
+        self, x: Tensor, needed: object, mask: Tensor | None, cache: KVCache | None, tap_layers: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """x (B, n, D) after all blocks, and after those of `tap_layers`; the cache has read it then."""
+        taps = {}
+        for layer, block in enumerate(self.blocks):
+            x = block(x, needed, mask, cache, layer)
+            if layer in tap_layers:
+                taps[layer] = x
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return x, taps
