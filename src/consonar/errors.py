@@ -29,6 +29,11 @@ class BadImage(UserError):
     """One picture of many cannot be read."""
 
 
+class NonFiniteLoss(RuntimeError):
+    """The loss, its gradient, the weights or a measurement is not finite; the message names the step, what to change,
+    and the last checkpoint. The command line exits with 1."""
+
+
 def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     """A `UserError` for a name that is not in a table: says which names are."""
     names = [str(choice) for choice in choices]

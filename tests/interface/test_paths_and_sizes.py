@@ -51,7 +51,7 @@ def test_an_image_size_of_a_converted_file_has_the_same_bounds(tmp_path, capsys)
 @pytest.mark.parametrize("words", [["--data", "DATA"], ["--data=DATA"], ["--data.images=DATA"]])
 def test_data_is_given_with_a_space_or_an_equals_sign(words: list[str], monkeypatch, tmp_path) -> None:
     given: list[TrainConfig] = []
-    monkeypatch.setattr("consonar.training.run.train", lambda config, out, **_: given.append(config))
+    monkeypatch.setattr("consonar.cli.train.train", lambda config, out, **_: given.append(config))
     cli.main(["train", "tokenizer-openmoji-64", "--out", str(tmp_path / "out"), *words])
     assert given[0].data.images == "DATA"
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from consonar import cli
-from consonar.cli.making import with_rewards
-from consonar.cli.parsing import check_repeats, class_list
+from consonar.cli.parsing import check_repeats
+from consonar.cli.sample import class_list
+from consonar.cli.train import with_rewards
 from consonar.components import load_generator, load_tokenizer, save_generator
 from consonar.demo.job import run_demo
 from consonar.errors import UserError, unknown

@@ -13,12 +13,12 @@ from consonar.components import load_generator
 from consonar.data.loader import TokenBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
-from consonar.errors import UserError
+from consonar.errors import NonFiniteLoss, UserError
 from consonar.files.component import read_component
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
-from consonar.training.aside import Callbacks, NonFiniteLoss, State
+from consonar.training.aside import Callbacks, State
 from consonar.training.loop import train_loop
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.optim import build_optimizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from consonar.cli.parsing import class_list
+from consonar.cli.sample import class_list
 from consonar.components import load_generator, load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
 from consonar.origin import Origin

@@ -1,80 +1,66 @@
-"""The command line: `consonar COMMAND ...`. Only this folder imports tyro; a command is a function with a docstring.
+"""The command line: `consonar COMMAND ...`. Only this folder imports tyro; a command is the module of its name.
 
 Wrong input prints one line and exits with 2; a run that fails by itself (a loss that is not finite) exits with 1.
 """
 
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
+from consonar import __version__
 from consonar.cli.console import say
-from consonar.cli.doctor import doctor
-from consonar.cli.making import demo, recipes, sample_command, train_command
-from consonar.cli.measuring import evaluate, report
-from consonar.cli.models import convert, models
-from consonar.cli.parsing import parse
-from consonar.cli.tokenizing import import_tokens, tokenize
 from consonar.cpu.memory import hold_memory
-from consonar.errors import BadImage, UserError, printable, unknown
+from consonar.errors import BadImage, NonFiniteLoss, UserError, printable, unknown
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "tokenize": tokenize,
-    "train": train_command,
-    "sample": sample_command,
-    "evaluate": evaluate,
-    "report": report,
-    "import-tokens": import_tokens,
-    "convert": convert,
-    "models": models,
-    "recipes": recipes,
-    "doctor": doctor,
+COMMANDS = {
+    "demo": "Pictures of a shipped generator; then plain AR, reAR and VA-pi on OpenMoji, trained, measured, on a page.",
+    "tokenize": "Tokenise images into a token store, and their validation images into a second one beside it.",
+    "train": "Train a recipe or a YAML file: consonar train rear-openmoji --out runs/mine [--optim.lr 1e-4 ...].",
+    "sample": "Draw images from a trained generator: consonar sample RUN --out samples.png|samples.npz|FOLDER.",
+    "evaluate": "Measure samples (.npz or a folder of images), a trained generator over temperatures, or a tokenizer.",
+    "report": "Write one self-contained HTML page that compares runs.",
+    "import-tokens": "Turn the token files of RAR (.jsonl) or LlamaGen (.npy folders) into a token store.",
+    "convert": "Convert a released weight file into a model folder, or (--to-official) a model folder back.",
+    "models": "List the released models that can be loaded by name, or show where one was published.",
+    "recipes": "List the recipes.",
+    "doctor": "Show device, versions, kernels, packages, weights and cache: what a bug report needs.",
 }
+"""What each does. Its module is imported when it is called, for PyTorch takes a second."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `consonar`."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
+    name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
         say("usage: consonar COMMAND ...\n")
-        for name, function in COMMANDS.items():
-            say(f"  {name:16}{(function.__doc__ or '').splitlines()[0]}")
+        for command, summary in COMMANDS.items():
+            say(f"  {command:16}{summary}")
         say("\nOptions of a command: consonar COMMAND --help")
         return
-    if args[0] == "--version":
-        from consonar import __version__
-
+    if name == "--version":
         say(__version__)
         return
     try:
         hold_memory()
-        if args[0] not in COMMANDS:
-            raise unknown("command", args[0], COMMANDS)
-        run_command(args[0], args[1:])
+        if name not in COMMANDS:
+            raise unknown("command", name, COMMANDS)
+        import_module(f"consonar.cli.{name.replace('-', '_')}").command(args)
     except UserError as error:
         way_out = "; --bad-images skip leaves such images out" if isinstance(error, BadImage) else ""
-        print(f"consonar: {error}{way_out}", file=sys.stderr)
-        sys.exit(2)
+        stop(f"{error}{way_out}", 2)
     except OSError as error:
         # The machine said no (full disk, no permission, a file where a folder should be): the user's to mend.
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "the disk is full; what was complete is kept" if full else error.strerror or str(error)
-        print(f"consonar: {printable(place + reason)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("consonar: interrupted; the same command (train: with --resume) goes on", file=sys.stderr)
-        sys.exit(130)
-
-
-def run_command(name: str, args: list[str]) -> None:
-    from consonar.training.aside import NonFiniteLoss
-
-    try:
-        if COMMANDS[name] in (train_command, sample_command):
-            COMMANDS[name](args)
-        else:
-            parse(COMMANDS[name], args, name)
+        stop(printable(place + reason), 2)
     except NonFiniteLoss as error:
-        print(f"consonar: {error}", file=sys.stderr)
-        sys.exit(1)
+        stop(str(error), 1)
+    except KeyboardInterrupt:
+        stop("interrupted; the same command (train: with --resume) goes on", 130)
+
+
+def stop(line: str, code: int) -> None:
+    print(f"consonar: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -8,18 +8,30 @@ import platform
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy
+import torch
+
+import consonar
+from consonar import distributed
 from consonar.cli.console import say
+from consonar.cli.parsing import NoOptions, parse
+from consonar.cpu import kernels, kernels_mode
+from consonar.cpu import timing as hardware
+from consonar.errors import UserError
+from consonar.files.cache import cache_dir
+from consonar.networks import inception, lpips
+from consonar.training.optim import adamw_ways
 
 UNMEASURED = "nothing is kept: the machine is too busy to be measured, or the cache folder cannot be written"
 
 WIDTH, LABEL = 80, 12
 
 
-def doctor() -> None:
-    """Show device, versions, kernels, packages, weights and cache: what a bug report needs."""
+def command(args: Sequence[str]) -> None:
+    parse(NoOptions, args, "doctor")
     for label, text in findings():
         words = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)
         for row, line in enumerate(words):
@@ -28,7 +40,8 @@ def doctor() -> None:
 
 def findings() -> Iterator[tuple[str, str]]:
     """(what, in words), one paragraph each; the kernels that are most used are measured if they were not yet."""
-    yield "versions", ", ".join(versions())
+    ours = f"consonar {consonar.__version__}, python {platform.python_version()}"
+    yield "versions", f"{ours}, torch {torch.__version__}, numpy {numpy.__version__}"
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
     yield from devices()
     yield from choices()
@@ -39,24 +52,7 @@ def findings() -> Iterator[tuple[str, str]]:
     yield from cached()
 
 
-def versions() -> list[str]:
-    import numpy
-    import torch
-
-    from consonar import __version__
-
-    return [
-        f"consonar {__version__}", f"python {platform.python_version()}", f"torch {torch.__version__}",
-        f"numpy {numpy.__version__}",
-    ]  # fmt: skip
-
-
 def devices() -> Iterator[tuple[str, str]]:
-    import torch
-
-    from consonar import distributed
-    from consonar.cpu import timing as hardware
-
     device = distributed.pick_device("auto")
     if device.type == "cpu":
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
@@ -75,13 +71,6 @@ def devices() -> Iterator[tuple[str, str]]:
 
 def choices() -> Iterator[tuple[str, str]]:
     """Precision and kernels, and why."""
-    import torch
-
-    from consonar import distributed
-    from consonar.cpu import kernels, kernels_mode
-    from consonar.cpu import timing as hardware
-    from consonar.training.optim import adamw_ways
-
     device = distributed.pick_device("auto")
     precision = distributed.pick_precision("auto", device)
     mode, answers = kernels_mode(), hardware.kept_answers()
@@ -135,10 +124,6 @@ def optional_packages() -> tuple[list[str], list[str]]:
 
 def cached() -> Iterator[tuple[str, str]]:
     """Weights found in the cache folder, its size, and what is free."""
-    import consonar
-    from consonar.errors import UserError
-    from consonar.files.cache import cache_dir
-
     try:
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +133,10 @@ def cached() -> Iterator[tuple[str, str]]:
     except OSError as error:
         yield "cache", f"{error.filename}: cannot be made ({error.strerror}); set CONSONAR_CACHE"
         return
-    weights = [f"{name}{'' if path.is_file() else ' not'} in the cache" for name, path in published_weights(folder)]
+    weights = [
+        f"{file.network} ({file.name}){'' if (folder / file.name).is_file() else ' not'} in the cache"
+        for file in (lpips.WEIGHTS, inception.WEIGHTS)  # which a user brings
+    ]
     shipped = sorted(path.name for path in Path(consonar.__file__).parent.glob("*/pretrained/*") if path.is_dir())
     yield "weights", f"shipped: {', '.join(shipped)}; " + "; ".join(weights)
     for kind in ("released", "converted"):
@@ -160,11 +148,3 @@ def cached() -> Iterator[tuple[str, str]]:
     yield "cache", f"{folder}: {sum(sizes) / 1e6:,.1f} MB in {len(sizes)} files{writable}"
     for what, place in (("cache folder", folder), ("working folder", Path.cwd())):
         yield "disk" if place is folder else "", f"{shutil.disk_usage(place).free / 1e9:,.1f} GB free for the {what}"
-
-
-def published_weights(folder: Path) -> list[tuple[str, Path]]:
-    """(what it is for, place) of the files that a user brings."""
-    from consonar.networks.inception import WEIGHTS as inception
-    from consonar.networks.lpips import WEIGHTS as lpips
-
-    return [(f"{file.network} ({file.name})", folder / file.name) for file in (lpips, inception)]

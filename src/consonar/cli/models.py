@@ -1,83 +1,31 @@
-"""Commands about released models: convert, models."""
+"""The command `models`."""
 
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from consonar.cli.console import print_models, say
-from consonar.cli.parsing import check_output
-from consonar.errors import UserError, unknown
+from consonar.cli.console import say
+from consonar.cli.parsing import parse
+from consonar.errors import unknown
+from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS, Published
 
-
-def convert(
-    source: tyro.conf.Positional[Path],
-    *,
-    to: Path | None = None,
-    to_official: Path | None = None,
-    image_size: int | None = None,
-    tokenizer: str | None = None,
-    entry: str | None = None,
-    setting: tuple[str, ...] = (),
-) -> None:
-    """Convert a released weight file into a model folder, or (--to-official) a model folder back.
-
-    Args:
-        source: A .pt, .pth, .bin or .safetensors file, an index of shards, or (--to-official) a model folder.
-        to: Model folder to make; for a file with both halves TO/generator and TO/tokenizer.
-        to_official: File to write in the released layout: .pt, .pth, .bin or .safetensors.
-        image_size: Pixels, where shapes do not say it (default: as published, or as the file name says).
-        tokenizer: Of a generator: name or folder of its tokenizer, kept for `consonar sample`.
-        entry: The part of a training checkpoint to take, e.g. ema (default: model, module or state_dict).
-        setting: Other fields of the configuration that shapes do not say, e.g. l2_normalize=false.
-    """
-    from consonar import convert as conversion
-
-    check_output(to or to_official, "--to" if to else "--to-official")
-    if (to is None) == (to_official is None):
-        raise UserError("convert: give either --to FOLDER, or --to-official FILE for the way back")
-    if to_official is not None:
-        if image_size is not None or tokenizer is not None or entry is not None or setting:
-            raise UserError("--to-official: takes no other option")
-        say(f"{conversion.to_official(source, to_official)}: {to_official}")
-        return
-    assert to is not None
-    made = conversion.convert(
-        source, to, image_size=image_size, tokenizer=tokenizer, entry=entry, settings=read_settings(setting)
-    )
-    for part in made:
-        codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
-        say(f"{part.recognised_as}: {part.num_parameters / 1e6:,.1f}M parameters, {part.num_tokens} tokens, {codes}")
-        for note in part.notes:
-            say(f"  {note}")
-        say(f"  {part.component} folder: {part.folder}")
+COLUMNS = {
+    "name": "left", "kind": "left", "params": "right", "tokens": "right", "codes": "right", "licence": "left",
+    "parity": "left",
+}  # fmt: skip
 
 
-def read_settings(words: tuple[str, ...]) -> dict[str, Any]:
-    """{"l2_normalize": False} <- ("l2_normalize=false",); values are JSON, or else text."""
-    settings: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not key or not equals:
-            raise UserError(f"--setting: {word!r} is not of the form field=value")
-        if key in settings:
-            raise UserError(f"--setting: {key} is given twice; keep one")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value
-    return settings
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    name: tyro.conf.Positional[str | None] = None
+    """One of them."""
 
 
-def models(name: tyro.conf.Positional[str | None] = None, /) -> None:
-    """List the released models that can be loaded by name, or show where one was published.
-
-    Args:
-        name: One of them.
-    """
-    from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS
-
+def command(args: Sequence[str]) -> None:
+    name = parse(Options, args, "models").name
     if name is None:
         print_models("tokenizers", TOKENIZERS)
         print_models("generators", GENERATORS)
@@ -99,3 +47,22 @@ def models(name: tyro.conf.Positional[str | None] = None, /) -> None:
         say(f"  tokenizer   {model.tokenizer}")
     say(f"  golden      {model.golden or 'none'}")
     say(f"  manifest    {model.manifest or 'none'}")
+
+
+def print_models(title: str, models: Sequence[Published]) -> None:
+    """A table of released models; narrow terminals fold the place of publication."""
+    # Plain lines: what is piped into a file or a mail stays legible.
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    for heading, side in COLUMNS.items():
+        table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("published at", overflow="fold")
+    for model in models:
+        codes = str(model.vocab_size) + (f"x{model.code_dim}" if model.code_dim else "")
+        millions = f"{model.parameters / 1e6:,.0f}M"
+        place = f"{model.repository}/{model.file}" if model.repository else str(model.elsewhere)
+        table.add_row(
+            model.name, model.kind, millions, str(model.num_tokens), codes, model.licence, model.parity, place
+        )
+    console = Console(highlight=False)
+    Console(highlight=False, width=console.width if console.is_terminal else 200).print(table)
+    say("")

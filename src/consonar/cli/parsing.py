@@ -1,31 +1,43 @@
 """From words to a call: tyro, with its boxed errors told in one line."""
 
 import contextlib
-import inspect
 import io
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
-from consonar.cli.console import say
-from consonar.errors import UserError, unknown
-from consonar.origin import same_text
+from consonar.cli import COMMANDS
+from consonar.data.bad_images import LIMIT, BadImages, check_policy
+from consonar.errors import UserError
 
-FLAGS = (tyro.conf.AvoidSubcommands,)
+Parsed = TypeVar("Parsed")
 
 
-def parse(target: Any, args: Sequence[str], command: str) -> Any:
-    """`tyro.cli`, with its boxed errors told in one line, and without options that are given twice."""
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a command that takes nothing."""
+
+
+def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed | None = None) -> Parsed:
+    """The options of a command: `tyro.cli`, with its boxed errors told in one line, and without repeated options.
+
+    `kind` is a dataclass of one option a field; `default` replaces its defaults.
+    """
     check_repeats(args)
     check_empty(args)
     captured = io.StringIO()
+    # Any: of one key, which tyro tells from others by being there; None would be a default like others.
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(target, args=list(args), prog=f"consonar {command}", config=FLAGS)
+            return tyro.cli(
+                kind, args=list(args), prog=f"consonar {command}", description=COMMANDS[command.split()[0]],
+                config=(tyro.conf.AvoidSubcommands,), **given,
+            )  # fmt: skip
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -64,13 +76,6 @@ def check_empty(args: Sequence[str]) -> None:
             raise UserError(f"{option}: given an empty value; give one, or leave it away")
 
 
-def check_read(command: Callable[..., None], given: Mapping[str, Any], unread: Sequence[str], why: str) -> None:
-    """Raises `UserError` for the first of the options `unread` of a command that is not at its default."""
-    for name in unread:
-        if given[name] != inspect.signature(command).parameters[name].default:
-            raise UserError(f"--{name.replace('_', '-')}: {given[name]!r} is read only {why}; leave it away")
-
-
 def flatten(box: str) -> str:
     """The message and the first suggestion of a tyro error box, in one line."""
     paragraphs: list[list[str]] = [[]]
@@ -103,13 +108,12 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     return args, None
 
 
-def check_bad_images(policy: str, limit: float) -> None:
-    """Raises `UserError` for values of --bad-images and --bad-images-limit that are none, or that nothing reads."""
-    from consonar.data.bad_images import LIMIT, check_policy
-
+def bad_images_of(policy: str, limit: float, listing: Path | None) -> BadImages:
+    """What is done about images that cannot be read; `UserError` for a wrong option, or a limit that nothing reads."""
     check_policy(policy, limit, "--bad-images", "--bad-images-limit")
     if policy == "stop" and limit != LIMIT:
         raise UserError(f"--bad-images-limit: {limit} is read only with --bad-images skip; leave it away")
+    return BadImages(policy, limit, listing)
 
 
 def check_output(out: Path | None, key: str = "--out") -> None:
@@ -125,38 +129,3 @@ def check_name(out: Path) -> None:
     check_output(out)
     if out.name in ("", ".."):
         raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'mine'}")
-
-
-def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Any:
-    """Class of every image, (n,) int64, from ids or `names` such as `0,3,Objects` and a count.
-
-    Names count in any case where no class has them in that case. A number that is an id and the name of another class
-    is the id, which is said. `UserError` for a word that is neither the id nor the name of a class.
-    """
-    import torch
-
-    from consonar.sampling.job import balanced_labels, check_count
-
-    exact = {same_text(name): i for i, name in enumerate(names)}
-    ids = exact | {str(i): i for i in range(num_classes)}
-    count_of = Counter(map(str.casefold, exact))
-    folded = {name.casefold(): i for name, i in exact.items() if count_of[name.casefold()] == 1}
-    given = ",".join(map(str, range(num_classes or 1))) if classes is None else same_text(classes.strip())
-    if num_classes == 0:  # refused where conditions are checked, as in Python
-        given, ids = "0", {"0": 0}
-    whole = given in ids or given.casefold() in folded  # a name may have commas
-    chosen = []
-    for word in [given] if whole else [word.strip() for word in given.split(",")]:
-        label = ids.get(word, folded.get(word.casefold()))
-        if label is None:
-            raise unknown("--classes", word, [f"0..{num_classes - 1}", *names[:20]])
-        if classes is not None and exact.get(word, label) != label:
-            say(f"--classes: {word} is the id of {names[label]!r} here; the class {word!r} has the id {exact[word]}")
-        chosen.append(label)
-    labels = torch.tensor(chosen, dtype=torch.int64)
-    if num_samples is None:
-        return labels
-    check_count(num_samples, "--num-samples")
-    if classes is None:
-        return balanced_labels(num_samples, len(labels))
-    return labels[torch.arange(num_samples) % len(labels)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from consonar import distributed
 from consonar.cpu import timing as hardware
 from consonar.distributed import World
-from consonar.errors import UserError, reading
+from consonar.errors import NonFiniteLoss, UserError, reading
 from consonar.files.weights import check_plain, check_weights, load_weights
 from consonar.training.config import TrainConfig
 from consonar.training.resume import RESUME_REMEDY, list_resume, save_resume
@@ -26,11 +26,6 @@ from consonar.types import Objective
 INTERRUPTED = "interrupted"
 KERNELS = "kernels.json"
 """What the machine decided for the run: it is resumed in the same way."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss, its gradient, the weights or a measurement is not finite; the message names the step, what to change,
-    and the last checkpoint."""
 
 
 @dataclass

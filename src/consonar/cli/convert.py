@@ -1,0 +1,74 @@
+"""The command `convert`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from consonar import convert as conversion
+from consonar.cli.console import say
+from consonar.cli.parsing import check_output, parse
+from consonar.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    source: tyro.conf.Positional[Path]
+    """A .pt, .pth, .bin or .safetensors file, an index of shards, or (--to-official) a model folder."""
+    to: Path | None = None
+    """Model folder to make; for a file with both halves TO/generator and TO/tokenizer."""
+    to_official: Path | None = None
+    """File to write in the released layout: .pt, .pth, .bin or .safetensors."""
+    image_size: int | None = None
+    """Pixels, where shapes do not say it (default: as published, or as the file name says)."""
+    tokenizer: str | None = None
+    """Of a generator: name or folder of its tokenizer, kept for `consonar sample`."""
+    entry: str | None = None
+    """The part of a training checkpoint to take, e.g. ema (default: model, module or state_dict)."""
+    setting: tuple[str, ...] = ()
+    """Other fields of the configuration that shapes do not say, e.g. l2_normalize=false."""
+
+
+def command(args: Sequence[str]) -> None:
+    options = parse(Options, args, "convert")
+    check_output(options.to or options.to_official, "--to" if options.to else "--to-official")
+    if (options.to is None) == (options.to_official is None):
+        raise UserError("convert: give either --to FOLDER, or --to-official FILE for the way back")
+    if options.to is not None:
+        to_folder(options, options.to)
+    elif options.to_official is not None:
+        if options != Options(source=options.source, to_official=options.to_official):
+            raise UserError("--to-official: takes no other option")
+        say(f"{conversion.to_official(options.source, options.to_official)}: {options.to_official}")
+
+
+def to_folder(options: Options, folder: Path) -> None:
+    made = conversion.convert(
+        options.source, folder, image_size=options.image_size, tokenizer=options.tokenizer, entry=options.entry,
+        settings=read_settings(options.setting),
+    )  # fmt: skip
+    for part in made:
+        codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
+        say(f"{part.recognised_as}: {part.num_parameters / 1e6:,.1f}M parameters, {part.num_tokens} tokens, {codes}")
+        for note in part.notes:
+            say(f"  {note}")
+        say(f"  {part.component} folder: {part.folder}")
+
+
+def read_settings(words: tuple[str, ...]) -> dict[str, Any]:
+    """{"l2_normalize": False} <- ("l2_normalize=false",); values are JSON, or else text."""
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise UserError(f"--setting: {word!r} is not of the form field=value")
+        if key in settings:
+            raise UserError(f"--setting: {key} is given twice; keep one")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings

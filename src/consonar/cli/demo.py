@@ -1,0 +1,26 @@
+"""The command `demo`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from consonar.cli.console import say
+from consonar.cli.parsing import check_output, parse
+from consonar.demo.job import run_demo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    out: Path = Path("runs/demo")
+    """Folder to make; the page is OUT/report.html."""
+    minutes: float = 18.0
+    """How long the whole may take on this machine, which is measured first; more is better pictures."""
+    seed: int = 0
+    """Of all runs."""
+
+
+def command(args: Sequence[str]) -> None:
+    options = parse(Options, args, "demo")
+    check_output(options.out)
+    page = run_demo(options.out, minutes=options.minutes, seed=options.seed, say=say)
+    say(f"the page: {page.resolve()}")

@@ -1,0 +1,165 @@
+"""The command `evaluate`: of samples, or of a run, which is a generator that is sampled first or a tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tyro
+
+from consonar.cli.console import counting, print_metrics, say
+from consonar.cli.parsing import bad_images_of, check_output, parse
+from consonar.components import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS, load_tokenizer, read_component_kind
+from consonar.data.bad_images import BadImages
+from consonar.distributed import pick_device
+from consonar.errors import UserError
+from consonar.evaluation.evaluate import evaluate
+from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_samples, open_reference
+from consonar.evaluation.reconstruction import evaluate_tokenizer
+from consonar.evaluation.results import check_place
+from consonar.evaluation.runs import evaluate_run
+from consonar.evaluation.settings import RunSettings
+from consonar.origin import Origin
+from consonar.seeding import check_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    samples: tyro.conf.Positional[Path]
+    """Samples, or a run folder: a generator is sampled, a tokenizer reconstructs the validation images; the results are
+    written into the run, where `consonar report` finds them."""
+    reference: str
+    """openmoji-64, an .npz of images or statistics, a folder, hf:owner/name."""
+    feature_network: str = "efficientnet-lite0"
+    """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity) or inception-pytorch-fid;
+    the Inception weights are a file that you bring (docs/evaluation.md)."""
+    out: Path | None = None
+    """Where to write the results of samples (JSON)."""
+    tokenizer: str | None = None
+    """Of samples: name or folder of their tokenizer, for the copy rate in tokens (default: the one that the file names,
+    when it is a shipped one)."""
+    temperatures: str = "1"
+    """Of a run: the grid, e.g. 1,0.9,0.8."""
+    match: tuple[Path, ...] = ()
+    """Of a run: other runs; each adds the temperature at which this one has its teacher-forced entropy."""
+    num_samples: int = 2048
+    """Of a run: images drawn per temperature."""
+    draws: int = 4
+    """Disjoint parts whose spread is reported."""
+    seed: int = 0
+    """Of a run's first sample, and of the parts."""
+    batch_size: int = 64
+    """Images per call of a network."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    bad_images: str = "stop"
+    """What is done about images that cannot be read: stop, or skip (leave them out, list them beside the results in a
+    file called ...bad-images.txt)."""
+    bad_images_limit: float = 0.01
+    """Share of images that may be left out before skip stops too; one image may always be."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace results that are there."""
+
+
+def command(args: Sequence[str]) -> None:
+    options = parse(Options, args, "evaluate")
+    place, out, device = options.samples, options.out, str(pick_device(options.device, "--device"))
+    is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
+    listing = out and out.with_name(f"{out.name}-bad-images.txt")
+    listing = place / "bad-images-evaluation.txt" if is_run else listing
+    bad = bad_images_of(options.bad_images, options.bad_images_limit, listing)
+    check_output(out)
+    if not place.exists() and str(place) in SHIPPED_GENERATORS:
+        raise UserError(
+            f"evaluate: {place} is a shipped generator, which keeps no results; first "
+            f"consonar sample {place} --num-samples {options.num_samples} --out {place}.npz, then evaluate that file"
+        )
+    if not is_run:
+        measure_samples(options, device, bad)
+    elif out is not None:
+        raise UserError("--out: the results of a run are written into its folder; leave --out away")
+    elif options.tokenizer is not None:
+        raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
+    elif read_component_kind(place) == "tokenizer":
+        measure_tokenizer(options, device, bad)
+    else:
+        measure_generator(options, device, bad)
+    if bad.note:
+        say(bad.note)
+    bad.write()
+
+
+def check_read(options: Options, unread: Sequence[str], why: str) -> None:
+    """Raises `UserError` for the first of the options `unread` that is not at its default."""
+    defaults = {item.name: item.default for item in fields(options)}
+    for name in unread:
+        if (value := getattr(options, name)) != defaults[name]:
+            raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
+
+
+def measure_tokenizer(options: Options, device: str, bad: BadImages) -> None:
+    unread = ("temperatures", "match", "num_samples", "draws", "seed", "batch_size")
+    check_read(options, unread, "where samples of a generator are measured")
+    metrics = evaluate_tokenizer(
+        options.samples, reference=options.reference, feature_network=options.feature_network, device=device,
+        overwrite=options.overwrite, bad=bad,
+    )  # fmt: skip
+    print_metrics({key: {"value": value, "spread": None} for key, value in metrics.items()}, str(options.samples))
+
+
+def measure_generator(options: Options, device: str, bad: BadImages) -> None:
+    settings = RunSettings(
+        temperatures=number_list(options.temperatures), match=options.match, num_samples=options.num_samples,
+        draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
+    )  # fmt: skip
+    content = evaluate_run(
+        options.samples, settings, reference=options.reference, feature_network=options.feature_network,
+        overwrite=options.overwrite, bad=bad, progress=say,
+    )  # fmt: skip
+    for row in content["rows"]:
+        print_metrics(row["metrics"], f"temperature {row['temperature']:g}")
+    for remark in content["remarks"]:
+        say(remark)
+    say(f"results: {options.samples / 'results.json'}")
+
+
+def number_list(text: str) -> list[float]:
+    """[1.0, 0.9] <- "1,0.9"; `UserError` for what is not a number."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--temperatures: {text!r} is not a list of numbers such as 1,0.9,0.8") from error
+
+
+def measure_samples(options: Options, device: str, bad: BadImages) -> None:
+    """A sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
+    path, out, tokenizer = options.samples, options.out, options.tokenizer
+    check_read(options, ("temperatures", "match", "num_samples"), "with the run folder of a generator")
+    check_read(options, ("overwrite",) if out is None else (), "with --out")
+    check_seed(options.seed, "--seed")
+    if out is not None:
+        check_place(out, overwrite=options.overwrite, key="--out")
+    samples = load_samples(path, bad=bad)
+    if tokenizer is not None and samples.tokens is None:
+        raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {path} has none")
+    target = open_reference(options.reference, samples.image_size, bad=bad)
+    named = (samples.settings or {}).get("tokenizer")
+    name = tokenizer or (named if named in SHIPPED_TOKENIZERS else None)
+    if name is not None and samples.tokens is not None:
+        codec = load_tokenizer(name).to(device)
+        check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
+        target = encode_reference(target, codec)
+    if target.about:
+        say(f"reference: {target.about}")
+    with counting("evaluate") as count:
+        results = evaluate(
+            samples, target, feature_network=options.feature_network, draws=options.draws, seed=options.seed,
+            batch_size=options.batch_size, device=device, progress=lambda name, done: count(done, None),
+        )  # fmt: skip
+    print_metrics({k: {"value": m.value, "spread": m.spread} for k, m in results.metrics.items()}, str(path))
+    for metric, reason in results.unavailable.items():
+        say(f"{metric}: not measured ({reason})")
+    for remark in results.remarks:
+        say(remark)
+    if out is not None:
+        results.to_json(out, overwrite=options.overwrite)
+        say(f"results: {out}")

@@ -1,0 +1,91 @@
+"""The command `sample`."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+from consonar.cli.console import counting, say
+from consonar.cli.parsing import check_name, parse
+from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
+from consonar.distributed import pick_device
+from consonar.errors import unknown
+from consonar.origin import same_text
+from consonar.sampling.job import balanced_labels, check_count, make_job, run_job
+from consonar.sampling.sample import SamplerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    generator: tyro.conf.Positional[str]
+    """Run folder, model folder, or a shipped generator (openmoji)."""
+    out: Path
+    """samples.png (one grid), samples.npz (ADM layout), or a folder."""
+    sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
+    classes: str | None = None
+    """Class ids or names, e.g. 0,3,3,7 or "Food & Drink" (default: all classes in turn)."""
+    num_samples: int | None = None
+    """How many images (default: one per class given). The classes given repeat in turn; without any all are drawn
+    equally often, and of more classes than images those at equal steps."""
+    tokenizer: str | None = None
+    """Name or folder (default: the one it was trained with)."""
+    seed: int = 0
+    """Seed of the first image; image i has seed + i."""
+    batch_size: int = 64
+    """Images drawn together; does not change them."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def command(args: Sequence[str]) -> None:
+    options = parse(Options, args, "sample")
+    check_name(options.out)
+    device = pick_device(options.device, "--device")
+    model = load_generator(options.generator).to(device)
+    own = load_own_tokenizer(options.generator) if options.tokenizer is None else None
+    codec = (own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)).to(device)
+    origin = read_origin(options.generator)
+    labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
+    job = make_job(
+        model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin
+    )
+    with counting("sample") as count:
+        done = lambda number: count(number, len(labels))  # noqa: E731
+        run_job(job, model, codec, options.out, batch_size=options.batch_size, progress=done)
+    say(f"{len(labels)} images: {options.out}")
+
+
+def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Tensor:
+    """Class of every image, (n,) int64, from ids or `names` such as `0,3,Objects` and a count.
+
+    Names count in any case where no class has them in that case. A number that is an id and the name of another class
+    is the id, which is said. `UserError` for a word that is neither the id nor the name of a class.
+    """
+    exact = {same_text(name): i for i, name in enumerate(names)}
+    ids = exact | {str(i): i for i in range(num_classes)}
+    count_of = Counter(map(str.casefold, exact))
+    folded = {name.casefold(): i for name, i in exact.items() if count_of[name.casefold()] == 1}
+    given = ",".join(map(str, range(num_classes or 1))) if classes is None else same_text(classes.strip())
+    if num_classes == 0:  # refused where conditions are checked, as in Python
+        given, ids = "0", {"0": 0}
+    whole = given in ids or given.casefold() in folded  # a name may have commas
+    chosen = []
+    for word in [given] if whole else [word.strip() for word in given.split(",")]:
+        label = ids.get(word, folded.get(word.casefold()))
+        if label is None:
+            raise unknown("--classes", word, [f"0..{num_classes - 1}", *names[:20]])
+        if classes is not None and exact.get(word, label) != label:
+            say(f"--classes: {word} is the id of {names[label]!r} here; the class {word!r} has the id {exact[word]}")
+        chosen.append(label)
+    labels = torch.tensor(chosen, dtype=torch.int64)
+    if num_samples is None:
+        return labels
+    check_count(num_samples, "--num-samples")
+    if classes is None:
+        return balanced_labels(num_samples, len(labels))
+    return labels[torch.arange(num_samples) % len(labels)]

@@ -1,0 +1,140 @@
+"""The command `tokenize`."""
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+from consonar.cli.console import counting, say
+from consonar.cli.parsing import bad_images_of, check_name, parse
+from consonar.components import load_tokenizer
+from consonar.data.bad_images import leave_out
+from consonar.data.image_folder import other_files
+from consonar.data.labels import describe, known_labels
+from consonar.data.sources import open_source
+from consonar.data.store_format import METADATA_FILE
+from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.transforms import VIEWS, check_image_size
+from consonar.distributed import pick_device
+from consonar.errors import MissingSplit, UserError, unknown
+from consonar.files.lock import is_taken
+from consonar.sampling.sample import check_batch_size
+from consonar.tokenizers import TokenizerModule
+from consonar.types import ImageSource, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    tokenizer: str
+    """Name (openmoji-64) or folder of the tokenizer."""
+    data: str
+    """openmoji, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name."""
+    out: Path
+    """Folder of the token store to make; validation images go to OUT-validation."""
+    split: str | None = None
+    """Make only the store of this split, in OUT (default: train, and validation where the data have one)."""
+    image_size: int | None = None
+    """Pixels, for a tokenizer that takes any size (default: its own)."""
+    classes: str | None = None
+    """Text file that names class 0, 1, ..., one a line (default: classes in the order of their names)."""
+    label_default: str | None = None
+    """What images without a label become in data with classes: the id or name of a class, or drop."""
+    bad_images: str = "stop"
+    """What is done about images that cannot be read: stop, or skip (leave them out, list them in
+    OUT-bad-images.txt)."""
+    bad_images_limit: float = 0.01
+    """Share of images that may be left out before skip stops too; one image may always be."""
+    views: str = "center_flip"
+    """Crops kept of each training image: center, center_flip, ten_crop, shift_flip; of other splits the centre is
+    kept."""
+    batch_size: int = 64
+    """Crops per call of the encoder."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def command(args: Sequence[str]) -> None:
+    options = parse(Options, args, "tokenize")
+    out, views = options.out, options.views
+    check_name(out)
+    bad = bad_images_of(options.bad_images, options.bad_images_limit, out.with_name(f"{out.name}-bad-images.txt"))
+    device = pick_device(options.device, "--device")
+    check_batch_size(options.batch_size, "--batch-size")
+    if views not in VIEWS:
+        raise unknown("--views", views, VIEWS)
+    if options.split not in (None, "train") and views not in ("center_flip", "center"):
+        raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
+    model = tokenizer_for(options.tokenizer, options.image_size).to(device)
+    stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
+    if options.split is not None:
+        stores = {options.split: out}
+    sources = open_splits(options, list(stores), model.image_size)
+    kinds = {name: views if name == "train" else "center" for name in sources}
+    taken = [name for name in sources if is_taken(stores[name])]
+    if len(taken) < len(sources):  # else nothing is made
+        sources = {name: leave_out(source, bad, name) for name, source in sources.items()}
+        bad.write()
+    # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
+    ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name])]
+    if taken and (ours != taken or len(taken) == len(sources)):
+        raise UserError(f"--out: {stores[taken[0]]} exists; choose another folder")
+    for name, source in sources.items():
+        if name in ours:
+            say(f"{name}: is there already: {stores[name]}")
+        else:
+            write_store(name, source, model, stores[name], kinds[name], options.batch_size)
+    if bad.note:
+        say(bad.note)
+        bad.write()  # of a stream it is known now
+
+
+def open_splits(options: Options, names: Sequence[str], image_size: int) -> dict[str, ImageSource]:
+    """The images of each split by its name; validation images may be missing where no split was asked for."""
+    sources = {}
+    for name in names:
+        try:
+            sources[name] = open_source(
+                options.data, split=name, image_size=image_size, classes=options.classes,
+                label_default=options.label_default,
+            )  # fmt: skip
+        except MissingSplit:
+            if options.split is not None or name == "train":
+                raise
+    return sources
+
+
+def tokenizer_for(name: str, image_size: int | None) -> TokenizerModule:
+    """The tokenizer for images of `image_size` pixels (None: its own); `UserError` where it takes none such."""
+
+    if image_size is not None:
+        check_image_size(image_size, "--image-size")
+    model = load_tokenizer(name)
+    if image_size is not None and image_size != model.image_size:
+        model = load_tokenizer(name, num_tokens=round((image_size**2 * model.num_tokens) / model.image_size**2))
+        if model.image_size != image_size:
+            raise UserError(f"--image-size: {image_size}, but {model.name} takes {model.image_size}")
+    return model
+
+
+def write_store(name: str, source: ImageSource, model: Tokenizer, path: Path, views: str, batch_size: int) -> None:
+    """Tokenises the images of split `name` into `path`, and says what was found."""
+
+    known = known_labels(source) is not None
+    if known:
+        say(f"{name}: {describe(source)}")
+    with counting(f"tokenize {name}") as count:
+        store = write_token_store(path, source, model, views=views, batch_size=batch_size, progress=count)
+    shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
+    say(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
+    if note := other_files(source):
+        say(f"{name}: not read: {note}")
+
+
+def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str) -> bool:
+    """Whether a finished store at `path` is what tokenising these would make, as its metadata tell."""
+
+    if not (path / METADATA_FILE).is_file():
+        return False
+    store = TokenStore.open(path)
+    wanted = (tokenizer.fingerprint, views, source.name, source.class_names)
+    same = (store.fingerprint, store.metadata.get("views"), store.source, store.class_names) == wanted
+    return same and (not isinstance(source, Sized) or len(source) == len(store))

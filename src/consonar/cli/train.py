@@ -1,0 +1,92 @@
+"""The command `train`, whose options are those of the recipe or file that is named first."""
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from consonar.cli.console import say
+from consonar.cli.parsing import check_output, is_option, parse, take_option
+from consonar.errors import UserError
+from consonar.recipes import RECIPES, find_recipe
+from consonar.recipes.files import read_config
+from consonar.training.config import TrainConfig
+from consonar.training.objectives.alignment import AlignmentConfig
+from consonar.training.run import train
+
+SHORT = {
+    "--data": "--data.images", "--classes": "--data.classes", "--label-default": "--data.label-default",
+    "--bad-images": "--data.bad-images", "--bad-images-limit": "--data.bad-images-limit",
+}  # fmt: skip
+"""Options of `train` that are called as those of `tokenize`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    out: Path
+    """Run folder to make."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with the run in --out from its last checkpoint."""
+    stop_at: int | None = None
+    """Stop early after this step (and resume later)."""
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print nothing."""
+
+
+def command(args: Sequence[str]) -> None:
+    """Beside the options of the configuration, those in `SHORT`, and `--objective.rewards NAME=WEIGHT,...`.
+
+    The latter replaces the rewards, whatever they are called.
+    """
+    if not args or args[0].startswith("-"):
+        if {"-h", "--help"} & set(args):
+            print("usage: consonar train RECIPE|FILE.yaml --out DIR [options]\n\nrecipes: " + ", ".join(RECIPES))
+            print("\nAll options of one recipe: consonar train RECIPE --help")
+            return
+        raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
+    is_file = Path(args[0]).suffix.lower() in (".yaml", ".yml", ".json")
+    config = read_config(Path(args[0])) if is_file else find_recipe(args[0])
+    words, rewards = take_option([full_name(word) for word in args[1:]], "--objective.rewards")
+    if rewards is not None:
+        if weight := next((word for word in words if word.startswith("--objective.rewards.")), None):
+            raise UserError(f"{weight}: given together with --objective.rewards, which names all rewards; keep one")
+        config = with_rewards(config, rewards)
+    options = parse(Options, words, f"train {args[0]}", Options(out=tyro.MISSING, config=config))
+    check_output(options.out)
+    sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
+    folder = train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
+    say(f"run folder: {folder}")
+
+
+def full_name(word: str) -> str:
+    """A word of `train`, with the whole name of an option that is called as in `tokenize`."""
+    short = next((name for name in SHORT if is_option(word, name)), None)
+    return word if short is None else SHORT[short] + word.removeprefix(short)
+
+
+def with_rewards(config: TrainConfig, text: str) -> TrainConfig:
+    """The configuration with the rewards of `NAME=WEIGHT,...`; `UserError` names the part that is not of this form.
+
+    It is not checked whether the rest reads them: the parser changes that yet, and makes the whole anew.
+    """
+    if not isinstance(config.objective, AlignmentConfig):
+        raise UserError(f"objective.rewards: recipe {config.recipe!r} has no rewards")
+    weights = {}
+    for part in text.split(","):
+        reward, equals, weight = part.strip().rpartition("=")
+        if reward in weights:
+            raise UserError(f"objective.rewards: {reward!r} is given twice, in {text!r}; keep one")
+        try:
+            weights[reward] = float(weight)
+        except ValueError:
+            equals = ""
+        if not (equals and reward):
+            raise UserError(f"objective.rewards: {part!r} is not NAME=WEIGHT, e.g. mse=1,ssim=0.5,my.module:mine=1")
+    objective = copy.copy(config.objective)
+    object.__setattr__(objective, "rewards", weights)
+    return replace(config, objective=objective)
