@@ -255,7 +255,7 @@ def test_tokenizing_goes_on_with_the_store_that_is_missing(
             raise KeyboardInterrupt
         return write(path, *arguments, **options)
 
-    monkeypatch.setattr(tokens, "write_token_store", one)
+    monkeypatch.setattr("consonar.cli.tokenize.write_token_store", one)
     assert "interrupted" in fails(*command, code=130)
     first = (tmp_path / "tokens" / "tokens.arrow").stat().st_mtime_ns
     assert "exists" in fails(*command, "--views", "center"), "another command must not take it for its own"
