@@ -3,20 +3,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 MINUTES ?= 18
 BIN := .venv/bin
 
-.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench gpu-prepare gpu-check results claims-vapi clean
+.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims-vapi clean
 
-help:
-	@echo "make demo       train plain AR and reAR, post-train both by VA-pi, write runs/demo/report.html (MINUTES=18, of this machine)"
-	@echo "make test       lint, types and tests"
-	@echo "make test-slow  the slower tests"
-	@echo "make fuzz       every byte changed and every length cut of a file of each format (hours)"
-	@echo "make test-gpu   the tests that need a CUDA device"
-	@echo "make test-portable  the numeric tests under other instruction sets, threads and kernels (nine times a minute or two)"
-	@echo "make bench      the benchmarks, one JSON file each in benchmarks/results"
-	@echo "make gpu-prepare  fill .gpu/ for a machine with a GPU and no network (benchmarks/gpu/README.md)"
-	@echo "make gpu-check  tests, parity, timings and a small real run on a CUDA device: 9 minutes at most (PRETEND=1 TOY=1: dry)"
-	@echo "make results    docs/results.md from the files of a finished demo; keeps the section of claims-vapi"
-	@echo "make claims-vapi  VA-pi against its controls over 3 seeds, into docs/results.md (at most 90 minutes on 2 cores)"
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "consonar needs Python 3.11 or newer; none found (set PYTHON=...)"; exit 2; }
@@ -25,43 +15,47 @@ help:
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: .venv/installed
+demo: .venv/installed  ## pictures of the shipped generator; plain AR, reAR and VA-pi trained and measured; runs/demo/report.html (MINUTES=18, of this machine)
 	$(BIN)/consonar demo --out runs/demo --minutes $(MINUTES)
 
-lint: .venv/installed
+lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks docs claims
 	$(BIN)/ruff format --check src tests benchmarks docs claims
 	$(BIN)/mypy
 
-test: lint
+test: lint  ## lint, types and the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-fuzz: .venv/installed
+fuzz: .venv/installed  ## every byte changed and every length cut of a file of each format (hours)
 	$(BIN)/python -m tests.fuzz
 
-test-slow: .venv/installed
+test-slow: .venv/installed  ## the slower tests
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: .venv/installed
+test-gpu: .venv/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-test-portable: .venv/installed
+test-portable: .venv/installed  ## the numeric tests under other instruction sets, threads and kernels (nine times a minute or two)
 	$(BIN)/python tests/portable.py $(WHEN)
 
-bench: .venv/installed
+bench: .venv/installed  ## the benchmarks, one JSON file each in benchmarks/results
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
-gpu-prepare: .venv/installed
+gpu-prepare: .venv/installed  ## fill .gpu/ for a machine with a GPU and no network (benchmarks/gpu/README.md)
 	PYTHON=$(BIN)/python bash benchmarks/gpu/prepare.sh
 
-gpu-check: .venv/installed
+gpu-check: .venv/installed  ## tests, parity, timings and a small real run on a CUDA device: 9 minutes at most (PRETEND=1 TOY=1: dry)
 	PYTHON=$(BIN)/python bash benchmarks/gpu/check.sh
 
-clean:
+house: .venv/installed  ## the figure of the rooms, drawn from the imports, and the numbers of docs/architecture.md
+	$(BIN)/python docs/house.py draw
+	$(BIN)/python docs/house.py count
+
+clean:  ## remove what the targets above have made, but no runs
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
 
-results: .venv/installed
+results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the section of claims-vapi
 	$(BIN)/python docs/make_results.py runs/demo
 
-claims-vapi: .venv/installed
+claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md (at most 90 minutes on 2 cores)
 	$(BIN)/python claims/vapi.py --out runs/claims-vapi
