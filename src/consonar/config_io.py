@@ -24,37 +24,41 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: Any, where: str, kind: type[Config]) -> Config:
-    """The config of type `kind` for a nested dict. `UserError` names the key, the value and the choices."""
-    check_keys(values, kind, where)
-    check_values(values, where)
-    return build(values, where, kind)
+def from_dict(values: object, where: str, kind: type[Config], path: str = "") -> Config:
+    """The config of type `kind` for a nested dict; `path` is that of its key in a larger one, with a dot behind it.
 
-
-def build(values: Mapping[str, Any], where: str, kind: type[Config], path: str = "") -> Config:
-    """`from_dict` of values whose keys are checked; recurses."""
+    `UserError` names the key, the value and the choices.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: {path.removesuffix('.') or 'the file'}: expected a table of keys, got {values!r}")
     hints = typing.get_type_hints(kind)
-    made: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-        key = f"{path}{item.name}"
-        if item.name in values:
-            value, options = values[item.name], variants(item, hints[item.name])
-            if options and value is not None:
-                made[item.name] = build(value, where, pick_variant(value, options, key, where), f"{key}.")
-            else:
-                made[item.name] = read_value(value, where, key, hints[item.name])
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}: {key}: missing")
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where}: {unknown(f'{path}{key}', key, known)}")
+    made: dict[str, object] = {}
+    for name, value in values.items():
+        key, options = f"{path}{name}", variants(known[name], hints[name])
+        if options and value is not None:
+            made[name] = from_dict(value, where, pick_variant(value, options, key, where), f"{key}.")
+        else:
+            made[name] = read_value(value, where, key, hints[name])
+    for name, item in known.items():
+        if name not in made and item.default is item.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: {path}{name}: missing")
     try:
         return kind(**made)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def read_value(value: Any, where: str, key: str, hint: Any) -> Any:
+def read_value(value: object, where: str, key: str, hint: object) -> object:
     """A value of the type `hint`; `UserError` says what is wrong and what was given."""
     try:
         return adapter(hint).validate_json(json.dumps(value), strict=True)
+    except TypeError as error:  # what YAML has and JSON has not, such as a date
+        message = "is neither number, text, list nor table of such; quote what is text"
+        raise UserError(f"{where}: {key}: {value!r} {message}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([key, *map(str, first["loc"])])
@@ -65,7 +69,7 @@ def read_value(value: Any, where: str, key: str, hint: Any) -> Any:
 adapter = functools.cache(TypeAdapter)
 
 
-def variants(item: dataclasses.Field[Any], hint: Any) -> list[type]:
+def variants(item: dataclasses.Field[Any], hint: object) -> list[type]:
     """The dataclasses that a field takes: those of the table that its metadata name, or those of its type."""
     if "kinds" in item.metadata:
         return list(item.metadata["kinds"]().values())
@@ -74,34 +78,11 @@ def variants(item: dataclasses.Field[Any], hint: Any) -> list[type]:
     return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
 
 
-def check_keys(values: Any, kind: type, where: str, path: str = "") -> None:
-    """Raises `UserError` for a key that the dataclass `kind` does not have, naming the closest; recurses."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where}: {path.removesuffix('.') or 'the file'}: expected a table of keys, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{where}: {unknown(f'{path}{key}', key, known)}")
-        options = variants(known[key], hints[key])
-        if options and value is not None:
-            check_keys(value, pick_variant(value, options, f"{path}{key}", where), where, f"{path}{key}.")
-
-
-def check_values(value: Any, where: str, path: str = "") -> None:
-    """Raises `UserError` for what YAML has and JSON has not, such as a date; recurses."""
-    if isinstance(value, Mapping | list | tuple):
-        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-            check_values(part, where, f"{path}.{key}".removeprefix("."))
-    elif not isinstance(value, str | int | float | None):
-        raise UserError(f"{where}: {path}: {value!r} is neither number, text, list nor table; quote what is text")
-
-
-def pick_variant(value: Any, options: list[type], path: str, where: str) -> type:
+def pick_variant(value: object, options: list[type], path: str, where: str) -> type:
     """Which dataclass of a union a table means, by its `kind`."""
-    kinds = {f.default: option for option in options for f in dataclasses.fields(option) if f.name == "kind"}
     if len(options) == 1:
         return options[0]
+    kinds = {f.default: option for option in options for f in dataclasses.fields(option) if f.name == "kind"}
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if not isinstance(kind, str) or kind not in kinds:  # lists cannot be looked up
         raise UserError(f"{where}: {unknown(f'{path}.kind', kind, kinds)}")
@@ -116,8 +97,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     """
     merged = dict(base)
     for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = value
+        old, merged[key] = merged.get(key), value
         if (
             key not in REPLACED_TABLES
             and isinstance(old, Mapping)

@@ -15,7 +15,7 @@ import consonar
 from consonar.data import ImageFolder, TokenStore, import_llamagen_npy, import_rar_jsonl, write_token_store
 from consonar.data.loader import ImageBatches, TokenBatches, batch_rows
 from consonar.data.prefetch import prefetch
-from consonar.data.tokens import METADATA_FILE, TOKENS_FILE
+from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
 from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.types import Grid, ImageRecord, Tokenizer
@@ -138,7 +138,7 @@ def test_thousands_of_rows_in_many_blocks_read_in_one_gather(tmp_path, monkeypat
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr("consonar.data.upstream.ITEMS_PER_WRITE", 50)
     store = import_rar_jsonl(tmp_path / "t.jsonl", tmp_path / "s", GreyTokenizer())
-    assert len(store._dataset.data.column("tokens").chunks) == 30
+    assert len(store.table.column("tokens").chunks) == 30
     picks = torch.randint(3000, (500,), generator=torch.Generator().manual_seed(0))
     read = store.read(picks, torch.zeros_like(picks))
     assert torch.equal(read[:, 0] + 256 * read[:, 1], picks) and (read[:, 3] == 255).all()
@@ -181,8 +181,8 @@ def test_damaged_stores_are_refused(tmp_path):
     assert "7 of 8 items" in refused(counts=good["counts"] | {"items": 8})
     assert "which is not what store.json says" in refused(num_tokens=5)
     message = refused(vocab_size=6)
-    assert "holds token 6" in message and "0..5" in message and str(path) in message
-    with pytest.raises(UserError, match="holds token 6"):
+    assert "token 6;" in message and "0..5" in message and str(path) in message
+    with pytest.raises(UserError, match="s: token 6;"):
         TokenStore.open(path).check_content()
     data = (path / TOKENS_FILE).read_bytes()
     (path / TOKENS_FILE).write_bytes(data[: len(data) // 2])
@@ -263,7 +263,8 @@ def test_labels_outside_the_classes_and_partly_missing_labels(tmp_path):
     with pytest.raises(UserError, match=r"^level-3: no label, though .* --label-default CLASS"):
         write_token_store(tmp_path / "s", source, GreyTokenizer(), batch_size=2)
     assert not (tmp_path / "s").exists()
-    metadata = write_token_store(tmp_path / "old", Levels(labels=False), GreyTokenizer()).metadata
+    write_token_store(tmp_path / "old", Levels(labels=False), GreyTokenizer())
+    metadata = json.loads((tmp_path / "old" / METADATA_FILE).read_text())
     metadata |= {"num_classes": 2, "class_names": ["even", "odd"]}  # as older versions wrote it
     (tmp_path / "old" / METADATA_FILE).write_text(json.dumps(metadata))
     with pytest.raises(UserError, match=r"0 of 7 items .*--label-default"):
@@ -276,7 +277,7 @@ def test_rar_jsonl(tmp_path):
     store = import_rar_jsonl(jsonl, tmp_path / "s", GreyTokenizer())
     assert store.read(rows(0, 1), rows(0, 0)).tolist() == [[1, 2, 3, 4], [0, 255, 0, 9]]
     assert store.labels.tolist() == [5, 0] and store.num_classes == 6 and store.fingerprint == "hash-of-grey-256"
-    assert store.metadata["imported_from"] == "rar jsonl" and store.num_views == 1
+    assert store.metadata.imported_from == "rar jsonl" and store.num_views == 1
     for line, words in {
         '{"class_id": 5, "tokens": [1, 2, 3]}': "'grey-256' has 4 a crop",
         '{"class_id": 5, "tokens": [1, 2, 3, 256]}': "token 256; 'grey-256' has 0..255",

@@ -13,7 +13,8 @@ from datasets import Image as ImageFeature
 from consonar.data import TokenStore, import_rar_jsonl
 from consonar.data.labels import MAX_CLASSES, data_line, describe, read_class_file
 from consonar.data.sources import open_source
-from consonar.data.tokens import METADATA_FILE, write_token_store
+from consonar.data.store_format import METADATA_FILE
+from consonar.data.tokens import write_token_store
 from consonar.errors import MissingSplit, UserError
 from consonar.training.inputs import load_images
 
@@ -169,7 +170,8 @@ def test_a_class_that_no_collection_has_is_refused_with_its_line(tmp_path, token
 
 def test_a_store_with_more_classes_than_any_collection_is_refused(tmp_path, tokenizer):
     (tmp_path / "t.jsonl").write_text(json.dumps({"class_id": 3, "tokens": [0] * 16}))
-    metadata = import_rar_jsonl(tmp_path / "t.jsonl", tmp_path / "s", tokenizer).metadata
+    import_rar_jsonl(tmp_path / "t.jsonl", tmp_path / "s", tokenizer)
+    metadata = json.loads((tmp_path / "s" / METADATA_FILE).read_text())
     (tmp_path / "s" / METADATA_FILE).write_text(json.dumps(metadata | {"num_classes": 10**12}))
     with pytest.raises(UserError, match="num_classes is 1000000000000; at most 100000"):
         TokenStore.open(tmp_path / "s")

@@ -136,5 +136,5 @@ def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: st
         return False
     store = TokenStore.open(path)
     wanted = (tokenizer.fingerprint, views, source.name, source.class_names)
-    same = (store.fingerprint, store.metadata.get("views"), store.source, store.class_names) == wanted
+    same = (store.fingerprint, store.metadata.views, store.source, store.class_names) == wanted
     return same and (not isinstance(source, Sized) or len(source) == len(store))

@@ -2,14 +2,16 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from consonar.config_io import from_dict, to_dict
 from consonar.data.labels import MAX_CLASSES
 from consonar.errors import UserError
 from consonar.files.readers import read_json
@@ -18,37 +20,69 @@ from consonar.origin import check_distinct
 FORMAT_VERSION = 1
 METADATA_FILE, TOKENS_FILE = "store.json", "tokens.arrow"
 REMEDY = "tokenize the images again"
-SIZES = ("vocab_size", "num_tokens", "num_views")
-TYPES: dict[str, Any] = {
-    "tokenizer": str, "fingerprint": str, "source": str, "num_classes": int, "class_names": (list, NoneType),
-    "counts": dict, **dict.fromkeys(SIZES, int),
-}  # fmt: skip
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """store.json of a token store, its entries of the right types; `UserError` for another version or a damaged one."""
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many items there are, and of how many the label and the caption are known."""
+
+    items: int
+    labelled: int
+    captioned: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreMetadata:
+    """What store.json says; None for what older versions did not write."""
+
+    format_version: int = FORMAT_VERSION
+    consonar_version: str | None = None
+    tokenizer: str
+    """Its name."""
+    fingerprint: str
+    """That of the tokenizer."""
+    content_sha256: str | None = None
+    """See `ContentHash`."""
+    views: str | None = None
+    """One of `transforms.VIEWS`, or imported."""
+    source: str
+    """Name of the images, or the file that the tokens were imported from."""
+    imported_from: str | None = None
+    """The kind of that file."""
+    vocab_size: int
+    num_tokens: int
+    num_views: int
+    counts: Counts
+    num_classes: int
+    """Without labels 0, without names the largest label plus 1."""
+    class_names: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "num_tokens", "num_views"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}; {REMEDY}")
+        if not 0 <= self.num_classes <= MAX_CLASSES:
+            raise UserError(f"num_classes is {self.num_classes}; at most {MAX_CLASSES}; {REMEDY}")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise UserError(f"class_names are not {self.num_classes} names; {REMEDY}")
+
+    def write(self, folder: Path) -> None:
+        """As store.json of a folder that nobody reads yet."""
+        content = {key: value for key, value in to_dict(self).items() if key != "imported_from" or value}
+        (folder / METADATA_FILE).write_text(json.dumps(content, indent=1))
+
+
+def read_metadata(folder: Path) -> StoreMetadata:
+    """store.json of a token store; `UserError` for another version or a damaged one."""
     path = folder / METADATA_FILE
     if not path.is_file():
         raise UserError(f"tokens: no token store at {str(folder)!r}; make one with consonar tokenize")
-    metadata = read_json(path, REMEDY)
-    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+    content = read_json(path, REMEDY)
+    if (version := content.get("format_version")) != FORMAT_VERSION:
         raise UserError(f"tokens: {str(folder)!r} has format {version!r}, but this consonar reads {FORMAT_VERSION}")
-    for key, kind in TYPES.items():
-        value = metadata.get(key, "missing")
-        wrong_size = key in SIZES and (type(value) is not int or value < 1)
-        if not isinstance(value, kind) or isinstance(value, bool) or wrong_size:
-            raise UserError(f"{path}: {key} is {str(value)[:60]!r}; {REMEDY}")
-    if not isinstance(metadata.get("content_sha256"), (str, NoneType)):  # older versions wrote none
-        raise UserError(f"{path}: content_sha256 is {str(metadata['content_sha256'])[:60]!r}; {REMEDY}")
-    for key in ("items", "labelled", "captioned"):
-        if type(metadata["counts"].get(key)) is not int:
-            raise UserError(f"{path}: counts.{key} is {str(metadata['counts'].get(key))[:60]!r}; {REMEDY}")
-    names, count = metadata["class_names"], metadata["num_classes"]
-    if count > MAX_CLASSES:
-        raise UserError(f"{path}: num_classes is {count}; at most {MAX_CLASSES}; {REMEDY}")
-    if count < 0 or (names is not None and [type(name) for name in names] != [str] * count):
-        raise UserError(f"{path}: class_names are not {count} names; {REMEDY}")
-    check_distinct(names, str(path))
+    known = {field.name: content[field.name] for field in fields(StoreMetadata) if field.name in content}
+    metadata = from_dict(known, str(path), StoreMetadata)
+    check_distinct(metadata.class_names, str(path))
     return metadata
 
 
@@ -74,23 +108,23 @@ class ContentHash:
             raise UserError(f"tokens: {where!r} holds other items than were written: damaged or edited; {REMEDY}")
 
 
-def check_rows(table: Any, counts: dict[str, int]) -> None:
+def check_rows(table: pa.Table, counts: Counts) -> None:
     """Raises ValueError unless an Arrow table holds what `counts` says and its buffers lie inside the file.
 
     Reads the names and captions, not the tokens.
     """
     check_buffers(table, "tokens")
-    if len(table) != counts["items"]:
-        raise ValueError(f"{len(table)} of {counts['items']} items")
+    if len(table) != counts.items:
+        raise ValueError(f"{len(table)} of {counts.items} items")
     if table.column("tokens").null_count:
         raise ValueError("items without tokens")
-    for key, column in (("labelled", "label"), ("captioned", "caption")):
+    for column, known in (("label", counts.labelled), ("caption", counts.captioned)):
         found = len(table) - table.column(column).null_count
-        if found != counts[key]:
-            raise ValueError(f"{found} of {counts[key]} items are {key}")
+        if found != known:
+            raise ValueError(f"{found} of {known} items have a {column}")
 
 
-def check_buffers(table: Any, *large: str) -> None:
+def check_buffers(table: pa.Table, *large: str) -> None:
     """Raises ValueError where columns of an Arrow table point outside their memory; of `large` ones by size alone."""
     for name in table.column_names:
         for chunk in table.column(name).chunks:
@@ -106,8 +140,8 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, tokenizer_name: str, where
     """`UserError` for a token outside [0, vocab_size)."""
     low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
     if low < 0 or high >= vocab_size:
-        limit = f"tokenizer {tokenizer_name!r} has 0..{vocab_size - 1}: damaged, or made with another tokenizer?"
-        raise UserError(f"tokens: {where} holds token {low if low < 0 else high}, but {limit}")
+        limit = f"{tokenizer_name!r} has 0..{vocab_size - 1}: damaged, or made with another tokenizer?"
+        raise UserError(f"{where}: token {low if low < 0 else high}; {limit}")
 
 
 @contextlib.contextmanager

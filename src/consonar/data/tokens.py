@@ -7,16 +7,15 @@ the tokenizer by its fingerprint. A store appears at its path complete or not at
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -24,11 +23,12 @@ import consonar
 from consonar.data.labels import LABEL_REMEDY, MAX_CLASSES, check_label, data_line
 from consonar.data.prefetch import prefetch
 from consonar.data.store_format import (
-    FORMAT_VERSION,
     METADATA_FILE,
     REMEDY,
     TOKENS_FILE,
     ContentHash,
+    Counts,
+    StoreMetadata,
     check_rows,
     check_tokens,
     disk_errors,
@@ -51,10 +51,8 @@ class StoreWriter:
     """The rows of one store, appended in blocks to `folder`. Made by `new_store`."""
 
     def __init__(self, path: Path, folder: Path, tokenizer: Tokenizer, num_views: int, num_classes: int | None) -> None:
-        import pyarrow as pa
         from datasets import Features, Value
         from datasets import Sequence as FixedList
-        from datasets.arrow_writer import ArrowWriter
 
         self.path, self.tokenizer, self.num_views = path, tokenizer, num_views
         self.num_classes, self.class_limit = num_classes or 0, num_classes
@@ -65,15 +63,13 @@ class StoreWriter:
         features = Features(tokens=tokens, label=Value("int64"), caption=Value("string"), name=Value("string"))
         self.schema = features.arrow_schema
         self.file = pa.OSFile(str(folder / TOKENS_FILE), "wb")
-        self.arrow = ArrowWriter(features=features, stream=self.file)
+        self.arrow = pa.ipc.new_stream(self.file, self.schema)
         self.pending: list[pa.Table] = []
 
     def write(
         self, tokens: np.ndarray, labels: Sequence[int | None], captions: Sequence[str | None], names: Sequence[str]
     ) -> None:
         """Append b items: tokens (b, views, N), any integer type. `UserError` for a token or label out of range."""
-        import pyarrow as pa
-
         shape = (len(names), self.num_views, self.tokenizer.num_tokens)
         assert tokens.shape == shape, f"tokens {tokens.shape}, expected {shape}"
         check_tokens(tokens, self.tokenizer.vocab_size, self.tokenizer.name, f"{names[0]}..{names[-1]}")
@@ -100,12 +96,10 @@ class StoreWriter:
 
     def flush(self) -> None:
         """Put the waiting rows on disk."""
-        import pyarrow as pa
-
         if self.pending:
-            rows = pa.concat_tables(self.pending)
+            rows = pa.concat_tables(self.pending).combine_chunks()
             with disk_errors(self.path, self.counts["items"] * rows.nbytes // len(rows)):
-                self.arrow.write_table(rows, writer_batch_size=len(rows))  # one block, for fast opening
+                self.arrow.write_table(rows)  # as one block, for fast opening
             self.pending.clear()
 
 
@@ -115,15 +109,18 @@ def new_store(
     tokenizer: Tokenizer,
     num_views: int,
     class_names: Sequence[str] | None,
-    origin: dict[str, str],
+    *,
+    views: str,
+    source: str,
+    imported_from: str | None = None,
     expected_items: int = 0,
 ) -> Iterator[StoreWriter]:
     """A writer whose rows are the store at `path` once the `with` block has ended without an exception.
 
-    `origin` goes into the metadata: "views", "source" and, of converted data, "imported_from". All is written to a
-    hidden folder beside `path`, renamed at the end, removed on any exception or interrupt (what a killed process left:
-    at the next call). Raises `UserError` when `path` exists, when another process writes it, when the disk has too
-    little room for `expected_items` or runs full, and when nothing was written.
+    `views`, `source` and, of converted data, `imported_from` go into the metadata. All is written to a hidden folder
+    beside `path`, renamed at the end, removed on any exception or interrupt (what a killed process left: at the next
+    call). Raises `UserError` when `path` exists, when another process writes it, when the disk has too little room for
+    `expected_items` or runs full, and when nothing was written.
     """
     path = home_expanded(path)
     if is_taken(path):
@@ -138,46 +135,31 @@ def new_store(
         undo.callback(writer.file.close)
         yield writer
         if writer.counts["items"] == 0:
-            raise UserError(f"data: {origin['source']} holds no items")
+            raise UserError(f"data: {source} holds no items")
         writer.flush()
-        versions = {"format_version": FORMAT_VERSION, "consonar_version": consonar.__version__}
-        maker = {"tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint}
-        maker["content_sha256"] = writer.content.hexdigest()
-        sizes = {
-            "vocab_size": tokenizer.vocab_size,
-            "num_tokens": tokenizer.num_tokens,
-            "num_views": num_views,
-            "counts": writer.counts,
-        }
-        classes = {"num_classes": writer.num_classes, "class_names": class_names}
-        text = json.dumps(versions | maker | origin | sizes | classes, indent=1)
+        metadata = StoreMetadata(
+            consonar_version=consonar.__version__, tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint,
+            content_sha256=writer.content.hexdigest(), views=views, source=source, imported_from=imported_from,
+            vocab_size=tokenizer.vocab_size, num_tokens=tokenizer.num_tokens, num_views=num_views,
+            counts=Counts(**writer.counts), num_classes=writer.num_classes,
+            class_names=None if class_names is None else tuple(class_names),
+        )  # fmt: skip
         with disk_errors(path, writer.counts["items"] * bytes_per_item):
-            writer.arrow.finalize()
-            (partial / METADATA_FILE).write_text(text)
+            writer.arrow.close()
+            metadata.write(partial)
 
 
 class TokenStore:
     """A token store on disk, memory-mapped: opening reads no tokens, reading touches only the rows asked for."""
 
-    def __init__(self, path: Path, metadata: dict[str, Any], buffer: Any) -> None:
-        import pyarrow as pa
-        from datasets import Dataset
-        from datasets.table import InMemoryTable
-
+    def __init__(self, path: Path, metadata: StoreMetadata, buffer: pa.Buffer) -> None:
         self.path, self.name = path, path.name
-        self.tokenizer_name: str = metadata["tokenizer"]
-        self.fingerprint: str = metadata["fingerprint"]
-        self.vocab_size: int = metadata["vocab_size"]
-        self.num_tokens: int = metadata["num_tokens"]
-        self.num_views: int = metadata["num_views"]
-        self.num_classes: int = metadata["num_classes"]  # without labels 0, without names the largest label plus 1
-        self.class_names = None if metadata["class_names"] is None else tuple(metadata["class_names"])
-        self.source: str = metadata["source"]
-        self.metadata = metadata
-        # With a name of its own: `Dataset` would read the whole file to hash it.
-        self._dataset = Dataset(InMemoryTable.from_buffer(buffer), fingerprint=f"{self.fingerprint}-{path.name}")
-        check_rows(self._dataset.data.table, metadata["counts"])
-        column, dtype = self._dataset.data.column("tokens"), token_dtype(self.vocab_size)
+        self.tokenizer_name, self.fingerprint, self.source = metadata.tokenizer, metadata.fingerprint, metadata.source
+        self.vocab_size, self.num_tokens, self.num_views = metadata.vocab_size, metadata.num_tokens, metadata.num_views
+        self.num_classes, self.class_names = metadata.num_classes, metadata.class_names
+        self.metadata, self.table = metadata, pa.ipc.open_stream(buffer).read_all()
+        check_rows(self.table, metadata.counts)
+        column, dtype = self.table.column("tokens"), token_dtype(self.vocab_size)
         if column.type != pa.list_(pa.from_numpy_dtype(dtype), self.num_views * self.num_tokens):
             raise ValueError(f"tokens have the type {column.type}, which is not what {METADATA_FILE} says")
         self._flat = np.frombuffer(buffer, dtype, count=buffer.size // dtype.itemsize)
@@ -192,8 +174,6 @@ class TokenStore:
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
         """The store at `path`; `UserError` when there is none, it is damaged, or it has another format version."""
-        import pyarrow as pa
-
         path = home_expanded(path)
         metadata = read_metadata(path)
         with reading(f"tokens: {str(path)!r}", "a token store", REMEDY):
@@ -217,10 +197,10 @@ class TokenStore:
     @cached_property
     def labels(self) -> Tensor:
         """(len,) int64 class labels; `UserError` when some or all items have none, or one that is no class."""
-        if (labelled := self.metadata["counts"]["labelled"]) < len(self):
+        if (labelled := self.metadata.counts.labelled) < len(self):
             found = f"{labelled} of {len(self)} items in {str(self.path)!r} have a class label"
             raise UserError(f"tokens: {found}; tokenize again: {LABEL_REMEDY}")
-        labels = torch.from_numpy(self._dataset.data.column("label").to_numpy().astype(np.int64))
+        labels = torch.from_numpy(self.table.column("label").to_numpy().astype(np.int64))
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise UserError(f"tokens: {str(self.path)!r} has a label outside its {self.num_classes} classes; damaged?")
         return labels
@@ -230,17 +210,17 @@ class TokenStore:
         """What the tokens were made of and with; without a hash of the content where an older version wrote them."""
         return Origin(
             tokenizer=self.tokenizer_name, tokenizer_fingerprint=self.fingerprint, class_names=self.class_names,
-            data=self.source, data_sha256=self.metadata.get("content_sha256"),
+            data=self.source, data_sha256=self.metadata.content_sha256,
         )  # fmt: skip
 
     def describe(self) -> str:
         """How many pictures and classes it holds, and how many without a label."""
-        counted = self._dataset.data.column("label").value_counts().to_pylist()
+        counted = self.table.column("label").value_counts().to_pylist()
         return data_line({row["values"]: row["counts"] for row in counted}, self.class_names)
 
     def captions(self, rows: Tensor) -> list[str | None]:
         """The captions of items `rows` (B,); None where an item has none."""
-        return list(self._dataset.select_columns("caption")[rows.tolist()]["caption"])
+        return self.table.column("caption").take(rows.tolist()).to_pylist()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """`UserError` unless the store was made by exactly this tokenizer (same configuration and weights)."""
@@ -250,11 +230,11 @@ class TokenStore:
     def check_content(self) -> None:
         """Read everything once; `UserError` for a token outside [0, vocab_size) and a hash that was not written."""
         found = ContentHash()
-        for batch in self._dataset.data.table.to_batches():
+        for batch in self.table.to_batches():
             tokens = batch.column("tokens").flatten().to_numpy()
             check_tokens(tokens, self.vocab_size, self.tokenizer_name, str(self.path))
             found.update(tokens, batch.column("label").to_pylist(), batch.column("caption").to_pylist())
-        found.check(self.metadata.get("content_sha256"), str(self.path))
+        found.check(self.metadata.content_sha256, str(self.path))
 
 
 def write_token_store(
@@ -286,8 +266,9 @@ def write_token_store(
 
     images_per_call = max(1, batch_size // VIEWS[views])
     items = prefetch(source, prepare, num_workers=num_workers, depth=3 * images_per_call)
-    origin = {"views": views, "source": source.name}
-    store = new_store(path, tokenizer, VIEWS[views], source.class_names, origin, total or 0)
+    store = new_store(
+        path, tokenizer, VIEWS[views], source.class_names, views=views, source=source.name, expected_items=total or 0
+    )
     with contextlib.closing(items), store as writer, torch.inference_mode():
         while batch := list(islice(items, images_per_call)):
             crops, labels, captions, names = zip(*batch, strict=True)

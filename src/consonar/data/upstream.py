@@ -9,11 +9,11 @@ The files do not say which tokenizer made them: the user does, and the store car
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from consonar.data.labels import MAX_CLASSES
+from consonar.data.store_format import check_tokens
 from consonar.data.tokens import TokenStore, new_store
 from consonar.errors import UserError, reading
 from consonar.files.readers import home_expanded, parse_json, read_npy
@@ -24,7 +24,7 @@ Item = tuple[np.ndarray, int, str]
 """Tokens (views, N), label and name of one item."""
 
 
-def _check_item(tokens: np.ndarray, label: Any, tokenizer: Tokenizer, where: str) -> None:
+def _check_item(tokens: np.ndarray, label: object, tokenizer: Tokenizer, where: str) -> None:
     """`UserError` unless tokens (views, N) and label suit the tokenizer; `where` is the file, with the line if any."""
     if tokens.dtype.kind not in "iu":
         raise UserError(f"{where}: tokens of type {tokens.dtype}; they must be integers")
@@ -32,10 +32,7 @@ def _check_item(tokens: np.ndarray, label: Any, tokenizer: Tokenizer, where: str
         raise UserError(
             f"{where}: tokens of shape {tokens.shape}; {tokenizer.name!r} has {tokenizer.num_tokens} a crop"
         )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= tokenizer.vocab_size:
-        wrong, last = low if low < 0 else high, tokenizer.vocab_size - 1
-        raise UserError(f"{where}: token {wrong}; {tokenizer.name!r} has 0..{last}: another tokenizer's file?")
+    check_tokens(tokens, tokenizer.vocab_size, tokenizer.name, where)
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
         raise UserError(f"{where}: class {label!r}; it must be an integer from 0 to {MAX_CLASSES - 1}")
 
@@ -43,8 +40,8 @@ def _check_item(tokens: np.ndarray, label: Any, tokenizer: Tokenizer, where: str
 def _write(
     items: Iterator[Item], out: str | Path, tokenizer: Tokenizer, num_views: int, kind: str, source: Path
 ) -> None:
-    origin = {"views": "imported", "source": str(source), "imported_from": kind}
-    with new_store(out, tokenizer, num_views, None, origin) as writer:
+    store = new_store(out, tokenizer, num_views, None, views="imported", source=str(source), imported_from=kind)
+    with store as writer:
         while block := list(islice(items, ITEMS_PER_WRITE)):
             tokens, labels, names = zip(*block, strict=True)
             writer.write(np.stack(tokens), labels, [None] * len(block), names)

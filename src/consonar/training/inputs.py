@@ -48,8 +48,8 @@ def open_store(path: str | None, key: str, tokenizer: Tokenizer, views: str | No
         split = " --split validation" if "validation" in key else ""
         raise UserError(f"{key}: no token store at {path}; make it with: {command} --data openmoji{split} --out {path}")
     store = TokenStore.open(path)
-    if views not in (None, store.metadata.get("views")):
-        held = store.metadata.get("views")
+    if views not in (None, store.metadata.views):
+        held = store.metadata.views
         raise UserError(f"{key}: {path} holds the views {held}, data.views is {views}; make one with: {command} ...")
     store.check_tokenizer(tokenizer)
     store.check_content()
