@@ -13,12 +13,8 @@ from test_report import FD, Page, images_of, write_results, write_run
 
 from consonar.errors import UserError
 from consonar.report import MAX_RUNS, load_runs, write_report
-from consonar.report.charts import LOOKS
-from consonar.report.findings import findings
-from consonar.report.frontier import RING_OF_OTHERS, frontier_charts
-from consonar.report.post_training import post_training_section
-from consonar.report.tables import control_sections, result_columns
-from consonar.report.verdicts import verdict_table
+from consonar.report.charts import LOOKS, RING_OF_OTHERS, Chart, frontier_charts
+from consonar.report.tables import result_columns, result_sections, training_groups, verdict_table
 from consonar.training.config import DataConfig
 from consonar.training.objectives.controls import CrossEntropyConfig
 from consonar.training.objectives.policy import PolicyConfig
@@ -31,7 +27,7 @@ def write_trained(folder: Path, start: Path | str, *, kind: str = "policy", nois
     """A run of post-training as it logs itself: reward -0.5 to -0.4, entropy 4 to 3, KL 0 to 0.25, 20 steps."""
     settings = {"kind": kind, "rewards": {"mse": 1.0, "own:bright": 0.5}} | objective
     write_run(folder, config={"init": str(start), "objective": settings})
-    lines = []
+    lines, moved = [], 0.1 * (objective.get("inner_epochs", 1) - 1)
     for step in (0, 10, 20):
         done = step / 20
         lines.append({
@@ -42,7 +38,7 @@ def write_trained(folder: Path, start: Path | str, *, kind: str = "policy", nois
         if step and kind == "policy":
             lines.append({
                 "step": step, "time": 1.0 * step, "train/reward": -0.5, "train/reward_mse": -0.3, "train/policy": 0.0,
-                "train/ratio_deviation": 0.0, "train/clip_fraction": 0.0, "train/noise_rate": noise,
+                "train/ratio_deviation": moved, "train/clip_fraction": moved, "train/noise_rate": noise,
             })  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -77,7 +73,7 @@ def six_runs(tmp_path: Path) -> list[Path]:
 def test_six_runs_fit_one_page_with_samples_of_equal_seeds(six_runs, tmp_path):
     html = write_report(six_runs, tmp_path / "page.html").read_text()
     page = Page(html)
-    for text in ("VA-pi, from plain-ar", "cross-entropy, from rear", "The temperature control", "Post-training"):
+    for text in ("VA-pi, from plain-ar", "cross-entropy, from rear", "rear at the entropy of others", "Post-training"):
         assert text in page.text
     red = [int(image[0, 0, 0]) for image in images_of(page)]
     assert red[:18] == [0, 10, 20] * 6  # a strip per run: the first seed of each class
@@ -97,7 +93,7 @@ def test_every_run_of_the_largest_page_has_a_look_of_its_own(tmp_path):
 def test_verdicts_judge_a_method_by_its_control_and_at_equal_entropy(six_runs):
     headings, verdicts = verdict_table(load_runs(six_runs))
     assert headings == ["at its best T", "at T 1", "at equal entropy"]
-    said = {verdict.run.name: (verdict.control, *(cell.word for cell in verdict.cells)) for verdict in verdicts}
+    said = {row["run"].name: (row["control"], *(verdict.word for verdict in row["verdicts"])) for row in verdicts}
     assert said == {
         "plain-ar-ce": ("plain-ar", "behind", "no difference", "–"),
         "plain-ar-vapi": ("plain-ar-ce", "ahead", "ahead", "no difference"),
@@ -105,95 +101,98 @@ def test_verdicts_judge_a_method_by_its_control_and_at_equal_entropy(six_runs):
         "rear-ce": ("rear", "behind", "no difference", "–"),
         "rear-vapi": ("rear-ce", "ahead", "ahead", "no difference"),
     }
-    (moved, _) = findings(load_runs(six_runs))
-    assert "+0.10 (plain-ar-vapi)" in moved and "\u22121.0 (rear-vapi)" in moved
 
 
 def test_without_a_control_a_method_is_judged_by_its_start_or_not_at_all(tmp_path):
     start = write_run(tmp_path / "rear")
     trained = write_trained(tmp_path / "vapi", start)
-    assert "higher being better" in findings(load_runs([start, trained]))[0]  # nothing sampled yet
-    assert verdict_table(load_runs([start, trained])) == ([], [])
+    assert verdict_table(load_runs([start, trained])) == ([], [])  # nothing sampled yet
     write_results(start, {1.0: 60.0})
     write_results(trained, {1.0: 50.0})
     headings, (only,) = verdict_table(load_runs([start, trained]))
-    assert only.control == "rear" and only.cells == [("ahead", "10.0\u00a0±\u00a01.4")] * 2
+    assert only["control"] == "rear" and only["verdicts"] == [("ahead", "10.0\u00a0±\u00a01.4")] * 2
     assert headings == ["at its best T", "at T 1"]  # no start was measured at equal entropy
     assert verdict_table(load_runs([trained])) == ([], [])
     page = Page(write_report([trained], tmp_path / "one.html").read_text())
-    assert "there is no control on this page" in page.text and "Who is ahead" not in page.text
+    assert "there is no verdict" in page.text and "Who is ahead" not in page.text
 
 
 def test_the_temperature_control_stands_beside_the_run_it_is_for(six_runs):
     runs = load_runs(six_runs)
-    sections = control_sections(runs, result_columns(runs))
-    assert [made["title"] for made in sections] == [f"{name} at the entropy of others" for name in ("plain-ar", "rear")]
-    shown = [(row["run"].name, row["row"].temperature, row["row"].matched_to) for row in sections[1]["rows"]]
-    assert shown == [("rear", 1.0, None), ("rear-vapi", 1.0, None), ("rear", 0.8, "rear-vapi")]
-    cells = [row["cells"][0] for row in sections[1]["rows"]]
-    assert [cell["mark"] for cell in cells] == ["", "best", "close"]
+    sections = {made["title"]: made["rows"] for made in result_sections(runs, result_columns(runs))}
+    assert [*sections][2:4] == [f"{name} at the entropy of others" for name in ("plain-ar", "rear")]
+    rows = sections["rear at the entropy of others"]
+    shown = [(row["run"].name, row["row"].temperature, row["row"].matched_to) for row in rows]
+    assert shown == [("rear-vapi", 1.0, None), ("rear", 0.8, "rear-vapi")]
+    assert [row["cells"][0]["mark"] for row in rows] == ["best", "close"]
 
 
-def rings_of(chart: dict[str, str]) -> set[str]:
+def rings_of(chart: Chart) -> set[str]:
     """Colours of the hollow circles of a chart, as Matplotlib writes markers without a fill."""
-    return set(re.findall(r'style="fill-opacity: 0; stroke: (#\w+)', chart["svg"]))
+    return set(re.findall(r'style="fill-opacity: 0; stroke: (#\w+)', chart.svg))
 
 
 def test_frontier_charts_ring_the_control_in_the_colour_of_its_run(six_runs):
     temperature, entropy, shares = frontier_charts(load_runs(six_runs))
-    for chart in (temperature, entropy):
+    for chart in (temperature, entropy, shares):
         assert rings_of(chart) == {LOOKS[2].colour, LOOKS[5].colour}
-        assert "A ring marks the temperature control" in chart["note"]
-    assert "A thin line joins it to that run" in entropy["note"] and not rings_of(shares)
+        assert "A ring marks the temperature control" in chart.note
     alone = frontier_charts(load_runs(six_runs[:1]))
-    assert rings_of(alone[0]) == {RING_OF_OTHERS} and "thin line" not in alone[1]["note"]
+    assert rings_of(alone[0]) == {RING_OF_OTHERS}
     old = load_runs(six_runs[:1])
     rows = tuple(replace(row, metrics={FD: row.metrics[FD]}, matched_to=None) for row in old[0].results.rows)
     only = frontier_charts([replace(old[0], results=replace(old[0].results, rows=rows))])
-    assert [chart["title"] for chart in only] == ["Distance to held-out images over temperature"]
-    assert "ring" not in only[0]["note"]
+    assert [chart.title for chart in only] == ["Distance to held-out images over temperature"]
+    assert "ring" not in only[0].note
 
 
 def section(*runs: Path) -> dict:
-    return post_training_section(load_runs(list(runs))) or {}
+    return training_groups(load_runs(list(runs)))[0]
 
 
 def test_charts_follow_what_was_logged(tmp_path):
     trained = write_trained(tmp_path / "vapi", tmp_path, noise=0.25)
     made = section(trained)
-    titles = [chart["title"] for chart in made["charts"]]
-    assert titles[:3] == ["Validation reward (weighted sum)", "Validation reward: mse", "Validation reward: own:bright"]
-    assert titles[3:6] == ["Training reward (mean of the draws)", "KL to the start model (nats per token)",
-                           "Validation entropy (nats per token)"]  # fmt: skip
-    assert not [title for title in titles if "ratio" in title or "policy" in title or "noise" in title]
-    assert any("ratio is exactly 1" in note for note in made["notes"])
+    titles = [chart.title for chart in made["charts"]]
+    assert titles == [
+        "Validation reward (weighted sum)", "Training reward (weighted sum)",
+        "Validation reward: mse", "Validation reward: own:bright", "Training reward: mse",
+        "Validation KL to the start model (nats per token)", "Validation entropy (nats per token)",
+        "Validation cross-entropy (nats per token)", "Validation accuracy (share of tokens)",
+    ]  # fmt: skip
     assert any(note.startswith("Training values of vapi are under a noisy context") for note in made["notes"])
     epochs = section(trained, write_trained(tmp_path / "epochs", tmp_path, inner_epochs=2))
-    titles = [chart["title"] for chart in epochs["charts"]]
-    assert "Clip fraction (share of ratios)" in titles and "Largest deviation of the ratio from 1" in titles
-    assert not any("exactly 1" in note for note in epochs["notes"])
-    control = section(write_trained(tmp_path / "ce", tmp_path, kind="cross_entropy"))
-    assert not any("ratio" in note for note in control["notes"])
+    titles = [chart.title for chart in epochs["charts"]]
+    assert titles[-2:] == [
+        "Training largest deviation of the probability ratio from 1",
+        "Training clipped ratios (share)",
+    ]
+    (start,) = training_groups(load_runs([write_run(tmp_path / "rear", weight=1.0, noise=0.5)]))
+    assert [chart.title for chart in start["charts"]] == [
+        "Validation cross-entropy (nats per token)", "Training cross-entropy (nats per token)"
+    ]  # fmt: skip
+    assert start["title"] == "Training" and start["rows"][0]["cells"] == ["5.125"] and start["notes"]
 
 
-def test_training_parts_are_shown_where_nothing_was_validated(tmp_path):
+def test_rewards_are_shown_where_nothing_was_validated(tmp_path):
     trained = write_trained(tmp_path / "vapi", tmp_path)
     lines = [line for line in (trained / "metrics.jsonl").read_text().splitlines() if "train/reward" in line]
     (trained / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     made = section(trained)
-    titles = [chart["title"] for chart in made["charts"]]
-    assert titles[:2] == ["Training reward (mean of the draws)", "Training reward: mse"]
+    titles = [chart.title for chart in made["charts"]]
+    assert titles == ["Training reward (weighted sum)", "Training reward: mse"]
     assert made["columns"] == [] and made["rows"][0]["cells"] == []
-    assert "Nothing has been measured" in findings(load_runs([trained]))[0]
 
 
 def test_the_table_goes_from_the_start_model_to_the_end(tmp_path):
     trained = write_trained(tmp_path / "vapi", tmp_path)
     made = section(trained)
-    headings = [heading for heading, _ in made["columns"]]
-    assert headings == ["reward", "KL to the start", "entropy", "cross-entropy", "accuracy"]
+    assert made["columns"] == [f"validation/{name}" for name in (
+        "reward", "reward_mse", "reward_own:bright", "kl", "entropy", "cross_entropy", "accuracy"
+    )]  # fmt: skip
     (row,) = made["rows"]
-    assert row["cells"][:3] == ["\u22120.5000 → \u22120.4000", "0.2500", "4.000 → 3.000"] and row["steps"] == "20"
+    assert row["cells"][0] == "\u22120.5000 → \u22120.4000" and row["steps"] == "20"
+    assert row["cells"][3:5] == ["0.0000 → 0.2500", "4.000 → 3.000"]
 
 
 def test_a_run_that_was_stopped_and_its_best_step_are_told(tmp_path):
@@ -205,20 +204,20 @@ def test_a_run_that_was_stopped_and_its_best_step_are_told(tmp_path):
     (trained / "best.json").write_text('{"step": 10, "metric": "FD(net) validation", "value": 80.0}')
     made = section(trained, other)
     assert [(row["steps"], row["best"]) for row in made["rows"]] == [("20, stopped", "10"), ("20", "–")]
-    assert made["rows"][0]["cells"][-1] == "90.00 → 85.00" and made["rows"][1]["cells"][-1] == "–"
+    assert made["rows"][0]["cells"][0] == "90.00 → 85.00" and made["rows"][1]["cells"][0] == "–"
     assert "vapi was stopped by its guard at step 20: kl 0.31 is above <0.3>." in made["notes"]
     assert any("lowest FD(net) validation on the way" in note for note in made["notes"])
-    chart = next(chart for chart in made["charts"] if chart["title"].startswith("FD(net) validation"))
-    assert rings_of(chart) == {LOOKS[0].colour} and not rings_of(made["charts"][0])
+    chart = next(chart for chart in made["charts"] if chart.title == "Validation FD(net) validation")
+    assert rings_of(chart) == {LOOKS[0].colour} and not rings_of(made["charts"][1])
     assert "&lt;0.3&gt;" in write_report([trained], tmp_path / "page.html").read_text()
     (trained / "stopped.json").write_text('{"step": 10, "reason": "kl 0.31"}')
-    assert "kl 0.31. It was resumed later, to step 20." in section(trained)["notes"][0]
+    assert section(trained)["notes"][1] == "vapi was resumed later, to step 20."
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("stopped.json", '{"step": 1}', "stopped.json: reason is None; expected step, reason"),
+        ("stopped.json", '{"step": 1}', "stopped.json: reason is None; expected step and reason"),
         ("stopped.json", "[", "stopped.json: not valid JSON"),
         ("best.json", '{"step": "a", "metric": "FD", "value": 1.0}', "best.json: step is 'a'"),
     ],
@@ -255,10 +254,12 @@ def test_real_runs_of_post_training_make_a_page(make_config, tmp_path):
     ce = train(make_config(loop=loop, objective=control, **settings), tmp_path / "ce", quiet=True)
     made = section(start, vapi, ce)
     assert made["indices"] == [1, 2] and made["rows"][0]["steps"] == "2, stopped" and made["rows"][1]["steps"] == "3"
-    assert all(" → " in row["cells"][0] for row in made["rows"])
-    titles = {chart["title"] for chart in made["charts"]}
-    assert {"Validation reward: l1", "Training reward (mean of the draws)", "Clip fraction (share of ratios)",
-            "KL to the start model (nats per token)", "KL term in training (nats per token)"} <= titles  # fmt: skip
+    assert all(" → " in row["cells"][0] for row in made["rows"]) and made["title"] == "Post-training"
+    titles = {chart.title for chart in made["charts"]}
+    assert {"Validation reward: l1", "Training reward (weighted sum)",
+            "Training largest deviation of the probability ratio from 1",
+            "Validation KL to the start model (nats per token)",
+            "Training KL to the start model (nats per token)"} <= titles  # fmt: skip
     assert not [title for title in titles if title.startswith(("train/", "validation/"))]
     page = Page(write_report([start, vapi, ce], tmp_path / "page.html").read_text())
     assert "VA-pi, from start" in page.text and "above objective.guard.max_entropy 0.1" in page.text

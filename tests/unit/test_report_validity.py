@@ -36,7 +36,7 @@ def text_of(runs, out):
 
 
 def test_results_of_a_model_that_was_trained_on_since_are_not_shown_and_the_page_says_so(runs, tmp_path):
-    assert [bool(run.results) for run in load_runs(runs)] == [True, True]
+    assert [bool(run.results.rows) for run in load_runs(runs)] == [True, True]
     (runs[1] / "model" / "model.safetensors").write_text("trained on")
     text = text_of(runs, tmp_path / "page.html")
     assert "The results of rear are not shown: they are of weights that have changed since; evaluate again" in text
@@ -49,7 +49,7 @@ def test_results_of_a_model_that_was_trained_on_since_are_not_shown_and_the_page
 
 def test_results_whose_model_was_not_kept_are_shown(runs, tmp_path):
     (runs[1] / "model" / "model.safetensors").unlink()
-    assert load_runs(runs)[1].results is not None
+    assert load_runs(runs)[1].results.rows
 
 
 @pytest.mark.parametrize(("entries", "why"), [
@@ -66,18 +66,18 @@ def test_numbers_that_were_measured_otherwise_are_not_compared(runs, entries, wh
     }
     for run in runs:
         change(run, **alike)
-    assert all(run.results for run in load_runs(runs))
+    assert all(run.results.rows for run in load_runs(runs))
     change(runs[1], **entries)
     first, second = load_runs(runs)
-    assert first.results and second.results is None and why in second.withheld[0]
+    assert first.results.rows and not second.results.rows and why in second.withheld[0]
     assert "The results of rear are not shown beside those of plain: they" in second.withheld[0]
-    assert load_runs(runs[1:])[0].results is not None  # alone there is nothing to compare it with
+    assert load_runs(runs[1:])[0].results.rows  # alone there is nothing to compare it with
 
 
 def test_one_reference_by_two_names_is_one(runs):
     for run, name in zip(runs, ("here", "there"), strict=True):
         change(run, reference={"name": name, "num_train": 9, "train_sha256": "a"})
-    assert all(run.results for run in load_runs(runs))
+    assert all(run.results.rows for run in load_runs(runs))
 
 
 def test_a_row_at_the_entropy_of_a_run_that_changed_since_is_not_shown(runs):
@@ -112,11 +112,11 @@ def test_reconstructions_are_of_the_tokenizer_that_is_there(tmp_path):
     weights.write_text("first")
     origin = {"checkpoint_sha256": file_sha256(weights)}
     (run / "reconstruction.json").write_text(json.dumps({"psnr": 20.25, "origin": origin}))
-    assert load_runs([run])[0].reconstruction == {"psnr": 20.25} and "20.2 dB" in text_of([run], tmp_path / "page.html")
+    assert load_runs([run])[0].reconstruction == {"psnr": 20.25} and "20.25" in text_of([run], tmp_path / "page.html")
     weights.write_text("trained on")
     text = text_of([run], tmp_path / "page.html")
     assert "The reconstructions of tokenizer are not shown: they are of weights that have changed" in text
-    assert "20.2 dB" not in text and not load_runs([run])[0].reconstructs
+    assert "20.25" not in text and "What the tokenizer keeps" not in text
 
 
 def test_the_page_says_what_must_be_known_to_read_the_numbers(runs, tmp_path):

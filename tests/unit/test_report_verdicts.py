@@ -7,9 +7,9 @@ import json
 import pytest
 from test_report import FD, Page, write_results, write_run
 
-from consonar.report import Measurement, load_runs, write_report
-from consonar.report.findings import findings
-from consonar.report.verdicts import judge, verdict_table
+from consonar.report import load_runs, write_report
+from consonar.report.records import Measurement
+from consonar.report.tables import judge, result_columns, result_sections, verdict_table
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,27 @@ from consonar.report.verdicts import judge, verdict_table
 )
 def test_ahead_and_behind_lie_beyond_twice_the_spread(score, spread, word):
     assert judge(Measurement(score, spread), Measurement(100.0, 4.0)).word == word
+
+
+def test_more_may_be_better_and_a_spread_of_zero_was_measured_too():
+    assert judge(Measurement(0.9, 0.01), Measurement(0.5, 0.01), direction=1).word == "ahead"
+    assert judge(Measurement(0.0, 0.0), Measurement(0.01, 0.01)).word == "no difference"
+    assert judge(Measurement(1.0), Measurement(1.0)) == ("open", "equal, without a spread")
+    assert judge(None, Measurement(1.0)).word == "–"
+
+
+def test_marks_follow_the_spread_of_the_difference(tmp_path):
+    runs = [write_run(tmp_path / name) for name in "abc"]
+    for run, value, copied in zip(runs, (60.0, 62.0, 63.0), (0.05, 0.03, 0.031), strict=True):
+        write_results(run, {1.0: value}, copied=copied)  # spreads of 1 and of 0.001
+    loaded = load_runs(runs)
+    columns = result_columns(loaded)
+    assert columns[0] == FD
+    cells = [row["cells"] for row in result_sections(loaded, columns)[0]["rows"]]
+    marks = {name: [cell[index]["mark"] for cell in cells] for index, name in enumerate(columns)}
+    assert marks[FD] == ["best", "close", ""] and marks["copy rate (features)"] == ["", "best", "close"]
+    assert marks["precision"] == ["", "", ""]  # all are equal
+    assert cells[0][columns.index("copy rate (features)")]["text"] == "5.00\u00a0±\u00a00.10\u00a0%"
 
 
 def test_a_verdict_says_by_how_much_and_why_it_is_open():
@@ -53,8 +74,8 @@ def test_each_run_is_judged_at_its_best_and_at_temperature_one(tmp_path, plain, 
     write_results(runs[1], plain)
     headings, verdicts = verdict_table(load_runs(runs))
     assert headings == ["at its best T", "at T 1"]
-    assert [(v.run.name, v.control, [cell.word for cell in v.cells]) for v in verdicts] == [("rear", "plain", words)]
-    assert "highest for rear" in findings(load_runs(runs))[-1]
+    said = [(row["run"].name, row["control"], [verdict.word for verdict in row["verdicts"]]) for row in verdicts]
+    assert said == [("rear", "plain", words)]
     page = Page(write_report(runs, tmp_path / "r.html").read_text())
     assert "Who is ahead" in page.text and "vs plain" in page.text and words[0] in page.text
 
@@ -66,8 +87,8 @@ def test_without_a_spread_or_a_measured_run_nobody_is_ahead(tmp_path):
     page = Page(write_report(runs, tmp_path / "a.html").read_text())
     assert "there is no verdict" in page.text and "Who is ahead" not in page.text
     write_results(runs[0], {1.0: 60.0}, spread=None)
-    ((_, _, cells),) = verdict_table(load_runs(runs))[1]
-    assert cells == [("open", "10 lower, but no spread was measured")] * 2
+    (row,) = verdict_table(load_runs(runs))[1]
+    assert row["verdicts"] == [("open", "10 lower, but no spread was measured")] * 2
     content = json.loads((runs[0] / "results.json").read_text())
     content["rows"][0]["metrics"] = {FD.replace("validation", "train"): {"value": 3.0}}
     (runs[0] / "results.json").write_text(json.dumps(content))

@@ -1,0 +1,121 @@
+"""Formulas over numbers that judge models, and in one table what each of these numbers is called and means.
+
+A row is all that tables and charts need of a number; one that has no row is shown under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of results, or of a training's log."""
+
+    name: str
+    """As files have it, without a log's `train/` or `validation/`; of a family their beginning, up to "(" or "_"."""
+    heading: str = ""
+    """What people call it; `{}` is the rest of the name in a family. Empty: its name."""
+    unit: str = ""
+    """"%": files hold shares of 1."""
+    direction: int = 0
+    """-1 where lower is better, 1 where higher is, 0 where neither is."""
+    drawn: bool = True
+    """Whether its course in training tells anything: settings do not, nor sums of different terms in different runs."""
+    meaning: str = ""
+    """A clause that follows the heading."""
+
+    @property
+    def label(self) -> str:
+        """Heading and unit."""
+        return f"{self.heading} ({self.unit})" if self.unit else self.heading
+
+
+METRICS = (
+    Metric(
+        "FD(", direction=-1,
+        meaning="is the Fréchet distance between the features of samples and of real pictures, seen ones (train) and "
+        "held-out ones (validation)",
+    ),
+    Metric("sFD(", direction=-1),
+    Metric("IS(", direction=1),
+    Metric("precision", direction=1, meaning="is the share of samples that look real"),
+    Metric("recall", direction=1, meaning="is the share of real variety that samples cover"),
+    Metric(
+        "copy rate (", unit="%", direction=-1,
+        meaning="is the share of samples nearer to a training picture than any held-out picture is: the larger, the "
+        "more of a score is memory",
+    ),
+    Metric(
+        "reward", unit="weighted sum", direction=1,
+        meaning="is of one draw of every token, decoded, without a spread; a better one is not yet a better picture",
+    ),
+    Metric("reward_spread", "spread of rewards in a group"),
+    Metric("reward_ties", "groups whose draws all earn the same", "share"),
+    Metric("reward_", "reward: {}", direction=1),
+    Metric("kl", "KL to the start model", "nats per token"),
+    Metric("entropy", unit="nats per token"),
+    Metric(
+        "entropy (teacher-forced)", "entropy under the true context", "nats per token",
+        meaning="is that of the next token of held-out pictures: lower is sharper, as a lower temperature is",
+    ),
+    Metric(
+        "cross_entropy", "cross-entropy", "nats per token", -1,
+        meaning="is how well held-out tokens are predicted, which is not yet a better picture",
+    ),
+    Metric("soft_cross_entropy", "cross-entropy against soft targets", "nats per token", -1),
+    Metric("align_current", "alignment with the current token's code", "cosine distance", -1),
+    Metric("align_next", "alignment with the next token's code", "cosine distance", -1),
+    Metric("accuracy", unit="share of tokens", direction=1),
+    Metric("psnr", "PSNR", "dB", 1),
+    Metric("ssim", "SSIM", direction=1),
+    Metric("l1", "mean absolute error", direction=-1),
+    Metric("rFD(", direction=-1),
+    Metric("mse", "squared error", direction=-1),
+    Metric("perceptual", "perceptual distance", direction=-1),
+    Metric("usage", "codes used", "share of the codebook", 1, meaning="leaves out codes that are capacity lost"),
+    Metric("perplexity", "code perplexity", "effective number of codes"),
+    Metric("num_images", "images measured"),
+    Metric("ratio_deviation", "largest deviation of the probability ratio from 1"),
+    Metric("clip_fraction", "clipped ratios", "share"),
+    Metric("policy", drawn=False),
+    Metric("loss", drawn=False),
+    Metric("grad_norm", drawn=False),
+    Metric("learning_rate", drawn=False),
+    Metric("noise_rate", drawn=False),
+)  # fmt: skip
+"""In the order of columns and charts."""
+
+
+def metric_of(name: str) -> Metric:
+    """The row of a number by its name in results or in a log, with the heading of this one; its own for a new name."""
+    short = name.partition("/")[2] or name
+    row = next((row for row in METRICS if covers(row, short)), Metric(short))
+    return replace(row, heading=row.heading.format(short.removeprefix(row.name)) or short)
+
+
+def covers(row: Metric, name: str) -> bool:
+    return name == row.name or (row.name.endswith(("(", "_")) and name.startswith(row.name))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names in the order of the table, those it does not have last; of a log held-out numbers first."""
+
+    def place(name: str) -> tuple[int, bool, str]:
+        short = name.partition("/")[2] or name
+        row = next((i for i, row in enumerate(METRICS) if covers(row, short)), len(METRICS))
+        return row, not (name.startswith("validation/") or decides(name)), name
+
+    return sorted(names, key=place)
+
+
+def meanings(names: Iterable[str]) -> dict[str, str]:
+    """What numbers of these names mean, by what they are called; a family once."""
+    rows = [metric_of(name) for name in names]
+    return {row.name.rstrip("(") if row.name.endswith("(") else row.heading: row.meaning for row in rows if row.meaning}
+
+
+def decides(name: str) -> bool:
+    """Whether runs are judged by this number: the Fréchet distance to held-out images, in whatever features."""
+    return name.startswith("FD(") and name.endswith(" validation")

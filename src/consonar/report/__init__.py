@@ -1,8 +1,8 @@
 """The report: one self-contained HTML page about one to eight runs.
 
-`folders` reads run folders into `records`; `verdicts` judges each run by its control, `findings` says what else the
-numbers mean, `tables`, `charts`, `frontier`, `post_training` and `images` show them, `page` puts them into the
-template, which holds the explanations and the design.
+`folders` reads run folders into `records`; `tables`, `charts` and `images` lay out what is in them, `page` puts that
+into the template, which holds the explanations and the design. What a number is called and means, and which way it is
+better, stands in `consonar.metrics.METRICS`; what a method is called and does in `training.objectives.METHODS`.
 No number comes from outside the run folders, so two calls give the same bytes.
 
 A run folder holds `config.json`, and any of `metrics.jsonl`, `results.json` (schema 1) with its `samples_*.npz`,
@@ -17,30 +17,9 @@ from pathlib import Path
 
 from consonar.errors import UserError
 from consonar.files.writers import write_atomically
-from consonar.report.folders import MAX_RUNS, RESULTS_SCHEMA, load_runs
-from consonar.report.records import (
-    Measurement,
-    ResultRow,
-    Results,
-    Run,
-    measurement_text,
-    spread_of_difference,
-    verdict,
-)
+from consonar.report.folders import MAX_RUNS, load_runs
 
-__all__ = [
-    "MAX_RUNS",
-    "RESULTS_SCHEMA",
-    "Measurement",
-    "ResultRow",
-    "Results",
-    "Run",
-    "load_runs",
-    "measurement_text",
-    "spread_of_difference",
-    "verdict",
-    "write_report",
-]
+__all__ = ["MAX_RUNS", "load_runs", "write_report"]
 
 
 def write_report(

@@ -1,20 +1,20 @@
-"""Charts of the report as inline SVG: light, deterministic, one look per run everywhere.
+"""Charts of the page as inline SVG: courses of training, and frontiers over the temperature.
 
-Names of runs never enter a chart: the page's legend has them, beside the same colour, marker and dash.
+Whole frontiers, because one point can be moved by temperature alone. Rows that a run was given to match another's
+entropy (the temperature control) have a ring in the other's colour. A run has one look everywhere; its name never
+enters a chart: the page's legend has it, beside the same colour, marker and dash.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from consonar.report.records import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from consonar.metrics import in_order, metric_of
+from consonar.report.records import Measurement, ResultRow, Run, find_matched
 
 
 class Look(NamedTuple):
@@ -25,6 +25,27 @@ class Look(NamedTuple):
     dash: str
     shape: str
     """The marker as an SVG path around (0, 0), for the page's legend."""
+
+
+class Line(NamedTuple):
+    """A line of a chart, and what lies on it."""
+
+    look: Look
+    points: Sequence[tuple[float, float]]
+    spreads: Sequence[float] | None = None
+    """Half the height of a bar at each point."""
+    marker_size: float = 5.5
+    rings: Sequence[tuple[float, float, str]] = ()
+    """Hollow circles: x, y, colour."""
+    texts: Sequence[tuple[float, float, str]] = ()
+
+
+class Chart(NamedTuple):
+    """A drawing for the page and what is written around it."""
+
+    title: str
+    svg: str
+    note: str = ""
 
 
 LOOKS = (
@@ -38,26 +59,23 @@ LOOKS = (
     Look("#0e7490", "p", ":", "M0-5L4.8-1.5L2.9 4H-2.9L-4.8-1.5z"),
 )
 
-CURVES = {
-    "validation/cross_entropy": "Validation cross-entropy (nats per token)",
-    "train/cross_entropy": "Training cross-entropy (nats per token)",
-    "train/align_current": "Alignment with the current token's code (cosine distance)",
-    "train/align_next": "Alignment with the next token's code (cosine distance)",
-    "validation/accuracy": "Validation accuracy (share of tokens)",
-    "validation/entropy": "Validation entropy (nats per token)",
-    "validation/psnr": "Validation PSNR (dB)",
-    "train/mse": "Training squared error",
-    "train/perceptual": "Training perceptual distance",
-    "validation/usage": "Codes used (share of the codebook)",
-    "validation/perplexity": "Code perplexity (effective number of codes)",
-}
-# The total sums different terms in different runs, so it is not comparable; the others are settings, not results.
-NOT_DRAWN = {"train/loss", "train/grad_norm", "train/learning_rate", "train/noise_rate"}
 MAX_POINTS = 160
+DECIDING = "distance to held-out images"
+"""In the place of a metric's name: the one by which runs are judged."""
+FRONTIERS = {
+    "Distance to held-out images over temperature": ("temperature", DECIDING, "Lower is closer. Bars are the spread."),
+    "Distance to held-out images over entropy": (
+        "entropy (teacher-forced)", DECIDING,
+        "Lower is closer; left is sharper. At equal entropy nothing of a gap is sharpness.",
+    ),
+    "Precision against recall over temperature": ("recall", "precision", "Up and right is better."),
+}  # fmt: skip
+"""Title: what goes right, what goes up, and how to read it."""
+RING_OF_OTHERS = "#5b616b"
+"""Colour of the ring when the matched run is not on the page."""
 
 STYLE: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "consonar",
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#8a8f98",
@@ -74,87 +92,119 @@ STYLE: Any = {
     "ytick.major.size": 3,
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
-    "axes.unicode_minus": True,
 }
 
 
-def svg_chart(draw: Any, key: str, label: str, *, inches: tuple[float, float]) -> str:
-    """Draw on fresh axes and return an `<svg>` that scales with its box and shares no id with another chart."""
+def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], inches: tuple[float, float]) -> str:
+    """An `<svg>` that scales with its box; charts of different titles and lines share no id."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    # A salt of its own, for the ids of markers and clip paths.
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{title} {lines[0].look.colour}"}):
         figure = Figure(figsize=inches, layout="constrained")
-        draw(figure.add_subplot())
-        buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(
-            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    view_box = re.search(r'viewBox="[^"]*"', svg)
-    assert view_box is not None
-    # Group ids repeat from figure to figure and nothing refers to them; markers and clip paths are referred to.
-    body = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index(">") + 1 :])
-    body = body.replace(' id="', f' id="{key}-').replace("url(#", f"url(#{key}-")
-    body = body.replace('xlink:href="#', f'href="#{key}-')
-    head = f'<svg class="chart" {view_box.group()} role="img" aria-label="{label}">'
-    return head + body.strip()
+        axes = figure.add_subplot(xlabel=axes_labels[0], ylabel=axes_labels[1])
+        for look, points, spreads, marker_size, rings, texts in lines:
+            axes.errorbar(
+                [x for x, _ in points], [y for _, y in points], yerr=spreads, color=look.colour, linestyle=look.dash,
+                marker=look.marker if marker_size else "", markersize=marker_size, elinewidth=1.0, capsize=2.5,
+            )  # fmt: skip
+            for x, y, colour in rings:
+                axes.plot(x, y, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+            for x, y, text in texts:
+                axes.annotate(text, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=look.colour)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = file.getvalue()
+    head, body = svg[svg.index("<svg") :].split(">", 1)
+    view_box = re.findall(r'viewBox="[^"]*"', head)[0]
+    # Ids of groups repeat from figure to figure, and nothing refers to them.
+    body = re.sub(r'<g id="[^"]*"', "<g", body).strip()
+    return f'<svg class="chart" {view_box} role="img" aria-label="Line chart: {escape(title)}">{body}'
 
 
-def curve_charts(runs: Sequence[tuple[int, Run]]) -> list[dict[str, str]]:
-    """What (index, run) logged over the steps, one chart per quantity: [{"title", "svg"}], [] for nothing logged."""
-    logged = logged_keys(runs)
-    drawn = [key for key in CURVES if key in logged] + sorted(logged - CURVES.keys() - NOT_DRAWN)
-    if not drawn and "train/loss" in logged:
-        drawn = ["train/loss"]
-    return [curve_chart(runs, key, CURVES.get(key, key), prefix="curve") for key in drawn]
+def curve_charts(runs: Sequence[tuple[int, Run]], keys: Sequence[str]) -> list[Chart]:
+    """A chart of each quantity that (index, run) logged over the steps.
+
+    What was 0 all the way tells nothing; settings and sums that cannot be compared (`Metric.drawn`) are left out where
+    there is anything else.
+    """
+    moved = [key for key in keys if any(value for _, run in runs for _, value in run.series(key))]
+    drawn = [key for key in moved if metric_of(key).drawn] or [key for key in moved if key == "train/loss"]
+    return [curve_chart(runs, key) for key in drawn]
 
 
-def logged_keys(runs: Sequence[tuple[int, Run]]) -> set[str]:
+def logged_keys(runs: Sequence[tuple[int, Run]]) -> list[str]:
     """The names of all quantities that any of the runs logged."""
-    return {key for _, run in runs for line in run.metrics for key in line if "/" in key}
+    return in_order({key for _, run in runs for line in run.metrics for key in line if "/" in key})
 
 
-def curve_chart(
-    runs: Sequence[tuple[int, Run]], key: str, title: str, *, prefix: str, ringed: Collection[tuple[int, float]] = ()
-) -> dict[str, str]:
-    """One quantity over the steps, a line for each (index, run); a ring around each (index, step) of `ringed`."""
-    series = [(index, binned(run.metrics, key)) for index, run in runs]
-
-    def draw(axes: Axes) -> None:
-        for index, points in series:
-            look = LOOKS[index]
-            sparse = len(points) == 1 or (key.startswith("validation/") and len(points) <= 40)
-            marker = look.marker if sparse else ""
-            steps, values = [step for step, _ in points], [value for _, value in points]
-            axes.plot(steps, values, color=look.colour, linestyle=look.dash, marker=marker, markersize=3.5)
-            for step, value in points:
-                if (index, step) in ringed:
-                    draw_ring(axes, step, value, look.colour)
-        axes.set_xlabel("step")
-
-    key_id = f"{prefix}-" + re.sub(r"\W", "-", key)
-    label = f"Line chart over training steps: {escape(title)}"
-    return {"title": title, "svg": svg_chart(draw, key_id, label, inches=(3.7, 2.5))}
+def title_of(key: str) -> str:
+    """ "Validation cross-entropy (nats per token)" for `validation/cross_entropy`."""
+    split = key.partition("/")[0]
+    return f"{'Training' if split == 'train' else split.capitalize()} {metric_of(key).label}"
 
 
-def draw_ring(axes: Axes, x: float, y: float, colour: str) -> None:
-    """A hollow circle around a point."""
-    axes.plot([x], [y], marker="o", markersize=11, markerfacecolor="none", markeredgecolor=colour, linestyle="none")
+def curve_chart(runs: Sequence[tuple[int, Run]], key: str) -> Chart:
+    """One quantity over the steps, a line for each run, and a ring around what `best.json` was chosen by."""
+    lines = []
+    for index, run in runs:
+        look, points = LOOKS[index], binned(run.series(key))
+        sparse = len(points) == 1 or (key.startswith("validation/") and len(points) <= 40)
+        best = run.best_model if run.best_model and key == f"validation/{run.best_model['metric']}" else {"step": None}
+        rings = [(step, value, look.colour) for step, value in points if step == best["step"]]
+        if points:
+            lines.append(Line(look, points, marker_size=3.5 if sparse else 0, rings=rings))
+    return Chart(title_of(key), svg_chart(lines, title_of(key), ("step", ""), inches=(3.7, 2.5)))
 
 
-def binned(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """The (step, value) pairs of one metric, as means of equal bins where there are more than `MAX_POINTS`."""
-    points = [(float(line["step"]), float(line[key])) for line in metrics if line.get(key) is not None]
+def binned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """(step, value) pairs, as means of equal bins where there are more than `MAX_POINTS`."""
     size = -(-len(points) // MAX_POINTS) or 1
     bins = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(s for s, _ in b) / len(b), sum(v for _, v in b) / len(b)) for b in bins]
 
 
-def direction(metric: str) -> int:
-    """-1 where lower is better, 1 where higher is, 0 where neither is (entropy is a setting, not a merit)."""
-    if metric.startswith(("FD(", "sFD(", "copy rate")):
-        return -1
-    return 1 if metric.startswith("IS(") or metric in ("precision", "recall", "psnr", "ssim") else 0
+def frontier_charts(runs: Sequence[Run]) -> list[Chart]:
+    """The charts of `FRONTIERS`; one that no run has numbers for is left out."""
+    charts = []
+    for title, (right, up, note) in FRONTIERS.items():
+        lines = frontier_lines(runs, right, up)
+        if any(line.rings for line in lines):
+            note += " A ring marks the temperature control, in the colour of the run whose entropy it has."
+        if lines and up != DECIDING:
+            first = lines[0].points
+            ends = zip(first[:: max(1, len(first) - 1)], ("lowest T", "highest T"), strict=False)
+            lines[0] = lines[0]._replace(texts=[(*point, text) for point, text in ends])
+        labels = metric_of(right).label, metric_of(up).label
+        if lines:
+            charts.append(Chart(title, svg_chart(lines, title, labels, inches=(4.6, 2.6)), note))
+    return charts
+
+
+def frontier_lines(runs: Sequence[Run], right: str, up: str) -> list[Line]:
+    """One for each run and sampler setting (all but the temperature) that has both numbers, by rising temperature."""
+    found: dict[Any, list[ResultRow]] = {}
+    for index, run in enumerate(runs):
+        for row in sorted(run.results.rows, key=lambda row: row.temperature):
+            if value_of(row, right) and value_of(row, up):
+                found.setdefault((index, row.sampler), []).append(row)
+    lines = []
+    for (index, _), rows in found.items():
+        measured = [(value_of(row, right), value_of(row, up)) for row in rows]
+        points = [(x.value, y.value) for x, y in measured if x and y]
+        spreads = [y.spread or 0.0 for _, y in measured if y] if up == DECIDING else None
+        rings = []
+        for row, point in zip(rows, points, strict=True):
+            if row.matched_to is not None:
+                other, _ = find_matched(row, runs[index], runs)
+                rings.append((*point, LOOKS[runs.index(other)].colour if other else RING_OF_OTHERS))
+        lines.append(Line(LOOKS[index], points, spreads, rings=rings))
+    return lines
+
+
+def value_of(row: ResultRow, name: str) -> Measurement | None:
+    if name == "temperature":
+        return Measurement(row.temperature)
+    return row.deciding if name == DECIDING else row.metrics.get(name)

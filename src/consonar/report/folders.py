@@ -1,23 +1,31 @@
-"""Reads run folders into records. What is missing stays empty; what is there and broken is a `UserError`."""
+"""Reads run folders into records, and leaves out what must not be shown: numbers of other weights, or of another kind.
+
+What is missing stays empty; what is there and broken is a `UserError`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from pydantic import ValidationError
+
+from consonar.config_io import adapter
 from consonar.errors import UserError, reading
-from consonar.evaluation.run_results import weights_sha256
+from consonar.evaluation.run_results import outdated, weights_sha256
 from consonar.files.readers import beside, read_json
 from consonar.files.writers import file_sha256
-from consonar.report.records import Measurement, ResultRow, Results, Run
-from consonar.report.validity import comparable, without_old_matches, without_outdated
-from consonar.training.objectives import method_of
+from consonar.report.records import ResultRow, Results, Run, listed
+from consonar.training.objectives import completed, method_of
 from consonar.training.tracking import read_metrics
 
 MAX_RUNS = 8
 RESULTS_SCHEMA = 1
+SETTINGS = ("num_neighbours", "max_neighbours_images", "copy_quantile", "draws")
+"""Options of `evaluate` that a number depends on."""
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -42,25 +50,20 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _load_run(folder: Path, name: str) -> Run:
-    if not folder.is_dir():
-        raise UserError(f"run {folder}: no such folder; pass a folder that `consonar train` wrote")
     if not (folder / "config.json").is_file():
-        raise UserError(f"run {folder}: holds no config.json; pass a folder that `consonar train` wrote")
-    config = _object(folder / "config.json")
-    for key, kind in (("objective", dict), ("init", str)):
-        if not isinstance(config.get(key), (kind, NoneType)):
-            raise UserError(
-                f"{folder / 'config.json'}: {key} is {str(config[key])[:60]!r}; expected as training writes it"
-            )
+        missing = "holds no config.json" if folder.is_dir() else "no such folder"
+        raise UserError(f"run {folder}: {missing}; pass a folder that `consonar train` wrote")
+    config = _read_note(folder / "config.json", objective=(dict, NoneType), init=(str, NoneType)) or {}
     with reading(f"{folder / 'config.json'}: objective", "settings as training writes them"):
-        method_of(config.get("objective") or {})
-    results_path = folder / "results.json"
+        objective = completed(config.get("objective") or {})
+        method_of(objective)
     return Run(
         path=folder,
         name=name,
         config=config,
+        objective=objective,
         metrics=tuple(read_metrics(folder / "metrics.jsonl")),
-        results=_read_results(results_path) if results_path.is_file() else None,
+        results=_read_results(folder / "results.json"),
         reconstruction=_read_note(folder / "reconstruction.json") or {},
         weights_sha256=weights_sha256(folder),
         stopped=_read_note(folder / "stopped.json", step=int, reason=str),
@@ -69,62 +72,130 @@ def _load_run(folder: Path, name: str) -> Run:
 
 
 def _read_note(path: Path, **entries: Any) -> dict[str, Any] | None:
-    """A small file of named entries of given types, or None where it is not there."""
+    """A file of named entries of given types, or None where it is not there."""
     if not path.is_file():
         return None
-    note = _object(path)
+    note = read_json(path, "write it again or leave this run out")
     for key, kind in entries.items():
         if not isinstance(note.get(key), kind):
-            raise UserError(f"{path}: {key} is {note.get(key)!r}; expected {', '.join(entries)}, as training writes it")
+            raise UserError(f"{path}: {key} is {note.get(key)!r:.60}; expected {listed([*entries])} as training writes")
     return note
 
 
-def _object(path: Path) -> dict[str, Any]:
-    return read_json(path, "write it again or leave this run out")
-
-
 def _read_results(path: Path) -> Results:
-    content = _object(path)
+    content = _read_note(path)
+    if content is None:
+        return Results()
     if content.get("schema") != RESULTS_SCHEMA:
         raise UserError(
             f"{path}: schema {content.get('schema')!r}; this version reads schema {RESULTS_SCHEMA}: evaluate again"
         )
-    if not isinstance(content.get("rows"), list) or not content["rows"]:
-        raise UserError(f"{path}: rows is {content.get('rows')!r:.60}; expected a list with at least one row")
-    rows = tuple(_read_row(path, number, row) for number, row in enumerate(content["rows"]))
-    best = content.get("best")
-    if best is not None and not (isinstance(best, int) and 0 <= best < len(rows)):
-        raise UserError(f"{path}: best is {best!r}; expected the index of a row, 0 to {len(rows) - 1}")
-    with reading(f"{path}: noise_floor", "a table of metrics with a value each"):
-        for entry in content.get("noise_floor", {}).values():
-            float(entry["value"])
-    remarks = content.get("remarks", [])
-    if not isinstance(remarks, list) or not all(isinstance(remark, str) for remark in remarks):
-        raise UserError(f"{path}: remarks is {str(remarks)[:60]!r}; expected a list of texts")
-    return Results(rows=rows, best=best, provenance={k: v for k, v in content.items() if k not in ("rows", "best")})
+    provenance = {key: value for key, value in content.items() if key not in ("rows", "best", "remarks")}
+    try:
+        results = adapter(Results).validate_python(content | {"provenance": provenance})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {place}: {first['msg']}, got {first['input']!r:.60}; evaluate again") from error
+    best, last = results.best, len(results.rows) - 1
+    if last < 0:
+        raise UserError(f"{path}: rows is {content.get('rows')!r}; expected a list with at least one row")
+    if best is not None and not 0 <= best <= last:
+        raise UserError(f"{path}: best is {best}; expected the index of a row, 0 to {last}")
+    rows = tuple(_with_samples(path, number, row) for number, row in enumerate(results.rows))
+    return replace(results, rows=rows)
 
 
-def _read_row(path: Path, number: int, row: Mapping[str, Any]) -> ResultRow:
-    expected = "a row with temperature, num_samples and metrics with a value each"
-    with reading(f"{path}: rows[{number}]", expected):
-        measured = {
-            name: Measurement(float(entry["value"]), None if entry.get("spread") is None else float(entry["spread"]))
-            for name, entry in row["metrics"].items()
-        }
-        result = ResultRow(
-            temperature=float(row["temperature"]),
-            num_samples=int(row["num_samples"]),
-            metrics=measured,
-            guidance_scale=float(row.get("guidance_scale", 1.0)),
-            top_k=int(row.get("top_k", 0)),
-            top_p=float(row.get("top_p", 1.0)),
-            seed=row.get("seed"),
-            samples=path.parent / beside(path, row["samples"]) if row.get("samples") else None,
-            matched_to=str(row["matched_to"]) if row.get("matched_to") else None,
-            matched_sha256=str(row["matched_sha256"]) if row.get("matched_sha256") else None,
-        )
-    if result.samples is not None and not result.samples.is_file():
-        raise UserError(f"{path}: rows[{number}] names {result.samples.name}, which is not there; sample again")
-    if result.samples is not None and row.get("samples_sha256") not in (None, file_sha256(result.samples)):
-        raise UserError(f"{path}: {result.samples.name} is not the file that rows[{number}] measured; evaluate again")
-    return result
+def _with_samples(path: Path, number: int, row: ResultRow) -> ResultRow:
+    """The row with the place of the pictures that it measured, which are checked to be these."""
+    if row.samples is None:
+        return row
+    samples = path.parent / beside(path, str(row.samples))
+    if not samples.is_file():
+        raise UserError(f"{path}: rows[{number}] names {samples.name}, which is not there; sample again")
+    if row.samples_sha256 not in (None, file_sha256(samples)):
+        raise UserError(f"{path}: {samples.name} is not the file that rows[{number}] measured; evaluate again")
+    return replace(row, samples=samples)
+
+
+def without_outdated(run: Run) -> Run:
+    """The run without results and reconstructions of weights that it no longer has; a sentence says so of each."""
+    said = []
+    if run.results.rows and (why := outdated(run.results.provenance, run.weights_sha256)):
+        said.append(f"The results of {run.name} are not shown: they {why}.")
+        run = replace(run, results=Results())
+    values = dict(run.reconstruction)
+    if why := outdated_reconstruction(values.pop("origin", {}), run):
+        said.append(f"The reconstructions of {run.name} are not shown: they {why}.")
+        values = {}
+    return replace(run, reconstruction=values, withheld=(*run.withheld, *said))
+
+
+def outdated_reconstruction(origin: Any, run: Run) -> str | None:
+    """Why reconstruction.json is not of the tokenizer that `run` is, or reads its tokens with; else None."""
+    if not isinstance(origin, Mapping):
+        return "do not say what they are of; evaluate again with --overwrite"
+    if "checkpoint_sha256" in origin:
+        return outdated(origin, run.weights_sha256)
+    model = _read_note(run.path / "model" / "config.json") or {}
+    known, measured = (one.get("tokenizer_fingerprint") for one in (model, origin))
+    if known is None or measured is None or known == measured:
+        return None
+    return "are of another tokenizer than the model's; evaluate again with --overwrite"
+
+
+def without_old_matches(run: Run, runs: Sequence[Run]) -> Run:
+    """The run without rows at the entropy of a run on the page that was trained on since."""
+    lost = [row for row in run.results.rows if _is_of_older_match(row, run, runs)]
+    if not lost:
+        return run
+    rows = tuple(row for row in run.results.rows if row not in lost)
+    names = listed([str(row.matched_to) for row in lost])
+    said = f"Rows of {run.name} at the entropy of {names} are not shown: {names} changed since; evaluate again."
+    best = rows.index(run.results.best_row) if run.results.best_row in rows else None
+    return replace(run, results=replace(run.results, rows=rows, best=best), withheld=(*run.withheld, said))
+
+
+def _is_of_older_match(row: ResultRow, run: Run, runs: Sequence[Run]) -> bool:
+    named = [other for other in runs if other is not run and other.path.name == row.matched_to]
+    known = {other.weights_sha256 for other in named} - {None}
+    return row.matched_sha256 is not None and bool(known) and row.matched_sha256 not in known
+
+
+def comparable(runs: Sequence[Run]) -> list[Run]:
+    """The runs, without the results of those that were measured otherwise than the first one that has results."""
+    first = next((run for run in runs if run.results.rows), None)
+    checked = []
+    for run in runs:
+        if first and run.results.rows and (why := difference(run.results, first.results)):
+            said = f"The results of {run.name} are not shown beside those of {first.name}: {why}; evaluate both alike."
+            run = replace(run, results=Results(), withheld=(*run.withheld, said))
+        checked.append(run)
+    return checked
+
+
+def difference(results: Results, others: Results) -> str | None:
+    """Why the numbers of two results cannot be compared; None where they can."""
+    ours, theirs = results.provenance, others.provenance
+    counts = [sorted({row.num_samples for row in one.rows}) for one in (results, others)]
+    if not same_reference(ours.get("reference"), theirs.get("reference")):
+        return "they were measured against another reference"
+    if ours.get("feature_network") != theirs.get("feature_network"):
+        return "they were measured with another feature network"
+    if counts[0] != counts[1]:
+        here, there = (listed([f"{count:,}" for count in one]) for one in counts)
+        return f"they are of {here} samples, those of {there}, and a Fréchet distance depends on that"
+    options = [one["config"] if isinstance(one.get("config"), Mapping) else {} for one in (ours, theirs)]
+    changed = [key for key in SETTINGS if options[0].get(key) != options[1].get(key)]
+    return f"they were measured with other {listed(changed)}" if changed else None
+
+
+def same_reference(ours: Any, theirs: Any) -> bool:
+    """Whether two descriptions of a reference are of one: of the same pixels, or where unknown of the same name."""
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+        return bool(ours == theirs)
+    hashes, others = (
+        [{key: value for key, value in one.items() if key.endswith("_sha256") == hashed} for one in (ours, theirs)]
+        for hashed in (True, False)
+    )
+    return hashes[0] == hashes[1] if all(hashes) else others[0] == others[1]

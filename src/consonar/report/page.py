@@ -5,27 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from consonar.report.charts import LOOKS, curve_charts
-from consonar.report.findings import findings
-from consonar.report.frontier import frontier_charts
-from consonar.report.images import (
-    file_picture,
-    leading_pictures,
-    nearest_blocks,
-    reconstruction_groups,
-    sample_blocks,
-    training_grids,
-)
-from consonar.report.post_training import post_training_section
+from consonar.metrics import meanings, metric_of
+from consonar.report import images, tables
+from consonar.report.charts import LOOKS, frontier_charts
 from consonar.report.records import Run, listed, start_text
-from consonar.report.tables import HEADINGS, config_rows, control_sections, flatten, result_columns, result_sections
-from consonar.report.validity import remarks
-from consonar.report.verdicts import verdict_table
 
-__all__ = ["config_rows", "findings", "render"]
+LEADING_COLUMNS = 6
+"""Classes that lead the page."""
 
 
 def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:
@@ -37,43 +27,66 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # So that macros have them, too.
+    environment.globals |= {"looks": LOOKS, "runs": runs, "metric_of": metric_of, "hints": tables.HINTS}
     names = [run.name for run in runs]
-    samples, (headings, verdicts) = sample_blocks(runs), verdict_table(runs)
-    others = [(index, run) for index, run in enumerate(runs) if not run.post_trains]
+    samples, (settings, verdicts) = images.sample_blocks(runs), tables.verdict_table(runs)
+    columns = tables.result_columns(runs)
     return environment.get_template("report.html.jinja").render(
         title=title or (f"Run {names[0]}" if len(runs) == 1 else f"{listed(names)}, compared"),
-        runs=runs,
-        looks=LOOKS,
         legends=[legend_text(run, runs) for run in runs],
-        headings=HEADINGS,
+        methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
         withheld=[line for run in runs for line in run.withheld],
-        findings=[*findings(runs), *remarks(runs)],
-        leading=leading_pictures(samples, runs),
-        headings_of_verdicts=headings,
+        remarks=remarks(runs),
+        leading=leading_classes(samples),
+        settings=settings,
         verdicts=verdicts,
-        opening=file_picture(opening, "samples of the shipped generator, a row for each class") if opening else None,
-        not_evaluated=[run.name for run in runs if not run.results],
-        reconstructions=reconstruction_groups(runs),
+        opening=opening and images.file_picture(opening, "samples of the shipped generator, a row for each class"),
+        not_evaluated=[run.name for run in runs if not run.results.rows],
+        reconstructions=images.reconstruction_groups(runs),
         samples=samples,
-        nearest=nearest_blocks(runs),
-        grids=training_grids(runs),
-        columns=(columns := result_columns(runs)),
-        sections=result_sections(runs, columns),
-        controls=control_sections(runs, columns),
+        nearest=images.nearest_blocks(runs),
+        columns=columns,
+        meanings=meanings,
+        sections=tables.result_sections(runs, columns),
         frontier=frontier_charts(runs),
-        post_training=post_training_section(runs),
-        trained=[index for index, _ in others],
-        curves=curve_charts(others),
-        config=config_rows(runs),
+        noise_floor=noise_floor(runs),
+        training=tables.training_groups(runs),
+        grids=images.training_grids(runs),
+        config=tables.config_tables(runs),
         provenance=[provenance_items(run, runs) for run in runs],
         openmoji=any(uses_openmoji(run) for run in runs),
     )
+
+
+def leading_classes(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The classes of the last block that begin the page."""
+    classes = blocks[-1]["classes"] if blocks else []
+    return [classes[i] for i in images.spread_evenly(len(classes), LEADING_COLUMNS)]
 
 
 def legend_text(run: Run, runs: Sequence[Run]) -> str:
     """ "reAR", or "VA-pi, from rear" for what started from another run."""
     start = start_text(run, runs)
     return f"{run.method}, from {start}" if start else run.method
+
+
+def noise_floor(runs: Sequence[Run]) -> str:
+    """The Fréchet distance of real held-out images to the training images; "" where the runs do not agree on one."""
+    floors = [run.results.noise_floor for run in runs if run.results.rows]
+    said = {f"{one[name].value:.3g}" for one in floors for name in one if name.startswith("FD(")}
+    return said.pop() if len(said) == 1 else ""
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+    """What must be known to read the numbers, one sentence each: as measured, and of the temperatures."""
+    measured = [run for run in runs if run.results.rows]
+    said = [f"{line}." for run in measured for line in run.results.remarks]
+    grids = {run.name: sorted({row.temperature for row in run.results.rows if not row.matched_to}) for run in measured}
+    if len({tuple(grid) for grid in grids.values()}) > 1:
+        text = "; ".join(f"{name} {listed([f'{value:g}' for value in grid])}" for name, grid in grids.items() if grid)
+        said.append(f"The runs were measured at different temperatures, and the best is the best of these: {text}.")
+    return list(dict.fromkeys(said))
 
 
 def provenance_items(run: Run, runs: Sequence[Run]) -> dict[str, str]:
@@ -85,12 +98,10 @@ def provenance_items(run: Run, runs: Sequence[Run]) -> dict[str, str]:
         items["last step"] = f"{run.metrics[-1]['step']:,}"
         if "time" in run.metrics[-1]:
             items["training time"] = f"{run.metrics[-1]['time'] / 60:.1f} min"
-    provenance = run.results.provenance if run.results else {}
-    return items | flatten({key: value for key, value in provenance.items() if key != "remarks"})
+    return items | tables.flatten(run.results.provenance)
 
 
 def uses_openmoji(run: Run) -> bool:
     """Whether the run's data, tokenizer or reference names OpenMoji, whose licence asks for attribution."""
     named = [run.config.get("data"), run.config.get("tokenizer"), run.config.get("recipe")]
-    reference = run.results.provenance.get("reference") if run.results else None
-    return "openmoji" in json.dumps([*named, reference]).lower()
+    return "openmoji" in json.dumps([*named, run.results.provenance.get("reference")]).lower()

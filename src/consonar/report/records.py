@@ -1,4 +1,4 @@
-"""What the report knows of a run folder, as plain records, and how two measurements are compared."""
+"""What the page knows of a run folder, as plain records, and which runs of a page began or control others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from consonar.training.objectives import Settings, completed, method_of
+from consonar.metrics import decides
+from consonar.training.objectives import Method, Settings, method_of
 
 COMPONENTS = ("model", "best")
 """Folders inside a run that another run can start from."""
@@ -32,8 +33,8 @@ class ResultRow:
     guidance_scale: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int | None = None
     samples: Path | None = None
+    samples_sha256: str | None = None
     matched_to: str | None = None
     """Folder name of the run whose teacher-forced entropy this temperature was chosen to reach."""
     matched_sha256: str | None = None
@@ -45,31 +46,26 @@ class ResultRow:
         return (self.guidance_scale, self.top_k, self.top_p)
 
     @property
-    def held_out_fd(self) -> Measurement | None:
-        """The Fréchet distance to the held-out images, whichever feature network measured it."""
-        for name, measurement in self.metrics.items():
-            if name.startswith("FD(") and name.endswith(" validation"):
-                return measurement
-        return None
+    def deciding(self) -> Measurement | None:
+        """The number by which runs are judged."""
+        return next((measured for name, measured in self.metrics.items() if decides(name)), None)
 
 
 @dataclass(frozen=True)
 class Results:
-    """`results.json`: rows over a sampler grid, the index of the best one, and where the numbers come from."""
+    """`results.json`: rows over a sampler grid, which of them is best, and where the numbers come from."""
 
-    rows: tuple[ResultRow, ...]
-    best: int | None
-    provenance: Mapping[str, Any]
+    rows: tuple[ResultRow, ...] = ()
+    best: int | None = None
+    noise_floor: Mapping[str, Measurement] = field(default_factory=dict)
+    """Distances of real held-out images to the training images."""
+    remarks: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """All of the file but rows and remarks."""
 
     @property
     def best_row(self) -> ResultRow | None:
         return None if self.best is None else self.rows[self.best]
-
-    @property
-    def noise_floor(self) -> float | None:
-        """The Fréchet distance of the real held-out images themselves to the training images, where it was measured."""
-        floors = self.provenance.get("noise_floor", {})
-        return next((float(entry["value"]) for name, entry in floors.items() if name.startswith("FD(")), None)
 
     @property
     def temperature_one(self) -> ResultRow | None:
@@ -85,11 +81,12 @@ class Run:
     path: Path
     name: str
     config: Mapping[str, Any]
+    objective: Settings
+    """The configuration's objective, with the defaults of what it lacks; empty where there is none."""
     metrics: tuple[Mapping[str, Any], ...] = ()
-    results: Results | None = None
-    reconstruction: Mapping[str, float] = field(default_factory=dict)
-    reconstructs: bool = True
-    """Whether the pictures in `reconstructions.npz` are of the tokenizer that the run has now."""
+    results: Results = Results()
+    """Without rows where nothing was measured, or may be shown."""
+    reconstruction: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
     withheld: tuple[str, ...] = ()
     """Sentences on what was measured and is not shown, and why."""
@@ -102,59 +99,46 @@ class Run:
         """All logged (step, value) of one metric, without those that were not finite."""
         return [(line["step"], line[key]) for line in self.metrics if line.get(key) is not None]
 
-    def last(self, key: str) -> tuple[int, float] | None:
-        """The last logged (step, value) of one metric, or None where it was never logged as a finite number."""
-        return next(reversed(self.series(key)), None)
-
     @property
-    def objective(self) -> Settings:
-        """The configuration's objective; empty where it has none."""
-        return completed(self.config.get("objective") or {})
+    def row(self) -> Method | None:
+        """What the table of methods says of it; None for a kind that is not in there."""
+        return method_of(self.objective)
 
     @property
     def post_trains(self) -> bool:
         """Whether this trained a finished generator on."""
-        row = method_of(self.objective)
-        return row is not None and row.run == "post-training"
+        return self.row is not None and self.row.run == "post-training"
 
     @property
     def is_control(self) -> bool:
         """Whether other methods of its kind of run are judged by it."""
-        row = method_of(self.objective)
-        return row is not None and row.is_control
+        return self.row is not None and self.row.is_control
 
     @property
     def method(self) -> str:
-        """ "reAR", "VA-pi (rloo)": by its row in `METHODS`; for what has none there the kind that its record names."""
-        row = method_of(self.objective)
-        if row is None:
+        """ "reAR", "VA-pi (rloo)"; for what is not in the table the kind that its own record names."""
+        if self.row is None:
             return str(self.objective.get("kind", "run"))
-        details = row.details(self.objective)
-        return f"{row.name} ({', '.join(details)})" if details else row.name
+        details = self.row.details(self.objective)
+        return f"{self.row.name} ({', '.join(details)})" if details else self.row.name
 
 
-def start_of(run: Run) -> tuple[Path | None, bool]:
-    """The run folder that `init` lies in, or `init` itself, and whether it is the best model of that run.
-
-    None for a start from random weights or from a model of the hub.
-    """
+def start_of(run: Run) -> tuple[Path, bool] | None:
+    """The run folder that `init` lies in, or `init` itself, and whether it is the best model of that run."""
     init = run.config.get("init")
-    if not init or init.startswith("hf:"):
-        return None, False
+    if not init:
+        return None
     return Path(init).parent if Path(init).name in COMPONENTS else Path(init), Path(init).name == "best"
 
 
 def share_start(run: Run, other: Run) -> bool:
     """Whether both runs started from the same model, on this page or not."""
-    folder, _ = start_of(run)
-    if folder is None:
-        return bool(run.config.get("init")) and run.config["init"] == other.config.get("init")
-    return start_of(run) == start_of(other)
+    return start_of(run) is not None and start_of(run) == start_of(other)
 
 
 def run_of_start(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run on this page that `run` started from, its last model or its best one."""
-    folder, _ = start_of(run)
+    folder, _ = start_of(run) or (None, False)
     if folder is None:
         return None
     found = next((other for other in runs if other.path == folder), None)
@@ -166,29 +150,40 @@ def run_of_start(run: Run, runs: Sequence[Run]) -> Run | None:
 
 def find_start(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run on this page whose last model `run` started from. A best model is not measured here, so it is None."""
-    return None if start_of(run)[1] else run_of_start(run, runs)
+    _, best = start_of(run) or (None, False)
+    return None if best else run_of_start(run, runs)
 
 
 def start_text(run: Run, runs: Sequence[Run]) -> str:
     """Name of what the run started from, as it is called on this page; "" for a run from random weights."""
-    folder, best = start_of(run)
-    if folder is None:
-        return str(run.config.get("init") or "")
+    init, (folder, best) = run.config.get("init") or "", start_of(run) or (Path(), False)
+    if not init or init.startswith("hf:"):
+        return str(init)
     found = run_of_start(run, runs)
     return f"{found.name if found else folder.name}{' (its best model)' if best else ''}"
 
 
-def find_matched(row: ResultRow, run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run on this page that `row` of `run` was matched to; of several of one name the one that `run` began."""
+def control_of(run: Run, runs: Sequence[Run]) -> Run | None:
+    """What `run` would be without its method; None for what is itself the measure, and where the page has none.
+
+    Of post-training the control from the same start, else that start; of training the control, else the first run.
+    """
+    if run.post_trains:
+        controls = (other for other in runs if other.post_trains and other.is_control and share_start(run, other))
+        return (None if run.is_control else next(controls, None)) or find_start(run, runs)
+    trained = [other for other in runs if not other.post_trains]
+    plain = next((other for other in trained if other.is_control), trained[0])
+    return None if plain is run else plain
+
+
+def find_matched(row: ResultRow, run: Run, runs: Sequence[Run]) -> tuple[Run | None, ResultRow | None]:
+    """The run that `row` of `run` was matched to, and what it scored at temperature 1 with the same sampler.
+
+    Of several of one name the one that `run` began; None for what the page does not have.
+    """
     found = [other for other in runs if other is not run and other.path.name == row.matched_to]
-    begun = [other for other in found if find_start(other, runs) is run]
-    return next(iter(begun or found), None)
-
-
-def row_of_matched(row: ResultRow, run: Run, runs: Sequence[Run]) -> tuple[Run | None, ResultRow | None]:
-    """That run, and what it scored at temperature 1 with the same sampler; None for what the page does not have."""
-    other = find_matched(row, run, runs)
-    rows = other.results.rows if other and other.results else ()
+    other = next(iter([other for other in found if find_start(other, runs) is run] or found), None)
+    rows = other.results.rows if other else ()
     return other, next((o for o in rows if o.temperature == 1 and o.sampler == row.sampler), None)
 
 
@@ -200,22 +195,6 @@ def measurement_text(measurement: Measurement, *, percent: bool = False) -> str:
         return f"{value:.4g}{unit}"
     digits = min(4, max(0, 1 - math.floor(math.log10(spread))))
     return f"{value:.{digits}f}\u00a0±\u00a0{spread:.{digits}f}{unit}"
-
-
-def spread_of_difference(first: Measurement, second: Measurement) -> float | None:
-    """sqrt(a^2 + b^2) of the two spreads, or None where either was not measured."""
-    if first.spread is None or second.spread is None:
-        return None
-    return math.hypot(first.spread, second.spread)
-
-
-def verdict(first: Measurement, second: Measurement) -> str:
-    """How sure the difference of two measurements is: "within", "hint", "clear", or "open" without a spread."""
-    spread = spread_of_difference(first, second)
-    if spread is None:
-        return "open"
-    size = abs(first.value - second.value)
-    return "within" if size <= spread else "hint" if size <= 2 * spread else "clear"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -1,113 +1,220 @@
-"""Tables of the report: what was measured, and the configurations."""
+"""Tables of the page: who is ahead of its control, what was measured, how training went, the configurations.
+
+Ahead or behind is what lies beyond twice the spread of the difference, sqrt(a^2 + b^2) for independent draws; the rest
+is no difference. The spread covers drawing again, never training again.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from consonar.report.charts import direction
-from consonar.report.records import ResultRow, Run, measurement_text, row_of_matched, verdict
+from consonar.metrics import decides, in_order, metric_of
+from consonar.report.charts import curve_charts, logged_keys
+from consonar.report.records import (
+    Measurement,
+    ResultRow,
+    Run,
+    control_of,
+    find_matched,
+    find_start,
+    listed,
+    measurement_text,
+)
 
-HEADINGS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "l1": "mean absolute error",
-    "num_images": "images measured",
-    "usage": "codes used",
-    "perplexity": "perplexity",
-    "entropy": "entropy of samples (nats)",
-    "entropy (teacher-forced)": "entropy under the true context (nats)",
-}
+MINUS = "\u2212"
+SETTINGS = ("at its best T", "at T 1", "at equal entropy")
+HINTS = {-1: "lower is better", 1: "higher is better", 0: ""}
 Entry = tuple[int, Run, ResultRow]
 
 
-def result_columns(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """One {"metric", "heading", "hint"} per metric that any run measured, in the order of the first file."""
-    metrics = dict.fromkeys(name for run in runs if run.results for row in run.results.rows for name in row.metrics)
-    hints = {-1: "lower is better", 1: "higher is better", 0: ""}
-    # Fréchet distances last would hide the main number on a phone; the held-out one leads.
-    first = sorted(metrics, key=lambda name: not (name.startswith("FD(") and name.endswith(" validation")))
-    return [{"metric": m, "heading": HEADINGS.get(m, m), "hint": hints[direction(m)]} for m in first]
+class Verdict(NamedTuple):
+    """ "ahead", "no difference", "behind", "open" or, for what was not measured, "–"; and by how much or why."""
+
+    word: str
+    text: str = ""
 
 
-def result_sections(runs: Sequence[Run], columns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """The table: a section at temperature 1, one at each run's own best setting, and the whole grid, folded.
+def judge(score: Measurement | None, base: Measurement | None, direction: int = -1) -> Verdict:
+    """A number against that of the control; `direction` is -1 where lower is better."""
+    if score is None or base is None:
+        return Verdict("–")
+    gain = direction * (score.value - base.value)
+    if not math.isfinite(gain):
+        return Verdict("open", "not a finite number")
+    if score.spread is None or base.spread is None:
+        side = "higher" if gain * direction > 0 else "lower"
+        return Verdict(
+            "open", f"{abs(gain):.3g} {side}, but no spread was measured" if gain else "equal, without a spread"
+        )
+    spread = math.hypot(score.spread, base.spread)
+    word = "no difference" if abs(gain) <= 2 * spread else "ahead" if gain > 0 else "behind"
+    return Verdict(word, measurement_text(Measurement(abs(gain), spread)))
 
-    Each section is {"title", "folded", "rows"}, each row {"index", "run", "row", "cells"}, each cell {"text", "mark"};
-    the mark "best" is the best of its column in the section, "close" what the spread does not tell from it.
-    """
-    measured = [(index, run, run.results) for index, run in enumerate(runs) if run.results]
-    at_one = [(i, run, row) for i, run, results in measured if (row := results.temperature_one)]
-    best = [(i, run, row) for i, run, results in measured if (row := results.best_row)]
-    everything = [(i, run, row) for i, run, results in measured for row in results.rows]
-    sections = [
-        ("At temperature 1", False, at_one),
-        ("Each at its own best temperature", False, best),
-        ("Everything measured", True, everything),
+
+def verdict_table(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Settings that were measured, and {"run", "control", "verdicts"} of each measured run with a measured control."""
+    scored = [run for run in runs if any(row.deciding for row in run.results.rows)]
+    found: list[tuple[Run, str, list[Verdict]]] = []
+    for run in scored:
+        if control := control_of(run, scored):
+            pairs = (
+                (run.results.best_row, control.results.best_row),
+                (run.results.temperature_one, control.results.temperature_one),
+                rows_of_equal_entropy(run, scored),
+            )
+            verdicts = [judge(row.deciding, base.deciding) if row and base else Verdict("–") for row, base in pairs]
+            found.append((run, control.name, verdicts))
+    shown = [i for i in range(len(SETTINGS)) if any(verdicts[i].word != "–" for _, _, verdicts in found)]
+    return [SETTINGS[i] for i in shown], [
+        {"run": run, "control": control, "verdicts": [verdicts[i] for i in shown]} for run, control, verdicts in found
     ]
+
+
+def rows_of_equal_entropy(run: Run, runs: Sequence[Run]) -> tuple[ResultRow | None, ResultRow | None]:
+    """A post-trained run at temperature 1, and its start at the temperature of the same entropy."""
+    start = find_start(run, runs) if run.post_trains else None
+    for row in start.results.rows if start else ():
+        other, trained = find_matched(row, start, runs) if start else (None, None)
+        if other is run:
+            return trained, row
+    return None, None
+
+
+def result_columns(runs: Sequence[Run]) -> list[str]:
+    """The metrics that any run measured; the one that decides leads, since a phone hides the last ones."""
+    names = in_order({name for run in runs for row in run.results.rows for name in row.metrics})
+    return sorted(names, key=lambda name: not decides(name))
+
+
+def result_sections(runs: Sequence[Run], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The numbers: at temperature 1, at each run's own best setting, at equal entropy, and the whole grid, folded.
+
+    [{"title", "folded", "rows": [{"index", "run", "row", "cells": [{"text", "mark"}]}]}]: the mark "best" is the best
+    of its column in the section, "close" what is no different from it.
+    """
+    entries: dict[str, list[Entry]] = {
+        "At temperature 1": [(i, run, row) for i, run in enumerate(runs) if (row := run.results.temperature_one)],
+        "Each at its own best temperature": [
+            (i, run, row) for i, run in enumerate(runs) if (row := run.results.best_row)
+        ],
+        **{f"{run.name} at the entropy of others": matched_entries(run, runs) for run in runs},
+        "Everything measured": [(i, run, row) for i, run in enumerate(runs) for row in run.results.rows],
+    }
     return [
-        {"title": title, "folded": folded, "rows": _table_rows(entries, columns)}
-        for title, folded, entries in sections
-        if entries
+        {"title": title, "folded": title == "Everything measured", "rows": _table_rows(found, columns)}
+        for title, found in entries.items()
+        if found
     ]
 
 
-def control_sections(runs: Sequence[Run], columns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """The temperature control: a section as of `result_sections` for every run that has rows matched to others.
-
-    Its rows: the run at temperature 1, then each run that was matched, at temperature 1, above the row matched to it.
-    """
-    sections = []
-    for index, run in enumerate(runs):
-        matched = [row for row in run.results.rows if row.matched_to] if run.results else []
-        if not matched or run.results is None:
-            continue
-        start = run.results.temperature_one
-        entries: list[Entry] = [(index, run, start)] if start and not start.matched_to else []
-        for row in matched:
-            other, trained = row_of_matched(row, run, runs)
-            if other and trained:
-                entries.append((runs.index(other), other, trained))
-            entries.append((index, run, row))
-        title = f"{run.name} at the entropy of others"
-        sections.append({"title": title, "folded": False, "rows": _table_rows(entries, columns)})
-    return sections
+def matched_entries(run: Run, runs: Sequence[Run]) -> list[Entry]:
+    """The temperature control: each run that `run` was matched to, at temperature 1, above the row matched to it."""
+    entries: list[Entry] = []
+    for row in [row for row in run.results.rows if row.matched_to]:
+        other, trained = find_matched(row, run, runs)
+        if other and trained:
+            entries.append((runs.index(other), other, trained))
+        entries.append((runs.index(run), run, row))
+    return entries
 
 
-def _table_rows(entries: Sequence[Entry], columns: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+def _table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"index": index, "run": run, "row": row, "cells": []} for index, run, row in entries]
     for column in columns:
-        metric = column["metric"]
-        sign = direction(metric)
-        present = [row.metrics[metric] for _, _, row in entries if metric in row.metrics]
+        metric = metric_of(column)
+        measured = [row.metrics.get(column) for _, _, row in entries]
+        present = [each for each in measured if each is not None]
         # Where all are equal there is no best to point at.
-        differ = sign and len({measured.value for measured in present}) > 1
-        best = max(present, key=lambda measured: sign * measured.value) if differ else None
-        for (_, _, row), entry in zip(entries, rows, strict=True):
-            measured = row.metrics.get(metric)
-            if measured is None:
-                entry["cells"].append({"text": "", "mark": ""})
-                continue
-            text = measurement_text(measured, percent=metric.startswith("copy rate"))
-            mark = ""
-            if best is not None:
-                mark = (
-                    "best" if measured.value == best.value else "close" if verdict(measured, best) == "within" else ""
-                )
+        differ = metric.direction and len({each.value for each in present}) > 1
+        best = max(present, key=lambda each: metric.direction * each.value) if differ else None
+        for each, entry in zip(measured, rows, strict=True):
+            text = "" if each is None else measurement_text(each, percent=metric.unit == "%")
+            close = best is not None and judge(each, best, metric.direction).word == "no difference"
+            mark = "best" if each and best and each.value == best.value else "close" if close else ""
             entry["cells"].append({"text": text, "mark": mark})
     return rows
 
 
-def config_rows(runs: Sequence[Run]) -> dict[str, list[tuple[str, list[str]]]]:
-    """The configurations as [(dotted key, value per run)], split into what "differs" between runs and the "same"."""
+def training_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """How training went, of the runs that took a finished generator further and of the others: they differ in length.
+
+    [{"title", "indices", "columns": [metric], "rows": [{"index", "run", "steps", "best", "cells"}], "notes",
+    "charts"}]; validation at step 0 is that of the start model.
+    """
+    groups = []
+    for title, post_trains in (("Post-training", True), ("Training", False)):
+        entries = [(index, run) for index, run in enumerate(runs) if run.post_trains == post_trains and run.metrics]
+        keys = logged_keys(entries)
+        columns = [key for key in keys if key.startswith("validation/")]
+        if not entries:
+            continue
+        rows = [
+            {
+                "index": index,
+                "run": run,
+                "steps": f"{run.metrics[-1]['step']:,}{', stopped' if run.stopped else ''}",
+                "best": f"{run.best_model['step']:,}" if run.best_model else "–",
+                "cells": [from_to(run, key) for key in columns],
+            }
+            for index, run in entries
+        ]
+        groups.append({
+            "title": title, "indices": [index for index, _ in entries], "columns": columns, "rows": rows,
+            "notes": training_notes([run for _, run in entries]), "charts": curve_charts(entries, keys),
+        })  # fmt: skip
+    return groups
+
+
+def from_to(run: Run, key: str) -> str:
+    """ "-0.5120 → -0.4983": the value at step 0, where it was logged, and the last one, to equal places."""
+    series = run.series(key)
+    if not series:
+        return "–"
+    values = [value for _, value in (series[:1] if series[0][0] == 0 < series[-1][0] else []) + series[-1:]]
+    largest = max(abs(value) for value in values)
+    places = 4 if largest == 0 else min(4, max(0, 3 - math.floor(math.log10(largest))))
+    return " → ".join(f"{value:.{places}f}".replace("-", MINUS) for value in values)
+
+
+def training_notes(runs: Sequence[Run]) -> list[str]:
+    """How runs ended, and what must be known to read the charts."""
+    notes = []
+    for run in runs:
+        if run.stopped is not None:
+            notes.append(
+                f"{run.name} was stopped by its guard at step {run.stopped['step']:,}: {run.stopped['reason']}."
+            )
+            if run.metrics[-1]["step"] > run.stopped["step"]:
+                notes.append(f"{run.name} was resumed later, to step {run.metrics[-1]['step']:,}.")
+    if metrics := dict.fromkeys(run.best_model["metric"] for run in runs if run.best_model):
+        notes.append(
+            f"The best step is that of the lowest {listed(list(metrics))} on the way (ringed below; step 0 is the "
+            "start model). That model is in best/; everything else on this page is about the last one."
+        )
+    if len({str(run.objective.get("rewards")) for run in runs}) > 1:
+        notes.append("The weights of the rewards differ between runs: compare the parts, not the sum.")
+    if noisy := [run.name for run in runs if any(value > 0 for _, value in run.series("train/noise_rate"))]:
+        notes.append(f"Training values of {listed(noisy)} are under a noisy context; validation never is.")
+    return notes
+
+
+def config_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The configurations: what differs between runs and what is the same, [{"title", "headings", "rows"}].
+
+    A row is (dotted key, values), a value for each heading.
+    """
     flat = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    rows = [(key, [config.get(key, "not set") for config in flat]) for key in keys]
-    return {
-        "differs": [row for row in rows if len(set(row[1])) > 1],
-        "same": [row for row in rows if len(set(row[1])) == 1],
-    }
+    values = {key: [config.get(key, "not set") for config in flat] for key in dict.fromkeys(k for c in flat for k in c)}
+    differs = [(key, each) for key, each in values.items() if len(set(each)) > 1]
+    same = [(key, each[:1]) for key, each in values.items() if len(set(each)) == 1]
+    tables = (
+        ("What differs between the runs", [run.name for run in runs], differs),
+        ("What is the same" if len(runs) > 1 else "Everything", ["value"], same),
+    )
+    return [{"title": title, "headings": headings, "rows": rows} for title, headings, rows in tables if rows]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -82,18 +82,23 @@ METHODS: list[Method] = [
     Method(
         name="plain AR", config=AutoregressiveConfig, objective=Autoregressive, run="generator", is_control=True,
         fits=lambda settings: not adds_noise(settings) and not aligns_codes(settings),
+        about="teaches the generator only to guess the next token after correct ones",
     ),
     Method(
         name="reAR", config=AutoregressiveConfig, objective=Autoregressive, run="generator",
         fits=lambda settings: adds_noise(settings) and aligns_codes(settings),
+        about="replaces some of the tokens that the generator reads by wrong ones, and makes its inner states point at "
+        "the codebook entries that the decoder will use; nothing of this remains at sampling time",
     ),
     Method(
         name="noisy context only", config=AutoregressiveConfig, objective=Autoregressive, run="generator",
         fits=lambda settings: adds_noise(settings) and not aligns_codes(settings),
+        about="is reAR without the alignment: some of the tokens that the generator reads are wrong ones",
     ),
     Method(
         name="codebook alignment only", config=AutoregressiveConfig, objective=Autoregressive, run="generator",
         fits=lambda settings: not adds_noise(settings) and aligns_codes(settings),
+        about="is reAR on correct tokens: inner states point at the codebook entries that the decoder will use",
     ),
     Method(
         name="VA-pi", config=PolicyConfig, objective=TeacherForcedPolicy, run="post-training",
