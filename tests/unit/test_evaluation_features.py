@@ -133,9 +133,9 @@ def test_extracted_moments_rows_and_parts(images):
     expected = images.mean((1, 2)) / 127.5 - 1
     assert found.rows.shape == (6, 3) and np.allclose(found.rows, expected[found.indices], atol=1e-6)
     assert np.allclose(found.moments.mean, expected.mean(0), atol=1e-6)
-    assert [part.count for part in found.parts] == [4, 4]
-    for part, moments in enumerate(found.parts):
-        assert np.allclose(moments.cov, np.cov(expected[part_of == part], rowvar=False), atol=1e-6)
+    assert [part.moments.count for part in found.parts] == [4, 4]
+    for part, kept in enumerate(found.parts):
+        assert np.allclose(kept.moments.cov, np.cov(expected[part_of == part], rowvar=False), atol=1e-6)
     assert seen == [("memory", 4), ("memory", 8), ("memory", 10)]
 
 

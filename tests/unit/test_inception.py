@@ -120,12 +120,12 @@ def test_a_stream_of_images_gives_moments_of_all_outputs():
     found = sets.extract_features(network, stream, batch_size=2, max_rows=3, part_of=torch.tensor([0, 1, 0, 1, -1]))
     features, spatial, probabilities = (part.double() for part in network.outputs(pictures(5)))
     torch.testing.assert_close(found.moments.mean, features.mean(0), rtol=1e-4, atol=1e-5)
-    assert [moments.count for moments in found.spatial] == [5, 2, 2]
-    torch.testing.assert_close(found.spatial[0].mean, spatial.mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.spatial[2].mean, spatial[[1, 3]].mean(0), rtol=1e-4, atol=1e-5)
+    assert [kept.spatial.count for kept in (found, *found.parts)] == [5, 2, 2]
+    torch.testing.assert_close(found.spatial.mean, spatial.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.parts[1].spatial.mean, spatial[[1, 3]].mean(0), rtol=1e-4, atol=1e-5)
     expected = sets.InceptionScore()
     expected.update(probabilities[[0, 2]])
-    assert found.scores[1].value == pytest.approx(expected.value, rel=1e-6)
+    assert found.parts[0].scores.value == pytest.approx(expected.value, rel=1e-6)
 
 
 def test_it_is_frozen_and_stays_in_evaluation_mode():

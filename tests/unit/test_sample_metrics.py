@@ -20,7 +20,7 @@ class Halves:
 def gap(measured):
     """Length of the difference between the means."""
     mean, _, _ = measured.reference.target.gaussians["reference"]
-    return float((measured.moments.mean - mean).norm())
+    return float((measured.samples.moments.mean - mean).norm())
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ class Sharpness:
         elif other := class_difference(given, known, "the generator"):
             self.missing, self.source = f"of the reference, {other}", None
 
-    def batches(self, generator: Any) -> Iterator[TokenBatch] | None:
+    def batches(self, generator: Generator) -> Iterator[TokenBatch] | None:
         """The validation images as tokens, or None where `missing` says why they cannot serve this generator."""
         if self.source is None:
             return None
@@ -116,7 +115,7 @@ class Sharpness:
             labels += classes
         return torch.cat(tokens), labels
 
-    def entropies(self, generator: Any, temperatures: Sequence[float]) -> dict[float, float]:
+    def entropies(self, generator: Generator, temperatures: Sequence[float]) -> dict[float, float]:
         """By temperature; without that of greedy sampling (0), and empty where nothing can be measured."""
         wanted = [temperature for temperature in temperatures if temperature > 0]
         batches = self.batches(generator) if wanted else None
@@ -124,7 +123,7 @@ class Sharpness:
             return {}
         return dict(zip(wanted, teacher_forced_entropies(generator, batches, wanted), strict=True))
 
-    def match(self, generator: Any, other: Path) -> float:
+    def match(self, generator: Generator, other: Path) -> float:
         """The temperature at which `generator` has the entropy of the run `other` at temperature 1.
 
         Raises `UserError` where there is no entropy, and for a run of another tokenizer or with other classes.

@@ -33,23 +33,36 @@ ImagesDone = Callable[[str, int], None]
 """Gets the name of a set of images, and how many of them are done."""
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """What is kept of a set of images: moments of all, single vectors of some."""
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What is kept of all images of a stream, however many they are."""
 
     moments: Moments
+    """Of the features."""
+    spatial: Moments | None = None
+    """Of a `ScoringNetwork`: of the spatial features."""
+    scores: InceptionScore | None = None
+    """Of samples and a `ScoringNetwork`: of the class probabilities."""
+
+    def update(self, outputs: Sequence[Tensor]) -> None:
+        """Adds a network's outputs for some images: (B, F), and of a `ScoringNetwork` (B, num_spatial), (B, K)."""
+        for kept, output in zip((self.moments, self.spatial, self.scores), outputs, strict=False):
+            if kept is not None:
+                kept.update(output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet(Statistics):
+    """What is kept of a set of images: statistics of all, single vectors of some."""
+
     rows: Tensor
     """(min(count, max_rows), F) float32: the features of images drawn from all, for neighbours."""
     indices: Tensor
     """(min(count, max_rows),) int64, rising: which images of the set these are."""
     content: str = ""
     """Of a reference: the SHA-256 of its pixels, see `content_hash`."""
-    parts: tuple[Moments, ...] = ()
-    """Moments of disjoint parts, when they were asked for."""
-    spatial: tuple[Moments, ...] = ()
-    """Of a `ScoringNetwork`: moments of the spatial features of all images, then of each part."""
-    scores: tuple[InceptionScore, ...] = ()
-    """Of samples and a `ScoringNetwork`: the Inception score of all images, then of each part."""
+    parts: tuple[Statistics, ...] = ()
+    """Of disjoint parts, when they were asked for."""
 
 
 def to_float(images: np.ndarray) -> Tensor:
@@ -82,32 +95,33 @@ def extract_features(
     the number of images done so far. Raises UserError when the network gives another shape than it declares, or values
     that are not finite.
     """
-    num_sets = 1 if part_of is None else 2 + int(part_of.max())
-    moments = [Moments(network.num_features) for _ in range(num_sets)]
     scoring = network if isinstance(network, ScoringNetwork) else None
-    spatial = [Moments(scoring.num_spatial) for _ in range(num_sets)] if scoring else []
-    scores = []
-    if scoring and part_of is not None:
-        sizes = [len(part_of), *torch.bincount(part_of[part_of >= 0], minlength=num_sets - 1).tolist()]
-        scores = [InceptionScore.drawn(size, generator(seed, "splits", i)) for i, size in enumerate(sizes[:num_sets])]
-    gathered: tuple[Sequence[Moments | InceptionScore], ...] = (moments, spatial, scores)
+    widths = (network.num_features, scoring.num_spatial) if scoring else (network.num_features,)
+    sizes = [] if part_of is None else [len(part_of), *torch.bincount(part_of[part_of >= 0]).tolist()]
+    scores = [InceptionScore.drawn(size, generator(seed, "splits", i)) for i, size in enumerate(sizes) if scoring]
+    whole, *parts = [
+        Statistics(
+            moments=Moments(network.num_features), spatial=Moments(scoring.num_spatial) if scoring else None,
+            scores=scores[index] if scores else None,
+        )
+        for index in range(max(1, len(sizes)))
+    ]  # fmt: skip
     drawn = RowDraw(max_rows, derive_seed(seed, "rows"))
     for batch in images.stream(batch_size):
-        inputs, first = to_float(batch), moments[0].count
+        inputs, first = to_float(batch), whole.moments.count
         outputs: tuple[Tensor, ...] = scoring.outputs(inputs) if scoring else (network(inputs),)
-        outputs = tuple(output.to("cpu", torch.float32) for output in outputs)  # (B, F), (B, num_spatial), (B, K)
-        widths = (network.num_features, scoring.num_spatial) if scoring else (network.num_features,)
+        outputs = tuple(output.to("cpu", torch.float32) for output in outputs)
         for output, width in zip(outputs, widths, strict=False):
             check_features(output, (len(batch), width), network.name, images.name, first)
         drawn.update(batch, outputs[0])
+        whole.update(outputs)
         members = None if part_of is None else part_of[first : first + len(batch)]  # (B,)
-        for kept, output in zip(gathered, outputs, strict=False):
-            for part, of_part in enumerate(kept, start=-1):
-                of_part.update(output if part < 0 or members is None else output[members == part])
+        for index, part in enumerate(parts):
+            part.update([output[members == index] for output in outputs])
         if progress:
-            progress(images.name, moments[0].count)
+            progress(images.name, whole.moments.count)
     rows, indices = drawn.result(network.num_features)
-    return FeatureSet(moments[0], rows, indices, parts=tuple(moments[1:]), spatial=tuple(spatial), scores=tuple(scores))
+    return FeatureSet(**vars(whole), rows=rows, indices=indices, parts=tuple(parts))
 
 
 def check_features(features: Tensor, shape: tuple[int, int], network: str, name: str, first: int) -> None:
@@ -160,8 +174,8 @@ def cached_features(
     features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, seed=seed, progress=progress)
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
     arrays |= _moment_arrays("", features.moments)
-    if features.spatial:
-        arrays |= _moment_arrays("spatial_", features.spatial[0])
+    if features.spatial is not None:
+        arrays |= _moment_arrays("spatial_", features.spatial)
 
     def save(unfinished: Path) -> None:
         with unfinished.open("wb") as file:
@@ -175,10 +189,12 @@ def _read_features(path: Path) -> FeatureSet:
     remedy = "delete it, it is made again"
     arrays = read_npz(path, remedy=remedy)
     with reading(f"feature cache: {path}", "features", remedy):
-        spatial = (_read_moments(arrays, "spatial_"),) if "spatial_mean" in arrays else ()
-        rows, indices = torch.from_numpy(arrays["rows"]), torch.from_numpy(arrays["indices"])
-        features = FeatureSet(_read_moments(arrays, ""), rows, indices, spatial=spatial)
-    return features
+        return FeatureSet(
+            moments=_read_moments(arrays, ""),
+            spatial=_read_moments(arrays, "spatial_") if "spatial_mean" in arrays else None,
+            rows=torch.from_numpy(arrays["rows"]),
+            indices=torch.from_numpy(arrays["indices"]),
+        )
 
 
 def _moment_arrays(prefix: str, moments: Moments) -> dict[str, np.ndarray]:

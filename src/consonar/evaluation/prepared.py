@@ -76,7 +76,7 @@ def spatial_target(
         return None
     if reference.statistics and not reference.spatial_statistics:
         return "the reference's statistics have no mu_s and sigma_s"
-    spatial = {name: (found.spatial[0].mean, found.spatial[0].cov) for name, found in known.items()}
+    spatial = {name: (kept.mean, kept.cov) for name, found in known.items() if (kept := found.spatial)}
     spatial |= given_gaussian(reference, reference.spatial_statistics, f"{network.name} (spatial)", network.num_spatial)
     return Target(spatial, None, k)
 

@@ -48,7 +48,7 @@ def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, C
                 f"copy rate ({kind}) cannot see a copy: a validation image is equal to a training image; keep it in "
                 "one of the sets, or read the rate at another copy_quantile"
             )
-    if found.scores and count < ENOUGH * (num_classes := found.scores[0].num_classes):
+    if found.scores and count < ENOUGH * (num_classes := found.scores.num_classes):
         yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
 
 

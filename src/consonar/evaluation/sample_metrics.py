@@ -5,17 +5,17 @@ A new metric of samples is a row in `SAMPLE_METRICS`, and one in `consonar.metri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from torch import Tensor
 
-from consonar.evaluation.features import FeatureSet
+from consonar.evaluation.features import FeatureSet, Statistics
 from consonar.evaluation.inputs import SampleSet
 from consonar.evaluation.prepared import PreparedReference
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
-from consonar.metrics.distribution import InceptionScore, Moments, Target
+from consonar.metrics.distribution import Target
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,7 @@ class Measured:
     """What a metric is made of: samples, which are all or one of the disjoint parts of them, and the reference."""
 
     reference: PreparedReference
-    moments: Moments
-    """Of the features of these samples."""
-    spatial: Moments | None
-    """Of their spatial features; None where the network has none."""
-    scores: InceptionScore | None
-    """Of their class probabilities; None where the network has none."""
+    samples: Statistics
     rows: Tensor
     """(R, F) float32: the features of these samples, or of so many that were drawn from them."""
     copies: dict[str, Tensor | str]
@@ -45,18 +40,18 @@ SampleMetric = Callable[[Measured], float | str | None]
 
 
 def frechet_distance_to(name: str, measured: Measured) -> float | None:
-    return measured.reference.target.distance(name, measured.moments)
+    return measured.reference.target.distance(name, measured.samples.moments)
 
 
 def spatial_distance_to(name: str, measured: Measured) -> float | str | None:
     target = measured.reference.spatial
-    if isinstance(target, Target) and measured.spatial is not None:
-        return target.distance(name, measured.spatial)
+    if isinstance(target, Target) and measured.samples.spatial is not None:
+        return target.distance(name, measured.samples.spatial)
     return target if isinstance(target, str) and name == "reference" else None
 
 
 def inception_score(measured: Measured) -> float | None:
-    return None if measured.scores is None else measured.scores.value
+    return None if measured.samples.scores is None else measured.samples.scores.value
 
 
 def precision_or_recall(index: int, measured: Measured) -> float | str:
@@ -102,20 +97,15 @@ def measure(measured: Measured) -> tuple[dict[str, float], dict[str, str]]:
 
 def all_and_parts(
     found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate | str], part_of: Tensor
-) -> list[Measured]:
+) -> Iterator[Measured]:
     """All samples with these features, then each of their parts; `part_of` (S,) int64 as in `extract_features`."""
-    result = []
-    for index, moments in enumerate((found.moments, *found.parts)):
-        members = part_of >= -1 if index == 0 else part_of == index - 1  # (S,)
+    for index, samples in enumerate((found, *found.parts), start=-1):
+        members = part_of == index if index >= 0 else part_of >= -1  # (S,)
         of_members = {
             kind: copied if isinstance(copied, str) else copied.is_copy[members[copied.rows]]
             for kind, copied in copies.items()
         }
-        spatial = found.spatial[index] if found.spatial else None
-        scores = found.scores[index] if found.scores else None
-        rows = found.rows[members[found.indices]]
-        result.append(Measured(reference, moments, spatial, scores, rows, of_members))
-    return result
+        yield Measured(reference, samples, found.rows[members[found.indices]], of_members)
 
 
 def copy_rates(
