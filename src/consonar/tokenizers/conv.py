@@ -1,4 +1,5 @@
-"""What the convolutional tokenizers share: configuration and layout; and what MaskGIT's VQGAN and VQGAN+ share: blocks.
+"""What the convolutional tokenizers share: configuration, layers and layout; and the networks of MaskGIT's VQGAN and
+VQGAN+, which differ in how they halve the resolution and in names.
 
 Facts kept from the released code of the two (1d-tokenizer's `maskgit_vqgan.py`, MaskBit's `autoencoder.py`): networks
 work on pixels in [0, 1], so images change range at the border of the tokenizer; GroupNorm with eps 1e-6; residual
@@ -13,8 +14,10 @@ Letters: `B` batch, `N` tokens (raster order), `V` vocabulary, `C` code width, `
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,34 +83,112 @@ def normalization(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """x + r(x) with r = conv(silu(norm(conv(silu(norm(x)))))); r(x) + shortcut(r(x)) where the channels change."""
+    """x + r(x) with r = conv(silu(norm(conv(silu(norm(x)))))), and a 1x1 shortcut where the channels change.
 
-    def __init__(self, channels_in: int, channels_out: int, groups: int):
+    `drops_input`, as in both papers' code: no biases, and the shortcut is of r(x) in the place of x.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int, *, drops_input: bool = True):
         super().__init__()
+        bias = not drops_input
         self.norm1 = normalization(channels_in, groups)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
         self.norm2 = normalization(channels_out, groups)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.same_width = channels_in == channels_out
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=bias)
+        self.same_width, self.drops_input = channels_in == channels_out, drops_input
         if not self.same_width:
-            self.nin_shortcut = nn.Conv2d(channels_out, channels_out, 1, bias=False)
+            self.nin_shortcut = nn.Conv2d(channels_out if drops_input else channels_in, channels_out, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return hidden + (x if self.same_width else self.nin_shortcut(hidden))
+        return hidden + (x if self.same_width else self.nin_shortcut(hidden if self.drops_input else x))
 
 
-def residual_blocks(channels_in: int, channels_out: int, count: int, groups: int) -> nn.ModuleList:
+class HalvingConv(nn.Conv2d):
+    """(B, C, H / 2, W / 2) <- (B, C, H, W), padded on the right and below."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class DoublingConv(nn.Conv2d):
+    """(B, C, 2 H, 2 W) <- (B, C, H, W), by repeated places."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def residual_blocks(channels_in: int, channels_out: int, count: int, groups: int) -> nn.Sequential:
     """`count` blocks, of which the first changes the number of channels."""
     widths = [channels_in] + [channels_out] * count
-    return nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairwise(widths))
+    return nn.Sequential(*(ResidualBlock(a, b, groups) for a, b in pairwise(widths)))
 
 
-def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
-    for block in blocks:
-        x = block(x)
-    return x
+Blocks = Literal["block", "res_blocks"]
+"""What files call the residual blocks of a level; MaskGIT's are `block`, and those in the middle have no name there."""
+
+
+def level(blocks: Blocks, channels_in: int, channels_out: int, count: int, groups: int) -> nn.Sequential:
+    """The residual blocks of one resolution, under their name."""
+    return nn.Sequential(OrderedDict({blocks: residual_blocks(channels_in, channels_out, count, groups)}))
+
+
+def middle(blocks: Blocks, channels: int, count: int, groups: int) -> nn.Sequential:
+    """The residual blocks at the lowest resolution."""
+    sizes = (channels, channels, count, groups)
+    return residual_blocks(*sizes) if blocks == "block" else level(blocks, *sizes)
+
+
+class ConvEncoder(nn.Module):
+    """(B, C, h, w) <- (B, 3, H, W) in [0, 1]. `strided`: convolutions halve the resolution, else means of 2 x 2."""
+
+    def __init__(self, config: ConvConfig, blocks: Blocks, *, strided: bool):
+        super().__init__()
+        widths, count, groups = config.widths, config.num_res_blocks, config.num_groups
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1, bias=False)
+        self.down = nn.Sequential()
+        for index, (width_in, width_out) in enumerate(pairwise([config.base_channels, *widths])):
+            self.down.append(level(blocks, width_in, width_out, count, groups))
+            if index < len(widths) - 1:
+                name, change = ("down_conv", HalvingConv(width_out)) if strided else ("pool", nn.AvgPool2d(2))
+                self.down[index].add_module(name, change)
+        self.mid = middle(blocks, widths[-1], count, groups)
+        self.norm_out = normalization(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(self.mid(self.down(self.conv_in(x))))))
+
+
+class ConvDecoder(nn.Module):
+    """(B, 3, H, W) in [0, 1], not clamped <- (B, C, h, w). `backwards`: levels are stored from full to lowest."""
+
+    def __init__(self, config: ConvConfig, blocks: Blocks, count: int, *, backwards: bool):
+        super().__init__()
+        widths, groups = config.widths[::-1], config.num_groups
+        self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
+        self.mid = middle(blocks, widths[0], count, groups)
+        steps = list(pairwise([widths[0], *widths]))
+        self.up, self.backwards = nn.ModuleList(), backwards
+        for width_in, width_out in reversed(steps) if backwards else steps:
+            self.up.append(level(blocks, width_in, width_out, count, groups))
+            if len(self.up) != (1 if backwards else len(steps)):  # all but full resolution
+                self.up[-1].add_module("upsample_conv", DoublingConv(width_out))
+        self.norm_out = normalization(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for step in reversed(self.up) if self.backwards else self.up:
+            x = step(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class ConvTokenizer(CodebookTokenizer):

@@ -10,6 +10,8 @@ Letters: `B` batch, `N` tokens (raster order), `C` code width, `h`, `w` token gr
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.tokenizers.base import Codebook
-from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, DoublingConv, HalvingConv, ResidualBlock, normalization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +50,7 @@ class VQConfig(ConvConfig):
             raise UserError(f"model.latent_channels: {self.latent_channels} is not positive")
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the channels change."""
-
-    def __init__(self, channels_in: int, channels_out: int, groups: int):
-        super().__init__()
-        self.norm1 = normalization(channels_in, groups)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = normalization(channels_out, groups)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
-        self.same_width = channels_in == channels_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return (x if self.same_width else self.nin_shortcut(x)) + hidden
+Change = Literal["downsample", "upsample"]
 
 
 class SpatialAttention(nn.Module):
@@ -82,111 +68,73 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
-    """Residual blocks of one resolution, with attention at the lowest one, and the change of resolution after them."""
+    """Residual blocks of one resolution, with attention at the lowest one, and then what changes it."""
 
-    # Set by the encoder or the decoder on all but the last level; called there.
-    downsample: Downsample
-    upsample: Upsample
-
-    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, groups: int, *, attend: bool):
+    def __init__(
+        self, channels_in: int, channels_out: int, num_blocks: int, groups: int, change: Change | None, *, attend: bool
+    ):
         super().__init__()
         widths = [channels_in] + [channels_out] * num_blocks
-        self.res = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairwise(widths))
+        self.res = nn.ModuleList(ResidualBlock(a, b, groups, drops_input=False) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(SpatialAttention(channels_out, groups) for _ in range(num_blocks if attend else 0))
+        self.change = change
+        if change:
+            conv = HalvingConv(channels_out) if change == "downsample" else DoublingConv(channels_out)
+            self.add_module(change, nn.Sequential(OrderedDict(conv=conv)))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.res):
             x = block(x)
             if len(self.attn):
                 x = self.attn[index](x)
-        return x
+        return self.get_submodule(self.change)(x) if self.change else x
 
 
-def middle(channels: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [
-            ResidualBlock(channels, channels, groups),
-            SpatialAttention(channels, groups),
-            ResidualBlock(channels, channels, groups),
-        ]
+def middle(channels: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(channels, channels, groups, drops_input=False),
+        SpatialAttention(channels, groups),
+        ResidualBlock(channels, channels, groups, drops_input=False),
     )
+
+
+def levels(widths: Sequence[int], num_blocks: int, groups: int, change: Change) -> nn.Sequential:
+    """One for each step from a width to the next; all but the last change the resolution."""
+    last = len(widths) - 2
+    lowest = last if change == "downsample" else 0
+    return nn.Sequential(*(
+        Level(a, b, num_blocks, groups, change if i < last else None, attend=i == lowest)
+        for i, (a, b) in enumerate(pairwise(widths))
+    ))  # fmt: skip
 
 
 class Encoder(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
-        widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
-        last = len(config.channel_multipliers) - 1
+        widths = [config.base_channels, *config.widths]
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
-        self.conv_blocks = nn.ModuleList()
-        for i in range(last + 1):
-            level = Level(widths[i], widths[i + 1], config.num_res_blocks, config.num_groups, attend=i == last)
-            if i != last:
-                level.downsample = Downsample(widths[i + 1])
-            self.conv_blocks.append(level)
+        self.conv_blocks = levels(widths, config.num_res_blocks, config.num_groups, "downsample")
         self.mid = middle(widths[-1], config.num_groups)
         self.norm_out = normalization(widths[-1], config.num_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for index, level in enumerate(self.conv_blocks):
-            assert isinstance(level, Level)
-            x = level(x)
-            if index != len(self.conv_blocks) - 1:
-                x = level.downsample(x)
-        for block in self.mid:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(self.mid(self.conv_blocks(self.conv_in(x))))))
 
 
 class Decoder(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
-        widths = [
-            config.base_channels * m for m in reversed((*config.channel_multipliers, config.channel_multipliers[-1]))
-        ]
-        last = len(config.channel_multipliers) - 1
+        widths = [config.widths[-1], *reversed(config.widths)]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], config.num_groups)
-        self.conv_blocks = nn.ModuleList()
-        for i in range(last + 1):
-            level = Level(widths[i], widths[i + 1], config.num_res_blocks + 1, config.num_groups, attend=i == 0)
-            if i != last:
-                level.upsample = Upsample(widths[i + 1])
-            self.conv_blocks.append(level)
+        self.conv_blocks = levels(widths, config.num_res_blocks + 1, config.num_groups, "upsample")
         self.norm_out = normalization(widths[-1], config.num_groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.mid:
-            x = block(x)
-        for index, level in enumerate(self.conv_blocks):
-            assert isinstance(level, Level)
-            x = level(x)
-            if index != len(self.conv_blocks) - 1:
-                x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(self.conv_blocks(self.mid(self.conv_in(x))))))
 
 
 class VQTokenizer(ConvTokenizer):

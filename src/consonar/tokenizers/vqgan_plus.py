@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.tokenizers.base import Codebook
-from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, normalization, residual_blocks, run
+from consonar.tokenizers.conv import ConvConfig, ConvDecoder, ConvEncoder, ConvTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,83 +68,14 @@ def sign_tokens(vectors: Tensor) -> Tensor:
     return ((vectors > 0) * weights).sum(-1)
 
 
-class Stage(nn.Module):
-    """Residual blocks of one resolution, and the convolution that changes it, if there is one."""
-
-    # Set by the encoder or the decoder on all but the last stage; called there.
-    down_conv: nn.Conv2d
-    upsample_conv: nn.Conv2d
-
-    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, groups: int):
-        super().__init__()
-        self.res_blocks = residual_blocks(channels_in, channels_out, num_blocks, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run(self.res_blocks, x)
-
-
-class VQGANPlusEncoder(nn.Module):
-    """(B, C, h, w) <- (B, 3, H, W) in [0, 1]."""
-
-    def __init__(self, config: VQGANPlusConfig):
-        super().__init__()
-        widths, blocks, groups = config.widths, config.num_res_blocks, config.num_groups
-        self.strided = config.downsample == "convolution"
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1, bias=False)
-        self.down = nn.ModuleList()
-        for index, (width_in, width_out) in enumerate(zip([config.base_channels, *widths[:-1]], widths, strict=True)):
-            stage = Stage(width_in, width_out, blocks, groups)
-            if self.strided and index < len(widths) - 1:
-                stage.down_conv = nn.Conv2d(width_out, width_out, 3, stride=2)
-            self.down.append(stage)
-        self.mid = Stage(widths[-1], widths[-1], blocks, groups)
-        self.norm_out = normalization(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for index, stage in enumerate(self.down):
-            assert isinstance(stage, Stage)
-            x = stage(x)
-            if index < len(self.down) - 1:
-                x = stage.down_conv(F.pad(x, (0, 1, 0, 1))) if self.strided else F.avg_pool2d(x, 2)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class VQGANPlusDecoder(nn.Module):
-    """(B, 3, H, W) in [0, 1], not clamped <- (B, C, h, w)."""
-
-    def __init__(self, config: VQGANPlusConfig):
-        super().__init__()
-        widths, groups = config.widths[::-1], config.num_groups
-        blocks = config.num_res_blocks if config.num_decoder_blocks is None else config.num_decoder_blocks
-        self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
-        self.mid = Stage(widths[0], widths[0], blocks, groups)
-        self.up = nn.ModuleList()
-        for index, (width_in, width_out) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True)):
-            stage = Stage(width_in, width_out, blocks, groups)
-            if index < len(widths) - 1:
-                stage.upsample_conv = nn.Conv2d(width_out, width_out, 3, padding=1)
-            self.up.append(stage)
-        self.norm_out = normalization(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for index, stage in enumerate(self.up):
-            assert isinstance(stage, Stage)
-            x = stage(x)
-            if index < len(self.up) - 1:
-                x = stage.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
 class VQGANPlusTokenizer(ConvTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
     def __init__(self, config: VQGANPlusConfig, name: str = "vqgan-plus"):
         super().__init__(config, name, l2_normalize=config.l2_normalize)
-        self.encoder, self.decoder = VQGANPlusEncoder(config), VQGANPlusDecoder(config)
+        blocks = config.num_res_blocks if config.num_decoder_blocks is None else config.num_decoder_blocks
+        self.encoder = ConvEncoder(config, "res_blocks", strided=config.downsample == "convolution")
+        self.decoder = ConvDecoder(config, "res_blocks", blocks, backwards=False)
         self.lookup_free = config.quantizer == "lookup-free"
         if not self.lookup_free:
             self.quantize = Codebook(config.vocab_size, config.code_dim)
