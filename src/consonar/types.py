@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from consonar.options import CountOrZero, Options
 from consonar.origin import Origin
 
 
@@ -31,8 +32,10 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Options):
     """The shape of a model; `kind` names it in files."""
+
+    section = "model"
 
     kind: str
 
@@ -41,9 +44,9 @@ class ModelConfig:
 class GeneratorConfig(ModelConfig):
     """The shape of a generator; recipes leave what the data say at 0."""
 
-    vocab_size: int = 0
+    vocab_size: CountOrZero = 0
     """Codes of the tokenizer; 0: taken from the token store."""
-    num_tokens: int = 0
+    num_tokens: CountOrZero = 0
     """Tokens per image; 0: taken from the token store."""
 
     def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:

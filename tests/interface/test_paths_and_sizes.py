@@ -35,7 +35,7 @@ def test_an_image_size_that_no_image_has_is_refused_at_once(size: int, tokenizer
     line = fails([*argv, "--image-size", str(size)], capsys)
     assert f"--image-size: {size} is not between 1 and {MAX_IMAGE_SIZE}" in line
     for kind in (VQConfig, TiTokConfig):
-        with pytest.raises(UserError, match=rf"^model\.image_size: {size} is not between"):
+        with pytest.raises(UserError, match=rf"^model\.image_size: {size} is not in \[1, {MAX_IMAGE_SIZE}\]"):
             kind(image_size=size)
 
 

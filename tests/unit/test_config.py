@@ -107,7 +107,7 @@ MISTAKES = {
         "base: ar-openmoji\nobjective: {noise: {schedule: cosine}}",
         r"objective\.noise\.schedule: input should be 'none', 'constant', .*got 'cosine'",
     ),
-    "value": ("base: ar-openmoji\noptim: {lr: -1}", r"optim\.lr: -1.* is not positive"),
+    "value": ("base: ar-openmoji\noptim: {lr: -1}", r"optim\.lr: -1.* is not in \(0, 10\]"),
     "value of the second kind": (
         "base: tokenizer-openmoji-64\nmodel: {vocab_size: 0}", r"model\.vocab_size: 0 is not positive"
     ),
@@ -156,7 +156,10 @@ def test_files_that_cannot_be_read(tmp_path):
         (lambda: LoopConfig(batch_size=8, accumulation=3), r"loop\.accumulation: 3 does not divide loop\.batch_size 8"),
         (lambda: LoopConfig(ema_decay=1), r"loop\.ema_decay: 1 is not in"),
         (lambda: LoopConfig(save_every=-1), r"loop\.save_every: -1 is negative"),
-        (lambda: LoopConfig(fd_samples=1), r"loop\.fd_samples: a distance needs 2 samples"),
+        (
+            lambda: LoopConfig(fd_samples=1),
+            r"loop\.fd_samples: 1 is too small; at least 2, or 0; a distance needs 2 samples",
+        ),
         (lambda: ReARConfig(width=30, num_heads=4), r"model\.num_heads: 4 does not divide model\.width 30"),
         (lambda: ReARConfig(dropout=1), r"model\.dropout: 1 is not in"),
         (lambda: AutoregressiveConfig(embedding_weight=-1), r"objective\.embedding_weight: -1 is negative"),
@@ -164,7 +167,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (lambda: NoiseConfig(schedule="linear", max_rate=1.5), r"objective\.noise\.max_rate: 1\.5 is not in"),
         (lambda: NoiseConfig(schedule="truncated_linear", anneal_end=0), r"objective\.noise\.anneal_end: 0 is not in"),
         (lambda: ReconstructionConfig(mse_weight=-1), r"objective\.mse_weight: -1 is negative"),
-        (lambda: TrainConfig(recipe="x", tokenizer="t", seed=-1), r"seed: -1 is not between 0 and"),
+        (lambda: TrainConfig(recipe="x", tokenizer="t", seed=-1), r"seed: -1 is negative"),
         (lambda: TrainConfig(recipe="x", model=VQConfig()), r"objective\.kind: .*choices: reconstruction"),
     ],
 )

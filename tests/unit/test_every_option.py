@@ -20,7 +20,7 @@ from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig, pad_prompts
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
-from consonar.options import READ_ONLY_WITH
+from consonar.options import Options
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
@@ -172,7 +172,23 @@ def test_every_kind_of_configuration_is_walked():
     """Those of runs are in `training/test_every_run_option.py`."""
     ours = {kind.__name__ for kind in BASES}
     assert {kind.__name__ for kind in CONFIGS} - ours == {"TrainConfig", "DataConfig", "LoopConfig", "OptimConfig"}
-    assert set(READ_ONLY_WITH) <= ours | {"TrainConfig", "AlignmentConfig", "RotaryConfig"}
+    bases = {
+        "ModelConfig",
+        "GeneratorConfig",
+        "CausalConfig",
+        "RotaryConfig",
+        "ConvConfig",
+        "ViTConfig",
+        "ObjectiveConfig",
+        "AlignmentConfig",
+    }
+    assert {kind.__name__ for kind in below(Options)} - bases <= {kind.__name__ for kind in CONFIGS}
+
+
+def below(kind: type) -> list[type]:
+    """The classes of the package that inherit `kind`."""
+    own = [child for child in kind.__subclasses__() if child.__module__.startswith("consonar.")]
+    return own + [grandchild for child in own for grandchild in below(child)]
 
 
 @pytest.fixture

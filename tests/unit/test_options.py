@@ -1,8 +1,10 @@
 """Numbers and choices that no configuration takes, wherever they come from."""
 
 import dataclasses
+import re
 import typing
 
+import numpy as np
 import pytest
 import torch
 from configurations import CONFIGS, floats_in
@@ -12,9 +14,11 @@ from consonar.components import load_generator, save_generator
 from consonar.errors import UserError
 from consonar.files.weights import load_weights, save_tensors
 from consonar.generators.llamagen import LlamaGenConfig
+from consonar.options import OneOf, Range, rules
 from consonar.origin import Origin
 from consonar.recipes.files import read_config
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
+from consonar.training.config import LoopConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
@@ -29,9 +33,36 @@ def test_no_float_option_takes_a_number_that_cannot_be_calculated_with(kind, nam
     base = CONFIGS[kind]
     for value in (float("nan"), float("inf"), -float("inf"), 1e38, 1e300):
         given = {"mse": value} if name == "rewards" else value
-        with pytest.raises(UserError, match=rf"{name}(\.mse)?: .*(finite|at most|0 or more)") as caught:
+        with pytest.raises(UserError, match=rf"{name}(\.mse)?: .*(finite|at most|not in|0 or more)") as caught:
             dataclasses.replace(base, **{name: given})
         assert "\n" not in str(caught.value)
+
+
+def test_every_number_has_a_range():
+    """Also where a subclass gives a field another default, and with it a type anew."""
+    for kind in CONFIGS:
+        ranged = {name for name, rule in rules(kind) if isinstance(rule, Range)}
+        hints = {item.name: str(typing.get_type_hints(kind)[item.name]) for item in dataclasses.fields(kind)}
+        numeric = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", hint)}
+        assert numeric and ranged == numeric, kind.__name__
+
+
+def test_a_field_that_is_declared_anew_keeps_its_rules():
+    for kind in CONFIGS:
+        for base in filter(dataclasses.is_dataclass, kind.__mro__[1:]):
+            kept = [(name, rule) for name, rule in rules(base) if not isinstance(rule, OneOf)]  # `kind` has one more
+            assert set(kept) <= set(rules(kind)), f"{kind.__name__} of {base.__name__}"
+
+
+def test_what_is_no_number_is_refused():
+    for value in ("3", None, torch.nn):
+        with pytest.raises(UserError, match=r"loop\.steps: .* is not a number"):
+            LoopConfig(steps=value)
+    with pytest.raises(UserError, match=r"loop\.steps: -3 is not positive"):
+        LoopConfig(steps=np.int64(-3))
+    with pytest.raises(UserError, match=r"optim\.lr: nan is not a finite number"):
+        OptimConfig(lr=np.float32("nan"))
+    assert LoopConfig(steps=np.int64(3)).steps == 3
 
 
 def test_every_configuration_refuses_an_unknown_choice():
@@ -56,12 +87,12 @@ def test_every_configuration_refuses_an_unknown_choice():
 )
 def test_a_temperature_that_float32_cannot_divide_by_is_refused(make):
     assert make(1e-3) and make(100.0)
-    with pytest.raises(UserError, match=r"too small to calculate with; at least 1e-06"):
+    with pytest.raises(UserError, match=r"1e-40 is not in \[1e-06, 1e\+06\]"):
         make(1e-40)
 
 
 def test_steps_that_turn_weights_around_are_refused():
-    with pytest.raises(UserError, match=r"optim\.lr: 1e\+30 is too large; at most 10"):
+    with pytest.raises(UserError, match=r"optim\.lr: 1e\+30 is not in \(0, 10\]"):
         OptimConfig(lr=1e30)
     with pytest.raises(UserError, match=r"optim\.weight_decay: 11\.0 times optim\.lr 0\.1 is over 1"):
         OptimConfig(lr=0.1, weight_decay=11.0)

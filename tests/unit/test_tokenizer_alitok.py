@@ -106,7 +106,10 @@ def test_another_number_of_tokens_is_refused(model):
         ({"num_prefix_tokens": -1}, r"model\.num_prefix_tokens: -1 is negative"),
         ({"vocab_size": 0}, r"model\.vocab_size: 0"),
         ({"image_size": 20}, r"model\.encoder\.patch_size: 8 does not divide the image_size 20"),
-        ({"decoder": replace(SIDE, num_heads=5)}, r"model\.decoder\.num_heads: 5 does not divide the width 64"),
+        (
+            {"decoder": replace(SIDE, num_heads=5)},
+            r"model\.decoder\.num_heads: 5 does not divide model\.decoder\.width 64",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):

@@ -97,7 +97,7 @@ def test_the_training_pass_reconstructs_the_codes_and_reaches_the_encoder(model,
         ({"channel_multipliers": ()}, "model.channel_multipliers: empty"),
         ({"image_size": 18}, "model.image_size: 18 is not a multiple of 4"),
         ({"num_groups": 3}, "model.num_groups: 3 does not divide 8 channels"),
-        ({"channel_multipliers": (2, 0)}, "does not divide 0 channels"),
+        ({"channel_multipliers": (2, 0)}, "model.channel_multipliers: 0 is not positive"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, message):

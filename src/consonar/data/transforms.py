@@ -7,15 +7,19 @@ Deviations: LlamaGen first centre-crops a square of int(1.1 * size) and takes th
 the whole image with its shorter side at round(1.1 * size), so that the corners of a long image are seen too.
 """
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from consonar.errors import UserError, unknown
+from consonar.options import Range
 
 MAX_IMAGE_SIZE = 4096
 """Side of the largest square images that are made or read: one of 4096 px is 200 MB as float, before any network."""
+ImageSize = Annotated[int, Range(1, MAX_IMAGE_SIZE)]
 TEN_CROP_RANGE = 1.1
 """Shorter side before the ten crops, relative to the crop."""
 SHIFT_RANGE = 3 / 64

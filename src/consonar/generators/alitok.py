@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from consonar.attention import CausalAttention, KVCache
 from consonar.generators.layers import RMSNorm, SwiGLU, rotate
-from consonar.generators.rotary import RotaryConfig, RotaryGenerator
+from consonar.generators.rotary import Heads, RotaryConfig, RotaryGenerator
+from consonar.options import Count, ShareBelowOne
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,11 @@ class AliTokARConfig(RotaryConfig):
     """Shape of an AliTok generator."""
 
     kind: Literal["alitok-ar"] = "alitok-ar"
-    num_layers: int = 24
+    num_layers: Count = 24
     """Transformer blocks."""
-    num_heads: int = 16
+    num_heads: Heads = 16
     """Attention heads; cuts `width` into heads of a multiple of 4."""
-    attention_dropout: float = 0.1
+    attention_dropout: ShareBelowOne = 0.1
     """Dropout on the attention weights."""
 
 

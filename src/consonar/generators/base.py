@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from consonar.attention import KVCache
 from consonar.errors import UserError
+from consonar.options import Count
 from consonar.origin import Origin
 from consonar.types import GeneratorConfig, Grid
 
@@ -27,11 +28,11 @@ Given = TypeVar("Given")
 class CausalConfig(GeneratorConfig):
     """Shape of a generator. Its own fields among vocab_size, num_tokens, num_classes and grid are set by the data."""
 
-    width: int
+    width: Count
     """Hidden size."""
-    num_layers: int
+    num_layers: Count
     """Transformer blocks."""
-    num_heads: int
+    num_heads: Count
     """Attention heads."""
 
     @property

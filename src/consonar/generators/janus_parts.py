@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from consonar.attention import KVCache
 from consonar.errors import UserError
 from consonar.generators.base import CausalConfig
-from consonar.options import check_options
+from consonar.options import SMALLEST, Count, CountOrZero, Divides, Positive, Range
 
 # "<｜▁pad▁｜>" of the tokenizer of both released models.
 PAD_TOKEN = 100002
@@ -28,56 +28,38 @@ class JanusConfig(CausalConfig):
     """Shape of a Janus generator; the defaults are Janus-Pro-1B. Recipes leave `vocab_size`, `num_tokens` at 0."""
 
     kind: Literal["janus"] = "janus"
-    width: int = 2048
+    width: Count = 2048
     """Hidden size of the language model."""
-    num_layers: int = 24
+    num_layers: Count = 24
     """Transformer blocks."""
-    num_heads: int = 16
+    num_heads: Annotated[Count, Divides("width", 2, into="heads of even width")] = 16
     """Attention heads; divides `width`."""
-    num_kv_heads: int = 0
+    num_kv_heads: Annotated[CountOrZero, Divides("num_heads")] = 0
     """Heads of keys and values; divides `num_heads`; 0: as many."""
-    mlp_width: int = 5632
+    mlp_width: Count = 5632
     """Hidden units of the gated MLP."""
-    rope_base: float = 10000.0
+    rope_base: Annotated[float, Range(SMALLEST, 1e12)] = 10000.0
     """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Epsilon of every RMSNorm."""
-    text_vocab_size: int = 102400
+    text_vocab_size: Count = 102400
     """Tokens of the language model's text vocabulary."""
-    pad_token: int = PAD_TOKEN
+    pad_token: CountOrZero = PAD_TOKEN
     """Text token that pads prompts and stands for every word of the null prompt."""
-    max_prompt_tokens: int = 256
+    max_prompt_tokens: Annotated[int, Range(2, note="a prompt has a first and a start-of-image token")] = 256
     """Longest prompt, with the begin-of-sentence and the start-of-image token."""
-    code_dim: int = 8
+    code_dim: Count = 8
     """Width of the generator's own embedding of a code."""
-    head_width: int = 0
+    head_width: CountOrZero = 0
     """Hidden units of the generation head; 0: as many as `width`."""
 
     def __post_init__(self) -> None:
-        check_options(self, "model.")
-        for key in ("width", "num_layers", "num_heads", "mlp_width", "text_vocab_size", "code_dim"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
-        if self.width % (2 * self.num_heads):
-            raise UserError(
-                f"model.num_heads: {self.num_heads} does not split model.width {self.width} into heads of even width"
-            )
-        if self.num_kv_heads < 0 or (self.num_kv_heads and self.num_heads % self.num_kv_heads):
-            raise UserError(f"model.num_kv_heads: {self.num_kv_heads} does not divide model.num_heads {self.num_heads}")
-        if self.head_width < 0:
-            raise UserError(f"model.head_width: {self.head_width} is negative")
-        if not 0 <= self.pad_token < self.text_vocab_size:
+        super().__post_init__()
+        if self.pad_token >= self.text_vocab_size:
             raise UserError(
                 f"model.pad_token: {self.pad_token} is not a text token; choices: 0..{self.text_vocab_size - 1} "
                 f"(model.text_vocab_size {self.text_vocab_size})"
             )
-        if self.max_prompt_tokens < 2:
-            raise UserError(
-                f"model.max_prompt_tokens: {self.max_prompt_tokens}; a prompt has a first and a start-of-image token"
-            )
-        for key in ("rope_base", "norm_eps"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
 
     @property
     def prefix_length(self) -> int:

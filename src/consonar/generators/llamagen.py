@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,10 @@ from consonar.attention import CausalAttention, KVCache
 from consonar.errors import UserError
 from consonar.generators.layers import RMSNorm, SwiGLU, rotate
 from consonar.generators.rotary import RotaryConfig, RotaryGenerator
+from consonar.options import Count, CountOrZero, Divides, ReadOnlyWith
 from consonar.types import Grid, TextCondition
+
+CAPTIONS = ReadOnlyWith(lambda given: given.condition == "text", "{}condition 'text'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +41,19 @@ class LlamaGenConfig(RotaryConfig):
     kind: Literal["llamagen"] = "llamagen"
     condition: Literal["class", "text"] = "class"
     """What it is conditioned on: a class id, or the features of a caption."""
-    caption_dim: int = 2048
+    caption_dim: Annotated[Count, CAPTIONS] = 2048
     """Width of a caption feature (text only)."""
-    num_condition_tokens: int = 0
+    num_condition_tokens: CountOrZero = 0
     """Positions of the condition; 0: 1 for a class, 120 for text."""
-    num_kv_heads: int = 0
+    num_kv_heads: Annotated[CountOrZero, Divides("num_heads")] = 0
     """Heads of keys and values, shared by neighbouring heads of queries; 0: as many as `num_heads`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("num_condition_tokens", "num_kv_heads"):
-            if getattr(self, key) < 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is negative")
-        if self.num_heads % self.num_key_heads:
-            raise UserError(f"model.num_kv_heads: {self.num_kv_heads} does not divide model.num_heads {self.num_heads}")
         if self.condition == "class" and self.num_condition_tokens > 1:
             raise UserError(f"model.num_condition_tokens: {self.num_condition_tokens}, but a class has 1 position")
         if self.condition == "text" and self.num_classes:
             raise UserError(f"model.num_classes: {self.num_classes}, but model.condition is text, which has none")
-        if self.condition == "text" and self.caption_dim < 1:
-            raise UserError(f"model.caption_dim: {self.caption_dim} is not positive")
 
     @property
     def needed_sizes(self) -> tuple[str, ...]:

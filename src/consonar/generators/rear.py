@@ -15,7 +15,7 @@ Letters: `B` batch, `N` tokens, `V` codes, `D` width, `L` = N + 2 positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from consonar.attention import CausalAttention, KVCache, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalConfig, CausalGenerator
-from consonar.options import check_options
+from consonar.options import Count, CountOrZero, Divides, Positive, ShareBelowOne
 
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
@@ -37,29 +37,23 @@ class ReARConfig(CausalConfig):
     """Shape of a reAR/RAR generator. Recipes leave `vocab_size`, `num_tokens`, `num_classes` at 0: set by the data."""
 
     kind: Literal["rear"] = "rear"
-    width: int = 768
+    width: Count = 768
     """Hidden size."""
-    num_layers: int = 20
+    num_layers: Count = 20
     """Transformer blocks."""
-    num_heads: int = 16
+    num_heads: Annotated[Count, Divides("width")] = 16
     """Attention heads; divides `width`."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Positive = 4.0
     """Width of the MLP as a multiple of `width`."""
-    dropout: float = 0.1
+    dropout: ShareBelowOne = 0.1
     """Dropout after attention and MLP, and on the attention weights."""
-    num_classes: int = 0
+    num_classes: CountOrZero = 0
     """Classes; 0: taken from the token store."""
 
     def __post_init__(self) -> None:
-        check_options(self, "model.")
-        if self.width < 1 or self.num_heads < 1 or self.width % self.num_heads:
-            raise UserError(f"model.num_heads: {self.num_heads} does not divide model.width {self.width}")
-        if self.num_layers < 1:
-            raise UserError(f"model.num_layers: {self.num_layers} is not positive")
+        super().__post_init__()
         if self.width * self.mlp_ratio < 1:
             raise UserError(f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP no unit; at least 1 / model.width")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout: {self.dropout} is not in [0, 1)")
 
     @property
     def prefix_length(self) -> int:

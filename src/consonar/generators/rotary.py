@@ -9,7 +9,8 @@ Letters: `B` batch, `n` new tokens, `N` tokens, `V` codes, `D` width, `P` condit
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -18,58 +19,46 @@ from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalConfig, CausalGenerator, Given
 from consonar.generators.layers import RMSNorm, rotary_table, swiglu_width
-from consonar.options import check_options
+from consonar.options import SMALLEST, Count, CountOrZero, Divides, Positive, Range, ReadOnlyWith, ShareBelowOne
 from consonar.types import Grid
 
-SIZES = ("vocab_size", "num_tokens", "num_classes")
+Heads = Annotated[Count, Divides("width", 4, into="heads of a multiple of 4")]
+ROUNDED_WIDTH = ReadOnlyWith(lambda given: given.ffn_width == 0, "{}ffn_width 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig(CausalConfig):
     """Shape of a generator with rotary positions. Recipes leave the last four at 0 and None: set by the data."""
 
-    width: int = 768
+    width: Count = 768
     """Hidden size."""
-    num_layers: int = 12
+    num_layers: Count = 12
     """Transformer blocks."""
-    num_heads: int = 12
+    num_heads: Heads = 12
     """Attention heads; cuts `width` into heads of a multiple of 4."""
-    multiple_of: int = 256
+    multiple_of: Annotated[Count, ROUNDED_WIDTH] = 256
     """The SwiGLU has 8/3 `width` hidden units, rounded up to a multiple of this."""
-    ffn_width: int = 0
+    ffn_width: CountOrZero = 0
     """Hidden units of the SwiGLU; 0: by `multiple_of`."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the mean square in every RMSNorm."""
-    rope_base: float = 10000.0
+    rope_base: Annotated[float, Range(SMALLEST, 1e12)] = 10000.0
     """Base of the rotary wavelengths."""
-    token_dropout: float = 0.1
+    token_dropout: ShareBelowOne = 0.1
     """Dropout on the embeddings of condition and tokens."""
-    attention_dropout: float = 0.0
+    attention_dropout: ShareBelowOne = 0.0
     """Dropout on the attention weights."""
-    residual_dropout: float = 0.1
+    residual_dropout: ShareBelowOne = 0.1
     """Dropout after attention."""
-    ffn_dropout: float = 0.1
+    ffn_dropout: ShareBelowOne = 0.1
     """Dropout after the SwiGLU."""
-    num_classes: int = 0
+    num_classes: CountOrZero = 0
     """Classes; 0: taken from the token store, or none."""
     grid: Grid | None = None
     """Where the tokens sit; None: taken from the token store, and without a grid there, on a line."""
 
     def __post_init__(self) -> None:
-        check_options(self, "model.")
-        for key in ("width", "num_layers", "num_heads", "multiple_of", "norm_eps", "rope_base"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
-        for key in ("ffn_width", *SIZES):
-            if getattr(self, key) < 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is negative")
-        if self.width % (4 * self.num_heads):
-            raise UserError(
-                f"model.num_heads: {self.num_heads} does not cut model.width {self.width} into heads of a multiple of 4"
-            )
-        for key in (item.name for item in fields(self) if item.name.endswith("dropout")):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not in [0, 1)")
+        super().__post_init__()
         if self.grid is not None and self.num_tokens not in (0, self.grid.num_tokens):
             raise UserError(f"model.num_tokens: {self.num_tokens}, but model.grid has {self.grid.num_tokens} places")
 

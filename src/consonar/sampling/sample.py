@@ -11,14 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from consonar import records
 from consonar.errors import UserError
-from consonar.options import check_options
+from consonar.options import LARGEST, SMALLEST, CountOrZero, NotNegative, Options, Positive, Range, ReadOnlyWith
 from consonar.origin import Origin, check
 from consonar.records import device_of, to_device
 from consonar.sampling.guidance import guided_logits, scale_at
@@ -26,42 +26,37 @@ from consonar.seeding import choose, uniform
 from consonar.seeding import generator as seeded
 from consonar.types import Condition, Generator, Tokenizer
 
+GREEDY = "0 takes the most likely token"
+DRAWN = ReadOnlyWith(lambda given: given.temperature > 0, "{}temperature over 0")
+GUIDED = ReadOnlyWith(lambda given: given.guidance_scale != 1, "{}guidance_scale other than 1")
+POWER = ReadOnlyWith(
+    lambda given: given.guidance_schedule.startswith("power_cosine"),
+    "{}guidance_schedule 'power_cosine' or 'power_cosine_vapi'",
+)
+NO_INTERVAL = "leave it away to guide all positions, which is LlamaGen's cfg_interval -1"
+INTERVAL = ReadOnlyWith(lambda given: given.guidance_schedule == "interval", "{}guidance_schedule 'interval'")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
+class SamplerConfig(Options):
     """How tokens are drawn."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(SMALLEST, LARGEST, or_zero=True, note=GREEDY)] = 1.0
     """Logits are divided by it; 0 takes the most likely token."""
-    top_k: int = 0
+    top_k: Annotated[CountOrZero, DRAWN] = 0
     """Only the k most likely tokens; 0: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, "(]"), DRAWN] = 1.0
     """Only the most likely tokens that together reach this probability; 1: all."""
-    guidance_scale: float = 1.0
+    guidance_scale: NotNegative = 1.0
     """Classifier-free guidance; 1: none."""
-    guidance_schedule: Literal["constant", "linear", "power_cosine", "power_cosine_vapi", "interval"] = "constant"
+    guidance_schedule: Annotated[
+        Literal["constant", "linear", "power_cosine", "power_cosine_vapi", "interval"], GUIDED
+    ] = "constant"
     """How guidance moves over positions."""
-    guidance_power: float = 1.0
+    guidance_power: Annotated[Positive, POWER] = 1.0
     """Exponent of power_cosine and power_cosine_vapi."""
-    guidance_interval: int | None = None
+    guidance_interval: Annotated[int | None, Range(0, note=NO_INTERVAL), INTERVAL] = None
     """Last guided position of interval, from 0; None: all. LlamaGen's cfg_interval is this less 1."""
-
-    def __post_init__(self) -> None:
-        check_options(self, "")
-        for key in ("temperature", "guidance_scale", "guidance_power"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{key}: {getattr(self, key)} is negative")
-        if self.top_k < 0:
-            raise UserError(f"top_k: {self.top_k} is negative")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
-        if self.guidance_interval is not None and self.guidance_interval < 0:
-            raise UserError(
-                f"guidance_interval: {self.guidance_interval} is negative; leave it away to guide all positions, which "
-                "is LlamaGen's cfg_interval -1"
-            )
-        if self.guidance_power == 0:
-            raise UserError(f"guidance_power: {self.guidance_power} is not positive")
 
     def scale(self, position: int, num_tokens: int) -> float:
         return scale_at(

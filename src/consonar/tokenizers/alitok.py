@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from consonar.errors import UserError
+from consonar.options import Count, CountOrZero
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.vit import (
     BASE,
@@ -44,22 +44,16 @@ class AliTokConfig(ViTConfig):
     """Shape of an AliTok tokenizer; the defaults are the released one."""
 
     kind: Literal["alitok"] = "alitok"
-    code_dim: int = 32
+    code_dim: Count = 32
     """Width of one code."""
-    num_prefix_tokens: int = 17
+    num_prefix_tokens: CountOrZero = 17
     """Tokens before the grid; the grid has one token per patch of the decoder."""
-    num_buffer_tokens: int = 32
+    num_buffer_tokens: CountOrZero = 32
     """Learned vectors that the decoder reads before the tokens."""
     encoder: TransformerConfig = BASE
     """The transformer that reads the image."""
     decoder: TransformerConfig = LARGE
     """The transformer that writes the image."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("num_prefix_tokens", "num_buffer_tokens"):
-            if getattr(self, key) < 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is negative")
 
     @property
     def grid(self) -> Grid:

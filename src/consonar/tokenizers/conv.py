@@ -22,9 +22,9 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.data.transforms import check_image_size
+from consonar.data.transforms import ImageSize
 from consonar.errors import UserError
-from consonar.options import check_options
+from consonar.options import Count
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Grid, ModelConfig
 
@@ -33,27 +33,23 @@ from consonar.types import Grid, ModelConfig
 class ConvConfig(ModelConfig):
     """Shape of a convolutional tokenizer; the defaults are MaskGIT's."""
 
-    image_size: int = 256
+    image_size: ImageSize = 256
     """Side of the square images, pixels."""
-    vocab_size: int = 1024
+    vocab_size: Count = 1024
     """Number of codes."""
-    code_dim: int = 256
+    code_dim: Count = 256
     """Width of one code."""
-    base_channels: int = 128
+    base_channels: Count = 128
     """Channels at full resolution."""
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)
     """Channels of each resolution as multiples of `base_channels`; every level but the last halves the resolution."""
-    num_res_blocks: int = 2
+    num_res_blocks: Count = 2
     """Residual blocks per level and in the middle, in the encoder and the decoder."""
-    num_groups: int = 32
+    num_groups: Count = 32
     """Groups of every GroupNorm; divides every channel count."""
 
     def __post_init__(self) -> None:
-        check_options(self, "model.")
-        check_image_size(self.image_size, "model.image_size")
-        for key in ("vocab_size", "code_dim", "base_channels", "num_res_blocks", "num_groups"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
+        super().__post_init__()
         if not self.channel_multipliers:
             raise UserError("model.channel_multipliers: empty; one number per resolution, e.g. 1 1 2 2 4")
         if self.image_size % self.downsampling:
@@ -61,11 +57,9 @@ class ConvConfig(ModelConfig):
                 f"model.image_size: {self.image_size} is not a multiple of {self.downsampling} "
                 "(2 to the number of channel_multipliers less one)"
             )
-        for multiplier in (1, *self.channel_multipliers):
-            if multiplier < 1 or self.base_channels * multiplier % self.num_groups:
-                raise UserError(
-                    f"model.num_groups: {self.num_groups} does not divide {self.base_channels * multiplier} channels"
-                )
+        for channels in (self.base_channels, *self.widths):
+            if channels % self.num_groups:
+                raise UserError(f"model.num_groups: {self.num_groups} does not divide {channels} channels")
 
     @property
     def downsampling(self) -> int:

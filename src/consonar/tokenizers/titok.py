@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError
+from consonar.options import Count
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITDecoder
 from consonar.tokenizers.vit import (
@@ -51,9 +52,9 @@ class TiTokConfig(ViTConfig):
     """Shape of a TiTok tokenizer; the defaults are TiTok-L-32."""
 
     kind: Literal["titok"] = "titok"
-    num_tokens: int = 32
+    num_tokens: Count = 32
     """Tokens per image."""
-    code_dim: int = 12
+    code_dim: Count = 12
     """Width of one code."""
     encoder: TransformerConfig = LARGE
     """The transformer that reads the image."""
@@ -66,8 +67,6 @@ class TiTokConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_tokens < 1:
-            raise UserError(f"model.num_tokens: {self.num_tokens} is not positive")
         if self.pixel_decoder is None:
             return
         if self.pixel_decoder.image_size != self.image_size:

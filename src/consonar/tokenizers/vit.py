@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.data.transforms import check_image_size
+from consonar.data.transforms import ImageSize
 from consonar.errors import UserError
-from consonar.options import check_options
+from consonar.options import Count, Divides, check_options
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import ModelConfig
 
@@ -33,22 +34,18 @@ from consonar.types import ModelConfig
 class TransformerConfig:
     """Shape of one side, encoder or decoder."""
 
-    width: int
+    width: Count
     """Width of the residual stream."""
-    num_layers: int
+    num_layers: Count
     """Number of blocks."""
-    num_heads: int
+    num_heads: Annotated[Count, Divides("width")]
     """Attention heads per block; divides `width`."""
-    patch_size: int = 16
+    patch_size: Count = 16
     """Side of the square patches that the image is cut into, pixels."""
 
     def check(self, key: str, image_size: int) -> None:
         """Raises `UserError` under `key` for sizes that do not fit together or do not fit the image."""
-        for name in ("width", "num_layers", "num_heads", "patch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{key}.{name}: {getattr(self, name)} is not positive")
-        if self.width % self.num_heads:
-            raise UserError(f"{key}.num_heads: {self.num_heads} does not divide the width {self.width}")
+        check_options(self, f"{key}.")
         if image_size % self.patch_size:
             raise UserError(f"{key}.patch_size: {self.patch_size} does not divide the image_size {image_size}")
 
@@ -61,11 +58,11 @@ LARGE = TransformerConfig(width=1024, num_layers=24, num_heads=16)
 class ViTConfig(ModelConfig):
     """Shape of a tokenizer with a transformer on either side; `TiTokConfig` and `AliTokConfig` set the defaults."""
 
-    image_size: int = 256
+    image_size: ImageSize = 256
     """Side of the square images, pixels."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Number of codes."""
-    code_dim: int
+    code_dim: Count
     """Width of one code."""
     encoder: TransformerConfig
     """The transformer that reads the image."""
@@ -73,11 +70,7 @@ class ViTConfig(ModelConfig):
     """The transformer that writes the image."""
 
     def __post_init__(self) -> None:
-        check_options(self, "model.")
-        check_image_size(self.image_size, "model.image_size")
-        for key in ("vocab_size", "code_dim"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not positive")
+        super().__post_init__()
         self.encoder.check("model.encoder", self.image_size)
         self.decoder.check("model.decoder", self.image_size)
 

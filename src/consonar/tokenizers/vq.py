@@ -19,7 +19,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.errors import UserError
+from consonar.data.transforms import ImageSize
+from consonar.options import Count
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, DoublingConv, HalvingConv, ResidualBlock, normalization
 
@@ -29,25 +30,20 @@ class VQConfig(ConvConfig):
     """Shape of a convolutional VQ tokenizer; the defaults are the one for OpenMoji at 64 px."""
 
     kind: Literal["vq"] = "vq"
-    image_size: int = 64
+    image_size: ImageSize = 64
     """Side of the square images, pixels."""
-    code_dim: int = 8
+    code_dim: Count = 8
     """Width of one code."""
-    base_channels: int = 32
+    base_channels: Count = 32
     """Channels at full resolution."""
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    channel_multipliers: tuple[Count, ...] = (1, 2, 2, 4)
     """Channels of each resolution as multiples of `base_channels`; every level but the last halves the resolution."""
-    num_res_blocks: int = 1
+    num_res_blocks: Count = 1
     """Residual blocks per level in the encoder; the decoder has one more."""
-    latent_channels: int = 64
+    latent_channels: Count = 64
     """Channels between the convolutions and the projection to `code_dim`."""
     l2_normalize: bool = True
     """Search and decode unit-norm codes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latent_channels < 1:
-            raise UserError(f"model.latent_channels: {self.latent_channels} is not positive")
 
 
 Change = Literal["downsample", "upsample"]

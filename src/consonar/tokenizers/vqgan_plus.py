@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
+from consonar.options import Count
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.conv import ConvConfig, ConvDecoder, ConvEncoder, ConvTokenizer
 
@@ -30,9 +31,9 @@ class VQGANPlusConfig(ConvConfig):
     """Shape of a VQGAN+ tokenizer; the defaults are the one that reAR uses."""
 
     kind: Literal["vqgan-plus"] = "vqgan-plus"
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Number of codes; 2 to the power of `code_dim` for lookup-free ones."""
-    code_dim: int = 64
+    code_dim: Count = 64
     """Width of one code; its number of bits for lookup-free ones."""
     quantizer: Literal["lookup", "lookup-free"] = "lookup"
     """Codes from a learnt codebook, or all combinations of signs."""
@@ -40,13 +41,11 @@ class VQGANPlusConfig(ConvConfig):
     """Search and decode unit-norm codes; for `lookup` only."""
     downsample: Literal["convolution", "average"] = "convolution"
     """What halves the resolution in the encoder: convolutions of stride 2, or the mean of 2 x 2 places."""
-    num_decoder_blocks: int | None = None
+    num_decoder_blocks: Count | None = None
     """Residual blocks per level and in the middle of the decoder; None: `num_res_blocks`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_decoder_blocks is not None and self.num_decoder_blocks < 1:
-            raise UserError(f"model.num_decoder_blocks: {self.num_decoder_blocks} is not positive")
         if self.quantizer == "lookup-free" and self.vocab_size != 2**self.code_dim:
             raise UserError(
                 f"model.vocab_size: {self.vocab_size}; lookup-free codes of {self.code_dim} bits (code_dim) are "

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from consonar.data.bad_images import check_policy
+from consonar.data.bad_images import POLICIES
 from consonar.distributed import DEVICES, PRECISIONS
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.rear import ReARConfig
-from consonar.options import check_options
-from consonar.seeding import check_seed
+from consonar.options import (
+    Count,
+    CountOrZero,
+    Divides,
+    OneOf,
+    Options,
+    Range,
+    ReadOnlyWith,
+    Share,
+    ShareBelowOne,
+    check_left,
+)
 from consonar.tokenizers import TOKENIZERS
 from consonar.training.objectives import kinds, run_of
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
@@ -20,10 +30,15 @@ from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.optim import OptimConfig
 from consonar.types import ModelConfig
 
+SKIPPING = ReadOnlyWith(lambda given: given.bad_images == "skip", "{}bad_images 'skip'")
+VALIDATED = ReadOnlyWith(lambda given: given.validation_tokens != "", "a {}validation_tokens that is not ''")
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Options):
     """What is trained on: a token store for generators, an image source for tokenizers and for post-training."""
+
+    section = "data"
 
     tokens: str | None = None
     """Folder of the token store (made by `consonar tokenize`)."""
@@ -33,16 +48,16 @@ class DataConfig:
     """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
     images: str | None = None
     """Image source, for tokenizers and post-training: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
-    validation_items: int = 0
+    validation_items: Annotated[int, Range(0, note="0 means all"), VALIDATED] = 0
     """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
     classes: str | None = None
     """Text file that names class 0, 1, ... of the images, one a line; None: by their names (post-training)."""
     validation_split: str | None = None
     """Images to validate on: the name of a split, or a share of the training images held out by seed, such as 5%; None:
     the split validation where there is one, else for tokenizers 5%."""
-    bad_images: str = "stop"
+    bad_images: Annotated[str, OneOf(POLICIES)] = "stop"
     """What is done about images that cannot be read: stop, or skip (leave them out and list them in bad-images.txt)."""
-    bad_images_limit: float = 0.01
+    bad_images_limit: Annotated[Share, SKIPPING] = 0.01
     """Share of images that may be left out before the run stops after all; one image may always be."""
     label_default: str | None = None
     """What images without a label become: the id or name of a class, or drop; None: refused (post-training)."""
@@ -50,67 +65,48 @@ class DataConfig:
     """Mirror half of the images (image sources; token stores hold their views)."""
 
     def __post_init__(self) -> None:
-        check_options(self, "data.")
-        check_policy(self.bad_images, self.bad_images_limit, "data.bad_images", "data.bad_images_limit")
+        super().__post_init__()
         split = self.validation_split or ""
         share = re.fullmatch(r"(\d+\.?\d*)%", split)
         if self.validation_split == "" or ("%" in split and not (share and 0 < float(share[1]) < 100)):
             raise UserError(f"data.validation_split: {split!r} is neither the name of a split nor a share such as 5%")
-        if self.validation_items < 0:
-            raise UserError(f"data.validation_items: {self.validation_items} is negative; 0 means all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Options):
     """How long, how often, on what."""
 
-    steps: int = 1000
+    section = "loop"
+
+    steps: Count = 1000
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per optimiser step, over all processes and micro-batches."""
-    accumulation: int = 1
+    accumulation: Annotated[Count, Divides("batch_size")] = 1
     """Micro-batches per step; divides the batch of one process."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    validate_every: int = 0
+    validate_every: CountOrZero = 0
     """Steps between validations; 0: at the end only."""
-    sample_every: int = 0
+    sample_every: CountOrZero = 0
     """Steps between sample grids; 0: at the end only."""
-    save_every: int = 500
+    save_every: CountOrZero = 500
     """Steps between resume checkpoints; 0: at the end only."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Resume checkpoints kept."""
-    fd_samples: int = 0
+    fd_samples: Annotated[int, Range(2, or_zero=True, note="a distance needs 2 samples")] = 0
     """Images drawn at every validation for the Fréchet distance to the validation images (post-training); the model
     with the lowest one is kept in best/. 0: none."""
-    ema_decay: float = 0.0
+    ema_decay: ShareBelowOne = 0.0
     """Decay of the moving average of weights that is validated and exported; 0: none."""
-    precision: str = "auto"
+    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
     """auto (bf16 where the hardware has it), fp32 or bf16; parameters stay float32."""
-    device: str = "auto"
+    device: Annotated[str, OneOf(DEVICES)] = "auto"
     """auto, cpu or cuda."""
     compile: bool = False
     """Compile the generator's blocks."""
     trackers: tuple[str, ...] = ()
     """Copies of the metrics: tensorboard, wandb, trackio."""
-
-    def __post_init__(self) -> None:
-        check_options(self, "loop.")
-        for key in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise UserError(f"loop.{key}: {getattr(self, key)} is not positive")
-        for key in ("validate_every", "sample_every", "save_every", "fd_samples"):
-            if getattr(self, key) < 0:
-                raise UserError(f"loop.{key}: {getattr(self, key)} is negative")
-        if self.fd_samples == 1:
-            raise UserError("loop.fd_samples: a distance needs 2 samples or more, or 0 for none")
-        for key, choices in (("device", DEVICES), ("precision", PRECISIONS)):
-            if getattr(self, key) not in choices:
-                raise unknown(f"loop.{key}", getattr(self, key), choices)
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"loop.ema_decay: {self.ema_decay} is not in [0, 1)")
-        if self.batch_size % self.accumulation:
-            raise UserError(f"loop.accumulation: {self.accumulation} does not divide loop.batch_size {self.batch_size}")
 
 
 def trainable_models() -> dict[str, type[Any]]:
@@ -119,8 +115,17 @@ def trainable_models() -> dict[str, type[Any]]:
     return {kind: row.config for kind, row in GENERATORS.items()} | tokenizers
 
 
+READ_IN = {
+    ("generator",): ("data.tokens", "data.validation_tokens", "data.views"),
+    ("post-training", "tokenizer"): ("data.images", "data.flip", "data.validation_split", "data.bad_images"),
+    ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
+    ("generator", "post-training"): ("init", "tokenizer"),
+}
+"""Options that only these kinds of run read."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Options):
     """One training run, complete."""
 
     recipe: str
@@ -139,12 +144,14 @@ class TrainConfig:
     """The optimizer."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """The loop."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Every random number of the run derives from it."""
 
     def __post_init__(self) -> None:
-        check_options(self, "")
-        check_seed(self.seed, "seed")
+        super().__post_init__()
+        for runs, keys in READ_IN.items():
+            for key in keys if self.run not in runs else ():
+                check_left(self, key, f"objective.kind {' or '.join(map(repr, kinds(*runs)))}")
         trains_tokenizer = self.model is not None and self.model.kind in TOKENIZERS
         if trains_tokenizer != (self.run == "tokenizer"):
             fitting = ", ".join(kinds("tokenizer") if trains_tokenizer else kinds("generator", "post-training"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -11,48 +12,39 @@ from torch import nn
 from consonar.cpu import timing as hardware
 from consonar.cpu.timing import Way
 from consonar.errors import UserError
-from consonar.options import check_options
+from consonar.options import CountOrZero, NotNegative, Options, Positive, Range, ShareBelowOne
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Options):
     """AdamW, warm-up and cosine."""
 
-    lr: float = 4e-4
+    section = "optim"
+
+    lr: Annotated[float, Range(0, 10, "(]")] = 4e-4
     """Learning rate after warm-up."""
-    min_lr: float = 1e-5
+    min_lr: NotNegative = 1e-5
     """Learning rate at the last step of a run that is longer than its warm-up."""
-    warmup_steps: int = 100
+    warmup_steps: CountOrZero = 100
     """Steps of linear warm-up from 0."""
-    beta1: float = 0.9
+    beta1: ShareBelowOne = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.96
+    beta2: ShareBelowOne = 0.96
     """Decay of the second moment."""
-    weight_decay: float = 0.03
+    weight_decay: NotNegative = 0.03
     """On the weights of linear and convolutional layers only."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
 
     def __post_init__(self) -> None:
-        check_options(self, "optim.")
-        if self.lr <= 0:
-            raise UserError(f"optim.lr: {self.lr} is not positive")
-        if not 0 <= self.min_lr <= self.lr:
+        super().__post_init__()
+        if self.min_lr > self.lr:
             raise UserError(f"optim.min_lr: {self.min_lr} is not between 0 and optim.lr {self.lr}")
-        if self.warmup_steps < 0:
-            raise UserError(f"optim.warmup_steps: {self.warmup_steps} is negative")
-        if self.weight_decay < 0:
-            raise UserError(f"optim.weight_decay: {self.weight_decay} is negative")
         if self.lr * self.weight_decay > 1:
             raise UserError(
                 f"optim.weight_decay: {self.weight_decay} times optim.lr {self.lr} is over 1: every step would turn "
                 "weights to the other side of 0"
             )
-        if self.max_grad_norm <= 0:
-            raise UserError(f"optim.max_grad_norm: {self.max_grad_norm} is not positive")
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"optim.{key}: {getattr(self, key)} is not in [0, 1)")
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

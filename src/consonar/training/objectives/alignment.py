@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.options import check_options
+from consonar.options import Count, NotNegative, Options, Range, ReadOnlyWith, Share
 from consonar.seeding import generator, rows_of_rank, uniform
 from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy
@@ -29,24 +29,22 @@ from consonar.types import Condition, EncodedBatch, Generator, ImageBatch, Token
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardConfig:
+class GuardConfig(Options):
     """The band that the policy must stay in; outside of it the run stops with a warning and keeps what it has."""
 
-    min_entropy: float | None = None
+    section = "objective.guard"
+
+    min_entropy: NotNegative | None = None
     """Lowest teacher-forced entropy, nats."""
-    max_entropy: float | None = None
+    max_entropy: NotNegative | None = None
     """Highest teacher-forced entropy, nats."""
-    max_kl: float | None = None
+    max_kl: NotNegative | None = None
     """Largest KL to the start model, nats per token."""
     measure_kl: bool = True
     """Keep the start model in memory and measure KL to it at every validation."""
 
     def __post_init__(self) -> None:
-        check_options(self, "objective.guard.")
-        for key in ("min_entropy", "max_entropy", "max_kl"):
-            value = getattr(self, key)
-            if value is not None and value < 0:
-                raise UserError(f"objective.guard.{key}: {value} is negative")
+        super().__post_init__()
         low, high = self.min_entropy, self.max_entropy
         if low is not None and high is not None and low > high:
             raise UserError(f"objective.guard.min_entropy: {low} is above objective.guard.max_entropy {high}")
@@ -66,34 +64,37 @@ class GuardConfig:
         return None
 
 
+NOISE = ReadOnlyWith(lambda given: given.context_noise > 0, "{}context_noise over 0")
+DISCRIMINATOR = ReadOnlyWith(lambda given: "patch-discriminator" in given.rewards, "'patch-discriminator' in {}rewards")
+LPIPS = ReadOnlyWith(
+    lambda given: given.measures_lpips,
+    "'lpips' in {}rewards (or {}perceptual 'lpips', in {}kind 'straight_through')",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig(ObjectiveConfig):
     """What all post-training objectives have."""
 
-    context_noise: float = 0.0
+    context_noise: Share = 0.0
     """xi: probability that a context token is replaced by any code."""
-    noise_schedule: Literal["constant", "linear", "truncated_linear"] = "constant"
+    noise_schedule: Annotated[Literal["constant", "linear", "truncated_linear"], NOISE] = "constant"
     """How xi moves over training: constant, or down to 0 as reAR's schedules do."""
-    class_dropout: float = 0.0
+    class_dropout: Share = 0.0
     """Probability of training an image without its class, so that guidance keeps its null distribution."""
-    rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
+    rewards: dict[str, Annotated[float, Range()]] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
     """Weight of each reward by name or dotted path; what is measured, and what a policy maximises."""
-    lpips_weights: str | None = None
+    lpips_weights: Annotated[str | None, LPIPS] = None
     """VGG16 weights for the reward lpips: a file or hf:owner/repository/file; None: vgg16-397923af.pth in the cache."""
-    discriminator: str | None = None
+    discriminator: Annotated[str | None, DISCRIMINATOR] = None
     """Folder of a discriminator, for the reward patch-discriminator."""
-    chunk: int = 64
+    chunk: Count = 64
     """Images decoded and rewarded at once; bounds memory."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """When to stop early."""
 
     def __post_init__(self) -> None:
-        check_options(self, "objective.")
-        for key in ("context_noise", "class_dropout"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"objective.{key}: {getattr(self, key)} is not in [0, 1]")
-        if self.chunk < 1:
-            raise UserError(f"objective.chunk: {self.chunk} is not a number of images, 1 or more")
+        super().__post_init__()
         if not self.rewards:
             raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
         check_rewards(self.rewards, discriminator=self.discriminator)
@@ -101,6 +102,11 @@ class AlignmentConfig(ObjectiveConfig):
     @property
     def needs_prior(self) -> bool:
         return self.guard.measure_kl
+
+    @property
+    def measures_lpips(self) -> bool:
+        """Whether LPIPS is one of the rewards, or of what the loss has beside them."""
+        return "lpips" in self.rewards
 
     @property
     def drops_all_classes(self) -> bool:

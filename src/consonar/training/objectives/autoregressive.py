@@ -13,44 +13,62 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.options import check_options
+from consonar.options import Count, CountOrZero, NotNegative, Options, Range, ReadOnlyWith, Share, ShareBelowOne
 from consonar.seeding import generator, rows_of_rank
 from consonar.training import losses, noise
 from consonar.training.objectives.base import ALONE, ObjectiveConfig, codebook_of, drop_classes
 from consonar.training.trainee import HeadSpec, Trainee
 from consonar.types import Condition, TokenBatch, Tokenizer
 
+NOISE = ReadOnlyWith(lambda given: given.schedule != "none", "{}schedule other than 'none'")
+ANNEALING = ReadOnlyWith(lambda given: given.schedule == "truncated_linear", "{}schedule 'truncated_linear'")
+NEAREST = ReadOnlyWith(
+    lambda given: given.schedule != "none" and given.corruption == "nearest",
+    "{}corruption 'nearest' and {}schedule other than 'none'",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
+class NoiseConfig(Options):
     """Noisy context: how often and by what context tokens are replaced."""
+
+    section = "objective.noise"
 
     schedule: Literal["none", "constant", "uniform", "linear", "truncated_linear"] = "none"
     """How the largest rate f(t) moves over training; the article's best is truncated_linear."""
-    max_rate: float = 1.0
+    max_rate: Annotated[Share, NOISE] = 1.0
     """Largest rate at the start (linear, truncated_linear), always (uniform), or the rate itself (constant)."""
-    anneal_end: float = 0.75
+    anneal_end: Annotated[float, Range(0, 1, "(]"), ANNEALING] = 0.75
     """Share of training after which truncated_linear is 0."""
-    corruption: Literal["uniform", "mask", "nearest"] = "uniform"
+    corruption: Annotated[Literal["uniform", "mask", "nearest"], NOISE] = "uniform"
     """What replaces a token: any code, the mask, or one of its nearest codes."""
-    num_neighbours: int = 16
+    num_neighbours: Annotated[Count, NEAREST] = 16
     """How many nearest codes `nearest` chooses from."""
 
-    def __post_init__(self) -> None:
-        check_options(self, "objective.noise.")
-        if not 0 <= self.max_rate <= 1:
-            raise UserError(f"objective.noise.max_rate: {self.max_rate} is not in [0, 1]")
-        if not 0 < self.anneal_end <= 1:
-            raise UserError(f"objective.noise.anneal_end: {self.anneal_end} is not in (0, 1]")
-        if self.num_neighbours < 1:
-            raise UserError(f"objective.noise.num_neighbours: {self.num_neighbours} is not positive")
+    @property
+    def replaces(self) -> bool:
+        """Whether any token ever is replaced."""
+        return self.schedule != "none" and self.max_rate > 0
+
+
+HEADS = ReadOnlyWith(lambda given: given.embedding_weight > 0, "{}embedding_weight over 0")
+ENCODE_HEAD = ReadOnlyWith(
+    lambda given: given.has_head("encode"), "{}embedding_weight over 0 and {}heads 'encode' or 'both'"
+)
+DECODE_HEAD = ReadOnlyWith(
+    lambda given: given.has_head("decode"), "{}embedding_weight over 0 and {}heads 'decode' or 'both'"
+)
+NOISED_ENCODE_HEAD = ReadOnlyWith(
+    lambda given: given.has_head("encode") and given.noise.replaces,
+    "{}embedding_weight over 0, {}heads 'encode' or 'both', and {}noise.schedule other than 'none'",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,44 +76,36 @@ class AutoregressiveConfig(ObjectiveConfig):
     """Plain AR (the defaults) and reAR."""
 
     kind: Literal["consistency"] = "consistency"
-    embedding_weight: float = 0.0
+    embedding_weight: NotNegative = 0.0
     """lambda, the weight of codebook embedding regularisation."""
-    heads: Literal["encode", "decode", "both"] = "both"
+    heads: Annotated[Literal["encode", "decode", "both"], HEADS] = "both"
     """Which alignment heads exist; none does while `embedding_weight` is 0."""
-    encode_layer: int = 0
+    encode_layer: Annotated[CountOrZero, ENCODE_HEAD] = 0
     """0-based layer at which the code of the token being read is regressed."""
-    decode_layer: int | None = None
+    decode_layer: Annotated[CountOrZero | None, DECODE_HEAD] = None
     """0-based layer at which the next token's code is regressed; None: three quarters of the depth."""
-    head_depth: int = 3
+    head_depth: Annotated[Count, HEADS] = 3
     """Linear maps of a head (released weights 3, article 2)."""
-    head_width: int = 2048
+    head_width: Annotated[Count, HEADS] = 2048
     """Hidden width of a head."""
-    mask_noised: bool = False
+    mask_noised: Annotated[bool, NOISED_ENCODE_HEAD] = False
     """Zero the encode term at noised positions, as the released code does."""
-    class_dropout: float = 0.1
+    class_dropout: ShareBelowOne = 0.1
     """Probability of training an image without its class, for classifier-free guidance."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """Noisy context."""
 
-    def __post_init__(self) -> None:
-        check_options(self, "objective.")
-        if self.embedding_weight < 0:
-            raise UserError(f"objective.embedding_weight: {self.embedding_weight} is negative")
-        if not 0 <= self.class_dropout < 1:
-            raise UserError(f"objective.class_dropout: {self.class_dropout} is not in [0, 1)")
-        for key in ("head_depth", "head_width"):
-            if getattr(self, key) < 1:
-                raise UserError(f"objective.{key}: {getattr(self, key)} is not positive")
+    def has_head(self, side: Literal["encode", "decode"]) -> bool:
+        """Whether a generator is trained with this alignment head."""
+        return self.embedding_weight > 0 and self.heads in (side, "both")
 
     def head_specs(self, num_layers: int, code_dim: int) -> tuple[HeadSpec, ...]:
         """The heads of a generator with `num_layers` blocks for a tokenizer of width `code_dim`."""
-        if self.embedding_weight == 0:
-            return ()
         decode_layer = num_layers * 3 // 4 if self.decode_layer is None else self.decode_layer
         specs = []
-        if self.heads in ("encode", "both"):
+        if self.has_head("encode"):
             specs.append(HeadSpec("current", self.encode_layer, "current", code_dim, self.head_depth, self.head_width))
-        if self.heads in ("decode", "both"):
+        if self.has_head("decode"):
             specs.append(HeadSpec("next", decode_layer, "next", code_dim, self.head_depth, self.head_width))
         return tuple(specs)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from consonar import records
 from consonar.distributed import World
+from consonar.options import Options
 from consonar.seeding import generator, rows_of_rank, uniform
 from consonar.training.trainee import HeadSpec
 from consonar.types import Condition, Generator, ModelConfig, Tokenizer
@@ -17,8 +18,10 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Options):
     """The settings of one objective; `kind` names it in files."""
+
+    section = "objective"
 
     kind: str
 

@@ -12,7 +12,7 @@ Letters: `B` images, `N` tokens, `V` codes, `C` code width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.networks import PERCEPTUAL_DISTANCES
+from consonar.options import Divisor, NotNegative, ReadOnlyWith
 from consonar.seeding import derive_seed, exponential, generator_of
 from consonar.training import losses
 from consonar.training import policy_gradient as policy
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
 from consonar.training.objectives.base import codebook_of
 from consonar.types import ImageBatch
+
+SOFT = ReadOnlyWith(lambda given: given.target == "soft", "{}target 'soft'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,8 @@ class CrossEntropyConfig(AlignmentConfig):
     kind: Literal["cross_entropy"] = "cross_entropy"
     target: Literal["one_hot", "soft"] = "one_hot"
     """The true token, or all codes by their distance to its code."""
-    tau: float = 0.1
+    tau: Annotated[Divisor, SOFT] = 0.1
     """Temperature of soft targets, in squared distance of codes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tau <= 0:
-            raise UserError(f"objective.tau: {self.tau} is not positive")
 
 
 class CrossEntropy(Alignment):
@@ -72,29 +70,31 @@ class CrossEntropy(Alignment):
         return total, terms
 
 
+PIXELS = ReadOnlyWith(
+    lambda given: given.mse_weight > 0 or given.perceptual_weight > 0, "{}mse_weight or {}perceptual_weight over 0"
+)
+FEATURES = ReadOnlyWith(lambda given: given.perceptual_weight > 0, "{}perceptual_weight over 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StraightThroughConfig(AlignmentConfig):
     """The pixel loss differentiated through the decoder."""
 
     kind: Literal["straight_through"] = "straight_through"
-    gumbel_temperature: float = 1.0
+    gumbel_temperature: Annotated[Divisor, PIXELS] = 1.0
     """Of the softmax whose gradient stands in for that of the choice."""
-    mse_weight: float = 1.0
+    mse_weight: NotNegative = 1.0
     """Mean squared error of pixels in [-1, 1]."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: NotNegative = 1.0
     """Distance of network features, by `perceptual`."""
-    perceptual: Literal["lpips", "efficientnet-lite0"] = "lpips"
+    perceptual: Annotated[Literal["lpips", "efficientnet-lite0"], FEATURES] = "lpips"
     """Which feature distance."""
-    ce_weight: float = 0.1
+    ce_weight: NotNegative = 0.1
     """beta_ce, cross-entropy on the true tokens."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gumbel_temperature <= 0:
-            raise UserError(f"objective.gumbel_temperature: {self.gumbel_temperature} is not positive")
-        for key in ("mse_weight", "perceptual_weight", "ce_weight"):
-            if getattr(self, key) < 0:
-                raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
+    @property
+    def measures_lpips(self) -> bool:
+        return super().measures_lpips or (self.perceptual == "lpips" and self.perceptual_weight > 0)
 
 
 @dataclass(frozen=True)

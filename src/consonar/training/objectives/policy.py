@@ -17,13 +17,14 @@ Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from consonar import distributed
 from consonar.errors import UserError
+from consonar.options import Count, Divisor, NotNegative, Positive, ReadOnlyWith, ShareBelowOne
 from consonar.records import to_device
 from consonar.seeding import generator, uniform
 from consonar.training import losses
@@ -37,6 +38,16 @@ INFLUENCE_POSITIONS = 64
 DAPO_CLIP_HIGH = 0.28
 
 
+FREE = ReadOnlyWith(lambda given: given.rollout == "free", "{}rollout 'free'")
+EPOCHS = ReadOnlyWith(lambda given: given.inner_epochs > 1, "{}inner_epochs over 1: until then every ratio is 1")
+KL = ReadOnlyWith(lambda given: given.kl_weight > 0, "{}kl_weight over 0")
+TOKEN_RATIO = ReadOnlyWith(
+    lambda given: given.estimator != "gspo", "an {}estimator with a ratio for each token, so not 'gspo'"
+)
+TOKEN_CREDIT = ReadOnlyWith(lambda given: given.credit == "token", "{}credit 'token'")
+BASELINE = ReadOnlyWith(lambda given: given.estimator == "reinforce", "{}estimator 'reinforce'")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig(AlignmentConfig):
     """VA-pi with the published settings of class-conditional LlamaGen."""
@@ -46,50 +57,40 @@ class PolicyConfig(AlignmentConfig):
     """Tokens drawn under the image's own context (VA-pi), or freely by the cached sampler (AR-GRPO)."""
     estimator: Literal["grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce"] = "grpo"
     """How rewards become advantages and ratios; gspo and dapo are grpo until `inner_epochs` is over 1."""
-    group_size: int = 8
+    group_size: Count = 8
     """G, sequences drawn for each image."""
-    temperature: float = 1.0
+    temperature: Divisor = 1.0
     """Of the draws and of the ratio."""
-    guidance_scale: float = 1.0
+    guidance_scale: Annotated[NotNegative, FREE] = 1.0
     """Classifier-free guidance of free rollouts; the ratio stays that of the conditional distribution."""
-    advantage_clamp: float = 5.0
+    advantage_clamp: NotNegative = 5.0
     """Advantages are clamped to plus and minus this; 0: not."""
-    clip_range: float = 0.2
+    clip_range: Annotated[Positive, EPOCHS] = 0.2
     """The ratio counts within 1 minus this ..."""
-    clip_range_high: float | None = None
+    clip_range_high: Annotated[NotNegative | None, EPOCHS] = None
     """... and 1 plus this; None: `clip_range`, for dapo 0.28."""
-    ce_weight: float = 0.1
+    ce_weight: NotNegative = 0.1
     """beta_ce, cross-entropy on the true tokens."""
-    kl_weight: float = 0.0
+    kl_weight: NotNegative = 0.0
     """beta_kl, KL to the start model; the released text-to-image script has 0.01."""
-    kl: Literal["k3", "exact"] = "k3"
+    kl: Annotated[Literal["k3", "exact"], KL] = "k3"
     """Estimated at the drawn tokens, or summed over the vocabulary."""
-    inner_epochs: int = 1
+    inner_epochs: Count = 1
     """Updates on the same draws; over 1 the ratio leaves 1 and clipping matters."""
-    credit: Literal["sequence", "token"] = "sequence"
+    credit: Annotated[Literal["sequence", "token"], TOKEN_RATIO] = "sequence"
     """One advantage for all tokens of a sequence, or each token its own from the error at its place."""
-    smooth_credit: bool = False
+    smooth_credit: Annotated[bool, TOKEN_CREDIT] = False
     """Spread each token's credit over the decoder's receptive field, measured once (credit by token)."""
-    baseline_decay: float = 0.9
+    baseline_decay: Annotated[ShareBelowOne, BASELINE] = 0.9
     """Of the running mean that reinforce subtracts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size < 1 or (self.group_size == 1 and self.estimator != "reinforce"):
+        if self.group_size == 1 and self.estimator != "reinforce":
             raise UserError(
-                f"objective.group_size: {self.group_size}, but {self.estimator} compares the samples of a group: "
-                "2 or more (reinforce takes 1)"
+                f"objective.group_size: 1, but {self.estimator} compares the samples of a group: 2 or more (reinforce "
+                "takes 1)"
             )
-        if self.inner_epochs < 1:
-            raise UserError(f"objective.inner_epochs: {self.inner_epochs} is not positive")
-        for key in ("temperature", "clip_range"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"objective.{key}: {getattr(self, key)} is not positive")
-        for key in ("ce_weight", "kl_weight", "advantage_clamp", "guidance_scale"):
-            if getattr(self, key) < 0:
-                raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
-        if not 0 <= self.baseline_decay < 1:
-            raise UserError(f"objective.baseline_decay: {self.baseline_decay} is not in [0, 1)")
         if self.rollout == "free":
             if self.credit == "token":
                 raise UserError("objective.credit: 'token' compares an image with its original; choices here: sequence")

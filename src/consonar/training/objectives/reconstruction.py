@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from consonar import distributed
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import PatchDiscriminator
-from consonar.options import check_options
+from consonar.options import CountOrZero, NotNegative, ReadOnlyWith, Share
 from consonar.records import to_device
 from consonar.seeding import generator, integers
 from consonar.tokenizers import quantizer
@@ -33,54 +33,42 @@ from consonar.tokenizers.base import CodebookTokenizer
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.types import ImageBatch, ModelConfig
 
+FEATURES = ReadOnlyWith(lambda given: given.perceptual_weight > 0, "{}perceptual_weight over 0")
+LPIPS = ReadOnlyWith(
+    lambda given: given.perceptual == "lpips" and given.perceptual_weight > 0,
+    "{}perceptual 'lpips' and {}perceptual_weight over 0",
+)
+DISCRIMINATOR = ReadOnlyWith(lambda given: given.discriminator_weight > 0, "{}discriminator_weight over 0")
+REVIVAL = ReadOnlyWith(lambda given: given.revive_after > 0, "{}revive_after over 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig(ObjectiveConfig):
     """Loss weights of a VQ tokenizer."""
 
     kind: Literal["reconstruction"] = "reconstruction"
-    mse_weight: float = 1.0
+    mse_weight: NotNegative = 1.0
     """Mean squared error of pixels in [-1, 1]."""
-    chroma_weight: float = 0.0
+    chroma_weight: NotNegative = 0.0
     """Mean squared error of colour differences (pixel minus its grey level), on top of `mse_weight`."""
-    perceptual_weight: float = 0.1
+    perceptual_weight: NotNegative = 0.1
     """Distance of network features, by `perceptual`."""
-    perceptual: Literal["efficientnet-lite0", "lpips"] = "efficientnet-lite0"
+    perceptual: Annotated[Literal["efficientnet-lite0", "lpips"], FEATURES] = "efficientnet-lite0"
     """Which feature distance: EfficientNet-Lite0 (comes with pip) or LPIPS (needs the VGG16 weights)."""
-    perceptual_weights: str | None = None
+    perceptual_weights: Annotated[str | None, LPIPS] = None
     """File of torchvision's VGG16 weights, for lpips; None: vgg16-397923af.pth in the cache folder."""
-    codebook_weight: float = 1.0
+    codebook_weight: NotNegative = 1.0
     """Pulls codes to encoder vectors."""
-    commitment_weight: float = 0.25
+    commitment_weight: NotNegative = 0.25
     """Pulls encoder vectors to their codes (beta)."""
-    discriminator_weight: float = 0.0
+    discriminator_weight: NotNegative = 0.0
     """Adversarial term; 0 builds no discriminator."""
-    discriminator_start: int = 0
+    discriminator_start: Annotated[CountOrZero, DISCRIMINATOR] = 0
     """Step from which the adversarial term counts."""
-    revive_after: int = 50
+    revive_after: CountOrZero = 50
     """Steps without use after which a code is moved onto an encoder vector; 0: never."""
-    revive_until: float = 0.8
+    revive_until: Annotated[Share, REVIVAL] = 0.8
     """Share of training after which codes are left where they are."""
-
-    def __post_init__(self) -> None:
-        check_options(self, "objective.")
-        for key in (
-            "mse_weight",
-            "chroma_weight",
-            "perceptual_weight",
-            "codebook_weight",
-            "commitment_weight",
-            "discriminator_weight",
-        ):
-            if getattr(self, key) < 0:
-                raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
-        if self.perceptual not in PERCEPTUAL_DISTANCES:
-            raise unknown("objective.perceptual", self.perceptual, PERCEPTUAL_DISTANCES)
-        if not 0 <= self.revive_until <= 1:
-            raise UserError(f"objective.revive_until: {self.revive_until} is not in [0, 1]")
-        for key in ("discriminator_start", "revive_after"):
-            if getattr(self, key) < 0:
-                raise UserError(f"objective.{key}: {getattr(self, key)} is negative")
 
     @property
     def has_discriminator(self) -> bool:
