@@ -10,6 +10,7 @@ import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from consonar.errors import UserError, printable
 
@@ -36,10 +37,19 @@ class Origin:
     init_sha256: str | None = None
     """Of its weights."""
 
+
+class HasFingerprint(Protocol):
+    """A tokenizer, as far as an origin names it."""
+
+    name: str
+
     @property
-    def classes_sha256(self) -> str | None:
-        """Of the names in their order."""
-        return None if self.class_names is None else text_hash(self.class_names)
+    def fingerprint(self) -> str: ...
+
+
+def of_tokenizer(tokenizer: HasFingerprint) -> Origin:
+    """What is made with this tokenizer alone."""
+    return Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
 
 
 PARTS: dict[str, tuple[str, str, str]] = {

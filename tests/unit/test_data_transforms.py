@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consonar.data.transforms import center_crop, from_uint8, make_views, ten_crop, to_rgb, to_tensor, to_uint8
+from consonar.data.transforms import center_crop, from_uint8, make_views, ten_crop, to_rgb, to_uint8
 from consonar.errors import UserError
 
 
@@ -128,7 +128,7 @@ def test_shifts_move_the_centre_crop_repeat_its_border_and_are_mirrored():
 def test_ranges_and_round_trip():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([levels, levels.T, levels[::-1]], -1))
-    tensor = to_tensor(image)
+    (tensor,) = from_uint8(torch.from_numpy(np.array(image))[None])
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
     assert tensor.min() == -1 and tensor.max() == 1
     assert tensor[0, 3, 3].item() == pytest.approx(51 / 127.5 - 1)

@@ -14,7 +14,6 @@ from consonar.files.readers import home_expanded
 from consonar.origin import check_distinct, content_hash
 from consonar.types import ImageRecord
 
-SPECS = ("openmoji", "PATH", "imagefolder:PATH", "arrow:PATH", "hf:OWNER/NAME[:CONFIG]", "hf:PATH", "hf-stream:...")
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "cls")
 WEBDATASET_NAMES = ("__key__", "__url__")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
 
+from consonar.data.image_folder import ImageFolder
 from consonar.errors import UserError, printable, reading, unknown
 from consonar.files.readers import home_expanded
 from consonar.origin import same_text
@@ -34,15 +34,12 @@ def check_label(label: int | None, num_classes: int, name: str, missing: int | N
     return label
 
 
-def known_labels(source: Any) -> Sequence[int | None] | None:
+def known_labels(source: ImageSource) -> Sequence[int | None] | None:
     """The labels of a source that knows them without decoding its pictures, one each; else None."""
     if not (isinstance(source, Sized) and hasattr(source, "labels")):
         return None
-    return [None] * len(source) if source.labels is None else list(map(_plain, source.labels))
-
-
-def _plain(label: Any) -> int | None:
-    return None if label is None else int(label)
+    labels = [None] * len(source) if source.labels is None else source.labels
+    return [None if label is None else int(label) for label in labels]
 
 
 def check_labels(source: ImageSource, num_classes: int, missing: int | None = None) -> None:
@@ -52,10 +49,11 @@ def check_labels(source: ImageSource, num_classes: int, missing: int | None = No
             check_label(label, num_classes, f"{source.name}: {picture_name(source, index)}", missing)
 
 
-def picture_name(source: Any, index: int) -> str:
+def picture_name(source: ImageSource, index: int) -> str:
     """What picture `index` of a source is called, where that is known without decoding it."""
-    files = getattr(source, "files", None)
-    return f"picture {index}" if files is None else str(files[index].relative_to(source.root).as_posix())
+    if not isinstance(source, ImageFolder):
+        return f"picture {index}"
+    return source.files[index].relative_to(source.root).as_posix()
 
 
 def read_class_file(path: str | Path) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import UserError, printable, reading, unknown
 from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import home_expanded
-from consonar.origin import Origin, check
+from consonar.origin import Origin, check, of_tokenizer
 from consonar.records import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
@@ -224,7 +224,7 @@ class TokenStore:
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """`UserError` unless the store was made by exactly this tokenizer (same configuration and weights)."""
-        given = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+        given = of_tokenizer(tokenizer)
         check(f"tokens: {str(self.path)!r}", self.origin, given, "this run", "tokenize again or use that tokenizer")
 
     def check_content(self) -> None:

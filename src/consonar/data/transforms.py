@@ -145,11 +145,6 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image -> (3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
-    return from_uint8(torch.from_numpy(np.array(image, dtype=np.uint8))[None])[0]
-
-
 def to_uint8(images: Tensor) -> Tensor:
     """(B, 3, H, W) float -> uint8 (B, H, W, 3): (x + 1) * 127.5, rounded to nearest, clamped to 0..255.
 

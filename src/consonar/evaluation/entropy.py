@@ -22,7 +22,7 @@ from consonar.data.sources import at_size, open_source
 from consonar.errors import MissingSplit, UserError
 from consonar.evaluation.features import as_input
 from consonar.evaluation.image_sets import cropped
-from consonar.origin import Origin, check, class_difference, same_text
+from consonar.origin import Origin, check, class_difference, of_tokenizer, same_text
 from consonar.records import device_of, to_device
 from consonar.training import losses
 from consonar.types import Generator, ImageSource, TokenBatch, Tokenizer
@@ -68,7 +68,7 @@ class Sharpness:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.missing, self.source = "the reference has none", None
         self.encoded: tuple[Tensor, list[int | None]] | None = None
-        self.origin = origin or Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+        self.origin = origin or of_tokenizer(tokenizer)
         spec, _ = at_size(reference)
         if spec.endswith(".npz"):
             return

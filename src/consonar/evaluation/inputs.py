@@ -26,7 +26,7 @@ from consonar.evaluation.image_sets import (
 )
 from consonar.files.readers import npz_keys, parse_json, read_npz
 from consonar.files.writers import file_sha256
-from consonar.origin import Origin, check
+from consonar.origin import Origin, check, of_tokenizer
 from consonar.types import Tokenizer
 
 
@@ -159,7 +159,7 @@ def encode_reference(reference: ReferenceSet, tokenizer: Tokenizer, *, batch_siz
         name: torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in images.stream(batch_size)])
         for name, images in reference.images.items()
     }
-    origin = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+    origin = of_tokenizer(tokenizer)
     return replace(reference, tokens=tokens, origin=origin)
 
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from consonar.config_io import to_dict
 from consonar.data.grids import save_grid
@@ -31,7 +31,7 @@ from consonar.files.lock import hold, is_unused
 from consonar.files.readers import read_json, read_npz
 from consonar.files.weights import component_fingerprint
 from consonar.files.writers import write_atomically, write_json
-from consonar.origin import Origin, check
+from consonar.origin import Origin, check, of_tokenizer
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_class_ids, check_fit, sample
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
@@ -86,11 +86,11 @@ def make_job(
     check_seed(seed, "seed", len(labels))
     check_fit(generator, tokenizer)
     origin = origin or Origin()
-    used = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+    used = of_tokenizer(tokenizer)
     remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
     check("tokenizer", used, origin, source, remedy)
     check_class_ids(labels, generator)
-    fingerprint = component_fingerprint(to_dict(generator.config), cast(nn.Module, generator).state_dict())
+    fingerprint = component_fingerprint(to_dict(generator.config), generator.state_dict())
     settings = {
         "generator": source,
         "generator_sha256": fingerprint,
@@ -223,9 +223,10 @@ def is_whole(path: Path, labels: Tensor, seeds: Sequence[int]) -> bool:
     )
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    """Arrays by name; of type `Any`, else mypy holds them against a flag of `savez`."""
     with path.open("wb") as file:
-        np.savez(file, **cast(dict[str, Any], arrays))  # else mypy holds the arrays against its flag
+        np.savez(file, **arrays)
 
 
 def assemble(folder: Path, job: Job, out: Path) -> None:

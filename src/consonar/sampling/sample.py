@@ -19,7 +19,7 @@ from torch import Tensor
 from consonar import records
 from consonar.errors import UserError
 from consonar.options import LARGEST, SMALLEST, CountOrZero, NotNegative, Options, Positive, Range, ReadOnlyWith
-from consonar.origin import Origin, check
+from consonar.origin import check, of_tokenizer
 from consonar.records import device_of, to_device
 from consonar.sampling.guidance import guided_logits, scale_at
 from consonar.seeding import choose, uniform
@@ -218,7 +218,7 @@ def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:
 def check_origin(generator: Generator, tokenizer: Tokenizer) -> None:
     """Raises `UserError` where a generator that was loaded (`load_generator`) was trained with another tokenizer."""
     if (origin := getattr(generator, "origin", None)) is not None:
-        used = Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
+        used = of_tokenizer(tokenizer)
         check("tokenizer", used, origin, "the generator", "its codes mean something else; see `load_own_tokenizer`")
 
 

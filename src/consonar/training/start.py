@@ -9,7 +9,7 @@ from typing import Any
 from consonar.components import SHIPPED_TOKENIZERS, has_name, load_generator, read_origin, weights_sha256
 from consonar.errors import UserError
 from consonar.generators import build_generator
-from consonar.origin import Origin, check
+from consonar.origin import Origin, check, of_tokenizer
 from consonar.training.config import TrainConfig
 from consonar.types import Generator, GeneratorConfig, ImageSource, Tokenizer
 
@@ -58,11 +58,6 @@ def check_same_shape(where: str, stored: dict[str, Any], wanted: dict[str, Any])
     for key, value in wanted.items():
         if "drop" not in key and value not in (0, None) and stored.get(key) != value:
             raise UserError(f"model.{key}: {value!r}, but the generator in {where} has {stored.get(key)!r}")
-
-
-def of_tokenizer(tokenizer: Tokenizer) -> Origin:
-    """What is made with this tokenizer alone."""
-    return Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
 
 
 def of_source(source: ImageSource) -> Origin:

@@ -6,6 +6,8 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,9 +44,7 @@ class RunSink:
     """W&B and trackio have the same interface."""
 
     def __init__(self, module_name: str, folder: Path, config: dict[str, Any]):
-        import importlib
-
-        self.module = importlib.import_module(module_name)
+        self.module = import_module(module_name)
         self.module.init(project="consonar", name=folder.name, config=config)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -54,11 +54,12 @@ class RunSink:
         self.module.finish()
 
 
-SINKS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], Sink]]] = {
-    "tensorboard": ("tensorboard", TensorBoardSink),
-    "wandb": ("wandb", lambda folder, config: RunSink("wandb", folder, config)),
-    "trackio": ("trackio", lambda folder, config: RunSink("trackio", folder, config)),
+SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {
+    "tensorboard": TensorBoardSink,
+    "wandb": partial(RunSink, "wandb"),
+    "trackio": partial(RunSink, "trackio"),
 }
+"""By the name of the package that each needs."""
 
 
 def show(console: Console, text: str) -> None:
@@ -76,17 +77,8 @@ def check_sinks(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in SINKS:
             raise unknown("loop.trackers", name, SINKS)
-        package = SINKS[name][0]
-        if find_spec(package) is None:
-            raise UserError(
-                f"loop.trackers: {name!r} needs the package {package!r}; install with: pip install {package}"
-            )
-
-
-def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> list[Sink]:
-    """The optional sinks by name; raises as `check_sinks`."""
-    check_sinks(names)
-    return [SINKS[name][1](folder, config) for name in names]
+        if find_spec(name) is None:
+            raise UserError(f"loop.trackers: {name!r} needs the package of that name; install with: pip install {name}")
 
 
 def read_metrics_line(text: str, where: str) -> dict[str, Any]:
@@ -144,14 +136,16 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.started = time.monotonic()
         self.description, self.total_steps, self.on_step = description, total_steps, on_step
+        self.sinks: list[Sink] = []
+        self.progress: Progress | None = None
         if not enabled:
             return
         self.kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
         self.started -= (self.kept[-1].get("time") or 0.0) if self.kept else 0.0
         text = "".join(json.dumps(record) + "\n" for record in self.kept)
         write_atomically(self.path, lambda partial: partial.write_text(text))  # a full disk must not cost the history
-        self.sinks = open_sinks(sinks, folder, config)
-        self.progress: Progress | None = None
+        check_sinks(sinks)
+        self.sinks = [SINKS[name](folder, config) for name in sinks]
         if self.console.is_terminal and not quiet:
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -169,7 +163,7 @@ class Tracker:
         """Moves the bar, where output is a terminal, and tells `on_step`."""
         if self.enabled and self.on_step:
             self.on_step(step)
-        if self.enabled and self.progress:
+        if self.progress:
             self.progress.update(self.task, completed=step)
 
     def log(self, step: int, values: dict[str, float], *, rate: float | None = None) -> None:
@@ -201,8 +195,6 @@ class Tracker:
             show(Console(stderr=True, highlight=False, markup=False), f"{self.description}: {text}")
 
     def close(self) -> None:
-        if not self.enabled:
-            return
         if self.progress:
             self.progress.stop()
         for sink in self.sinks:
