@@ -14,7 +14,7 @@ from test_report import FD, Page, images_of, write_results, write_run
 from consonar.errors import UserError
 from consonar.report import MAX_RUNS, load_runs, write_report
 from consonar.report.charts import LOOKS, RING_OF_OTHERS, Chart, frontier_charts
-from consonar.report.tables import result_columns, result_sections, training_groups, verdict_table
+from consonar.report.tables import result_sections, training_groups, verdict_table
 from consonar.training.config import DataConfig
 from consonar.training.objectives.controls import CrossEntropyConfig
 from consonar.training.objectives.policy import PolicyConfig
@@ -119,7 +119,7 @@ def test_without_a_control_a_method_is_judged_by_its_start_or_not_at_all(tmp_pat
 
 def test_the_temperature_control_stands_beside_the_run_it_is_for(six_runs):
     runs = load_runs(six_runs)
-    sections = {made["title"]: made["rows"] for made in result_sections(runs, result_columns(runs))}
+    sections = {made["title"]: made["rows"] for made in result_sections(runs, [FD])}
     assert [*sections][2:4] == [f"{name} at the entropy of others" for name in ("plain-ar", "rear")]
     rows = sections["rear at the entropy of others"]
     shown = [(row["run"].name, row["row"].temperature, row["row"].matched_to) for row in rows]

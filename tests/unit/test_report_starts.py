@@ -10,7 +10,7 @@ from test_report_post_training import write_trained
 
 from consonar.report import load_runs, write_report
 from consonar.report.images import nearest_blocks
-from consonar.report.records import find_start, share_start, start_text
+from consonar.report.records import control_of, find_start, measured_start, start_text
 from consonar.report.tables import rows_of_equal_entropy
 
 
@@ -23,17 +23,32 @@ def test_the_start_is_found_by_its_folder_and_never_by_name_alone(tmp_path):
     texts = [start_text(run, runs) for run in runs]
     assert texts == ["", "", "demo/rear", "demo/rear", "demo/rear (its best model)", "demo/rear"]
     assert find_start(runs[5], runs) is runs[0]  # its start is gone from where it was, and one of its name lies beside
-    assert find_start(runs[4], runs) is None  # the best model is not what the page measures of its run
+    # The best model is not what the page measures of its run.
+    assert measured_start(runs[4], runs) is None and find_start(runs[4], runs) is runs[0]
     others = [runs[1], runs[2]]
     assert find_start(runs[2], others) is None and start_text(runs[2], others) == "rear"
-    hub = load_runs(
-        [
-            write_trained(tmp_path / name, "hf:rar-b", kind=kind)
-            for name, kind in (("x", "policy"), ("y", "cross_entropy"))
-        ]
-    )
-    assert start_text(hub[0], hub) == "hf:rar-b" and share_start(*hub)
-    assert [share_start(runs[2], run) for run in runs[3:]] == [True, False, False] and not share_start(runs[0], runs[1])
+    kinds = {"x": "policy", "y": "cross_entropy"}
+    hub = load_runs([write_trained(tmp_path / name, "hf:rar-b", kind=kind) for name, kind in kinds.items()])
+    assert start_text(hub[0], hub) == "hf:rar-b"
+
+
+def test_a_control_is_of_the_same_start(tmp_path):
+    first, second = write_run(tmp_path / "first"), write_run(tmp_path / "second", weight=1.0)
+    inits = {"last": first / "model", "best": first / "best", "other": second, "hub": "hf:rar-b"}
+    folders = [first, second]
+    for name, init in inits.items():
+        folders.append(write_trained(tmp_path / name, init))
+        folders.append(write_trained(tmp_path / f"{name}-ce", init, kind="cross_entropy"))
+    runs = load_runs(folders[:8])
+    controls = {run.name: control and control.name for run in runs if [control := control_of(run, runs)]}
+    assert controls == {
+        "first": None, "second": "first", "last": "last-ce", "last-ce": "first", "best": "best-ce", "best-ce": None,
+        "other": "other-ce", "other-ce": "second",
+    }  # fmt: skip
+    alone = [run for run in runs if run.name in ("first", "last", "best-ce", "other-ce")]
+    assert control_of(alone[1], alone).name == "first"  # the controls here are of other starts
+    hub = load_runs(folders[8:])
+    assert control_of(hub[0], hub) is hub[1] and control_of(hub[1], hub) is None
 
 
 @pytest.mark.parametrize(

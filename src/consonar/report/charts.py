@@ -185,23 +185,23 @@ def frontier_charts(runs: Sequence[Run]) -> list[Chart]:
 
 def frontier_lines(runs: Sequence[Run], right: str, up: str) -> list[Line]:
     """One for each run and sampler setting (all but the temperature) that has both numbers, by rising temperature."""
-    found: dict[Any, list[ResultRow]] = {}
+    found: dict[Any, list[tuple[ResultRow, Measurement, Measurement]]] = {}
     for index, run in enumerate(runs):
         for row in sorted(run.results.rows, key=lambda row: row.temperature):
-            if value_of(row, right) and value_of(row, up):
-                found.setdefault((index, row.sampler), []).append(row)
+            x, y = value_of(row, right), value_of(row, up)
+            if x and y:
+                found.setdefault((index, row.sampler), []).append((row, x, y))
     lines = []
     for (index, _), rows in found.items():
-        measured = [(value_of(row, right), value_of(row, up)) for row in rows]
-        points = [(x.value, y.value) for x, y in measured if x and y]
-        spreads = [y.spread or 0.0 for _, y in measured if y] if up == DECIDING else None
-        rings = []
-        for row, point in zip(rows, points, strict=True):
-            if row.matched_to is not None:
-                other, _ = find_matched(row, runs[index], runs)
-                rings.append((*point, LOOKS[runs.index(other)].colour if other else RING_OF_OTHERS))
-        lines.append(Line(LOOKS[index], points, spreads, rings=rings))
+        spreads = [y.spread or 0.0 for _, _, y in rows] if up == DECIDING else None
+        rings = [(x.value, y.value, ring_colour(row, runs[index], runs)) for row, x, y in rows if row.matched_to]
+        lines.append(Line(LOOKS[index], [(x.value, y.value) for _, x, y in rows], spreads, rings=rings))
     return lines
+
+
+def ring_colour(row: ResultRow, run: Run, runs: Sequence[Run]) -> str:
+    other, _ = find_matched(row, run, runs)
+    return LOOKS[runs.index(other)].colour if other else RING_OF_OTHERS
 
 
 def value_of(row: ResultRow, name: str) -> Measurement | None:

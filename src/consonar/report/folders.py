@@ -24,6 +24,8 @@ from consonar.training.tracking import read_metrics
 
 MAX_RUNS = 8
 RESULTS_SCHEMA = 1
+COMPONENTS = ("model", "best")
+"""Folders inside a run that another run can start from."""
 SETTINGS = ("num_neighbours", "max_neighbours_images", "copy_quantile", "draws")
 """Options of `evaluate` that a number depends on."""
 
@@ -57,6 +59,7 @@ def _load_run(folder: Path, name: str) -> Run:
     with reading(f"{folder / 'config.json'}: objective", "settings as training writes them"):
         objective = completed(config.get("objective") or {})
         method_of(objective)
+    init = Path(config.get("init") or "")
     return Run(
         path=folder,
         name=name,
@@ -65,6 +68,8 @@ def _load_run(folder: Path, name: str) -> Run:
         metrics=tuple(read_metrics(folder / "metrics.jsonl")),
         results=_read_results(folder / "results.json"),
         reconstruction=_read_note(folder / "reconstruction.json") or {},
+        start=(init.parent if init.name in COMPONENTS else init) if config.get("init") else None,
+        starts_from_best=init.name == "best",
         weights_sha256=weights_sha256(folder),
         stopped=_read_note(folder / "stopped.json", step=int, reason=str),
         best_model=_read_note(folder / "best.json", step=int, metric=str, value=(int, float)),

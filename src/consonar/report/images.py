@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,42 +80,30 @@ class Sheet:
 
 
 def load_sheet(path: Path) -> Sheet:
-    """Read one `samples_*.npz`. Raises `UserError` with the file and the array that is missing or has a wrong shape."""
-    arrays = _load_arrays(path, required=("images", "labels", "seeds"), pictures=("images", "nearest_train"))
-    count = len(arrays["images"])
-    for key in ("labels", "seeds"):
-        if arrays[key].shape != (count,) or arrays[key].dtype.kind not in "iu":
-            found = f"{arrays[key].dtype} of shape {arrays[key].shape}"
-            raise UserError(f"{path}: {key} is {found}, expected integers of shape ({count},) like images")
+    """Read one `samples_*.npz`; raises as `load_arrays`."""
+    arrays = load_arrays(path, pictures=("images",), columns={"labels": "iu", "seeds": "iu"})
     names = tuple(str(name) for name in arrays.get("class_names", ()))
     return Sheet(arrays["images"], arrays["labels"], arrays["seeds"], arrays.get("nearest_train"), names)
 
 
-def load_reconstructions(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Read `reconstructions.npz`: originals and reconstructions (n, H, W, 3) uint8, and n names.
+def load_arrays(path: Path, pictures: Sequence[str], columns: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """An .npz of n `pictures` (n, H, W, 3) uint8, of `columns` (n,) of these kinds of dtype, and what is optional.
 
-    Raises `UserError` naming the file and the array that is missing or has a wrong shape.
+    Raises `UserError` with the file and the array that is missing or is not as expected.
     """
-    keys = ("originals", "reconstructions")
-    arrays = _load_arrays(path, required=(*keys, "names"), pictures=keys)
-    names, count = arrays["names"], len(arrays["originals"])
-    if names.shape != (count,):
-        raise UserError(f"{path}: names has shape {names.shape}, expected ({count},) like originals")
-    return arrays["originals"], arrays["reconstructions"], [str(name) for name in names]
-
-
-def _load_arrays(path: Path, required: Sequence[str], pictures: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; those of `pictures` that are there hold equally many (n, H, W, 3) uint8."""
     arrays = read_npz(path, remedy="write it again")
-    if missing := [key for key in required if key not in arrays]:
+    if missing := [key for key in (*pictures, *columns) if key not in arrays]:
         raise UserError(f"{path}: holds no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
-    count = len(arrays[pictures[0]]) if arrays[pictures[0]].ndim else 0
-    for key in (key for key in pictures if key in arrays):
-        images = arrays[key]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape or (
-            len(images) != count
-        ):  # fmt: skip
-            raise UserError(f"{path}: {key} is {images.shape} {images.dtype}, expected ({count}, H, W, 3) uint8")
+    count = arrays[pictures[0]].shape[:1]
+    for key in [key for key in (*pictures, "nearest_train", *columns) if key in arrays]:
+        array, kinds = arrays[key], columns.get(key)
+        if kinds is None:
+            fits = array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and 0 not in array.shape
+        else:
+            fits = array.dtype.kind in kinds and array.ndim == 1
+        if not fits or array.shape[:1] != count:
+            expected = "(n, H, W, 3) uint8" if kinds is None else f"{count} of kind {' or '.join(kinds)}"
+            raise UserError(f"{path}: {key} is {array.shape} {array.dtype}, expected {expected} like {pictures[0]}")
     return arrays
 
 
@@ -177,12 +165,12 @@ def sample_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def nearest_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Per run, samples beside their nearest training images: [{"index", "setting", "pairs": [(Picture, Picture)]}].
+    """Per run, samples beside their nearest training images: [{"run", "setting", "pairs": [(Picture, Picture)]}].
 
     Taken at the run's best setting, or at temperature 1 where that one has no nearest images; one sample per class.
     """
     blocks = []
-    for index, run in enumerate(runs):
+    for run in runs:
         for setting in (run.results.best_row, run.results.temperature_one):
             sheet = load_sheet(setting.samples) if setting and setting.samples else None
             if sheet is None or sheet.nearest is None:
@@ -193,7 +181,7 @@ def nearest_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 (sheet.sample(i, run), picture(sheet.nearest[i], "the training image nearest to it"))
                 for i in [firsts[i] for i in spread_evenly(len(firsts), limit)]
             ]
-            blocks.append({"index": index, "setting": setting, "pairs": pairs})
+            blocks.append({"run": run, "setting": setting, "pairs": pairs})
             break
     return blocks
 
@@ -207,7 +195,8 @@ def reconstruction_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in [run for run in runs if run.reconstruction]:
         path, pairs = run.path / "reconstructions.npz", []
         if path.is_file():
-            originals, copies, names = load_reconstructions(path)
+            arrays = load_arrays(path, pictures=("originals", "reconstructions"), columns={"names": "US"})
+            originals, copies, names = arrays["originals"], arrays["reconstructions"], arrays["names"]
             pairs = [
                 (picture(originals[i], f"original: {names[i]}"), picture(copies[i], f"reconstruction: {names[i]}"))
                 for i in spread_evenly(len(originals), MAX_RECONSTRUCTIONS)
@@ -219,14 +208,14 @@ def reconstruction_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def training_grids(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Up to three sample grids of each run's training, first and last too: [{"index", "grids": [(step, Picture)]}]."""
+    """Up to three sample grids of each run's training, first and last too: [{"run", "grids": [(step, Picture)]}]."""
     found = []
-    for index, run in enumerate(runs):
+    for run in runs:
         paths = sorted((run.path / "samples").glob("step_*.png"))
         grids = []
         for path in [paths[i] for i in spread_evenly(len(paths), MAX_GRIDS)]:
             step = path.stem.removeprefix("step_").lstrip("0") or "0"
             grids.append((step, file_picture(path, f"{run.name}: samples at step {step}")))
         if grids:
-            found.append({"index": index, "grids": grids})
+            found.append({"run": run, "grids": grids})
     return found

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from consonar.metrics import meanings, metric_of
+from consonar.metrics import in_order, meanings, metric_of
 from consonar.report import images, tables
 from consonar.report.charts import LOOKS, frontier_charts
 from consonar.report.records import Run, listed, start_text
@@ -27,18 +26,21 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # So that macros have them, too.
-    environment.globals |= {"looks": LOOKS, "runs": runs, "metric_of": metric_of, "hints": tables.HINTS}
     names = [run.name for run in runs]
     samples, (settings, verdicts) = images.sample_blocks(runs), tables.verdict_table(runs)
-    columns = tables.result_columns(runs)
+    classes = samples[-1]["classes"] if samples else []
+    columns = in_order({name for run in runs for row in run.results.rows for name in row.metrics})
     return environment.get_template("report.html.jinja").render(
         title=title or (f"Run {names[0]}" if len(runs) == 1 else f"{listed(names)}, compared"),
+        runs=runs,
+        looks=LOOKS,
+        metric_of=metric_of,
+        hints=tables.HINTS,
         legends=[legend_text(run, runs) for run in runs],
         methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
         withheld=[line for run in runs for line in run.withheld],
         remarks=remarks(runs),
-        leading=leading_classes(samples),
+        leading=[classes[i] for i in images.spread_evenly(len(classes), LEADING_COLUMNS)],
         settings=settings,
         verdicts=verdicts,
         opening=opening and images.file_picture(opening, "samples of the shipped generator, a row for each class"),
@@ -57,12 +59,6 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         provenance=[provenance_items(run, runs) for run in runs],
         openmoji=any(uses_openmoji(run) for run in runs),
     )
-
-
-def leading_classes(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The classes of the last block that begin the page."""
-    classes = blocks[-1]["classes"] if blocks else []
-    return [classes[i] for i in images.spread_evenly(len(classes), LEADING_COLUMNS)]
 
 
 def legend_text(run: Run, runs: Sequence[Run]) -> str:

@@ -11,9 +11,6 @@ from typing import Any
 from consonar.metrics import decides
 from consonar.training.objectives import Method, Settings, method_of
 
-COMPONENTS = ("model", "best")
-"""Folders inside a run that another run can start from."""
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -87,6 +84,10 @@ class Run:
     results: Results = Results()
     """Without rows where nothing was measured, or may be shown."""
     reconstruction: Mapping[str, Any] = field(default_factory=dict)
+    start: Path | None = None
+    """The run folder, or whatever else, that the model lies in which this run trained on."""
+    starts_from_best: bool = False
+    """Whether that is the best model of that run rather than its last one."""
     weights_sha256: str | None = None
     withheld: tuple[str, ...] = ()
     """Sentences on what was measured and is not shown, and why."""
@@ -123,44 +124,29 @@ class Run:
         return f"{self.row.name} ({', '.join(details)})" if details else self.row.name
 
 
-def start_of(run: Run) -> tuple[Path, bool] | None:
-    """The run folder that `init` lies in, or `init` itself, and whether it is the best model of that run."""
-    init = run.config.get("init")
-    if not init:
-        return None
-    return Path(init).parent if Path(init).name in COMPONENTS else Path(init), Path(init).name == "best"
-
-
-def share_start(run: Run, other: Run) -> bool:
-    """Whether both runs started from the same model, on this page or not."""
-    return start_of(run) is not None and start_of(run) == start_of(other)
-
-
-def run_of_start(run: Run, runs: Sequence[Run]) -> Run | None:
+def find_start(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run on this page that `run` started from, its last model or its best one."""
-    folder, _ = start_of(run) or (None, False)
-    if folder is None:
+    if run.start is None:
         return None
-    found = next((other for other in runs if other.path == folder), None)
-    if found is not None or folder.exists():
+    found = next((other for other in runs if other.path == run.start), None)
+    if found is not None or run.start.exists():
         return found
     # Runs that were moved together, to another folder or machine, still lie side by side.
-    return next((other for other in runs if other is not run and other.path == run.path.parent / folder.name), None)
+    return next((other for other in runs if other is not run and other.path == run.path.parent / run.start.name), None)
 
 
-def find_start(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run on this page whose last model `run` started from. A best model is not measured here, so it is None."""
-    _, best = start_of(run) or (None, False)
-    return None if best else run_of_start(run, runs)
+def measured_start(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The run on this page whose last model `run` started from: of best models the page has no numbers."""
+    return None if run.starts_from_best else find_start(run, runs)
 
 
 def start_text(run: Run, runs: Sequence[Run]) -> str:
     """Name of what the run started from, as it is called on this page; "" for a run from random weights."""
-    init, (folder, best) = run.config.get("init") or "", start_of(run) or (Path(), False)
-    if not init or init.startswith("hf:"):
-        return str(init)
-    found = run_of_start(run, runs)
-    return f"{found.name if found else folder.name}{' (its best model)' if best else ''}"
+    init = str(run.config.get("init") or "")
+    if run.start is None or init.startswith("hf:"):
+        return init
+    found = find_start(run, runs)
+    return f"{found.name if found else run.start.name}{' (its best model)' if run.starts_from_best else ''}"
 
 
 def control_of(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -169,8 +155,10 @@ def control_of(run: Run, runs: Sequence[Run]) -> Run | None:
     Of post-training the control from the same start, else that start; of training the control, else the first run.
     """
     if run.post_trains:
-        controls = (other for other in runs if other.post_trains and other.is_control and share_start(run, other))
-        return (None if run.is_control else next(controls, None)) or find_start(run, runs)
+        siblings = [other for other in runs if other.post_trains and other.start == run.start]
+        siblings = [other for other in siblings if other.starts_from_best == run.starts_from_best]
+        control = next((other for other in siblings if other.is_control), None)
+        return control if control and not run.is_control else measured_start(run, runs)
     trained = [other for other in runs if not other.post_trains]
     plain = next((other for other in trained if other.is_control), trained[0])
     return None if plain is run else plain
@@ -182,7 +170,7 @@ def find_matched(row: ResultRow, run: Run, runs: Sequence[Run]) -> tuple[Run | N
     Of several of one name the one that `run` began; None for what the page does not have.
     """
     found = [other for other in runs if other is not run and other.path.name == row.matched_to]
-    other = next(iter([other for other in found if find_start(other, runs) is run] or found), None)
+    other = next(iter([other for other in found if measured_start(other, runs) is run] or found), None)
     rows = other.results.rows if other else ()
     return other, next((o for o in rows if o.temperature == 1 and o.sampler == row.sampler), None)
 

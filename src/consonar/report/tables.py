@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from consonar.metrics import decides, in_order, metric_of
+from consonar.metrics import metric_of
 from consonar.report.charts import curve_charts, logged_keys
 from consonar.report.records import (
     Measurement,
@@ -19,15 +19,15 @@ from consonar.report.records import (
     Run,
     control_of,
     find_matched,
-    find_start,
     listed,
+    measured_start,
     measurement_text,
 )
 
 MINUS = "\u2212"
 SETTINGS = ("at its best T", "at T 1", "at equal entropy")
 HINTS = {-1: "lower is better", 1: "higher is better", 0: ""}
-Entry = tuple[int, Run, ResultRow]
+Entry = tuple[Run, ResultRow]
 
 
 class Verdict(NamedTuple):
@@ -46,9 +46,8 @@ def judge(score: Measurement | None, base: Measurement | None, direction: int = 
         return Verdict("open", "not a finite number")
     if score.spread is None or base.spread is None:
         side = "higher" if gain * direction > 0 else "lower"
-        return Verdict(
-            "open", f"{abs(gain):.3g} {side}, but no spread was measured" if gain else "equal, without a spread"
-        )
+        text = f"{abs(gain):.3g} {side}, but no spread was measured" if gain else "equal, without a spread"
+        return Verdict("open", text)
     spread = math.hypot(score.spread, base.spread)
     word = "no difference" if abs(gain) <= 2 * spread else "ahead" if gain > 0 else "behind"
     return Verdict(word, measurement_text(Measurement(abs(gain), spread)))
@@ -75,7 +74,7 @@ def verdict_table(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]
 
 def rows_of_equal_entropy(run: Run, runs: Sequence[Run]) -> tuple[ResultRow | None, ResultRow | None]:
     """A post-trained run at temperature 1, and its start at the temperature of the same entropy."""
-    start = find_start(run, runs) if run.post_trains else None
+    start = measured_start(run, runs) if run.post_trains else None
     for row in start.results.rows if start else ():
         other, trained = find_matched(row, start, runs) if start else (None, None)
         if other is run:
@@ -83,25 +82,17 @@ def rows_of_equal_entropy(run: Run, runs: Sequence[Run]) -> tuple[ResultRow | No
     return None, None
 
 
-def result_columns(runs: Sequence[Run]) -> list[str]:
-    """The metrics that any run measured; the one that decides leads, since a phone hides the last ones."""
-    names = in_order({name for run in runs for row in run.results.rows for name in row.metrics})
-    return sorted(names, key=lambda name: not decides(name))
-
-
 def result_sections(runs: Sequence[Run], columns: Sequence[str]) -> list[dict[str, Any]]:
     """The numbers: at temperature 1, at each run's own best setting, at equal entropy, and the whole grid, folded.
 
-    [{"title", "folded", "rows": [{"index", "run", "row", "cells": [{"text", "mark"}]}]}]: the mark "best" is the best
+    [{"title", "folded", "rows": [{"run", "row", "cells": [{"text", "mark"}]}]}]: the mark "best" is the best
     of its column in the section, "close" what is no different from it.
     """
     entries: dict[str, list[Entry]] = {
-        "At temperature 1": [(i, run, row) for i, run in enumerate(runs) if (row := run.results.temperature_one)],
-        "Each at its own best temperature": [
-            (i, run, row) for i, run in enumerate(runs) if (row := run.results.best_row)
-        ],
+        "At temperature 1": [(run, row) for run in runs if (row := run.results.temperature_one)],
+        "Each at its own best temperature": [(run, row) for run in runs if (row := run.results.best_row)],
         **{f"{run.name} at the entropy of others": matched_entries(run, runs) for run in runs},
-        "Everything measured": [(i, run, row) for i, run in enumerate(runs) for row in run.results.rows],
+        "Everything measured": [(run, row) for run in runs for row in run.results.rows],
     }
     return [
         {"title": title, "folded": title == "Everything measured", "rows": _table_rows(found, columns)}
@@ -116,16 +107,16 @@ def matched_entries(run: Run, runs: Sequence[Run]) -> list[Entry]:
     for row in [row for row in run.results.rows if row.matched_to]:
         other, trained = find_matched(row, run, runs)
         if other and trained:
-            entries.append((runs.index(other), other, trained))
-        entries.append((runs.index(run), run, row))
+            entries.append((other, trained))
+        entries.append((run, row))
     return entries
 
 
 def _table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [{"index": index, "run": run, "row": row, "cells": []} for index, run, row in entries]
+    rows: list[dict[str, Any]] = [{"run": run, "row": row, "cells": []} for run, row in entries]
     for column in columns:
         metric = metric_of(column)
-        measured = [row.metrics.get(column) for _, _, row in entries]
+        measured = [row.metrics.get(column) for _, row in entries]
         present = [each for each in measured if each is not None]
         # Where all are equal there is no best to point at.
         differ = metric.direction and len({each.value for each in present}) > 1
@@ -141,7 +132,7 @@ def _table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[s
 def training_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """How training went, of the runs that took a finished generator further and of the others: they differ in length.
 
-    [{"title", "indices", "columns": [metric], "rows": [{"index", "run", "steps", "best", "cells"}], "notes",
+    [{"title", "indices", "columns": [metric], "rows": [{"run", "steps", "best", "cells"}], "notes",
     "charts"}]; validation at step 0 is that of the start model.
     """
     groups = []
@@ -149,23 +140,20 @@ def training_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
         entries = [(index, run) for index, run in enumerate(runs) if run.post_trains == post_trains and run.metrics]
         keys = logged_keys(entries)
         columns = [key for key in keys if key.startswith("validation/")]
-        if not entries:
-            continue
         rows = [
             {
-                "index": index,
                 "run": run,
                 "steps": f"{run.metrics[-1]['step']:,}{', stopped' if run.stopped else ''}",
                 "best": f"{run.best_model['step']:,}" if run.best_model else "–",
                 "cells": [from_to(run, key) for key in columns],
             }
-            for index, run in entries
+            for _, run in entries
         ]
         groups.append({
             "title": title, "indices": [index for index, _ in entries], "columns": columns, "rows": rows,
             "notes": training_notes([run for _, run in entries]), "charts": curve_charts(entries, keys),
         })  # fmt: skip
-    return groups
+    return [group for group in groups if group["rows"]]
 
 
 def from_to(run: Run, key: str) -> str:
