@@ -179,7 +179,7 @@ def test_an_evaluation_does_not_work_for_results_that_it_cannot_keep(tmp_path, c
     [
         ("base: mine.yaml", r"base: recipe: unknown 'mine\.yaml'.*choices: ar-openmoji"),
         ("base: rear-openmoji\nrecipe: 2020-01-01", r"recipe: datetime.* is neither number, text, list nor table"),
-        ("base: rear-openmoji\nloop: {trackers: [!!binary aGk=]}", r"loop\.trackers\.0: b'hi' is neither number, text"),
+        ("base: rear-openmoji\nloop: {trackers: [!!binary aGk=]}", r"loop\.trackers: \[b'hi'\] is neither number"),
     ],
 )
 def test_a_file_and_its_key_are_named(text, words, tmp_path):

@@ -160,6 +160,7 @@ def test_files_that_cannot_be_read(tmp_path):
             lambda: LoopConfig(fd_samples=1),
             r"loop\.fd_samples: 1 is too small; at least 2, or 0; a distance needs 2 samples",
         ),
+        (lambda: DataConfig(views="ten"), r"data\.views: unknown 'ten'.*choices: center, "),
         (lambda: ReARConfig(width=30, num_heads=4), r"model\.num_heads: 4 does not divide model\.width 30"),
         (lambda: ReARConfig(dropout=1), r"model\.dropout: 1 is not in"),
         (lambda: AutoregressiveConfig(embedding_weight=-1), r"objective\.embedding_weight: -1 is negative"),

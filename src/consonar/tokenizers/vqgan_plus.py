@@ -15,15 +15,17 @@ stored the other way round.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.options import Count
+from consonar.options import Count, ReadOnlyWith
 from consonar.tokenizers.base import Codebook
 from consonar.tokenizers.conv import ConvConfig, ConvDecoder, ConvEncoder, ConvTokenizer
+
+CODEBOOK = ReadOnlyWith(lambda given: given.quantizer == "lookup", "{}quantizer 'lookup': lookup-free codes are signs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class VQGANPlusConfig(ConvConfig):
     """Width of one code; its number of bits for lookup-free ones."""
     quantizer: Literal["lookup", "lookup-free"] = "lookup"
     """Codes from a learnt codebook, or all combinations of signs."""
-    l2_normalize: bool = False
+    l2_normalize: Annotated[bool, CODEBOOK] = False
     """Search and decode unit-norm codes; for `lookup` only."""
     downsample: Literal["convolution", "average"] = "convolution"
     """What halves the resolution in the encoder: convolutions of stride 2, or the mean of 2 x 2 places."""
@@ -51,8 +53,6 @@ class VQGANPlusConfig(ConvConfig):
                 f"model.vocab_size: {self.vocab_size}; lookup-free codes of {self.code_dim} bits (code_dim) are "
                 f"2 to the power of {self.code_dim}"
             )
-        if self.quantizer == "lookup-free" and self.l2_normalize:
-            raise UserError("model.l2_normalize: True is for quantizer 'lookup'; lookup-free codes are signs")
 
 
 def sign_codes(tokens: Tensor, num_bits: int) -> Tensor:

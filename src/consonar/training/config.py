@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from consonar.data.bad_images import POLICIES
+from consonar.data.transforms import VIEWS
 from consonar.distributed import DEVICES, PRECISIONS
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
@@ -42,7 +43,7 @@ class DataConfig(Options):
 
     tokens: str | None = None
     """Folder of the token store (made by `consonar tokenize`)."""
-    views: str | None = None
+    views: Annotated[str | None, OneOf(tuple(VIEWS))] = None
     """The views that it must hold (`tokenize --views`); None: any."""
     validation_tokens: str | None = None
     """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
@@ -172,8 +173,3 @@ class TrainConfig(Options):
     def aligns(self) -> bool:
         """Whether this post-trains a generator with its tokenizer's decoder in view."""
         return self.run == "post-training"
-
-    @property
-    def reads_images(self) -> bool:
-        """Whether the data are images and not tokens."""
-        return self.run != "generator"

@@ -13,9 +13,9 @@ from consonar.data.grids import save_grid
 from consonar.data.labels import check_label, check_labels
 from consonar.data.loader import Batches, ImageBatches, PictureBatches, SourceBatches
 from consonar.data.tokens import TokenStore
-from consonar.data.transforms import VIEWS, center_crop
+from consonar.data.transforms import center_crop
 from consonar.distributed import World
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError
 from consonar.files.readers import home_expanded
 from consonar.origin import check
 from consonar.records import to_device
@@ -39,8 +39,6 @@ def stored_num_tokens(path: str | None) -> int | None:
 
 def open_store(path: str | None, key: str, tokenizer: Tokenizer, views: str | None = None) -> TokenStore:
     """A token store made with this tokenizer, and of these views, or a `UserError` that says how to make one."""
-    if views is not None and views not in VIEWS:
-        raise unknown("data.views", views, VIEWS)
     command = f"consonar tokenize --tokenizer {tokenizer.name}{f' --views {views}' if views else ''}"
     if not path:
         raise UserError(f"{key}: no token store given; make one with: {command} --data ... --out DIR")
