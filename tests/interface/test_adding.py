@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import consonar
-from consonar import cli
+from consonar import cli, metrics
 from consonar.attention import KVCache
 from consonar.components import load_generator, load_tokenizer
 from consonar.data.sources import SOURCES, SourceKind
 from consonar.data.tokens import TokenStore
+from consonar.evaluation.sample_metrics import SAMPLE_METRICS, Measured
 from consonar.generators import GENERATORS, GeneratorKind
 from consonar.generators.base import CausalConfig, CausalGenerator
 from consonar.tokenizers import TOKENIZERS, TokenizerKind
@@ -56,6 +57,26 @@ def test_a_reward(folder: Path, make_config, monkeypatch) -> None:
     ])  # fmt: skip
     cli.main(["report", str(start), "run", "--out", "page.html"])
     assert "reward: brightness" in Path("page.html").read_text()
+
+
+def test_a_metric(folder: Path, make_config, monkeypatch, capsys) -> None:
+    """A function of what is known of samples and reference, and what people call its number."""
+
+    def gap(measured: Measured) -> float:
+        mean, _, _ = measured.reference.target.gaussians["validation"]
+        return float((measured.samples.moments.mean - mean).norm())
+
+    monkeypatch.setitem(SAMPLE_METRICS, "gap", gap)
+    row = metrics.Metric("gap", "gap between means", direction=-1)
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, row))
+    run = consonar.train(make_config(loop={"steps": 2}), folder / "run", quiet=True)
+    cli.main(["evaluate", "run", "--reference", "data", "--num-samples", "8", "--draws", "2", "--device", "cpu"])
+    entry = json.loads((run / "results.json").read_text())["rows"][0]["metrics"]["gap"]
+    assert entry["value"] > 0 and entry["spread"] > 0
+    assert re.search(rf"gap +│ {entry['value']:.4g} ", capsys.readouterr().out)
+    cli.main(["report", "run", "--out", "page.html"])
+    page = Path("page.html").read_text()
+    assert re.search(r"gap between means<br>[^/]*lower is better", page)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +203,7 @@ HAD_TO_KNOW = {
     "AliTokARGenerator": ["generators/__init__.py", "generators/alitok.py"],
     "open_dataset": ["data/huggingface.py", "data/sources.py"],
     "InceptionFeatures": ["networks/inception.py"],
+    "spatial_distance_to": ["evaluation/sample_metrics.py"],
 }  # fmt: skip
 
 

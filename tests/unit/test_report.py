@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from consonar.errors import UserError
+from consonar.evaluation.results import Measurement
 from consonar.report import MAX_RUNS, load_runs, write_report
-from consonar.report.records import Measurement, measurement_text
+from consonar.report.records import measurement_text
 from consonar.report.tables import config_tables
 
 FD = "FD(efficientnet-lite0) validation"

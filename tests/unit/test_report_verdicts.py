@@ -7,8 +7,8 @@ import json
 import pytest
 from test_report import FD, Page, write_results, write_run
 
+from consonar.evaluation.results import Measurement
 from consonar.report import load_runs, write_report
-from consonar.report.records import Measurement
 from consonar.report.tables import judge, result_sections, verdict_table
 
 

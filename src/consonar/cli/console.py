@@ -7,17 +7,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from consonar.errors import printable
-
-
-def print_metrics(metrics: dict[str, dict[str, float | None]], title: str) -> None:
-    table = Table("metric", "value", "spread", title=title, title_justify="left")
-    for name, entry in metrics.items():
-        spread = entry["spread"]
-        table.add_row(name, f"{entry['value']:.4g}", "" if spread is None else f"{spread:.2g}")
-    Console(highlight=False).print(table)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def command(args: Sequence[str]) -> None:
 def to_folder(options: Options, folder: Path) -> None:
     made = conversion.convert(
         options.source, folder, image_size=options.image_size, tokenizer=options.tokenizer, entry=options.entry,
-        settings=read_settings(options.setting),
+        settings=setting_values(options.setting),
     )  # fmt: skip
     for part in made:
         codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
@@ -58,7 +58,7 @@ def to_folder(options: Options, folder: Path) -> None:
         say(f"  {part.component} folder: {part.folder}")
 
 
-def read_settings(words: tuple[str, ...]) -> dict[str, Any]:
+def setting_values(words: tuple[str, ...]) -> dict[str, Any]:
     """{"l2_normalize": False} <- ("l2_normalize=false",); values are JSON, or else text."""
     settings: dict[str, Any] = {}
     for word in words:

@@ -44,7 +44,7 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "versions", f"{ours}, torch {torch.__version__}, numpy {numpy.__version__}"
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
     yield from devices()
-    yield from choices()
+    yield from chosen_kernels()
     present, missing = optional_packages()
     yield "packages", f"present: {', '.join(present) or 'none of the optional ones'}"
     if missing:
@@ -69,7 +69,7 @@ def devices() -> Iterator[tuple[str, str]]:
     yield "", f"PyTorch uses {capability}; the processor {bf16} bf16"
 
 
-def choices() -> Iterator[tuple[str, str]]:
+def chosen_kernels() -> Iterator[tuple[str, str]]:
     """Precision and kernels, and why."""
     device = distributed.pick_device("auto")
     precision = distributed.pick_precision("auto", device)

@@ -1,12 +1,14 @@
 """The command `evaluate`: of samples, or of a run, which is a generator that is sampled first or a tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from consonar.cli.console import counting, print_metrics, say
+from consonar.cli.console import counting, say
 from consonar.cli.parsing import bad_images_of, check_output, parse
 from consonar.components import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS, load_tokenizer, read_component_kind
 from consonar.data.bad_images import BadImages
@@ -15,7 +17,7 @@ from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import evaluate_tokenizer
-from consonar.evaluation.results import check_place
+from consonar.evaluation.results import Measurement, check_place
 from consonar.evaluation.runs import evaluate_run
 from consonar.evaluation.settings import RunSettings
 from consonar.origin import Origin
@@ -103,7 +105,7 @@ def measure_tokenizer(options: Options, device: str, bad: BadImages) -> None:
         options.samples, reference=options.reference, feature_network=options.feature_network, device=device,
         overwrite=options.overwrite, bad=bad,
     )  # fmt: skip
-    print_metrics({key: {"value": value, "spread": None} for key, value in metrics.items()}, str(options.samples))
+    print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(options.samples))
 
 
 def measure_generator(options: Options, device: str, bad: BadImages) -> None:
@@ -116,7 +118,10 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
         overwrite=options.overwrite, bad=bad, progress=say,
     )  # fmt: skip
     for row in content["rows"]:
-        print_metrics(row["metrics"], f"temperature {row['temperature']:g}")
+        print_metrics(
+            {name: Measurement(**found) for name, found in row["metrics"].items()},
+            f"temperature {row['temperature']:g}",
+        )
     for remark in content["remarks"]:
         say(remark)
     say(f"results: {options.samples / 'results.json'}")
@@ -155,7 +160,7 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
             samples, target, feature_network=options.feature_network, draws=options.draws, seed=options.seed,
             batch_size=options.batch_size, device=device, progress=lambda name, done: count(done, None),
         )  # fmt: skip
-    print_metrics({k: {"value": m.value, "spread": m.spread} for k, m in results.metrics.items()}, str(path))
+    print_metrics(results.metrics, str(path))
     for metric, reason in results.unavailable.items():
         say(f"{metric}: not measured ({reason})")
     for remark in results.remarks:
@@ -163,3 +168,10 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
     if out is not None:
         results.to_json(out, overwrite=options.overwrite)
         say(f"results: {out}")
+
+
+def print_metrics(metrics: Mapping[str, Measurement], title: str) -> None:
+    table = Table("metric", "value", "spread", title=title, title_justify="left")
+    for name, found in metrics.items():
+        table.add_row(name, f"{found.value:.4g}", "" if found.spread is None else f"{found.spread:.2g}")
+    Console(highlight=False).print(table)

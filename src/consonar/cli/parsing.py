@@ -46,7 +46,7 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
             if isinstance(cause, UserError):  # of a configuration, which has said all there is to say
                 raise cause from stop
             cause = cause.__context__
-        raise UserError(f"{command}: {flatten(captured.getvalue())}; see: consonar {command} --help") from stop
+        raise UserError(f"{command}: {in_one_line(captured.getvalue())}; see: consonar {command} --help") from stop
 
 
 def check_repeats(args: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def check_empty(args: Sequence[str]) -> None:
             raise UserError(f"{option}: given an empty value; give one, or leave it away")
 
 
-def flatten(box: str) -> str:
+def in_one_line(box: str) -> str:
     """The message and the first suggestion of a tyro error box, in one line."""
     paragraphs: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:  # the first line is the box's title

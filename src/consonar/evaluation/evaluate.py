@@ -20,7 +20,7 @@ from consonar.evaluation.features import ImagesDone, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
 from consonar.evaluation.prepared import PreparedReference, prepare_reference
 from consonar.evaluation.remarks import remarks
-from consonar.evaluation.results import Evaluation, Metric, library_versions, machine_name
+from consonar.evaluation.results import Evaluation, Measurement, library_versions, machine_name
 from consonar.evaluation.sample_metrics import all_and_parts, copy_rates, measure
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate
@@ -81,9 +81,10 @@ def compare(
     rates = copy_rates(samples, found, reference, settings.copy_quantile)
     copies = {kind: copied for kind, copied in rates.items() if isinstance(copied, CopyRate)}
     (values, unavailable), *parts = map(measure, all_and_parts(found, reference, rates, part_of))
+    spreads = {name: stdev(part[name] for part, _ in parts) for name in values} if parts else {}
     sets = reference.features.items()
     return Evaluation(
-        metrics={k: Metric(v, stdev(part[k] for part, _ in parts) if parts else None) for k, v in values.items()},
+        metrics={name: Measurement(value, spreads.get(name)) for name, value in values.items()},
         unavailable=unavailable,
         remarks=tuple(remarks(found, reference, copies, seed)),
         noise_floor=reference.noise_floor,

@@ -60,7 +60,7 @@ class FeatureSet(Statistics):
     indices: Tensor
     """(min(count, max_rows),) int64, rising: which images of the set these are."""
     content: str = ""
-    """Of a reference: the SHA-256 of its pixels, see `content_hash`."""
+    """Of a reference: the SHA-256 of its pixels, see `pixels_sha256`."""
     parts: tuple[Statistics, ...] = ()
     """Of disjoint parts, when they were asked for."""
 
@@ -135,7 +135,7 @@ def check_features(features: Tensor, shape: tuple[int, int], network: str, name:
         raise UserError(f"feature network {network}: gives {what} for image {image} of {name}")
 
 
-def content_hash(batches: Iterable[np.ndarray]) -> tuple[str, int]:
+def pixels_sha256(batches: Iterable[np.ndarray]) -> tuple[str, int]:
     """SHA-256 of the pixels and the size of a stream of uint8 (B, H, W, 3) batches, however it is cut into batches.
 
     And the number of images.
@@ -164,7 +164,7 @@ def cached_features(
     a temporary name and renamed; one that cannot be is left out with a line on stderr. Raises UserError when a cached
     file cannot be read: delete it.
     """
-    content, count = content_hash(images.stream(batch_size))
+    content, count = pixels_sha256(images.stream(batch_size))
     kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
     kept = f"{max_rows} by {seed}" if count > max_rows else "all"
     parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.components import load_tokenizer, model_folder
+from consonar.components import load_tokenizer, model_folder, weights_sha256
 from consonar.data.bad_images import BadImages
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
@@ -25,7 +25,7 @@ from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import open_reference
 from consonar.evaluation.run_results import RECONSTRUCTION, replacing
 from consonar.files.lock import holds_first_argument
-from consonar.files.writers import file_sha256, write_atomically, write_json
+from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
 from consonar.networks import load_feature_network
@@ -127,7 +127,7 @@ def evaluate_tokenizer(
     """
     if (run / RECONSTRUCTION).exists() and not overwrite:
         raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
-    sha256 = file_sha256(model_folder(run) / "model.safetensors")
+    sha256 = weights_sha256(run)
     tokenizer = load_tokenizer(model_folder(run)).to(device)
     images = open_reference(reference, tokenizer.image_size, bad=bad).images
     if not images:

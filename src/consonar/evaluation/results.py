@@ -21,11 +21,11 @@ from consonar.metrics.copying import CopyRate
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A value over all samples, and its standard deviation over `draws` disjoint parts (None for one draw)."""
+class Measurement:
+    """A value over all samples; `spread` is its standard deviation over `draws` disjoint parts (None for one draw)."""
 
     value: float
-    spread: float | None
+    spread: float | None = None
 
 
 def library_versions() -> dict[str, str]:
@@ -69,7 +69,7 @@ def holds_results(path: Path) -> bool:
 class Evaluation:
     """Everything that makes a metric a result. `to_json` writes all of it but the per-sample part of `copies`."""
 
-    metrics: dict[str, Metric]
+    metrics: dict[str, Measurement]
     unavailable: dict[str, str]
     """Metrics that this reference or these samples do not allow, and why."""
     remarks: tuple[str, ...]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from consonar.components import model_folder
+from consonar.components import weights_sha256
 from consonar.errors import UserError
 from consonar.files.readers import plain_name, read_json
 from consonar.files.writers import file_sha256
@@ -52,7 +52,7 @@ def sample_files(run: Path) -> set[str]:
         return set()
 
 
-def weights_sha256(run: Path) -> str | None:
+def exported_sha256(run: Path) -> str | None:
     """SHA-256 of the weights that a run has exported; None where there are none."""
     weights = run / "model" / "model.safetensors"
     return file_sha256(weights) if weights.is_file() else None
@@ -60,10 +60,7 @@ def weights_sha256(run: Path) -> str | None:
 
 def of_match(other: Path) -> dict[str, str]:
     """What a row says of the run whose entropy its temperature was chosen to reach."""
-    return {
-        "matched_to": other.name,
-        "matched_sha256": file_sha256(model_folder(other) / "model.safetensors"),
-    }
+    return {"matched_to": other.name, "matched_sha256": weights_sha256(other)}
 
 
 def outdated(content: Mapping[str, Any], sha256: str | None) -> str | None:
@@ -81,12 +78,12 @@ def outdated(content: Mapping[str, Any], sha256: str | None) -> str | None:
 
 def is_measured(run: Path) -> bool:
     """Whether a run has results of the model that it has now."""
-    return (run / RESULTS).is_file() and outdated(read_json(run / RESULTS), weights_sha256(run)) is None
+    return (run / RESULTS).is_file() and outdated(read_json(run / RESULTS), exported_sha256(run)) is None
 
 
 def read_results(run: Path) -> dict[str, Any]:
     """results.json of a run. Raises `UserError` where it is missing, cannot be read, or is of another model."""
     content = read_json(run / RESULTS)
-    if why := outdated(content, weights_sha256(run)):
+    if why := outdated(content, exported_sha256(run)):
         raise UserError(f"{run / RESULTS}: the results {why}")
     return content

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.components import load_generator, load_own_tokenizer, model_folder, read_origin
+from consonar.components import load_generator, load_own_tokenizer, read_origin, weights_sha256
 from consonar.config_io import to_dict
 from consonar.data.bad_images import BadImages
 from consonar.errors import UserError
@@ -25,11 +25,12 @@ from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.prepared import PreparedReference, prepare_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
-from consonar.evaluation.results import Evaluation, machine_name, origin_of_numbers
+from consonar.evaluation.results import Evaluation, Measurement, machine_name, origin_of_numbers
 from consonar.evaluation.run_results import RESULTS, is_measured, of_match, replacing, samples_name
 from consonar.evaluation.settings import RunSettings
 from consonar.files.lock import holds_first_argument
 from consonar.files.writers import file_sha256, write_atomically, write_json
+from consonar.metrics import decides
 from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
 from consonar.origin import Origin, check
@@ -55,7 +56,7 @@ class FinishedRun:
 
     @classmethod
     def load(cls, folder: Path, device: str) -> FinishedRun:
-        sha256 = file_sha256(model_folder(folder) / "model.safetensors")
+        sha256 = weights_sha256(folder)
         generator, tokenizer = load_generator(folder).to(device), load_own_tokenizer(folder).to(device)
         return cls(folder, generator, tokenizer, read_origin(folder), sha256)
 
@@ -86,7 +87,7 @@ def evaluate_run(
     run = FinishedRun.load(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = Sharpness(reference, run.tokenizer, settings.batch_size, run.origin, bad)
-    samplers = grid(settings, sharpness, run.generator)
+    samplers = samplers_of(settings, sharpness, run.generator)
     target = target_of(run, reference, target, batch_size=settings.batch_size, bad=bad)
     prepared = prepare_reference(target, network, settings)  # what is wrong is found before hours of sampling
     entropies = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers])
@@ -101,7 +102,7 @@ def evaluate_run(
             progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
             row, results = measure_row(run, sampler, prepared, settings, staged)
             if (entropy := entropies.get(sampler.temperature)) is not None:
-                row["metrics"][ENTROPY] = {"value": entropy, "spread": None}
+                row["metrics"][ENTROPY] = asdict(Measurement(entropy))
             rows += [row | of_match(other) for other in matched] or [row]
         content = {
             "schema": RESULTS_SCHEMA,
@@ -121,7 +122,7 @@ def evaluate_run(
     return content
 
 
-def grid(settings: RunSettings, sharpness: Sharpness, generator: Generator) -> dict[SamplerConfig, list[Path]]:
+def samplers_of(settings: RunSettings, sharpness: Sharpness, generator: Generator) -> dict[SamplerConfig, list[Path]]:
     """The sampler of every row, and the runs whose entropy it was chosen to reach."""
     samplers: dict[SamplerConfig, list[Path]] = {settings.at(temperature): [] for temperature in settings.temperatures}
     for other in settings.match:
@@ -164,11 +165,11 @@ def measure_row(
     with np.load(drawn) as arrays:
         entropy = float(arrays["entropy"].mean())
     drawn.unlink()
-    metrics = {key: {"value": metric.value, "spread": metric.spread} for key, metric in results.metrics.items()}
+    metrics = results.metrics | {"entropy": Measurement(entropy)}
     row = {
         **to_dict(sampler),
         "num_samples": results.num_samples,
-        "metrics": metrics | {"entropy": {"value": entropy, "spread": None}},
+        "metrics": {name: asdict(measurement) for name, measurement in metrics.items()},
         "copies": {kind: {"threshold": copies.threshold} for kind, copies in results.copies.items()},
         "samples": kept.name,
         "seed": settings.seed,
@@ -179,8 +180,8 @@ def measure_row(
 
 def best_row(rows: list[dict[str, Any]]) -> int:
     """Index of the row with the lowest Fréchet distance, to the validation images where it was measured."""
-    names = [key for key in rows[0]["metrics"] if key.startswith("FD(")]
-    name = next((key for key in names if key.endswith(" validation")), names[0])
+    names = [name for name in rows[0]["metrics"] if name.startswith("FD(")]
+    name = next(filter(decides, names), names[0])
     return min(range(len(rows)), key=lambda i: rows[i]["metrics"][name]["value"])
 
 

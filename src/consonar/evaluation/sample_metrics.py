@@ -50,7 +50,7 @@ def spatial_distance_to(name: str, measured: Measured) -> float | str | None:
     return target if isinstance(target, str) and name == "reference" else None
 
 
-def inception_score(measured: Measured) -> float | None:
+def inception_score_of(measured: Measured) -> float | None:
     return None if measured.samples.scores is None else measured.samples.scores.value
 
 
@@ -73,7 +73,7 @@ SAMPLE_METRICS: dict[str, SampleMetric] = {
     "sFD({network}) train": partial(spatial_distance_to, "train"),
     "sFD({network}) validation": partial(spatial_distance_to, "validation"),
     "sFD({network})": partial(spatial_distance_to, "reference"),
-    "IS({network})": inception_score,
+    "IS({network})": inception_score_of,
     "precision": partial(precision_or_recall, 0),
     "recall": partial(precision_or_recall, 1),
     "copy rate (features)": partial(copy_rate, "features"),

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from consonar.evaluation.results import Measurement
 from consonar.metrics import in_order, metric_of
-from consonar.report.records import Measurement, ResultRow, Run, find_matched
+from consonar.report.records import ResultRow, Run, find_matched
 
 
 class Look(NamedTuple):

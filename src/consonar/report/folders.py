@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from consonar.config_io import adapter
 from consonar.errors import UserError, reading
-from consonar.evaluation.run_results import outdated, weights_sha256
+from consonar.evaluation.run_results import exported_sha256, outdated
 from consonar.files.readers import beside, read_json
 from consonar.files.writers import file_sha256
 from consonar.report.records import ResultRow, Results, Run, listed
@@ -70,7 +70,7 @@ def _load_run(folder: Path, name: str) -> Run:
         reconstruction=_read_note(folder / "reconstruction.json") or {},
         start=(init.parent if init.name in COMPONENTS else init) if config.get("init") else None,
         starts_from_best=init.name == "best",
-        weights_sha256=weights_sha256(folder),
+        weights_sha256=exported_sha256(folder),
         stopped=_read_note(folder / "stopped.json", step=int, reason=str),
         best_model=_read_note(folder / "best.json", step=int, metric=str, value=(int, float)),
     )

@@ -8,16 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from consonar.evaluation.results import Measurement
 from consonar.metrics import decides
 from consonar.training.objectives import Method, Settings, method_of
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number of `results.json`; `spread` is its standard deviation over disjoint parts of the samples, or None."""
-
-    value: float
-    spread: float | None = None
 
 
 @dataclass(frozen=True)

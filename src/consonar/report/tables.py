@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from consonar.evaluation.results import Measurement
 from consonar.metrics import metric_of
 from consonar.report.charts import curve_charts, logged_keys
 from consonar.report.records import (
-    Measurement,
     ResultRow,
     Run,
     control_of,
