@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,8 +25,13 @@ from consonar.data.tokens import TokenStore
 from consonar.evaluation.sample_metrics import SAMPLE_METRICS, Measured
 from consonar.generators import GENERATORS, GeneratorKind
 from consonar.generators.base import CausalConfig, CausalGenerator
+from consonar.recipes import RECIPES
 from consonar.tokenizers import TOKENIZERS, TokenizerKind
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.training import objectives
+from consonar.training.config import DataConfig, TrainConfig
+from consonar.training.objectives import METHODS, Method
+from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
 from consonar.training.rewards import REWARDS
 from consonar.types import ImageBatch, ImageRecord
 
@@ -43,6 +48,65 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
             picture(index).save(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# A post-training method: its module.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpenConfig(AlignmentConfig):
+    """Raises the probability of the likeliest token."""
+
+    kind: Literal["sharpen"] = "sharpen"
+    strength: float = 1.0
+    """Weight of the loss."""
+
+
+class Sharpen(Alignment):
+    def __init__(self, config: SharpenConfig, *args: Any, **settings: Any):
+        self.config: SharpenConfig = config
+        super().__init__(config, *args, **settings)
+
+    def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
+        with torch.no_grad():
+            return self.force(model, batch, step)
+
+    def loss(self, model: AlignmentTrainee, prepared: Forced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model(prepared.context, prepared.condition).logits
+        certainty = logits.log_softmax(-1).amax(-1).mean()
+        return -self.config.strength * certainty, {"certainty": certainty}
+
+
+# Its row, and its recipe.
+ROW = Method(
+    name="sharpening", config=SharpenConfig, objective=Sharpen, run="post-training",
+    about="makes the likeliest token likelier", details=lambda settings: [f"strength {settings['strength']:g}"],
+)  # fmt: skip
+
+
+def sharpen_toy() -> TrainConfig:
+    """The toy."""
+    return replace(
+        RECIPES["vapi-openmoji"](), recipe="sharpen-toy", objective=SharpenConfig(rewards={"mse": 1.0}),
+        data=DataConfig(images="data"),
+    )  # fmt: skip
+
+
+def test_a_post_training_method(folder: Path, make_config, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(objectives, "METHODS", [*METHODS, ROW])
+    monkeypatch.setitem(RECIPES, "sharpen-toy", sharpen_toy)
+    start = consonar.train(make_config(loop={"steps": 2}), folder / "start", quiet=True)
+    command = ["--init", str(start), "--loop.steps", "2", "--loop.batch-size", "4", "--loop.device", "cpu"]
+    cli.main(["train", "sharpen-toy", "--out", "run", "--objective.strength", "2", *command])
+    Path("file.yaml").write_text("base: sharpen-toy\nobjective: {strength: 3.0}\n")
+    cli.main(["train", "file.yaml", "--out", "again", *command])
+    with pytest.raises(SystemExit):
+        Path("wrong.yaml").write_text("base: sharpen-toy\nobjective: {kind: sharpn}\n")
+        cli.main(["train", "wrong.yaml", "--out", "wrong", *command])
+    assert "did you mean 'sharpen'?" in capsys.readouterr().err
+    cli.main(["report", str(start), "run", "again", "--out", "page.html"])
+    page = Path("page.html").read_text()
+    assert "sharpening (strength 2), from start" in page and "makes the likeliest token likelier" in page
 
 
 def test_a_reward(folder: Path, make_config, monkeypatch) -> None:
@@ -197,6 +261,9 @@ def test_a_data_source(folder: Path, tokenizer_folder: Path, monkeypatch, capsys
 
 HAD_TO_KNOW = {
     # A word that only what is about it needs, and the files of src that have it.
+    "StraightThroughConfig": [
+        "recipes/openmoji.py", "training/objectives/__init__.py", "training/objectives/controls.py",
+    ],
     "FreePolicy": ["training/objectives/__init__.py", "training/objectives/free.py"],
     "absolute_errors": ["training/rewards.py"],
     "TiTokTokenizer": ["tokenizers/__init__.py", "tokenizers/titok.py"],
