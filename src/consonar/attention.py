@@ -84,8 +84,8 @@ def attention_mask(
 ) -> Tensor | None:
     """Which of T keys the last n positions may read, (n, T) or (B, 1, n, T) bool; None: `CausalAttention` knows.
 
-    `kept` (B, P) is False at padding of the condition: nothing reads it but the padded position itself (a row that may
-    read nothing has no softmax).
+    `kept` (B, P or T) is False at padding of the condition: nothing reads it but the padded position itself (a row that
+    may read nothing has no softmax).
     """
     if kept is None:
         if not cached or num_queries == 1:  # the last position reads everything

@@ -23,6 +23,7 @@ import torch
 from consonar.cpu import kernels_mode
 from consonar.errors import UserError
 from consonar.files.cache import cache_dir
+from consonar.files.lock import hold
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 
@@ -125,8 +126,7 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
         return 1.0
     try:
         folder = cache_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / "kernels.lock"):
+        with hold(folder, wait=True):  # processes that start together measure once, one after the other
             everything = _read(folder / "kernels.json")
             answers = everything.setdefault(key, {})
             if choice in answers:
@@ -165,19 +165,6 @@ def time_ratio(pytorch: Way, other: Way) -> float | None:
         if alike and (elapsed > AT_LEAST or len(seconds[0]) > 2 * ENOUGH):
             return max(fastest[0][0], 1e-9) / max(fastest[1][0], 1e-9)  # a coarse clock may say 0
     return None
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds the lock file at `path`: processes that start together measure once, one after the other."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two processes may then measure the same, and the later answer stays
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

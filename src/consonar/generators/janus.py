@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.attention import KVCache
+from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalGenerator
-from consonar.generators.janus_parts import PAD_TOKEN, CacheLayers, JanusConfig, build_parts, rotary, visible
+from consonar.generators.janus_parts import PAD_TOKEN, CacheLayers, JanusConfig, build_parts, rotary
 from consonar.types import PromptCondition
 
 JANUS_PRESETS = {
@@ -59,7 +59,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
     """
 
     config: JanusConfig
-    language_model: Any
+    language_model: Any  # transformers' `LlamaModel`; the package is optional
     generation_embeddings: nn.Module
     generation_aligner: nn.Module
     generation_head: nn.Module
@@ -75,6 +75,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        """The name of the list in transformers' files is `language_model.layers`."""
         return self.language_model.layers
 
     @torch.no_grad()
@@ -137,7 +138,8 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
         positions = (valid.cumsum(1) - 1).clamp_min(0)[:, start:]  # of padding: 0, where nobody looks
         tables = rotary(positions, self.width // self.config.num_heads, self.config.rope_base)
         tables = (tables[0].to(x.dtype), tables[1].to(x.dtype))
-        mask, taps = visible(valid, start), {}
+        num_keys, taps = valid.shape[1], {}
+        mask = attention_mask(num_keys - start, num_keys, valid, cached=cache is not None, device=x.device)
         layers = CacheLayers(cache) if cache is not None else None
         for index, block in enumerate(self.blocks):
             x = block(x, attention_mask=mask, past_key_values=layers, position_embeddings=tables)

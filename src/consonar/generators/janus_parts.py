@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,23 +86,13 @@ def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tenso
     return angles.cos(), angles.sin()
 
 
-def visible(valid: Tensor, start: int) -> Tensor:
-    """What each query of `start` .. T - 1 sees: (B, 1, T - start, T) bool <- `valid` (B, T) bool, False at padding.
-
-    Padding sees itself, or its softmax would be over nothing.
-    """
-    places = torch.arange(valid.shape[1], device=valid.device)
-    queries = places[start:, None]
-    return ((places <= queries) & valid[:, None, None]) | (places == queries)
-
-
 @dataclass(frozen=True)
 class CacheLayers:
     """A `KVCache` as transformers' attention addresses it."""
 
     cache: KVCache
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, _: Any = None) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, _: object = None) -> tuple[Tensor, Tensor]:
         return self.cache.append(layer, keys, values)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
+from consonar.tokenizers.conv import ConvConfig
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
@@ -37,29 +38,27 @@ class TokenizerKind(NamedTuple):
     config: type[ModelConfig]
     model: Callable[..., TokenizerModule]
     """The class of the tokenizer."""
-    convolutional: bool = False
-    """Whether the same weights serve any image size."""
     trainable: bool = False
     """Whether `train` can make one (`objectives.reconstruction`)."""
 
 
 TOKENIZERS: dict[str, TokenizerKind] = {
-    "vq": TokenizerKind(VQConfig, VQTokenizer, convolutional=True, trainable=True),
-    "maskgit-vq": TokenizerKind(MaskGITConfig, MaskGITTokenizer, convolutional=True, trainable=True),
-    "vqgan-plus": TokenizerKind(VQGANPlusConfig, VQGANPlusTokenizer, convolutional=True),
+    "vq": TokenizerKind(VQConfig, VQTokenizer, trainable=True),
+    "maskgit-vq": TokenizerKind(MaskGITConfig, MaskGITTokenizer, trainable=True),
+    "vqgan-plus": TokenizerKind(VQGANPlusConfig, VQGANPlusTokenizer),
     "titok": TokenizerKind(TiTokConfig, TiTokTokenizer),
     "alitok": TokenizerKind(AliTokConfig, AliTokTokenizer),
 }
 """The kinds, by what files call them."""
 
 
-def resized(config: Any, num_tokens: int) -> Any:
+def resized(config: ModelConfig, num_tokens: int) -> ModelConfig:
     """The configuration for square images of `num_tokens` tokens, where the architecture takes any size.
 
     Convolutions do: LlamaGen's VQ serves its generators at 256, 384 and 512 px with the same weights. Others come back
     as they are, and so does one that no square image gives so many tokens.
     """
     side = math.isqrt(num_tokens)
-    if not TOKENIZERS[config.kind].convolutional or side * side != num_tokens:
+    if not isinstance(config, ConvConfig) or side * side != num_tokens:
         return config
-    return replace(config, image_size=side * 2 ** (len(config.channel_multipliers) - 1))
+    return replace(config, image_size=side * config.downsampling)

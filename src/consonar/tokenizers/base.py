@@ -7,17 +7,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.config_io import to_dict
+from consonar.data.transforms import ImageSize
 from consonar.errors import UserError
 from consonar.files.weights import component_fingerprint
+from consonar.options import Count
 from consonar.tokenizers import quantizer
-from consonar.types import Grid
+from consonar.types import Grid, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(ModelConfig):
+    """Shape of a tokenizer."""
+
+    image_size: ImageSize = 256
+    """Side of the square images, pixels."""
+    vocab_size: Count
+    """Number of codes."""
+    code_dim: Count
+    """Width of one code."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class CodebookTokenizer(nn.Module, ABC):
     decoder: nn.Module
     quantize: Codebook
 
-    def __init__(self, config: Any, name: str, num_tokens: int, grid: Grid | None, *, l2_normalize: bool):
+    def __init__(self, config: TokenizerConfig, name: str, num_tokens: int, grid: Grid | None, *, l2_normalize: bool):
         super().__init__()
         self.config, self.name, self.num_tokens, self.l2_normalize = config, name, num_tokens, l2_normalize
         self.grid: Grid | None = grid

@@ -22,19 +22,16 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.data.transforms import ImageSize
 from consonar.errors import UserError
 from consonar.options import Count
-from consonar.tokenizers.base import CodebookTokenizer
-from consonar.types import Grid, ModelConfig
+from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig
+from consonar.types import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvConfig(ModelConfig):
+class ConvConfig(TokenizerConfig):
     """Shape of a convolutional tokenizer; the defaults are MaskGIT's."""
 
-    image_size: ImageSize = 256
-    """Side of the square images, pixels."""
     vocab_size: Count = 1024
     """Number of codes."""
     code_dim: Count = 256

@@ -112,6 +112,8 @@ class TiTokDecoder(Transformer):
 class TiTokTokenizer(ViTTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
+    config: TiTokConfig
+
     def __init__(self, config: TiTokConfig, name: str = "titok"):
         super().__init__(config, name, config.num_tokens, None, l2_normalize=config.l2_normalize)
         self.encoder = Encoder(

@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.data.transforms import ImageSize
 from consonar.errors import UserError
 from consonar.options import Count, Divides, check_options
-from consonar.tokenizers.base import CodebookTokenizer
-from consonar.types import ModelConfig
+from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +53,11 @@ LARGE = TransformerConfig(width=1024, num_layers=24, num_heads=16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig(ModelConfig):
+class ViTConfig(TokenizerConfig):
     """Shape of a tokenizer with a transformer on either side; `TiTokConfig` and `AliTokConfig` set the defaults."""
 
-    image_size: ImageSize = 256
-    """Side of the square images, pixels."""
     vocab_size: Count = 4096
     """Number of codes."""
-    code_dim: Count
-    """Width of one code."""
     encoder: TransformerConfig
     """The transformer that reads the image."""
     decoder: TransformerConfig
