@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import tyro
 
 from consonar.cli import COMMANDS
-from consonar.data.bad_images import LIMIT, BadImages, check_policy
-from consonar.errors import UserError
+from consonar.data.bad_images import LIMIT, POLICIES, BadImages
+from consonar.errors import UserError, unknown
 
 Parsed = TypeVar("Parsed")
 
@@ -110,7 +110,10 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
 
 def bad_images_of(policy: str, limit: float, listing: Path | None) -> BadImages:
     """What is done about images that cannot be read; `UserError` for a wrong option, or a limit that nothing reads."""
-    check_policy(policy, limit, "--bad-images", "--bad-images-limit")
+    if policy not in POLICIES:
+        raise unknown("--bad-images", policy, POLICIES)
+    if not 0 <= limit <= 1:
+        raise UserError(f"--bad-images-limit: {limit} is not a share from 0 to 1")
     if policy == "stop" and limit != LIMIT:
         raise UserError(f"--bad-images-limit: {limit} is read only with --bad-images skip; leave it away")
     return BadImages(policy, limit, listing)

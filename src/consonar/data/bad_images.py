@@ -12,7 +12,7 @@ from pathlib import Path
 
 from consonar.data.parts import Part
 from consonar.data.prefetch import decoding_threads
-from consonar.errors import BadImage, UserError, reading, unknown
+from consonar.errors import BadImage, UserError, reading
 from consonar.files.writers import write_atomically
 from consonar.types import ImageRecord, ImageSource, IndexedSource
 
@@ -20,14 +20,6 @@ POLICIES = ("stop", "skip")
 LIMIT = 0.01
 STREAM_START = 1000
 """Pictures of a stream, whose number is not known, that the limit is a share of before more have been read."""
-
-
-def check_policy(policy: str, limit: float, name: str = "bad_images", limit_name: str = "bad_images_limit") -> None:
-    """Raises `UserError` for an unknown policy, and for a limit outside [0, 1]; the names are those of the options."""
-    if policy not in POLICIES:
-        raise unknown(name, policy, POLICIES)
-    if not 0 <= limit <= 1:
-        raise UserError(f"{limit_name}: {limit} is not a share from 0 to 1")
 
 
 class BadImages:
@@ -40,7 +32,6 @@ class BadImages:
     def __init__(
         self, policy: str = "stop", limit: float = LIMIT, listing: Path | None = None, *, resume: bool = False
     ):
-        check_policy(policy, limit)
         self.skips, self.limit, self.listing = policy == "skip", limit, listing
         self.found: dict[str, dict[int, str]] = {}
         self.totals: dict[str, int] = {}

@@ -207,29 +207,28 @@ def _render_all(size: int) -> _Rendered:
     if path.exists():
         return _read_rendered(path)
     with decoding_threads() as pool:
-        pictures = list(pool.map(lambda file: render(file, size), files))
-    distinct = {picture.tobytes(): i for i, picture in reversed(list(enumerate(pictures)))}
+        pictures = dict(zip(files, pool.map(lambda file: render(file, size), files), strict=True))
+    distinct = {picture.tobytes(): file for file, picture in reversed(pictures.items())}  # the first of equal ones
     first = sorted(distinct.values())
-    images = np.stack([pictures[i] for i in first])
-    names = tuple(files[i].stem for i in first)
-    content_hash = _content_hash(images)
+    images, names = np.stack([pictures[file] for file in first]), tuple(file.stem for file in first)
+    rendered = _Rendered(images, names, _content_hash(images))
 
     def save(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, images=images, names=np.array(names), sha256=np.array(content_hash))
+        with partial.open("wb") as kept:
+            np.savez_compressed(kept, images=images, names=np.array(names), sha256=np.array(rendered.content_hash))
 
     keep(path, save)
-    return _Rendered(images, names, content_hash)
+    return rendered
 
 
 def _read_rendered(path: Path) -> _Rendered:
     remedy = "delete it, it is made again"
     stored = read_npz(path, remedy=remedy)
     with reading(f"openmoji: {path}", "rendered emoji", remedy):
-        images, names, content_hash = stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"])
-    if _content_hash(images) != content_hash:
-        raise UserError(f"openmoji: {path} is damaged (its SHA-256 differs); delete it, it is made again")
-    return _Rendered(images, names, content_hash)
+        rendered = _Rendered(stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"]))
+    if _content_hash(rendered.images) != rendered.content_hash:
+        raise UserError(f"openmoji: {path} is damaged (its SHA-256 differs); {remedy}")
+    return rendered
 
 
 def render(file: Path, size: int) -> np.ndarray:

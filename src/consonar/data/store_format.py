@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from consonar.config_io import from_dict, to_dict
 from consonar.data.labels import MAX_CLASSES
 from consonar.errors import UserError
 from consonar.files.readers import read_json
+from consonar.options import Count, Range, check_options
 from consonar.origin import check_distinct
 
 FORMAT_VERSION = 1
@@ -49,20 +51,16 @@ class StoreMetadata:
     """Name of the images, or the file that the tokens were imported from."""
     imported_from: str | None = None
     """The kind of that file."""
-    vocab_size: int
-    num_tokens: int
-    num_views: int
+    vocab_size: Count
+    num_tokens: Count
+    num_views: Count
     counts: Counts
-    num_classes: int
+    num_classes: Annotated[int, Range(0, MAX_CLASSES)]
     """Without labels 0, without names the largest label plus 1."""
     class_names: tuple[str, ...] | None
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "num_tokens", "num_views"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}; {REMEDY}")
-        if not 0 <= self.num_classes <= MAX_CLASSES:
-            raise UserError(f"num_classes is {self.num_classes}; at most {MAX_CLASSES}; {REMEDY}")
+        check_options(self, "")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise UserError(f"class_names are not {self.num_classes} names; {REMEDY}")
 
