@@ -44,7 +44,10 @@ bench: .venv/installed  ## the benchmarks, one JSON file each in benchmarks/resu
 gpu-prepare: .venv/installed  ## fill .gpu/ for a machine with a GPU and no network (benchmarks/gpu/README.md)
 	PYTHON=$(BIN)/python bash benchmarks/gpu/prepare.sh
 
-gpu-check: .venv/installed  ## tests, parity, timings and a small real run on a CUDA device: 9 minutes at most (PRETEND=1 TOY=1: dry)
+.gpu/tokens:
+	$(MAKE) gpu-prepare
+
+gpu-check: .venv/installed .gpu/tokens  ## tests, parity, timings and a small real run on a CUDA device: 9 minutes at most (PRETEND=1 TOY=1: dry)
 	PYTHON=$(BIN)/python bash benchmarks/gpu/check.sh
 
 house: .venv/installed  ## the figure of the rooms, drawn from the imports, and the numbers of docs/architecture.md

@@ -240,17 +240,17 @@ GROUPS: dict[str, Callable[[], Iterator[tuple[str, Case]]]] = {
 }
 
 
-def try_case(name: str, case: Case, device: torch.device) -> bool:
-    """Whether it passed; prints the line of a case, and where in the library it broke."""
+def try_case(name: str, case: Case, device: torch.device) -> str:
+    """Prints the line of a case; why it failed, and where in the library it broke, or nothing."""
     try:
         print(f"OK    {name}: {case(device)}", flush=True)
-        return True
+        return ""
     except Exception as error:
-        print(f"FAIL  {name}: {type(error).__name__}: {str(error)[:300]}")
         frames = traceback.extract_tb(error.__traceback__)
         place = next((frame for frame in reversed(frames) if "/consonar/" in frame.filename), frames[-1])
-        print(f"      at {place.filename}:{place.lineno}, {place.line}", flush=True)
-        return False
+        reason = f"{type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
+        print(f"FAIL  {name}: {reason}", flush=True)
+        return reason
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -266,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
                 name = f"{group}: {case_name}"
                 if any(text in name for text in args.only):
                     tried += 1
-                    failed += [] if try_case(name, case, device) else [name]
+                    reason = try_case(name, case, device)
+                    failed += [f"{name}: {reason}"] if reason else []
     print(f"FAILS: {len(failed)} of {tried}", *failed, sep="\n")
     if failed or not tried:
         raise SystemExit(1)

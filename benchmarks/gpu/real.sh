@@ -2,8 +2,10 @@
 # A small real model from pictures to results on the card: tokenise, train, post-train by VA-pi, sample, evaluate.
 # Reads $DATA/openmoji and $DATA/tokens of `prepare.sh`; results go to $OUT. TOY=1: two steps of each.
 set -eu
-: "${DATA:=.gpu}" "${OUT:=.}" "${PYTHON:=python3}" "${WORK:=$(mktemp -d)}" "${TOY:=}"
+: "${DATA:=.gpu}" "${OUT:=.}" "${PYTHON:=python3}" "${TOY:=}" "${WORK:=}"
 : "${CONSONAR:=$PYTHON -m consonar}"
+[ -n "$WORK" ] || { WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT; }
+rm -f "$OUT/rear.json" "$OUT/vapi.json" "$OUT/vapi.png"
 steps=1500 updates=60 batch=256 images=32 samples=1024
 [ -z "$TOY" ] || steps=2 updates=2 batch=8 images=4 samples=16
 

@@ -55,7 +55,7 @@ RELEASED_VQ = VQConfig(
 )
 FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """Without cuDNN's attention, which PyTorch prefers on some devices."""
-FLOAT32, BF16 = torch.float32, torch.bfloat16
+BF16 = torch.bfloat16
 
 
 class Bench:
@@ -63,7 +63,7 @@ class Bench:
 
     def __init__(self, device: torch.device, folder: Path, seconds: float, toy: bool):
         self.device, self.toy, self.deadline = device, toy, time.monotonic() + seconds
-        self.file = folder / "timing.jsonl"
+        self.file, self.failed = folder / "timing.jsonl", False
         self.bytes_per_second = self.products_per_second = float("nan")
 
     def emit(self, name: str, **figures: Any) -> None:
@@ -84,6 +84,7 @@ class Bench:
             figures = run(self)
             self.emit(name, **figures, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
         except Exception as error:  # whatever it is: the stages after it are worth their minutes
+            self.failed = True
             self.emit(name, error=f"{type(error).__name__}: {str(error)[:300]}")
 
     def measured(
@@ -93,8 +94,9 @@ class Bench:
         first, *times = [self.seconds(run) for _ in range(rounds + 1)]
         seconds = statistics.median(times)
         figures = {"first_s": first, "seconds": seconds, "images_per_s": images / seconds}
-        share = {"share_of_products": operations / seconds / self.products_per_second} if operations else {}
-        return figures | share
+        if operations:
+            figures["share_of_products"] = operations / seconds / self.products_per_second
+        return figures
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Of one call, from an idle device to an idle device."""
@@ -150,7 +152,7 @@ def sampling(
         with sdpa_kernel(list(backends)) if backends else nullcontext():
             sample_tokens(model, labels, range(rows), SamplerConfig(guidance_scale=2.0))
 
-    figures = bench.measured(run, rows, rounds=1 if dtype == FLOAT32 else 2)
+    figures = bench.measured(run, rows, rounds=2)
     weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
     cache = model.new_cache(2 * rows).data.nbytes / 2  # filled to a half in the mean
     floor = config.num_tokens * (weights + cache) / bench.bytes_per_second
@@ -223,9 +225,11 @@ def training(
     return bench.measured(step, rows, rounds=4, operations=operations)
 
 
-def vapi(preset: GeneratorConfig, side: int, rows: int, group_size: int, bench: Bench) -> dict[str, Any]:
+def vapi(
+    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, group_size: int, bench: Bench
+) -> dict[str, Any]:
     """A VA-pi step with LPIPS and squared error as rewards, and the seconds of its parts."""
-    shape = bench.sized(preset, RELEASED_VQ.vocab_size, side)
+    shape = bench.sized(preset, vocab_size, side)
     vq = replace(RELEASED_VQ, image_size=16 * side)
     if bench.toy:
         rows, group_size = 2, 2
@@ -243,10 +247,8 @@ def vapi(preset: GeneratorConfig, side: int, rows: int, group_size: int, bench: 
     batch = ImageBatch(images, torch.arange(rows, device=bench.device))
     step = step_of(trainee, objective, config, batch, bench)
     operations = operations_of(step)
-    parts = {
-        name: timed(owner, name, bench)
-        for owner, name in ((objective, "encode"), (objective, "decode"), (objective.rewards, "measure"))
-    }
+    owners = {"encode": objective, "decode": objective, "measure": objective.rewards}
+    parts = {name: timed(owner, name, bench) for name, owner in owners.items()}
     figures = bench.measured(step, rows, operations=operations)
     return {**figures, **{f"{name}_s": statistics.median(times[1:]) for name, times in parts.items()}}
 
@@ -264,28 +266,23 @@ def timed(owner: Any, name: str, bench: Bench) -> list[float]:
     return times
 
 
-S, B, L = (REAR_PRESETS[name] for name in "SBL")
-XL, XXL = LLAMAGEN_PRESETS["XL"], LLAMAGEN_PRESETS["XXL"]
+S, L = ((REAR_PRESETS[name], 1024, 16) for name in "SL")
+XL, XXL = ((LLAMAGEN_PRESETS[name], RELEASED_VQ.vocab_size, 24) for name in ("XL", "XXL"))
 STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "machine": machine,
-    "sample reAR-S, 128 rows, float32": partial(sampling, S, 1024, 16, 128, FLOAT32, ()),
-    "sample reAR-S, 128 rows, bf16": partial(sampling, S, 1024, 16, 128, BF16, ()),
-    "sample reAR-S, 128 rows, bf16, flash first": partial(sampling, S, 1024, 16, 128, BF16, FLASH_FIRST),
-    "decode MaskGIT, ieee": partial(decoding, "ieee"),
-    "decode MaskGIT, tf32": partial(decoding, "tf32"),
-    "decode MaskGIT, bf16": partial(decoding, "bf16"),
-    "decode MaskGIT, bf16, channels last": partial(decoding, "bf16, channels last"),
-    "train reAR-S, 128 rows": partial(training, S, 1024, 16, 128, REGULARISED, False),
-    "train reAR-S, 128 rows, plain AR": partial(training, S, 1024, 16, 128, PLAIN, False),
-    "VA-pi LlamaGen-XL, 8 pictures of 384 px, G 8": partial(vapi, XL, 24, 8, 8),
-    "sample LlamaGen-XL, 32 rows of 576 tokens, bf16": partial(sampling, XL, 16384, 24, 32, BF16, ()),
-    "train LlamaGen-XL, 8 rows of 576 tokens, plain AR": partial(training, XL, 16384, 24, 8, PLAIN, False),
-    "train reAR-L, 64 rows": partial(training, L, 1024, 16, 64, REGULARISED, False),
-    "sample reAR-L, 128 rows, bf16": partial(sampling, L, 1024, 16, 128, BF16, ()),
-    "train reAR-B, 128 rows": partial(training, B, 1024, 16, 128, REGULARISED, False),
-    "sample reAR-B, 128 rows, bf16": partial(sampling, B, 1024, 16, 128, BF16, ()),
-    "train reAR-S, 128 rows, compiled": partial(training, S, 1024, 16, 128, REGULARISED, True),
-    "VA-pi LlamaGen-XXL, 8 pictures of 384 px, G 8": partial(vapi, XXL, 24, 8, 8),
+    "sample reAR-S, 128 rows, float32": partial(sampling, *S, 128, torch.float32, ()),
+    "sample reAR-S, 128 rows, bf16": partial(sampling, *S, 128, BF16, ()),
+    "sample reAR-S, 128 rows, bf16, flash first": partial(sampling, *S, 128, BF16, FLASH_FIRST),
+    **{f"decode MaskGIT, {mode}": partial(decoding, mode) for mode in ("ieee", "tf32", "bf16", "bf16, channels last")},
+    "train reAR-S, 128 rows": partial(training, *S, 128, REGULARISED, False),
+    "train reAR-S, 128 rows, plain AR": partial(training, *S, 128, PLAIN, False),
+    "VA-pi LlamaGen-XL, 8 pictures of 384 px, G 8": partial(vapi, *XL, 8, 8),
+    "sample LlamaGen-XL, 32 rows of 576 tokens, bf16": partial(sampling, *XL, 32, BF16, ()),
+    "train LlamaGen-XL, 8 rows of 576 tokens, plain AR": partial(training, *XL, 8, PLAIN, False),
+    "train reAR-L, 64 rows": partial(training, *L, 64, REGULARISED, False),
+    "sample reAR-L, 128 rows, bf16": partial(sampling, *L, 128, BF16, ()),
+    "train reAR-S, 128 rows, compiled": partial(training, *S, 128, REGULARISED, True),
+    "VA-pi LlamaGen-XXL, 8 pictures of 384 px, G 8": partial(vapi, *XXL, 8, 8),
 }
 """In the order of what is worth most: the last ones may find no time left."""
 
@@ -297,6 +294,8 @@ def main() -> None:
         bench = Bench(pick_device("cuda"), folder, seconds, toy)
         for name, run in STAGES.items():
             bench.stage(name, run)
+    if bench.failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -87,14 +87,18 @@ def test_parity_fails_where_something_breaks_or_nothing_is_tried(cuda, parity, m
 
 @pytest.fixture
 def timed(cuda, timing, monkeypatch, tmp_path):
-    """Lines of some stages at toy sizes."""
+    """The exit status and the lines of some stages at toy sizes."""
 
-    def run(stages: dict, seconds: float = 600) -> list[dict]:
+    def run(stages: dict, seconds: float = 600) -> tuple[int, list[dict]]:
         for key, value in {"TOY": "1", "OUT": str(tmp_path), "SECONDS_LEFT": str(seconds)}.items():
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(timing, "STAGES", stages)
-        timing.main()
-        return [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+        status = 0
+        try:
+            timing.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
 
     return run
 
@@ -102,9 +106,9 @@ def timed(cuda, timing, monkeypatch, tmp_path):
 def test_every_way_of_timing_gives_a_line(timed, timing) -> None:
     one_of_each = {getattr(run, "func", run): name for name, run in timing.STAGES.items()}
     stages = {name: timing.STAGES[name] for name in one_of_each.values()}
-    lines = timed(stages)
+    status, lines = timed(stages)
+    assert not [line for line in lines if "error" in line] and status == 0
     assert [line["name"] for line in lines] == list(stages) and len(stages) == 5
-    assert not [line for line in lines if "error" in line]
     assert {"gpu", "torch", "date", "tb_per_s", "bf16_tflops"} <= lines[0].keys()
     assert all(line["seconds"] > 0 for line in lines[1:])
     assert all({"share_of_floor", "share_of_products"} & line.keys() for line in lines[1:])
@@ -113,11 +117,12 @@ def test_every_way_of_timing_gives_a_line(timed, timing) -> None:
 
 def test_a_stage_that_breaks_loses_no_other_and_time_runs_out(timed) -> None:
     stages = {"breaks": lambda bench: 1 / 0, "goes on": lambda bench: {"seconds": 1.23456}}
-    assert timed(stages) == [
+    lines = [
         {"name": "breaks", "error": "ZeroDivisionError: division by zero"},
         {"name": "goes on", "seconds": 1.235, "peak_gib": 0.0},
     ]
-    assert timed(stages, seconds=-1)[2:] == [{"name": name, "skipped": "no time left"} for name in stages]
+    assert timed(stages) == (1, lines)
+    assert timed(stages, seconds=-1) == (0, lines + [{"name": name, "skipped": "no time left"} for name in stages])
 
 
 def test_the_commands_of_the_real_run(tmp_path: Path, monkeypatch) -> None:
