@@ -151,8 +151,10 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         for runs, keys in READ_IN.items():
-            for key in keys if self.run not in runs else ():
-                check_left(self, key, f"objective.kind {' or '.join(map(repr, kinds(*runs)))}")
+            if self.run not in runs:
+                words = f"objective.kind {' or '.join(map(repr, kinds(*runs)))}"
+                for key in keys:
+                    check_left(self, key, words)
         trains_tokenizer = self.model is not None and self.model.kind in TOKENIZERS
         if trains_tokenizer != (self.run == "tokenizer"):
             fitting = ", ".join(kinds("tokenizer") if trains_tokenizer else kinds("generator", "post-training"))
