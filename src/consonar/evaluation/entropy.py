@@ -50,11 +50,11 @@ def teacher_forced_entropies(
 
 
 class Sharpness:
-    """Teacher-forced entropy of generators on the validation images of a reference, else None.
+    """Teacher-forced entropy of generators on the validation images of a reference, or why there is none.
 
     The images are read and encoded once, batch by batch, when the first entropy is asked for; only their tokens (n, N)
     and labels (n,) are kept. There is no entropy without validation images, nor, for a generator of several classes,
-    without labels.
+    without labels. `origin` is that of the generators; `bad` says what is done about images that cannot be read.
     """
 
     def __init__(
@@ -66,61 +66,66 @@ class Sharpness:
         bad: BadImages | None = None,
     ):
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.missing, self.source = "the reference has none", None
-        self.encoded: tuple[Tensor, list[int | None]] | None = None
         self.origin = origin or of_tokenizer(tokenizer)
-        spec, _ = at_size(reference)
-        if spec.endswith(".npz"):
-            return
-        try:
-            self.source = open_source(spec, split="validation", image_size=tokenizer.image_size)
-        except MissingSplit:
-            return
-        self.source = leave_out(self.source, bad, "reference validation")
-        known, given = self.origin.class_names, self.source.class_names
-        if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
-            self.source = relabelled(self.source, known)  # in the generator's order
-        elif other := class_difference(given, known, "the generator"):
-            self.missing, self.source = f"of the reference, {other}", None
+        self.encoded: tuple[Tensor, list[int | None]] | None = None
+        self.source = self._open(reference, bad)
 
-    def batches(self, generator: Generator) -> Iterator[TokenBatch] | None:
-        """The validation images as tokens, or None where `missing` says why they cannot serve this generator."""
-        if self.source is None:
-            return None
-        if self.encoded is None:
-            self.encoded = self._encode(self.source)
-        tokens, known = self.encoded
-        if generator.num_classes > 1 and None in known:
-            bare = f"{known.count(None)} of {len(known)} have no labels"
-            self.missing = f"{bare}, and the generator has {generator.num_classes} classes"
-            return None
+    def _open(self, reference: str, bad: BadImages | None) -> ImageSource | str:
+        """The validation images, with labels of the generators' classes; or why they cannot serve."""
+        spec, _ = at_size(reference)
         try:
-            # A generator of one class knows no other, whatever the reference calls its pictures.
-            conditions = [
-                check_label(label if generator.num_classes > 1 else None, generator.num_classes, f"picture {index}")
-                for index, label in enumerate(known)
-            ]
-        except UserError as error:
-            self.missing = str(error)
-            return None
-        parts = zip(tokens.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
-        return (TokenBatch(part, classes) for part, classes in parts)
+            if spec.endswith(".npz"):
+                raise MissingSplit
+            source = open_source(spec, split="validation", image_size=self.tokenizer.image_size)
+        except MissingSplit:
+            return "the reference has none"
+        source = leave_out(source, bad, "reference validation")
+        known, given = self.origin.class_names, source.class_names
+        if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
+            return relabelled(source, known)  # in the generator's order
+        other = class_difference(given, known, "the generator")
+        return f"of the reference, {other}" if other else source
 
     @torch.inference_mode()
     def _encode(self, source: ImageSource) -> tuple[Tensor, list[int | None]]:
         """Tokens (n, N) on the CPU, and the n labels."""
-        tokens, labels = [], []
-        for images, classes in labelled_batches(source, self.tokenizer.image_size, self.batch_size):
+        records, size = iter(source), self.tokenizer.image_size
+        tokens: list[Tensor] = []
+        labels: list[int | None] = []
+        while chunk := list(itertools.islice(records, self.batch_size)):
+            images = np.stack([cropped(record.image, size) for record in chunk])
             tokens.append(self.tokenizer.encode(as_input(images, self.tokenizer)).cpu())
-            labels += classes
+            labels += [record.label for record in chunk]
         return torch.cat(tokens), labels
 
-    def entropies(self, generator: Generator, temperatures: Sequence[float]) -> dict[float, float]:
-        """By temperature; without that of greedy sampling (0), and empty where nothing can be measured."""
+    def batches(self, generator: Generator) -> Iterator[TokenBatch] | str:
+        """The validation images as tokens, or why they cannot serve this generator."""
+        if isinstance(self.source, str):
+            return self.source
+        if self.encoded is None:
+            self.encoded = self._encode(self.source)
+        (tokens, labels), num_classes = self.encoded, generator.num_classes
+        if num_classes > 1 and None in labels:
+            return f"{labels.count(None)} of {len(labels)} have no labels, and the generator has {num_classes} classes"
+        try:
+            # A generator of one class knows no other, whatever the reference calls its pictures.
+            conditions = [
+                check_label(label if num_classes > 1 else None, num_classes, f"picture {index}")
+                for index, label in enumerate(labels)
+            ]
+        except UserError as error:
+            return str(error)
+        parts = zip(tokens.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
+        return (TokenBatch(part, classes) for part, classes in parts)
+
+    def entropies(self, generator: Generator, temperatures: Sequence[float]) -> dict[float, float] | str:
+        """By temperature, without that of greedy sampling (0); or why none can be measured."""
         wanted = [temperature for temperature in temperatures if temperature > 0]
-        batches = self.batches(generator) if wanted else None
-        if batches is None:
+        if not wanted:
             return {}
+        batches = self.batches(generator)
+        if isinstance(batches, str):
+            return batches
         return dict(zip(wanted, teacher_forced_entropies(generator, batches, wanted), strict=True))
 
     def match(self, generator: Generator, other: Path) -> float:
@@ -130,23 +135,15 @@ class Sharpness:
         """
         theirs = read_origin(other)
         check(f"--match: {other}", theirs, self.origin, "the run", "entropies compare within one tokenizer and classes")
-        if self.source is not None:
+        if not isinstance(self.source, str):
             classes = Origin(class_names=self.source.class_names)
             check(f"--match: {other}", theirs, classes, "the reference", "its labels would mean other classes")
         model = load_generator(other).to(device_of(generator))
         own, wanted = self.entropies(generator, GRID), self.entropies(model, [1.0])
-        if not (own and wanted):
-            raise UserError(f"--match: {other}: entropy is measured on validation images: {self.missing}")
+        if isinstance(own, str) or isinstance(wanted, str):
+            missing = own if isinstance(own, str) else wanted
+            raise UserError(f"--match: {other}: entropy is measured on validation images: {missing}")
         return matching_temperature(list(own.values()), wanted[1.0])
-
-
-def labelled_batches(
-    source: ImageSource, image_size: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, list[int | None]]]:
-    """The images of a source under the centre crop, uint8 (B, S, S, 3), and their labels, read when asked for."""
-    records = iter(source)
-    while chunk := list(itertools.islice(records, batch_size)):
-        yield np.stack([cropped(record.image, image_size) for record in chunk]), [record.label for record in chunk]
 
 
 def matching_temperature(entropies: Sequence[float], target: float, temperatures: Sequence[float] = GRID) -> float:

@@ -91,8 +91,7 @@ def evaluate_run(
     target = target_of(run, reference, target, batch_size=settings.batch_size, bad=bad)
     prepared = prepare_reference(target, network, settings)  # what is wrong is found before hours of sampling
     entropies = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers])
-    wanted = any(sampler.temperature > 0 for sampler in samplers)
-    unavailable = {ENTROPY: sharpness.missing} if wanted and not entropies else {}
+    unavailable = {ENTROPY: entropies} if isinstance(entropies, str) else {}
     progress(f"reference: {target.about}")
     for metric, reason in unavailable.items():
         progress(f"{metric}: not measured ({reason})")
@@ -101,8 +100,8 @@ def evaluate_run(
         for sampler, matched in samplers.items():
             progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
             row, results = measure_row(run, sampler, prepared, settings, staged)
-            if (entropy := entropies.get(sampler.temperature)) is not None:
-                row["metrics"][ENTROPY] = asdict(Measurement(entropy))
+            if not isinstance(entropies, str) and sampler.temperature in entropies:
+                row["metrics"][ENTROPY] = asdict(Measurement(entropies[sampler.temperature]))
             rows += [row | of_match(other) for other in matched] or [row]
         content = {
             "schema": RESULTS_SCHEMA,
