@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consonar.errors import UserError, reading
 from consonar.files.readers import read_json
@@ -27,12 +27,13 @@ from consonar.files.weights import (
 )
 from consonar.files.writers import write_atomically
 
+Module = TypeVar("Module", bound=nn.Module)
 FORMAT_VERSION = 1
 SAVE = "save"
 """Key of the hash of configuration and weights that both files of a component carry."""
 
 
-def save_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+def save_component(folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor]) -> None:
     """Writes a component folder: its weights (model.safetensors), which are finite, and last what it is (config.json).
 
     Both name the save that they are from, so that files of two saves are not taken for a pair. The weights carry the
@@ -122,7 +123,7 @@ def read_component(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return component_config(folder), map_tensors(folder / "model.safetensors")
 
 
-def load_module(build: Callable[[], Any], folder: Path) -> Any:
+def load_module(build: Callable[[], Module], folder: Path) -> Module:
     """The module that `build` makes, with the weights of a component folder, in evaluation mode and frozen.
 
     The module is built without memory and is given each tensor as it is read, so that the peak is one copy of the

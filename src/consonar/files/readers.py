@@ -36,7 +36,7 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_table)
 
 
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -54,7 +54,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     return value
 
 
-def check_extent(value: Any, most: int = 10_000) -> None:
+def check_extent(value: object, most: int = 10_000) -> None:
     """Raises ValueError where tables and lists in each other hold over `most` values, or hold themselves.
 
     References in YAML make a few lines into as many values as one likes.

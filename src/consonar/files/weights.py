@@ -73,7 +73,7 @@ def at_most(count: int, message: str) -> Iterator[None]:
         hook.remove()
 
 
-def component_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+def component_fingerprint(config: Mapping[str, object], state: Mapping[str, Tensor]) -> str:
     """SHA-256 of a configuration and weights, the same whatever file or dtype they were stored in."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for key in sorted(state):

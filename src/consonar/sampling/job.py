@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -199,7 +199,7 @@ def claim(folder: Path, job: Job, restart: bool) -> None:
     write_json(record, job.settings, end="", sort_keys=True)
 
 
-def different(record: Path, settings: dict[str, Any]) -> str | None:
+def different(record: Path, settings: Mapping[str, object]) -> str | None:
     """Which settings of a stored job are not these, by content; None where none is."""
     try:
         before = read_json(record)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def sample_tokens(
         raise UserError(f"num_tokens: {num_tokens} is not between 1 and the generator's {generator.num_tokens}")
     scales = [config.scale(i, length) for i in range(length)]
     guided = any(scale != 1 for scale in scales)
-    rows: Any = records.concatenate(condition, generator.null_condition(condition)) if guided else condition
+    rows: Condition = records.concatenate(condition, generator.null_condition(condition)) if guided else condition
     num_rows = records.num_rows(rows)
     cache = generator.new_cache(num_rows)
     draws = to_device(uniforms(seeds, length), device)
