@@ -11,11 +11,11 @@ import pytest
 from conftest import TINY_VQ, Pictures, picture
 
 from consonar import cli
+from consonar.data import loader
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import ImageFolder
 from consonar.data.tokens import TokenStore
 from consonar.errors import BadImage, UserError
-from consonar.training import inputs
 from consonar.training import run as runs
 from consonar.training.config import DataConfig, TrainConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
@@ -120,7 +120,7 @@ def test_a_stream_goes_on_behind_a_bad_picture():
 
 @pytest.mark.parametrize("memory", [4e9, 0])
 def test_a_run_that_skips_is_resumed_exactly_and_looks_at_nothing_twice(memory, tmp_path, reconstruct, monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_MEMORY", memory)
+    monkeypatch.setattr(loader, "MAX_MEMORY", memory)
     for split, broken in (("train", 5), ("validation", 2)):
         fill(tmp_path / "data" / split, 12, broken)
     config = reconstruct(tmp_path / "data", bad_images="skip")

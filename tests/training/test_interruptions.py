@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from consonar.data import loader
 from consonar.generators.rear import ReARConfig
-from consonar.training import aside, inputs
+from consonar.training import aside
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import Autoregressive
 from consonar.training.objectives.reconstruction import ReconstructionConfig
@@ -136,7 +137,7 @@ def test_pictures_of_a_tokenizer_whose_validation_images_are_not_in_memory(
     )  # fmt: skip
     pictures = []
     for limit in (4e9, 1):
-        monkeypatch.setattr(inputs, "MAX_MEMORY", limit)
+        monkeypatch.setattr(loader, "MAX_MEMORY", limit)
         run = train(replace(config, seed=1), tmp_path / f"{limit}", quiet=True)
         pictures.append(Image.open(run / "samples" / "step_000001.png").convert("RGB"))
     assert capsys.readouterr().err == ""

@@ -12,9 +12,9 @@ from conftest import TINY_VQ, Pictures, picture
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-import consonar.training.inputs as inputs
 from consonar.cli import main
 from consonar.components import load_tokenizer, read_origin, save_generator, save_tokenizer
+from consonar.data import loader
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import write_token_store
 from consonar.errors import UserError
@@ -111,7 +111,7 @@ def test_a_missing_label_never_becomes_a_class(generator_of, post_train, tmp_pat
     images, seen = f"arrow:{tmp_path / 'd'}", []
     spy_on_conditions(monkeypatch, seen)
     for memory in (4e9, 1):
-        monkeypatch.setattr(inputs, "MAX_MEMORY", memory)
+        monkeypatch.setattr(loader, "MAX_MEMORY", memory)
         with pytest.raises(UserError, match="picture 7: no label, and there are 3 classes"):
             post_train(generator_of(*"abc"), images)
         assert seen == [] and not (tmp_path / "run" / "model").exists()
@@ -137,7 +137,7 @@ def spy_on_conditions(monkeypatch, seen):
 def test_a_label_beyond_the_classes_does_not_train_the_null_class(
     label, memory, generator_of, post_train, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(inputs, "MAX_MEMORY", memory)
+    monkeypatch.setattr(loader, "MAX_MEMORY", memory)
     features = Features(image=ImageFeature(), label=Value("int64"))
     rows = {"image": [picture(i) for i in range(4)], "label": [0, 1, 2, label]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "d")

@@ -19,9 +19,11 @@ from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.seeding import generator, integers, permutation, rows_of_rank, uniform
-from consonar.types import ImageBatch, IndexedSource, TokenBatch
+from consonar.types import ImageBatch, ImageSource, IndexedSource, TokenBatch
 
 Item = TypeVar("Item")
+MAX_MEMORY = 4e9
+"""Bytes of decoded images held in memory; a larger source is read again in every epoch."""
 
 
 @lru_cache(maxsize=4)
@@ -198,3 +200,41 @@ class SourceBatches(PictureBatches):
         pixels, labels = zip(*self.pool.map(read, rows.tolist()), strict=True)
         images = from_uint8(torch.from_numpy(np.stack(pixels)))
         return ImageBatch(images=images, condition=torch.tensor(labels), indices=rows)
+
+
+def image_batches(
+    source: ImageSource,
+    image_size: int,
+    *,
+    num_classes: int | None = None,
+    missing: int | None = None,
+    flip: bool = False,
+    **place: Unpack[Place],
+) -> PictureBatches:
+    """Batches of centre-cropped images: from memory where all of them fit, else read in every epoch.
+
+    Their labels become conditions by `labels.check_label`; without `num_classes` they are not read.
+    """
+    if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
+        return SourceBatches(source, image_size, num_classes=num_classes, missing=missing, flip=flip, **place)
+    images, conditions = load_images(source, image_size, num_classes=num_classes, missing=missing)
+    return ImageBatches(images, conditions, flip=flip, **place)
+
+
+def load_images(
+    source: ImageSource, image_size: int, *, num_classes: int | None = None, missing: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """All images of a source, centre-cropped: (n, S, S, 3) uint8; and conditions (n,), None without `num_classes`.
+
+    Raises `UserError` for a label that is none of `num_classes` classes, or missing (`labels.check_label`).
+    """
+    images, conditions = [], []
+    if num_classes is not None:
+        check_labels(source, num_classes, missing)
+    for record in source:
+        if num_classes is not None:
+            conditions.append(check_label(record.label, num_classes, record.name, missing))
+        images.append(np.asarray(center_crop(record.image, image_size)))
+    if not images:
+        raise UserError(f"data.images: {source.name} holds no image")
+    return torch.from_numpy(np.stack(images)), None if num_classes is None else torch.tensor(conditions)

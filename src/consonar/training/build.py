@@ -16,7 +16,7 @@ from torch import Tensor
 from consonar import distributed
 from consonar.components import load_generator, load_tokenizer, save_generator, save_tokenizer
 from consonar.data.bad_images import BadImages
-from consonar.data.loader import TokenBatches
+from consonar.data.loader import TokenBatches, image_batches
 from consonar.data.sources import choices
 from consonar.distributed import World
 from consonar.errors import UserError
@@ -33,7 +33,6 @@ from consonar.training.config import TrainConfig
 from consonar.training.inputs import (
     check_classes,
     held_out_batches,
-    image_batches,
     open_store,
     preview_reconstructions,
     preview_samples,
@@ -124,13 +123,12 @@ def post_training_run(config: TrainConfig, world: World, batch_size: int, out: P
     train_source, held_out = pictures.train, pictures.held_out
     check_takes_classes(model, config)
     check_start_classes(config, "data.images", of_source(train_source))
-    rank = {"rank": world.rank, "world_size": world.size}
     # Where every class is dropped none is needed: the condition that all get is the null class, behind the others.
     missing = model.num_classes if config.objective.drops_all_classes else None
-    labels: dict[str, Any] = {"num_classes": model.num_classes, "missing": missing}
     batches = image_batches(
-        config, train_source, tokenizer.image_size, batch_size, flip=config.data.flip, **labels, **rank
-    )
+        train_source, tokenizer.image_size, num_classes=model.num_classes, missing=missing, flip=config.data.flip,
+        batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
 
     def probe() -> Tensor:
         return to_device(next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES)), world.device).images
@@ -148,7 +146,10 @@ def post_training_run(config: TrainConfig, world: World, batch_size: int, out: P
     if config.loop.fd_samples and held_out is None:
         raise UserError(f"loop.fd_samples: {images} has no validation images to compare with; set it to 0")
     if held_out is not None:
-        validation = image_batches(config, held_out, tokenizer.image_size, batch_size, **labels)
+        validation = image_batches(
+            held_out, tokenizer.image_size, num_classes=model.num_classes, missing=missing, batch_size=batch_size,
+            seed=config.seed,
+        )  # fmt: skip
         distance = None
         if config.loop.fd_samples:
             distance = ValidationDistance(validation, tokenizer, config.loop.fd_samples, world.device)
@@ -182,9 +183,11 @@ def tokenizer_run(config: TrainConfig, world: World, batch_size: int, out: Path)
     objective = method_of_config(config.objective).objective(
         config.objective, total_steps=config.loop.steps, seed=config.seed, world=world
     )
-    rank = {"rank": world.rank, "world_size": world.size}
-    batches = image_batches(config, pictures.train, size, batch_size, flip=config.data.flip, **rank)
-    validation = image_batches(config, held_out, size, batch_size)
+    batches = image_batches(
+        pictures.train, size, flip=config.data.flip, batch_size=batch_size, seed=config.seed, rank=world.rank,
+        world_size=world.size,
+    )  # fmt: skip
+    validation = image_batches(held_out, size, batch_size=batch_size, seed=config.seed)
     callbacks = Callbacks(
         validate=lambda model: objective.validate(model, held_out_batches(validation, config, world)),
         preview=lambda model, path: preview_reconstructions(model.tokenizer, validation, world, path),

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 
 from consonar.data.grids import save_grid
-from consonar.data.labels import check_label, check_labels
-from consonar.data.loader import Batches, ImageBatches, PictureBatches, SourceBatches
+from consonar.data.loader import Batches, PictureBatches
 from consonar.data.tokens import TokenStore
-from consonar.data.transforms import center_crop
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.files.readers import home_expanded
@@ -22,14 +19,12 @@ from consonar.records import to_device
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import SamplerConfig, sample
 from consonar.training.config import TrainConfig
-from consonar.types import Generator, ImageSource, IndexedSource, Tokenizer
+from consonar.types import Generator, Tokenizer
 
 Item = TypeVar("Item")
 
 
 PREVIEW_IMAGES = 16
-MAX_MEMORY = 4e9
-"""Bytes of decoded images held in memory; a larger source is read again in every epoch."""
 
 
 def stored_num_tokens(path: str | None) -> int | None:
@@ -65,46 +60,6 @@ def check_classes(store: TokenStore, held_out: TokenStore) -> None:
             for s in (held_out, store)
         )
         raise UserError(f"{where} has {ours}, {store.path} has {theirs}; {remedy}")
-
-
-def image_batches(
-    config: TrainConfig,
-    source: ImageSource,
-    image_size: int,
-    batch_size: int,
-    *,
-    num_classes: int | None = None,
-    missing: int | None = None,
-    **settings: Any,
-) -> PictureBatches:
-    """Batches of centre-cropped images: from memory where all of them fit, else read in every epoch.
-
-    Their labels become conditions by `labels.check_label`; without `num_classes` they are not read.
-    """
-    labels: dict[str, Any] = {"num_classes": num_classes, "missing": missing}
-    if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
-        return SourceBatches(source, image_size, batch_size=batch_size, seed=config.seed, **labels, **settings)
-    images, conditions = load_images(source, image_size, **labels)
-    return ImageBatches(images, conditions, batch_size=batch_size, seed=config.seed, **settings)
-
-
-def load_images(
-    source: ImageSource, image_size: int, *, num_classes: int | None = None, missing: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All images of a source, centre-cropped: (n, S, S, 3) uint8; and conditions (n,), None without `num_classes`.
-
-    Raises `UserError` for a label that is none of `num_classes` classes, or missing (`labels.check_label`).
-    """
-    images, conditions = [], []
-    if num_classes is not None:
-        check_labels(source, num_classes, missing)
-    for record in source:
-        if num_classes is not None:
-            conditions.append(check_label(record.label, num_classes, record.name, missing))
-        images.append(np.asarray(center_crop(record.image, image_size)))
-    if not images:
-        raise UserError(f"data.images: {source.name} holds no image")
-    return torch.from_numpy(np.stack(images)), None if num_classes is None else torch.tensor(conditions)
 
 
 def held_out_batches(batches: Batches[Item], config: TrainConfig, world: World) -> Iterator[Item]:
