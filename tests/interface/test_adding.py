@@ -25,6 +25,7 @@ from consonar.data.tokens import TokenStore
 from consonar.evaluation.sample_metrics import SAMPLE_METRICS, Measured
 from consonar.generators import GENERATORS, GeneratorKind
 from consonar.generators.base import CausalConfig, CausalGenerator
+from consonar.options import NotNegative
 from consonar.recipes import RECIPES
 from consonar.tokenizers import TOKENIZERS, TokenizerKind
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
@@ -58,7 +59,7 @@ class SharpenConfig(AlignmentConfig):
     """Raises the probability of the likeliest token."""
 
     kind: Literal["sharpen"] = "sharpen"
-    strength: float = 1.0
+    strength: NotNegative = 1.0
     """Weight of the loss."""
 
 

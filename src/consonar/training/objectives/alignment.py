@@ -1,6 +1,6 @@
 """What every post-training method shares: noisy teacher-forced context, frozen decoder, rewards, start model, guard.
 
-VA-pi (arXiv 2512.19680) and its controls (`policy_objective`, `baselines`) differ in the loss alone: images, tokens,
+VA-pi (arXiv 2512.19680) and its controls (`policy`, `free`, `controls`) differ in the loss alone: images, tokens,
 noise, steps and measurements are the same code and, for equal seeds, the same numbers. Dropout is off throughout, so
 that tokens are drawn from the distribution that is updated.
 
