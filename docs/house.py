@@ -3,7 +3,7 @@
     python docs/house.py draw     writes docs/images/house.svg from the imports as they are
     python docs/house.py count    prints the numbers of docs/architecture.md
 
-`tests/interface/test_layers.py` fails where an import points up, in a ring, or stands in a function without being named
+`tests/interface/test_house.py` fails where an import points up, in a ring, or stands in a function without being named
 here, and where the figure is not that of the imports.
 """
 
