@@ -19,7 +19,7 @@ from common import interleaved, ratio, write_result
 from torch import Tensor
 from torch.nn import functional as F
 
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 from consonar.cpu.kernels import tune
 from consonar.generators.layers import rotary_table, rotate
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, Attention, LlamaGenGenerator
@@ -66,7 +66,7 @@ def growing_greedy(model: LlamaGenGenerator, condition: Tensor, scale: float) ->
 
 def growing_plain(model: LlamaGenGenerator, condition: Tensor, scale: float) -> Tensor:
     """`growing_greedy` with PyTorch's own products."""
-    with hardware.forced("linear", False):
+    with timing.forced("linear", False):
         return growing_greedy(model, condition, scale)
 
 

@@ -13,7 +13,7 @@ import torch
 from common import interleaved, ratio, write_result
 
 from consonar.components import load_tokenizer
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 from consonar.distributed import pick_device, pick_precision
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
 from consonar.seeding import generator as seeded
@@ -67,18 +67,18 @@ def main() -> None:
     plain = make_step(AutoregressiveConfig(), args, "auto")
 
     def with_attention(plain_products: bool) -> None:
-        with hardware.forced("attention", plain_products):
+        with timing.forced("attention", plain_products):
             plain()
 
     dropping = make_step(AutoregressiveConfig(), args, "auto", dropout=0.1)
 
     def with_dropout(our_way: bool) -> None:
-        with hardware.forced("attention", our_way), hardware.forced("dropout", our_way):
+        with timing.forced("attention", our_way), timing.forced("dropout", our_way):
             dropping()
 
     steps = {}
     for fused in (True, False):
-        with hardware.forced("adamw", fused):
+        with timing.forced("adamw", fused):
             steps[fused] = make_step(AutoregressiveConfig(), args, "auto")
 
     seconds = interleaved(
@@ -103,7 +103,7 @@ def main() -> None:
         ),
         "dropout, PyTorch's / ours": round(ratio(seconds, "plain AR dropout, PyTorch's", "plain AR dropout, ours"), 2),
         "AdamW one by one / fused": round(ratio(seconds, "plain AR AdamW one by one", "plain AR fused AdamW"), 2),
-        "chosen on this machine": hardware.kept_answers(),
+        "chosen on this machine": timing.kept_answers(),
         "auto precision": str(pick_precision("auto", pick_device("auto"))),
         "seconds": seconds,
     }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 from consonar.cpu.timing import Way
 from consonar.errors import UserError, unknown
 
@@ -64,7 +64,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         faster = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: cpu_multiplies_bf16() and hardware.ours("bf16", autocast_ways),
+            "cpu": lambda: cpu_multiplies_bf16() and timing.ours("bf16", autocast_ways),
         }[device.type]()
         return torch.bfloat16 if faster else None
     return torch.bfloat16 if name == "bf16" else None
@@ -76,7 +76,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def autocast_ways() -> tuple[Way, Way]:
-    """An MLP forward and backward in float32 and under bf16 autocast, for `hardware.ours`."""
+    """An MLP forward and backward in float32 and under bf16 autocast, for `timing.ours`."""
     with torch.inference_mode(False):
         x, up, down = (torch.full(shape, 0.01) for shape in ((1024, 256), (1024, 256), (256, 1024)))
 

@@ -8,7 +8,7 @@ import torch
 
 from consonar import cli, distributed
 from consonar.cli.doctor import optional_packages
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def machine(tmp_path, monkeypatch):
     """An empty cache folder, and a machine on which ours is three times as fast."""
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CONSONAR_KERNELS", "measured")
-    monkeypatch.setattr(hardware, "_known", {})
-    monkeypatch.setattr(hardware, "time_ratio", lambda *ways: 3.0)
+    monkeypatch.setattr(timing, "_known", {})
+    monkeypatch.setattr(timing, "time_ratio", lambda *ways: 3.0)
     return tmp_path / "cache"
 
 
@@ -34,7 +34,7 @@ def test_it_says_what_a_bug_report_needs(machine, capsys, monkeypatch):
     words = " ".join(text.split())
     for version in (f"python {platform.python_version()}", f"torch {torch.__version__}", "consonar ", "numpy "):
         assert version in words
-    assert hardware.processor() in words and f"threads used: {torch.get_num_threads()}" in words
+    assert timing.processor() in words and f"threads used: {torch.get_num_threads()}" in words
     assert torch.cuda.is_available() or "cpu: PyTorch sees no CUDA device" in words
     assert "3.00 ours adamw" in words and "3.00 ours attention, 1024 positions of 64 in bfloat16" in words
     assert "loop.precision auto is bf16: bf16 has 3.00 times the speed of float32" in words

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from consonar.components import load_generator, load_tokenizer, save_tokenizer
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.generators.rear import ReARConfig
@@ -86,10 +86,10 @@ def test_a_run_keeps_the_kernel_of_the_optimizer_that_it_was_started_with(genera
     """Whatever is faster on the machine that goes on with it."""
     for started, resumed in ((True, False), (False, True)):
         runs = [tmp_path / f"{name}-{started}" for name in ("straight", "broken")]
-        with hardware.forced("adamw", started):
+        with timing.forced("adamw", started):
             train(generator_config, runs[0], quiet=True)
             train(generator_config, runs[1], stop_at=3, quiet=True)
-        with hardware.forced("adamw", resumed):
+        with timing.forced("adamw", resumed):
             train(generator_config, runs[1], resume=True, quiet=True)
         ours, theirs = (load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -101,8 +101,8 @@ def test_a_resumed_run_is_calculated_as_it_began_whatever_was_measured_since(gen
     runs = [tmp_path / name for name in ("straight", "broken")]
     for found, calls in ((None, ({"out": runs[0]}, {"out": runs[1], "stop_at": 3})), (3.0, ({"out": runs[1]},))):
         monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / f"cache {found}"))
-        monkeypatch.setattr(hardware, "time_ratio", lambda *ways, found=found: found)
-        monkeypatch.setattr(hardware, "_known", {})
+        monkeypatch.setattr(timing, "time_ratio", lambda *ways, found=found: found)
+        monkeypatch.setattr(timing, "_known", {})
         for call in calls:
             train(generator_config, resume=found is not None, quiet=True, **call)
     (answers,) = json.loads((runs[1] / "kernels.json").read_text()).values()

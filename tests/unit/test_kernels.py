@@ -8,8 +8,7 @@ from rounding import assert_rounding
 from torch import nn
 from torch.nn import functional as F
 
-from consonar.cpu import kernels, memory
-from consonar.cpu import timing as hardware
+from consonar.cpu import kernels, memory, timing
 from consonar.cpu.kernels import Attention, Dropout, Linear, drop, nearest_power_of_two, tune
 from consonar.generators.rear import ReARGenerator
 
@@ -49,7 +48,7 @@ def test_products_are_products_either_way(bias, shape, ours, rng):
     nn.init.normal_(linear.weight, generator=rng)
     strided = torch.stack([x, x], -1)[..., 0]
     expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None).float()
-    with hardware.forced("linear", ours):
+    with timing.forced("linear", ours):
         with torch.inference_mode():
             for given in (x, strided):
                 assert_rounding(linear(given), expected, 512)
@@ -61,7 +60,7 @@ def test_products_are_products_either_way(bias, shape, ours, rng):
 @torch.inference_mode()
 def test_small_half_precision_and_autocast_products_are_pytorchs(rng):
     linear = Linear(1024, 1024)
-    with hardware.forced("linear", True):
+    with timing.forced("linear", True):
         for x in (torch.randn(0, 1024), torch.randn(3, 1024, generator=rng).bfloat16()):
             assert torch.equal(linear.to(x.dtype)(x), F.linear(x, linear.weight, linear.bias))
         linear.float()
@@ -75,7 +74,7 @@ def test_causal_attention_is_the_same_either_way_with_its_gradients(rng):
     results = []
     for ours in (True, False):
         q, k, v = (torch.randn(2, 3, 10, 8, generator=rng.manual_seed(i)).requires_grad_() for i in range(3))
-        with hardware.forced("attention", ours):
+        with timing.forced("attention", ours):
             mixed = Attention().unmasked(q, k, v, 0.0)
         mixed.square().sum().backward()
         results.append((mixed.detach(), q.grad, k.grad, v.grad))
@@ -89,7 +88,7 @@ def test_dropout_zeroes_and_scales_attention_weights(ours, rng):
     q = torch.randn(8, 2, 64, 64, generator=rng, requires_grad=True)
     values = torch.eye(64).expand_as(q)
     torch.manual_seed(0)
-    with hardware.forced("attention", ours):
+    with timing.forced("attention", ours):
         dropped, whole = Attention().unmasked(q, q, values, 0.25), Attention().unmasked(q, q, values, 0.0)
     kept = dropped != 0
     assert_rounding(dropped[kept], whole[kept] / 0.75, 100)
@@ -103,7 +102,7 @@ def test_dropout_zeroes_and_scales_attention_weights(ours, rng):
 def test_dropout_keeps_the_mean_and_its_share(p, ours):
     torch.manual_seed(0)
     x = torch.ones(999, 1001).T.requires_grad_()
-    with hardware.forced("dropout", ours):
+    with timing.forced("dropout", ours):
         dropped = drop(x, p)
         dropped.sum().backward()
     assert torch.equal(x.grad, dropped) and dropped.shape == x.shape
@@ -116,7 +115,7 @@ def test_dropout_rests_in_evaluation_and_is_random_in_both_halves_of_a_word():
     layer, x = Dropout(0.5), torch.ones(4, 100_000, dtype=torch.bfloat16)
     assert layer.eval()(x) is x and Dropout(0.0)(x) is x
     torch.manual_seed(0)
-    with hardware.forced("dropout", True):
+    with timing.forced("dropout", True):
         zero = (layer.train()(x) == 0).view(-1, 4).float()
         assert not torch.equal(layer(x), layer(x))
     assert (zero.mean(0) - 0.5).abs().max() < 0.01  # each of the four numbers drawn with one word
@@ -125,7 +124,7 @@ def test_dropout_rests_in_evaluation_and_is_random_in_both_halves_of_a_word():
 
 def test_the_choice_is_asked_in_training_alone_and_by_rounded_sizes(rng, monkeypatch):
     asked = []
-    monkeypatch.setattr(kernels.hardware, "ours", lambda choice, ways: asked.append(choice))
+    monkeypatch.setattr(kernels.timing, "ours", lambda choice, ways: asked.append(choice))
     q = torch.randn(1, 2, 66, 8, generator=rng)
     with torch.no_grad():
         Attention().unmasked(q, q, q, 0.0)

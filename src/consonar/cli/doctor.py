@@ -18,8 +18,7 @@ import consonar
 from consonar import distributed
 from consonar.cli.console import say
 from consonar.cli.parsing import NoOptions, parse
-from consonar.cpu import kernels, kernels_mode
-from consonar.cpu import timing as hardware
+from consonar.cpu import kernels, kernels_mode, timing
 from consonar.errors import UserError
 from consonar.files.cache import cache_dir
 from consonar.networks import inception, lpips
@@ -63,7 +62,7 @@ def devices() -> Iterator[tuple[str, str]]:
             found = torch.cuda.get_device_properties(index)
             memory = f"{found.total_memory / 2**30:.0f} GB"
             yield "", f"{index}: {found.name}, {memory}, compute capability {found.major}.{found.minor}"
-    yield "processor", f"{hardware.processor()}, {os.cpu_count()} cores seen, threads used: {torch.get_num_threads()}"
+    yield "processor", f"{timing.processor()}, {os.cpu_count()} cores seen, threads used: {torch.get_num_threads()}"
     capability = torch.backends.cpu.get_cpu_capability()
     bf16 = "multiplies" if distributed.cpu_multiplies_bf16() else "does not multiply"
     yield "", f"PyTorch uses {capability}; the processor {bf16} bf16"
@@ -73,7 +72,7 @@ def chosen_kernels() -> Iterator[tuple[str, str]]:
     """Precision and kernels, and why."""
     device = distributed.pick_device("auto")
     precision = distributed.pick_precision("auto", device)
-    mode, answers = kernels_mode(), hardware.kept_answers()
+    mode, answers = kernels_mode(), timing.kept_answers()
     why = "PyTorch knows of the device"
     if device.type == "cpu":
         why = "the processor has no instructions for bf16"
@@ -85,25 +84,25 @@ def chosen_kernels() -> Iterator[tuple[str, str]]:
     if mode != "measured":
         yield "kernels", f"all {'ours' if mode == 'ours' else 'of PyTorch'}: CONSONAR_KERNELS={mode}"
         return
-    hardware.ours("adamw", adamw_ways)
+    timing.ours("adamw", adamw_ways)
     for length in (64, 256, 1024):
         kernels.prefers_plain_attention(length, 64, precision or torch.float32)
     for rows in (2, 16) if kernels.HAS_ONEDNN else ():
         kernels.prefers_onednn(rows, 2304, 768)
-    answers = hardware.kept_answers()
+    answers = timing.kept_answers()
     if not answers:
         yield "kernels", f"all of PyTorch: {UNMEASURED}"
         return
     yield (
         "kernels",
         (
-            f"measured on this machine: speed of our way over PyTorch's, ours from {hardware.CLEARLY} on (attention in "
+            f"measured on this machine: speed of our way over PyTorch's, ours from {timing.CLEARLY} on (attention in "
             "training: plain products, fused kernel; linear while sampling: oneDNN, PyTorch; adamw: fused, one by one; "
             "bf16: autocast, float32)"
         ),
     )
     for choice, ratio in sorted(answers.items()):
-        yield "", f"{ratio:6.2f}  {'ours   ' if ratio >= hardware.CLEARLY else 'PyTorch'}  {choice}"
+        yield "", f"{ratio:6.2f}  {'ours   ' if ratio >= timing.CLEARLY else 'PyTorch'}  {choice}"
 
 
 def optional_packages() -> tuple[list[str], list[str]]:

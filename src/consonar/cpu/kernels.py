@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.attention import CausalAttention
-from consonar.cpu import kernels_mode
-from consonar.cpu import timing as hardware
+from consonar.cpu import kernels_mode, timing
 from consonar.cpu.timing import Way
 from consonar.seeding import generator_of
 from consonar.types import Weights
@@ -70,7 +69,7 @@ def prefers_onednn(num_rows: int, width_out: int, width_in: int) -> bool:
     """Whether oneDNN is faster here for so many rows and weights of this shape; weights of 2^k to 2^(k+1) are one."""
     rows = min(MOST_ROWS, nearest_power_of_two(num_rows))
     choice = f"linear, {rows} rows, weights of 2^{(width_out * width_in).bit_length() - 1}"
-    return hardware.ours(choice, lambda: linear_ways(rows, width_out, width_in))
+    return timing.ours(choice, lambda: linear_ways(rows, width_out, width_in))
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,7 +82,7 @@ def nearest_power_of_two(count: int) -> int:
 
 
 def linear_ways(rows: int, width_out: int, width_in: int) -> tuple[Way, Way]:
-    """Products of `rows` rows with weights of this shape, for `hardware.ours`."""
+    """Products of `rows` rows with weights of this shape, for `timing.ours`."""
     copies = max(1, min(16, TIMED_BYTES // (4 * width_out * width_in)))
     weights = [torch.full((width_out, width_in), 0.01) for _ in range(copies)]
     x = torch.full((rows, width_in), 0.1)
@@ -122,7 +121,7 @@ def prefers_plain_attention(num_positions: int, head_dim: int, dtype: torch.dtyp
     length = nearest_power_of_two(num_positions)
     choice = f"attention, {length} positions of {head_dim} in {str(dtype).removeprefix('torch.')}"
     choice += ", with dropout" if dropout else ""
-    return hardware.ours(choice, lambda: attention_ways(length, head_dim, dtype, dropout))
+    return timing.ours(choice, lambda: attention_ways(length, head_dim, dtype, dropout))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -151,7 +150,7 @@ def drop(x: Tensor, p: float) -> Tensor:
         return x
     threshold = round(p * 2**16)
     worth = x.device.type == "cpu" and x.numel() >= SMALLEST_DROPOUT and not torch.compiler.is_compiling()
-    if not worth or not 0 < threshold < 2**16 or not hardware.ours("dropout", None):
+    if not worth or not 0 < threshold < 2**16 or not timing.ours("dropout", None):
         return F.dropout(x, p)
     bits = torch.empty(-(x.numel() // -4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= threshold - 2**15
@@ -159,7 +158,7 @@ def drop(x: Tensor, p: float) -> Tensor:
 
 
 def attention_ways(length: int, head_dim: int, dtype: torch.dtype, dropout: float = 0.0) -> tuple[Way, Way]:
-    """Attention forward and backward over `length` positions, for `hardware.ours`; heads for some milliseconds."""
+    """Attention forward and backward over `length` positions, for `timing.ours`; heads for some milliseconds."""
     heads = max(1, min(64, 2**19 // length**2))
     with torch.inference_mode(False), torch.enable_grad():
         rng = generator_of(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar import distributed
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 from consonar.distributed import World
 from consonar.errors import NonFiniteLoss, UserError, reading
 from consonar.files.weights import check_plain, check_weights, load_weights
@@ -180,7 +180,7 @@ class Aside:
         """A resume checkpoint."""
         if self.world.is_main:
             folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
-            hardware.keep_for_run(self.folder / KERNELS)
+            timing.keep_for_run(self.folder / KERNELS)
             payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
             save_resume(folder, self.state.step, payload, keep)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 from consonar.cpu.timing import Way
 from consonar.errors import UserError
 from consonar.options import CountOrZero, NotNegative, Options, Positive, Range, ShareBelowOne
@@ -72,14 +72,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     Loading a resume checkpoint takes over what the run was started with, so that a run is calculated in one way.
     """
     device = next(model.parameters()).device
-    fused = device.type == "cuda" or (device.type == "cpu" and hardware.ours("adamw", adamw_ways))
+    fused = device.type == "cuda" or (device.type == "cpu" and timing.ours("adamw", adamw_ways))
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), fused=fused
     )
 
 
 def adamw_ways() -> tuple[Way, Way]:
-    """A step of AdamW over the parameters of two small blocks, one by one and fused, for `hardware.ours`."""
+    """A step of AdamW over the parameters of two small blocks, one by one and fused, for `timing.ours`."""
     shapes = [(768, 256), (256, 256), (1024, 256), (256, 1024), (768,), (256,), (1024,), (256,)] * 2
 
     def way(fused: bool) -> Way:

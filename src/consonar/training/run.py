@@ -12,7 +12,7 @@ from typing import Any
 
 from consonar import distributed
 from consonar.config_io import to_dict
-from consonar.cpu import timing as hardware
+from consonar.cpu import timing
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.files.component import finish_save
@@ -60,7 +60,7 @@ def train(
         with held(out, world):
             check_folder(config, out, resume)  # it may have become another process's run before it was held
             if resume:
-                hardware.go_on_with(out / KERNELS)
+                timing.go_on_with(out / KERNELS)
             built = build(config, world, batch_size, out)
             if resume:
                 check_same_origin(out, built.origin)
