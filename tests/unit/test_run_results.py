@@ -151,6 +151,13 @@ def test_more_classes_than_pictures_are_kept_of_are_shown_evenly(tmp_path, monke
             assert (kept["images"][:, 0, 0, 0] == kept["seeds"]).all()
 
 
+def test_a_run_says_why_metrics_of_its_samples_are_missing(run, picture_folder):
+    content = measure(run, picture_folder / "train", reconstruct=False)
+    reason = "the reference has no train and validation images"
+    assert content["unavailable"]["copy rate (tokens)"] == content["unavailable"]["copy rate (features)"] == reason
+    assert content["unavailable"]["entropy (teacher-forced)"] == "the reference has none"
+
+
 def test_temperatures_that_are_nearly_equal_have_files_of_their_own(run, picture_folder):
     content = measure(run, picture_folder, temperatures=(0.1234567, 0.1234568), reconstruct=False)
     for row in content["rows"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,7 +12,7 @@ from consonar.errors import printable
 
 
 @contextlib.contextmanager
-def counting(what: str) -> Any:
+def counting(what: str) -> Iterator[Callable[..., None]]:
     """A progress callback (done, total): a bar on a terminal, silence elsewhere."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:

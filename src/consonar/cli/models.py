@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -12,7 +13,7 @@ from consonar.cli.parsing import parse
 from consonar.errors import unknown
 from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS, Published
 
-COLUMNS = {
+COLUMNS: dict[str, Literal["left", "right"]] = {
     "name": "left", "kind": "left", "params": "right", "tokens": "right", "codes": "right", "licence": "left",
     "parity": "left",
 }  # fmt: skip
@@ -54,7 +55,7 @@ def print_models(title: str, models: Sequence[Published]) -> None:
     # Plain lines: what is piped into a file or a mail stays legible.
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
     for heading, side in COLUMNS.items():
-        table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(heading, justify=side, no_wrap=True)
     table.add_column("published at", overflow="fold")
     for model in models:
         codes = str(model.vocab_size) + (f"x{model.code_dim}" if model.code_dim else "")

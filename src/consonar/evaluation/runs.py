@@ -110,7 +110,7 @@ def evaluate_run(
             "checkpoint_sha256": run.sha256,
             "tokenizer": {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint},
             "origin": to_dict(run.origin),
-            "unavailable": unavailable,
+            "unavailable": unavailable | results.unavailable,
             **origin_of_numbers(results, target.name),
             "draws": settings.draws,
             "machine": machine_name(settings.device),
