@@ -17,7 +17,7 @@ from consonar.errors import UserError
 from consonar.evaluation.results import Measurement
 from consonar.report import MAX_RUNS, load_runs, write_report
 from consonar.report.records import measurement_text
-from consonar.report.tables import config_tables
+from consonar.report.tables import compared
 
 FD = "FD(efficientnet-lite0) validation"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -278,7 +278,8 @@ def test_the_spread_sets_the_digits():
 
 
 def test_configuration_puts_differences_first(two_runs):
-    differs, same = config_tables(load_runs(two_runs))
+    runs = load_runs(two_runs)
+    differs, same = compared(runs, [run.config for run in runs])
     assert differs["headings"] == ["plain", "rear"] and differs["rows"] == [
         ("recipe", ["plain", "rear"]),
         ("objective.embedding_weight", ["0.0", "1.0"]),

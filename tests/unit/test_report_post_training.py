@@ -14,7 +14,7 @@ from test_report import FD, Page, images_of, write_results, write_run
 from consonar.errors import UserError
 from consonar.report import MAX_RUNS, load_runs, write_report
 from consonar.report.charts import LOOKS, RING_OF_OTHERS, Chart, frontier_charts
-from consonar.report.tables import result_sections, training_groups, verdict_table
+from consonar.report.tables import from_to, result_sections, training_groups, verdict_table
 from consonar.training.config import DataConfig
 from consonar.training.objectives.controls import CrossEntropyConfig
 from consonar.training.objectives.policy import PolicyConfig
@@ -171,7 +171,7 @@ def test_charts_follow_what_was_logged(tmp_path):
     assert [chart.title for chart in start["charts"]] == [
         "Validation cross-entropy (nats per token)", "Training cross-entropy (nats per token)"
     ]  # fmt: skip
-    assert start["title"] == "Training" and start["rows"][0]["cells"] == ["5.125"] and start["notes"]
+    assert start["title"] == "Training" and start["columns"] == ["validation/cross_entropy"] and start["notes"]
 
 
 def test_rewards_are_shown_where_nothing_was_validated(tmp_path):
@@ -181,7 +181,7 @@ def test_rewards_are_shown_where_nothing_was_validated(tmp_path):
     made = section(trained)
     titles = [chart.title for chart in made["charts"]]
     assert titles == ["Training reward (weighted sum)", "Training reward: mse"]
-    assert made["columns"] == [] and made["rows"][0]["cells"] == []
+    assert made["columns"] == []
 
 
 def test_the_table_goes_from_the_start_model_to_the_end(tmp_path):
@@ -190,9 +190,10 @@ def test_the_table_goes_from_the_start_model_to_the_end(tmp_path):
     assert made["columns"] == [f"validation/{name}" for name in (
         "reward", "reward_mse", "reward_own:bright", "kl", "entropy", "cross_entropy", "accuracy"
     )]  # fmt: skip
-    (row,) = made["rows"]
-    assert row["cells"][0] == "\u22120.5000 → \u22120.4000" and row["steps"] == "20"
-    assert row["cells"][3:5] == ["0.0000 → 0.2500", "4.000 → 3.000"]
+    (run,) = load_runs([trained])
+    assert from_to(run, "validation/reward") == "\u22120.5000 → \u22120.4000"
+    assert [from_to(run, f"validation/{key}") for key in ("kl", "entropy")] == ["0.0000 → 0.2500", "4.000 → 3.000"]
+    assert from_to(run, "train/reward_mse") == "\u22120.3000" and from_to(run, "validation/other") == "–"
 
 
 def test_a_run_that_was_stopped_and_its_best_step_are_told(tmp_path):
@@ -203,15 +204,15 @@ def test_a_run_that_was_stopped_and_its_best_step_are_told(tmp_path):
     (trained / "stopped.json").write_text('{"step": 20, "reason": "kl 0.31 is above <0.3>"}')
     (trained / "best.json").write_text('{"step": 10, "metric": "FD(net) validation", "value": 80.0}')
     made = section(trained, other)
-    assert [(row["steps"], row["best"]) for row in made["rows"]] == [("20, stopped", "10"), ("20", "–")]
-    assert made["rows"][0]["cells"][0] == "90.00 → 85.00" and made["rows"][1]["cells"][0] == "–"
+    cells = re.findall(r"<td>([^<]*)</td>", write_report([trained, other], tmp_path / "both.html").read_text())
+    assert [cells[index] for index in (0, 8, 9, 10, 18, 19)] == ["90.00 → 85.00", "20, stopped", "10", "–", "20", "–"]
     assert "vapi was stopped by its guard at step 20: kl 0.31 is above <0.3>." in made["notes"]
     assert any("lowest FD(net) validation on the way" in note for note in made["notes"])
     chart = next(chart for chart in made["charts"] if chart.title == "Validation FD(net) validation")
     assert rings_of(chart) == {LOOKS[0].colour} and not rings_of(made["charts"][1])
     assert "&lt;0.3&gt;" in write_report([trained], tmp_path / "page.html").read_text()
     (trained / "stopped.json").write_text('{"step": 10, "reason": "kl 0.31"}')
-    assert section(trained)["notes"][1] == "vapi was resumed later, to step 20."
+    assert section(trained)["notes"][0].endswith("kl 0.31. It was resumed later, to step 20.")
 
 
 @pytest.mark.parametrize(
@@ -253,8 +254,7 @@ def test_real_runs_of_post_training_make_a_page(make_config, tmp_path):
     control = CrossEntropyConfig(rewards=rewards)
     ce = train(make_config(loop=loop, objective=control, **settings), tmp_path / "ce", quiet=True)
     made = section(start, vapi, ce)
-    assert made["indices"] == [1, 2] and made["rows"][0]["steps"] == "2, stopped" and made["rows"][1]["steps"] == "3"
-    assert all(" → " in row["cells"][0] for row in made["rows"]) and made["title"] == "Post-training"
+    assert made["indices"] == [1, 2] and made["title"] == "Post-training"
     titles = {chart.title for chart in made["charts"]}
     assert {"Validation reward: l1", "Training reward (weighted sum)",
             "Training largest deviation of the probability ratio from 1",
@@ -262,4 +262,5 @@ def test_real_runs_of_post_training_make_a_page(make_config, tmp_path):
             "Training KL to the start model (nats per token)"} <= titles  # fmt: skip
     assert not [title for title in titles if title.startswith(("train/", "validation/"))]
     page = Page(write_report([start, vapi, ce], tmp_path / "page.html").read_text())
+    assert "2, stopped" in page.text and page.text.count(" → ") == 2 * len(made["columns"])
     assert "VA-pi, from start" in page.text and "above objective.guard.max_entropy 0.1" in page.text

@@ -38,7 +38,6 @@ class Line(NamedTuple):
     marker_size: float = 5.5
     rings: Sequence[tuple[float, float, str]] = ()
     """Hollow circles: x, y, colour."""
-    texts: Sequence[tuple[float, float, str]] = ()
 
 
 class Chart(NamedTuple):
@@ -86,7 +85,6 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e8eaee",
-    "grid.linewidth": 0.8,
     "xtick.color": "#5b616b",
     "ytick.color": "#5b616b",
     "xtick.major.size": 3,
@@ -106,15 +104,13 @@ def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], i
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{title} {lines[0].look.colour}"}):
         figure = Figure(figsize=inches, layout="constrained")
         axes = figure.add_subplot(xlabel=axes_labels[0], ylabel=axes_labels[1])
-        for look, points, spreads, marker_size, rings, texts in lines:
+        for look, points, spreads, marker_size, rings in lines:
             axes.errorbar(
                 [x for x, _ in points], [y for _, y in points], yerr=spreads, color=look.colour, linestyle=look.dash,
                 marker=look.marker if marker_size else "", markersize=marker_size, elinewidth=1.0, capsize=2.5,
             )  # fmt: skip
             for x, y, colour in rings:
                 axes.plot(x, y, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
-            for x, y, text in texts:
-                axes.annotate(text, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=look.colour)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
@@ -174,10 +170,6 @@ def frontier_charts(runs: Sequence[Run]) -> list[Chart]:
         lines = frontier_lines(runs, right, up)
         if any(line.rings for line in lines):
             note += " A ring marks the temperature control, in the colour of the run whose entropy it has."
-        if lines and up != DECIDING:
-            first = lines[0].points
-            ends = zip(first[:: max(1, len(first) - 1)], ("lowest T", "highest T"), strict=False)
-            lines[0] = lines[0]._replace(texts=[(*point, text) for point, text in ends])
         labels = metric_of(right).label, metric_of(up).label
         if lines:
             charts.append(Chart(title, svg_chart(lines, title, labels, inches=(4.6, 2.6)), note))

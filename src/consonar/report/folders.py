@@ -123,17 +123,19 @@ def _with_samples(path: Path, number: int, row: ResultRow) -> ResultRow:
     return replace(row, samples=samples)
 
 
+def withhold(run: Run, said: str, **changes: Any) -> Run:
+    """The run with these changes, and the sentence that says so on the page."""
+    return replace(run, withheld=(*run.withheld, said), **changes)
+
+
 def without_outdated(run: Run) -> Run:
-    """The run without results and reconstructions of weights that it no longer has; a sentence says so of each."""
-    said = []
+    """The run without results and reconstructions of weights that it no longer has."""
     if run.results.rows and (why := outdated(run.results.provenance, run.weights_sha256)):
-        said.append(f"The results of {run.name} are not shown: they {why}.")
-        run = replace(run, results=Results())
+        run = withhold(run, f"The results of {run.name} are not shown: they {why}.", results=Results())
     values = dict(run.reconstruction)
     if why := outdated_reconstruction(values.pop("origin", {}), run):
-        said.append(f"The reconstructions of {run.name} are not shown: they {why}.")
-        values = {}
-    return replace(run, reconstruction=values, withheld=(*run.withheld, *said))
+        return withhold(run, f"The reconstructions of {run.name} are not shown: they {why}.", reconstruction={})
+    return replace(run, reconstruction=values)
 
 
 def outdated_reconstruction(origin: Any, run: Run) -> str | None:
@@ -158,7 +160,7 @@ def without_old_matches(run: Run, runs: Sequence[Run]) -> Run:
     names = listed([str(row.matched_to) for row in lost])
     said = f"Rows of {run.name} at the entropy of {names} are not shown: {names} changed since; evaluate again."
     best = rows.index(run.results.best_row) if run.results.best_row in rows else None
-    return replace(run, results=replace(run.results, rows=rows, best=best), withheld=(*run.withheld, said))
+    return withhold(run, said, results=replace(run.results, rows=rows, best=best))
 
 
 def _is_of_older_match(row: ResultRow, run: Run, runs: Sequence[Run]) -> bool:
@@ -174,7 +176,7 @@ def comparable(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if first and run.results.rows and (why := difference(run.results, first.results)):
             said = f"The results of {run.name} are not shown beside those of {first.name}: {why}; evaluate both alike."
-            run = replace(run, results=Results(), withheld=(*run.withheld, said))
+            run = withhold(run, said, results=Results())
         checked.append(run)
     return checked
 

@@ -30,6 +30,7 @@ PER_CLASS = {1: 8, 2: 4, 3: 2, 4: 2}
 """Samples of each class and run, by the number of runs; one on a page of more."""
 SMALL = 96
 """Images up to this many pixels wide are shown at 2x with hard pixel edges."""
+KINDS = {"integers": "iu", "texts": "US"}
 
 
 class Picture(NamedTuple):
@@ -81,13 +82,13 @@ class Sheet:
 
 def load_sheet(path: Path) -> Sheet:
     """Read one `samples_*.npz`; raises as `load_arrays`."""
-    arrays = load_arrays(path, pictures=("images",), columns={"labels": "iu", "seeds": "iu"})
-    names = tuple(str(name) for name in arrays.get("class_names", ()))
+    arrays = load_arrays(path, pictures=("images",), columns={"labels": "integers", "seeds": "integers"})
+    names = tuple(str(name) for name in np.atleast_1d(arrays.get("class_names", ())))
     return Sheet(arrays["images"], arrays["labels"], arrays["seeds"], arrays.get("nearest_train"), names)
 
 
 def load_arrays(path: Path, pictures: Sequence[str], columns: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """An .npz of n `pictures` (n, H, W, 3) uint8, of `columns` (n,) of these kinds of dtype, and what is optional.
+    """An .npz of n `pictures` (n, H, W, 3) uint8, of `columns` (n,) of `KINDS`, and of what is optional.
 
     Raises `UserError` with the file and the array that is missing or is not as expected.
     """
@@ -96,14 +97,16 @@ def load_arrays(path: Path, pictures: Sequence[str], columns: Mapping[str, str])
         raise UserError(f"{path}: holds no {', '.join(missing)}; it has {', '.join(arrays) or 'nothing'}")
     count = arrays[pictures[0]].shape[:1]
     for key in [key for key in (*pictures, "nearest_train", *columns) if key in arrays]:
-        array, kinds = arrays[key], columns.get(key)
-        if kinds is None:
+        array, kind = arrays[key], columns.get(key)
+        if kind is None:
             fits = array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and 0 not in array.shape
         else:
-            fits = array.dtype.kind in kinds and array.ndim == 1
+            fits = array.dtype.kind in KINDS[kind] and array.ndim == 1
         if not fits or array.shape[:1] != count:
-            expected = "(n, H, W, 3) uint8" if kinds is None else f"{count} of kind {' or '.join(kinds)}"
-            raise UserError(f"{path}: {key} is {array.shape} {array.dtype}, expected {expected} like {pictures[0]}")
+            expected = f"{kind} (n,)" if kind else "uint8 (n, H, W, 3)"
+            raise UserError(
+                f"{path}: {key} is {array.dtype} {array.shape}; expected {expected} with n as {pictures[0]}"
+            )
     return arrays
 
 
@@ -195,7 +198,7 @@ def reconstruction_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in [run for run in runs if run.reconstruction]:
         path, pairs = run.path / "reconstructions.npz", []
         if path.is_file():
-            arrays = load_arrays(path, pictures=("originals", "reconstructions"), columns={"names": "US"})
+            arrays = load_arrays(path, pictures=("originals", "reconstructions"), columns={"names": "texts"})
             originals, copies, names = arrays["originals"], arrays["reconstructions"], arrays["names"]
             pairs = [
                 (picture(originals[i], f"original: {names[i]}"), picture(copies[i], f"reconstruction: {names[i]}"))
@@ -207,15 +210,10 @@ def reconstruction_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def training_grids(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Up to three sample grids of each run's training, first and last too: [{"run", "grids": [(step, Picture)]}]."""
-    found = []
-    for run in runs:
-        paths = sorted((run.path / "samples").glob("step_*.png"))
-        grids = []
-        for path in [paths[i] for i in spread_evenly(len(paths), MAX_GRIDS)]:
-            step = path.stem.removeprefix("step_").lstrip("0") or "0"
-            grids.append((step, file_picture(path, f"{run.name}: samples at step {step}")))
-        if grids:
-            found.append({"run": run, "grids": grids})
+def training_grids(run: Run) -> list[tuple[str, Picture]]:
+    """Up to three (step, sample grid) of a run's training, first and last too."""
+    paths, found = sorted((run.path / "samples").glob("step_*.png")), []
+    for path in [paths[i] for i in spread_evenly(len(paths), MAX_GRIDS)]:
+        step = path.stem.removeprefix("step_").lstrip("0") or "0"
+        found.append((step, file_picture(path, f"{run.name}: samples at step {step}")))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -36,7 +37,7 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         looks=LOOKS,
         metric_of=metric_of,
         hints=tables.HINTS,
-        legends=[legend_text(run, runs) for run in runs],
+        legends=[", from ".join(filter(None, (run.method, start_text(run, runs)))) for run in runs],
         methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
         withheld=[line for run in runs for line in run.withheld],
         remarks=remarks(runs),
@@ -54,17 +55,14 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         frontier=frontier_charts(runs),
         noise_floor=noise_floor(runs),
         training=tables.training_groups(runs),
-        grids=images.training_grids(runs),
-        config=tables.config_tables(runs),
-        provenance=[provenance_items(run, runs) for run in runs],
+        grids=[images.training_grids(run) for run in runs],
+        from_to=tables.from_to,
+        records={
+            "Configuration": tables.compared(runs, [run.config for run in runs]),
+            "Where this comes from": tables.compared(runs, [provenance_items(run, runs) for run in runs]),
+        },
         openmoji=any(uses_openmoji(run) for run in runs),
     )
-
-
-def legend_text(run: Run, runs: Sequence[Run]) -> str:
-    """ "reAR", or "VA-pi, from rear" for what started from another run."""
-    start = start_text(run, runs)
-    return f"{run.method}, from {start}" if start else run.method
 
 
 def noise_floor(runs: Sequence[Run]) -> str:
@@ -85,16 +83,16 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def provenance_items(run: Run, runs: Sequence[Run]) -> dict[str, str]:
+def provenance_items(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     """Where one run's numbers come from: method, start, steps and time, then all of `results.json` but its rows."""
-    items = {"method": run.method}
+    items: dict[str, Any] = {"method": run.method}
     if start_text(run, runs):
         items["started from"] = str(run.config["init"])
     if run.metrics:
         items["last step"] = f"{run.metrics[-1]['step']:,}"
         if "time" in run.metrics[-1]:
             items["training time"] = f"{run.metrics[-1]['time'] / 60:.1f} min"
-    return items | tables.flatten(run.results.provenance)
+    return {**items, **run.results.provenance}
 
 
 def uses_openmoji(run: Run) -> bool:

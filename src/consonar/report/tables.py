@@ -132,28 +132,19 @@ def _table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[s
 def training_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """How training went, of the runs that took a finished generator further and of the others: they differ in length.
 
-    [{"title", "indices", "columns": [metric], "rows": [{"run", "steps", "best", "cells"}], "notes",
-    "charts"}]; validation at step 0 is that of the start model.
+    [{"title", "indices" of the runs, "columns": [metric], "notes", "charts"}].
     """
     groups = []
     for title, post_trains in (("Post-training", True), ("Training", False)):
         entries = [(index, run) for index, run in enumerate(runs) if run.post_trains == post_trains and run.metrics]
         keys = logged_keys(entries)
         columns = [key for key in keys if key.startswith("validation/")]
-        rows = [
-            {
-                "run": run,
-                "steps": f"{run.metrics[-1]['step']:,}{', stopped' if run.stopped else ''}",
-                "best": f"{run.best_model['step']:,}" if run.best_model else "–",
-                "cells": [from_to(run, key) for key in columns],
-            }
-            for _, run in entries
-        ]
+        notes = training_notes([run for _, run in entries])
         groups.append({
-            "title": title, "indices": [index for index, _ in entries], "columns": columns, "rows": rows,
-            "notes": training_notes([run for _, run in entries]), "charts": curve_charts(entries, keys),
+            "title": title, "indices": [index for index, _ in entries], "columns": columns, "notes": notes,
+            "charts": curve_charts(entries, keys),
         })  # fmt: skip
-    return [group for group in groups if group["rows"]]
+    return [group for group in groups if group["indices"]]
 
 
 def from_to(run: Run, key: str) -> str:
@@ -172,11 +163,9 @@ def training_notes(runs: Sequence[Run]) -> list[str]:
     notes = []
     for run in runs:
         if run.stopped is not None:
-            notes.append(
-                f"{run.name} was stopped by its guard at step {run.stopped['step']:,}: {run.stopped['reason']}."
-            )
-            if run.metrics[-1]["step"] > run.stopped["step"]:
-                notes.append(f"{run.name} was resumed later, to step {run.metrics[-1]['step']:,}.")
+            last, step = run.metrics[-1]["step"], run.stopped["step"]
+            later = f" It was resumed later, to step {last:,}." if last > step else ""
+            notes.append(f"{run.name} was stopped by its guard at step {step:,}: {run.stopped['reason']}.{later}")
     if metrics := dict.fromkeys(run.best_model["metric"] for run in runs if run.best_model):
         notes.append(
             f"The best step is that of the lowest {listed(list(metrics))} on the way (ringed below; step 0 is the "
@@ -189,13 +178,15 @@ def training_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def config_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The configurations: what differs between runs and what is the same, [{"title", "headings", "rows"}].
+def compared(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A record of each run: what differs between runs and what is the same, [{"title", "headings", "rows"}].
 
     A row is (dotted key, values), a value for each heading.
     """
-    flat = [flatten(run.config) for run in runs]
-    values = {key: [config.get(key, "not set") for config in flat] for key in dict.fromkeys(k for c in flat for k in c)}
+    flat = [flatten(record) for record in records]
+    values = {
+        key: [one.get(key, "not set") for one in flat] for key in dict.fromkeys(key for one in flat for key in one)
+    }
     differs = [(key, each) for key, each in values.items() if len(set(each)) > 1]
     same = [(key, each[:1]) for key, each in values.items() if len(set(each)) == 1]
     tables = (
