@@ -213,6 +213,12 @@ def test_a_tokenizer_run_shows_pairs_and_its_numbers(tmp_path):
     assert "PSNR (dB) 20.25, codes used (share of the codebook) 0.93" in page.text and "plain AR" not in page.text
 
 
+def change(run: Path, **entries) -> None:
+    """Entries of results.json."""
+    content = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(content | entries))
+
+
 def _set(run: Path, name: str, text: str) -> None:
     (run / name).write_text(text)
 
@@ -225,8 +231,13 @@ def _set(run: Path, name: str, text: str) -> None:
         (lambda run: _set(run, "config.json", "[]"), "holds a list"),
         (lambda run: _set(run, "metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}'), "metrics.jsonl line 2"),
         (lambda run: _set(run, "metrics.jsonl", '{"loss": 1}\n'), "integer 'step'"),
-        (lambda run: _set(run, "results.json", '{"schema": 2}'), "reads schema 1"),
-        (lambda run: _set(run, "results.json", '{"schema": 1, "rows": []}'), "at least one row"),
+        (lambda run: _set(run, "results.json", '{"schema": 2}'), "schema: Input should be 1, got 2; evaluate again"),
+        (lambda run: _set(run, "results.json", '{"schema": 1, "rows": []}'), "rows: .* at least 1 item"),
+        (lambda run: _set(run, "results.json", "{}"), "schema: Input should be 1, got None"),
+        (lambda run: _set(run, "results.json", '{"schema": 1}'), "rows: Input should be a valid tuple, got None"),
+        (lambda run: change(run, best=2), "best is 2; expected the index of a row, 0 to 1"),
+        (lambda run: change(run, noise_floor={"FD": 3}), r"noise_floor.FD: .*, got 3; evaluate again"),
+        (lambda run: change(run, remarks=[1]), "remarks.0: Input should be a valid string, got 1"),
         (
             lambda run: _set(run, "results.json", '{"schema": 1, "rows": [{"metrics": {}}]}'),
             r"rows.0.temperature: Field required, got \{'metrics'",

@@ -93,7 +93,7 @@ def test_every_run_of_the_largest_page_has_a_look_of_its_own(tmp_path):
 def test_verdicts_judge_a_method_by_its_control_and_at_equal_entropy(six_runs):
     headings, verdicts = verdict_table(load_runs(six_runs))
     assert headings == ["at its best T", "at T 1", "at equal entropy"]
-    said = {row["run"].name: (row["control"], *(verdict.word for verdict in row["verdicts"])) for row in verdicts}
+    said = {row["run"].name: (row["control"], *(row[key].word for key in headings)) for row in verdicts}
     assert said == {
         "plain-ar-ce": ("plain-ar", "behind", "no difference", "–"),
         "plain-ar-vapi": ("plain-ar-ce", "ahead", "ahead", "no difference"),
@@ -110,7 +110,7 @@ def test_without_a_control_a_method_is_judged_by_its_start_or_not_at_all(tmp_pat
     write_results(start, {1.0: 60.0})
     write_results(trained, {1.0: 50.0})
     headings, (only,) = verdict_table(load_runs([start, trained]))
-    assert only["control"] == "rear" and only["verdicts"] == [("ahead", "10.0\u00a0±\u00a01.4")] * 2
+    assert only["control"] == "rear" and [only[key] for key in headings] == [("ahead", "10.0\u00a0±\u00a01.4")] * 2
     assert headings == ["at its best T", "at T 1"]  # no start was measured at equal entropy
     assert verdict_table(load_runs([trained])) == ([], [])
     page = Page(write_report([trained], tmp_path / "one.html").read_text())
@@ -157,8 +157,8 @@ def test_charts_follow_what_was_logged(tmp_path):
     assert titles == [
         "Validation reward (weighted sum)", "Training reward (weighted sum)",
         "Validation reward: mse", "Validation reward: own:bright", "Training reward: mse",
-        "Validation KL to the start model (nats per token)", "Validation entropy (nats per token)",
-        "Validation cross-entropy (nats per token)", "Validation accuracy (share of tokens)",
+        "Validation KL to the start model (nats per token)", "Validation cross-entropy (nats per token)",
+        "Validation accuracy (share of tokens)", "Validation entropy (nats per token)",
     ]  # fmt: skip
     assert any(note.startswith("Training values of vapi are under a noisy context") for note in made["notes"])
     epochs = section(trained, write_trained(tmp_path / "epochs", tmp_path, inner_epochs=2))
@@ -188,7 +188,7 @@ def test_the_table_goes_from_the_start_model_to_the_end(tmp_path):
     trained = write_trained(tmp_path / "vapi", tmp_path)
     made = section(trained)
     assert made["columns"] == [f"validation/{name}" for name in (
-        "reward", "reward_mse", "reward_own:bright", "kl", "entropy", "cross_entropy", "accuracy"
+        "reward", "reward_mse", "reward_own:bright", "kl", "cross_entropy", "accuracy", "entropy"
     )]  # fmt: skip
     (run,) = load_runs([trained])
     assert from_to(run, "validation/reward") == "\u22120.5000 → \u22120.4000"

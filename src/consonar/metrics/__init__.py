@@ -55,11 +55,6 @@ METRICS = (
     Metric("reward_ties", "groups whose draws all earn the same", "share"),
     Metric("reward_", "reward: {}", direction=1),
     Metric("kl", "KL to the start model", "nats per token"),
-    Metric("entropy", unit="nats per token"),
-    Metric(
-        "entropy (teacher-forced)", "entropy under the true context", "nats per token",
-        meaning="is that of the next token of held-out pictures: lower is sharper, as a lower temperature is",
-    ),
     Metric(
         "cross_entropy", "cross-entropy", "nats per token", -1,
         meaning="is how well held-out tokens are predicted, which is not yet a better picture",
@@ -68,6 +63,11 @@ METRICS = (
     Metric("align_current", "alignment with the current token's code", "cosine distance", -1),
     Metric("align_next", "alignment with the next token's code", "cosine distance", -1),
     Metric("accuracy", unit="share of tokens", direction=1),
+    Metric("entropy", unit="nats per token"),
+    Metric(
+        "entropy (teacher-forced)", "entropy under the true context", "nats per token",
+        meaning="is that of the next token of held-out pictures: lower is sharper, as a lower temperature is",
+    ),
     Metric("psnr", "PSNR", "dB", 1),
     Metric("ssim", "SSIM", direction=1),
     Metric("l1", "mean absolute error", direction=-1),

@@ -23,7 +23,6 @@ from consonar.training.objectives import completed, method_of
 from consonar.training.tracking import read_metrics
 
 MAX_RUNS = 8
-RESULTS_SCHEMA = 1
 COMPONENTS = ("model", "best")
 """Folders inside a run that another run can start from."""
 SETTINGS = ("num_neighbours", "max_neighbours_images", "copy_quantile", "draws")
@@ -91,22 +90,15 @@ def _read_results(path: Path) -> Results:
     content = _read_note(path)
     if content is None:
         return Results()
-    if content.get("schema") != RESULTS_SCHEMA:
-        raise UserError(
-            f"{path}: schema {content.get('schema')!r}; this version reads schema {RESULTS_SCHEMA}: evaluate again"
-        )
     provenance = {key: value for key, value in content.items() if key not in ("rows", "best", "remarks")}
     try:
-        results = adapter(Results).validate_python(content | {"provenance": provenance})
+        results = adapter(Results).validate_python({"schema": None, "rows": None, **content, "provenance": provenance})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {place}: {first['msg']}, got {first['input']!r:.60}; evaluate again") from error
-    best, last = results.best, len(results.rows) - 1
-    if last < 0:
-        raise UserError(f"{path}: rows is {content.get('rows')!r}; expected a list with at least one row")
-    if best is not None and not 0 <= best <= last:
-        raise UserError(f"{path}: best is {best}; expected the index of a row, 0 to {last}")
+    if results.best is not None and not 0 <= results.best < len(results.rows):
+        raise UserError(f"{path}: best is {results.best}; expected the index of a row, 0 to {len(results.rows) - 1}")
     rows = tuple(_with_samples(path, number, row) for number, row in enumerate(results.rows))
     return replace(results, rows=rows)
 

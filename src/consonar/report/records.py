@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from consonar.evaluation.results import Measurement
 from consonar.metrics import decides
@@ -45,7 +47,8 @@ class ResultRow:
 class Results:
     """`results.json`: rows over a sampler grid, which of them is best, and where the numbers come from."""
 
-    rows: tuple[ResultRow, ...] = ()
+    schema: Literal[1] = 1
+    rows: Annotated[tuple[ResultRow, ...], Field(min_length=1)] = ()
     best: int | None = None
     noise_floor: Mapping[str, Measurement] = field(default_factory=dict)
     """Distances of real held-out images to the training images."""

@@ -25,7 +25,6 @@ from consonar.report.records import (
 )
 
 MINUS = "\u2212"
-SETTINGS = ("at its best T", "at T 1", "at equal entropy")
 HINTS = {-1: "lower is better", 1: "higher is better", 0: ""}
 Entry = tuple[Run, ResultRow]
 
@@ -54,22 +53,20 @@ def judge(score: Measurement | None, base: Measurement | None, direction: int = 
 
 
 def verdict_table(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Settings that were measured, and {"run", "control", "verdicts"} of each measured run with a measured control."""
+    """Settings that were measured, and {"run", "control", setting: Verdict} of each run that has a measured control."""
     scored = [run for run in runs if any(row.deciding for row in run.results.rows)]
-    found: list[tuple[Run, str, list[Verdict]]] = []
-    for run in scored:
-        if control := control_of(run, scored):
-            pairs = (
-                (run.results.best_row, control.results.best_row),
-                (run.results.temperature_one, control.results.temperature_one),
-                rows_of_equal_entropy(run, scored),
-            )
-            verdicts = [judge(row.deciding, base.deciding) if row and base else Verdict("–") for row, base in pairs]
-            found.append((run, control.name, verdicts))
-    shown = [i for i in range(len(SETTINGS)) if any(verdicts[i].word != "–" for _, _, verdicts in found)]
-    return [SETTINGS[i] for i in shown], [
-        {"run": run, "control": control, "verdicts": [verdicts[i] for i in shown]} for run, control, verdicts in found
-    ]
+    found: list[dict[str, Any]] = []
+    for run, control in [(run, control_of(run, scored)) for run in scored]:
+        if control is not None:
+            pairs = {
+                "at its best T": (run.results.best_row, control.results.best_row),
+                "at T 1": (run.results.temperature_one, control.results.temperature_one),
+                "at equal entropy": rows_of_equal_entropy(run, scored),
+            }
+            verdicts = {key: judge(a.deciding, b.deciding) for key, (a, b) in pairs.items() if a and b}
+            found.append({"run": run, "control": control.name, **dict.fromkeys(pairs, Verdict("–")), **verdicts})
+    settings = [key for key in found[0] if key not in ("run", "control")] if found else []
+    return [key for key in settings if any(row[key].word != "–" for row in found)], found
 
 
 def rows_of_equal_entropy(run: Run, runs: Sequence[Run]) -> tuple[ResultRow | None, ResultRow | None]:
