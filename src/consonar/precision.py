@@ -24,6 +24,7 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         kind = next(tensors).device.type
+        # Any: what types the arguments have together (P) is not known of each.
         raised: Any = [raise_precision(value) for value in args]
         named: Any = {key: raise_precision(value) for key, value in kwargs.items()}
         if not torch.amp.is_autocast_available(kind):
