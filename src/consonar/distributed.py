@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from consonar.cpu import timing
 from consonar.cpu.timing import Way
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, check_choice
 
 Value = TypeVar("Value")
 Module = TypeVar("Module", bound=nn.Module)
@@ -42,8 +42,7 @@ def pick_device(name: str = "auto", key: str = "loop.device") -> torch.device:
     On CUDA, float32 then means float32: cuDNN's convolutions would otherwise run in TF32, with 10 bits of precision,
     and give 3 in 100 pictures another token than the CPU does. Speed is what bf16 is for.
     """
-    if name not in DEVICES:
-        raise unknown(key, name, DEVICES)
+    check_choice(key, name, DEVICES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -59,8 +58,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
 
     `auto`: bf16 where the hardware multiplies it natively, on a CPU only if that was also measured to be faster.
     """
-    if name not in PRECISIONS:
-        raise unknown("loop.precision", name, PRECISIONS)
+    check_choice("loop.precision", name, PRECISIONS)
     if name == "auto":
         faster = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),

@@ -1,6 +1,6 @@
 """The one exception type that means "the input is wrong", as opposed to "consonar is wrong"."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -41,6 +41,12 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     near = next(name for name in names if name.casefold() == close[0]) if close else None
     hint = f" (did you mean {near!r}?)" if close else ""
     return UserError(f"{what}: unknown {value!r}{hint}; choices: {', '.join(names)}")
+
+
+def check_choice(what: str, value: object, choices: Collection[object]) -> None:
+    """Raises `unknown` for a value that is not one of the choices, which may be the names of a table."""
+    if value not in choices:
+        raise unknown(what, value, choices)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, check_choice
 
 LARGEST = 1e6
 """Bound of a float's magnitude where its range has no upper end; beyond it float32 soon has no room."""
@@ -96,8 +96,7 @@ class OneOf(Rule):
 
     def check(self, config: Any, name: str, prefix: str) -> None:
         for key, value in values(config, name):
-            if value not in self.choices:
-                raise unknown(f"{prefix}{key}", value, self.choices)
+            check_choice(f"{prefix}{key}", value, self.choices)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from importlib import import_module
 from consonar import __version__
 from consonar.cli.console import say
 from consonar.cpu.memory import hold_memory
-from consonar.errors import BadImage, NonFiniteLoss, UserError, printable, unknown
+from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, printable
 
 COMMANDS = {
     "demo": "Pictures of a shipped generator; then plain AR, reAR and VA-pi on OpenMoji, trained, measured, on a page.",
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         hold_memory()
-        if name not in COMMANDS:
-            raise unknown("command", name, COMMANDS)
+        check_choice("command", name, COMMANDS)
         import_module(f"consonar.cli.{name.replace('-', '_')}").command(args)
     except UserError as error:
         way_out = "; --bad-images skip leaves such images out" if isinstance(error, BadImage) else ""

@@ -8,7 +8,7 @@ from consonar.cli.console import say
 from consonar.cli.parsing import check_name, parse
 from consonar.components import load_tokenizer
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, check_choice
 
 FORMATS = ("rar-jsonl", "llamagen-npy")
 
@@ -30,8 +30,7 @@ class Options:
 def command(args: Sequence[str]) -> None:
     options = parse(Options, args, "import-tokens")
     data, out, labels = options.data, options.out, options.labels
-    if options.format not in FORMATS:
-        raise unknown("--format", options.format, FORMATS)
+    check_choice("--format", options.format, FORMATS)
     if (labels is None) != (options.format == "rar-jsonl"):
         raise UserError("--labels: needed by llamagen-npy and by nothing else")
     check_name(out)

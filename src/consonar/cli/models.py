@@ -10,7 +10,7 @@ from rich.table import Table
 
 from consonar.cli.console import say
 from consonar.cli.parsing import parse
-from consonar.errors import unknown
+from consonar.errors import check_choice
 from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS, Published
 
 COLUMNS: dict[str, Literal["left", "right"]] = {
@@ -34,8 +34,7 @@ def command(args: Sequence[str]) -> None:
         say("manifest: every key and shape of the released file has its place")
         say("No released file itself was at hand. Load: hf:NAME. More: consonar models NAME")
         return
-    if name not in PUBLISHED:
-        raise unknown("models", name, PUBLISHED)
+    check_choice("models", name, PUBLISHED)
     model = PUBLISHED[name]
     place = f"https://huggingface.co/{model.repository}" if model.repository else str(model.elsewhere)
     say(f"{model.name}: {model.component} of kind {model.kind}, {model.parameters:,} parameters")

@@ -12,7 +12,7 @@ import tyro
 
 from consonar.cli import COMMANDS
 from consonar.data.bad_images import LIMIT, POLICIES, BadImages
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, check_choice
 
 Parsed = TypeVar("Parsed")
 
@@ -110,8 +110,7 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
 
 def bad_images_of(policy: str, limit: float, listing: Path | None) -> BadImages:
     """What is done about images that cannot be read; `UserError` for a wrong option, or a limit that nothing reads."""
-    if policy not in POLICIES:
-        raise unknown("--bad-images", policy, POLICIES)
+    check_choice("--bad-images", policy, POLICIES)
     if not 0 <= limit <= 1:
         raise UserError(f"--bad-images-limit: {limit} is not a share from 0 to 1")
     if policy == "stop" and limit != LIMIT:

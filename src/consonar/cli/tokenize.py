@@ -15,7 +15,7 @@ from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.data.transforms import VIEWS, check_image_size
 from consonar.distributed import pick_device
-from consonar.errors import MissingSplit, UserError, unknown
+from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
 from consonar.sampling.sample import check_batch_size
 from consonar.tokenizers import TokenizerModule
@@ -59,8 +59,7 @@ def command(args: Sequence[str]) -> None:
     bad = bad_images_of(options.bad_images, options.bad_images_limit, out.with_name(f"{out.name}-bad-images.txt"))
     device = pick_device(options.device, "--device")
     check_batch_size(options.batch_size, "--batch-size")
-    if views not in VIEWS:
-        raise unknown("--views", views, VIEWS)
+    check_choice("--views", views, VIEWS)
     if options.split not in (None, "train") and views not in ("center_flip", "center"):
         raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
     model = tokenizer_for(options.tokenizer, options.image_size).to(device)

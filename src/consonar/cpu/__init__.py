@@ -6,7 +6,7 @@ wherever there is a choice, or `pytorch`, which turns it off.
 
 import os
 
-from consonar.errors import unknown
+from consonar.errors import check_choice
 
 MODES = ("measured", "pytorch", "ours")
 
@@ -14,6 +14,5 @@ MODES = ("measured", "pytorch", "ours")
 def kernels_mode() -> str:
     """`CONSONAR_KERNELS`; raises `UserError` for another value than its choices."""
     mode = os.environ.get("CONSONAR_KERNELS") or "measured"
-    if mode not in MODES:
-        raise unknown("CONSONAR_KERNELS", mode, MODES)
+    check_choice("CONSONAR_KERNELS", mode, MODES)
     return mode

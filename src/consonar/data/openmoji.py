@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from consonar.data.prefetch import decoding_threads
-from consonar.errors import UserError, reading, unknown
+from consonar.errors import UserError, check_choice, reading
 from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
 from consonar.types import ImageRecord
@@ -84,8 +84,7 @@ class OpenMoji:
     """
 
     def __init__(self, split: str = "train", image_size: int = 64):
-        if split not in SPLITS:
-            raise unknown("openmoji split", split, SPLITS)
+        check_choice("openmoji split", split, SPLITS)
         if not 8 <= image_size <= 1024:
             raise UserError(f"openmoji image_size: {image_size} is not between 8 and 1024")
         everything = _render_all(image_size)

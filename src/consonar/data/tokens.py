@@ -36,7 +36,7 @@ from consonar.data.store_format import (
     token_dtype,
 )  # fmt: skip
 from consonar.data.transforms import VIEWS, from_uint8, make_views
-from consonar.errors import UserError, printable, reading, unknown
+from consonar.errors import UserError, check_choice, printable, reading
 from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import home_expanded
 from consonar.origin import Origin, check, of_tokenizer
@@ -254,8 +254,7 @@ def write_token_store(
     `progress(done, total)` is called after each of these calls with numbers of images; total is None when the source
     does not know it. Raises `UserError` as `new_store` and the source do.
     """
-    if views not in VIEWS:
-        raise unknown("views", views, VIEWS)
+    check_choice("views", views, VIEWS)
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} is not a number of crops, 1 or more")
     total = len(source) if isinstance(source, Sized) else None

@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, check_choice
 from consonar.options import Range
 
 MAX_IMAGE_SIZE = 4096
@@ -164,8 +164,7 @@ def make_views(image: Image.Image, views: str, size: int) -> list[Image.Image]:
 
     Raises `UserError` for an unknown `views`.
     """
-    if views not in VIEWS:
-        raise unknown("views", views, VIEWS)
+    check_choice("views", views, VIEWS)
     if views == "ten_crop":
         return ten_crop(image, size)
     crops = shifts(image, size) if views == "shift_flip" else [center_crop(image, size)]

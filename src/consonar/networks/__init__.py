@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from consonar.errors import unknown
+from consonar.errors import check_choice
 from consonar.networks import efficientnet, lpips
 from consonar.networks.features import EfficientNetLite0Features, FeatureNetwork
 from consonar.networks.inception import load_inception
@@ -40,6 +40,5 @@ FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
 
 def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
     """The feature network called `name` on `device`; UserError for another name, or where its weights are missing."""
-    if name not in FEATURE_NETWORKS:
-        raise unknown("feature_network", name, FEATURE_NETWORKS)
+    check_choice("feature_network", name, FEATURE_NETWORKS)
     return FEATURE_NETWORKS[name](device)

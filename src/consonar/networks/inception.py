@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consonar.cpu.kernels import channels_last
-from consonar.errors import unknown
+from consonar.errors import check_choice
 from consonar.files.weights import load_weights
 from consonar.networks.inception_network import INPUT_SIZE, SPATIAL_CHANNELS, InceptionV3
 from consonar.networks.weight_files import WeightFile
@@ -79,8 +79,7 @@ class InceptionFeatures:
     num_spatial = SPATIAL_CHANNELS * 17 * 17
 
     def __init__(self, name: str, network: InceptionV3, weights_sha256: str, device: str = "cpu"):
-        if name not in FRONT_ENDS:
-            raise unknown("inception", name, FRONT_ENDS)
+        check_choice("inception", name, FRONT_ENDS)
         self.name, self.weights_sha256, self.front_end = name, weights_sha256, FRONT_ENDS[name]
         self.device = torch.device(device)
         self.network = network.to(self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from consonar.errors import unknown
+from consonar.errors import check_choice
 from consonar.recipes.openmoji import (
     ar_openmoji,
     ce_openmoji,
@@ -63,6 +63,5 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 
 def find_recipe(name: str) -> TrainConfig:
     """The recipe called `name`; `UserError` lists the choices."""
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
+    check_choice("recipe", name, RECIPES)
     return RECIPES[name]()

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from consonar.config_io import from_dict, merge, to_dict
-from consonar.errors import UserError, reading, unknown
+from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import check_extent
 from consonar.recipes import RECIPES, find_recipe
 from consonar.training.config import TrainConfig
@@ -45,7 +45,6 @@ def read_config(path: Path) -> TrainConfig:
         base = values.pop("base")
         if not isinstance(base, str):
             raise UserError(f"{path}: base: expected the name of a recipe, got {base!r}")
-        if base not in RECIPES:
-            raise unknown(f"{path}: base: recipe", base, RECIPES)
+        check_choice(f"{path}: base: recipe", base, RECIPES)
         values = merge(to_dict(find_recipe(base)), {"recipe": path.stem, **values})
     return from_dict(values, str(path), TrainConfig)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from consonar.errors import UserError, reading, unknown
+from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import parse_json
 from consonar.files.writers import write_atomically
 
@@ -75,8 +75,7 @@ def check_sinks(names: tuple[str, ...]) -> None:
     if twice := [name for name in SINKS if names.count(name) > 1]:
         raise UserError(f"loop.trackers: {twice[0]!r} is given twice; keep one")
     for name in names:
-        if name not in SINKS:
-            raise unknown("loop.trackers", name, SINKS)
+        check_choice("loop.trackers", name, SINKS)
         if find_spec(name) is None:
             raise UserError(f"loop.trackers: {name!r} needs the package of that name; install with: pip install {name}")
 
