@@ -146,11 +146,12 @@ def sampling(
     config = bench.sized(preset, vocab_size, side)
     rows = 2 if bench.toy else rows
     model = bench.made(build_generator, config).to(dtype)
-    labels = torch.arange(rows, device=bench.device)
 
     def run() -> None:
         with sdpa_kernel(list(backends)) if backends else nullcontext():
-            sample_tokens(model, labels, range(rows), SamplerConfig(guidance_scale=2.0))
+            sample_tokens(
+                model, torch.arange(rows, device=bench.device), range(rows), SamplerConfig(guidance_scale=2.0)
+            )
 
     figures = bench.measured(run, rows, rounds=2)
     weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
@@ -288,10 +289,9 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def main() -> None:
-    folder = Path(os.environ.get("OUT", "."))
-    toy, seconds = bool(os.environ.get("TOY")), float(os.environ.get("SECONDS_LEFT", 200))
+    folder, seconds = Path(os.environ.get("OUT", ".")), float(os.environ.get("SECONDS_LEFT", 200))
     with pretended_cuda() if os.environ.get("PRETEND") else nullcontext():
-        bench = Bench(pick_device("cuda"), folder, seconds, toy)
+        bench = Bench(pick_device("cuda"), folder, seconds, toy=bool(os.environ.get("TOY")))
         for name, run in STAGES.items():
             bench.stage(name, run)
     if bench.failed:
