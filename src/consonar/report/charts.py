@@ -87,8 +87,6 @@ STYLE: Any = {
     "grid.color": "#e8eaee",
     "xtick.color": "#5b616b",
     "ytick.color": "#5b616b",
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
 }

@@ -20,7 +20,7 @@ from consonar.errors import UserError
 from consonar.files.readers import read_npz
 from consonar.report.records import Run
 
-MAX_CLASSES = 10
+MAX_CLASSES, LEADING_CLASSES = 10, 6
 MAX_RECONSTRUCTIONS = 16
 MAX_NEAREST = 8
 MAX_NEAREST_OF_MANY = 4
@@ -170,22 +170,21 @@ def sample_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def nearest_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per run, samples beside their nearest training images: [{"run", "setting", "pairs": [(Picture, Picture)]}].
 
-    Taken at the run's best setting, or at temperature 1 where that one has no nearest images; one sample per class.
+    Taken at the run's best setting, or at temperature 1 where none is called best; one sample per class.
     """
     blocks = []
     for run in runs:
-        for setting in (run.results.best_row, run.results.temperature_one):
-            sheet = load_sheet(setting.samples) if setting and setting.samples else None
-            if sheet is None or sheet.nearest is None:
-                continue
-            firsts = [row for _, ((row,),) in pair_samples([sheet], 1)[0]]
-            limit = MAX_NEAREST_OF_MANY if len(runs) > 3 else MAX_NEAREST
-            pairs = [
-                (sheet.sample(i, run), picture(sheet.nearest[i], "the training image nearest to it"))
-                for i in [firsts[i] for i in spread_evenly(len(firsts), limit)]
-            ]
-            blocks.append({"run": run, "setting": setting, "pairs": pairs})
-            break
+        setting = run.results.best_row or run.results.temperature_one
+        sheet = load_sheet(setting.samples) if setting and setting.samples else None
+        if sheet is None or sheet.nearest is None:
+            continue
+        firsts = [row for _, ((row,),) in pair_samples([sheet], 1)[0]]
+        limit = MAX_NEAREST_OF_MANY if len(runs) > 3 else MAX_NEAREST
+        pairs = [
+            (sheet.sample(i, run), picture(sheet.nearest[i], "the training image nearest to it"))
+            for i in [firsts[i] for i in spread_evenly(len(firsts), limit)]
+        ]
+        blocks.append({"run": run, "setting": setting, "pairs": pairs})
     return blocks
 
 

@@ -14,9 +14,6 @@ from consonar.report import images, tables
 from consonar.report.charts import LOOKS, frontier_charts
 from consonar.report.records import Run, listed, start_text
 
-LEADING_COLUMNS = 6
-"""Classes that lead the page."""
-
 
 def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:
     """The page as one string of HTML; the same runs give the same string. `opening`: a picture of the shipped model."""
@@ -41,7 +38,7 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
         withheld=[line for run in runs for line in run.withheld],
         remarks=remarks(runs),
-        leading=[classes[i] for i in images.spread_evenly(len(classes), LEADING_COLUMNS)],
+        leading=[classes[i] for i in images.spread_evenly(len(classes), images.LEADING_CLASSES)],
         settings=settings,
         verdicts=verdicts,
         opening=opening and images.file_picture(opening, "samples of the shipped generator, a row for each class"),

@@ -24,7 +24,6 @@ from consonar.report.records import (
     measurement_text,
 )
 
-MINUS = "\u2212"
 HINTS = {-1: "lower is better", 1: "higher is better", 0: ""}
 Entry = tuple[Run, ResultRow]
 
@@ -152,7 +151,7 @@ def from_to(run: Run, key: str) -> str:
     values = [value for _, value in (series[:1] if series[0][0] == 0 < series[-1][0] else []) + series[-1:]]
     largest = max(abs(value) for value in values)
     places = 4 if largest == 0 else min(4, max(0, 3 - math.floor(math.log10(largest))))
-    return " → ".join(f"{value:.{places}f}".replace("-", MINUS) for value in values)
+    return " → ".join(f"{value:.{places}f}".replace("-", "\u2212") for value in values)
 
 
 def training_notes(runs: Sequence[Run]) -> list[str]:
