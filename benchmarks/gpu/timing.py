@@ -56,6 +56,7 @@ RELEASED_VQ = VQConfig(
 FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """Without cuDNN's attention, which PyTorch prefers on some devices."""
 BF16 = torch.bfloat16
+Call = Callable[[], object]
 
 
 class Bench:
@@ -87,9 +88,7 @@ class Bench:
             self.failed = True
             self.emit(name, error=f"{type(error).__name__}: {str(error)[:300]}")
 
-    def measured(
-        self, run: Callable[[], object], images: int, rounds: int = 3, operations: int = 0
-    ) -> dict[str, float]:
+    def measured(self, run: Call, images: int, rounds: int = 3, operations: int = 0) -> dict[str, float]:
         """Seconds of the first call, which makes plans and handles, and the median of `rounds` after it."""
         first, *times = [self.seconds(run) for _ in range(rounds + 1)]
         seconds = statistics.median(times)
@@ -98,7 +97,7 @@ class Bench:
             figures["share_of_products"] = operations / seconds / self.products_per_second
         return figures
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def seconds(self, run: Call) -> float:
         """Of one call, from an idle device to an idle device."""
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -146,12 +145,11 @@ def sampling(
     config = bench.sized(preset, vocab_size, side)
     rows = 2 if bench.toy else rows
     model = bench.made(build_generator, config).to(dtype)
+    labels = torch.arange(rows, device=bench.device)
 
     def run() -> None:
         with sdpa_kernel(list(backends)) if backends else nullcontext():
-            sample_tokens(
-                model, torch.arange(rows, device=bench.device), range(rows), SamplerConfig(guidance_scale=2.0)
-            )
+            sample_tokens(model, labels, range(rows), SamplerConfig(guidance_scale=2.0))
 
     figures = bench.measured(run, rows, rounds=2)
     weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
@@ -182,7 +180,7 @@ def decoding(mode: str, bench: Bench) -> dict[str, Any]:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def operations_of(run: Callable[[], object]) -> int:
+def operations_of(run: Call) -> int:
     """Additions and multiplications of all products and convolutions in a call, which is made."""
     with FlopCounterMode(display=False) as counter:
         run()
@@ -226,17 +224,15 @@ def training(
     return bench.measured(step, rows, rounds=4, operations=operations)
 
 
-def vapi(
-    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, group_size: int, bench: Bench
-) -> dict[str, Any]:
+def vapi(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, group: int, bench: Bench) -> dict[str, Any]:
     """A VA-pi step with LPIPS and squared error as rewards, and the seconds of its parts."""
     shape = bench.sized(preset, vocab_size, side)
     vq = replace(RELEASED_VQ, image_size=16 * side)
     if bench.toy:
-        rows, group_size = 2, 2
+        rows, group = 2, 2
         vq = replace(vq, image_size=32, base_channels=32, latent_channels=32)
     tokenizer = bench.made(VQTokenizer, vq).requires_grad_(False)
-    config = PolicyConfig(rewards={"mse": 1.0}, group_size=group_size, chunk=16)
+    config = PolicyConfig(rewards={"mse": 1.0}, group_size=group, chunk=16)
     objective = method_of_config(config).objective(
         config, tokenizer, None, total_steps=1000, seed=0, world=World(0, 1, bench.device), autocast_dtype=BF16
     )
