@@ -14,8 +14,9 @@ from common import interleaved, ratio, write_result
 
 from consonar.components import load_tokenizer
 from consonar.cpu import timing
-from consonar.distributed import pick_device, pick_precision
+from consonar.distributed import pick_device
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
+from consonar.precision import pick_precision
 from consonar.seeding import generator as seeded
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.optim import OptimConfig, build_optimizer

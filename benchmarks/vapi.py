@@ -21,8 +21,9 @@ from common import interleaved, ratio, write_result
 from torch import Tensor
 
 from consonar.components import load_tokenizer
-from consonar.distributed import World, pick_device, pick_precision
+from consonar.distributed import World, pick_device
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
+from consonar.precision import pick_precision
 from consonar.seeding import generator as seeded
 from consonar.training import losses
 from consonar.training import policy_gradient as policy

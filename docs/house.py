@@ -31,11 +31,11 @@ FLOORS = (
     ("model_folders",),
     ("tokenizers", "networks"),
     ("metrics", "data"),
-    ("distributed",),
+    ("distributed", "precision"),
     ("cpu", "generators"),
     # What everyone may use; among these the order is that of their own imports.
     (
-        "__init__", "attention", "config_io", "errors", "files", "hub", "options", "origin", "precision", "published",
+        "__init__", "attention", "config_io", "errors", "files", "float32", "hub", "options", "origin", "published",
         "records", "seeding", "types",
     ),
 )  # fmt: skip
@@ -47,7 +47,7 @@ ABOUT = {
     "components": "models by name", "convert": "released files, both ways",
     "model_folders": "models on disk", "generators": "token models", "tokenizers": "images to tokens and back",
     "networks": "what judges pictures", "metrics": "formulas over numbers", "data": "images, tokens, batches",
-    "distributed": "processes and devices", "cpu": "what is faster on this processor",
+    "distributed": "processes and devices", "precision": "float32 or bf16", "cpu": "what is faster on this processor",
 }  # fmt: skip
 """What each room is for, in the figure."""
 LATER = {

@@ -26,7 +26,7 @@ SETTINGS = (
 
 UNIT = (
     *("credit", "entropy", "evaluation_*", "generator_*", "guidance", "inception", "kernels", "losses"),
-    *("optim", "policy", "precision", "quantizer", "reward_functions", "sampling", "tokenizer_*"),
+    *("optim", "policy", "float32", "quantizer", "reward_functions", "sampling", "tokenizer_*"),
 )
 """Unit tests, beside three folders, whose numbers come out of products and sums."""
 

@@ -38,8 +38,8 @@ from consonar.recipes.published import PLAIN, REGULARISED
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.training.aside import State
 from consonar.training.config import LoopConfig, TrainConfig
+from consonar.training.intervals import State
 from consonar.training.loop import update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee

@@ -54,6 +54,8 @@ def from_dict(values: object, where: str, kind: type[Config], path: str = "") ->
 
 def read_value(value: object, where: str, key: str, hint: object) -> object:
     """A value of the type `hint`; `UserError` says what is wrong and what was given."""
+    if isinstance(value, str) and hint in (str, str | None):
+        return value  # as it is: a path may hold bytes that are not UTF-8 (surrogates), which JSON has no place for
     try:
         return adapter(hint).validate_json(json.dumps(value), strict=True)
     except TypeError as error:  # what YAML has and JSON has not, such as a date

@@ -13,14 +13,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from consonar.cpu import timing
-from consonar.cpu.timing import Way
 from consonar.errors import UserError, check_choice
 
 Value = TypeVar("Value")
 Module = TypeVar("Module", bound=nn.Module)
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -51,44 +48,6 @@ def pick_device(name: str = "auto", key: str = "loop.device") -> torch.device:
         return torch.device(name)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type, or None for float32.
-
-    `auto`: bf16 where the hardware multiplies it natively, on a CPU only if that was also measured to be faster.
-    """
-    check_choice("loop.precision", name, PRECISIONS)
-    if name == "auto":
-        faster = {
-            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: cpu_multiplies_bf16() and timing.ours("bf16", autocast_ways),
-        }[device.type]()
-        return torch.bfloat16 if faster else None
-    return torch.bfloat16 if name == "bf16" else None
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this processor has instructions for it: AVX-512 BF16 or AMX."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def autocast_ways() -> tuple[Way, Way]:
-    """An MLP forward and backward in float32 and under bf16 autocast, for `timing.ours`."""
-    with torch.inference_mode(False):
-        x, up, down = (torch.full(shape, 0.01) for shape in ((1024, 256), (1024, 256), (256, 1024)))
-
-    def way(enabled: bool) -> Way:
-        def run() -> None:
-            with torch.inference_mode(False), torch.enable_grad():
-                weights = [weight.detach().requires_grad_() for weight in (up, down)]
-                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                    out = nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, weights[0])), weights[1])
-                torch.autograd.grad(out.float().sum(), weights)
-
-        return run
-
-    return way(False), way(True)
 
 
 @contextmanager

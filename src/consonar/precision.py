@@ -1,40 +1,50 @@
-"""Arithmetic that stays in float32 inside an update in bf16: searches, distances, losses, whose terms nearly cancel."""
+"""Which precision a run multiplies in: decided once for a device. `float32.py` marks what stays in float32."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
 import torch
-from torch import Tensor
+from torch import nn
 
-P = ParamSpec("P")
-R = TypeVar("R")
-LOW = (torch.bfloat16, torch.float16)
+from consonar.cpu import timing
+from consonar.cpu.timing import Way
+from consonar.errors import check_choice
+
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` outside of autocast, with float32 in the place of tensors that have fewer bits.
+def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type, or None for float32.
 
-    The device is that of the first tensor among the arguments.
+    `auto`: bf16 where the hardware multiplies it natively, on a CPU only if that was also measured to be faster.
     """
-
-    @functools.wraps(function)
-    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        kind = next(tensors).device.type
-        # Any: what types the arguments have together (P) is not known of each.
-        raised: Any = [raise_precision(value) for value in args]
-        named: Any = {key: raise_precision(value) for key, value in kwargs.items()}
-        if not torch.amp.is_autocast_available(kind):
-            return function(*raised, **named)
-        with torch.autocast(kind, enabled=False):
-            return function(*raised, **named)
-
-    return exact
+    check_choice("loop.precision", name, PRECISIONS)
+    if name == "auto":
+        faster = {
+            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": lambda: cpu_multiplies_bf16() and timing.ours("bf16", autocast_ways),
+        }[device.type]()
+        return torch.bfloat16 if faster else None
+    return torch.bfloat16 if name == "bf16" else None
 
 
-def raise_precision(value: Any) -> Any:
-    """float32 for a tensor with fewer bits, and anything else as it is."""
-    return value.float() if isinstance(value, Tensor) and value.dtype in LOW else value
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for it: AVX-512 BF16 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast_ways() -> tuple[Way, Way]:
+    """An MLP forward and backward in float32 and under bf16 autocast, for `timing.ours`."""
+    with torch.inference_mode(False):
+        x, up, down = (torch.full(shape, 0.01) for shape in ((1024, 256), (1024, 256), (256, 1024)))
+
+    def way(enabled: bool) -> Way:
+        def run() -> None:
+            with torch.inference_mode(False), torch.enable_grad():
+                weights = [weight.detach().requires_grad_() for weight in (up, down)]
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    out = nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, weights[0])), weights[1])
+                torch.autograd.grad(out.float().sum(), weights)
+
+        return run
+
+    return way(False), way(True)

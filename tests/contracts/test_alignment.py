@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_every_objective_has_a_case():
     methods = {method.name for method in METHODS if method.run == "post-training"}
     assert {method_of_config(config).name for config in CASES.values()} == methods
     estimators = {config.estimator for config in CASES.values() if isinstance(config, PolicyConfig)}
-    assert estimators == set(policy.ESTIMATORS)
+    assert estimators == set(get_args(policy.Estimator))
 
 
 def weighted_terms(config, terms):

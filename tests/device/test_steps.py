@@ -19,8 +19,8 @@ from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQTokenizer
-from consonar.training.aside import State
 from consonar.training.config import LoopConfig, TrainConfig
+from consonar.training.intervals import State
 from consonar.training.loop import update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee

@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from consonar import cli, distributed
+from consonar import cli, precision
 from consonar.cli.doctor import optional_packages
 from consonar.cpu import timing
 
@@ -27,7 +27,7 @@ def printed(capsys) -> str:
 
 
 def test_it_says_what_a_bug_report_needs(machine, capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
     (machine / "converted" / "llamagen-b").mkdir(parents=True)
     (machine / "vgg16-397923af.pth").write_bytes(bytes(2_000_000))
     text = printed(capsys)
@@ -61,7 +61,7 @@ def test_every_optional_package_is_present_or_missing(capsys, monkeypatch):
 
 
 def test_a_processor_without_bf16_is_told_so(capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = " ".join(printed(capsys).split())
     assert "loop.precision auto is fp32: the processor has no instructions for bf16" in words
@@ -69,7 +69,7 @@ def test_a_processor_without_bf16_is_told_so(capsys, monkeypatch):
 
 
 def test_kernels_fixed_by_the_environment_are_told_so(capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
     monkeypatch.setenv("CONSONAR_KERNELS", "pytorch")
     words = " ".join(printed(capsys).split())
     assert "all of PyTorch: CONSONAR_KERNELS=pytorch" in words

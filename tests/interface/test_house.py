@@ -54,6 +54,12 @@ def test_the_figure_is_of_these_imports() -> None:
     assert house.FIGURE.read_text() == house.draw(), "draw it again: python docs/house.py draw"
 
 
+def test_no_function_and_no_file_is_too_long() -> None:
+    counts = house.counts()
+    assert counts["functions over 60 lines"]() == 0
+    assert counts["files over 300 lines"]() == 0
+
+
 def test_the_checks_can_fail(monkeypatch) -> None:
     """An arrow from a lower room to a higher one, a ring of two files, an import inside a function are all seen."""
     up, ring, inside = (

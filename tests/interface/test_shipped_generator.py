@@ -19,7 +19,7 @@ from consonar.components import (
 )
 from consonar.errors import UserError
 from consonar.origin import Origin
-from consonar.training.start import resolve_start
+from consonar.training.start_model import resolve_start
 
 
 @pytest.fixture

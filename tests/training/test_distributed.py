@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import run_on_two
 
 from consonar.generators.rear import ReARConfig
-from consonar.training.aside import State
 from consonar.training.config import DataConfig
+from consonar.training.intervals import State
 from consonar.training.loop import update
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig, NoisyTokens
 from consonar.training.objectives.base import ALONE

@@ -18,7 +18,7 @@ from consonar.files.component import read_component
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
-from consonar.training.aside import Callbacks, State
+from consonar.training.intervals import Callbacks, State
 from consonar.training.loop import train_loop
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.optim import build_optimizer

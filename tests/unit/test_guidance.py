@@ -1,9 +1,10 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from consonar.sampling.guidance import SCHEDULES, guided_logits, power_cosine_scale, scale_at
+from consonar.sampling.guidance import GuidanceSchedule, guided_logits, power_cosine_scale, scale_at
 
 N = 16
 
@@ -44,6 +45,6 @@ def test_scale_one_is_the_conditional_model_to_the_last_bit():
     assert torch.equal(guided_logits(conditional, unconditional, 1.0), conditional)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(GuidanceSchedule))
 def test_scale_one_is_off_everywhere(schedule):
     assert all(scale_at(schedule, 1, i, N, power=2.5, interval_end=3) == 1 for i in range(N))

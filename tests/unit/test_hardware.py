@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from consonar import distributed
+from consonar import precision
 from consonar.cpu import timing
 from consonar.errors import UserError
 from consonar.training.optim import adamw_ways
@@ -105,7 +105,7 @@ def test_a_family_can_be_forced_whatever_the_rest_of_the_choice_says():
 
 def test_both_ways_of_the_optimizer_and_of_autocast_run_and_draw_no_numbers():
     state = torch.get_rng_state()
-    for way in (*adamw_ways(), *distributed.autocast_ways()):
+    for way in (*adamw_ways(), *precision.autocast_ways()):
         way()
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -168,11 +168,11 @@ def test_bf16_is_automatic_only_where_it_is_native_and_faster(monkeypatch):
     cpu = torch.device("cpu")
     for native in (True, False):
         for faster in (True, False):
-            monkeypatch.setattr(distributed, "cpu_multiplies_bf16", lambda native=native: native)
+            monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda native=native: native)
             with timing.forced("bf16", faster):
                 expected = torch.bfloat16 if native and faster else None
-                assert distributed.pick_precision("auto", cpu) is expected
-    assert distributed.pick_precision("bf16", cpu) is torch.bfloat16
+                assert precision.pick_precision("auto", cpu) is expected
+    assert precision.pick_precision("bf16", cpu) is torch.bfloat16
 
 
 def test_the_words_for_a_machine_hold_what_changes_speeds(monkeypatch):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,23 @@ def test_one_who_waits_gets_the_folder_next(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_many_who_wait_are_inside_one_after_the_other(tmp_path):
+    """Each removes the lock file as it leaves, while others look whether theirs is still the one that lies there."""
+    (tmp_path / "kept").touch()
+    inside, most = [], []
+
+    def enter(_: int) -> None:
+        for _ in range(100):
+            with lock.hold(tmp_path, wait=True):
+                inside.append(None)
+                most.append(len(inside))
+                inside.pop()
+
+    with ThreadPool(8) as pool:
+        pool.map(enter, range(8), chunksize=1)
+    assert most == [1] * 800
 
 
 def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):

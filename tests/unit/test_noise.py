@@ -1,7 +1,9 @@
+from typing import get_args
+
 import pytest
 import torch
 
-from consonar.training.noise import SCHEDULES, code_neighbours, corrupt_tokens, draw_noise_rates, max_noise_rate
+from consonar.training.noise import Schedule, code_neighbours, corrupt_tokens, draw_noise_rates, max_noise_rate
 
 TABLE = {
     "none": (0, 0, 0, 0),
@@ -12,7 +14,7 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_schedule_table(schedule):
     values = [max_noise_rate(schedule, t, max_rate=0.5) for t in (0, 0.375, 0.75, 1)]
     assert values == pytest.approx(TABLE[schedule], abs=1e-15)

@@ -15,7 +15,7 @@ from consonar.files.component import finish_save, is_component
 from consonar.files.weights import component_fingerprint, load_weights, save_tensors
 from consonar.files.writers import write_atomically
 from consonar.origin import Origin
-from consonar.training.aside import State
+from consonar.training.intervals import State
 from consonar.training.resume import list_resume, load_resume, save_resume
 
 

@@ -15,7 +15,7 @@ import numpy
 import torch
 
 import consonar
-from consonar import distributed
+from consonar import distributed, precision
 from consonar.cli.console import say
 from consonar.cli.parsing import NoOptions, parse
 from consonar.cpu import kernels, kernels_mode, timing
@@ -64,29 +64,29 @@ def devices() -> Iterator[tuple[str, str]]:
             yield "", f"{index}: {found.name}, {memory}, compute capability {found.major}.{found.minor}"
     yield "processor", f"{timing.processor()}, {os.cpu_count()} cores seen, threads used: {torch.get_num_threads()}"
     capability = torch.backends.cpu.get_cpu_capability()
-    bf16 = "multiplies" if distributed.cpu_multiplies_bf16() else "does not multiply"
+    bf16 = "multiplies" if precision.cpu_multiplies_bf16() else "does not multiply"
     yield "", f"PyTorch uses {capability}; the processor {bf16} bf16"
 
 
 def chosen_kernels() -> Iterator[tuple[str, str]]:
     """Precision and kernels, and why."""
     device = distributed.pick_device("auto")
-    precision = distributed.pick_precision("auto", device)
+    dtype = precision.pick_precision("auto", device)
     mode, answers = kernels_mode(), timing.kept_answers()
     why = "PyTorch knows of the device"
     if device.type == "cpu":
         why = "the processor has no instructions for bf16"
-        if distributed.cpu_multiplies_bf16() and mode != "measured":
+        if precision.cpu_multiplies_bf16() and mode != "measured":
             why = f"CONSONAR_KERNELS={mode}"
-        elif distributed.cpu_multiplies_bf16():
+        elif precision.cpu_multiplies_bf16():
             why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else UNMEASURED
-    yield "precision", f"loop.precision auto is {'bf16' if precision is torch.bfloat16 else 'fp32'}: {why}"
+    yield "precision", f"loop.precision auto is {'bf16' if dtype is torch.bfloat16 else 'fp32'}: {why}"
     if mode != "measured":
         yield "kernels", f"all {'ours' if mode == 'ours' else 'of PyTorch'}: CONSONAR_KERNELS={mode}"
         return
     timing.ours("adamw", adamw_ways)
     for length in (64, 256, 1024):
-        kernels.prefers_plain_attention(length, 64, precision or torch.float32)
+        kernels.prefers_plain_attention(length, 64, dtype or torch.float32)
     for rows in (2, 16) if kernels.HAS_ONEDNN else ():
         kernels.prefers_onednn(rows, 2304, 768)
     answers = timing.kept_answers()

@@ -77,9 +77,17 @@ def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
         with file:
             if not _take(file, path, wait):
                 raise UserError(f"{path.parent}: {_holder(file)} is writing it; wait until that has ended, or end it")
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if _is_at(file, path):
                 yield file
                 return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file still lies at `path`; its last holder may have removed it, and another made it anew."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _make(folder: Path) -> bool:

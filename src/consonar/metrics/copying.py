@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.precision import in_float32
+from consonar.float32 import in_float32
 
 ROUNDING = 8
 """Units of rounding of a cosine: of two normalisations and of a sum of products, taken twice."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.precision import in_float32
+from consonar.float32 import in_float32
 from consonar.seeding import permutation
 
 EPSILON = torch.finfo(torch.float64).eps

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consonar.errors import UserError
-from consonar.precision import in_float32
+from consonar.float32 import in_float32
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from consonar.cpu.kernels import spare_copies
 from consonar.errors import UserError
-from consonar.precision import in_float32
+from consonar.float32 import in_float32
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # Last block of each resolution: 1/2, 1/4, 1/8, 1/16, 1/32 of the input.

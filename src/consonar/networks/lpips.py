@@ -39,9 +39,9 @@ import torch
 from torch import Tensor, nn
 
 from consonar.files.weights import load_weights
+from consonar.float32 import in_float32
 from consonar.hub import fetch_file
 from consonar.networks.weight_files import WeightFile
-from consonar.precision import in_float32
 
 _NAME = "vgg16-397923af.pth"
 WEIGHTS = WeightFile("lpips", _NAME, f"https://download.pytorch.org/models/{_NAME}", "397923af")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
-SCHEDULES = ("constant", "linear", "power_cosine", "power_cosine_vapi", "interval")
+GuidanceSchedule = Literal["constant", "linear", "power_cosine", "power_cosine_vapi", "interval"]
 
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -23,7 +24,13 @@ def power_cosine_scale(scale: float, power: float, position: int, num_tokens: in
 
 
 def scale_at(
-    schedule: str, scale: float, position: int, num_tokens: int, *, power: float = 1.0, interval_end: int | None = None
+    schedule: GuidanceSchedule,
+    scale: float,
+    position: int,
+    num_tokens: int,
+    *,
+    power: float = 1.0,
+    interval_end: int | None = None,
 ) -> float:
     """Guidance scale for the token at `position` (0-based) of `num_tokens`.
 

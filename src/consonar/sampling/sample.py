@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from consonar.errors import UserError
 from consonar.options import LARGEST, SMALLEST, CountOrZero, NotNegative, Options, Positive, Range, ReadOnlyWith
 from consonar.origin import check, of_tokenizer
 from consonar.records import device_of, to_device
-from consonar.sampling.guidance import guided_logits, scale_at
+from consonar.sampling.guidance import GuidanceSchedule, guided_logits, scale_at
 from consonar.seeding import choose, uniform
 from consonar.seeding import generator as seeded
 from consonar.types import Condition, Generator, Tokenizer
@@ -49,9 +49,7 @@ class SamplerConfig(Options):
     """Only the most likely tokens that together reach this probability; 1: all."""
     guidance_scale: NotNegative = 1.0
     """Classifier-free guidance; 1: none."""
-    guidance_schedule: Annotated[
-        Literal["constant", "linear", "power_cosine", "power_cosine_vapi", "interval"], GUIDED
-    ] = "constant"
+    guidance_schedule: Annotated[GuidanceSchedule, GUIDED] = "constant"
     """How guidance moves over positions."""
     guidance_power: Annotated[Positive, POWER] = 1.0
     """Exponent of power_cosine and power_cosine_vapi."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from consonar.precision import in_float32
+from consonar.float32 import in_float32
 
 
 @in_float32

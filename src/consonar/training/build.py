@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from consonar import distributed
+from consonar import precision
 from consonar.components import load_generator, load_tokenizer, save_generator, save_tokenizer
 from consonar.data.bad_images import BadImages
 from consonar.data.loader import TokenBatches, image_batches
@@ -27,23 +27,23 @@ from consonar.records import to_device
 from consonar.seeding import derive_seed, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook, CodebookTokenizer
-from consonar.training.aside import Callbacks
 from consonar.training.best import METRIC, KeepBest, ValidationDistance
 from consonar.training.config import TrainConfig
 from consonar.training.inputs import (
-    check_classes,
+    check_same_classes,
     held_out_batches,
     open_store,
     preview_reconstructions,
     preview_samples,
     stored_num_tokens,
 )
+from consonar.training.intervals import Callbacks
 from consonar.training.loop import Batches
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.pictures import open_pictures
-from consonar.training.start import check_start_classes, load_start, of_source, origin_of
+from consonar.training.start_model import check_start_classes, load_start, of_source, origin_of
 from consonar.training.trainee import Trainee
 from consonar.types import Generator, GeneratorConfig, Objective
 
@@ -103,7 +103,7 @@ def generator_run(config: TrainConfig, world: World, batch_size: int, out: Path)
     held_out = None
     if config.data.validation_tokens:
         held_out = open_store(config.data.validation_tokens, "data.validation_tokens", tokenizer)
-        check_classes(store, held_out)
+        check_same_classes(store, held_out)
         validation = TokenBatches(held_out, batch_size=batch_size, seed=config.seed)
         callbacks.validate = lambda model: objective.validate(model, held_out_batches(validation, config, world))
     check_validates(config, callbacks)
@@ -137,7 +137,7 @@ def post_training_run(config: TrainConfig, world: World, batch_size: int, out: P
         config.objective, tokenizer,
         load_generator(init).to(world.device) if config.objective.needs_prior else None,
         total_steps=config.loop.steps, seed=config.seed, world=world, probe=probe,
-        autocast_dtype=distributed.pick_precision(config.loop.precision, world.device),
+        autocast_dtype=precision.pick_precision(config.loop.precision, world.device),
     )  # fmt: skip
     callbacks = Callbacks(preview=lambda model, path: preview_samples(model.generator, tokenizer, path))
     origin = origin_of(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from consonar.data.bad_images import POLICIES
 from consonar.data.transforms import VIEWS
-from consonar.distributed import DEVICES, PRECISIONS
+from consonar.distributed import DEVICES
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.rear import ReARConfig
@@ -24,6 +24,7 @@ from consonar.options import (
     ShareBelowOne,
     check_left,
 )
+from consonar.precision import PRECISIONS
 from consonar.tokenizers import TOKENIZERS
 from consonar.training.objectives import kinds, run_of
 from consonar.training.objectives.autoregressive import AutoregressiveConfig

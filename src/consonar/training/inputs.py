@@ -49,7 +49,7 @@ def open_store(path: str | None, key: str, tokenizer: Tokenizer, views: str | No
     return store
 
 
-def check_classes(store: TokenStore, held_out: TokenStore) -> None:
+def check_same_classes(store: TokenStore, held_out: TokenStore) -> None:
     """Raises `UserError` unless label i means the same in both stores, and training has every label of validation."""
     where, remedy = f"data.validation_tokens: {held_out.path}", "tokenize both as splits of one data set"
     check(where, held_out.origin, store.origin, str(store.path), remedy)

@@ -9,12 +9,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from consonar import distributed
+from consonar import distributed, precision
 from consonar.distributed import World
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
-from consonar.training.aside import Aside, Callbacks, State, due, non_finite
 from consonar.training.config import TrainConfig
+from consonar.training.intervals import Callbacks, Intervals, State, due, non_finite
 from consonar.training.optim import learning_rate, update_average
 from consonar.training.tracking import Tracker
 from consonar.types import Objective
@@ -53,25 +53,25 @@ def train_loop(
     gradient, the weights are those before the step.
     """
     loop, device, updates = config.loop, state.device, config.objective.updates
-    autocast_dtype = distributed.pick_precision(loop.precision, device)
+    autocast_dtype = precision.pick_precision(loop.precision, device)
     model = distributed.wrap(state.model, world)
     last = min(loop.steps, stop_at or loop.steps)
-    aside = Aside(config, state, objective, callbacks, tracker, folder, world, interrupted)
+    intervals = Intervals(config, state, objective, callbacks, tracker, folder, world, interrupted)
     model.train()
-    aside.begin()
+    intervals.begin()
     while state.step < last and not state.stopped:
         batch = to_device(batches.batch(state.step // updates), device)
         prepared = objective.prepare(state.model, batch, state.step)
         for _ in range(min(updates, loop.steps - state.step)):
             terms = update(model, state, objective, prepared, config, world, autocast_dtype, folder)
         tracker.advance(state.step)
-        aside.log(terms)
+        intervals.log(terms)
         # Before all that is optional: what fails below costs no step.
         if due(state.step, loop.save_every, updates) or state.step >= last or state.stopped or state.interrupted:
-            aside.save()
+            intervals.save()
         if state.interrupted:
             break
-        aside.measure()
+        intervals.measure()
     if state.stopped:
         tracker.warn(f"stopped at step {state.step}: {state.stopped}; the model of this step is kept")
     distributed.barrier(world)

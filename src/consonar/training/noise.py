@@ -1,19 +1,20 @@
 """Noisy context (reAR, arXiv 2510.04450): schedules of the largest rate; how tokens are replaced. Pure functions."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from consonar.precision import in_float32
+from consonar.float32 import in_float32
 from consonar.records import to_device
 from consonar.seeding import integers, rows_of_rank, uniform
 
-SCHEDULES = ("none", "constant", "uniform", "linear", "truncated_linear")
-CORRUPTIONS = ("uniform", "mask", "nearest")
+Schedule = Literal["none", "constant", "uniform", "linear", "truncated_linear"]
+Corruption = Literal["uniform", "mask", "nearest"]
 
 
-def max_noise_rate(schedule: str, progress: float, *, max_rate: float = 1.0, anneal_end: float = 0.75) -> float:
+def max_noise_rate(schedule: Schedule, progress: float, *, max_rate: float = 1.0, anneal_end: float = 0.75) -> float:
     """f(t), the upper end of the per-sequence rate at `progress` t = step / total steps in [0, 1].
 
     none 0; constant and uniform `max_rate`; linear `max_rate` (1 - t); truncated_linear `max_rate` max(0, 1 - t /
@@ -29,7 +30,7 @@ def max_noise_rate(schedule: str, progress: float, *, max_rate: float = 1.0, ann
     return max_rate * max(0.0, 1 - progress / anneal_end)
 
 
-def draw_noise_rates(schedule: str, max_rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
+def draw_noise_rates(schedule: Schedule, max_rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
     """eps of each sequence, (B,): U[0, max_rate], or `max_rate` itself under the constant schedule."""
     rates = uniform(rng, batch_size) * max_rate
     return torch.full_like(rates, max_rate) if schedule == "constant" else rates
@@ -41,7 +42,7 @@ def corrupt_tokens(
     vocab_size: int,
     rng: torch.Generator,
     *,
-    corruption: str = "uniform",
+    corruption: Corruption = "uniform",
     mask_token: int | None = None,
     neighbours: Tensor | None = None,
     rank: int = 0,

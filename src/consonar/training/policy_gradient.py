@@ -14,14 +14,16 @@ generator runs once per image, whatever G is. Estimators, with the source of eac
 Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from consonar.precision import in_float32
+from consonar.float32 import in_float32
 from consonar.records import to_device
 from consonar.seeding import choose
 
-ESTIMATORS = ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")
+Estimator = Literal["grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce"]
 TIE = 1e-6
 """Rewards of one image that differ by less than this share of its largest are equal: float32 leaves 6e-8 of each number
 that is summed, and a standard deviation of such differences would make advantages of any size from them."""
@@ -61,7 +63,7 @@ def group_spread(rewards: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, 
 @in_float32
 def group_advantages(
     rewards: Tensor,
-    estimator: str,
+    estimator: Estimator,
     *,
     baseline: Tensor | float | None = None,
     clamp: float = 5.0,

@@ -19,15 +19,15 @@ from consonar.files.component import finish_save
 from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.writers import write_json
-from consonar.training.aside import KERNELS, State
 from consonar.training.build import Built, build
 from consonar.training.config import TrainConfig
 from consonar.training.interruption import Interruption
+from consonar.training.intervals import KERNELS, State
 from consonar.training.loop import train_loop
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import check_same_origin, without_places, write_run_origin
 from consonar.training.resume import list_resume, load_resume
-from consonar.training.start import resolve_start
+from consonar.training.start_model import resolve_start
 from consonar.training.tracking import Tracker, check_sinks
 
 

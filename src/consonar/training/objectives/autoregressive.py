@@ -41,13 +41,13 @@ class NoiseConfig(Options):
 
     section = "objective.noise"
 
-    schedule: Literal["none", "constant", "uniform", "linear", "truncated_linear"] = "none"
+    schedule: noise.Schedule = "none"
     """How the largest rate f(t) moves over training; the article's best is truncated_linear."""
     max_rate: Annotated[Share, NOISE] = 1.0
     """Largest rate at the start (linear, truncated_linear), always (uniform), or the rate itself (constant)."""
     anneal_end: Annotated[float, Range(0, 1, "(]"), ANNEALING] = 0.75
     """Share of training after which truncated_linear is 0."""
-    corruption: Annotated[Literal["uniform", "mask", "nearest"], NOISE] = "uniform"
+    corruption: Annotated[noise.Corruption, NOISE] = "uniform"
     """What replaces a token: any code, the mask, or one of its nearest codes."""
     num_neighbours: Annotated[Count, NEAREST] = 16
     """How many nearest codes `nearest` chooses from."""

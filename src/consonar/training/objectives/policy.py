@@ -55,7 +55,7 @@ class PolicyConfig(AlignmentConfig):
     kind: Literal["policy"] = "policy"
     rollout: Literal["teacher_forced", "free"] = "teacher_forced"
     """Tokens drawn under the image's own context (VA-pi), or freely by the cached sampler (AR-GRPO)."""
-    estimator: Literal["grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce"] = "grpo"
+    estimator: policy.Estimator = "grpo"
     """How rewards become advantages and ratios; gspo and dapo are grpo until `inner_epochs` is over 1."""
     group_size: Count = 8
     """G, sequences drawn for each image."""

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from consonar.components import load_tokenizer
 from consonar.evaluation import reconstruction
+from consonar.float32 import in_float32
 from consonar.metrics import copying
 from consonar.metrics import distribution as statistics
 from consonar.networks import lpips
 from consonar.networks.efficientnet import PerceptualDistance
 from consonar.networks.lpips import VGG16Features, load_lpips
-from consonar.precision import in_float32
 from consonar.tokenizers import quantizer
 from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy

@@ -77,7 +77,7 @@ class State:
 
 
 @dataclass
-class Aside:
+class Intervals:
     """Does what is due beside a step of `state`; made once per call of `train_loop`."""
 
     config: TrainConfig
