@@ -35,8 +35,8 @@ FLOORS = (
     ("cpu", "generators"),
     # What everyone may use; among these the order is that of their own imports.
     (
-        "__init__", "attention", "config_io", "errors", "files", "float32", "hub", "options", "origin", "published",
-        "records", "seeding", "types",
+        "__init__", "attention", "config_io", "errors", "files", "float32", "hub", "json_types", "options", "origin",
+        "published", "records", "seeding", "types",
     ),
 )  # fmt: skip
 """From the roof down: a room (a folder, or a file at the root) may import those of the floors below its own."""
@@ -139,7 +139,7 @@ def draw() -> str:
         parts.append(room_box(x - box / 2, y - height / 2, box, height, [name, ABOUT[name]]))
     bottom = (len(shown) - 1) * (height + gap) + 4
     names = [name for name in shown[-1] if name != "__init__"]
-    lines = [", ".join(names[:8]) + ",", ", ".join(names[8:])]
+    lines = [", ".join(names[:7]) + ",", ", ".join(names[7:])]
     parts.append(room_box(8, bottom, width - 16, 56, lines, "#f1f5f9"))
     total = bottom + 64
     return (

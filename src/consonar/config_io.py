@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from consonar.errors import UserError, unknown
+from consonar.json_types import Json, JsonMap
 
 Config = TypeVar("Config")
 REPLACED_TABLES = ("rewards",)
 """Fields that hold a table of any keys; where a file changes one, it replaces that of its recipe."""
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Json:
     """Plain nested dict of a config, ready for JSON."""
     return dataclasses.asdict(config)
 
@@ -91,7 +92,7 @@ def pick_variant(value: object, options: list[type], path: str, where: str) -> t
     return kinds[kind]
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: JsonMap, changes: JsonMap) -> Json:
     """`base` with the nested `changes` on top.
 
     A table with another `kind` replaces the whole table, and so does one whose keys are the user's own

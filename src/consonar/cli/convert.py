@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -12,6 +11,7 @@ from consonar import convert as conversion
 from consonar.cli.console import say
 from consonar.cli.parsing import check_output, parse
 from consonar.errors import UserError
+from consonar.json_types import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ def to_folder(options: Options, folder: Path) -> None:
         say(f"  {part.component} folder: {part.folder}")
 
 
-def setting_values(words: tuple[str, ...]) -> dict[str, Any]:
+def setting_values(words: tuple[str, ...]) -> Json:
     """{"l2_normalize": False} <- ("l2_normalize=false",); values are JSON, or else text."""
-    settings: dict[str, Any] = {}
+    settings: Json = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not key or not equals:

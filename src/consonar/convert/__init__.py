@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from consonar.config_io import to_dict
 from consonar.convert.back import SOURCE, UNUSED, to_official
@@ -24,6 +23,7 @@ from consonar.files.component import save_component
 from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.weights import check_finite, save_tensors
 from consonar.files.writers import file_sha256, write_json
+from consonar.json_types import Json, JsonMap
 from consonar.model_folders import read_tokenizer, shipped_or_folder
 from consonar.origin import Origin
 
@@ -53,7 +53,7 @@ def convert(
     image_size: int | None = None,
     entry: str | None = None,
     tokenizer: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: JsonMap | None = None,
 ) -> list[Converted]:
     """Writes a released file as the component folder `to`; with both halves in it, as TO/generator and TO/tokenizer.
 
@@ -95,9 +95,7 @@ def convert(
     return written
 
 
-def examine_one(
-    state: State, path: Path, image_size: int | None, settings: Mapping[str, Any] | None
-) -> tuple[Found, list[str]]:
+def examine_one(state: State, path: Path, image_size: int | None, settings: JsonMap | None) -> tuple[Found, list[str]]:
     """`examine` for a file with one component, with the image size that its name says where shapes do not."""
     found = examine(state, str(path), image_size=image_size, settings=settings)
     named = image_size_in_name(path)
@@ -107,7 +105,7 @@ def examine_one(
     return found, [f"for images of {named} pixels, because the file's name says so (--image-size says another)"]
 
 
-def origin_of(found: Found, tokenizer: str | None, beside: Path) -> dict[str, Any]:
+def origin_of(found: Found, tokenizer: str | None, beside: Path) -> Json:
     """What a generator's config.json says of its tokenizer, once the sizes are seen to agree; nothing of a tokenizer's.
 
     `beside` is where a tokenizer from the same file was just written, and `tokenizer` then where it will be.
@@ -132,7 +130,7 @@ def write(
     final: Path,
     found: Found,
     state: State,
-    origin: Mapping[str, Any],
+    origin: JsonMap,
     weights: Weights,
     hashes: Mapping[str, str],
 ) -> list[str]:
@@ -140,7 +138,7 @@ def write(
     official = found.official
     ours, unused = official.to_ours(state, found.config)
     check_finite(ours, str(weights.files[0]))
-    head: dict[str, Any] = {"component": official.component, **origin}
+    head: Json = {"component": official.component, **origin}
     if official.component == "tokenizer":
         head["name"] = final.name if final.name != "tokenizer" else final.parent.name
     save_component(folder, {**head, **to_dict(found.config)}, ours)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +15,7 @@ from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
 from consonar.files.weights import check_weights
 from consonar.generators import GENERATORS
+from consonar.json_types import JsonMap
 from consonar.tokenizers import TOKENIZERS, TokenizerModule
 from consonar.types import Generator, Grid, ModelConfig
 
@@ -60,9 +59,7 @@ def image_size_in_name(path: Path) -> int | None:
     return int(named[1]) if named else None
 
 
-def examine(
-    state: State, where: str, *, image_size: int | None = None, settings: Mapping[str, Any] | None = None
-) -> Found:
+def examine(state: State, where: str, *, image_size: int | None = None, settings: JsonMap | None = None) -> Found:
     """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes."""
     meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
     official = recognise(shapes_of(meta), where)
@@ -80,7 +77,7 @@ def examine(
     return Found(official, config, module)
 
 
-def configured(config: ModelConfig, image_size: int | None, settings: Mapping[str, Any], where: str) -> ModelConfig:
+def configured(config: ModelConfig, image_size: int | None, settings: JsonMap, where: str) -> ModelConfig:
     """`config` for this image size and with these settings; `UserError` for a field that it does not have."""
     changes = dict(settings)
     if image_size is not None:

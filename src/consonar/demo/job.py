@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,6 +46,7 @@ from consonar.files.component import is_component
 from consonar.files.lock import hold, is_taken
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
+from consonar.json_types import Json
 from consonar.networks import load_feature_network
 from consonar.report import write_report
 from consonar.sampling.job import MOST_IMAGES
@@ -189,7 +189,7 @@ def make_plan(
     seed: int,
     began: float,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Json:
     """Measures this machine, says how long the whole job takes, and returns what demo.json keeps of it."""
     say("measuring this machine: some steps of every kind")
     rates, images = measure_machine(out / ".measure", out, reference, tokenizer, seed)
@@ -276,7 +276,7 @@ def laps() -> Callable[[], float]:
     return lap
 
 
-def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def claim(out: Path, settings: Json) -> Json:
     """Makes `out` this demo's folder, or checks that it is; returns what its demo.json holds."""
     path = out / "demo.json"
     if not path.exists():

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
+
+from consonar.json_types import JsonMap
 
 LEAST_STEPS, LEAST_UPDATES = 8, 2
 FEWEST_SAMPLES, MOST_SAMPLES = 64, 512
@@ -75,7 +77,7 @@ class Work:
     """Drawn per row of results."""
 
 
-def training_rate(metrics: Sequence[Mapping[str, Any]], seconds: float, share: float = 1.0) -> TrainingRate:
+def training_rate(metrics: Sequence[JsonMap], seconds: float, share: float = 1.0) -> TrainingRate:
     """The rate of a run of `seconds` that logged every step (the lines of its metrics.jsonl, in their order).
 
     Its validations measured this `share` of the validation images, over 0.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from consonar.evaluation.image_sets import (
 )
 from consonar.files.readers import npz_keys, parse_json, read_npz
 from consonar.files.writers import file_sha256
+from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.types import Tokenizer
 
@@ -43,7 +43,7 @@ class SampleSet:
     tokens: Tensor | None = None
     seeds: Tensor | None = None
     """Labels (S,), tokens (S, N) and seeds (S,) are int64."""
-    settings: dict[str, Any] | None = None
+    settings: Json | None = None
     """The sampler's settings."""
 
 
@@ -79,7 +79,7 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
         images, shape, sha256 = folder_image_set(path, bad)
         return SampleSet(images, shape[0], _square(path, shape), sha256)
     images, shape = npz_image_set(path)
-    extra: dict[str, Any] = {}
+    extra: Json = {}
     names = {"labels": "labels", "arr_1": "labels", "tokens": "tokens", "seeds": "seeds"}
     arrays = read_npz(path, (*names, "settings"))
     one_of(path, arrays, "labels", "arr_1")

@@ -7,7 +7,6 @@ import platform
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from consonar.cpu.timing import processor
 from consonar.errors import UserError
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
+from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate
 
 
@@ -83,12 +83,12 @@ class Evaluation:
     """Images per set of the reference; none for statistics."""
     reference_sha256: dict[str, str]
     """Of the pixels of each set of the reference, and of its file of statistics."""
-    samples: dict[str, Any]
+    samples: Json
     """Name and SHA-256 of the file, and the sampler's settings when it holds them."""
     reference: str
     feature_network: dict[str, str]
     seed: int
-    config: dict[str, Any]
+    config: Json
     machine: str
     versions: dict[str, str]
     timestamp: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -103,7 +103,7 @@ class Evaluation:
         write_json(path, content, end="", allow_nan=False)
 
 
-def origin_of_numbers(results: Evaluation, reference: str) -> dict[str, Any]:
+def origin_of_numbers(results: Evaluation, reference: str) -> Json:
     """What all rows of results.json share: against what they were measured, with what, and what to know of it."""
     sizes = {f"num_{name}": count for name, count in results.num_reference.items()}
     hashes = {f"{name}_sha256": sha256 for name, sha256 in results.reference_sha256.items()}

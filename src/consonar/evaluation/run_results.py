@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from consonar.components import weights_sha256
 from consonar.errors import UserError
 from consonar.files.readers import plain_name, read_json
 from consonar.files.writers import file_sha256
+from consonar.json_types import Json, JsonMap
 
 RESULTS, RECONSTRUCTION = "results.json", "reconstruction.json"
 STAGED = ".evaluation.partial"
@@ -63,7 +63,7 @@ def of_match(other: Path) -> dict[str, str]:
     return {"matched_to": other.name, "matched_sha256": weights_sha256(other)}
 
 
-def outdated(content: Mapping[str, Any], sha256: str | None) -> str | None:
+def outdated(content: JsonMap, sha256: str | None) -> str | None:
     """Why results are not of the weights with this hash, in words that follow "the results"; else None.
 
     Where the weights were not kept with the results nothing can be compared.
@@ -81,7 +81,7 @@ def is_measured(run: Path) -> bool:
     return (run / RESULTS).is_file() and outdated(read_json(run / RESULTS), exported_sha256(run)) is None
 
 
-def read_results(run: Path) -> dict[str, Any]:
+def read_results(run: Path) -> Json:
     """results.json of a run. Raises `UserError` where it is missing, cannot be read, or is of another model."""
     content = read_json(run / RESULTS)
     if why := outdated(content, exported_sha256(run)):

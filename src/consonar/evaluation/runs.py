@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from consonar.evaluation.run_results import RESULTS, is_measured, of_match, repl
 from consonar.evaluation.settings import RunSettings
 from consonar.files.lock import holds_first_argument
 from consonar.files.writers import file_sha256, write_atomically, write_json
+from consonar.json_types import Json
 from consonar.metrics import decides
 from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
@@ -72,7 +72,7 @@ def evaluate_run(
     overwrite: bool = False,
     bad: BadImages | None = None,
     progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> Json:
     """Samples a finished run at every temperature, measures each against `reference`, and writes results.json into it.
 
     `feature_network` is a name of `FEATURE_NETWORKS`; `target` the encoded reference where several runs share it; else
@@ -145,7 +145,7 @@ def target_of(
 
 def measure_row(
     run: FinishedRun, sampler: SamplerConfig, reference: PreparedReference, settings: RunSettings, staged: Path
-) -> tuple[dict[str, Any], Evaluation]:
+) -> tuple[Json, Evaluation]:
     """Draws the samples of one row, measures them, and keeps some in `staged`: a row of results.json.
 
     It holds the sampler's settings, the metrics, and the mean entropy of what the samples were drawn from.
@@ -177,7 +177,7 @@ def measure_row(
     return row, results
 
 
-def best_row(rows: list[dict[str, Any]]) -> int:
+def best_row(rows: list[Json]) -> int:
     """Index of the row with the lowest Fréchet distance, to the validation images where it was measured."""
     names = [name for name in rows[0]["metrics"] if name.startswith("FD(")]
     name = next(filter(decides, names), names[0])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from consonar.errors import UserError
+from consonar.json_types import Json
 from consonar.metrics.copying import check_quantile
 from consonar.sampling.job import check_count
 from consonar.sampling.sample import SamplerConfig, check_batch_size
@@ -54,7 +54,7 @@ class EvaluationSettings:
             raise UserError(f"{what}: {count} images; each of {self.draws} draws needs over {self.least}")
 
     @property
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> Json:
         """What results.json says of them, under `config`; the seed stands beside it."""
         names = [item.name for item in fields(EvaluationSettings) if item.name != "seed"]
         return {name: value for name, value in asdict(self).items() if name in names}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors
 import torch
@@ -26,6 +26,7 @@ from consonar.files.weights import (
     save_tensors,
 )
 from consonar.files.writers import write_atomically
+from consonar.json_types import Json
 
 Module = TypeVar("Module", bound=nn.Module)
 FORMAT_VERSION = 1
@@ -99,7 +100,7 @@ def released(path: Path, what: str) -> Path:
     return path
 
 
-def component_config(folder: Path) -> dict[str, Any]:
+def component_config(folder: Path) -> Json:
     """config.json of a component folder, without its format version; `UserError` for a damaged or newer one."""
     config_path = folder / "config.json"
     for path in (config_path, folder / "model.safetensors"):
@@ -118,7 +119,7 @@ def component_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_component(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_component(folder: Path) -> tuple[Json, dict[str, Tensor]]:
     """config.json and the mapped weights of a component folder; `UserError` for a missing, damaged or newer one."""
     return component_config(folder), map_tensors(folder / "model.safetensors")
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from consonar.errors import UserError, reading
+from consonar.json_types import Json
 
 
 def home_expanded(path: str | Path) -> Path:
@@ -44,7 +45,7 @@ def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "") -> Json:
     """A JSON file that holds an object; `remedy` ends the message where it does not."""
     with reading(path, "valid JSON", remedy):
         value = parse_json(path.read_text(encoding="utf-8"))

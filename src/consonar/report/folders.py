@@ -18,6 +18,7 @@ from consonar.errors import UserError, reading
 from consonar.evaluation.run_results import exported_sha256, outdated
 from consonar.files.readers import beside, read_json
 from consonar.files.writers import file_sha256
+from consonar.json_types import Json
 from consonar.report.records import ResultRow, Results, Run, listed
 from consonar.training.objectives import completed, method_of
 from consonar.training.tracking import read_metrics
@@ -75,7 +76,7 @@ def _load_run(folder: Path, name: str) -> Run:
     )
 
 
-def _read_note(path: Path, **entries: Any) -> dict[str, Any] | None:
+def _read_note(path: Path, **entries: Any) -> Json | None:
     """A file of named entries of given types, or None where it is not there."""
     if not path.is_file():
         return None

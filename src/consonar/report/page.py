@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from consonar.json_types import Json
 from consonar.metrics import in_order, meanings, metric_of
 from consonar.report import images, tables
 from consonar.report.charts import LOOKS, frontier_charts
@@ -80,9 +80,9 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def provenance_items(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
+def provenance_items(run: Run, runs: Sequence[Run]) -> Json:
     """Where one run's numbers come from: method, start, steps and time, then all of `results.json` but its rows."""
-    items: dict[str, Any] = {"method": run.method}
+    items: Json = {"method": run.method}
     if start_text(run, runs):
         items["started from"] = str(run.config["init"])
     if run.metrics:

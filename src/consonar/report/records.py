@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from consonar.evaluation.results import Measurement
+from consonar.json_types import JsonMap
 from consonar.metrics import decides
 from consonar.training.objectives import Method, Settings, method_of
 
@@ -53,7 +54,7 @@ class Results:
     noise_floor: Mapping[str, Measurement] = field(default_factory=dict)
     """Distances of real held-out images to the training images."""
     remarks: tuple[str, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: JsonMap = field(default_factory=dict)
     """All of the file but rows and remarks."""
 
     @property
@@ -73,13 +74,13 @@ class Run:
 
     path: Path
     name: str
-    config: Mapping[str, Any]
+    config: JsonMap
     objective: Settings
     """The configuration's objective, with the defaults of what it lacks; empty where there is none."""
-    metrics: tuple[Mapping[str, Any], ...] = ()
+    metrics: tuple[JsonMap, ...] = ()
     results: Results = Results()
     """Without rows where nothing was measured, or may be shown."""
-    reconstruction: Mapping[str, Any] = field(default_factory=dict)
+    reconstruction: JsonMap = field(default_factory=dict)
     start: Path | None = None
     """The run folder, or whatever else, that the model lies in which this run trained on."""
     starts_from_best: bool = False
@@ -87,9 +88,9 @@ class Run:
     weights_sha256: str | None = None
     withheld: tuple[str, ...] = ()
     """Sentences on what was measured and is not shown, and why."""
-    stopped: Mapping[str, Any] | None = None
+    stopped: JsonMap | None = None
     """{"step", "reason"} of a run that its guard ended."""
-    best_model: Mapping[str, Any] | None = None
+    best_model: JsonMap | None = None
     """{"step", "metric", "value"} of the model that is kept in best/."""
 
     def series(self, key: str) -> list[tuple[int, float]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from consonar.evaluation.results import Measurement
+from consonar.json_types import JsonMap
 from consonar.metrics import metric_of
 from consonar.report.charts import curve_charts, logged_keys
 from consonar.report.records import (
@@ -174,7 +175,7 @@ def training_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def compared(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def compared(runs: Sequence[Run], records: Sequence[JsonMap]) -> list[dict[str, Any]]:
     """A record of each run: what differs between runs and what is the same, [{"title", "headings", "rows"}].
 
     A row is (dotted key, values), a value for each heading.
@@ -192,7 +193,7 @@ def compared(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> list[
     return [{"title": title, "headings": headings, "rows": rows} for title, headings, rows in tables if rows]
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(config: JsonMap, prefix: str = "") -> dict[str, str]:
     """{"loop": {"steps": 900}} -> {"loop.steps": "900"}: leaves as JSON, lists whole."""
     flat: dict[str, str] = {}
     for key, value in config.items():

@@ -31,6 +31,7 @@ from consonar.files.lock import hold, is_unused
 from consonar.files.readers import read_json, read_npz
 from consonar.files.weights import component_fingerprint
 from consonar.files.writers import write_atomically, write_json
+from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.sampling.sample import SamplerConfig, check_batch_size, check_class_ids, check_fit, sample
 from consonar.seeding import check_seed
@@ -54,7 +55,7 @@ class Job:
     """(n,) int64."""
     seeds: tuple[int, ...]
     sampler: SamplerConfig
-    settings: dict[str, Any]
+    settings: Json
     """Everything the result depends on, written beside it."""
     shard_size: int = 512
     """Images drawn between two saves."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from consonar.config_io import from_dict, to_dict
 from consonar.errors import UserError
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
+from consonar.json_types import Json
 from consonar.origin import MEANING, PARTS, Origin, check
 
 FILE = "origin.json"
@@ -35,7 +35,7 @@ def write_run_origin(run: Path, origin: Origin) -> None:
     write_json(run / FILE, to_dict(origin))
 
 
-def without_places(config: dict[str, Any], run: Path) -> dict[str, Any]:
+def without_places(config: Json, run: Path) -> Json:
     """A run's configuration without the places of what its origin.json knows by content."""
     origin = read_run_origin(run)
     known = {key for key, name in PLACES.items() if getattr(origin, name) is not None}

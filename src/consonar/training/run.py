@@ -19,6 +19,7 @@ from consonar.files.component import finish_save
 from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.writers import write_json
+from consonar.json_types import Json
 from consonar.training.build import Built, build
 from consonar.training.config import TrainConfig
 from consonar.training.interruption import Interruption
@@ -205,7 +206,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
         )
 
 
-def first_difference(now: dict[str, Any], before: dict[str, Any], path: str = "") -> tuple[str, Any, Any]:
+def first_difference(now: Json, before: Json, path: str = "") -> tuple[str, Any, Any]:
     """Dotted key and both values of the first place where two nested dicts differ; they differ somewhere."""
     key = next(k for k in {**now, **before} if k not in before or k not in now or before[k] != now[k])
     ours, theirs = now.get(key), before.get(key)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from consonar.components import SHIPPED_TOKENIZERS, has_name, load_generator, read_origin, weights_sha256
 from consonar.errors import UserError
 from consonar.generators import build_generator
+from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.training.config import TrainConfig
 from consonar.types import Generator, GeneratorConfig, ImageSource, Tokenizer
@@ -53,7 +53,7 @@ def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Gener
     return generator.requires_grad_(True)
 
 
-def check_same_shape(where: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same_shape(where: str, stored: Json, wanted: Json) -> None:
     """Raises `UserError` for the first key in which the configurations differ; not for dropouts and sizes left open."""
     for key, value in wanted.items():
         if "drop" not in key and value not in (0, None) and stored.get(key) != value:

@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import parse_json
 from consonar.files.writers import write_atomically
+from consonar.json_types import Json
 
 
 class Sink(Protocol):
@@ -26,7 +27,7 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    def __init__(self, folder: Path, config: dict[str, Any]):
+    def __init__(self, folder: Path, config: Json):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
@@ -43,7 +44,7 @@ class TensorBoardSink:
 class RunSink:
     """W&B and trackio have the same interface."""
 
-    def __init__(self, module_name: str, folder: Path, config: dict[str, Any]):
+    def __init__(self, module_name: str, folder: Path, config: Json):
         self.module = import_module(module_name)
         self.module.init(project="consonar", name=folder.name, config=config)
 
@@ -54,7 +55,7 @@ class RunSink:
         self.module.finish()
 
 
-SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {
+SINKS: dict[str, Callable[[Path, Json], Sink]] = {
     "tensorboard": TensorBoardSink,
     "wandb": partial(RunSink, "wandb"),
     "trackio": partial(RunSink, "trackio"),
@@ -80,7 +81,7 @@ def check_sinks(names: tuple[str, ...]) -> None:
             raise UserError(f"loop.trackers: {name!r} needs the package of that name; install with: pip install {name}")
 
 
-def read_metrics_line(text: str, where: str) -> dict[str, Any]:
+def read_metrics_line(text: str, where: str) -> Json:
     """One line of a metrics.jsonl: an object with an integer step and finite numbers or null."""
     with reading(where, "valid JSON", "remove the line if writing was cut off"):
         line = parse_json(text)
@@ -119,7 +120,7 @@ class Tracker:
     def __init__(
         self,
         folder: Path,
-        config: dict[str, Any],
+        config: Json,
         *,
         total_steps: int,
         resume_step: int = 0,
@@ -178,7 +179,7 @@ class Tracker:
         shown = "  ".join(f"{key.split('/')[-1]} {value:.4g}" for key, value in list(values.items())[:4])
         speed = f"{rate:.2f} steps/s" if rate else ""
         if self.progress:
-            fields: dict[str, Any] = {"rate": speed} if speed else {}  # without one the bar keeps the last rate
+            fields: Json = {"rate": speed} if speed else {}  # without one the bar keeps the last rate
             self.progress.update(self.task, completed=step, shown=shown, **fields)
         else:
             left = f"  {(self.total_steps - step) / rate / 60:.1f} min left" if rate else ""

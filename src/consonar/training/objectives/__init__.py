@@ -6,11 +6,12 @@ what it is called and said to do on the report's page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from consonar.config_io import merge, to_dict
+from consonar.json_types import JsonMap
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.controls import (
@@ -23,7 +24,7 @@ from consonar.training.objectives.free import FreePolicy
 from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
 from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig
 
-Settings = Mapping[str, Any]
+Settings = JsonMap
 """A configuration of an objective as a plain dict, as `config.json` of a run has it."""
 
 
