@@ -15,7 +15,6 @@ from consonar.types import ImageSource
 MAX_CLASSES = 100_000
 """More than any collection of labelled pictures has; a model has a row of weights for each."""
 DROP = "drop"
-Names = Sequence[str] | None
 WITHOUT_CLASSES = " (in post-training also --objective.class-dropout 1: no picture's class is read)"
 LABEL_REMEDY = "give it one with --label-default CLASS, or leave such pictures out with --label-default drop"
 

@@ -145,8 +145,6 @@ REWARDS: dict[str, Callable[[Resources], Reward]] = {
 }
 PLACED_REWARDS = ("mse", "l1", "lpips", "efficientnet-lite0")
 """Those that say where in the image they were lost; a user's own does when it is a `PlacedReward`."""
-RECONSTRUCTION_REWARDS = frozenset(REWARDS) - {"patch-discriminator"}
-"""Those that compare with the original: none is higher for another image than for the original itself."""
 
 
 class Rewards:
