@@ -70,7 +70,7 @@ def released_file(wanted: Wanted) -> Path:
     if wanted.place.is_file():
         return wanted.place
     if wanted.repository is None:
-        assert wanted.published is not None and wanted.published.elsewhere is not None
+        assert wanted.published is not None and wanted.published.elsewhere is not None  # the only such
         raise UserError(
             f"{wanted.text}: not on the hub ({wanted.published.elsewhere}); put {wanted.file} at {wanted.place}"
         )
@@ -83,7 +83,7 @@ def released_file(wanted: Wanted) -> Path:
 
 def guarded_download(wanted: Wanted, file: str) -> str:
     """`download`, with one line for whatever goes wrong between here and there."""
-    assert wanted.repository is not None
+    assert wanted.repository is not None  # `released_file` asks only then
     try:
         return download(wanted.repository, file)
     # No network, no such file, no permission, offline mode, a proxy's page: each library below has errors of its own.

@@ -224,7 +224,7 @@ def measure_machine(
     count = len(OpenMoji("train", tokenizer.image_size))
     held_out, lap = reference.images["validation"], laps()
     target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
-    assert target.tokens is not None
+    assert target.tokens is not None  # made by the line above
     seen, encoding = len(target.tokens["validation"]), lap() / 2
     cached_features(load_feature_network("efficientnet-lite0", device), held_out, batch_size=64, max_rows=seen)
     images = ImageRate(encoding / seen, lap() / seen)

@@ -197,7 +197,7 @@ def keep_some(
     many classes, evenly spaced.
     """
     samples = load_samples(drawn)
-    assert samples.labels is not None and samples.seeds is not None
+    assert samples.labels is not None and samples.seeds is not None  # our own job wrote both
     num_classes = int(samples.labels.max()) + 1
     rows = torch.arange(min(KEPT_IMAGES, samples.count))
     if num_classes > KEPT_IMAGES:

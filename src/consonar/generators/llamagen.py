@@ -205,6 +205,6 @@ class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
         """The null class, or the null caption under the mask of the caption (so the released sampler does)."""
         if not isinstance(condition, TextCondition):
             return torch.full_like(condition, self.num_classes)
-        assert isinstance(self.cls_embedding, CaptionEmbedding)
+        assert isinstance(self.cls_embedding, CaptionEmbedding)  # captions come to a generator of captions only
         null = self.cls_embedding.uncond_embedding.to(condition.features.dtype)
         return replace(condition, features=null.expand_as(condition.features))

@@ -156,7 +156,7 @@ class Intervals:
     def validate(self) -> dict[str, float]:
         """Validation metrics with the averaged weights, logged; the model is kept where it is the best so far."""
         state, callbacks = self.state, self.callbacks
-        assert callbacks.validate is not None
+        assert callbacks.validate is not None  # asked only where there is one
         with evaluation_weights(state):
             measured = callbacks.validate(state.model)
             if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:

@@ -61,10 +61,10 @@ def corrupt_tokens(
     length = tokens.shape[1]
     corrupted = own(lambda rows: uniform(rng, rows, length)) < to_device(rates, tokens.device)[:, None]
     if corruption == "mask":
-        assert mask_token is not None
+        assert mask_token is not None  # refused where a generator has none
         replacement = torch.full_like(tokens, mask_token)
     elif corruption == "nearest":
-        assert neighbours is not None
+        assert neighbours is not None  # made for this corruption
         count = neighbours.shape[1]
         replacement = neighbours[tokens, own(lambda rows: integers(rng, 0, count, rows, length))]
     else:

@@ -64,7 +64,7 @@ def open_pictures(config: TrainConfig, image_size: int, run: Path, *, must_valid
 def open_images(config: TrainConfig, split: str, image_size: int) -> ImageSource:
     """One split of a run's images, with the classes and labels that it wants."""
     data = config.data
-    assert data.images is not None
+    assert data.images is not None  # asked for only where a run has them
     return open_source(
         data.images, split=split, image_size=image_size, classes=data.classes, label_default=data.label_default,
         model_classes=read_origin(config.init).class_names if config.init else None,

@@ -77,7 +77,7 @@ def group_advantages(
     0: the released code adds 1e-8, which takes the advantages from rewards of that size.
     """
     if estimator == "reinforce":
-        assert baseline is not None
+        assert baseline is not None  # only `reinforce` takes one, and it always does
         advantages = rewards - baseline
     else:
         group_size = rewards.shape[1]

@@ -124,7 +124,7 @@ def embedding(resources: Resources) -> Reward:
 
 def patch_discriminator(resources: Resources) -> Reward:
     """Mean realness over patches; the originals do not matter."""
-    assert resources.discriminator is not None
+    assert resources.discriminator is not None  # refused where the reward is asked for without one
     discriminator = load_discriminator(resources.discriminator).to(resources.device)
 
     def realness(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
@@ -168,7 +168,7 @@ class Rewards:
     def maps(self, images: Tensor, originals: Tensor, grid: Grid) -> Tensor:
         """The weighted sum at each cell of the token grid, (B, rows, columns); the mean over cells is `__call__`'s."""
         maps = self.measure(images, unlabelled(originals), grid=grid)[2]
-        assert maps is not None
+        assert maps is not None  # with a grid there are
         return maps
 
     @torch.no_grad()
