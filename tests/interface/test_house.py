@@ -40,10 +40,16 @@ def test_there_are_no_rings(name) -> None:
     for one in IMPORTS:
         if name(one.source) != name(one.target) and one.target != "__init__":
             graph[name(one.source)].add(name(one.target))
+    assert ring_in(graph) == []
+
+
+def ring_in(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one ring, its first again at the end; empty where there is none."""
     try:
-        tuple(TopologicalSorter(graph).static_order())
+        TopologicalSorter(graph).prepare()
     except CycleError as error:
-        pytest.fail(f"a ring: {' -> '.join(error.args[1])}")
+        return error.args[1]
+    return []
 
 
 def test_imports_inside_functions_are_listed() -> None:
@@ -69,7 +75,7 @@ def test_the_checks_can_fail(monkeypatch) -> None:
     with pytest.raises(AssertionError):
         test_no_arrow_points_up()
     monkeypatch.setitem(globals(), "IMPORTS", [*IMPORTS, ring])
-    with pytest.raises(pytest.fail.Exception):
+    with pytest.raises(AssertionError):
         test_there_are_no_rings(str)
     monkeypatch.setitem(globals(), "IMPORTS", [*IMPORTS, inside])
     with pytest.raises(AssertionError):
