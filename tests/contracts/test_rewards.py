@@ -9,10 +9,12 @@ from consonar.errors import UserError
 from consonar.networks import lpips
 from consonar.networks.discriminator import PatchDiscriminator, save_discriminator
 from consonar.networks.lpips import VGG16Features
-from consonar.training.rewards import PLACED_REWARDS, RECONSTRUCTION_REWARDS, REWARDS, PlacedReward, build_rewards
+from consonar.training.rewards import PLACED_REWARDS, REWARDS, PlacedReward, build_rewards
 from consonar.types import Grid
 
 SIDE = 32
+RECONSTRUCTION_REWARDS = frozenset(REWARDS) - {"patch-discriminator"}
+"""Those that compare with the original."""
 
 
 @pytest.fixture(scope="module")
