@@ -10,6 +10,8 @@ from consonar.cpu.timing import Way
 from consonar.errors import check_choice
 
 PRECISIONS = ("auto", "fp32", "bf16")
+PATIENCE = 10.0
+"""Seconds that the choice may take on a busy machine: it halves the time of a step, and lasts for the run."""
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
@@ -21,7 +23,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         faster = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: cpu_multiplies_bf16() and timing.ours("bf16", autocast_ways),
+            "cpu": lambda: cpu_multiplies_bf16() and timing.ours("bf16", autocast_ways, PATIENCE),
         }[device.type]()
         return torch.bfloat16 if faster else None
     return torch.bfloat16 if name == "bf16" else None

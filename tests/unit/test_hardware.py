@@ -175,6 +175,25 @@ def test_bf16_is_automatic_only_where_it_is_native_and_faster(monkeypatch):
     assert precision.pick_precision("bf16", cpu) is torch.bfloat16
 
 
+def test_bf16_waits_longer_for_a_quiet_moment_than_a_kernel_does(clock, monkeypatch):
+    """On a busy machine float32 would double a run's steps for as long as the run lasts."""
+    random = Random(0)
+
+    def ways():
+        start = timing.time.perf_counter()
+
+        def way(seconds: float):
+            busy = timing.time.perf_counter() - start < 5
+            clock(seconds * random.uniform(1, 20) if busy else seconds)
+
+        return lambda: way(0.06), lambda: way(0.02)
+
+    monkeypatch.setattr(precision, "autocast_ways", ways)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
+    assert not timing.ours("a", ways)
+    assert precision.pick_precision("auto", torch.device("cpu")) is torch.bfloat16
+
+
 def test_the_words_for_a_machine_hold_what_changes_speeds(monkeypatch):
     timing.machine_key.cache_clear()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")

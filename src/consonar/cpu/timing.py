@@ -41,11 +41,11 @@ _forced: dict[str, bool] = {}
 _known: dict[str, dict[str, float]] = {}
 
 
-def ours(choice: str, ways: Callable[[], tuple[Way, Way]] | None) -> bool:
+def ours(choice: str, ways: Callable[[], tuple[Way, Way]] | None, patience: float = PATIENCE) -> bool:
     """Whether our way is to be taken for `choice`, e.g. "adamw" or "linear, 8 rows"; up to the comma stands the family.
 
     `ways()` makes (PyTorch's way, ours) when they are to be timed; both must leave random number generators alone.
-    None: ours is faster everywhere, and not timed.
+    None: ours is faster everywhere, and not timed. `patience`: seconds to try for on a busy machine.
     """
     if (forced_to := _forced.get(choice.partition(",")[0])) is not None:
         return forced_to
@@ -53,15 +53,15 @@ def ours(choice: str, ways: Callable[[], tuple[Way, Way]] | None) -> bool:
         return mode == "ours"
     if ways is None:
         return not several_machines()
-    return ratio(choice, ways) >= CLEARLY
+    return ratio(choice, ways, patience) >= CLEARLY
 
 
-def ratio(choice: str, ways: Callable[[], tuple[Way, Way]]) -> float:
+def ratio(choice: str, ways: Callable[[], tuple[Way, Way]], patience: float = PATIENCE) -> float:
     """Time of PyTorch's way over ours: measured once for this machine. 1 where nothing can be kept or measured."""
     key = machine_key(torch.get_num_threads())
     answers = _known.setdefault(key, {})
     if choice not in answers:
-        answers[choice] = _measure_and_keep(key, choice, ways)
+        answers[choice] = _measure_and_keep(key, choice, ways, patience)
     return answers[choice]
 
 
@@ -121,7 +121,7 @@ def several_machines() -> bool:
     return size != os.environ.get("LOCAL_WORLD_SIZE", size)
 
 
-def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]) -> float:
+def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]], patience: float = PATIENCE) -> float:
     if several_machines():
         return 1.0
     try:
@@ -134,7 +134,7 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
             busy = _read(folder / "kernels-busy.json")
             if abs(time.time() - busy.setdefault(key, {}).get(choice, 0.0)) < AGAIN:
                 return 1.0
-            measured = time_ratio(*ways())
+            measured = time_ratio(*ways(), patience)
             if measured is None:
                 busy[key][choice] = time.time()
                 write_json(folder / "kernels-busy.json", busy)
@@ -146,16 +146,16 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
         return 1.0
 
 
-def time_ratio(pytorch: Way, other: Way) -> float | None:
+def time_ratio(pytorch: Way, other: Way, patience: float = PATIENCE) -> float | None:
     """Seconds of the first over seconds of the second: the fastest of some calls each, in turn, after one unmeasured.
 
     The fastest, because whatever else the machine does only ever adds time; it counts when each way was `ENOUGH` times
-    about as fast. None: that did not happen within `PATIENCE` seconds, or as many calls, since the machine is busy.
+    about as fast. None: that did not happen within `patience` seconds, or as many calls, since the machine is busy.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     pytorch(), other()
-    while (elapsed := time.perf_counter() - start) < PATIENCE or len(seconds[0]) < ENOUGH:
+    while (elapsed := time.perf_counter() - start) < patience or len(seconds[0]) < ENOUGH:
         for way, taken in zip((pytorch, other), seconds, strict=True):
             begun = time.perf_counter()
             way()
