@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -330,3 +333,13 @@ def test_every_recipe_shows_its_options(capsys) -> None:
             cli.main(["train", name, "--help"])
         out = capsys.readouterr().out
         assert stop.value.code in (0, None) and "--optim.lr" in out and "--loop.steps" in out
+
+
+@pytest.mark.parametrize("args", [["--help"], ["recipes"], ["train", "--help"]], ids=" ".join)
+def test_who_leaves_before_the_end_of_the_output_is_told_nothing(args):
+    """As after `| head`: no traceback, no message, and the status that a shell gives a closed pipe."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", "consonar", *args], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -4,6 +4,7 @@ Wrong input prints one line and exits with 2; a run that fails by itself (a loss
 """
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -31,20 +32,12 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `consonar`."""
-    name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        say("usage: consonar COMMAND ...\n")
-        for command, summary in COMMANDS.items():
-            say(f"  {command:16}{summary}")
-        say("\nOptions of a command: consonar COMMAND --help")
-        return
-    if name == "--version":
-        say(__version__)
-        return
     try:
-        hold_memory()
-        check_choice("command", name, COMMANDS)
-        import_module(f"consonar.cli.{name.replace('-', '_')}").command(args)
+        run(*(list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+    except BrokenPipeError:
+        # Who read the output (`| head`) has left: nothing to tell, and nobody to tell it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell says it
     except UserError as error:
         way_out = "; --bad-images skip leaves such images out" if isinstance(error, BadImage) else ""
         stop(f"{error}{way_out}", 2)
@@ -58,6 +51,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop(str(error), 1)
     except KeyboardInterrupt:
         stop("interrupted; the same command (train: with --resume) goes on", 130)
+
+
+def run(name: str, *args: str) -> None:
+    if name in ("-h", "--help"):
+        say("usage: consonar COMMAND ...\n")
+        for command, summary in COMMANDS.items():
+            say(f"  {command:16}{summary}")
+        say("\nOptions of a command: consonar COMMAND --help")
+    elif name == "--version":
+        say(__version__)
+    else:
+        hold_memory()
+        check_choice("command", name, COMMANDS)
+        import_module(f"consonar.cli.{name.replace('-', '_')}").command(args)
 
 
 def stop(line: str, code: int) -> None:
