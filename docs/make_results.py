@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from consonar.data.grids import save_grid
+from consonar.data.picture_files import save_grid
 from consonar.evaluation.run_results import read_results
 from consonar.training.tracking import read_metrics
 

@@ -14,7 +14,7 @@ from PIL import Image
 import consonar
 from consonar.data import ImageFolder, TokenStore, import_llamagen_npy, import_rar_jsonl, write_token_store
 from consonar.data.loader import ImageBatches, TokenBatches, batch_rows
-from consonar.data.prefetch import prefetch
+from consonar.data.picture_files import prefetch
 from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
 from consonar.errors import UserError
 from consonar.files.lock import hold

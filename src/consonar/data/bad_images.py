@@ -6,12 +6,13 @@ without them, so that rows, labels and counts mean the same throughout, and agai
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from consonar.data.parts import Part
-from consonar.data.prefetch import decoding_threads
+from consonar.data.picture_files import decoding_threads
+from consonar.data.sources import Part
 from consonar.errors import BadImage, UserError, reading
 from consonar.files.writers import write_atomically
 from consonar.types import ImageRecord, ImageSource, IndexedSource
@@ -116,8 +117,8 @@ class SkippingStream:
         self.name, self.class_names = source.name, source.class_names
 
     def __iter__(self) -> Iterator[ImageRecord]:
-        records, row = iter(self.source), 0
-        while True:
+        records = iter(self.source)
+        for row in itertools.count():
             try:
                 record = next(records)
             except StopIteration:
@@ -126,8 +127,7 @@ class SkippingStream:
                 self.bad.met(self.part, row, error, max(row + 1, STREAM_START))
             else:
                 yield record
-            row += 1
-            self.bad.totals[self.part] = max(row, self.bad.totals.get(self.part, 0))
+            self.bad.totals[self.part] = max(row + 1, self.bad.totals.get(self.part, 0))
 
 
 def leave_out(source: ImageSource, bad: BadImages | None, part: str) -> ImageSource:

@@ -121,17 +121,20 @@ class ImageFolder:
     @cached_property
     def content_hash(self) -> str:
         """`origin.content_hash` of the files, the same wherever the folder lies."""
-        names = [printable(path.relative_to(self.root).as_posix()) for path in self.files]
+        names = [self.picture_name(index) for index in range(len(self))]
         return content_hash(names, lambda index: bytes_or_none(self.files[index]))
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def picture_name(self, index: int) -> str:
+        """The path of image `index`, in the order of the paths, below the root."""
+        return printable(self.files[index].relative_to(self.root).as_posix())
+
     def read(self, index: int) -> ImageRecord:
-        """Image `index` in the order of the paths, decoded; its name is the path below the root."""
         path = self.files[index]
         label = None if self.labels is None else self.labels[index]
-        return ImageRecord(read_image(path, str(path)), printable(path.relative_to(self.root).as_posix()), label)
+        return ImageRecord(read_image(path, str(path)), self.picture_name(index), label)
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return map(self.read, range(len(self)))

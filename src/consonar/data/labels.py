@@ -45,14 +45,8 @@ def check_labels(source: ImageSource, num_classes: int, missing: int | None = No
     """`check_label` of every picture whose label is known beforehand, so that a job of hours does not end at one."""
     for index, label in enumerate(known_labels(source) or ()):
         if label is None or not 0 <= label < num_classes:  # the name costs more than the look
-            check_label(label, num_classes, f"{source.name}: {picture_name(source, index)}", missing)
-
-
-def picture_name(source: ImageSource, index: int) -> str:
-    """What picture `index` of a source is called, where that is known without decoding it."""
-    if not isinstance(source, ImageFolder):
-        return f"picture {index}"
-    return source.files[index].relative_to(source.root).as_posix()
+            name = source.picture_name(index) if isinstance(source, ImageFolder) else f"picture {index}"
+            check_label(label, num_classes, f"{source.name}: {name}", missing)
 
 
 def read_class_file(path: str | Path) -> tuple[str, ...]:

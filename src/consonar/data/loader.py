@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from consonar.data.labels import check_label, check_labels
-from consonar.data.prefetch import decoding_threads
+from consonar.data.picture_files import decoding_threads
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from consonar.data.prefetch import decoding_threads
+from consonar.data.picture_files import decoding_threads
 from consonar.errors import UserError, check_choice, reading
 from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz

@@ -1,21 +1,31 @@
-"""Picture files: which ones a folder holds, and what is in one. Training, samples and references all read them here.
+"""Picture files: which ones a folder holds, what is in one, reading ahead, and grids. All pictures are read here.
 
 A file counts as a picture by its ending. Hidden files (also the `._` files of macOS) are left out, and so are devices,
 pipes and folders that are called like pictures. Links are followed, but never in circles.
 """
 
 import io
+import itertools
+import math
 import os
 import stat
 import struct
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
-from consonar.data.transforms import to_rgb
+from consonar.data.transforms import to_rgb, to_uint8
 from consonar.errors import BadImage, UserError, reading
+from consonar.files.writers import write_atomically
+from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -28,6 +38,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks that change no pixel here: text, and the colour profile (profiles are not applied)."""
 MAX_BYTES = 2**30
+T = TypeVar("T")
 MAX_ASPECT = 100
 """Longer side over shorter side: the shorter side is brought to the crop's size, which enlarges a hair into a wall."""
 
@@ -115,7 +126,7 @@ def read_image(source: str | Path | bytes, name: str) -> Image.Image:
         image = _decode(data)
     except UnidentifiedImageError as error:
         raise BadImage(f"{name}: not an image ({len(data)} bytes)") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, _TooLarge) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"{name}: too large to be decoded ({error}); make it smaller") from error
     except Exception as error:  # what the bytes happen to spell: see `errors.reading`
         cause = str(error) or type(error).__name__
@@ -126,10 +137,6 @@ def read_image(source: str | Path | bytes, name: str) -> Image.Image:
         return to_rgb(image)
     except UserError as error:
         raise BadImage(f"{name}: {error}") from error
-
-
-class _TooLarge(Exception):
-    pass
 
 
 def _read_bytes(path: Path, name: str) -> bytes:
@@ -152,7 +159,7 @@ def bytes_or_none(path: Path) -> bytes:
 
 
 def _decode(data: bytes) -> Image.Image:
-    """The first picture, decoded. Raises what Pillow raises, and `_TooLarge`."""
+    """The first picture, decoded. Raises what Pillow raises."""
     try:
         return _open(data)
     except ValueError:
@@ -169,7 +176,7 @@ def _open(data: bytes) -> Image.Image:
     if min(width, height) < 1:
         raise ValueError(f"{width} x {height} px")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise _TooLarge(f"{width} x {height} px, a side over {MAX_ASPECT} times the other")
+        raise Image.DecompressionBombError(f"{width} x {height} px, a side over {MAX_ASPECT} times the other")
     image.load()
     return image
 
@@ -183,3 +190,52 @@ def without_text(png: bytes) -> bytes:
             kept.append(png[place : place + 12 + length])
         place += 12 + length
     return b"".join(kept)
+
+
+def decoding_threads(count: int = 0) -> ThreadPoolExecutor:
+    """Threads for pictures, since Pillow releases the interpreter lock; 0: one per CPU core, at most 16."""
+    return ThreadPoolExecutor(count or min(os.cpu_count() or 1, 16))
+
+
+def prefetch(
+    source: ImageSource, prepare: Callable[[ImageRecord], T], *, num_workers: int, depth: int
+) -> Generator[T, None, None]:
+    """`prepare(record)` for every image of `source`, in its order, computed by threads up to `depth` items ahead.
+
+    An `IndexedSource` is decoded by all `num_workers` threads (as `decoding_threads`); any other source is walked by
+    one more thread, and only `prepare` runs in the others. An exception in a thread is raised here, at its item;
+    waiting work is then dropped.
+    """
+
+    def prepared(read: Callable[[], ImageRecord | None]) -> T | None:
+        record = read()  # None behind the end of a stream
+        return None if record is None else prepare(record)
+
+    reader, workers = ThreadPoolExecutor(1), decoding_threads(num_workers)
+    reads: Iterator[Callable[[], ImageRecord | None]]
+    if isinstance(source, IndexedSource):
+        reads = (partial(source.read, index) for index in range(len(source)))
+    else:
+        reads = (reader.submit(next, records, None).result for records in itertools.repeat(iter(source)))
+    jobs = (workers.submit(prepared, read) for read in reads)
+    try:
+        pending = deque(itertools.islice(jobs, depth))
+        while pending and (item := pending.popleft().result()) is not None:
+            pending.extend(itertools.islice(jobs, 1))
+            yield item
+    finally:
+        workers.shutdown(cancel_futures=True)
+        reader.shutdown(cancel_futures=True)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Writes images (B, 3, H, W) in [-1, 1] as a PNG: rows of `columns` on white, two pixels apart."""
+    pixels = to_uint8(images)  # (B, H, W, 3)
+    (count, height, width, _), gap = pixels.shape, 2
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    for index, picture in enumerate(pixels):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = picture
+    write_atomically(path, lambda partial: Image.fromarray(canvas.numpy()).save(partial, format="PNG"))

@@ -1,20 +1,25 @@
-"""Where images come from: a table of the kinds of sources, and `open_source`, which reads what `--data` names.
+"""Where images come from: a table of the kinds of sources, `open_source`, which reads what `--data` names, and sources
+made of others: some rows of one, and what becomes of its labels.
 
 Every image is decoded completely and converted to RGB (`picture_files.read_image`) when it is read; one that is no
 image or is cut short stops with its name.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from consonar.data.huggingface import open_dataset
 from consonar.data.image_folder import ImageFolder, is_split
-from consonar.data.labels import read_class_file
+from consonar.data.labels import DROP, class_id, known_labels, read_class_file
 from consonar.data.openmoji import OpenMoji
-from consonar.data.parts import relabelled
-from consonar.errors import UserError
+from consonar.errors import UserError, unknown
 from consonar.files.readers import home_expanded
-from consonar.types import ImageSource
+from consonar.origin import same_text
+from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,9 @@ SOURCES: dict[str, SourceKind] = {
 
 def choices() -> str:
     """What can be written, for messages."""
-    forms = [
-        form
-        for name, kind in SOURCES.items()
-        for form in ([f"{name}:{target}" for target in kind.targets] if kind.targets else [name])
-    ]
-    return ", ".join([forms[0], "PATH", *forms[1:]])
+    names = [name for name, kind in SOURCES.items() if not kind.targets]
+    forms = [f"{name}:{target}" for name, kind in SOURCES.items() for target in kind.targets]
+    return ", ".join([*names, "PATH", *forms])
 
 
 def find_source(spec: str) -> tuple[SourceKind, str]:
@@ -88,11 +90,110 @@ def open_source(
 
     `split` is "train", "validation" or, where the data has more, the name of a split. `classes` is a file that names
     class 0, 1, ... (`labels.read_class_file`), `label_default` what becomes of pictures without a label
-    (`parts.relabelled`), by a name of `model_classes` where the images have none. Raises `UserError` for an unknown
+    (`relabelled`), by a name of `model_classes` where the images have none. Raises `UserError` for an unknown
     `spec` or `split`, and for a folder or data set that is missing, empty or ambiguous.
     """
     kind, target = find_source(spec)
     source = kind.open(target, split, image_size)
-    if classes is None and label_default is None:
+    names = None if classes is None else read_class_file(classes)
+    return relabelled(source, names, label_default, model_classes)
+
+
+@dataclass(frozen=True)
+class Relabelling:
+    """What becomes of the labels of a source."""
+
+    class_names: tuple[str, ...] | None
+    """What the new labels count."""
+    order: tuple[int, ...] | None = None
+    """The new label of each class of the source; None: its labels stay."""
+    default: int | None = None
+    """The label of pictures without one."""
+    drops: bool = False
+    """Whether pictures without one are left out."""
+
+    def label(self, label: int | None) -> int | None:
+        if label is None:
+            return self.default
+        return self.order[label] if self.order and 0 <= label < len(self.order) else label
+
+    def apply(self, record: ImageRecord) -> ImageRecord:
+        return replace(record, label=self.label(record.label))
+
+    def keeps(self, record: ImageRecord) -> bool:
+        return not (self.drops and record.label is None)
+
+
+class Part:
+    """Some rows of an `IndexedSource`, one itself, called `name`; with other labels where there is a `relabelling`."""
+
+    def __init__(
+        self, source: IndexedSource, rows: Sequence[int], name: str, relabelling: Relabelling | None = None
+    ) -> None:
+        self.source, self.rows, self.name, self.relabelling = source, rows, name, relabelling
+        self.class_names = relabelling.class_names if relabelling else source.class_names
+        labels = known_labels(source)
+        if labels is not None:
+            self.labels = [relabelling.label(labels[row]) if relabelling else labels[row] for row in rows]
+
+    @cached_property
+    def content_hash(self) -> str | None:
+        """Of the source's content and the rows (relabelled: the source's alone); None where the source has none."""
+        content: str | None = getattr(self.source, "content_hash", None)
+        if self.relabelling or content is None:
+            return content
+        return hashlib.sha256(f"{content} {self.rows}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> ImageRecord:
+        """Picture `index` of the part."""
+        record = self.source.read(self.rows[index])
+        return self.relabelling.apply(record) if self.relabelling else record
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.read, range(len(self)))
+
+
+class RelabelledStream:
+    """The pictures of a stream that a relabelling keeps, with its labels."""
+
+    def __init__(self, source: ImageSource, relabelling: Relabelling) -> None:
+        self.source, self.name, self.relabelling = source, source.name, relabelling
+        self.class_names = relabelling.class_names
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        # No generator: these go on behind a picture that could not be read.
+        return filter(self.relabelling.keeps, map(self.relabelling.apply, self.source))
+
+
+def relabelled(
+    source: ImageSource,
+    class_names: tuple[str, ...] | None,
+    default: str | None = None,
+    names: Sequence[str] | None = None,
+) -> ImageSource:
+    """The source with labels that count the classes `class_names`, and with `default` for pictures without one.
+
+    `class_names` None leaves them as they are. `default` is the id or name of a class, `drop` (such pictures are left
+    out), or None; where the source names no classes, the default is one of `names`. Raises `UserError` for a class of
+    the source that is not among `class_names`, and an unknown default.
+    """
+    if class_names is None and default is None:
         return source
-    return relabelled(source, None if classes is None else read_class_file(classes), label_default, model_classes)
+    own, order = source.class_names, None
+    if own is not None and class_names is not None:
+        index = {same_text(name): label for label, name in enumerate(class_names)}
+        for name in own:
+            if same_text(name) not in index:
+                raise unknown(f"--classes: class of {source.name}", name, class_names)
+        order = tuple(index[same_text(name)] for name in own)
+    given = class_names or own
+    label = None if default is None or default == DROP else class_id(default, given or names)
+    relabelling = Relabelling(given, order, label, drops=default == DROP)
+    if not isinstance(source, IndexedSource):
+        return RelabelledStream(source, relabelling)
+    known = known_labels(source) if relabelling.drops else None
+    rows = [row for row in range(len(source)) if known is None or known[row] is not None]
+    return Part(source, rows, source.name, relabelling)

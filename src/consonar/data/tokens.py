@@ -21,7 +21,7 @@ from torch import Tensor
 
 import consonar
 from consonar.data.labels import LABEL_REMEDY, MAX_CLASSES, check_label, data_line
-from consonar.data.prefetch import prefetch
+from consonar.data.picture_files import prefetch
 from consonar.data.store_format import (
     METADATA_FILE,
     REMEDY,

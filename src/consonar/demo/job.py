@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
-from consonar.data.grids import save_grid
 from consonar.data.openmoji import OpenMoji
+from consonar.data.picture_files import save_grid
 from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import write_token_store

@@ -17,8 +17,7 @@ from torch import Tensor
 from consonar.components import load_generator, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.labels import check_label
-from consonar.data.parts import relabelled
-from consonar.data.sources import at_size, open_source
+from consonar.data.sources import at_size, open_source, relabelled
 from consonar.errors import MissingSplit, UserError
 from consonar.evaluation.features import as_input
 from consonar.evaluation.image_sets import cropped

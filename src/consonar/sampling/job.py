@@ -23,8 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from consonar.config_io import to_dict
-from consonar.data.grids import save_grid
-from consonar.data.picture_files import IMAGE_ENDINGS
+from consonar.data.picture_files import IMAGE_ENDINGS, save_grid
 from consonar.data.transforms import from_uint8, to_uint8
 from consonar.errors import UserError
 from consonar.files.lock import hold, is_unused

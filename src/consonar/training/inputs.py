@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from consonar.data.grids import save_grid
 from consonar.data.loader import Batches, PictureBatches
+from consonar.data.picture_files import save_grid
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError

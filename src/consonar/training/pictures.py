@@ -9,8 +9,7 @@ from consonar.components import read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe
-from consonar.data.parts import Part
-from consonar.data.sources import open_source
+from consonar.data.sources import Part, open_source
 from consonar.errors import MissingSplit, UserError
 from consonar.seeding import generator, permutation
 from consonar.training.config import TrainConfig
