@@ -1,6 +1,5 @@
-"""Generators and tokenizers by name: shipped with the package, a run, a model folder, or `hf:` a released file.
-
-A released file is converted once into the cache folder and read from there.
+"""Generators and tokenizers by name, read and written: shipped with the package, a run, a model folder, or `hf:` a
+released file, which is converted once into the cache folder and read from there.
 """
 
 from __future__ import annotations
@@ -8,37 +7,40 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from consonar import model_folders
+import torch
+
+from consonar.config_io import to_dict
 from consonar.convert import convert
 from consonar.convert.back import SOURCE
+from consonar.cpu.kernels import tune
 from consonar.errors import UserError
-from consonar.files.component import component_config
+from consonar.files.component import component_config, load_module, save_component
 from consonar.files.lock import hold
 from consonar.files.readers import plain_name, read_json
 from consonar.files.writers import file_sha256
+from consonar.generators import GENERATORS
 from consonar.hub import PREFIX, Wanted, read_name, released_file
-from consonar.model_folders import (
-    SHIPPED_GENERATORS,
-    SHIPPED_TOKENIZERS,
-    read_generator,
-    read_tokenizer,
-    save_generator,
-    save_tokenizer,
-    shipped_or_folder,
-)
-from consonar.origin import Origin, check
+from consonar.model_folders import SHIPPED_GENERATORS, read_settings, read_tokenizer, shipped_or_folder
+from consonar.origin import Origin, check, check_distinct
 from consonar.tokenizers import TokenizerModule
-from consonar.types import Generator
+from consonar.types import Generator, Weights
 
-__all__ = [
-    "SHIPPED_GENERATORS",
-    "SHIPPED_TOKENIZERS",
-    "load_generator",
-    "load_own_tokenizer",
-    "load_tokenizer",
-    "save_generator",
-    "save_tokenizer",
-]
+
+def save_generator(generator: Generator, folder: Path, origin: Origin, *, dtype: str = "float32") -> None:
+    """Writes a model folder: the generator's shape, its origin and its weights; `dtype` float16 halves the file."""
+    config = {"component": "generator", **to_dict(origin), **to_dict(generator.config)}
+    save_component(folder, config, stored(generator, dtype))
+
+
+def save_tokenizer(tokenizer: TokenizerModule, folder: Path, *, dtype: str = "float32") -> None:
+    """Writes a model folder; `dtype` float16 halves the file (the fingerprint is that of the rounded weights)."""
+    config = {"component": "tokenizer", "name": tokenizer.name, **to_dict(tokenizer.config)}
+    save_component(folder, config, stored(tokenizer, dtype))
+
+
+def stored(model: Weights, dtype: str) -> dict[str, torch.Tensor]:
+    """The weights as they are written."""
+    return {key: value.to(getattr(torch, dtype)) for key, value in model.state_dict().items()}
 
 
 def has_name(generator: str) -> bool:
@@ -61,7 +63,7 @@ def read_component_kind(path: str | Path) -> str:
 
 def read_origin(path: str | Path) -> Origin:
     """The origin of a generator by name; `UserError` for what is no generator."""
-    return model_folders.read_origin(model_folder(path))
+    return read_settings(model_folder(path), "generator", GENERATORS)[1]
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -74,9 +76,17 @@ def load_generator(path: str | Path) -> Generator:
 
     A released file is `hf:` and the name of a published model or owner/repository/file (see `consonar.hub`). The
     generator's `origin` says what it was made of and with. Raises `UserError` for a missing, damaged or unfinished
-    folder, and for weights of another shape.
+    folder, for weights of another shape, and for more names of classes than classes.
     """
-    return read_generator(model_folder(path))
+    folder = model_folder(path)
+    _, origin, settings, generator_class = read_settings(folder, "generator", GENERATORS)
+    generator: Generator = tune(load_module(lambda: generator_class(settings), folder))
+    generator.origin = origin
+    names, where = origin.class_names or (), str(folder / "config.json")
+    if len(names) > generator.num_classes:
+        raise UserError(f"{where}: class_names are {len(names)} for {generator.num_classes} classes")
+    check_distinct(names, where)
+    return generator
 
 
 def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -> TokenizerModule:
@@ -93,11 +103,10 @@ def load_own_tokenizer(path: str | Path) -> TokenizerModule:
 
     Raises `UserError` when it is not there or its weights have changed since: other codes would decode to noise.
     """
-    origin = read_origin(path)
+    _, origin, settings, _ = read_settings(model_folder(path), "generator", GENERATORS)
     if origin.tokenizer is None:
         raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
-    num_tokens = component_config(model_folder(path)).get("num_tokens")
-    tokenizer = load_tokenizer(origin.tokenizer, num_tokens=num_tokens)
+    tokenizer = load_tokenizer(origin.tokenizer, num_tokens=settings.num_tokens)
     here = Origin(tokenizer=origin.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint)
     check("tokenizer", here, origin, str(path), "it has changed since; train again, or put back the one it was")
     return tokenizer

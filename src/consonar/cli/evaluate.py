@@ -10,7 +10,7 @@ from rich.table import Table
 
 from consonar.cli.console import counting, say
 from consonar.cli.parsing import bad_images_of, check_output, parse
-from consonar.components import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS, load_tokenizer, read_component_kind
+from consonar.components import load_tokenizer, read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import pick_device
 from consonar.errors import UserError
@@ -20,6 +20,7 @@ from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import Measurement, check_place
 from consonar.evaluation.runs import evaluate_run
 from consonar.evaluation.settings import RunSettings
+from consonar.model_folders import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS
 from consonar.origin import Origin
 from consonar.seeding import check_seed
 

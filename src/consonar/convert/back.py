@@ -60,7 +60,7 @@ def official_state(folder: Path) -> tuple[str, State, list[str]]:
     kinds = tables.get(component)
     if kinds is None:
         raise UserError(f"{folder}: not a folder of a tokenizer or generator (component in config.json)")
-    _, config, _ = read_settings(folder, component, kinds)
+    _, _, config, _ = read_settings(folder, component, kinds)
     ours = map_tensors(folder / "model.safetensors")
     unused = map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
     entry: list[str] = []

@@ -41,8 +41,13 @@ def known_labels(source: ImageSource) -> Sequence[int | None] | None:
     return [None if label is None else int(label) for label in labels]
 
 
-def check_labels(source: ImageSource, num_classes: int, missing: int | None = None) -> None:
-    """`check_label` of every picture whose label is known beforehand, so that a job of hours does not end at one."""
+def check_labels(source: ImageSource, num_classes: int | None, missing: int | None = None) -> None:
+    """`check_label` of every picture whose label is known beforehand, so that a job of hours does not end at one.
+
+    `num_classes` None: labels are not read.
+    """
+    if num_classes is None:
+        return
     for index, label in enumerate(known_labels(source) or ()):
         if label is None or not 0 <= label < num_classes:  # the name costs more than the look
             name = source.picture_name(index) if isinstance(source, ImageFolder) else f"picture {index}"

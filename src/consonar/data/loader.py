@@ -4,7 +4,7 @@ There is no iterator state: `batch(step)` depends on (seed, step, data) alone, s
 uninterrupted one would have read, and W ranks together read what one rank with a W times larger batch would.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Generic, NotRequired, TypedDict, TypeVar, Unpack
@@ -19,7 +19,7 @@ from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.seeding import generator, integers, permutation, rows_of_rank, uniform
-from consonar.types import ImageBatch, ImageSource, IndexedSource, TokenBatch
+from consonar.types import ImageBatch, ImageRecord, ImageSource, IndexedSource, TokenBatch
 
 Item = TypeVar("Item")
 MAX_MEMORY = 4e9
@@ -169,8 +169,7 @@ class ImageBatches(PictureBatches):
 class SourceBatches(PictureBatches):
     """Batches of images that are read when they are needed, by several threads: for sets beyond memory.
 
-    A condition is the label of the record read, as `labels.check_label` finds it for `num_classes` and `missing`; 0
-    where `num_classes` is None, for models that read no classes. Labels that are known beforehand are checked at once.
+    Images and conditions are those of `item_of`. Labels that are known beforehand are checked at once.
     """
 
     def __init__(
@@ -184,22 +183,30 @@ class SourceBatches(PictureBatches):
         **place: Unpack[Place],
     ) -> None:
         super().__init__(len(source), source.name, flip=flip, **place)
-        if num_classes is not None:
-            check_labels(source, num_classes, missing)
-        self.source, self.image_size, self.num_classes, self.missing = source, image_size, num_classes, missing
+        check_labels(source, num_classes, missing)
+        self.item = lambda index: item_of(source.read(index), image_size, num_classes, missing)
         self.pool = decoding_threads()
 
     def read(self, rows: Tensor) -> ImageBatch:
-        def read(index: int) -> tuple[np.ndarray, int]:
-            record = self.source.read(index)
-            pixels = np.asarray(center_crop(record.image, self.image_size))
-            if self.num_classes is None:
-                return pixels, 0
-            return pixels, check_label(record.label, self.num_classes, record.name, self.missing)
+        images, condition = stacked(self.pool.map(self.item, rows.tolist()))
+        return ImageBatch(images=from_uint8(images), condition=condition, indices=rows)
 
-        pixels, labels = zip(*self.pool.map(read, rows.tolist()), strict=True)
-        images = from_uint8(torch.from_numpy(np.stack(pixels)))
-        return ImageBatch(images=images, condition=torch.tensor(labels), indices=rows)
+
+def item_of(
+    record: ImageRecord, image_size: int, num_classes: int | None, missing: int | None
+) -> tuple[np.ndarray, int]:
+    """A picture, centre-cropped: (S, S, 3) uint8, and its condition, the label that `labels.check_label` finds.
+
+    The condition is 0 where `num_classes` is None, for models that read no classes.
+    """
+    condition = 0 if num_classes is None else check_label(record.label, num_classes, record.name, missing)
+    return np.asarray(center_crop(record.image, image_size)), condition
+
+
+def stacked(items: Iterable[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    """Images (n, S, S, 3) uint8 and conditions (n,) int64 of one item or more."""
+    pixels, conditions = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(pixels)), torch.tensor(conditions)
 
 
 def image_batches(
@@ -211,10 +218,7 @@ def image_batches(
     flip: bool = False,
     **place: Unpack[Place],
 ) -> PictureBatches:
-    """Batches of centre-cropped images: from memory where all of them fit, else read in every epoch.
-
-    Their labels become conditions by `labels.check_label`; without `num_classes` they are not read.
-    """
+    """Batches of images and conditions (`item_of`): from memory where all of them fit, else read in every epoch."""
     if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
         return SourceBatches(source, image_size, num_classes=num_classes, missing=missing, flip=flip, **place)
     images, conditions = load_images(source, image_size, num_classes=num_classes, missing=missing)
@@ -223,18 +227,10 @@ def image_batches(
 
 def load_images(
     source: ImageSource, image_size: int, *, num_classes: int | None = None, missing: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """All images of a source, centre-cropped: (n, S, S, 3) uint8; and conditions (n,), None without `num_classes`.
-
-    Raises `UserError` for a label that is none of `num_classes` classes, or missing (`labels.check_label`).
-    """
-    images, conditions = [], []
-    if num_classes is not None:
-        check_labels(source, num_classes, missing)
-    for record in source:
-        if num_classes is not None:
-            conditions.append(check_label(record.label, num_classes, record.name, missing))
-        images.append(np.asarray(center_crop(record.image, image_size)))
-    if not images:
+) -> tuple[Tensor, Tensor]:
+    """All images (n, S, S, 3) uint8 of a source, and their conditions (n,), see `item_of`."""
+    check_labels(source, num_classes, missing)
+    items = [item_of(record, image_size, num_classes, missing) for record in source]
+    if not items:
         raise UserError(f"data.images: {source.name} holds no image")
-    return torch.from_numpy(np.stack(images)), None if num_classes is None else torch.tensor(conditions)
+    return stacked(items)

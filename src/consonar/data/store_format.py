@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import pyarrow as pa
 
-from consonar.config_io import from_dict, to_dict
+from consonar.config_io import from_dict
 from consonar.data.labels import MAX_CLASSES
 from consonar.errors import UserError
 from consonar.files.readers import read_json
@@ -64,11 +63,6 @@ class StoreMetadata:
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise UserError(f"class_names are not {self.num_classes} names; {REMEDY}")
 
-    def write(self, folder: Path) -> None:
-        """As store.json of a folder that nobody reads yet."""
-        content = {key: value for key, value in to_dict(self).items() if key != "imported_from" or value}
-        (folder / METADATA_FILE).write_text(json.dumps(content, indent=1))
-
 
 def read_metadata(folder: Path) -> StoreMetadata:
     """store.json of a token store; `UserError` for another version or a damaged one."""
@@ -99,11 +93,6 @@ class ContentHash:
     def hexdigest(self) -> str:
         """The hash of all items so far."""
         return hashlib.sha256(self._tokens.digest() + self._told.digest()).hexdigest()
-
-    def check(self, written: str | None, where: str) -> None:
-        """`UserError` unless these are the items whose hash was `written`; None: that is not known."""
-        if written not in (None, self.hexdigest()):
-            raise UserError(f"tokens: {where!r} holds other items than were written: damaged or edited; {REMEDY}")
 
 
 def check_rows(table: pa.Table, counts: Counts) -> None:

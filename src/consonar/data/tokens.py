@@ -7,6 +7,7 @@ the tokenizer by its fingerprint. A store appears at its path complete or not at
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 import consonar
+from consonar.config_io import to_dict
 from consonar.data.labels import LABEL_REMEDY, MAX_CLASSES, check_label, data_line
 from consonar.data.picture_files import prefetch
 from consonar.data.store_format import (
@@ -57,8 +59,7 @@ class StoreWriter:
         self.path, self.tokenizer, self.num_views = path, tokenizer, num_views
         self.num_classes, self.class_limit = num_classes or 0, num_classes
         self.counts = {"items": 0, "labelled": 0, "captioned": 0}
-        self.content = ContentHash()
-        self.first = ""
+        self.content, self.first = ContentHash(), ""
         tokens = FixedList(Value(token_dtype(tokenizer.vocab_size).name), length=num_views * tokenizer.num_tokens)
         features = Features(tokens=tokens, label=Value("int64"), caption=Value("string"), name=Value("string"))
         self.schema = features.arrow_schema
@@ -74,23 +75,24 @@ class StoreWriter:
         assert tokens.shape == shape, f"tokens {tokens.shape}, expected {shape}"
         check_tokens(tokens, self.tokenizer.vocab_size, self.tokenizer.name, f"{names[0]}..{names[-1]}")
         limit = MAX_CLASSES if self.class_limit is None else self.class_limit
-        labelled = [(label, name) for label, name in zip(labels, names, strict=True) if label is not None]
-        known = [check_label(label, limit, name) for label, name in labelled]
+        labels = [
+            None if label is None else int(check_label(label, limit, name))  # a NumPy integer is written otherwise
+            for label, name in zip(labels, names, strict=True)
+        ]
+        known = [label for label in labels if label is not None]
         self.num_classes = max([self.num_classes, *(label + 1 for label in known)])
         self.counts["items"] += len(names)
         self.counts["labelled"] += len(known)
         self.counts["captioned"] += sum(caption is not None for caption in captions)
         self.first = self.first or names[0]
         if self.counts["labelled"] < self.counts["items"] and (self.class_limit or self.counts["labelled"]):
-            bare = next((name for label, name in zip(labels, names, strict=True) if label is None), self.first)
+            bare = names[labels.index(None)] if None in labels else self.first
             raise UserError(f"{bare}: no label, though the data have classes; {LABEL_REMEDY}")
         flat = tokens.astype(token_dtype(self.tokenizer.vocab_size)).ravel()
-        labels = [None if label is None else int(label) for label in labels]  # a NumPy integer is written otherwise
         self.content.update(flat, labels, captions)
-        arrays = [pa.FixedSizeListArray.from_arrays(pa.array(flat), tokens[0].size)]
-        for name, values in (("label", labels), ("caption", captions), ("name", list(map(printable, names)))):
-            arrays.append(pa.array(values, self.schema.field(name).type))
-        self.pending.append(pa.Table.from_arrays(arrays, schema=self.schema))
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(flat), tokens[0].size)
+        columns = {"tokens": rows, "label": labels, "caption": captions, "name": list(map(printable, names))}
+        self.pending.append(pa.Table.from_pydict(columns, schema=self.schema))
         if sum(map(len, self.pending)) >= ROWS_PER_BLOCK:
             self.flush()
 
@@ -108,7 +110,7 @@ def new_store(
     path: str | Path,
     tokenizer: Tokenizer,
     num_views: int,
-    class_names: Sequence[str] | None,
+    class_names: tuple[str, ...] | None,
     *,
     views: str,
     source: str,
@@ -141,12 +143,11 @@ def new_store(
             consonar_version=consonar.__version__, tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint,
             content_sha256=writer.content.hexdigest(), views=views, source=source, imported_from=imported_from,
             vocab_size=tokenizer.vocab_size, num_tokens=tokenizer.num_tokens, num_views=num_views,
-            counts=Counts(**writer.counts), num_classes=writer.num_classes,
-            class_names=None if class_names is None else tuple(class_names),
+            counts=Counts(**writer.counts), num_classes=writer.num_classes, class_names=class_names,
         )  # fmt: skip
         with disk_errors(path, writer.counts["items"] * bytes_per_item):
             writer.arrow.close()
-            metadata.write(partial)
+            (partial / METADATA_FILE).write_text(json.dumps(to_dict(metadata), indent=1))
 
 
 class TokenStore:
@@ -229,12 +230,13 @@ class TokenStore:
 
     def check_content(self) -> None:
         """Read everything once; `UserError` for a token outside [0, vocab_size) and a hash that was not written."""
-        found = ContentHash()
+        found, where = ContentHash(), str(self.path)
         for batch in self.table.to_batches():
             tokens = batch.column("tokens").flatten().to_numpy()
-            check_tokens(tokens, self.vocab_size, self.tokenizer_name, str(self.path))
+            check_tokens(tokens, self.vocab_size, self.tokenizer_name, where)
             found.update(tokens, batch.column("label").to_pylist(), batch.column("caption").to_pylist())
-        found.check(self.metadata.content_sha256, str(self.path))
+        if self.metadata.content_sha256 not in (None, found.hexdigest()):
+            raise UserError(f"tokens: {where!r} holds other items than were written: damaged or edited; {REMEDY}")
 
 
 def write_token_store(
