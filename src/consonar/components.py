@@ -106,7 +106,7 @@ def load_own_tokenizer(path: str | Path) -> TokenizerModule:
     _, origin, settings, _ = read_settings(model_folder(path), "generator", GENERATORS)
     if origin.tokenizer is None:
         raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
-    tokenizer = load_tokenizer(origin.tokenizer, num_tokens=settings.num_tokens)
+    tokenizer = load_tokenizer(origin.tokenizer, num_tokens=settings.num_tokens or None)
     here = Origin(tokenizer=origin.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint)
     check("tokenizer", here, origin, str(path), "it has changed since; train again, or put back the one it was")
     return tokenizer
@@ -145,10 +145,8 @@ def is_current(wanted: Wanted, folder: Path) -> bool:
     files = read_json(records[0]).get("files")
     if not isinstance(files, dict) or not all(map(plain_name, files)):
         return False
-    beside = {name: wanted.place.with_name(name) for name in files}
-    return wanted.place.name in files and all(
-        path.is_file() and file_sha256(path) == files[name] for name, path in beside.items()
-    )
+    beside = {wanted.place.with_name(name): sha256 for name, sha256 in files.items()}
+    return wanted.place in beside and all(p.is_file() and file_sha256(p) == sha256 for p, sha256 in beside.items())
 
 
 def convert_file(wanted: Wanted, folder: Path) -> None:

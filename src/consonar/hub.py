@@ -60,13 +60,11 @@ def read_name(text: str) -> Wanted:
     return Wanted(text, parts[2], repository, image_size or (known.image_size if known else None), known)
 
 
-def fetch_file(text: str) -> Path:
-    """The released file of an `hf:` name, as it is; `UserError` when it cannot be had, with where to put it."""
-    return released_file(read_name(text))
-
-
 def released_file(wanted: Wanted) -> Path:
-    """The released file: put there by hand, or downloaded; for an index of shards, with all shards beside it."""
+    """The released file, as it is: put there by hand, or downloaded; for an index of shards, with all shards beside it.
+
+    `UserError` when it cannot be had, with where to put it.
+    """
     if wanted.place.is_file():
         return wanted.place
     if wanted.repository is None:

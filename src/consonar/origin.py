@@ -77,17 +77,13 @@ def check_distinct(names: Sequence[str] | None, where: str) -> None:
         seen.add(name)
 
 
-def text_hash(names: Sequence[str]) -> str:
-    """SHA-256 of a list of names in their order."""
-    return hashlib.sha256("\n".join(map(same_text, names)).encode()).hexdigest()
-
-
 def content_hash(names: Sequence[str], read: Callable[[int], bytes]) -> str:
     """SHA-256 of all names and of what `read` returns for up to `HASHED_ITEMS` of them, evenly spaced.
 
     The same wherever the items lie; without reading a large set.
     """
-    digest, count = hashlib.sha256(text_hash(names).encode()), min(HASHED_ITEMS, len(names))
+    named = hashlib.sha256("\n".join(map(same_text, names)).encode()).hexdigest()
+    digest, count = hashlib.sha256(named.encode()), min(HASHED_ITEMS, len(names))
     for index in range(count):
         digest.update(hashlib.sha256(read(index * len(names) // count)).digest())
     return digest.hexdigest()

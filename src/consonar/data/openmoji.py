@@ -210,14 +210,9 @@ def _render_all(size: int) -> _Rendered:
     distinct = {picture.tobytes(): file for file, picture in reversed(pictures.items())}  # the first of equal ones
     first = sorted(distinct.values())
     images, names = np.stack([pictures[file] for file in first]), tuple(file.stem for file in first)
-    rendered = _Rendered(images, names, _content_hash(images))
-
-    def save(partial: Path) -> None:
-        with partial.open("wb") as kept:
-            np.savez_compressed(kept, images=images, names=np.array(names), sha256=np.array(rendered.content_hash))
-
-    keep(path, save)
-    return rendered
+    sha256 = _content_hash(images)
+    keep(path, lambda file: np.savez_compressed(file, images=images, names=np.array(names), sha256=np.array(sha256)))
+    return _Rendered(images, names, sha256)
 
 
 def _read_rendered(path: Path) -> _Rendered:

@@ -176,12 +176,7 @@ def cached_features(
     arrays |= _moment_arrays("", features.moments)
     if features.spatial is not None:
         arrays |= _moment_arrays("spatial_", features.spatial)
-
-    def save(unfinished: Path) -> None:
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-
-    keep(path, save)
+    keep(path, lambda file: np.savez(file, **arrays))
     return replace(features, content=content)
 
 

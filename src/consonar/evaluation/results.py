@@ -100,7 +100,7 @@ class Evaluation:
         check_place(path, overwrite=overwrite, key="results")
         content = asdict(replace(self, copies={}))
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
-        write_json(path, content, end="", allow_nan=False)
+        write_json(path, content, allow_nan=False)
 
 
 def origin_of_numbers(results: Evaluation, reference: str) -> Json:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from consonar.errors import UserError, printable
 from consonar.files.writers import write_atomically
@@ -24,10 +25,18 @@ def cache_dir() -> Path:
         raise UserError("cache folder: this user has no home folder; set CONSONAR_CACHE to a folder") from error
 
 
-def keep(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_atomically` into the cache folder. It only saves time: failing costs a line on stderr, not the work."""
+def keep(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """What `write` writes into a file, atomically into the cache folder.
+
+    It only saves time: failing costs a line on stderr, not the work.
+    """
+
+    def opened(partial: Path) -> None:
+        with partial.open("wb") as file:
+            write(file)
+
     try:
-        write_atomically(path, write)
+        write_atomically(path, opened)
     except (OSError, UserError) as error:
         reason = f"{error.filename or path}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"consonar: not kept in the cache folder: {printable(reason)}", file=sys.stderr)

@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Concatenate, ParamSpec, TypeVar
@@ -45,20 +45,18 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
     made: list[Path] = []
-    path = folder / LOCK_FILE
-    try:
-        with _locked(path, wait, made) as file:
-            file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # before the lock is given back: nobody else can hold this file
-                _remove_empty(made)  # as well: who waits makes it again, and knows then that it did
-    except BaseException:
-        _remove_empty(made)
-        raise
+    path, since = folder / LOCK_FILE, datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    with ExitStack() as at_end:
+        at_end.callback(_remove_empty, made)
+        file = at_end.enter_context(_locked(path, wait, made))
+        # Both before the lock is given back: nobody else can hold this file, and who waits for it makes the folders
+        # again, and knows then that it did.
+        at_end.callback(_remove_empty, made)
+        at_end.callback(path.unlink, missing_ok=True)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        file.flush()
+        yield
 
 
 @contextmanager
@@ -131,10 +129,6 @@ def _holder(file: IO[str]) -> str:
         return f"process {known['pid']} on {known['host']} (since {known['since']})"
     except (ValueError, KeyError, TypeError):
         return "another process"
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def is_taken(path: Path) -> bool:

@@ -93,11 +93,8 @@ class ArrayFile:
 
     def read(self) -> np.ndarray:
         """All of it, in memory of its own."""
-        array = np.empty(self.shape, self.dtype, order="F" if self.fortran_order else "C")
-        flat = array.reshape(-1, order="A").view(np.uint8)
-        for start in range(0, flat.size, 2**24):
-            part = self.file.read(min(2**24, flat.size - start))
-            flat[start : start + len(part)] = np.frombuffer(part, np.uint8)
+        self.file.seek(0)
+        array: np.ndarray = np.lib.format.read_array(self.file, allow_pickle=False)
         return array
 
 
@@ -127,11 +124,10 @@ def npz_keys(path: Path, remedy: str = "") -> list[str]:
     end = f"; {remedy}" if remedy else ""
     if not path.is_file():
         raise UserError(f"{path}: no such file{end}")
-    with reading(path, "an .npz", remedy):
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path}: not an .npz file, or a truncated one{end}")
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not an .npz file, or a truncated one{end}")
+    with reading(path, "an .npz", remedy), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: holds {twice[0]!r} twice{end}")
     return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]

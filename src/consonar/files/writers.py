@@ -42,17 +42,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_json(
-    path: Path,
-    value: object,
-    *,
-    indent: int | None = 1,
-    end: str = "\n",
-    sort_keys: bool = False,
-    allow_nan: bool = True,
-) -> None:
+def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:
     """`write_atomically` of a value as JSON."""
-    text = json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan) + end
+    text = json.dumps(value, indent=1, allow_nan=allow_nan) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text))
 
 

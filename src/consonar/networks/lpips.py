@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from consonar.files.weights import load_weights
 from consonar.float32 import in_float32
-from consonar.hub import fetch_file
+from consonar.hub import read_name, released_file
 from consonar.networks.weight_files import WeightFile
 
 _NAME = "vgg16-397923af.pth"
@@ -152,7 +152,7 @@ def load_lpips(path: str | Path | None = None, *, check_hash: bool = True) -> LP
     one.
     """
     if path is not None and str(path).startswith("hf:"):
-        path, check_hash = fetch_file(str(path)), False
+        path, check_hash = released_file(read_name(str(path))), False
     file, digest, state = WEIGHTS.read(path, check_hash=check_hash)
     state = {key: value for key, value in state.items() if key.startswith("features.")}
     # On the meta device: random weights that are overwritten at once would advance the global random generator.

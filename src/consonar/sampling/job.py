@@ -196,7 +196,7 @@ def claim(folder: Path, job: Job, restart: bool) -> None:
     if change:
         for path in folder.glob("shard_*.npz"):  # of the job that is given up
             path.unlink()
-    write_json(record, job.settings, end="", sort_keys=True)
+    write_json(record, job.settings)
 
 
 def different(record: Path, settings: Mapping[str, object]) -> str | None:

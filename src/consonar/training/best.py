@@ -61,4 +61,4 @@ class KeepBest:
             if better:
                 return
         save_generator(trainee.generator, self.folder, self.origin)
-        write_json(record, {"step": step, "metric": METRIC, "value": metrics[METRIC]}, indent=None)
+        write_json(record, {"step": step, "metric": METRIC, "value": metrics[METRIC]})

@@ -144,7 +144,7 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
 def export(built: Built, state: State, out: Path) -> None:
     """Writes the released component, with the averaged weights where there are such; and why training ended early."""
     if state.stopped:
-        write_json(out / "stopped.json", {"step": state.step, "reason": state.stopped}, indent=None)
+        write_json(out / "stopped.json", {"step": state.step, "reason": state.stopped})
     if state.average is not None:
         built.trainee.load_state_dict(state.average)
     built.export(built.trainee, out)
