@@ -153,13 +153,11 @@ def open_dataset(kind: str, target: str, split: str) -> DatasetImages:
         else:
             name, _, config = target.partition(":")
             loaded = datasets.load_dataset(name, config or None, streaming=stream)
-    if isinstance(loaded, dict):
-        loaded = loaded[choose_split(split, list(loaded), target)]
-    elif split != "train":
-        raise MissingSplit(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
-    name = f"{kind}:{target}[{split}]"
-    with reading(f"data: {spec!r}", "a Hugging Face data set"):
+        if isinstance(loaded, dict):
+            loaded = loaded[choose_split(split, list(loaded), target)]
+        elif split != "train":
+            raise MissingSplit(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
         if isinstance(loaded, datasets.IterableDataset):
-            return DatasetImages(loaded, name, columns)
+            return DatasetImages(loaded, f"{kind}:{target}[{split}]", columns)
         check_buffers(loaded.data.table)
-        return IndexedDatasetImages(loaded, name, columns)
+        return IndexedDatasetImages(loaded, f"{kind}:{target}[{split}]", columns)

@@ -15,7 +15,6 @@ from consonar.types import ImageSource
 MAX_CLASSES = 100_000
 """More than any collection of labelled pictures has; a model has a row of weights for each."""
 DROP = "drop"
-WITHOUT_CLASSES = " (in post-training also --objective.class-dropout 1: no picture's class is read)"
 LABEL_REMEDY = "give it one with --label-default CLASS, or leave such pictures out with --label-default drop"
 
 
@@ -27,7 +26,8 @@ def check_label(label: int | None, num_classes: int, name: str, missing: int | N
     if label is None and (missing is not None or num_classes <= 1):
         return missing or 0
     if label is None:
-        raise UserError(f"{name}: no label, and there are {num_classes} classes; {LABEL_REMEDY}{WITHOUT_CLASSES}")
+        also = "in post-training also --objective.class-dropout 1: no picture's class is read"
+        raise UserError(f"{name}: no label, and there are {num_classes} classes; {LABEL_REMEDY} ({also})")
     if not 0 <= label < max(1, num_classes):
         raise UserError(f"{name}: label {label}, and there are {max(1, num_classes)} classes, from 0 on")
     return label

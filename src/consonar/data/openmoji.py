@@ -87,14 +87,10 @@ class OpenMoji:
         check_choice("openmoji split", split, SPLITS)
         if not 8 <= image_size <= 1024:
             raise UserError(f"openmoji image_size: {image_size} is not between 8 and 1024")
-        everything = _render_all(image_size)
-        held_out = validation_bases()
-        keep = [
-            i for i, name in enumerate(everything.names) if (base_emoji(name) in held_out) == (split == "validation")
-        ]
+        everything, held_out, validates = _render_all(image_size), validation_bases(), split == "validation"
+        keep = [i for i, name in enumerate(everything.names) if (base_emoji(name) in held_out) == validates]
         self.name = f"openmoji/{split}@{image_size}"
         self.class_names: tuple[str, ...] | None = CLASS_NAMES
-        self.image_size = image_size
         self.images = everything.images[keep]
         self.names = tuple(everything.names[i] for i in keep)
         self.labels = torch.tensor([class_of(name) for name in self.names], dtype=torch.int64)
@@ -204,7 +200,13 @@ def _render_all(size: int) -> _Rendered:
     key = f"openmoji-{digest.hexdigest()[:16]}-resvg-{resvg_py.__version__}-r{RENDERER_VERSION}-{size}"
     path = cache_dir() / f"{key}.npz"
     if path.exists():
-        return _read_rendered(path)
+        remedy = "delete it, it is made again"
+        stored = read_npz(path, remedy=remedy)
+        with reading(f"openmoji: {path}", "rendered emoji", remedy):
+            rendered = _Rendered(stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"]))
+        if _content_hash(rendered.images) != rendered.content_hash:
+            raise UserError(f"openmoji: {path} is damaged (its SHA-256 differs); {remedy}")
+        return rendered
     with decoding_threads() as pool:
         pictures = dict(zip(files, pool.map(lambda file: render(file, size), files), strict=True))
     distinct = {picture.tobytes(): file for file, picture in reversed(pictures.items())}  # the first of equal ones
@@ -213,16 +215,6 @@ def _render_all(size: int) -> _Rendered:
     sha256 = _content_hash(images)
     keep(path, lambda file: np.savez_compressed(file, images=images, names=np.array(names), sha256=np.array(sha256)))
     return _Rendered(images, names, sha256)
-
-
-def _read_rendered(path: Path) -> _Rendered:
-    remedy = "delete it, it is made again"
-    stored = read_npz(path, remedy=remedy)
-    with reading(f"openmoji: {path}", "rendered emoji", remedy):
-        rendered = _Rendered(stored["images"], tuple(stored["names"].tolist()), str(stored["sha256"]))
-    if _content_hash(rendered.images) != rendered.content_hash:
-        raise UserError(f"openmoji: {path} is damaged (its SHA-256 differs); {remedy}")
-    return rendered
 
 
 def render(file: Path, size: int) -> np.ndarray:

@@ -41,8 +41,7 @@ def _scale_sixteen_bit(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"integer pixels {values.min()}..{values.max()}: 16-bit images have 0..65535; convert the file")
     grey = Image.fromarray((values >> 8).astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if transparent is None:
+    if (transparent := image.info.get("transparency")) is None:
         return grey
     alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
@@ -122,10 +121,6 @@ def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
     right, bottom = resized.width - size, resized.height - size
     corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
     crops = [_crop(resized, left, top, size) for left, top in corners]
-    return with_mirrors(crops)
-
-
-def with_mirrors(crops: list[Image.Image]) -> list[Image.Image]:
     return crops + [ImageOps.mirror(crop) for crop in crops]
 
 
@@ -168,4 +163,4 @@ def make_views(image: Image.Image, views: str, size: int) -> list[Image.Image]:
     if views == "ten_crop":
         return ten_crop(image, size)
     crops = shifts(image, size) if views == "shift_flip" else [center_crop(image, size)]
-    return crops if views == "center" else with_mirrors(crops)
+    return crops if views == "center" else crops + [ImageOps.mirror(crop) for crop in crops]

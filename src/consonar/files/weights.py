@@ -30,19 +30,11 @@ def check_plain(state: Mapping[Any, Tensor], where: str) -> None:
     """`UserError` names the first tensor whose numbers are not all there: sparse, quantized, nested, without memory, or
     a few numbers repeated over more than a gigabyte."""
     for key, value in state.items():
-        plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested or value.is_meta)
-        if not plain or value.nbytes > max(MAX_REPEATED, value.untyped_storage().nbytes()):
-            raise UserError(
-                f"{where}: {key} is not a plain tensor ({kind_of(value)}); save it as one, with all numbers"
-            )
-
-
-def kind_of(tensor: Tensor) -> str:
-    """What a tensor is, in words, without reading it."""
-    if tensor.is_nested:
-        return "nested"
-    kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-    return f"{'without memory' if tensor.is_meta else kind}, shape {tuple(tensor.shape)}"
+        kinds = {"nested": value.is_nested, "quantized": value.is_quantized, "without memory": value.is_meta}
+        kind = next((kind for kind in kinds if kinds[kind]), str(value.layout).removeprefix("torch."))
+        if kind != "strided" or value.nbytes > max(MAX_REPEATED, value.untyped_storage().nbytes()):
+            shape = "" if value.is_nested else f", shape {tuple(value.shape)}"
+            raise UserError(f"{where}: {key} is not a plain tensor ({kind}{shape}); save it as one, with all numbers")
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
