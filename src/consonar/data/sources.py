@@ -47,9 +47,8 @@ SOURCES: dict[str, SourceKind] = {
 
 def choices() -> str:
     """What can be written, for messages."""
-    names = [name for name, kind in SOURCES.items() if not kind.targets]
-    forms = [f"{name}:{target}" for name, kind in SOURCES.items() for target in kind.targets]
-    return ", ".join([*names, "PATH", *forms])
+    forms = [f"{name}:{to}".removesuffix(":") for name, kind in SOURCES.items() for to in kind.targets or ("",)]
+    return ", ".join([forms[0], "PATH", *forms[1:]])
 
 
 def find_source(spec: str) -> tuple[SourceKind, str]:
