@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from consonar.distributed import World, pick_device
+from consonar.distributed import ALONE, World, pick_device
 from consonar.evaluation.results import library_versions
 from consonar.generators import build_generator
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
@@ -43,7 +43,7 @@ from consonar.training.intervals import State
 from consonar.training.loop import update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
-from consonar.training.objectives.base import ALONE, ObjectiveConfig
+from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.optim import OptimConfig, build_optimizer
 from consonar.training.rewards import PlacedReward, Rewards, squared_errors

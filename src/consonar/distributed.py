@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from consonar.errors import UserError, check_choice
+from consonar.seeding import rows_of_rank
 
 Value = TypeVar("Value")
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,6 +32,13 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def own_rows(self, draw: Callable[[int], torch.Tensor], num_rows: int) -> torch.Tensor:
+        """This process's rows of a draw for the batch of all of them, see `seeding.rows_of_rank`."""
+        return rows_of_rank(draw, num_rows, self.rank, self.size)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def pick_device(name: str = "auto", key: str = "loop.device") -> torch.device:

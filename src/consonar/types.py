@@ -266,7 +266,7 @@ Prepared = TypeVar("Prepared")
 
 
 class Objective(Protocol[Item, Prepared]):
-    """What a method is: what it makes of a batch, and what is minimised.
+    """What a method is: what it makes of a batch, and what is minimised; to inherit, or to follow.
 
     The model is the trainee of its kind of run, or that wrapped for several processes, hence `Any`.
     """
@@ -284,11 +284,11 @@ class Objective(Protocol[Item, Prepared]):
 
     def state(self, step: int) -> dict[str, float]:
         """What else moves over training at this step (a noise rate, say), by name, for the log."""
-        ...
+        return {}
 
     def breach(self, values: Mapping[str, float]) -> str | None:
         """Why training must stop here, judged by these logged values; None: go on."""
-        ...
+        return None
 
     def validate(self, model: Any, batches: Iterator[Item]) -> dict[str, float]:
         """Metrics of a trainee on held-out batches, by name: means over all items, without gradient."""

@@ -14,7 +14,7 @@ from contracts.test_objectives import CONSISTENCY, RECONSTRUCTION
 from device.pretend import LOG
 from torch import nn
 
-from consonar.distributed import World
+from consonar.distributed import ALONE, World
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
@@ -25,7 +25,7 @@ from consonar.training.loop import update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.autoregressive import NoiseConfig
-from consonar.training.objectives.base import ALONE, ObjectiveConfig
+from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.controls import StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import TokenizerTrainee

@@ -69,10 +69,6 @@ class Sharpen(Alignment):
         self.config: SharpenConfig = config
         super().__init__(config, *args, **settings)
 
-    def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
-        with torch.no_grad():
-            return self.force(model, batch, step)
-
     def loss(self, model: AlignmentTrainee, prepared: Forced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         calls[:] = [
             f"{Path(one.filename).relative_to(SOURCE)}: {one.name}"
@@ -275,7 +271,7 @@ HAD_TO_KNOW = {
     "StraightThroughConfig": [
         "recipes/openmoji.py", "training/objectives/__init__.py", "training/objectives/controls.py",
     ],
-    "FreePolicy": ["training/objectives/__init__.py", "training/objectives/free.py"],
+    "FreePolicy": ["training/objectives/__init__.py", "training/objectives/policy.py"],
     "absolute_errors": ["training/rewards.py"],
     "TiTokTokenizer": ["tokenizers/__init__.py", "tokenizers/titok.py"],
     "AliTokARGenerator": ["generators/__init__.py", "generators/alitok.py"],

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import run_on_two
 
+from consonar.distributed import ALONE
 from consonar.generators.rear import ReARConfig
 from consonar.training.config import DataConfig
 from consonar.training.intervals import State
 from consonar.training.loop import update
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig, NoisyTokens
-from consonar.training.objectives.base import ALONE
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.resume import load_resume

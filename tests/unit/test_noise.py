@@ -39,9 +39,8 @@ def test_corruption_rates(corruption, rng):
     rates, length, vocab_size = torch.tensor([0.0, 0.3, 1.0]), 20000, 50
     tokens = torch.randint(vocab_size, (3, length), generator=rng)
     neighbours = code_neighbours(torch.randn(vocab_size, 4, generator=rng), 3)
-    context, corrupted = corrupt_tokens(
-        tokens, rates, vocab_size, rng, corruption=corruption, mask_token=vocab_size, neighbours=neighbours
-    )
+    by = {"mask": {"mask_token": vocab_size}, "nearest": {"neighbours": neighbours}}.get(corruption, {})
+    context, corrupted = corrupt_tokens(tokens, rates, vocab_size, rng, **by)
     deviation = 5 * (0.3 * 0.7 / length) ** 0.5
     assert corrupted.float().mean(1).tolist() == pytest.approx([0, 0.3, 1], abs=deviation)
     assert not corrupted[0].any() and corrupted[2].all()

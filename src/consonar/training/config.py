@@ -26,7 +26,7 @@ from consonar.options import (
 )
 from consonar.precision import PRECISIONS
 from consonar.tokenizers import TOKENIZERS
-from consonar.training.objectives import kinds, run_of
+from consonar.training.objectives import kinds, method_of_config
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.optim import OptimConfig
@@ -170,7 +170,7 @@ class TrainConfig(Options):
     @property
     def run(self) -> str:
         """What kind of run this is: generator, post-training or tokenizer."""
-        return run_of(self.objective)
+        return method_of_config(self.objective).run
 
     @property
     def aligns(self) -> bool:

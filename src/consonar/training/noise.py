@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from consonar.distributed import ALONE, World
 from consonar.float32 import in_float32
 from consonar.records import to_device
-from consonar.seeding import integers, rows_of_rank, uniform
+from consonar.seeding import integers, uniform
 
 Schedule = Literal["none", "constant", "uniform", "linear", "truncated_linear"]
 Corruption = Literal["uniform", "mask", "nearest"]
@@ -41,34 +42,28 @@ def corrupt_tokens(
     rates: Tensor,
     vocab_size: int,
     rng: torch.Generator,
+    world: World = ALONE,
     *,
-    corruption: Corruption = "uniform",
     mask_token: int | None = None,
     neighbours: Tensor | None = None,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Replaces each token with probability rates[b]: context (B, N) and where it was replaced (B, N) bool.
 
-    `uniform`: by any code, the same one included. `mask`: by `mask_token`. `nearest`: by one of the codes listed in
-    `neighbours` (V, n) for it, all equally likely. Draws from `rng` only; `rng.device` is where the draws happen. With
-    several ranks each draws for all and takes its rows (`rows_of_rank`).
+    By `mask_token`; or by one of the codes listed in `neighbours` (V, n) for it, all equally likely; or, without both,
+    by any code, the same one included. Draws from `rng` only; `rng.device` is where the draws happen.
     """
 
     def own(draw: Callable[[int], Tensor]) -> Tensor:
-        return to_device(rows_of_rank(draw, len(tokens), rank, world_size), tokens.device)
+        return to_device(world.own_rows(draw, len(tokens)), tokens.device)
 
     length = tokens.shape[1]
     corrupted = own(lambda rows: uniform(rng, rows, length)) < to_device(rates, tokens.device)[:, None]
-    if corruption == "mask":
-        assert mask_token is not None  # refused where a generator has none
+    if mask_token is not None:
         replacement = torch.full_like(tokens, mask_token)
-    elif corruption == "nearest":
-        assert neighbours is not None  # made for this corruption
+    elif neighbours is not None:
         count = neighbours.shape[1]
         replacement = neighbours[tokens, own(lambda rows: integers(rng, 0, count, rows, length))]
     else:
-        assert corruption == "uniform", corruption
         replacement = own(lambda rows: integers(rng, 0, vocab_size, rows, length))
     return torch.where(corrupted, replacement, tokens), corrupted
 

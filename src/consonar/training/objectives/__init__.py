@@ -20,20 +20,11 @@ from consonar.training.objectives.controls import (
     StraightThrough,
     StraightThroughConfig,
 )
-from consonar.training.objectives.free import FreePolicy
-from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
+from consonar.training.objectives.policy import FreePolicy, PolicyConfig, TeacherForcedPolicy
 from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig
 
 Settings = JsonMap
 """A configuration of an objective as a plain dict, as `config.json` of a run has it."""
-
-
-def always(settings: Settings) -> bool:
-    return True
-
-
-def nothing(settings: Settings) -> list[str]:
-    return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +40,9 @@ class Method:
     """From tokens; from images and a start model; a tokenizer from images."""
     about: str = ""
     """A clause that follows the name, on the page."""
-    fits: Callable[[Settings], bool] = always
+    fits: Callable[[Settings], bool] = lambda settings: True
     """Which settings of this kind are this method, where several share a configuration."""
-    details: Callable[[Settings], list[str]] = nothing
+    details: Callable[[Settings], list[str]] = lambda settings: []
     """What is said of the settings behind the name."""
     is_control: bool = False
     """Whether other methods of its kind of run are judged by it."""
@@ -150,8 +141,3 @@ def method_of(settings: Settings) -> Method | None:
 def method_of_config(config: ObjectiveConfig) -> Method:
     """The method with this configuration."""
     return next(m for m in METHODS if isinstance(config, m.config) and m.fits(to_dict(config)))
-
-
-def run_of(config: ObjectiveConfig) -> str:
-    """What kind of run trains with this configuration."""
-    return next(method.run for method in METHODS if isinstance(config, method.config))

@@ -19,10 +19,10 @@ from torch import Tensor
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.options import Count, NotNegative, Options, Range, ReadOnlyWith, Share
-from consonar.seeding import generator, rows_of_rank, uniform
+from consonar.seeding import generator, uniform
 from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy
-from consonar.training.objectives.base import ObjectiveConfig, drop_classes
+from consonar.training.objectives.base import ObjectiveConfig, drop_classes, means
 from consonar.training.rewards import build_rewards, check_rewards
 from consonar.training.trainee import Trainee
 from consonar.types import Condition, EncodedBatch, Generator, ImageBatch, Tokenizer
@@ -140,7 +140,7 @@ class Forced:
 
 
 class Alignment:
-    """The shared part of a post-training objective; follows `consonar.types.Objective` but for `prepare` and `loss`.
+    """The shared part of a post-training objective; follows `consonar.types.Objective` but for `loss`.
 
     `prior` is the frozen start model, or None where no KL is wanted; `probe` reads images (n, 3, H, W) of the data, for
     what is measured of the decoder. Raises `UserError` for rewards that cannot be built.
@@ -182,7 +182,8 @@ class Alignment:
         """The batch with its tokens."""
         return EncodedBatch(batch.images, batch.condition, batch.indices, tokens=self.tokenizer.encode(batch.images))
 
-    def force(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
+    @torch.no_grad()
+    def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
         """Tokens of the images, a noisy context, maybe a dropped condition; each from a generator of its own."""
         encoded = self.encode(batch)
         tokens, condition, rate = encoded.tokens, encoded.condition, self.noise_rate(step)
@@ -190,15 +191,9 @@ class Alignment:
             condition = drop_classes(model.generator, condition, share, self.seed, step, self.world)
         context = tokens
         if rate > 0:
-            context, _ = noise.corrupt_tokens(
-                tokens, torch.full((len(tokens),), rate), self.tokenizer.vocab_size,
-                generator(self.seed, "noise", step, 0), rank=self.world.rank, world_size=self.world.size,
-            )  # fmt: skip
+            rates, rng = torch.full((len(tokens),), rate), generator(self.seed, "noise", step, 0)
+            context, _ = noise.corrupt_tokens(tokens, rates, self.tokenizer.vocab_size, rng, self.world)
         return Forced(encoded, context, condition)
-
-    def own_rows(self, draw: Callable[[int], Tensor], num_rows: int) -> Tensor:
-        """This process's rows of a draw for the batch of all of them, see `seeding.rows_of_rank`."""
-        return rows_of_rank(draw, num_rows, self.world.rank, self.world.size)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -229,14 +224,13 @@ class Alignment:
         cross_entropy, entropy and kl (to the start model, exact) in nats per token; accuracy 0..1; reward and its parts
         of one draw of every token, the same uniform numbers whatever the model is (common random numbers).
         """
-        sums: dict[str, Tensor] = {}
-        count = 0
+        measured: list[tuple[int, dict[str, Tensor]]] = []
         for batch in batches:
             encoded = self.encode(batch)
             tokens = encoded.tokens
             with self.autocast():
                 logits = model(tokens, batch.condition).logits.float()
-            rng = generator(self.seed, "validation", count)
+            rng = generator(self.seed, "validation", sum(count for count, _ in measured))
             uniforms = uniform(rng, len(tokens), 1, tokens.shape[1], dtype=torch.float64)
             drawn = policy.draw_actions(logits, uniforms)[:, 0]
             total, parts, _ = self.rewards.measure(self.decode(drawn), encoded)
@@ -249,7 +243,5 @@ class Alignment:
             values |= {f"reward_{name}": part.mean() for name, part in parts.items()}
             if self.prior is not None:
                 values["kl"] = policy.kl_exact(logits, self.prior_logits(tokens, batch.condition)).mean()
-            for key, value in values.items():
-                sums[key] = sums.get(key, 0.0) + value.double() * len(tokens)
-            count += len(tokens)
-        return {key: float(value / count) for key, value in sums.items()}
+            measured.append((len(tokens), values))
+        return means(measured)

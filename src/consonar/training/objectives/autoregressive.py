@@ -11,21 +11,21 @@ released behaviour).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from consonar.distributed import World
+from consonar.distributed import ALONE, World
 from consonar.errors import UserError
 from consonar.options import Count, CountOrZero, NotNegative, Options, Range, ReadOnlyWith, Share, ShareBelowOne
-from consonar.seeding import generator, rows_of_rank
+from consonar.seeding import generator
 from consonar.training import losses, noise
-from consonar.training.objectives.base import ALONE, ObjectiveConfig, codebook_of, drop_classes
+from consonar.training.objectives.base import ObjectiveConfig, codebook_of, drop_classes, means
 from consonar.training.trainee import HeadSpec, Trainee
-from consonar.types import Condition, TokenBatch, Tokenizer
+from consonar.types import Condition, Objective, TokenBatch, Tokenizer
 
 NOISE = ReadOnlyWith(lambda given: given.schedule != "none", "{}schedule other than 'none'")
 ANNEALING = ReadOnlyWith(lambda given: given.schedule == "truncated_linear", "{}schedule 'truncated_linear'")
@@ -124,8 +124,8 @@ class NoisyTokens:
     """(B, N) bool: where `context` was replaced."""
 
 
-class Autoregressive:
-    """Follows `consonar.types.Objective`. `total_steps` is the length of the run (the noise schedule's clock)."""
+class Autoregressive(Objective[TokenBatch, NoisyTokens]):
+    """`total_steps` is the length of the run (the noise schedule's clock)."""
 
     def __init__(
         self, config: AutoregressiveConfig, tokenizer: Tokenizer, *, total_steps: int, seed: int, world: World = ALONE
@@ -154,8 +154,7 @@ class Autoregressive:
         if rate == 0:
             return tokens, torch.zeros_like(tokens, dtype=torch.bool)
         rng = generator(self.seed, "noise", step, 0)
-        settings = self.config.noise
-        mask_token = None
+        settings, mask_token = self.config.noise, None
         if settings.corruption == "mask":
             mask_token = getattr(model.generator, "mask_token", None)
             if mask_token is None:
@@ -165,22 +164,10 @@ class Autoregressive:
         if settings.corruption == "nearest" and self.neighbours is None:
             codebook = codebook_of(self.tokenizer, tokens.device)
             self.neighbours = noise.code_neighbours(codebook, min(settings.num_neighbours, len(codebook) - 1))
-        rates = rows_of_rank(
-            lambda n: noise.draw_noise_rates(settings.schedule, rate, n, rng),
-            len(tokens),
-            self.world.rank,
-            self.world.size,
-        )
+        rates = self.world.own_rows(lambda n: noise.draw_noise_rates(settings.schedule, rate, n, rng), len(tokens))
+        vocab_size, world = self.tokenizer.vocab_size, self.world
         return noise.corrupt_tokens(
-            tokens,
-            rates,
-            self.tokenizer.vocab_size,
-            rng,
-            corruption=settings.corruption,
-            mask_token=mask_token,
-            neighbours=self.neighbours,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            tokens, rates, vocab_size, rng, world, mask_token=mask_token, neighbours=self.neighbours
         )
 
     def loss(self, model: Trainee, prepared: NoisyTokens, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -197,25 +184,18 @@ class Autoregressive:
         return total, terms
 
     def state(self, step: int) -> dict[str, float]:
-        """What the log shows beside the terms."""
         return {"noise_rate": self.noise_rate(step)}
-
-    def breach(self, values: Mapping[str, float]) -> str | None:
-        """Nothing stops such a run early."""
-        return None
 
     @torch.no_grad()
     def validate(self, model: Trainee, batches: Iterator[TokenBatch]) -> dict[str, float]:
         """Teacher-forced cross-entropy (nats), accuracy and entropy on a clean context with the true class."""
-        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        measured = []
         for batch in batches:
             logits = model(batch.tokens, batch.condition).logits.float()
-            values = [
-                losses.next_token_loss(logits, batch.tokens),
-                losses.next_token_accuracy(logits, batch.tokens),
-                losses.entropy(logits).mean(),
-            ]
-            sums += torch.stack(values).double().cpu() * len(batch.tokens)
-            count += len(batch.tokens)
-        cross_entropy, accuracy, entropy = (sums / count).tolist()
-        return {"cross_entropy": cross_entropy, "accuracy": accuracy, "entropy": entropy}
+            values = {
+                "cross_entropy": losses.next_token_loss(logits, batch.tokens),
+                "accuracy": losses.next_token_accuracy(logits, batch.tokens),
+                "entropy": losses.entropy(logits).mean(),
+            }
+            measured.append((len(logits), values))
+        return means(measured)

@@ -1,7 +1,8 @@
-"""What all objectives share: the class of their configurations, and how a condition is dropped."""
+"""What objectives share: the class of their configurations, how a condition is dropped, means over batches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,9 @@ from torch import Tensor
 from consonar import records
 from consonar.distributed import World
 from consonar.options import Options
-from consonar.seeding import generator, rows_of_rank, uniform
+from consonar.seeding import generator, uniform
 from consonar.training.trainee import HeadSpec
 from consonar.types import Condition, Generator, ModelConfig, Tokenizer
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class ObjectiveConfig(Options):
 def drop_classes(model: Generator, condition: Condition, share: float, seed: int, step: int, world: World) -> Condition:
     """The condition with the null condition in this `share` of the rows, drawn by (seed, step) alone."""
     rng = generator(seed, "class_dropout", step, 0)
-    dropped = rows_of_rank(lambda n: uniform(rng, n), records.num_rows(condition), world.rank, world.size)
+    dropped = world.own_rows(lambda n: uniform(rng, n), records.num_rows(condition))
     keep = records.to_device(dropped >= share, records.first_tensor(condition).device)
     return records.select(keep, condition, model.null_condition(condition))
 
@@ -64,3 +63,14 @@ def drop_classes(model: Generator, condition: Condition, share: float, seed: int
 def codebook_of(tokenizer: Tokenizer, device: torch.device) -> Tensor:
     """(V, C): what the decoder receives for each token."""
     return tokenizer.embed(torch.arange(tokenizer.vocab_size, device=device)[None])[0]
+
+
+def means(measured: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, float]:
+    """Means over all items, by name, from the number of items in each batch and the means over those. In float64."""
+    sums: dict[str, Tensor] = {}
+    total = 0
+    for count, values in measured:
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.double() * count
+        total += count
+    return {name: float(value / total) for name, value in sums.items()}

@@ -54,10 +54,6 @@ class CrossEntropy(Alignment):
                 codebook_of(self.tokenizer, self.world.device).detach().float(), config.tau
             )
 
-    @torch.no_grad()
-    def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
-        return self.force(model, batch, step)
-
     def loss(self, model: AlignmentTrainee, prepared: Forced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy on the true tokens, or against the soft targets."""
         tokens = prepared.batch.tokens
@@ -126,8 +122,8 @@ class StraightThrough(Alignment):
     def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> SeededForced:
         """Context, and one seed per image for its Gumbel noise, so that micro-batches draw what the whole would."""
         first = derive_seed(self.seed, "gumbel", step, 0) % 2**62
-        seeds = self.own_rows(lambda n: torch.arange(first, first + n), len(batch.images))
-        return SeededForced(**vars(self.force(model, batch, step)), seeds=seeds)
+        seeds = self.world.own_rows(lambda n: torch.arange(first, first + n), len(batch.images))
+        return SeededForced(**vars(super().prepare(model, batch, step)), seeds=seeds)
 
     def loss(self, model: AlignmentTrainee, prepared: SeededForced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel and perceptual loss through the frozen decoder, and cross-entropy on the true tokens."""

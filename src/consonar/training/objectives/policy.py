@@ -2,13 +2,15 @@
 
 Of every image, G token sequences are drawn from the logits of one pass over the (noisy) true context, decoded by the
 frozen tokenizer and rewarded by their likeness to the image; the loss is the clipped policy loss on group-relative
-advantages + beta_ce cross-entropy on the true tokens + beta_kl KL to the start model. With `rollout="free"` it is
-another objective, in `free.py`.
+advantages + beta_ce cross-entropy on the true tokens + beta_kl KL to the start model.
 
-Deviations from the released code: the G samples share one pass (theirs repeats it for each); draw and update see the
-same distribution (theirs drops classes and units in one of the two), so with one inner epoch the ratio is exactly 1 and
-the draw reuses the update's own pass; no pass of the start model where no KL is wanted; filtering by top-k or top-p,
-which biases their ratio, is not offered. Beyond the article, off by default: exact KL, several inner epochs, other
+With `rollout="free"` it is AR-GRPO (arXiv 2508.06924): the G sequences of each condition are drawn freely, token by
+token, and are contexts of their own, so that an update passes over all B * G of them; there is no cross-entropy.
+
+Deviations from VA-pi's code: the G samples share one pass (theirs repeats it for each); draw and update see the same
+distribution (theirs drops classes and units in one of the two), so with one inner epoch the ratio is exactly 1 and the
+draw reuses the update's own pass; no pass of the start model where no KL is wanted; filtering by top-k or top-p, which
+biases their ratio, is not offered. Beyond the article, off by default: exact KL, several inner epochs, other
 estimators, and credit by place (`credit="token"`).
 
 Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
@@ -22,16 +24,16 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from consonar import distributed
+from consonar import distributed, records
 from consonar.errors import UserError
 from consonar.options import Count, Divisor, NotNegative, Positive, ReadOnlyWith, ShareBelowOne
-from consonar.records import to_device
-from consonar.seeding import generator, uniform
+from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.seeding import derive_seed, generator, uniform
 from consonar.training import losses
 from consonar.training import policy_gradient as policy
 from consonar.training.credit import Influence, measure_influence, spatial_credit, token_grid
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
-from consonar.types import EncodedBatch, Grid, ImageBatch
+from consonar.types import Condition, EncodedBatch, Grid, ImageBatch
 
 INFLUENCE_POSITIONS = 64
 """At how many positions of each probe image the decoder's receptive field is measured."""
@@ -186,30 +188,41 @@ class PolicyGradient(Alignment):
         trainee.num_baseline_updates += 1
         return before if self.config.credit == "token" else before[:1]
 
-    def policy_terms(self, log_probs: Tensor, logits: Tensor, drawn: Drawn) -> dict[str, Tensor]:
-        """The clipped loss under `policy`, what was shown of the draws, and how far the ratio has moved."""
-        config = self.config
+    def log_probs(self, logits: Tensor, actions: Tensor) -> Tensor:
+        """log pi of each drawn token: (B, G, N) <- actions (B, G, N), logits (B, N, V) for all G or (B * G, N, V)."""
+        of_row = actions.view(len(logits), -1, actions.shape[-1])
+        return policy.token_log_probs(logits, of_row, self.config.temperature).view(actions.shape)
+
+    def policy_loss(
+        self, logits: Tensor, drawn: Drawn, context: Tensor, condition: Condition, tokens: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped loss of logits on (context, condition), and its regularisers: KL, and cross-entropy on `tokens`.
+
+        The terms also say what was shown of the draws, and how far the ratio has moved.
+        """
+        config, actions = self.config, drawn.actions
+        log_probs = self.log_probs(logits, actions)
         old = log_probs.detach() if drawn.old_log_probs is None else drawn.old_log_probs
         ratio = policy.probability_ratio(log_probs, old, whole_sequence=config.estimator == "gspo")
         terms = {key: value.mean() for key, value in drawn.shown.items()}
         loss = policy.clipped_policy_loss(ratio, drawn.advantages, config.clip_range, config.clip_high)
-        terms["policy"] = loss.mean()
+        total = terms["policy"] = loss.mean()
         with torch.no_grad():
             terms["entropy"] = losses.entropy(logits).mean()
             terms["ratio_deviation"] = (ratio - 1).abs().max()
             terms["clip_fraction"] = policy.clip_fraction(ratio, config.clip_range, config.clip_high)
-        return terms
-
-    def divergence(self, logits: Tensor, log_probs: Tensor, prior: Tensor, actions: Tensor) -> Tensor:
-        """Mean KL to the start model per token, nats; `prior` are its logits where `logits` are the policy's."""
-        temperature = self.config.temperature
-        if self.config.kl == "exact":
-            return policy.kl_exact(logits.float() / temperature, prior / temperature).mean()
-        return policy.kl_k3(log_probs, self.log_probs(prior, actions)).mean()
-
-    def log_probs(self, logits: Tensor, actions: Tensor) -> Tensor:
-        """log pi of each drawn token: (B, G, N) <- logits (B, N, V) that serve all G, actions (B, G, N)."""
-        return policy.token_log_probs(logits, actions, self.config.temperature)
+        if tokens is not None:
+            terms["cross_entropy"] = losses.next_token_loss(logits, tokens)
+            total = total + config.ce_weight * terms["cross_entropy"]
+        if config.kl_weight > 0:
+            prior = self.prior_logits(context, condition)
+            if config.kl == "exact":
+                kl = policy.kl_exact(logits.float() / config.temperature, prior / config.temperature)
+            else:
+                kl = policy.kl_k3(log_probs, self.log_probs(prior, actions))
+            terms["kl"] = kl.mean()
+            total = total + config.kl_weight * terms["kl"]
+        return total, terms
 
 
 class TeacherForcedPolicy(PolicyGradient):
@@ -222,12 +235,12 @@ class TeacherForcedPolicy(PolicyGradient):
         The running mean of reinforce moves once per step: were the draws left to the loss, every micro-batch would
         move it.
         """
-        forced = self.force(model, batch, step)
+        forced = super().prepare(model, batch, step)
         rng = generator(self.seed, "actions", step, 0)
         count, length = forced.batch.tokens.shape
         shape = (self.config.group_size, length)
-        uniforms = self.own_rows(lambda n: uniform(rng, n, *shape, dtype=torch.float64), count)
-        prepared = PolicyForced(**vars(forced), uniforms=to_device(uniforms, forced.context.device))
+        uniforms = self.world.own_rows(lambda n: uniform(rng, n, *shape, dtype=torch.float64), count)
+        prepared = PolicyForced(**vars(forced), uniforms=records.to_device(uniforms, forced.context.device))
         if self.config.updates == 1 and self.config.estimator != "reinforce":
             return prepared
         with self.autocast():
@@ -245,15 +258,42 @@ class TeacherForcedPolicy(PolicyGradient):
 
     def loss(self, model: AlignmentTrainee, prepared: PolicyForced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss from one pass over the images' contexts, whatever G is; with its regularisers."""
-        config = self.config
         logits = model(prepared.context, prepared.condition).logits
         drawn = prepared.drawn or self.draw(distributed.unwrap(model), logits.detach(), prepared)
-        log_probs = self.log_probs(logits, drawn.actions)
-        terms = self.policy_terms(log_probs, logits, drawn)
-        terms["cross_entropy"] = losses.next_token_loss(logits, prepared.batch.tokens)
-        total = terms["policy"] + config.ce_weight * terms["cross_entropy"]
-        if config.kl_weight > 0:
-            prior = self.prior_logits(prepared.context, prepared.condition)
-            terms["kl"] = self.divergence(logits, log_probs, prior, drawn.actions)
-            total = total + config.kl_weight * terms["kl"]
-        return total, terms
+        return self.policy_loss(logits, drawn, prepared.context, prepared.condition, prepared.batch.tokens)
+
+
+@dataclass(frozen=True)
+class FreeRollout(Forced):
+    """With sequences that were drawn freely; the context is not read."""
+
+    drawn: Drawn
+
+
+class FreePolicy(PolicyGradient):
+    """AR-GRPO. Follows `consonar.types.Objective`."""
+
+    @torch.no_grad()
+    def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> FreeRollout:
+        """G free-running sequences of each condition, with guidance if so configured, and their advantages."""
+        forced = super().prepare(model, batch, step)
+        group, count = self.config.group_size, len(forced.batch.tokens)
+        repeated = records.repeat(forced.condition, group)
+        first = derive_seed(self.seed, "free", step, 0)
+        places = self.world.own_rows(lambda n: torch.arange(n * group).view(n, group), count).flatten().tolist()
+        sampler = SamplerConfig(temperature=self.config.temperature, guidance_scale=self.config.guidance_scale)
+        with self.autocast():
+            tokens, _ = sample_tokens(model.generator, repeated, [first + place for place in places], sampler)
+        actions = tokens.clone().view(count, group, -1)  # a clone: made in inference mode, it could not be trained on
+        drawn = self.reward(model, actions, forced.batch)
+        if self.config.updates > 1:
+            with self.autocast():
+                logits = model(actions.flatten(0, 1), repeated).logits
+            drawn = replace(drawn, old_log_probs=self.log_probs(logits, actions))
+        return FreeRollout(**vars(forced), drawn=drawn)
+
+    def loss(self, model: AlignmentTrainee, prepared: FreeRollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy loss from a pass over each drawn sequence, with KL to the start model."""
+        context = prepared.drawn.actions.flatten(0, 1)
+        condition = records.repeat(prepared.condition, self.config.group_size)
+        return self.policy_loss(model(context, condition).logits, prepared.drawn, context, condition)

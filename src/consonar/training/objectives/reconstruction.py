@@ -12,7 +12,7 @@ optimizer; the former sees detached images, the latter detached discriminator we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,7 +31,7 @@ from consonar.seeding import generator, integers
 from consonar.tokenizers import quantizer
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.training.objectives.base import ObjectiveConfig
-from consonar.types import ImageBatch, ModelConfig
+from consonar.types import ImageBatch, ModelConfig, Objective
 
 FEATURES = ReadOnlyWith(lambda given: given.perceptual_weight > 0, "{}perceptual_weight over 0")
 LPIPS = ReadOnlyWith(
@@ -108,9 +108,7 @@ class TokenizerTrainee(nn.Module):
         return [self.tokenizer.encoder, self.tokenizer.decoder]
 
 
-class Reconstruction:
-    """Follows `consonar.types.Objective`."""
-
+class Reconstruction(Objective[ImageBatch, ImageBatch]):
     def __init__(self, config: ReconstructionConfig, *, total_steps: int, seed: int, world: distributed.World):
         self.config, self.total_steps, self.seed, self.world = config, total_steps, seed, world
         self.perceptual: nn.Module | None = None
@@ -169,14 +167,6 @@ class Reconstruction:
         used = distributed.sum_over_ranks(counts, self.world) > 0
         trainee.steps_unused.masked_fill_(used, 0)
         return total, terms
-
-    def state(self, step: int) -> dict[str, float]:
-        """Nothing moves over training but the learning rate."""
-        return {}
-
-    def breach(self, values: Mapping[str, float]) -> str | None:
-        """Nothing stops such a run early."""
-        return None
 
     @torch.no_grad()
     def validate(self, model: TokenizerTrainee, batches: Iterator[ImageBatch]) -> dict[str, float]:
