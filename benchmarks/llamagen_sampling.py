@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from consonar.cpu import timing
 from consonar.cpu.kernels import tune
-from consonar.generators.layers import rotary_table, rotate
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, Attention, LlamaGenGenerator
+from consonar.generators.rotary import rotary_table, rotate
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.types import Grid

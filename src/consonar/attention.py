@@ -31,15 +31,7 @@ class KVCache:
     ):
         shape = (num_layers, 2, batch_size, num_heads, max_length, head_dim)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    @property
-    def batch_size(self) -> int:
-        return self.data.shape[2]
-
-    @property
-    def max_length(self) -> int:
-        return self.data.shape[4]
+        self.length, self.max_length = 0, max_length
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (B, heads, n, head_dim) behind what is there and returns everything up to and including it."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from consonar.options import CountOrZero, Options
+from consonar.options import Options
 from consonar.origin import Origin
 
 
@@ -38,20 +38,6 @@ class ModelConfig(Options):
     section = "model"
 
     kind: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorConfig(ModelConfig):
-    """The shape of a generator; recipes leave what the data say at 0."""
-
-    vocab_size: CountOrZero = 0
-    """Codes of the tokenizer; 0: taken from the token store."""
-    num_tokens: CountOrZero = 0
-    """Tokens per image; 0: taken from the token store."""
-
-    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
-        """This shape for given data; `UserError` when a size was set to something else."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -232,7 +218,7 @@ class Generator(Weights, Protocol):
         ...
 
     @property
-    def config(self) -> GeneratorConfig:
+    def config(self) -> ModelConfig:
         """What it was made from."""
         ...
 

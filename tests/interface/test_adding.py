@@ -25,7 +25,7 @@ from consonar.data.sources import SOURCES, SourceKind
 from consonar.data.tokens import TokenStore
 from consonar.evaluation.sample_metrics import SAMPLE_METRICS, Measured
 from consonar.generators import GENERATORS, GeneratorKind
-from consonar.generators.base import CausalConfig, CausalGenerator
+from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.options import NotNegative
 from consonar.recipes import RECIPES
 from consonar.tokenizers import TOKENIZERS, TokenizerKind
@@ -178,7 +178,7 @@ def test_a_trainable_tokenizer(folder: Path, monkeypatch) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BigramConfig(CausalConfig):
+class BigramConfig(GeneratorConfig):
     """A generator that sees the last token alone."""
 
     kind: Literal["bigram"] = "bigram"

@@ -10,9 +10,8 @@ from golden import Golden
 
 from consonar.attention import attention_mask
 from consonar.cpu.kernels import tune
-from consonar.generators.layers import rotate
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
-from consonar.generators.rotary import RotaryGenerator
+from consonar.generators.rotary import RotaryGenerator, rotate
 from consonar.sampling.sample import SamplerConfig, filter_logits, sample_tokens
 from consonar.training.losses import next_token_loss
 from consonar.types import Condition, Grid, TextCondition

@@ -173,7 +173,7 @@ def test_every_kind_of_configuration_is_walked():
     ours = {kind.__name__ for kind in BASES}
     assert {kind.__name__ for kind in CONFIGS} - ours == {"TrainConfig", "DataConfig", "LoopConfig", "OptimConfig"}
     bases = {
-        "ModelConfig", "GeneratorConfig", "CausalConfig", "RotaryConfig", "TokenizerConfig", "ConvConfig", "ViTConfig",
+        "ModelConfig", "GeneratorConfig", "RotaryConfig", "TokenizerConfig", "ConvConfig", "ViTConfig",
         "ObjectiveConfig", "AlignmentConfig",
     }  # fmt: skip
     assert {kind.__name__ for kind in below(Options)} - bases <= {kind.__name__ for kind in CONFIGS}

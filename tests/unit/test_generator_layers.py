@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from consonar.attention import CausalAttention, KVCache, attention_mask
-from consonar.generators.layers import RMSNorm, SwiGLU, rotary_table, rotate, swiglu_width
+from consonar.generators.rotary import RMSNorm, SwiGLU, rotary_table, rotate, swiglu_width
 from consonar.types import Grid
 
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
-from consonar.generators.janus import JanusGenerator
-from consonar.generators.janus_parts import JanusConfig
+from consonar.generators.base import GeneratorConfig
+from consonar.generators.janus import JanusConfig, JanusGenerator
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.generators.rear import ReARConfig, ReARGenerator
-from consonar.types import Generator, GeneratorConfig
+from consonar.types import Generator
 
 
 class GeneratorKind(NamedTuple):

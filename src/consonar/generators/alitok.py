@@ -3,7 +3,7 @@
 State-dict keys are those of the released checkpoints, so that released weights load without renaming. Facts kept from
 them: one embedding table for codes, an unused row, the classes and the null class, in this order; sequence [condition,
 17 prefix tokens, 256 grid tokens], where the prefix has positions 0 .. 16 on a line and the grid rows and columns
-17 .. 32 (`layers.rotary_table`); queries and keys are RMS-normalised per head before they are turned; biases in
+17 .. 32 (`rotary_table`); queries and keys are RMS-normalised per head before they are turned; biases in
 attention and output but not in the SwiGLU; RMSNorm eps 1e-5.
 
 Deviations: the table of positions follows from the grid of the tokens (released: 17 + 16 x 16, hard-coded); the unused
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.attention import CausalAttention, KVCache
-from consonar.generators.layers import RMSNorm, SwiGLU, rotate
-from consonar.generators.rotary import Heads, RotaryConfig, RotaryGenerator
+from consonar.generators.rotary import Heads, RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU, rotate
 from consonar.options import Count, ShareBelowOne
 
 
@@ -103,9 +102,6 @@ class AliTokARGenerator(RotaryGenerator[Tensor]):
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         return self.embeddings(condition + self.vocab_size + 1)[:, None]
-
-    def kept_positions(self, condition: Tensor) -> None:
-        return None
 
     def null_condition(self, condition: Tensor) -> Tensor:
         return torch.full_like(condition, self.num_classes)

@@ -11,23 +11,26 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from consonar.attention import KVCache
 from consonar.errors import UserError
-from consonar.options import Count
+from consonar.options import Count, CountOrZero
 from consonar.origin import Origin
-from consonar.types import GeneratorConfig, Grid
+from consonar.types import Grid, ModelConfig
 
 Given = TypeVar("Given")
 """What a kind of generator is conditioned on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalConfig(GeneratorConfig):
+class GeneratorConfig(ModelConfig):
     """Shape of a generator. Its own fields among vocab_size, num_tokens, num_classes and grid are set by the data."""
 
+    vocab_size: CountOrZero = 0
+    """Codes of the tokenizer; 0: taken from the token store."""
+    num_tokens: CountOrZero = 0
+    """Tokens per image; 0: taken from the token store."""
     width: Count
     """Hidden size."""
     num_layers: Count
@@ -64,19 +67,18 @@ class CausalConfig(GeneratorConfig):
 class CausalGenerator(nn.Module, ABC, Generic[Given]):
     """Follows `consonar.types.Generator`. `config` has all sizes set.
 
-    A subclass makes `blocks`, called with (x, whatever they need, mask, cache, layer), and what goes in and out.
+    A subclass makes `blocks`, called with (x, whatever they need, mask, cache, layer), what goes in and out, the null
+    condition and `reset_parameters`.
     """
 
     origin: Origin | None = None
     blocks: nn.ModuleList
 
-    def __init__(self, config: CausalConfig, num_classes: int):
+    def __init__(self, config: GeneratorConfig, num_classes: int):
         super().__init__()
         for key in config.needed_sizes:
-            if getattr(config, key) < 1:
-                raise UserError(
-                    f"model.{key}: {getattr(config, key)} is not positive; set it or build from a token store"
-                )
+            if (size := getattr(config, key)) < 1:
+                raise UserError(f"model.{key}: {size} is not positive; set it or build from a token store")
         self.config, self.num_classes = config, num_classes
         self.vocab_size, self.num_tokens = config.vocab_size, config.num_tokens
         self.num_layers, self.width, self.prefix_length = config.num_layers, config.width, config.prefix_length
@@ -93,27 +95,10 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
         """(B, n, V) <- (B, n, D)."""
         ...
 
-    @abstractmethod
-    def null_condition(self, condition: Given) -> Given:
-        """What guidance and condition dropout use instead."""
-        ...
-
-    @abstractmethod
-    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
-        """Draws every weight anew."""
-        ...
-
-    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        weight, config = next(self.parameters()), self.config
-        return KVCache(
-            self.num_layers,
-            batch_size,
-            config.num_key_heads,
-            self.prefix_length + self.num_tokens,
-            self.width // config.num_heads,
-            device=weight.device,
-            dtype=dtype or weight.dtype,
-        )
+    def new_cache(self, batch_size: int) -> KVCache:
+        length, head_dim = self.prefix_length + self.num_tokens, self.width // self.config.num_heads
+        heads, weight = self.config.num_key_heads, next(self.parameters())
+        return KVCache(self.num_layers, batch_size, heads, length, head_dim, device=weight.device, dtype=weight.dtype)
 
     def forward(
         self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
@@ -133,9 +118,15 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
         """x (B, n, D) after all blocks, and after those of `tap_layers`; the cache has read it then."""
         taps = {}
         for layer, block in enumerate(self.blocks):
-            x = block(x, needed, mask, cache, layer)
+            x = self.run_block(block, x, needed, mask, cache, layer)
             if layer in tap_layers:
                 taps[layer] = x
         if cache is not None:
             cache.advance(x.shape[1])
         return x, taps
+
+    def run_block(
+        self, block: nn.Module, x: Tensor, needed: object, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """One of the blocks."""
+        return block(x, needed, mask, cache, layer)

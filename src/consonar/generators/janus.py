@@ -22,8 +22,9 @@ Letters: `B` batch, `L` prompt positions of a batch, `P` of the longest prompt a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,133 @@ from torch.nn import functional as F
 
 from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
-from consonar.generators.base import CausalGenerator
-from consonar.generators.janus_parts import PAD_TOKEN, CacheLayers, JanusConfig, build_parts, rotary
+from consonar.generators.base import CausalGenerator, GeneratorConfig
+from consonar.options import SMALLEST, Count, CountOrZero, Divides, Positive, Range
 from consonar.types import PromptCondition
+
+# "<｜▁pad▁｜>" of the tokenizer of both released models.
+PAD_TOKEN = 100002
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusConfig(GeneratorConfig):
+    """Shape of a Janus generator; the defaults are Janus-Pro-1B. Recipes leave `vocab_size`, `num_tokens` at 0."""
+
+    kind: Literal["janus"] = "janus"
+    width: Count = 2048
+    """Hidden size of the language model."""
+    num_layers: Count = 24
+    """Transformer blocks."""
+    num_heads: Annotated[Count, Divides("width", 2, into="heads of even width")] = 16
+    """Attention heads; divides `width`."""
+    num_kv_heads: Annotated[CountOrZero, Divides("num_heads")] = 0
+    """Heads of keys and values; divides `num_heads`; 0: as many."""
+    mlp_width: Count = 5632
+    """Hidden units of the gated MLP."""
+    rope_base: Annotated[float, Range(SMALLEST, 1e12)] = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: Positive = 1e-6
+    """Epsilon of every RMSNorm."""
+    text_vocab_size: Count = 102400
+    """Tokens of the language model's text vocabulary."""
+    pad_token: CountOrZero = PAD_TOKEN
+    """Text token that pads prompts and stands for every word of the null prompt."""
+    max_prompt_tokens: Annotated[int, Range(2, note="a prompt has a first and a start-of-image token")] = 256
+    """Longest prompt, with the begin-of-sentence and the start-of-image token."""
+    code_dim: Count = 8
+    """Width of the generator's own embedding of a code."""
+    head_width: CountOrZero = 0
+    """Hidden units of the generation head; 0: as many as `width`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pad_token >= self.text_vocab_size:
+            raise UserError(
+                f"model.pad_token: {self.pad_token} is not a text token; choices: 0..{self.text_vocab_size - 1} "
+                f"(model.text_vocab_size {self.text_vocab_size})"
+            )
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return self.max_prompt_tokens
+
+    @property
+    def num_key_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
 
 JANUS_PRESETS = {
     "1B": JanusConfig(),
     "7B": JanusConfig(width=4096, num_layers=30, num_heads=32, mlp_width=11008),
 }
+
+
+@lru_cache(maxsize=16)
+def inverse_frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
+    """base^(-2 i / head_dim): (head_dim / 2,) float32."""
+    # A table made while sampling serves training too, where autograd refuses tensors of inference mode.
+    with torch.inference_mode(False):
+        return (1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)).to(device)
+
+
+def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, T, head_dim) float32 for positions (B, T); halves, not neighbours, are the rotary pairs."""
+    angles = positions[..., None].float() * inverse_frequencies(head_dim, base, positions.device)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+@dataclass(frozen=True)
+class CacheLayers:
+    """A `KVCache` as transformers' attention addresses it."""
+
+    cache: KVCache
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, _: object = None) -> tuple[Tensor, Tensor]:
+        return self.cache.append(layer, keys, values)
+
+
+def build_parts(config: JanusConfig) -> dict[str, nn.Module]:
+    """transformers' modules under the names that they have in its `JanusModel`, on the meta device."""
+    try:
+        from transformers import JanusVQVAEConfig, LlamaConfig, LlamaModel
+        from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
+    except ImportError as error:
+        raise UserError(
+            f"model.kind: 'janus' needs transformers ({error}); install the extra: pip install 'consonar[text]'"
+        ) from error
+    language = LlamaConfig(
+        vocab_size=config.text_vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_key_heads,
+        rms_norm_eps=config.norm_eps,
+        # With a padding index the embedding that fills the null prompt would get no gradient.
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    aligner = JanusVQVAEConfig(embed_dim=config.code_dim, projection_dim=config.width, num_hidden_layers=2)
+    head = JanusVQVAEConfig(
+        image_token_embed_dim=config.width,
+        projection_dim=config.head_width or config.width,
+        num_embeddings=config.vocab_size,
+    )
+    # On the meta device, because transformers draws weights of its own from the global random state.
+    with torch.device("meta"):
+        language_model = LlamaModel(language)
+        # Holds a table as a buffer, which `assign=True` would leave on the meta device; `rotary` makes it instead.
+        del language_model.rotary_emb
+        return {
+            "language_model": language_model,
+            "generation_embeddings": nn.Embedding(config.vocab_size, config.code_dim),
+            "generation_aligner": JanusVQVAEAlignerMLP(aligner),
+            "generation_head": JanusVQVAEHead(head),
+        }
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_token: int = PAD_TOKEN) -> PromptCondition:
@@ -112,8 +232,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
         reads_prompt = cache is None or cache.length == 0
         if reads_prompt:
             self._check(condition)
-        length = condition.tokens.shape[1]
-        spare = self.prefix_length - length
+        spare = self.prefix_length - condition.tokens.shape[1]
         # Under autocast the aligner's output has fewer bits than the residual stream, which starts as an embedding.
         x = self.generation_aligner(self.generation_embeddings(context)).to(self.language_model.norm.weight.dtype)
         if reads_prompt:
@@ -124,28 +243,19 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
         end = start + x.shape[1]
         valid = F.pad(condition.mask, (spare if cache is not None else 0, 0), value=False)
         valid = F.pad(valid, (0, end - valid.shape[1]), value=True)  # (B, T)
-        x, taps = self._blocks(x, valid, start, cache, tap_layers)
-        if reads_prompt:
-            taps = {layer: F.pad(tap, (0, 0, spare, 0)) for layer, tap in taps.items()}
-        if cache is not None:
-            cache.advance(end - start)
-        return x, taps
-
-    def _blocks(
-        self, x: Tensor, valid: Tensor, start: int, cache: KVCache | None, tap_layers: tuple[int, ...]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """x (B, T - start, D) through all blocks, and what comes out of those of `tap_layers`."""
+        mask = attention_mask(end - start, end, valid, cached=cache is not None, device=x.device)
         positions = (valid.cumsum(1) - 1).clamp_min(0)[:, start:]  # of padding: 0, where nobody looks
         tables = rotary(positions, self.width // self.config.num_heads, self.config.rope_base)
-        tables = (tables[0].to(x.dtype), tables[1].to(x.dtype))
-        num_keys, taps = valid.shape[1], {}
-        mask = attention_mask(num_keys - start, num_keys, valid, cached=cache is not None, device=x.device)
-        layers = CacheLayers(cache) if cache is not None else None
-        for index, block in enumerate(self.blocks):
-            x = block(x, attention_mask=mask, past_key_values=layers, position_embeddings=tables)
-            if index in tap_layers:
-                taps[index] = x
+        x, taps = self.run_blocks(x, tuple(table.to(x.dtype) for table in tables), mask, cache, tap_layers)
+        if reads_prompt:
+            taps = {layer: F.pad(tap, (0, 0, spare, 0)) for layer, tap in taps.items()}
         return x, taps
+
+    def run_block(
+        self, block: nn.Module, x: Tensor, needed: object, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        layers = CacheLayers(cache) if cache is not None else None
+        return block(x, attention_mask=mask, past_key_values=layers, position_embeddings=needed)
 
     def _check(self, condition: PromptCondition) -> None:
         if not isinstance(condition, PromptCondition):

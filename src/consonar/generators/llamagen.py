@@ -3,7 +3,7 @@
 State-dict keys are those of the released checkpoints, so that released weights load without renaming. Facts kept from
 them: no biases; SwiGLU of 8/3 the width rounded up to a multiple of 256; RMSNorm eps 1e-5; one table row per class and
 one for the null class; caption features go through two linear maps with a tanh GELU; the tables of positions are zero
-at the condition (`layers`); padded caption columns are hidden from everybody but themselves, under guidance for the
+at the condition (`rotary`); padded caption columns are hidden from everybody but themselves, under guidance for the
 null captions too; the null caption (`uncond_embedding`) is drawn once and not trained: a buffer here as there.
 
 Deviations: logits are aligned and of one shape in both modes (released: sliced when training, whole otherwise); the
@@ -26,8 +26,7 @@ from torch.nn import functional as F
 
 from consonar.attention import CausalAttention, KVCache
 from consonar.errors import UserError
-from consonar.generators.layers import RMSNorm, SwiGLU, rotate
-from consonar.generators.rotary import RotaryConfig, RotaryGenerator
+from consonar.generators.rotary import RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU, rotate
 from consonar.options import Count, CountOrZero, Divides, ReadOnlyWith
 from consonar.types import Grid, TextCondition
 
@@ -68,7 +67,7 @@ class LlamaGenConfig(RotaryConfig):
         return self.num_kv_heads or self.num_heads
 
     def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
-        """As `CausalConfig.sized`; with captions the store's classes are of no use."""
+        """As `GeneratorConfig.sized`; with captions the store's classes are of no use."""
         return super().sized(vocab_size, num_tokens, 0 if self.condition == "text" else num_classes, grid)
 
 

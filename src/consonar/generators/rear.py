@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from consonar.attention import CausalAttention, KVCache, attention_mask
 from consonar.errors import UserError
-from consonar.generators.base import CausalConfig, CausalGenerator
+from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.options import Count, CountOrZero, Divides, Positive, ShareBelowOne
 
 # Spare rows of the position tables in the released checkpoints.
@@ -33,7 +33,7 @@ FEW_CLASSES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReARConfig(CausalConfig):
+class ReARConfig(GeneratorConfig):
     """Shape of a reAR/RAR generator. Recipes leave `vocab_size`, `num_tokens`, `num_classes` at 0: set by the data."""
 
     kind: Literal["rear"] = "rear"
@@ -164,7 +164,6 @@ class ReARGenerator(CausalGenerator[Tensor]):
     def __init__(self, config: ReARConfig):
         super().__init__(config, config.num_classes)
         self.mask_token = config.vocab_size
-        self.null_class = config.num_classes
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_POSITIONS, config.width))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_POSITIONS, config.width))
@@ -189,7 +188,7 @@ class ReARGenerator(CausalGenerator[Tensor]):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     def null_condition(self, condition: Tensor) -> Tensor:
-        return torch.full_like(condition, self.null_class)
+        return torch.full_like(condition, self.num_classes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -21,6 +21,7 @@ from consonar.data.sources import choices
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.generators import build_generator
+from consonar.generators.base import GeneratorConfig
 from consonar.networks.discriminator import save_discriminator
 from consonar.origin import Origin
 from consonar.records import to_device
@@ -45,7 +46,7 @@ from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.pictures import open_pictures
 from consonar.training.start_model import check_start_classes, load_start, of_source, origin_of
 from consonar.training.trainee import Trainee
-from consonar.types import Generator, GeneratorConfig, Objective
+from consonar.types import Generator, Objective
 
 PROBE_IMAGES = 8
 """From how many images, drawn over all of them, the decoder's receptive field is measured."""

@@ -8,11 +8,12 @@ from pathlib import Path
 from consonar.components import has_name, load_generator, read_origin, weights_sha256
 from consonar.errors import UserError
 from consonar.generators import build_generator
+from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
 from consonar.model_folders import SHIPPED_TOKENIZERS
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.training.config import TrainConfig
-from consonar.types import Generator, GeneratorConfig, ImageSource, Tokenizer
+from consonar.types import Generator, ImageSource, Tokenizer
 
 
 def resolve_start(config: TrainConfig) -> TrainConfig:

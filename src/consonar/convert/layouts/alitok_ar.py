@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from consonar.convert.layouts.official import Official, Shapes
 from consonar.generators.alitok import AliTokARConfig
-from consonar.generators.layers import swiglu_width
+from consonar.generators.rotary import swiglu_width
 from consonar.types import Grid
 
 

@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 from consonar.convert.layouts import llamagen_vq as vq
 from consonar.convert.layouts.official import Official, Shapes, State, num_indices
 from consonar.errors import UserError
-from consonar.generators.janus import JANUS_PRESETS
-from consonar.generators.janus_parts import PAD_TOKEN, JanusConfig
+from consonar.generators.janus import JANUS_PRESETS, PAD_TOKEN, JanusConfig
 from consonar.tokenizers.vq import VQConfig
 
 IMAGE_SIZE, NUM_TOKENS, HEAD_WIDTH = 384, 576, 128

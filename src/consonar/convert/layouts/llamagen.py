@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 from consonar.convert.layouts.official import Official, Shapes, set_aside
-from consonar.generators.layers import swiglu_width
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig
+from consonar.generators.rotary import swiglu_width
 from consonar.types import Grid
 
 
