@@ -108,7 +108,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, dim)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        # Sequences that are drawn while the model trains (`FreePolicy`) meet no dropout here.
+        # Sequences that are drawn while the model trains (AR-GRPO) meet no dropout here.
         dropout = self.dropout if self.training and cache is None else 0.0
         return self.proj(self.attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
 
