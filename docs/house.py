@@ -50,9 +50,7 @@ ABOUT = {
     "distributed": "processes and devices", "precision": "float32 or bf16", "cpu": "what is faster on this processor",
 }  # fmt: skip
 """What each room is for, in the figure."""
-LATER = {
-    ("report", "report.page"): "jinja2 and matplotlib are slow to import",
-}
+LATER: dict[tuple[str, str], str] = {}
 """Every import of our own inside a function, and why."""
 
 

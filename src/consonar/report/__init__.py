@@ -1,8 +1,8 @@
 """The report: one self-contained HTML page about one to eight runs.
 
-`folders` reads run folders into `records`; `tables`, `charts` and `images` lay out what is in them, `page` puts that
-into the template, which holds the explanations and the design. What a number is called and means, and which way it is
-better, stands in `consonar.metrics.METRICS`; what a method is called and does in `training.objectives.METHODS`.
+`folders` reads run folders into `records`; `tables`, `charts` and `images` lay out what is in them, and the template
+holds the explanations and the design. What a number is called and means, and which way it is better, stands in
+`consonar.metrics.METRICS`; what a method is called and does in `training.objectives.METHODS`.
 No number comes from outside the run folders, so two calls give the same bytes.
 
 A run folder holds `config.json`, and any of `metrics.jsonl`, `results.json` (schema 1) with its `samples_*.npz`,
@@ -12,12 +12,20 @@ What is missing is left out of the page; what is there and broken is a `UserErro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from consonar.errors import UserError
 from consonar.files.writers import write_atomically
+from consonar.json_types import Json
+from consonar.metrics import in_order, meanings, metric_of
+from consonar.report import images, tables
+from consonar.report.charts import LOOKS, frontier_charts
 from consonar.report.folders import MAX_RUNS, load_runs
+from consonar.report.records import Run, listed, start_text
 
 __all__ = ["MAX_RUNS", "load_runs", "write_report"]
 
@@ -31,8 +39,6 @@ def write_report(
     no half page. Raises `UserError` for a wrong number of runs, a missing or broken run folder, and an `out` that
     exists (unless `overwrite`).
     """
-    from consonar.report.page import render
-
     out = Path(out)
     if out.is_dir():
         raise UserError(f"out {out}: is a folder; name a file, for example {out / 'report.html'}")
@@ -43,3 +49,80 @@ def write_report(
     html = render(load_runs(runs), title=title, opening=opening)
     write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8"))
     return out
+
+
+def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:
+    """The page as one string of HTML; the same runs give the same string. `opening`: a picture of the shipped model."""
+    environment = Environment(
+        loader=PackageLoader("consonar.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    names = [run.name for run in runs]
+    samples, (settings, verdicts) = images.sample_blocks(runs), tables.verdict_table(runs)
+    classes = samples[-1]["classes"] if samples else []
+    columns = in_order({name for run in runs for row in run.results.rows for name in row.metrics})
+    return environment.get_template("report.html.jinja").render(
+        title=title or (f"Run {names[0]}" if len(runs) == 1 else f"{listed(names)}, compared"),
+        runs=runs,
+        looks=LOOKS,
+        metric_of=metric_of,
+        meanings=meanings,
+        from_to=tables.from_to,
+        legends=[", from ".join(filter(None, (run.method, start_text(run, runs)))) for run in runs],
+        methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
+        remarks=remarks(runs),
+        leading=[classes[i] for i in images.spread_evenly(len(classes), images.LEADING_CLASSES)],
+        settings=settings,
+        verdicts=verdicts,
+        opening=opening and images.file_picture(opening, "samples of the shipped generator, a row for each class"),
+        reconstructions=images.reconstruction_groups(runs),
+        samples=samples,
+        nearest=images.nearest_blocks(runs),
+        columns=columns,
+        sections=tables.result_sections(runs, columns),
+        frontier=frontier_charts(runs),
+        noise_floor=noise_floor(runs),
+        training=tables.training_groups(runs),
+        grids=[images.training_grids(run) for run in runs],
+        records={
+            "Configuration": tables.compared(runs, [run.config for run in runs]),
+            "Where this comes from": tables.compared(runs, [provenance_items(run, runs) for run in runs]),
+        },
+        openmoji=uses_openmoji(runs),
+    )
+
+
+def noise_floor(runs: Sequence[Run]) -> str:
+    """The Fréchet distance of real held-out images to the training images; "" where the runs do not agree on one."""
+    floors = [run.results.noise_floor for run in runs if run.results.rows]
+    said = {f"{one[name].value:.3g}" for one in floors for name in one if name.startswith("FD(")}
+    return said.pop() if len(said) == 1 else ""
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+    """What must be known to read the numbers, one sentence each: as measured, and of the temperatures."""
+    measured = [run for run in runs if run.results.rows]
+    said = dict.fromkeys(f"{line}." for run in measured for line in run.results.remarks)
+    grids = {run.name: sorted({row.temperature for row in run.results.rows if not row.matched_to}) for run in measured}
+    if len({tuple(grid) for grid in grids.values()}) > 1:
+        text = "; ".join(f"{name} {listed([f'{value:g}' for value in grid])}" for name, grid in grids.items() if grid)
+        return [*said, f"The runs were measured at different temperatures, and the best is the best of these: {text}."]
+    return [*said]
+
+
+def provenance_items(run: Run, runs: Sequence[Run]) -> Json:
+    """Where one run's numbers come from: method, start, steps and time, then all of `results.json` but its rows."""
+    items: Json = {"method": run.method}
+    if start_text(run, runs):
+        items["started from"] = str(run.config["init"])
+    if run.metrics:
+        items["last step"] = f"{run.metrics[-1]['step']:,}"
+        if "time" in run.metrics[-1]:
+            items["training time"] = f"{run.metrics[-1]['time'] / 60:.1f} min"
+    return {**items, **run.results.provenance}
+
+
+def uses_openmoji(runs: Sequence[Run]) -> bool:
+    """Whether the data, tokenizer or reference of a run names OpenMoji, whose licence asks for attribution."""
+    named = [[run.config.get(key) for key in ("data", "tokenizer", "recipe")] for run in runs]
+    return "openmoji" in json.dumps([named, [run.results.provenance.get("reference") for run in runs]]).lower()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from consonar.evaluation.results import Measurement
-from consonar.metrics import in_order, metric_of
+from consonar.metrics import metric_of
 from consonar.report.records import ResultRow, Run, find_matched
 
 
@@ -32,19 +33,18 @@ class Line(NamedTuple):
     """A line of a chart, and what lies on it."""
 
     look: Look
-    points: Sequence[tuple[float, float]]
-    spreads: Sequence[float] | None = None
-    """Half the height of a bar at each point."""
-    marker_size: float = 5.5
-    rings: Sequence[tuple[float, float, str]] = ()
+    points: list[tuple[float, float]]
+    rings: list[tuple[float, float, str]]
     """Hollow circles: x, y, colour."""
+    spreads: list[float] | None = None
+    """Half the height of a bar at each point."""
 
 
 class Chart(NamedTuple):
     """A drawing for the page and what is written around it."""
 
     title: str
-    svg: str
+    svg: Markup
     note: str = ""
 
 
@@ -60,6 +60,8 @@ LOOKS = (
 )
 
 MAX_POINTS = 160
+MAX_MARKERS = 40
+"""A line of more points is drawn without markers."""
 DECIDING = "distance to held-out images"
 """In the place of a metric's name: the one by which runs are judged."""
 FRONTIERS = {
@@ -83,16 +85,14 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": "#e8eaee",
     "xtick.color": "#5b616b",
     "ytick.color": "#5b616b",
     "lines.linewidth": 1.7,
-    "lines.markersize": 5.5,
 }
 
 
-def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], inches: tuple[float, float]) -> str:
+def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], inches: tuple[float, float]) -> Markup:
     """An `<svg>` that scales with its box; charts of different titles and lines share no id."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -102,56 +102,47 @@ def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], i
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{title} {lines[0].look.colour}"}):
         figure = Figure(figsize=inches, layout="constrained")
         axes = figure.add_subplot(xlabel=axes_labels[0], ylabel=axes_labels[1])
-        for look, points, spreads, marker_size, rings in lines:
+        for look, points, rings, spreads in lines:
             axes.errorbar(
                 [x for x, _ in points], [y for _, y in points], yerr=spreads, color=look.colour, linestyle=look.dash,
-                marker=look.marker if marker_size else "", markersize=marker_size, elinewidth=1.0, capsize=2.5,
+                marker=look.marker if len(points) <= MAX_MARKERS else "", elinewidth=1.0, capsize=2.5,
             )  # fmt: skip
             for x, y, colour in rings:
                 axes.plot(x, y, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
         file = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = file.getvalue()
-    head, body = svg[svg.index("<svg") :].split(">", 1)
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    _, head, body = re.split(r"<svg([^>]*)>", file.getvalue())
     view_box = re.findall(r'viewBox="[^"]*"', head)[0]
     # Ids of groups repeat from figure to figure, and nothing refers to them.
-    body = re.sub(r'<g id="[^"]*"', "<g", body).strip()
-    return f'<svg class="chart" {view_box} role="img" aria-label="Line chart: {escape(title)}">{body}'
+    drawing = Markup(re.sub(r'<g id="[^"]*"', "<g", body).strip())
+    return Markup('<svg class="chart" {} role="img" aria-label="Line chart: {}">{}').format(
+        Markup(view_box), title, drawing
+    )
 
 
-def curve_charts(runs: Sequence[tuple[int, Run]], keys: Sequence[str]) -> list[Chart]:
-    """A chart of each quantity that (index, run) logged over the steps.
+def curve_charts(runs: Mapping[int, Run], keys: Sequence[str]) -> list[Chart]:
+    """A chart of each quantity over the steps, of runs by their index on the page, and a ring where the best was kept.
 
     What was 0 all the way tells nothing; settings and sums that cannot be compared (`Metric.drawn`) are left out where
     there is anything else.
     """
-    moved = [key for key in keys if any(value for _, run in runs for _, value in run.series(key))]
-    drawn = [key for key in moved if metric_of(key).drawn] or [key for key in moved if key == "train/loss"]
-    return [curve_chart(runs, key) for key in drawn]
-
-
-def logged_keys(runs: Sequence[tuple[int, Run]]) -> list[str]:
-    """The names of all quantities that any of the runs logged."""
-    return in_order({key for _, run in runs for line in run.metrics for key in line if "/" in key})
+    moved = [key for key in keys if any(value for run in runs.values() for _, value in run.series(key))]
+    charts = []
+    for key in [key for key in moved if metric_of(key).drawn] or [key for key in moved if key == "train/loss"]:
+        lines = []
+        for index, run in runs.items():
+            look, points, best = LOOKS[index], binned(run.series(key)), run.best_model
+            kept = best["step"] if best and key == f"validation/{best['metric']}" else None
+            if points:
+                lines.append(Line(look, points, [(*point, look.colour) for point in points if point[0] == kept]))
+        charts.append(Chart(title_of(key), svg_chart(lines, title_of(key), ("step", ""), inches=(3.7, 2.5))))
+    return charts
 
 
 def title_of(key: str) -> str:
     """ "Validation cross-entropy (nats per token)" for `validation/cross_entropy`."""
     split = key.partition("/")[0]
     return f"{'Training' if split == 'train' else split.capitalize()} {metric_of(key).label}"
-
-
-def curve_chart(runs: Sequence[tuple[int, Run]], key: str) -> Chart:
-    """One quantity over the steps, a line for each run, and a ring around what `best.json` was chosen by."""
-    lines = []
-    for index, run in runs:
-        look, points = LOOKS[index], binned(run.series(key))
-        sparse = len(points) == 1 or (key.startswith("validation/") and len(points) <= 40)
-        best = run.best_model if run.best_model and key == f"validation/{run.best_model['metric']}" else {"step": None}
-        rings = [(step, value, look.colour) for step, value in points if step == best["step"]]
-        if points:
-            lines.append(Line(look, points, marker_size=3.5 if sparse else 0, rings=rings))
-    return Chart(title_of(key), svg_chart(lines, title_of(key), ("step", ""), inches=(3.7, 2.5)))
 
 
 def binned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -165,7 +156,7 @@ def frontier_charts(runs: Sequence[Run]) -> list[Chart]:
     """The charts of `FRONTIERS`; one that no run has numbers for is left out."""
     charts = []
     for title, (right, up, note) in FRONTIERS.items():
-        lines = frontier_lines(runs, right, up)
+        lines = [line for run in runs for line in frontier_lines(run, runs, right, up)]
         if any(line.rings for line in lines):
             note += " A ring marks the temperature control, in the colour of the run whose entropy it has."
         labels = metric_of(right).label, metric_of(up).label
@@ -174,25 +165,22 @@ def frontier_charts(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
-def frontier_lines(runs: Sequence[Run], right: str, up: str) -> list[Line]:
-    """One for each run and sampler setting (all but the temperature) that has both numbers, by rising temperature."""
-    found: dict[Any, list[tuple[ResultRow, Measurement, Measurement]]] = {}
-    for index, run in enumerate(runs):
-        for row in sorted(run.results.rows, key=lambda row: row.temperature):
-            x, y = value_of(row, right), value_of(row, up)
-            if x and y:
-                found.setdefault((index, row.sampler), []).append((row, x, y))
-    lines = []
-    for (index, _), rows in found.items():
-        spreads = [y.spread or 0.0 for _, _, y in rows] if up == DECIDING else None
-        rings = [(x.value, y.value, ring_colour(row, runs[index], runs)) for row, x, y in rows if row.matched_to]
-        lines.append(Line(LOOKS[index], [(x.value, y.value) for _, x, y in rows], spreads, rings=rings))
-    return lines
-
-
-def ring_colour(row: ResultRow, run: Run, runs: Sequence[Run]) -> str:
-    other, _ = find_matched(row, run, runs)
-    return LOOKS[runs.index(other)].colour if other else RING_OF_OTHERS
+def frontier_lines(run: Run, runs: Sequence[Run], right: str, up: str) -> list[Line]:
+    """One for each sampler setting (all but the temperature) that has both numbers, by rising temperature."""
+    lines: dict[Any, Line] = {}
+    for row in sorted(run.results.rows, key=lambda row: row.temperature):
+        x, y = value_of(row, right), value_of(row, up)
+        if x and y:
+            spreads: list[float] | None = [] if up == DECIDING else None
+            line = lines.setdefault(row.sampler, Line(LOOKS[runs.index(run)], [], [], spreads))
+            line.points.append((x.value, y.value))
+            if line.spreads is not None:
+                line.spreads.append(y.spread or 0.0)
+            if row.matched_to:
+                other, _ = find_matched(row, run, runs)
+                colour = LOOKS[runs.index(other)].colour if other else RING_OF_OTHERS
+                line.rings.append((x.value, y.value, colour))
+    return list(lines.values())
 
 
 def value_of(row: ResultRow, name: str) -> Measurement | None:

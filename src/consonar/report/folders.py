@@ -40,46 +40,48 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     if not 1 <= len(paths) <= MAX_RUNS:
         raise UserError(f"runs: {len(paths)} given; a report compares 1 to {MAX_RUNS} run folders")
     folders = [Path(path).resolve() for path in paths]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise UserError(f"runs: {folder} is given more than once; name each run folder once")
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise UserError(f"runs: {twice[0]} is given more than once; name each run folder once")
     short = [folder.name for folder in folders]
     names = [f.name if short.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    runs = [without_outdated(_load_run(folder, name)) for folder, name in zip(folders, names, strict=True)]
-    return comparable([without_old_matches(run, runs) for run in runs])
+    runs = [without_outdated(load_run(folder, name)) for folder, name in zip(folders, names, strict=True)]
+    runs = [without_old_matches(run, runs) for run in runs]
+    first = next((run for run in runs if run.results.rows), None)
+    return [comparable(run, first) if first else run for run in runs]
 
 
-def _load_run(folder: Path, name: str) -> Run:
+def load_run(folder: Path, name: str) -> Run:
     if not (folder / "config.json").is_file():
         missing = "holds no config.json" if folder.is_dir() else "no such folder"
         raise UserError(f"run {folder}: {missing}; pass a folder that `consonar train` wrote")
-    config = _read_note(folder / "config.json", objective=(dict, NoneType), init=(str, NoneType)) or {}
+    config = read_note(folder / "config.json", objective=(dict, NoneType), init=(str, NoneType))
     with reading(f"{folder / 'config.json'}: objective", "settings as training writes them"):
         objective = completed(config.get("objective") or {})
-        method_of(objective)
+        row = method_of(objective)
     init = Path(config.get("init") or "")
     return Run(
         path=folder,
         name=name,
         config=config,
         objective=objective,
+        row=row,
         metrics=tuple(read_metrics(folder / "metrics.jsonl")),
-        results=_read_results(folder / "results.json"),
-        reconstruction=_read_note(folder / "reconstruction.json") or {},
+        results=read_results(folder / "results.json"),
+        reconstruction=read_note(folder / "reconstruction.json"),
         start=(init.parent if init.name in COMPONENTS else init) if config.get("init") else None,
         starts_from_best=init.name == "best",
         weights_sha256=exported_sha256(folder),
-        stopped=_read_note(folder / "stopped.json", step=int, reason=str),
-        best_model=_read_note(folder / "best.json", step=int, metric=str, value=(int, float)),
+        stopped=read_note(folder / "stopped.json", step=int, reason=str),
+        best_model=read_note(folder / "best.json", step=int, metric=str, value=(int, float)),
     )
 
 
-def _read_note(path: Path, **entries: Any) -> Json | None:
-    """A file of named entries of given types, or None where it is not there."""
+def read_note(path: Path, **entries: Any) -> Json:
+    """A file of named entries of given types; empty where it is not there."""
     if not path.is_file():
-        return None
+        return {}
     note = read_json(path, "write it again or leave this run out")
     for key, kind in entries.items():
         if not isinstance(note.get(key), kind):
@@ -87,24 +89,23 @@ def _read_note(path: Path, **entries: Any) -> Json | None:
     return note
 
 
-def _read_results(path: Path) -> Results:
-    content = _read_note(path)
-    if content is None:
+def read_results(path: Path) -> Results:
+    if not path.is_file():
         return Results()
-    provenance = {key: value for key, value in content.items() if key not in ("rows", "best", "remarks")}
+    content = {"schema": None, "rows": None, **read_note(path)}
+    content["provenance"] = {key: content[key] for key in content if key not in ("rows", "best", "remarks")}
     try:
-        results = adapter(Results).validate_python({"schema": None, "rows": None, **content, "provenance": provenance})
+        results = adapter(Results).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {place}: {first['msg']}, got {first['input']!r:.60}; evaluate again") from error
     if results.best is not None and not 0 <= results.best < len(results.rows):
         raise UserError(f"{path}: best is {results.best}; expected the index of a row, 0 to {len(results.rows) - 1}")
-    rows = tuple(_with_samples(path, number, row) for number, row in enumerate(results.rows))
-    return replace(results, rows=rows)
+    return replace(results, rows=tuple(with_samples(path, number, row) for number, row in enumerate(results.rows)))
 
 
-def _with_samples(path: Path, number: int, row: ResultRow) -> ResultRow:
+def with_samples(path: Path, number: int, row: ResultRow) -> ResultRow:
     """The row with the place of the pictures that it measured, which are checked to be these."""
     if row.samples is None:
         return row
@@ -131,13 +132,13 @@ def without_outdated(run: Run) -> Run:
     return replace(run, reconstruction=values)
 
 
-def outdated_reconstruction(origin: Any, run: Run) -> str | None:
+def outdated_reconstruction(origin: object, run: Run) -> str | None:
     """Why reconstruction.json is not of the tokenizer that `run` is, or reads its tokens with; else None."""
     if not isinstance(origin, Mapping):
         return "do not say what they are of; evaluate again with --overwrite"
     if "checkpoint_sha256" in origin:
         return outdated(origin, run.weights_sha256)
-    model = _read_note(run.path / "model" / "config.json") or {}
+    model = read_note(run.path / "model" / "config.json")
     known, measured = (one.get("tokenizer_fingerprint") for one in (model, origin))
     if known is None or measured is None or known == measured:
         return None
@@ -146,32 +147,27 @@ def outdated_reconstruction(origin: Any, run: Run) -> str | None:
 
 def without_old_matches(run: Run, runs: Sequence[Run]) -> Run:
     """The run without rows at the entropy of a run on the page that was trained on since."""
-    lost = [row for row in run.results.rows if _is_of_older_match(row, run, runs)]
-    if not lost:
+
+    def is_old(row: ResultRow) -> bool:
+        named = [other for other in runs if other is not run and other.path.name == row.matched_to]
+        known = {other.weights_sha256 for other in named} - {None}
+        return row.matched_sha256 is not None and bool(known) and row.matched_sha256 not in known
+
+    old = [str(row.matched_to) for row in run.results.rows if is_old(row)]
+    if not old:
         return run
-    rows = tuple(row for row in run.results.rows if row not in lost)
-    names = listed([str(row.matched_to) for row in lost])
-    said = f"Rows of {run.name} at the entropy of {names} are not shown: {names} changed since; evaluate again."
+    rows = tuple(row for row in run.results.rows if not is_old(row))
     best = rows.index(run.results.best_row) if run.results.best_row in rows else None
+    names = listed(old)
+    said = f"Rows of {run.name} at the entropy of {names} are not shown: {names} changed since; evaluate again."
     return withhold(run, said, results=replace(run.results, rows=rows, best=best))
 
 
-def _is_of_older_match(row: ResultRow, run: Run, runs: Sequence[Run]) -> bool:
-    named = [other for other in runs if other is not run and other.path.name == row.matched_to]
-    known = {other.weights_sha256 for other in named} - {None}
-    return row.matched_sha256 is not None and bool(known) and row.matched_sha256 not in known
-
-
-def comparable(runs: Sequence[Run]) -> list[Run]:
-    """The runs, without the results of those that were measured otherwise than the first one that has results."""
-    first = next((run for run in runs if run.results.rows), None)
-    checked = []
-    for run in runs:
-        if first and run.results.rows and (why := difference(run.results, first.results)):
-            said = f"The results of {run.name} are not shown beside those of {first.name}: {why}; evaluate both alike."
-            run = withhold(run, said, results=Results())
-        checked.append(run)
-    return checked
+def comparable(run: Run, first: Run) -> Run:
+    """The run, without its results where these were measured otherwise than those of the `first` that has any."""
+    why = difference(run.results, first.results) if run.results.rows else None
+    said = f"The results of {run.name} are not shown beside those of {first.name}: {why}; evaluate both alike."
+    return withhold(run, said, results=Results()) if why else run
 
 
 def difference(results: Results, others: Results) -> str | None:
@@ -194,8 +190,6 @@ def same_reference(ours: Any, theirs: Any) -> bool:
     """Whether two descriptions of a reference are of one: of the same pixels, or where unknown of the same name."""
     if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
         return bool(ours == theirs)
-    hashes, others = (
-        [{key: value for key, value in one.items() if key.endswith("_sha256") == hashed} for one in (ours, theirs)]
-        for hashed in (True, False)
-    )
-    return hashes[0] == hashes[1] if all(hashes) else others[0] == others[1]
+    hashes = {key for key in {*ours, *theirs} if key.endswith("_sha256")}
+    hashed = hashes & ours.keys() and hashes & theirs.keys()
+    return all(ours.get(key) == theirs.get(key) for key in (hashes if hashed else {*ours, *theirs} - hashes))

@@ -13,7 +13,7 @@ from pydantic import Field
 from consonar.evaluation.results import Measurement
 from consonar.json_types import JsonMap
 from consonar.metrics import decides
-from consonar.training.objectives import Method, Settings, method_of
+from consonar.training.objectives import Method, Settings
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Run:
     config: JsonMap
     objective: Settings
     """The configuration's objective, with the defaults of what it lacks; empty where there is none."""
+    row: Method | None = None
+    """What the table of methods says of it; None for a kind that is not in there."""
     metrics: tuple[JsonMap, ...] = ()
     results: Results = Results()
     """Without rows where nothing was measured, or may be shown."""
@@ -88,19 +90,14 @@ class Run:
     weights_sha256: str | None = None
     withheld: tuple[str, ...] = ()
     """Sentences on what was measured and is not shown, and why."""
-    stopped: JsonMap | None = None
+    stopped: JsonMap = field(default_factory=dict)
     """{"step", "reason"} of a run that its guard ended."""
-    best_model: JsonMap | None = None
+    best_model: JsonMap = field(default_factory=dict)
     """{"step", "metric", "value"} of the model that is kept in best/."""
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """All logged (step, value) of one metric, without those that were not finite."""
         return [(line["step"], line[key]) for line in self.metrics if line.get(key) is not None]
-
-    @property
-    def row(self) -> Method | None:
-        """What the table of methods says of it; None for a kind that is not in there."""
-        return method_of(self.objective)
 
     @property
     def post_trains(self) -> bool:
@@ -125,11 +122,9 @@ def find_start(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run on this page that `run` started from, its last model or its best one."""
     if run.start is None:
         return None
-    found = next((other for other in runs if other.path == run.start), None)
-    if found is not None or run.start.exists():
-        return found
     # Runs that were moved together, to another folder or machine, still lie side by side.
-    return next((other for other in runs if other is not run and other.path == run.path.parent / run.start.name), None)
+    places = [run.start] if run.start.exists() else [run.start, run.path.parent / run.start.name]
+    return next((other for place in places for other in runs if other is not run and other.path == place), None)
 
 
 def measured_start(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -152,10 +147,9 @@ def control_of(run: Run, runs: Sequence[Run]) -> Run | None:
     Of post-training the control from the same start, else that start; of training the control, else the first run.
     """
     if run.post_trains:
-        siblings = [other for other in runs if other.post_trains and other.start == run.start]
-        siblings = [other for other in siblings if other.starts_from_best == run.starts_from_best]
-        control = next((other for other in siblings if other.is_control), None)
-        return control if control and not run.is_control else measured_start(run, runs)
+        controls = [other for other in runs if other.post_trains and other.is_control]
+        alike = [one for one in controls if (one.start, one.starts_from_best) == (run.start, run.starts_from_best)]
+        return alike[0] if alike and not run.is_control else measured_start(run, runs)
     trained = [other for other in runs if not other.post_trains]
     plain = next((other for other in trained if other.is_control), trained[0])
     return None if plain is run else plain

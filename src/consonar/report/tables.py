@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from consonar.evaluation.results import Measurement
 from consonar.json_types import JsonMap
-from consonar.metrics import metric_of
-from consonar.report.charts import curve_charts, logged_keys
+from consonar.metrics import in_order, metric_of
+from consonar.report.charts import curve_charts
 from consonar.report.records import (
     ResultRow,
     Run,
@@ -25,7 +25,6 @@ from consonar.report.records import (
     measurement_text,
 )
 
-HINTS = {-1: "lower is better", 1: "higher is better", 0: ""}
 Entry = tuple[Run, ResultRow]
 
 
@@ -36,10 +35,13 @@ class Verdict(NamedTuple):
     text: str = ""
 
 
+UNMEASURED = Verdict("–")
+
+
 def judge(score: Measurement | None, base: Measurement | None, direction: int = -1) -> Verdict:
     """A number against that of the control; `direction` is -1 where lower is better."""
     if score is None or base is None:
-        return Verdict("–")
+        return UNMEASURED
     gain = direction * (score.value - base.value)
     if not math.isfinite(gain):
         return Verdict("open", "not a finite number")
@@ -63,27 +65,24 @@ def verdict_table(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]
                 "at T 1": (run.results.temperature_one, control.results.temperature_one),
                 "at equal entropy": rows_of_equal_entropy(run, scored),
             }
-            verdicts = {key: judge(a.deciding, b.deciding) for key, (a, b) in pairs.items() if a and b}
-            found.append({"run": run, "control": control.name, **dict.fromkeys(pairs, Verdict("–")), **verdicts})
-    settings = [key for key in found[0] if key not in ("run", "control")] if found else []
-    return [key for key in settings if any(row[key].word != "–" for row in found)], found
+            verdicts = {key: judge(a.deciding, b.deciding) if a and b else UNMEASURED for key, (a, b) in pairs.items()}
+            found.append({"run": run, "control": control.name, **verdicts})
+    settings = [key for key in (found[0] if found else ()) if key not in ("run", "control")]
+    return [key for key in settings if any(row[key] != UNMEASURED for row in found)], found
 
 
 def rows_of_equal_entropy(run: Run, runs: Sequence[Run]) -> tuple[ResultRow | None, ResultRow | None]:
     """A post-trained run at temperature 1, and its start at the temperature of the same entropy."""
     start = measured_start(run, runs) if run.post_trains else None
-    for row in start.results.rows if start else ():
-        other, trained = find_matched(row, start, runs) if start else (None, None)
-        if other is run:
-            return trained, row
-    return None, None
+    matched = [(find_matched(row, start, runs), row) for row in start.results.rows] if start else []
+    return next(((trained, row) for (other, trained), row in matched if other is run), (None, None))
 
 
 def result_sections(runs: Sequence[Run], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The numbers: at temperature 1, at each run's own best setting, at equal entropy, and the whole grid, folded.
+    """The numbers: at temperature 1, at each run's own best setting, at equal entropy, and last the whole grid.
 
-    [{"title", "folded", "rows": [{"run", "row", "cells": [{"text", "mark"}]}]}]: the mark "best" is the best
-    of its column in the section, "close" what is no different from it.
+    [{"title", "rows": [{"run", "row", "cells": [{"text", "mark"}]}]}]: the mark "best" is the best of its column in
+    the section, "close" what is no different from it.
     """
     entries: dict[str, list[Entry]] = {
         "At temperature 1": [(run, row) for run in runs if (row := run.results.temperature_one)],
@@ -91,11 +90,7 @@ def result_sections(runs: Sequence[Run], columns: Sequence[str]) -> list[dict[st
         **{f"{run.name} at the entropy of others": matched_entries(run, runs) for run in runs},
         "Everything measured": [(run, row) for run in runs for row in run.results.rows],
     }
-    return [
-        {"title": title, "folded": title == "Everything measured", "rows": _table_rows(found, columns)}
-        for title, found in entries.items()
-        if found
-    ]
+    return [{"title": title, "rows": table_rows(found, columns)} for title, found in entries.items() if found]
 
 
 def matched_entries(run: Run, runs: Sequence[Run]) -> list[Entry]:
@@ -103,13 +98,11 @@ def matched_entries(run: Run, runs: Sequence[Run]) -> list[Entry]:
     entries: list[Entry] = []
     for row in [row for row in run.results.rows if row.matched_to]:
         other, trained = find_matched(row, run, runs)
-        if other and trained:
-            entries.append((other, trained))
-        entries.append((run, row))
+        entries += [(other, trained), (run, row)] if other and trained else [(run, row)]
     return entries
 
 
-def _table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[str, Any]]:
+def table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"run": run, "row": row, "cells": []} for run, row in entries]
     for column in columns:
         metric = metric_of(column)
@@ -118,11 +111,14 @@ def _table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[s
         # Where all are equal there is no best to point at.
         differ = metric.direction and len({each.value for each in present}) > 1
         best = max(present, key=lambda each: metric.direction * each.value) if differ else None
-        for each, entry in zip(measured, rows, strict=True):
-            text = "" if each is None else measurement_text(each, percent=metric.unit == "%")
-            close = best is not None and judge(each, best, metric.direction).word == "no difference"
-            mark = "best" if each and best and each.value == best.value else "close" if close else ""
-            entry["cells"].append({"text": text, "mark": mark})
+        for each, row in zip(measured, rows, strict=True):
+            mark = ""
+            if each and best:
+                close = judge(each, best, metric.direction).word == "no difference"
+                mark = "best" if each.value == best.value else "close" if close else ""
+            row["cells"].append(
+                {"text": measurement_text(each, percent=metric.unit == "%") if each else "", "mark": mark}
+            )
     return rows
 
 
@@ -133,15 +129,13 @@ def training_groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     groups = []
     for title, post_trains in (("Post-training", True), ("Training", False)):
-        entries = [(index, run) for index, run in enumerate(runs) if run.post_trains == post_trains and run.metrics]
-        keys = logged_keys(entries)
+        entries = {index: run for index, run in enumerate(runs) if run.post_trains == post_trains and run.metrics}
+        keys = in_order({key for run in entries.values() for line in run.metrics for key in line if "/" in key})
         columns = [key for key in keys if key.startswith("validation/")]
-        notes = training_notes([run for _, run in entries])
-        groups.append({
-            "title": title, "indices": [index for index, _ in entries], "columns": columns, "notes": notes,
-            "charts": curve_charts(entries, keys),
-        })  # fmt: skip
-    return [group for group in groups if group["indices"]]
+        notes, charts = training_notes([*entries.values()]), curve_charts(entries, keys)
+        if entries:
+            groups.append({"title": title, "indices": [*entries], "columns": columns, "notes": notes, "charts": charts})
+    return groups
 
 
 def from_to(run: Run, key: str) -> str:
@@ -158,11 +152,10 @@ def from_to(run: Run, key: str) -> str:
 def training_notes(runs: Sequence[Run]) -> list[str]:
     """How runs ended, and what must be known to read the charts."""
     notes = []
-    for run in runs:
-        if run.stopped is not None:
-            last, step = run.metrics[-1]["step"], run.stopped["step"]
-            later = f" It was resumed later, to step {last:,}." if last > step else ""
-            notes.append(f"{run.name} was stopped by its guard at step {step:,}: {run.stopped['reason']}.{later}")
+    for run in [run for run in runs if run.stopped]:
+        last, step = run.metrics[-1]["step"], run.stopped["step"]
+        later = f" It was resumed later, to step {last:,}." if last > step else ""
+        notes.append(f"{run.name} was stopped by its guard at step {step:,}: {run.stopped['reason']}.{later}")
     if metrics := dict.fromkeys(run.best_model["metric"] for run in runs if run.best_model):
         notes.append(
             f"The best step is that of the lowest {listed(list(metrics))} on the way (ringed below; step 0 is the "
@@ -181,11 +174,10 @@ def compared(runs: Sequence[Run], records: Sequence[JsonMap]) -> list[dict[str, 
     A row is (dotted key, values), a value for each heading.
     """
     flat = [flatten(record) for record in records]
-    values = {
-        key: [one.get(key, "not set") for one in flat] for key in dict.fromkeys(key for one in flat for key in one)
-    }
-    differs = [(key, each) for key, each in values.items() if len(set(each)) > 1]
-    same = [(key, each[:1]) for key, each in values.items() if len(set(each)) == 1]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    rows = [(key, [one.get(key, "not set") for one in flat]) for key in keys]
+    differs = [(key, values) for key, values in rows if len(set(values)) > 1]
+    same = [(key, values[:1]) for key, values in rows if len(set(values)) == 1]
     tables = (
         ("What differs between the runs", [run.name for run in runs], differs),
         ("What is the same" if len(runs) > 1 else "Everything", ["value"], same),
