@@ -9,7 +9,7 @@ import tyro
 
 from consonar import convert as conversion
 from consonar.cli.console import say
-from consonar.cli.parsing import check_output, parse
+from consonar.cli.parsing import parse
 from consonar.errors import UserError
 from consonar.json_types import Json
 
@@ -34,7 +34,6 @@ class Options:
 
 def command(args: Sequence[str]) -> None:
     options = parse(Options, args, "convert")
-    check_output(options.to or options.to_official, "--to" if options.to else "--to-official")
     if (options.to is None) == (options.to_official is None):
         raise UserError("convert: give either --to FOLDER, or --to-official FILE for the way back")
     if options.to is not None:

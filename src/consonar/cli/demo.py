@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.cli.console import say
-from consonar.cli.parsing import check_output, parse
+from consonar.cli.parsing import parse
 from consonar.demo.job import run_demo
 
 
@@ -21,6 +21,5 @@ class Options:
 
 def command(args: Sequence[str]) -> None:
     options = parse(Options, args, "demo")
-    check_output(options.out)
     page = run_demo(options.out, minutes=options.minutes, seed=options.seed, say=say)
     say(f"the page: {page.resolve()}")

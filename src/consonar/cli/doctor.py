@@ -73,13 +73,14 @@ def chosen_kernels() -> Iterator[tuple[str, str]]:
     device = distributed.pick_device("auto")
     dtype = precision.pick_precision("auto", device)
     mode, answers = kernels_mode(), timing.kept_answers()
-    why = "PyTorch knows of the device"
-    if device.type == "cpu":
+    if device.type != "cpu":
+        why = "PyTorch knows of the device"
+    elif not precision.cpu_multiplies_bf16():
         why = "the processor has no instructions for bf16"
-        if precision.cpu_multiplies_bf16() and mode != "measured":
-            why = f"CONSONAR_KERNELS={mode}"
-        elif precision.cpu_multiplies_bf16():
-            why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else UNMEASURED
+    elif mode != "measured":
+        why = f"CONSONAR_KERNELS={mode}"
+    else:
+        why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else UNMEASURED
     yield "precision", f"loop.precision auto is {'bf16' if dtype is torch.bfloat16 else 'fp32'}: {why}"
     if mode != "measured":
         yield "kernels", f"all {'ours' if mode == 'ours' else 'of PyTorch'}: CONSONAR_KERNELS={mode}"

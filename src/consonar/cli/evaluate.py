@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import bad_images_of, check_output, parse
+from consonar.cli.parsing import BadImageGroup, parse
 from consonar.components import load_tokenizer, read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import pick_device
@@ -54,11 +54,7 @@ class Options:
     """Images per call of a network."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    bad_images: str = "stop"
-    """What is done about images that cannot be read: stop, or skip (leave them out, list them beside the results in a
-    file called ...bad-images.txt)."""
-    bad_images_limit: float = 0.01
-    """Share of images that may be left out before skip stops too; one image may always be."""
+    bad: BadImageGroup
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace results that are there."""
 
@@ -68,9 +64,7 @@ def command(args: Sequence[str]) -> None:
     place, out, device = options.samples, options.out, str(pick_device(options.device, "--device"))
     is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
     listing = out and out.with_name(f"{out.name}-bad-images.txt")
-    listing = place / "bad-images-evaluation.txt" if is_run else listing
-    bad = bad_images_of(options.bad_images, options.bad_images_limit, listing)
-    check_output(out)
+    bad = options.bad.policy(place / "bad-images-evaluation.txt" if is_run else listing)
     if not place.exists() and str(place) in SHIPPED_GENERATORS:
         raise UserError(
             f"evaluate: {place} is a shipped generator, which keeps no results; first "
@@ -119,10 +113,8 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
         overwrite=options.overwrite, bad=bad, progress=say,
     )  # fmt: skip
     for row in content["rows"]:
-        print_metrics(
-            {name: Measurement(**found) for name, found in row["metrics"].items()},
-            f"temperature {row['temperature']:g}",
-        )
+        metrics = {name: Measurement(**found) for name, found in row["metrics"].items()}
+        print_metrics(metrics, f"temperature {row['temperature']:g}")
     for remark in content["remarks"]:
         say(remark)
     say(f"results: {options.samples / 'results.json'}")

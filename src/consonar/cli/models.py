@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -13,10 +12,7 @@ from consonar.cli.parsing import parse
 from consonar.errors import check_choice
 from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS, Published
 
-COLUMNS: dict[str, Literal["left", "right"]] = {
-    "name": "left", "kind": "left", "params": "right", "tokens": "right", "codes": "right", "licence": "left",
-    "parity": "left",
-}  # fmt: skip
+NUMBERS = ("params", "tokens", "codes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +34,22 @@ def command(args: Sequence[str]) -> None:
     model = PUBLISHED[name]
     place = f"https://huggingface.co/{model.repository}" if model.repository else str(model.elsewhere)
     say(f"{model.name}: {model.component} of kind {model.kind}, {model.parameters:,} parameters")
-    say(f"  tokens      {model.num_tokens} of {model.vocab_size} codes")
-    say(f"  published   {place}")
-    say(f"  file        {model.file}")
-    say(f"  sha256      {model.sha256 or 'not stated'}")
-    say(f"  licence     {model.licence}")
-    if model.tokenizer:
-        say(f"  tokenizer   {model.tokenizer}")
-    say(f"  golden      {model.golden or 'none'}")
-    say(f"  manifest    {model.manifest or 'none'}")
+    facts = {
+        "tokens": f"{model.num_tokens} of {model.vocab_size} codes", "published": place, "file": model.file,
+        "sha256": model.sha256 or "not stated", "licence": model.licence, "tokenizer": model.tokenizer,
+        "golden": model.golden or "none", "manifest": model.manifest or "none",
+    }  # fmt: skip
+    for key, value in facts.items():
+        if value:
+            say(f"  {key:12}{value}")
 
 
 def print_models(title: str, models: Sequence[Published]) -> None:
     """A table of released models; narrow terminals fold the place of publication."""
     # Plain lines: what is piped into a file or a mail stays legible.
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
-    for heading, side in COLUMNS.items():
-        table.add_column(heading, justify=side, no_wrap=True)
+    for heading in ("name", "kind", *NUMBERS, "licence", "parity"):
+        table.add_column(heading, justify="right" if heading in NUMBERS else "left", no_wrap=True)
     table.add_column("published at", overflow="fold")
     for model in models:
         codes = str(model.vocab_size) + (f"x{model.code_dim}" if model.code_dim else "")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -17,9 +17,35 @@ from consonar.errors import UserError, check_choice
 Parsed = TypeVar("Parsed")
 
 
+OUTPUTS = ("out", "to", "to_official")
+"""Options that name what is made."""
+
+
 @dataclass(frozen=True)
 class NoOptions:
     """Of a command that takes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadImageOptions:
+    bad_images: str = "stop"
+    """What is done about images that cannot be read: stop, or skip (leave them out, and list them in a .txt
+    beside what is made)."""
+    bad_images_limit: float = LIMIT
+    """Share of images that may be left out before skip stops too; one image may always be."""
+
+    def policy(self, listing: Path | None) -> BadImages:
+        """What they say; `UserError` for a wrong option, or a limit that nothing reads."""
+        limit = self.bad_images_limit
+        check_choice("--bad-images", self.bad_images, POLICIES)
+        if not 0 <= limit <= 1:
+            raise UserError(f"--bad-images-limit: {limit} is not a share from 0 to 1")
+        if self.bad_images == "stop" and limit != LIMIT:
+            raise UserError(f"--bad-images-limit: {limit} is read only with --bad-images skip; leave it away")
+        return BadImages(self.bad_images, limit, listing)
+
+
+BadImageGroup = Annotated[BadImageOptions, tyro.conf.arg(name="")]
 
 
 def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed | None = None) -> Parsed:
@@ -34,7 +60,7 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(
+            options = tyro.cli(
                 kind, args=list(args), prog=f"consonar {command}", description=COMMANDS[command.split()[0]],
                 config=(tyro.conf.AvoidSubcommands,), **given,
             )  # fmt: skip
@@ -47,6 +73,9 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
                 raise cause from stop
             cause = cause.__context__
         raise UserError(f"{command}: {in_one_line(captured.getvalue())}; see: consonar {command} --help") from stop
+    for name in OUTPUTS:
+        check_output(getattr(options, name, None), f"--{name.replace('_', '-')}")
+    return options
 
 
 def check_repeats(args: Sequence[str]) -> None:
@@ -89,36 +118,20 @@ def in_one_line(box: str) -> str:
     return " (".join(found[:2]) + (")" if len(found) > 1 else "")
 
 
-def is_option(word: str, name: str) -> bool:
-    """Whether a word is the option `name`, with its value behind `=` or not."""
-    return word == name or word.startswith(f"{name}=")
-
-
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     """The words without `name VALUE` or `name=VALUE`, and the value; None where it is not given."""
-    if sum(is_option(word, name) for word in args) > 1:
-        raise UserError(f"{name}: given twice; keep one")
     for index, word in enumerate(args):
-        if word == name:
+        option, equals, value = word.partition("=")
+        if option == name and equals:
+            return args[:index] + args[index + 1 :], value
+        if option == name:
             if index + 1 == len(args):
                 raise UserError(f"{name}: a value is missing")
             return args[:index] + args[index + 2 :], args[index + 1]
-        if word.startswith(f"{name}="):
-            return args[:index] + args[index + 1 :], word.removeprefix(f"{name}=")
     return args, None
 
 
-def bad_images_of(policy: str, limit: float, listing: Path | None) -> BadImages:
-    """What is done about images that cannot be read; `UserError` for a wrong option, or a limit that nothing reads."""
-    check_choice("--bad-images", policy, POLICIES)
-    if not 0 <= limit <= 1:
-        raise UserError(f"--bad-images-limit: {limit} is not a share from 0 to 1")
-    if policy == "stop" and limit != LIMIT:
-        raise UserError(f"--bad-images-limit: {limit} is read only with --bad-images skip; leave it away")
-    return BadImages(policy, limit, listing)
-
-
-def check_output(out: Path | None, key: str = "--out") -> None:
+def check_output(out: Path | None, key: str) -> None:
     """Raises `UserError` for an output whose name is not UTF-8: not all that write files take such names."""
     try:
         str(out).encode()
@@ -127,7 +140,6 @@ def check_output(out: Path | None, key: str = "--out") -> None:
 
 
 def check_name(out: Path) -> None:
-    """`check_output`, and `UserError` for a path without a name of its own: others are named after it, beside it."""
-    check_output(out)
+    """Raises `UserError` for an output without a name of its own: others are named after it, beside it."""
     if out.name in ("", ".."):
         raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'mine'}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from consonar.cli.console import say
-from consonar.cli.parsing import check_output, parse
+from consonar.cli.parsing import parse
 from consonar.report import write_report
 
 
@@ -25,6 +25,5 @@ class Options:
 
 def command(args: Sequence[str]) -> None:
     options = parse(Options, args, "report")
-    check_output(options.out)
     page = write_report(list(options.runs), options.out, title=options.title, overwrite=options.overwrite)
     say(f"report: {page}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import bad_images_of, check_name, parse
+from consonar.cli.parsing import BadImageGroup, check_name, parse
 from consonar.components import load_tokenizer
 from consonar.data.bad_images import leave_out
 from consonar.data.image_folder import other_files
@@ -38,11 +38,7 @@ class Options:
     """Text file that names class 0, 1, ..., one a line (default: classes in the order of their names)."""
     label_default: str | None = None
     """What images without a label become in data with classes: the id or name of a class, or drop."""
-    bad_images: str = "stop"
-    """What is done about images that cannot be read: stop, or skip (leave them out, list them in
-    OUT-bad-images.txt)."""
-    bad_images_limit: float = 0.01
-    """Share of images that may be left out before skip stops too; one image may always be."""
+    bad: BadImageGroup
     views: str = "center_flip"
     """Crops kept of each training image: center, center_flip, ten_crop, shift_flip; of other splits the centre is
     kept."""
@@ -56,7 +52,7 @@ def command(args: Sequence[str]) -> None:
     options = parse(Options, args, "tokenize")
     out, views = options.out, options.views
     check_name(out)
-    bad = bad_images_of(options.bad_images, options.bad_images_limit, out.with_name(f"{out.name}-bad-images.txt"))
+    bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
     device = pick_device(options.device, "--device")
     check_batch_size(options.batch_size, "--batch-size")
     check_choice("--views", views, VIEWS)
@@ -103,7 +99,6 @@ def open_splits(options: Options, names: Sequence[str], image_size: int) -> dict
 
 def tokenizer_for(name: str, image_size: int | None) -> TokenizerModule:
     """The tokenizer for images of `image_size` pixels (None: its own); `UserError` where it takes none such."""
-
     if image_size is not None:
         check_image_size(image_size, "--image-size")
     model = load_tokenizer(name)
@@ -116,7 +111,6 @@ def tokenizer_for(name: str, image_size: int | None) -> TokenizerModule:
 
 def write_store(name: str, source: ImageSource, model: Tokenizer, path: Path, views: str, batch_size: int) -> None:
     """Tokenises the images of split `name` into `path`, and says what was found."""
-
     known = known_labels(source) is not None
     if known:
         say(f"{name}: {describe(source)}")
@@ -130,7 +124,6 @@ def write_store(name: str, source: ImageSource, model: Tokenizer, path: Path, vi
 
 def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str) -> bool:
     """Whether a finished store at `path` is what tokenising these would make, as its metadata tell."""
-
     if not (path / METADATA_FILE).is_file():
         return False
     store = TokenStore.open(path)

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from consonar.cli.console import say
-from consonar.cli.parsing import check_output, is_option, parse, take_option
+from consonar.cli.parsing import check_repeats, parse, take_option
 from consonar.errors import UserError
 from consonar.recipes import RECIPES, find_recipe
 from consonar.recipes.files import read_config
@@ -51,13 +51,14 @@ def command(args: Sequence[str]) -> None:
         raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
     is_file = Path(args[0]).suffix.lower() in (".yaml", ".yml", ".json")
     config = read_config(Path(args[0])) if is_file else find_recipe(args[0])
-    words, rewards = take_option([full_name(word) for word in args[1:]], "--objective.rewards")
+    given = [full_name(word) for word in args[1:]]
+    check_repeats(given)
+    words, rewards = take_option(given, "--objective.rewards")
     if rewards is not None:
         if weight := next((word for word in words if word.startswith("--objective.rewards.")), None):
             raise UserError(f"{weight}: given together with --objective.rewards, which names all rewards; keep one")
         config = with_rewards(config, rewards)
     options = parse(Options, words, f"train {args[0]}", Options(out=tyro.MISSING, config=config))
-    check_output(options.out)
     sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
     folder = train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
     say(f"run folder: {folder}")
@@ -65,8 +66,8 @@ def command(args: Sequence[str]) -> None:
 
 def full_name(word: str) -> str:
     """A word of `train`, with the whole name of an option that is called as in `tokenize`."""
-    short = next((name for name in SHORT if is_option(word, name)), None)
-    return word if short is None else SHORT[short] + word.removeprefix(short)
+    name, equals, value = word.partition("=")
+    return SHORT.get(name, name) + equals + value
 
 
 def with_rewards(config: TrainConfig, text: str) -> TrainConfig:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,18 +24,23 @@ from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import write_token_store
 from consonar.demo.plan import (
+    PARTS,
+    POST_TRAINING,
+    RUNS,
+    TEMPERATURES,
     ImageRate,
     Progress,
     Rates,
+    Say,
     TrainingRate,
     Work,
+    config_of,
     evaluation_rate,
     first_guess,
     most_work,
     seconds_of,
     training_rate,
 )
-from consonar.demo.runs import PARTS, POST_TRAINING, RUNS, TEMPERATURES, config_of
 from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
@@ -46,7 +52,7 @@ from consonar.files.component import is_component
 from consonar.files.lock import hold, is_taken
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
-from consonar.json_types import Json
+from consonar.json_types import Json, JsonMap
 from consonar.networks import load_feature_network
 from consonar.report import write_report
 from consonar.sampling.job import MOST_IMAGES
@@ -67,7 +73,7 @@ PROBE_STEPS, PROBE_ITEMS, PROBE_SAMPLES = 4, 128, (32, 96)
 """What is run to measure this machine: steps of every kind of training, validation items, samples of two rows."""
 
 
-def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
+def run_demo(out: Path, *, minutes: float, seed: int, say: Say) -> Path:
     """Draws `out`/opening.png, measures this machine, trains and measures all runs, and returns `out`/report.html.
 
     The number of steps, updates and samples is what fits into `minutes` here; it is decided once and kept in
@@ -78,47 +84,39 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]
         raise UserError(f"--minutes: {minutes} is not a time, over 0 and at most {MOST_MINUTES:,}")
     check_seed(seed, "--seed", MOST_IMAGES)
     with hold(out):
-        return make_demo(out, minutes=minutes, seed=seed, say=say)
-
-
-def make_demo(out: Path, *, minutes: float, seed: int, say: Callable[[str], None]) -> Path:
-    """`run_demo` in a folder that this process holds."""
-    stored = claim(out, {"minutes": minutes, "seed": seed})
-    page = out / "report.html"
-    if page.exists():
-        say(f"{page} is there already; remove {out} to run the demo again")
+        stored, page = claim(out, {"minutes": minutes, "seed": seed}), out / "report.html"
+        if page.exists():
+            say(f"{page} is there already; remove {out} to run the demo again")
+            return page
+        began = time.monotonic()
+        tokenizer = load_tokenizer(TOKENIZER).to(pick_device())
+        drawing = draw_opening(out / "opening.png", pick_device(), say)
+        if drawing is not None and "seconds" not in stored:
+            say(first_guess(drawing, minutes))
+        reference = open_reference(TOKENIZER, tokenizer.image_size)
+        if "seconds" not in stored:
+            stored |= make_plan(out, stored, reference, tokenizer, began, say)
+            write_json(out / "demo.json", stored)
+        work, progress = Work(stored["steps"], stored["updates"], stored["samples"]), Progress(stored["seconds"], say)
+        progress.skip("preparing")
+        progress.start("tokens", "of the training images")
+        make_tokens(out, "train", tokenizer)
+        progress.finish()
+        progress.start("reference", "tokens of all images")
+        target = encode_reference(reference, tokenizer)
+        progress.finish()
+        for name in PARTS:
+            train_part(name, out, work, seed, progress)
+        for name in PARTS:
+            measure_part(name, out, work, seed, target, progress)
+        progress.start("page")
+        runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
+        write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji", opening=out / "opening.png")
+        say(f"done in {(time.monotonic() - began) / 60:.1f} minutes")
         return page
-    began = time.monotonic()
-    device = pick_device()
-    tokenizer = load_tokenizer(TOKENIZER).to(device)
-    drawing = draw_opening(out / "opening.png", device, say)
-    if drawing is not None and "seconds" not in stored:
-        say(first_guess(drawing, minutes))
-    reference = open_reference(TOKENIZER, tokenizer.image_size)
-    if "seconds" not in stored:
-        stored |= make_plan(out, reference, tokenizer, minutes=minutes, seed=seed, began=began, say=say)
-        write_json(out / "demo.json", stored)
-    work = Work(stored["steps"], stored["updates"], stored["samples"])
-    progress = Progress(stored["seconds"], say)
-    progress.skip("preparing")
-    progress.start("tokens", "of the training images")
-    make_tokens(out, "train", tokenizer)
-    progress.finish()
-    progress.start("reference", "tokens of all images")
-    target = encode_reference(reference, tokenizer)
-    progress.finish()
-    for name in PARTS:
-        train_part(name, out, work, seed, progress)
-    for name in PARTS:
-        measure_part(name, out, work, seed, target, progress)
-    progress.start("page")
-    runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
-    write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji", opening=out / "opening.png")
-    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes")
-    return page
 
 
-def draw_opening(path: Path, device: torch.device, say: Callable[[str], None]) -> float | None:
+def draw_opening(path: Path, device: torch.device, say: Say) -> float | None:
     """A grid of the shipped generator's pictures, one row per class, of the first seeds: the seconds of drawing it.
 
     None: it was there.
@@ -166,33 +164,25 @@ def measure_part(name: str, out: Path, work: Work, seed: int, target: ReferenceS
         progress.skip(piece)
         return
     progress.start(piece, f"{rows} x {work.samples} samples")
-    said: list[str] = []
-
-    def row(text: str) -> None:
-        progress.at(len(said) / rows, text.removeprefix(f"{name}: "))
-        said.append(text)
-
+    done = count()
     settings = RunSettings(
         temperatures=TEMPERATURES, match=[out / f"{name}-vapi"] if trained else (), num_samples=work.samples, seed=seed,
         reconstruct=trained, device=str(pick_device()),
     )  # fmt: skip
-    evaluate_run(out / name, settings, reference=TOKENIZER, target=target, overwrite=True, progress=row)
+    evaluate_run(
+        out / name, settings, reference=TOKENIZER, target=target, overwrite=True,
+        progress=lambda text: progress.at(next(done) / rows, text.removeprefix(f"{name}: ")),
+    )  # fmt: skip
     progress.finish()
 
 
 def make_plan(
-    out: Path,
-    reference: ReferenceSet,
-    tokenizer: Tokenizer,
-    *,
-    minutes: float,
-    seed: int,
-    began: float,
-    say: Callable[[str], None],
+    out: Path, settings: JsonMap, reference: ReferenceSet, tokenizer: Tokenizer, began: float, say: Say
 ) -> Json:
     """Measures this machine, says how long the whole job takes, and returns what demo.json keeps of it."""
     say("measuring this machine: some steps of every kind")
-    rates, images = measure_machine(out / ".measure", out, reference, tokenizer, seed)
+    minutes = settings["minutes"]
+    rates, images = measure_machine(out / ".measure", out, reference, tokenizer, settings["seed"])
 
     def seconds(work: Work) -> dict[str, float]:
         return seconds_of(work, rates, PARTS, images)
@@ -221,7 +211,6 @@ def measure_machine(
     """
     shutil.rmtree(folder, ignore_errors=True)
     device = str(pick_device())
-    count = len(OpenMoji("train", tokenizer.image_size))
     held_out, lap = reference.images["validation"], laps()
     target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
     assert target.tokens is not None  # made by the line above
@@ -234,20 +223,15 @@ def measure_machine(
         if part.kind not in training:
             config = config_of(name, out, Work(PROBE_STEPS, PROBE_STEPS, 0), seed)
             training[part.kind] = measure_training(folder, config, PROBE_ITEMS / seen)
-    rows = []
-    for samples in PROBE_SAMPLES:
-        stamps: list[float] = []
-        lap()
-
-        def stamp(_: str, stamps: list[float] = stamps) -> None:
-            stamps.append(lap())
-
-        settings = RunSettings(num_samples=samples, seed=seed, reconstruct=False, device=device)
-        run = folder / next(iter(RUNS))
-        evaluate_run(run, settings, reference=TOKENIZER, target=target, overwrite=True, progress=stamp)
-        rows.append((samples, lap()))
+    few, many = (
+        measure_evaluation(
+            folder, target, RunSettings(num_samples=samples, seed=seed, reconstruct=False, device=device)
+        )
+        for samples in PROBE_SAMPLES
+    )
     shutil.rmtree(folder)
-    return Rates(images, training, evaluation_rate(stamps[0], *rows)), (count, seen)
+    measuring = evaluation_rate(many[0], *zip(PROBE_SAMPLES, (few[1], many[1]), strict=True))
+    return Rates(images, training, measuring), (len(OpenMoji("train", tokenizer.image_size)), seen)
 
 
 def measure_training(folder: Path, config: TrainConfig, share: float) -> TrainingRate:
@@ -262,6 +246,17 @@ def measure_training(folder: Path, config: TrainConfig, share: float) -> Trainin
     out, lap = folder / str(config.recipe), laps()
     train(config, out, quiet=True)
     return training_rate(read_metrics(out / "metrics.jsonl"), lap(), share)
+
+
+def measure_evaluation(folder: Path, target: ReferenceSet, settings: RunSettings) -> tuple[float, float]:
+    """Seconds of what measuring the first of the runs begins with, and of its row of results."""
+    stamps: list[float] = []
+    lap = laps()
+    evaluate_run(
+        folder / next(iter(RUNS)), settings, reference=TOKENIZER, target=target, overwrite=True,
+        progress=lambda _: stamps.append(lap()),
+    )  # fmt: skip
+    return stamps[0], lap()
 
 
 def laps() -> Callable[[], float]:
@@ -282,7 +277,7 @@ def claim(out: Path, settings: Json) -> Json:
     if not path.exists():
         if is_taken(out):
             raise UserError(f"--out: {out} exists and holds no demo; choose another folder")
-        write_json(out / "demo.json", settings)
+        write_json(path, settings)
         return settings
     stored = read_json(path, "remove the folder or choose another --out")
     for key, value in settings.items():

@@ -1,16 +1,30 @@
-"""How much work fits into the demo's minutes on this machine, and how far it is: arithmetic on measured seconds."""
+"""The runs of the demo, how much work fits into its minutes on this machine, and how far it is.
+
+Runs of a comparison have the same seed, data order, steps and samples. The rest is arithmetic on measured seconds.
+"""
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
+from statistics import median_high
 from typing import Literal
 
 from consonar.json_types import JsonMap
+from consonar.recipes.openmoji import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
+from consonar.training.config import TrainConfig
 
-LEAST_STEPS, LEAST_UPDATES = 8, 2
+Say = Callable[[str], None]
+
+TEMPERATURES = (1.0, 0.7)
+RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}
+POST_TRAINING = {"ce": ce_openmoji, "vapi": vapi_spatial_openmoji}
+LEAST_STEPS, MOST_STEPS = 8, 10**12
+LEAST_UPDATES = 2
 FEWEST_SAMPLES, MOST_SAMPLES = 64, 512
 UPDATES_PER_STEP = 4 / 21
 """Updates of a post-training run for each step of a training run."""
@@ -77,19 +91,48 @@ class Work:
     """Drawn per row of results."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One run of the job."""
+
+    kind: str
+    """What its rate was measured under."""
+    unit: Literal["step", "update"]
+    rows: int
+    """Of its results."""
+
+
+# A run that others start from has one row more, at the temperature of equal entropy.
+PARTS = {name: Part(name, "step", len(TEMPERATURES) + 1) for name in RUNS} | {
+    f"{start}-{name}": Part(name, "update", len(TEMPERATURES)) for start in RUNS for name in POST_TRAINING
+}
+
+
+def config_of(name: str, out: Path, work: Work, seed: int) -> TrainConfig:
+    """The configuration of one of `PARTS`: its recipe at the demo's budget."""
+    kind, steps = PARTS[name].kind, work.steps
+    if PARTS[name].unit == "step":
+        recipe = RUNS[name]()
+        loop = replace(
+            recipe.loop, steps=steps, validate_every=max(1, steps // 8), sample_every=0, save_every=max(1, steps // 4)
+        )
+        return replace(recipe, recipe=name, seed=seed, data=replace(recipe.data, tokens=str(out / "tokens")), loop=loop)
+    recipe, steps = POST_TRAINING[kind](), work.updates
+    loop = replace(recipe.loop, steps=steps, log_every=2, validate_every=max(1, steps // 2), save_every=steps)
+    return replace(recipe, recipe=name, seed=seed, init=str(out / name.removesuffix(f"-{kind}")), loop=loop)
+
+
 def training_rate(metrics: Sequence[JsonMap], seconds: float, share: float = 1.0) -> TrainingRate:
     """The rate of a run of `seconds` that logged every step (the lines of its metrics.jsonl, in their order).
 
     Its validations measured this `share` of the validation images, over 0.
     """
     steps = [line["time"] for line in metrics if "train/loss" in line]
-    before, validations = 0.0, []
-    for line in metrics:
-        if "train/loss" not in line:
-            validations.append(line["time"] - before)
-        before = line["time"]
-    gaps = sorted(later - earlier for earlier, later in pairwise(steps))
-    step, validation = max(gaps[len(gaps) // 2], 1e-4), min(validations)  # the clock of metrics.jsonl counts 0.001
+    spans = zip(metrics, pairwise([0.0, *(line["time"] for line in metrics)]), strict=True)
+    validations = [after - before for line, (before, after) in spans if "train/loss" not in line]
+    # The clock of metrics.jsonl counts 0.001.
+    step = max(median_high(later - earlier for earlier, later in pairwise(steps)), 1e-4)
+    validation = min(validations)
     setup = max(seconds - len(steps) * step - len(validations) * validation, 0.0)
     return TrainingRate(setup, step, validation / share)
 
@@ -104,17 +147,6 @@ def work_for(steps: int) -> Work:
     """The work around training runs of `steps` steps: updates in proportion, samples up to `MOST_SAMPLES`."""
     samples = min(MOST_SAMPLES, max(FEWEST_SAMPLES, 2 * steps))
     return Work(steps, max(LEAST_UPDATES, round(steps * UPDATES_PER_STEP)), samples)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One run of the job."""
-
-    kind: str
-    """What its rate was measured under."""
-    unit: Literal["step", "update"]
-    rows: int
-    """Of its results."""
 
 
 def seconds_of(work: Work, rates: Rates, parts: Mapping[str, Part], images: tuple[int, int]) -> dict[str, float]:
@@ -137,13 +169,8 @@ def seconds_of(work: Work, rates: Rates, parts: Mapping[str, Part], images: tupl
 
 def most_work(seconds: float, cost: Callable[[Work], float]) -> Work:
     """The most work whose `cost` in seconds fits into `seconds`; the least there is where nothing fits."""
-    low, high = LEAST_STEPS, LEAST_STEPS + 1
-    while cost(work_for(high)) <= seconds:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(work_for(middle)) <= seconds else (low, middle)
-    return work_for(low)
+    more = range(LEAST_STEPS + 1, MOST_STEPS)
+    return work_for(LEAST_STEPS + bisect_right(more, seconds, key=lambda steps: cost(work_for(steps))))
 
 
 def first_guess(drawing: float, minutes: float) -> str:
@@ -163,7 +190,7 @@ class Progress:
     def __init__(
         self,
         seconds: Mapping[str, float],
-        say: Callable[[str], None],
+        say: Say,
         *,
         every: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
