@@ -25,8 +25,7 @@ from consonar.cpu.memory import hold_memory
 from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.evaluation.inputs import encode_reference, open_reference
-from consonar.evaluation.results import library_versions, machine_name
-from consonar.evaluation.run_results import is_measured, read_results
+from consonar.evaluation.results import is_measured, library_versions, machine_name, read_results
 from consonar.evaluation.runs import evaluate_run
 from consonar.evaluation.settings import RunSettings
 from consonar.files.writers import file_sha256, write_atomically

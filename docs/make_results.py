@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from consonar.data.picture_files import save_grid
-from consonar.evaluation.run_results import read_results
+from consonar.evaluation.results import read_results
 from consonar.training.tracking import read_metrics
 
 DOCS = Path(__file__).parent

@@ -13,7 +13,7 @@ from consonar.components import load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
 from consonar.evaluation import runs
 from consonar.evaluation.inputs import encode_reference, open_reference
-from consonar.evaluation.run_results import is_measured, read_results, replacing
+from consonar.evaluation.results import is_measured, read_results, replacing
 from consonar.evaluation.settings import RunSettings
 from consonar.files.writers import file_sha256
 from consonar.origin import Origin

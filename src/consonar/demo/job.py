@@ -45,7 +45,7 @@ from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
-from consonar.evaluation.run_results import is_measured
+from consonar.evaluation.results import is_measured
 from consonar.evaluation.runs import evaluate_run
 from consonar.evaluation.settings import RunSettings
 from consonar.files.component import is_component

@@ -23,7 +23,7 @@ from consonar.errors import UserError
 from consonar.evaluation.features import as_input
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import open_reference
-from consonar.evaluation.run_results import RECONSTRUCTION, replacing
+from consonar.evaluation.results import RECONSTRUCTION, replacing
 from consonar.files.lock import holds_first_argument
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance

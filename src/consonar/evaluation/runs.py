@@ -24,8 +24,16 @@ from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.prepared import PreparedReference, prepare_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
-from consonar.evaluation.results import Evaluation, Measurement, machine_name, origin_of_numbers
-from consonar.evaluation.run_results import RESULTS, is_measured, of_match, replacing, samples_name
+from consonar.evaluation.results import (
+    RESULTS,
+    Evaluation,
+    Measurement,
+    is_measured,
+    machine_name,
+    origin_of_numbers,
+    replacing,
+    samples_name,
+)
 from consonar.evaluation.settings import RunSettings
 from consonar.files.lock import holds_first_argument
 from consonar.files.writers import file_sha256, write_atomically, write_json
@@ -102,7 +110,8 @@ def evaluate_run(
             row, results = measure_row(run, sampler, prepared, settings, staged)
             if not isinstance(entropies, str) and sampler.temperature in entropies:
                 row["metrics"][ENTROPY] = asdict(Measurement(entropies[sampler.temperature]))
-            rows += [row | of_match(other) for other in matched] or [row]
+            matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(other)} for other in matched]
+            rows += [row | match for match in matches or [{}]]
         content = {
             "schema": RESULTS_SCHEMA,
             "rows": rows,
@@ -111,7 +120,7 @@ def evaluate_run(
             "tokenizer": {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint},
             "origin": to_dict(run.origin),
             "unavailable": unavailable | results.unavailable,
-            **origin_of_numbers(results, target.name),
+            **origin_of_numbers(results),
             "draws": settings.draws,
             "machine": machine_name(settings.device),
         }

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from consonar.config_io import adapter
 from consonar.errors import UserError, reading
-from consonar.evaluation.run_results import exported_sha256, outdated
+from consonar.evaluation.results import exported_sha256, outdated
 from consonar.files.readers import beside, read_json
 from consonar.files.writers import file_sha256
 from consonar.json_types import Json
