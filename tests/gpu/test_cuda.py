@@ -10,8 +10,7 @@ import torch
 
 from consonar.components import load_generator
 from consonar.distributed import pick_device
-from consonar.evaluation.image_sets import folder_image_set
-from consonar.evaluation.inputs import ReferenceSet, encode_reference
+from consonar.evaluation.inputs import ReferenceSet, encode_reference, folder_image_set
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
 from consonar.training.objectives.controls import gumbel_noise

@@ -13,8 +13,7 @@ from torch.nn import functional
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.features import extract_features
-from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inputs import encode_reference, load_samples, open_reference
+from consonar.evaluation.inputs import ImageSet, encode_reference, load_samples, open_reference
 from consonar.metrics.distribution import Moments, frechet_distance, precision_recall
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
-from consonar.evaluation import image_sets
-from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation import inputs
+from consonar.evaluation.inputs import ImageSet
 from consonar.networks import load_feature_network
 from consonar.networks.efficientnet import load_efficientnet_lite0
 from consonar.types import ImageRecord
@@ -45,7 +45,7 @@ def in_memory(images, name="memory"):
 def test_an_npz_is_streamed_in_batches(tmp_path, images):
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", arr_0=images, arr_1=np.arange(10))
-        image_set, shape = image_sets.npz_image_set(tmp_path / "a.npz")
+        image_set, shape = inputs.npz_image_set(tmp_path / "a.npz")
         assert shape == (10, 8, 8, 3)
         for _ in range(2):
             batches = list(image_set.stream(4))
@@ -68,7 +68,7 @@ def test_wrong_npz_files_are_named(tmp_path, images):
         elif content:
             np.savez(path, **content)
         with pytest.raises(UserError, match=message) as caught:
-            image_sets.npz_image_set(path)
+            inputs.npz_image_set(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -79,27 +79,27 @@ def test_a_damaged_npz_stops_with_one_line(tmp_path, images):
     content[1000] ^= 255
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"damaged or cut short.*make it again"):
-        list(image_sets.npz_image_set(path)[0].stream(4))
+        list(inputs.npz_image_set(path)[0].stream(4))
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="truncated"):
-        image_sets.npz_image_set(path)
+        inputs.npz_image_set(path)
 
 
 def test_a_folder_is_streamed_in_the_order_of_names(tmp_path, images):
     for index in (2, 0, 1):
         Image.fromarray(images[index]).save(tmp_path / f"{index}.png")
     (tmp_path / "note.txt").write_text("not an image")
-    image_set, shape, digest = image_sets.folder_image_set(tmp_path)
+    image_set, shape, digest = inputs.folder_image_set(tmp_path)
     assert shape == (3, 8, 8, 3)
     assert np.array_equal(np.concatenate(list(image_set.stream(2))), images[:3])
     Image.fromarray(images[5]).save(tmp_path / "1.png")
-    assert image_sets.folder_image_set(tmp_path)[2] != digest
+    assert inputs.folder_image_set(tmp_path)[2] != digest
     Image.fromarray(images[0, :4]).save(tmp_path / "3.png")
     with pytest.raises(UserError, match=r"3\.png: 8 x 4 px; the first has 8 x 8 px"):
-        list(image_sets.folder_image_set(tmp_path)[0].stream(2))
+        list(inputs.folder_image_set(tmp_path)[0].stream(2))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no images; looked for files ending in \.png"):
-        image_sets.folder_image_set(tmp_path / "empty")
+        inputs.folder_image_set(tmp_path / "empty")
 
 
 def test_a_source_is_cropped_to_the_size(images):
@@ -110,7 +110,7 @@ def test_a_source_is_cropped_to_the_size(images):
             yield ImageRecord(Image.fromarray(images[0]), "right size")
             yield ImageRecord(Image.new("RGB", (30, 20), (10, 20, 30)), "larger")
 
-    (batch,) = image_sets.source_image_set(Source(), 8).stream(5)
+    (batch,) = inputs.source_image_set(Source(), 8).stream(5)
     assert batch.shape == (2, 8, 8, 3)
     assert np.array_equal(batch[0], images[0])
     assert (batch[1] == (10, 20, 30)).all()

@@ -6,10 +6,8 @@ import torch
 from torch.nn import functional
 
 from consonar.errors import UserError
-from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inputs import ReferenceSet, SampleSet, load_samples, open_reference
-from consonar.evaluation.remarks import distance_of_draws
+from consonar.evaluation.evaluate import distance_of_draws, evaluate
+from consonar.evaluation.inputs import ImageSet, ReferenceSet, SampleSet, load_samples, open_reference
 from consonar.metrics.distribution import Moments, frechet_distance, symmetric_root
 from consonar.origin import Origin
 from consonar.sampling.job import write_npz

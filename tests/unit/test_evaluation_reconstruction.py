@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from consonar.errors import UserError
-from consonar.evaluation.reconstruction import reconstruction_metrics, round_to_8_bits, usage_and_perplexity
+from consonar.evaluation.reconstruction import reconstruction_metrics, round_to_8_bits
 from consonar.metrics.pixels import gaussian_filter, psnr, ssim
 from consonar.types import Grid
 
@@ -87,13 +87,6 @@ def test_ssim_in_closed_form(rng):
     assert ssim(flat, flat * 0.5).item() == pytest.approx((2 * 0.125 + 1e-4) / (0.25 + 0.0625 + 1e-4))
     with pytest.raises(UserError, match="at least 11 px"):
         ssim(images[..., :10], images[..., :10])
-
-
-def test_usage_and_perplexity_in_closed_form():
-    assert usage_and_perplexity(torch.tensor([5, 5, 5, 5])) == (1, pytest.approx(4))
-    assert usage_and_perplexity(torch.tensor([0, 7, 0, 0])) == (0.25, pytest.approx(1))
-    with pytest.raises(UserError, match="no tokens"):
-        usage_and_perplexity(torch.zeros(4, dtype=torch.int64))
 
 
 def test_metrics_of_images_that_the_tokenizer_reproduces():

@@ -41,17 +41,6 @@ def test_moments_equal_numpy_however_the_stream_is_cut(rng):
         assert np.allclose(moments.cov, np.cov(features.numpy(), rowvar=False), rtol=1e-11)
 
 
-def test_merged_moments_equal_those_of_all_rows(rng):
-    features = torch.randn(30, 4, generator=rng)
-    left, right = moments_of(features[:11]), moments_of(features[11:])
-    left.merge(right)
-    left.merge(Moments(4))
-    everything = moments_of(features)
-    assert left.count == 30 and right.count == 19
-    assert torch.allclose(left.mean, everything.mean, rtol=1e-12)
-    assert torch.allclose(left.cov, everything.cov, rtol=1e-11)
-
-
 def test_moments_are_stable_under_a_large_offset(rng):
     features = torch.randn(1000, 3, generator=rng, dtype=torch.float64)
     shifted = moments_of(*(features + 1e8).split(64))

@@ -6,10 +6,8 @@ import torch
 
 from consonar.data.loader import ImageBatches
 from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.features import extract_features
-from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inputs import ReferenceSet, SampleSet
-from consonar.evaluation.subsets import RowDraw
+from consonar.evaluation.features import RowDraw, extract_features
+from consonar.evaluation.inputs import ImageSet, ReferenceSet, SampleSet
 from consonar.sampling.job import balanced_labels
 
 

@@ -18,7 +18,7 @@ from rounding import assert_rounding
 from consonar import cli
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
-from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inputs import ImageSet
 from consonar.networks import inception, load_feature_network
 from consonar.networks.inception import InceptionFeatures, load_inception, resize_from_corner
 from consonar.networks.inception_network import InceptionV3

@@ -1,34 +1,37 @@
 """Samples against a reference: Fréchet distances, precision, recall, Inception score and copy rates.
 
-The formulas and their papers are in `consonar.metrics`, the table of them in `sample_metrics.py`, the file that records
-them in `results.py`. The
-ADM protocol is `feature_network="inception"` (see `inception.py`). Deviations from it: another feature network by
-default (so the metric has another name), and an uncertainty: with `draws` > 1 the samples are split at
-random into that many disjoint equal parts, and the standard deviation of a metric over the parts is its `spread`. A
-Fréchet distance is biased upwards for few samples, so the value of a part is larger than that of all samples: parts
-compare among themselves only, and their values are not reported.
+The formulas and their papers are in `consonar.metrics`. The ADM protocol is `feature_network="inception"` (see
+`inception.py`). Deviations from it: another feature network by default (so the metric has another name), and an
+uncertainty: with `draws` > 1 the samples are split at random into that many disjoint equal parts, and the standard
+deviation of a metric over the parts is its `spread`. A Fréchet distance is biased upwards for few samples, so the value
+of a part is larger than that of all samples: parts compare among themselves only, and their values are not reported.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import stdev
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from consonar.evaluation.features import ImagesDone, extract_features
+from consonar.evaluation.features import FeatureSet, ImagesDone, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
-from consonar.evaluation.prepared import PreparedReference, prepare_reference
-from consonar.evaluation.remarks import remarks
 from consonar.evaluation.results import Evaluation, Measurement, library_versions, machine_name
-from consonar.evaluation.sample_metrics import all_and_parts, copy_rates, measure
+from consonar.evaluation.sample_metrics import PreparedReference, all_and_parts, copy_rates, measure, prepare_reference
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate
-from consonar.metrics.distribution import random_parts
+from consonar.metrics.distribution import frechet_distance, random_parts
 from consonar.networks import load_feature_network
 from consonar.networks.features import FeatureNetwork
 from consonar.origin import Origin
-from consonar.seeding import generator
+from consonar.seeding import derive_seed, generator
+
+ENOUGH = 10
+"""Samples for each feature from which on the bias of a Fréchet distance is not mentioned."""
 
 
 def evaluate(
@@ -100,3 +103,50 @@ def compare(
         machine=machine_name(settings.device),
         versions=library_versions(),
     )
+
+
+def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], seed: int) -> Iterator[str]:
+    """What must be known to read the numbers, one line each: the bias of few images, copies that are not seen."""
+    network, known, count = reference.network, reference.features, found.moments.count
+    few, of_features = ENOUGH * network.num_features, f"{network.num_features:,} features"
+    if count < few:
+        name, (_, _, root) = next(iter(reference.target.gaussians.items()))
+        perfect = distance_of_draws(root, count, derive_seed(seed, "draws"))
+        yield (
+            f"FD({network.name}) is biased upwards by few samples: {count:,} draws from the Gaussian of the {name} set "
+            f"itself ({of_features}) score {perfect:.3g}; compare it at equal numbers of samples only"
+        )
+    sizes = {name: features.moments.count for name, features in known.items()}
+    if small := [f"{name} {size:,}" for name, size in sizes.items() if size < few]:
+        yield (
+            f"FD({network.name}) is biased upwards by few images of the reference, too ({', '.join(small)}, "
+            f"{of_features}); compare it at equal references only"
+        )
+    train = known.get("train")
+    if train is not None and "validation" in known and len(train.rows) < train.moments.count:
+        yield (
+            f"copy rate (features) looks at {len(train.rows):,} of {train.moments.count:,} training images: copies of "
+            "the others are not seen (max_neighbours_images says how many)"
+        )
+    for kind, copied in copies.items():
+        if copied.threshold == 0:
+            yield (
+                f"copy rate ({kind}) cannot see a copy: a validation image is equal to a training image; keep it in "
+                "one of the sets, or read the rate at another copy_quantile"
+            )
+    if found.scores and count < ENOUGH * (num_classes := found.scores.num_classes):
+        yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
+
+
+def distance_of_draws(root: Tensor, count: int, seed: int) -> float:
+    """Fréchet distance of `count` draws (2 or more) from a Gaussian to itself: what perfect samples would score.
+
+    `root` (F, F) is the root of its covariance. The covariance of the draws comes from Bartlett's decomposition of the
+    Wishart distribution, so that the cost does not depend on `count`.
+    """
+    rng, size = np.random.default_rng(seed), min(len(root), count - 1)
+    lower = np.tril(rng.standard_normal((len(root), size)))
+    lower[range(size), range(size)] = np.sqrt(rng.chisquare(count - 1 - np.arange(size)))
+    spread = root @ torch.from_numpy(lower) / math.sqrt(count - 1)  # (F, size)
+    mean = root @ torch.from_numpy(rng.standard_normal(len(root))) / math.sqrt(count)
+    return frechet_distance(torch.zeros_like(mean), root @ root, mean, spread @ spread.T, root1=root)

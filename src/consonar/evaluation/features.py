@@ -1,11 +1,13 @@
-"""The features of image sets that are streamed, never held as floats; those of references are kept in the cache folder.
+"""The features of image sets that are streamed; those of references are kept in the cache folder.
 
-Shapes: `B` batch, `F` features. Images on this side are uint8 (B, H, W, 3) numpy arrays until the network is called.
+Shapes: `B` batch, `F` features. Images are uint8 (B, H, W, 3) numpy arrays until the network is called.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.cpu.kernels import channels_last
-from consonar.data.transforms import from_uint8
 from consonar.errors import UserError, reading
-from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.subsets import RowDraw
+from consonar.evaluation.inputs import ImageSet, to_float
 from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
 from consonar.metrics.distribution import InceptionScore, Moments
 from consonar.networks.features import FeatureNetwork, ScoringNetwork
-from consonar.records import device_of, to_device
 from consonar.seeding import derive_seed, generator
 
 CACHE_VERSION = 2
@@ -65,16 +63,38 @@ class FeatureSet(Statistics):
     """Of disjoint parts, when they were asked for."""
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]. Raises UserError for another type or shape."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"images: {images.dtype} {images.shape}; expected uint8 (count, height, width, 3)")
-    return channels_last(from_uint8(torch.from_numpy(np.array(images))))
+class RowDraw:
+    """Keeps the feature vectors of `max_rows` pictures of a stream, drawn with `seed`; of a shorter stream all.
 
+    No order of the stream changes the subset: every picture gets a number from its pixels and the seed, and the
+    smallest stay ("bottom-k sampling"). The first ones of a sorted set would be those of its first classes. Equal
+    pictures are told apart by how many came before. Beside the vectors it holds 100 bytes for each picture seen.
+    """
 
-def as_input(images: np.ndarray, model: object) -> Tensor:
-    """`to_float`, on the device of `model`."""
-    return to_device(to_float(images), device_of(model))
+    def __init__(self, max_rows: int, seed: int) -> None:
+        self.max_rows, self.seed, self.count = max_rows, seed.to_bytes(8, "big", signed=True), 0
+        self.seen: Counter[bytes] = Counter()
+        self.kept: list[tuple[int, int, Tensor]] = []
+        """A heap of (number less than 0, row in the stream, vector (F,)): the first one has the largest number."""
+
+    def update(self, images: np.ndarray, vectors: Tensor) -> None:
+        """Adds pictures, uint8 (B, H, W, 3), and their features (B, F)."""
+        for image, vector in zip(images, vectors, strict=True):
+            content = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+            copy = self.seen[content].to_bytes(8, "big")
+            self.seen[content] += 1
+            number = int.from_bytes(hashlib.blake2b(content + copy, digest_size=8, key=self.seed).digest(), "big")
+            if len(self.kept) < self.max_rows:
+                heapq.heappush(self.kept, (-number, self.count, vector.clone()))
+            elif -number > self.kept[0][0]:
+                heapq.heapreplace(self.kept, (-number, self.count, vector.clone()))
+            self.count += 1
+
+    def result(self, num_features: int) -> tuple[Tensor, Tensor]:
+        """The vectors (R, F) float32 and their rows in the stream (R,) int64, rising."""
+        kept = sorted(self.kept, key=lambda entry: entry[1])
+        rows = torch.tensor([row for _, row, _ in kept], dtype=torch.int64)
+        return (torch.stack([vector for *_, vector in kept]) if kept else torch.zeros(0, num_features)), rows
 
 
 def extract_features(
@@ -160,9 +180,8 @@ def cached_features(
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
     The key hashes the pixels (so the size, too), the network's name, weights and kind, `max_rows`, and `seed` where not
-    all vectors are kept; reading the images once for the hash costs little beside the network. Files are written under
-    a temporary name and renamed; one that cannot be is left out with a line on stderr. Raises UserError when a cached
-    file cannot be read: delete it.
+    all vectors are kept; reading the images once for the hash costs little beside the network. A file that cannot be
+    written is left out with a line on stderr. Raises UserError when a cached file cannot be read: delete it.
     """
     content, count = pixels_sha256(images.stream(batch_size))
     kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
@@ -173,9 +192,9 @@ def cached_features(
         return replace(_read_features(path), content=content)
     features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, seed=seed, progress=progress)
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
-    arrays |= _moment_arrays("", features.moments)
-    if features.spatial is not None:
-        arrays |= _moment_arrays("spatial_", features.spatial)
+    for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
+        if moments is not None:
+            arrays |= {f"{prefix}{key}": np.asarray(value) for key, value in vars(moments).items()}
     keep(path, lambda file: np.savez(file, **arrays))
     return replace(features, content=content)
 
@@ -190,11 +209,6 @@ def _read_features(path: Path) -> FeatureSet:
             rows=torch.from_numpy(arrays["rows"]),
             indices=torch.from_numpy(arrays["indices"]),
         )
-
-
-def _moment_arrays(prefix: str, moments: Moments) -> dict[str, np.ndarray]:
-    count, mean, scatter = np.array(moments.count), moments.mean.numpy(), moments.scatter.numpy()
-    return {f"{prefix}count": count, f"{prefix}mean": mean, f"{prefix}scatter": scatter}
 
 
 def _read_moments(arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:

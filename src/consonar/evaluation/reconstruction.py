@@ -20,9 +20,7 @@ from consonar.components import load_tokenizer, model_folder, weights_sha256
 from consonar.data.bad_images import BadImages
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
-from consonar.evaluation.features import as_input
-from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inputs import open_reference
+from consonar.evaluation.inputs import ImageSet, as_input, open_reference
 from consonar.evaluation.results import RECONSTRUCTION, replacing
 from consonar.files.lock import holds_first_argument
 from consonar.files.writers import write_atomically, write_json
@@ -43,16 +41,6 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return ((images.double().clamp(-1, 1) + 1) * 127.5).round() / 255
 
 
-def usage_and_perplexity(counts: Tensor) -> tuple[float, float]:
-    """Share of codes that occur, in [0, 1], and exp(entropy) of their frequencies, 1 to V, from counts (V,).
-
-    Raises UserError when nothing was counted.
-    """
-    if counts.sum() == 0:
-        raise UserError("codebook usage: no tokens were counted; is the image set empty?")
-    return quantizer.usage(counts), quantizer.perplexity(counts)
-
-
 @torch.inference_mode()
 def reconstruction_metrics(
     tokenizer: Tokenizer,
@@ -70,28 +58,30 @@ def reconstruction_metrics(
     Raises UserError for no images, images under 11 px, tokens outside the vocabulary, or one image with rFD.
     """
     sums = dict.fromkeys(("psnr", "ssim", "l1", *(("perceptual",) if perceptual else ())), 0.0)
-    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)  # (V,)
+    num_images, size = 0, tokenizer.vocab_size
+    counts = torch.zeros(size, dtype=torch.int64)  # (V,)
     moments = [Moments(feature_network.num_features) for _ in range(2)] if feature_network else []
-    num_images = 0
     for images in batches:
         tokens = tokenizer.encode(images)  # (B, N)
-        counts += _count_codes(tokens, tokenizer)
+        if len(outside := tokens[(tokens < 0) | (tokens >= size)]):
+            raise UserError(f"token {outside[0]} from tokenizer {tokenizer.name}, which has {size} codes")
+        counts += quantizer.code_counts(tokens, size).cpu()
         pair = [round_to_8_bits(tokenizer.decode(tokens)), round_to_8_bits(images)]
         sums["psnr"] += float(psnr(*pair).sum())
         sums["ssim"] += float(ssim(*pair).sum())
         sums["l1"] += float((pair[0] - pair[1]).abs().flatten(1).mean(1).sum())
-        as_input = [(rounded * 2 - 1).float() for rounded in pair]
+        rounded = [(side * 2 - 1).float() for side in pair]
         if perceptual:
-            sums["perceptual"] += float(perceptual(*as_input).sum())
+            sums["perceptual"] += float(perceptual(*rounded).sum())
         if feature_network:
-            for side, rounded in zip(moments, as_input, strict=True):
-                side.update(feature_network(rounded))
+            for kept, side in zip(moments, rounded, strict=True):
+                kept.update(feature_network(side))
         num_images += len(images)
     if num_images == 0:
         raise UserError("reconstruction metrics: no images were given")
-    usage, perplexity = usage_and_perplexity(counts)
     metrics = {name: total / num_images for name, total in sums.items()}
-    metrics |= {"num_images": num_images, "usage": usage, "perplexity": perplexity}
+    of_codes = {"usage": quantizer.usage(counts), "perplexity": quantizer.perplexity(counts)}
+    metrics |= {"num_images": num_images, **of_codes}
     if feature_network:
         if num_images < 2:
             raise UserError("rFD: a covariance needs at least 2 images, there is 1")
@@ -100,14 +90,6 @@ def reconstruction_metrics(
             original.mean, original.cov, reconstructed.mean, reconstructed.cov
         )
     return metrics
-
-
-def _count_codes(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
-    flat = tokens.flatten().cpu()
-    outside = flat[(flat < 0) | (flat >= tokenizer.vocab_size)]
-    if len(outside):
-        raise UserError(f"token {outside[0]} from tokenizer {tokenizer.name}, which has {tokenizer.vocab_size} codes")
-    return torch.bincount(flat, minlength=tokenizer.vocab_size)
 
 
 @holds_first_argument

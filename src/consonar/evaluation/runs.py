@@ -22,7 +22,6 @@ from consonar.errors import UserError
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
-from consonar.evaluation.prepared import PreparedReference, prepare_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
 from consonar.evaluation.results import (
     RESULTS,
@@ -34,6 +33,7 @@ from consonar.evaluation.results import (
     replacing,
     samples_name,
 )
+from consonar.evaluation.sample_metrics import PreparedReference, prepare_reference
 from consonar.evaluation.settings import RunSettings
 from consonar.files.lock import holds_first_argument
 from consonar.files.writers import file_sha256, write_atomically, write_json

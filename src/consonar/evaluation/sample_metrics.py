@@ -1,4 +1,4 @@
-"""The metrics of samples: a table of functions, and what they are given.
+"""The metrics of samples: a table of functions, and what they are given: the samples, and the reference made ready.
 
 A new metric of samples is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
 """
@@ -11,11 +11,95 @@ from functools import cached_property, partial
 
 from torch import Tensor
 
-from consonar.evaluation.features import FeatureSet, Statistics
-from consonar.evaluation.inputs import SampleSet
-from consonar.evaluation.prepared import PreparedReference
+from consonar.errors import UserError
+from consonar.evaluation.features import FeatureSet, ImagesDone, Statistics, cached_features
+from consonar.evaluation.inputs import ReferenceSet, SampleSet
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.distribution import Target
+from consonar.networks.features import FeatureNetwork, ScoringNetwork
+
+LARGEST = 1e30
+"""Of the numbers of a Gaussian: the product of two covariances is calculated with."""
+
+
+@dataclass(frozen=True)
+class PreparedReference:
+    """What samples are compared with, in the features of one network: calculated once for any number of samples."""
+
+    given: ReferenceSet
+    network: FeatureNetwork
+    features: dict[str, FeatureSet]
+    """Of each set of images, by its name."""
+    target: Target
+    """Of the features: for FD, precision and recall."""
+    spatial: Target | str | None
+    """Of spatial features, for sFID; or why there is none. None: the network has none."""
+
+    @property
+    def noise_floor(self) -> dict[str, float]:
+        """By metric, the Fréchet distances between the sets of the reference: what real images reach."""
+        return {
+            f"{kind}({self.network.name}) {name}": value
+            for kind, target in (("FD", self.target), ("sFD", self.spatial))
+            if isinstance(target, Target)
+            for name, value in target.noise_floor().items()
+        }
+
+
+def prepare_reference(
+    reference: ReferenceSet, network: FeatureNetwork, settings: EvaluationSettings, progress: ImagesDone | None = None
+) -> PreparedReference:
+    """The features of the reference (`cached_features`) and what is made of them; `UserError` for too few images."""
+    known = {
+        name: cached_features(
+            network, images, batch_size=settings.batch_size, max_rows=settings.max_neighbours_images,
+            seed=settings.seed, progress=progress,
+        )
+        for name, images in reference.images.items()
+    }  # fmt: skip
+    k = settings.num_neighbours
+    for name, found in known.items():
+        need, use = (2, "a covariance") if name == "validation" else (k + 1, f"precision and recall of {k} neighbours")
+        if (count := found.moments.count) < max(2, need):
+            few = f"{count} image(s) as {name}; {use} needs {max(2, need)} or more"
+            raise UserError(f"reference {reference.name}: {few}")
+    near = known.get("train") or known.get("reference")
+    gaussians = {name: (found.moments.mean, found.moments.cov) for name, found in known.items()}
+    gaussians |= given_gaussian(reference, reference.statistics, network.name, network.num_features)
+    target = Target(gaussians, near.rows if near else None, k)
+    return PreparedReference(reference, network, known, target, spatial_target(reference, network, known))
+
+
+def spatial_target(
+    reference: ReferenceSet, network: FeatureNetwork, known: dict[str, FeatureSet]
+) -> Target | str | None:
+    """`PreparedReference.spatial`."""
+    if not isinstance(network, ScoringNetwork):
+        return None
+    if reference.statistics and not reference.spatial_statistics:
+        return "the reference's statistics have no mu_s and sigma_s"
+    spatial = {name: (kept.mean, kept.cov) for name, found in known.items() if (kept := found.spatial)}
+    spatial |= given_gaussian(reference, reference.spatial_statistics, f"{network.name} (spatial)", network.num_spatial)
+    return Target(spatial)
+
+
+def given_gaussian(
+    reference: ReferenceSet, statistics: tuple[Tensor, Tensor] | None, network: str, num_features: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The Gaussian that the reference brings instead of images; UserError for what is not one of this network."""
+    if statistics is None:
+        return {}
+    (mean, cov), where = statistics, f"reference {reference.name}"
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        swapped = "; are the two exchanged?" if mean.ndim == 2 and cov.ndim == 1 else ""
+        shapes = f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)}"
+        raise UserError(f"{where}: {shapes}; expected (F,) and (F, F){swapped}")
+    if len(mean) != num_features:
+        raise UserError(f"{where}: {len(mean)} features, {network} has {num_features}")
+    if not (mean.abs().max() <= LARGEST and cov.abs().max() <= LARGEST):
+        raise UserError(f"{where}: its mean or covariance holds NaN or numbers over {LARGEST:g}; make it again")
+    return {"reference": statistics}
 
 
 @dataclass(frozen=True)

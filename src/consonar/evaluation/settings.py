@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 from consonar.errors import UserError
 from consonar.json_types import Json
-from consonar.metrics.copying import check_quantile
+from consonar.options import Count, Options, Range
 from consonar.sampling.job import check_count
-from consonar.sampling.sample import SamplerConfig, check_batch_size
+from consonar.sampling.sample import SamplerConfig
 from consonar.seeding import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(Options):
     """How samples are measured. Raises `UserError` for settings with which nothing can be."""
 
     num_neighbours: int = 3
     """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
     max_neighbours_images: int = 10_000
     """Images of a set that are compared with each other, drawn by `seed` and the pixels."""
-    copy_quantile: float = 0.0
+    copy_quantile: Annotated[float, Range(0, 1, note="0 is the minimum")] = 0.0
     """Which quantile of the distances of validation images is the threshold of the copy rates; 0 is the minimum."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per call of a network."""
     device: str = "cpu"
     """Where a network runs that is given by its name."""
@@ -34,9 +35,8 @@ class EvaluationSettings:
     """Of the parts, of the images that are compared with each other, and of the first sample of a run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed, "seed")
-        check_batch_size(self.batch_size)
-        check_quantile(self.copy_quantile)
         if self.max_neighbours_images <= self.least:
             needed = f"{self.num_neighbours} neighbours need more"
             raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
@@ -56,8 +56,7 @@ class EvaluationSettings:
     @property
     def stored(self) -> Json:
         """What results.json says of them, under `config`; the seed stands beside it."""
-        names = [item.name for item in fields(EvaluationSettings) if item.name != "seed"]
-        return {name: value for name, value in asdict(self).items() if name in names}
+        return {item.name: getattr(self, item.name) for item in fields(EvaluationSettings) if item.name != "seed"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,12 +51,6 @@ class CopyRate:
     """(S,) int64: which samples these are, where some were drawn from more."""
 
 
-def check_quantile(quantile: float) -> None:
-    """Raises `UserError` for what is no quantile."""
-    if not 0 <= quantile <= 1:
-        raise UserError(f"copy_quantile: {quantile}; choose a number from 0 (the minimum) to 1")
-
-
 def copy_rate_tokens(
     samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, block: int = 1024
 ) -> CopyRate:
@@ -66,13 +60,9 @@ def copy_rate_tokens(
     negative. An image is as near as its nearest view. Memory is that of `block` x `block` small integers. Raises
     UserError for empty sets, different N, or a quantile outside [0, 1].
     """
-    if samples.ndim != 2 or any(tokens.shape[-1] != samples.shape[1] for tokens in (train, validation)):
-        raise UserError(
-            f"copy rate: tokens of shape {tuple(samples.shape)}, {tuple(train.shape)} and {tuple(validation.shape)} "
-            "for samples, train and validation; all need the same number of tokens per image (same tokenizer?)"
-        )
+    check_sets(samples, train, validation, quantile, "tokens", "tokens per image (same tokenizer?)")
     # All three in the smallest integer type that holds them: the comparison is bound by memory traffic.
-    largest = max(int(tokens.max()) if tokens.numel() else 0 for tokens in (samples, train, validation))
+    largest = max(int(tokens.max()) for tokens in (samples, train, validation))
     dtype = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
     samples, train, validation = samples.to(dtype), train.to(dtype), validation.to(dtype)
     return _copy_rate(samples, train, validation, hamming_distances, quantile, block)
@@ -87,12 +77,25 @@ def copy_rate_features(
     Memory is that of `block` x `block` distances. Raises UserError for empty sets, different F, a vector of length 0,
     or a quantile outside [0, 1].
     """
-    if samples.ndim != 2 or any(features.shape[-1] != samples.shape[1] for features in (train, validation)):
-        raise UserError(
-            f"copy rate: features of shape {tuple(samples.shape)}, {tuple(train.shape)} and {tuple(validation.shape)} "
-            "for samples, train and validation; all need the same number of features (same feature network?)"
-        )
+    check_sets(samples, train, validation, quantile, "features", "features (same feature network?)")
     return _copy_rate(_unit(samples), _unit(train), _unit(validation), _cosine_distances, quantile, block)
+
+
+def check_sets(samples: Tensor, train: Tensor, validation: Tensor, quantile: float, what: str, number: str) -> None:
+    """Raises `UserError` for sets without images or of different vectors, and for what is no quantile."""
+    if not 0 <= quantile <= 1:
+        raise UserError(f"copy_quantile: {quantile}; choose a number from 0 (the minimum) to 1")
+    if samples.ndim != 2 or any(vectors.shape[-1] != samples.shape[1] for vectors in (train, validation)):
+        shapes = f"{tuple(samples.shape)}, {tuple(train.shape)} and {tuple(validation.shape)}"
+        raise UserError(
+            f"copy rate: {what} of shape {shapes} for samples, train and validation; "
+            f"all need the same number of {number}"
+        )
+    if min(len(samples), len(train), len(validation)) == 0:
+        raise UserError(
+            f"copy rate: {len(samples)} samples, {len(train)} training and {len(validation)} validation images; "
+            "it needs at least one of each"
+        )
 
 
 @in_float32
@@ -152,12 +155,6 @@ def _copy_rate(
     quantile: float,
     block: int,
 ) -> CopyRate:
-    check_quantile(quantile)
-    if min(len(samples), len(train), len(validation)) == 0:
-        raise UserError(
-            f"copy rate: {len(samples)} samples, {len(train)} training and {len(validation)} validation images; "
-            "it needs at least one of each"
-        )
     num_views = train.shape[1] if train.ndim == 3 else 1
     train_rows = train.reshape(-1, train.shape[-1])  # (T * views, F or N)
     validation_distances, _ = _nearest(validation.reshape(-1, validation.shape[-1]), train_rows, distance, block)

@@ -30,7 +30,7 @@ EIGENVALUE_TOLERANCE = 1e-6
 class Moments:
     """Mean and covariance of a stream of feature vectors in float64; its size depends on F only.
 
-    Each chunk is centred on its own mean before it is merged (Chan et al. 1979), so large means do not cancel.
+    Each chunk is centred on its own mean before it is added (Chan et al. 1979), so large means do not cancel.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -47,25 +47,12 @@ class Moments:
         if len(features) == 0:
             return
         features = features.to("cpu", torch.float64)
-        mean = features.mean(0)
-        rows = torch.cat([features - mean, self._move(len(features), mean)[None]])
+        mean, total = features.mean(0), self.count + len(features)
+        delta = mean - self.mean
+        between = delta * (self.count * len(features) / total) ** 0.5  # the row that the distance of the means adds
+        self.mean, self.count = self.mean + delta * (len(features) / total), total
+        rows = torch.cat([features - mean, between[None]])
         self.scatter.addmm_(rows.T, rows)  # in place: the matrix is larger than what is added to it
-
-    def merge(self, other: Moments) -> None:
-        """Add all rows that `other` has seen; `other` is left as it is. Raises ValueError for another width."""
-        if len(other.mean) != len(self.mean):
-            raise ValueError(f"cannot merge moments of {len(other.mean)} features into moments of {len(self.mean)}")
-        if other.count:
-            shift = self._move(other.count, other.mean)
-            self.scatter += other.scatter
-            self.scatter.addr_(shift, shift)
-
-    def _move(self, count: int, mean: Tensor) -> Tensor:
-        """Takes `count` rows of this mean (F,) into mean and count; returns the row (F,) that the distance adds."""
-        total, delta = self.count + count, mean - self.mean
-        shift = delta * (self.count * count / total) ** 0.5
-        self.mean, self.count = self.mean + delta * (count / total), total
-        return shift
 
     @property
     def cov(self) -> Tensor:
@@ -187,12 +174,11 @@ def precision_recall(
 class Target:
     """A reference, prepared: matrix roots and radii are calculated once, however many sets of samples are compared.
 
-    `gaussians` are (mean (F,), covariance (F, F)) by the name of the set; `rows` (R, F) the vectors for precision and
-    recall with `k` neighbours, or None when only statistics are known. Raises UserError as `symmetric_root` and
-    `neighbour_radii` do.
+    `gaussians` are (mean (F,), covariance (F, F)) by the name of the set; `rows` (R, F), where they are known, the
+    vectors for precision and recall with `k` neighbours. Raises UserError as `symmetric_root` and `neighbour_radii` do.
     """
 
-    def __init__(self, gaussians: dict[str, tuple[Tensor, Tensor]], rows: Tensor | None, k: int) -> None:
+    def __init__(self, gaussians: dict[str, tuple[Tensor, Tensor]], rows: Tensor | None = None, k: int = 3) -> None:
         self.gaussians = {name: (mean, cov, symmetric_root(cov)) for name, (mean, cov) in gaussians.items()}
         self.rows, self.k = rows, k
         self.radii = None if rows is None else neighbour_radii(rows, k)
@@ -219,15 +205,12 @@ class Target:
 class InceptionScore:
     """Inception score (Salimans et al. 2016) of a stream of class probabilities; its size depends on the classes only.
 
-    Rows are counted in splits of `split_size`, the mean of which is the score; a last short split counts as much as the
-    others, as in ADM. Splits are consecutive rows, as ADM's are, or `split_of` (rows,) int64 says which split each row
-    of the stream is in. Everything is summed in float64. Raises UserError for a split size below 1.
+    The mean over splits of the rows; `split_of` (rows,) int64 says which split each row of the stream is in. Everything
+    is summed in float64.
     """
 
-    def __init__(self, split_size: int = 5000, split_of: Tensor | None = None) -> None:
-        if split_size < 1:
-            raise UserError(f"inception_score: split_size {split_size}; must be at least 1")
-        self.split_size, self.split_of, self.count = split_size, split_of, 0
+    def __init__(self, split_of: Tensor) -> None:
+        self.split_of, self.count = split_of, 0
         self.splits: dict[int, tuple[int, Tensor, float]] = {}
         """By split: number of rows, sum of p(y|x), sum of p(y|x) log p(y|x)."""
 
@@ -236,13 +219,12 @@ class InceptionScore:
         """Over `count` rows in random splits: rows that are sorted by class do not make splits of a few classes."""
         split_of = torch.empty(count, dtype=torch.int64)
         split_of[permutation(rng, count)] = torch.arange(count) // split_size
-        return cls(split_size, split_of)
+        return cls(split_of)
 
     def update(self, probabilities: Tensor) -> None:
         """Add rows (B, num_classes), each of which sums to one."""
         rows = probabilities.to("cpu", torch.float64)
-        numbers = torch.arange(self.count, self.count + len(rows))  # (B,)
-        of_row = numbers // self.split_size if self.split_of is None else self.split_of[numbers]
+        of_row = self.split_of[self.count : self.count + len(rows)]  # (B,)
         self.count += len(rows)
         for split in of_row.unique().tolist():
             part = rows[of_row == split]
@@ -258,21 +240,24 @@ class InceptionScore:
 
     @property
     def value(self) -> float:
-        """Mean over the splits, 1 to num_classes. Raises UserError when there were no rows."""
+        """Mean over the splits of exp of the mean KL(p(y|x) || p(y)), 1 to num_classes. UserError without rows."""
         if not self.splits:
             raise UserError("inception_score: 0 rows; must be at least 1")
-        return sum(_split_score(*self.splits[split]) for split in sorted(self.splits)) / len(self.splits)
-
-
-def _split_score(count: int, total: Tensor, negative_entropy: float) -> float:
-    """exp of the mean KL(p(y|x) || p(y)): mean of p(y|x) log p(y|x), less p(y) log p(y)."""
-    marginal = total / count
-    return math.exp(negative_entropy / count - float(torch.special.xlogy(marginal, marginal).sum()))
+        scores = []
+        for _, (count, total, negative_entropy) in sorted(self.splits.items()):
+            marginal = total / count
+            scores.append(math.exp(negative_entropy / count - float(torch.special.xlogy(marginal, marginal).sum())))
+        return sum(scores) / len(scores)
 
 
 def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
-    """`InceptionScore` of probabilities (S, num_classes) that are there at once."""
-    score = InceptionScore(split_size)
+    """`InceptionScore` of probabilities (S, num_classes) in consecutive splits, as ADM's are.
+
+    A last short split counts as much as the others. Raises UserError for no rows or a split size below 1.
+    """
+    if split_size < 1:
+        raise UserError(f"inception_score: split_size {split_size}; must be at least 1")
+    score = InceptionScore(torch.arange(len(probabilities)) // split_size)
     score.update(probabilities)
     return score.value
 
