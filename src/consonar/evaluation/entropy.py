@@ -33,10 +33,7 @@ GRID = tuple(round(0.2 + 0.02 * i, 2) for i in range(91))
 def teacher_forced_entropies(
     generator: Generator, batches: Iterable[TokenBatch], temperatures: Sequence[float]
 ) -> list[float]:
-    """Mean entropy in nats of the next-token distributions under the true context, at each temperature (over 0).
-
-    `batches` hold tokens and conditions, on any device; one pass serves all temperatures.
-    """
+    """Mean entropy in nats of the next-token distributions under the true context, at each temperature (over 0)."""
     device = device_of(generator)
     sums, count = torch.zeros(len(temperatures), dtype=torch.float64), 0
     for batch in batches:
@@ -87,11 +84,10 @@ class Sharpness:
     @torch.inference_mode()
     def _encode(self, source: ImageSource) -> tuple[Tensor, list[int | None]]:
         """Tokens (n, N) on the CPU, and the n labels."""
-        records, size = iter(source), self.tokenizer.image_size
-        tokens: list[Tensor] = []
+        records, tokens = iter(source), []
         labels: list[int | None] = []
         while chunk := list(itertools.islice(records, self.batch_size)):
-            images = np.stack([cropped(record.image, size) for record in chunk])
+            images = np.stack([cropped(record.image, self.tokenizer.image_size) for record in chunk])
             tokens.append(self.tokenizer.encode(as_input(images, self.tokenizer)).cpu())
             labels += [record.label for record in chunk]
         return torch.cat(tokens), labels
@@ -149,12 +145,9 @@ def matching_temperature(entropies: Sequence[float], target: float, temperatures
 
     Entropy grows with temperature. Raises `UserError` when `target` lies outside of what was measured.
     """
-    values, points = torch.tensor(entropies).double(), torch.tensor(temperatures).double()
-    if not values[0] <= target <= values[-1]:
+    if not entropies[0] <= target <= entropies[-1]:
         raise UserError(
             f"entropy {target:.3f} is not reached at temperatures {temperatures[0]:g} to {temperatures[-1]:g} "
-            f"({values[0]:.3f} to {values[-1]:.3f} nats)"
+            f"({entropies[0]:.3f} to {entropies[-1]:.3f} nats)"
         )
-    right = int(torch.searchsorted(values, torch.tensor(target).double())) or 1
-    share: Tensor = (target - values[right - 1]) / (values[right] - values[right - 1])
-    return float(points[right - 1] + share * (points[right] - points[right - 1]))
+    return float(np.interp(target, entropies, temperatures))

@@ -148,11 +148,6 @@ def replacing(run: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def samples_name(temperature: float) -> str:
-    """The sample file of a temperature: in the digits that tell it from every other, 1 rather than 1.0."""
-    return f"samples_t{repr(float(temperature)).removesuffix('.0')}.npz"
-
-
 def sample_files(run: Path) -> set[str]:
     """The names of the sample files that the results of a run name, where these can be read."""
     try:
@@ -175,9 +170,8 @@ def outdated(content: JsonMap, sha256: str | None) -> str | None:
     measured = content.get("checkpoint_sha256")
     if sha256 is None or measured == sha256:
         return None
-    if measured is None:
-        return "do not say of which weights they are; evaluate again with --overwrite"
-    return "are of weights that have changed since; evaluate again with --overwrite"
+    what = "do not say of which weights they are" if measured is None else "are of weights that have changed since"
+    return f"{what}; evaluate again with --overwrite"
 
 
 def is_measured(run: Path) -> bool:

@@ -6,9 +6,8 @@ curve. All rows of all runs share classes and seeds (common random numbers).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,50 +22,32 @@ from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
-from consonar.evaluation.results import (
-    RESULTS,
-    Evaluation,
-    Measurement,
-    is_measured,
-    machine_name,
-    origin_of_numbers,
-    replacing,
-    samples_name,
-)
+from consonar.evaluation.results import RESULTS, Evaluation, Measurement, is_measured, origin_of_numbers, replacing
 from consonar.evaluation.sample_metrics import PreparedReference, prepare_reference
 from consonar.evaluation.settings import RunSettings
 from consonar.files.lock import holds_first_argument
+from consonar.files.readers import read_npz
 from consonar.files.writers import file_sha256, write_atomically, write_json
 from consonar.json_types import Json
 from consonar.metrics import decides
 from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
-from consonar.origin import Origin, check
+from consonar.origin import check
 from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig
-from consonar.types import Generator, Tokenizer
+from consonar.types import Generator
 
 KEPT_IMAGES = 80
 RESULTS_SCHEMA = 1
 ENTROPY = "entropy (teacher-forced)"
 
 
-@dataclass(frozen=True)
 class FinishedRun:
     """The model of a run and its tokenizer, on a device."""
 
-    folder: Path
-    generator: Generator
-    tokenizer: Tokenizer
-    origin: Origin
-    sha256: str
-    """Of the weights."""
-
-    @classmethod
-    def load(cls, folder: Path, device: str) -> FinishedRun:
-        sha256 = weights_sha256(folder)
-        generator, tokenizer = load_generator(folder).to(device), load_own_tokenizer(folder).to(device)
-        return cls(folder, generator, tokenizer, read_origin(folder), sha256)
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.sha256, self.origin = folder, weights_sha256(folder), read_origin(folder)
+        self.generator, self.tokenizer = load_generator(folder).to(device), load_own_tokenizer(folder).to(device)
 
 
 @holds_first_argument
@@ -92,23 +73,23 @@ def evaluate_run(
     if (folder / RESULTS).exists() and not overwrite:
         of = "" if is_measured(folder) else " of weights that have changed since"
         raise UserError(f"{folder / RESULTS} exists{of}; add --overwrite to measure again")
-    run = FinishedRun.load(folder, settings.device)
+    run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = Sharpness(reference, run.tokenizer, settings.batch_size, run.origin, bad)
     samplers = samplers_of(settings, sharpness, run.generator)
-    target = target_of(run, reference, target, batch_size=settings.batch_size, bad=bad)
+    target = target_of(run, reference, target, settings.batch_size, bad)
     prepared = prepare_reference(target, network, settings)  # what is wrong is found before hours of sampling
-    entropies = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers])
-    unavailable = {ENTROPY: entropies} if isinstance(entropies, str) else {}
     progress(f"reference: {target.about}")
-    for metric, reason in unavailable.items():
-        progress(f"{metric}: not measured ({reason})")
+    entropies, unavailable = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers]), {}
+    if isinstance(entropies, str):
+        progress(f"{ENTROPY}: not measured ({entropies})")
+        entropies, unavailable = {}, {ENTROPY: entropies}
     with replacing(folder) as staged:
         rows = []
         for sampler, matched in samplers.items():
             progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
             row, results = measure_row(run, sampler, prepared, settings, staged)
-            if not isinstance(entropies, str) and sampler.temperature in entropies:
+            if sampler.temperature in entropies:
                 row["metrics"][ENTROPY] = asdict(Measurement(entropies[sampler.temperature]))
             matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(other)} for other in matched]
             rows += [row | match for match in matches or [{}]]
@@ -122,7 +103,7 @@ def evaluate_run(
             "unavailable": unavailable | results.unavailable,
             **origin_of_numbers(results),
             "draws": settings.draws,
-            "machine": machine_name(settings.device),
+            "machine": results.machine,
         }
         if settings.reconstruct and "validation" in target.images:
             measure_reconstruction(staged, run.tokenizer, target.images["validation"], network)
@@ -139,13 +120,13 @@ def samplers_of(settings: RunSettings, sharpness: Sharpness, generator: Generato
 
 
 def target_of(
-    run: FinishedRun, reference: str, target: ReferenceSet | None, *, batch_size: int, bad: BadImages | None
+    run: FinishedRun, reference: str, target: ReferenceSet | None, batch_size: int, bad: BadImages | None
 ) -> ReferenceSet:
     """The reference in the tokens of the run's tokenizer: `target`, checked to be that, or opened and encoded here."""
     tokenizer = run.tokenizer
     if target is None:
-        opened = open_reference(reference, tokenizer.image_size, bad=bad)
-        return encode_reference(opened, tokenizer, batch_size=batch_size)
+        target = open_reference(reference, tokenizer.image_size, bad=bad)
+        return encode_reference(target, tokenizer, batch_size=batch_size)
     if target.name != reference or target.origin is None:
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
     check("target", target.origin, run.origin, str(run.folder), "encode it anew", parts=("tokenizer",))
@@ -164,14 +145,14 @@ def measure_row(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
         origin=run.origin,
     )  # fmt: skip
-    name = samples_name(sampler.temperature)
+    # In the digits that tell a temperature from every other, 1 rather than 1.0.
+    name = f"samples_t{repr(float(sampler.temperature)).removesuffix('.0')}.npz"
     drawn, kept = run.folder / f".{name}", staged / name
     drawn.unlink(missing_ok=True)
     run_job(job, run.generator, run.tokenizer, drawn, batch_size=settings.batch_size, restart=True)
     results = compare(load_samples(drawn), reference, settings)
     keep_some(drawn, kept, reference.given, results.copies, run.origin.class_names)
-    with np.load(drawn) as arrays:
-        entropy = float(arrays["entropy"].mean())
+    entropy = float(read_npz(drawn, ["entropy"])["entropy"].mean())
     drawn.unlink()
     metrics = results.metrics | {"entropy": Measurement(entropy)}
     row = {
@@ -205,19 +186,13 @@ def keep_some(
     The first ones, whose classes and seeds are the same for every run; of more classes than that, one of each of so
     many classes, evenly spaced.
     """
-    samples = load_samples(drawn)
-    assert samples.labels is not None and samples.seeds is not None  # our own job wrote both
-    num_classes = int(samples.labels.max()) + 1
-    rows = torch.arange(min(KEPT_IMAGES, samples.count))
+    stored, images = read_npz(drawn, ("labels", "seeds", "settings")), load_samples(drawn).images
+    count, num_classes = len(stored["labels"]), int(stored["labels"].max()) + 1
+    rows = torch.arange(min(KEPT_IMAGES, count))
     if num_classes > KEPT_IMAGES:
-        rows = torch.arange(KEPT_IMAGES) * min(num_classes, samples.count) // KEPT_IMAGES
-        rows = rows.unique()
-    arrays = {
-        "images": samples.images.pick(rows),
-        "labels": samples.labels[rows].numpy(),
-        "seeds": samples.seeds[rows].numpy(),
-        "settings": np.array(json.dumps(samples.settings)),
-    }
+        rows = (torch.arange(KEPT_IMAGES) * min(num_classes, count) // KEPT_IMAGES).unique()
+    of_rows = {key: stored[key][rows.numpy()] for key in ("labels", "seeds")}
+    arrays = {"images": images.pick(rows), **stored, **of_rows}
     if (nearest := nearest_to(rows, copies)) is not None:
         arrays["nearest_train"] = reference.images["train"].pick(nearest)
     if class_names is not None:

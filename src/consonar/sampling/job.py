@@ -32,7 +32,7 @@ from consonar.files.weights import component_fingerprint
 from consonar.files.writers import write_atomically, write_json
 from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
-from consonar.sampling.sample import SamplerConfig, check_batch_size, check_class_ids, check_fit, sample
+from consonar.sampling.sample import SamplerConfig, check_batch_size, check_condition, check_fit, sample
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
 
@@ -61,10 +61,9 @@ class Job:
 
     def shards(self, folder: Path) -> list[tuple[Path, slice]]:
         """Every shard of the job: its file, and which of the images it holds."""
-        starts = range(0, len(self.labels), self.shard_size)
         return [
             (folder / f"shard_{start:08d}_{self.shard_size}.npz", slice(start, start + self.shard_size))
-            for start in starts
+            for start in range(0, len(self.labels), self.shard_size)
         ]
 
 
@@ -85,15 +84,13 @@ def make_job(
     """
     check_seed(seed, "seed", len(labels))
     check_fit(generator, tokenizer)
-    origin = origin or Origin()
-    used = of_tokenizer(tokenizer)
+    used, origin = of_tokenizer(tokenizer), origin or Origin()
     remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
     check("tokenizer", used, origin, source, remedy)
-    check_class_ids(labels, generator)
-    fingerprint = component_fingerprint(to_dict(generator.config), generator.state_dict())
+    check_condition(labels, generator)
     settings = {
         "generator": source,
-        "generator_sha256": fingerprint,
+        "generator_sha256": component_fingerprint(to_dict(generator.config), generator.state_dict()),
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": used.tokenizer_fingerprint,
         "origin": to_dict(origin),
@@ -141,19 +138,16 @@ def run_job(
     """
     if out.name in ("", ".."):
         raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'samples'}")
-    if len(job.labels) == 0:
-        raise UserError("num_samples: a job of 0 images; 1 or more")
-    check_batch_size(batch_size)
+    for key, count in (("num_samples", len(job.labels)), ("batch_size", batch_size), ("shard_size", shard_size)):
+        check_batch_size(count, key)
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another name")
-    if out.suffix.lower() == ".png" and len(job.labels) > MAX_GRID_IMAGES:
-        raise UserError(
-            f"--out: {len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES}); use .npz or a folder"
-        )
-    if out.suffix.lower() in OTHER_ENDINGS:
+    ending = out.suffix.lower()
+    if ending == ".png" and len(job.labels) > MAX_GRID_IMAGES:
+        many = f"{len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES})"
+        raise UserError(f"--out: {many}; use .npz or a folder")
+    if ending in OTHER_ENDINGS:
         raise UserError(f"--out: samples are not written as {out.suffix}; choices: .png, .npz, or a folder")
-    if shard_size < 1:
-        raise UserError(f"shard_size: {shard_size} is not positive")
     job, folder = replace(job, shard_size=shard_size), out.with_name(f"{out.name}.parts")
     with hold(folder):
         if out.exists():
@@ -185,15 +179,12 @@ def claim(folder: Path, job: Job, restart: bool) -> None:
     """Makes the folder of unfinished work this job's; `UserError` when it is another's, unless `restart`."""
     record = folder / "job.json"
     if not record.exists() and not is_unused(folder):
-        raise UserError(
-            f"--out: {folder}, where unfinished samples would be, holds something else; choose another name"
-        )
-    change = different(record, job.settings) if record.exists() else None
-    if change and not restart:
-        raise UserError(
-            f"--out: {folder} holds unfinished samples of another job ({change}); remove it or choose another name"
-        )
-    if change:
+        what = "where unfinished samples would be, holds something else"
+        raise UserError(f"--out: {folder}, {what}; choose another name")
+    if change := different(record, job.settings) if record.exists() else None:
+        if not restart:
+            what = f"holds unfinished samples of another job ({change})"
+            raise UserError(f"--out: {folder} {what}; remove it or choose another name")
         for path in folder.glob("shard_*.npz"):  # of the job that is given up
             path.unlink()
     write_json(record, job.settings)

@@ -164,8 +164,8 @@ def sample(
     """Images for conditions (class ids (B,) int64, or captions), row b from `seeds[b]`.
 
     Drawn in batches of `batch_size` on the generator's device, which the tokenizer shares; returned on the CPU.
-    Raises `UserError` for conditions that the generator does not have, a tokenizer that does not fit it, or a batch
-    size below 1.
+    Raises `UserError` for conditions that the generator does not have, a tokenizer that does not fit it or that it was
+    not trained with, or a batch size below 1.
     """
     if isinstance(condition, Sequence | Tensor):
         condition = class_ids(condition)
@@ -173,7 +173,9 @@ def sample(
     seeds = range(count) if seeds is None else seeds
     check_batch_size(batch_size)
     check_fit(generator, tokenizer)
-    check_origin(generator, tokenizer)
+    if (origin := getattr(generator, "origin", None)) is not None:  # of a generator that was loaded
+        used, remedy = of_tokenizer(tokenizer), "its codes mean something else; see `load_own_tokenizer`"
+        check("tokenizer", used, origin, "the generator", remedy)
     check_condition(condition, generator)
     if not 0 < count == len(seeds):
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions; give one each, and at least one")
@@ -193,9 +195,8 @@ def class_ids(classes: Sequence[int] | Tensor) -> Tensor:
         given = torch.as_tensor(classes)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"classes: {error}; give one class id for each image") from error
-    if given.ndim != 1 or (
-        len(given) and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-    ):
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if given.ndim != 1 or (len(given) and not whole):
         raise UserError(f"classes: {given.dtype} of shape {tuple(given.shape)}; give one class id for each image")
     return given.long()
 
@@ -213,26 +214,14 @@ def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:
             raise UserError(f"tokenizer: {tokenizer.name} has {key} {theirs}, the generator was trained with {ours}")
 
 
-def check_origin(generator: Generator, tokenizer: Tokenizer) -> None:
-    """Raises `UserError` where a generator that was loaded (`load_generator`) was trained with another tokenizer."""
-    if (origin := getattr(generator, "origin", None)) is not None:
-        used = of_tokenizer(tokenizer)
-        check("tokenizer", used, origin, "the generator", "its codes mean something else; see `load_own_tokenizer`")
-
-
 def check_condition(condition: Condition, generator: Generator) -> None:
     """Raises `UserError` for class ids that the generator does not have, and captions where it takes class ids."""
-    if isinstance(condition, Tensor):
-        check_class_ids(condition, generator)
-    elif generator.num_classes:
-        last = generator.num_classes - 1
-        raise UserError(f"condition: a {type(condition).__name__}, but this generator takes class ids 0..{last}")
-
-
-def check_class_ids(condition: Tensor, generator: Generator) -> None:
-    if generator.num_classes == 0:
+    choices = f"0..{generator.num_classes - 1}"
+    if not isinstance(condition, Tensor):
+        if generator.num_classes:
+            kind = type(condition).__name__
+            raise UserError(f"condition: a {kind}, but this generator takes class ids {choices}")
+    elif generator.num_classes == 0:
         raise UserError("classes: this generator has none; it takes captions (`TextCondition`, `PromptCondition`)")
-    wrong = condition[(condition < 0) | (condition >= generator.num_classes)]
-    if len(wrong):
-        last = generator.num_classes - 1
-        raise UserError(f"classes: {int(wrong[0])} is not a class of this generator; choices: 0..{last}")
+    elif len(wrong := condition[(condition < 0) | (condition >= generator.num_classes)]):
+        raise UserError(f"classes: {int(wrong[0])} is not a class of this generator; choices: {choices}")
