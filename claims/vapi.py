@@ -26,8 +26,7 @@ from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import is_measured, library_versions, machine_name, read_results
-from consonar.evaluation.runs import evaluate_run
-from consonar.evaluation.settings import RunSettings
+from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.files.writers import file_sha256, write_atomically
 from consonar.recipes import find_recipe
 from consonar.training.config import TrainConfig

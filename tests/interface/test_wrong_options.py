@@ -17,7 +17,7 @@ from consonar.demo.job import run_demo
 from consonar.errors import UserError, unknown
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.results import check_place
-from consonar.evaluation.settings import RunSettings
+from consonar.evaluation.runs import RunSettings
 from consonar.origin import Origin
 from consonar.recipes import find_recipe
 from consonar.recipes.files import read_config

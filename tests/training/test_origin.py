@@ -22,8 +22,7 @@ from consonar.evaluation import runs
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.inputs import encode_reference, open_reference
-from consonar.evaluation.runs import evaluate_run
-from consonar.evaluation.settings import RunSettings
+from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.origin import Origin, check, difference
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import DataConfig

@@ -14,7 +14,7 @@ from consonar.errors import UserError
 from consonar.evaluation import runs
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import is_measured, read_results, replacing
-from consonar.evaluation.settings import RunSettings
+from consonar.evaluation.runs import RunSettings
 from consonar.files.writers import file_sha256
 from consonar.origin import Origin
 

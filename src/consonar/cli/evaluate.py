@@ -18,8 +18,7 @@ from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import Measurement, check_place
-from consonar.evaluation.runs import evaluate_run
-from consonar.evaluation.settings import RunSettings
+from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.model_folders import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS
 from consonar.origin import Origin
 from consonar.seeding import check_seed

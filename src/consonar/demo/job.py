@@ -46,8 +46,7 @@ from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
 from consonar.evaluation.results import is_measured
-from consonar.evaluation.runs import evaluate_run
-from consonar.evaluation.settings import RunSettings
+from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.files.component import is_component
 from consonar.files.lock import hold, is_taken
 from consonar.files.readers import read_json

@@ -21,8 +21,14 @@ from torch import Tensor
 from consonar.evaluation.features import FeatureSet, ImagesDone, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
 from consonar.evaluation.results import Evaluation, Measurement, library_versions, machine_name
-from consonar.evaluation.sample_metrics import PreparedReference, all_and_parts, copy_rates, measure, prepare_reference
-from consonar.evaluation.settings import EvaluationSettings
+from consonar.evaluation.sample_metrics import (
+    EvaluationSettings,
+    PreparedReference,
+    all_and_parts,
+    copy_rates,
+    measure,
+    prepare_reference,
+)
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
 from consonar.networks import load_feature_network

@@ -6,8 +6,8 @@ curve. All rows of all runs share classes and seeds (common random numbers).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,7 @@ from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
 from consonar.evaluation.results import RESULTS, Evaluation, Measurement, is_measured, origin_of_numbers, replacing
-from consonar.evaluation.sample_metrics import PreparedReference, prepare_reference
-from consonar.evaluation.settings import RunSettings
+from consonar.evaluation.sample_metrics import EvaluationSettings, PreparedReference, prepare_reference
 from consonar.files.lock import holds_first_argument
 from consonar.files.readers import read_npz
 from consonar.files.writers import file_sha256, write_atomically, write_json
@@ -33,13 +32,41 @@ from consonar.metrics import decides
 from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
 from consonar.origin import check
-from consonar.sampling.job import balanced_labels, make_job, run_job, write_npz
+from consonar.sampling.job import balanced_labels, check_count, make_job, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig
 from consonar.types import Generator
 
 KEPT_IMAGES = 80
 RESULTS_SCHEMA = 1
 ENTROPY = "entropy (teacher-forced)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(EvaluationSettings):
+    """How a run is sampled, a row for every temperature, and how the samples are measured."""
+
+    draws: int = 4
+    """As in `EvaluationSettings`."""
+    num_samples: int = 1024
+    """Images of every row."""
+    temperatures: Sequence[float] = (1.0,)
+    match: Sequence[Path] = ()
+    """Other runs, each of which adds a row at the temperature at which this one has its teacher-forced entropy."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """All but the temperature."""
+    reconstruct: bool = True
+    """Measure the tokenizer on the validation images as well."""
+
+    def __post_init__(self) -> None:
+        check_count(self.num_samples, "num_samples", self.seed)
+        super().__post_init__()
+        self.check_parts(self.num_samples, "num_samples")
+        for temperature in self.temperatures:
+            self.at(temperature)
+
+    def at(self, temperature: float) -> SamplerConfig:
+        """The sampler of one row."""
+        return replace(self.sampler, temperature=temperature)
 
 
 class FinishedRun:

@@ -1,4 +1,4 @@
-"""The metrics of samples: a table of functions, and what they are given: the samples, and the reference made ready.
+"""The metrics of samples: how they are measured, the reference made ready for it, and a table of functions.
 
 A new metric of samples is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
 """
@@ -6,21 +6,68 @@ A new metric of samples is a row in `SAMPLE_METRICS`, and one in `consonar.metri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from typing import Annotated
 
 from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.evaluation.features import FeatureSet, ImagesDone, Statistics, cached_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet
-from consonar.evaluation.settings import EvaluationSettings
+from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.distribution import Target
 from consonar.networks.features import FeatureNetwork, ScoringNetwork
+from consonar.options import Count, Options, Range
+from consonar.seeding import check_seed
 
 LARGEST = 1e30
 """Of the numbers of a Gaussian: the product of two covariances is calculated with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Options):
+    """How samples are measured. Raises `UserError` for settings with which nothing can be."""
+
+    num_neighbours: int = 3
+    """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
+    max_neighbours_images: int = 10_000
+    """Images of a set that are compared with each other, drawn by `seed` and the pixels."""
+    copy_quantile: Annotated[float, Range(0, 1, note="0 is the minimum")] = 0.0
+    """Which quantile of the distances of validation images is the threshold of the copy rates; 0 is the minimum."""
+    batch_size: Count = 64
+    """Images per call of a network."""
+    device: str = "cpu"
+    """Where a network runs that is given by its name."""
+    draws: int = 1
+    """Disjoint parts of equal size whose spread is reported; 1: none is."""
+    seed: int = 0
+    """Of the parts, of the images that are compared with each other, and of the first sample of a run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed, "seed")
+        if self.max_neighbours_images <= self.least:
+            needed = f"{self.num_neighbours} neighbours need more"
+            raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
+
+    @property
+    def least(self) -> int:
+        """A set needs more images than these: for neighbours, and for a covariance."""
+        return max(self.num_neighbours, 1)
+
+    def check_parts(self, count: int, what: str) -> None:
+        """Raises `UserError` where so many images, called `what`, cannot be measured in `draws` parts."""
+        if self.draws < 1:
+            raise UserError(f"draws: {self.draws}; choose 1 or more")
+        if count // self.draws <= self.least:
+            raise UserError(f"{what}: {count} images; each of {self.draws} draws needs over {self.least}")
+
+    @property
+    def stored(self) -> Json:
+        """What results.json says of them, under `config`; the seed stands beside it."""
+        return {item.name: getattr(self, item.name) for item in fields(EvaluationSettings) if item.name != "seed"}
 
 
 @dataclass(frozen=True)
@@ -33,8 +80,8 @@ class PreparedReference:
     """Of each set of images, by its name."""
     target: Target
     """Of the features: for FD, precision and recall."""
-    spatial: Target | str | None
-    """Of spatial features, for sFID; or why there is none. None: the network has none."""
+    spatial: Target | None
+    """Of spatial features, for sFID; None where the network or given statistics have none."""
 
     @property
     def noise_floor(self) -> dict[str, float]:
@@ -42,7 +89,7 @@ class PreparedReference:
         return {
             f"{kind}({self.network.name}) {name}": value
             for kind, target in (("FD", self.target), ("sFD", self.spatial))
-            if isinstance(target, Target)
+            if target is not None
             for name, value in target.noise_floor().items()
         }
 
@@ -67,21 +114,12 @@ def prepare_reference(
     near = known.get("train") or known.get("reference")
     gaussians = {name: (found.moments.mean, found.moments.cov) for name, found in known.items()}
     gaussians |= given_gaussian(reference, reference.statistics, network.name, network.num_features)
-    target = Target(gaussians, near.rows if near else None, k)
-    return PreparedReference(reference, network, known, target, spatial_target(reference, network, known))
-
-
-def spatial_target(
-    reference: ReferenceSet, network: FeatureNetwork, known: dict[str, FeatureSet]
-) -> Target | str | None:
-    """`PreparedReference.spatial`."""
-    if not isinstance(network, ScoringNetwork):
-        return None
-    if reference.statistics and not reference.spatial_statistics:
-        return "the reference's statistics have no mu_s and sigma_s"
-    spatial = {name: (kept.mean, kept.cov) for name, found in known.items() if (kept := found.spatial)}
-    spatial |= given_gaussian(reference, reference.spatial_statistics, f"{network.name} (spatial)", network.num_spatial)
-    return Target(spatial)
+    target, spatial = Target(gaussians, near.rows if near else None, k), None
+    if isinstance(network, ScoringNetwork) and (reference.spatial_statistics or not reference.statistics):
+        gaussians = {name: (kept.mean, kept.cov) for name, found in known.items() if (kept := found.spatial)}
+        what = f"{network.name} (spatial)"
+        spatial = Target(gaussians | given_gaussian(reference, reference.spatial_statistics, what, network.num_spatial))
+    return PreparedReference(reference, network, known, target, spatial)
 
 
 def given_gaussian(
@@ -128,10 +166,10 @@ def frechet_distance_to(name: str, measured: Measured) -> float | None:
 
 
 def spatial_distance_to(name: str, measured: Measured) -> float | str | None:
-    target = measured.reference.spatial
-    if isinstance(target, Target) and measured.samples.spatial is not None:
-        return target.distance(name, measured.samples.spatial)
-    return target if isinstance(target, str) and name == "reference" else None
+    target, spatial = measured.reference.spatial, measured.samples.spatial
+    if target is not None and spatial is not None:
+        return target.distance(name, spatial)
+    return None if spatial is None or name != "reference" else "the reference's statistics have no mu_s and sigma_s"
 
 
 def inception_score_of(measured: Measured) -> float | None:
@@ -198,8 +236,7 @@ def copy_rates(
     """The copy rates in `features` and `tokens`, or why one cannot be measured."""
     known, tokens = reference.features, reference.given.tokens
     if not {"train", "validation"} <= known.keys():
-        missing = "the reference has no train and validation images"
-        return {"features": missing, "tokens": missing}
+        return dict.fromkeys(("features", "tokens"), "the reference has no train and validation images")
     train = known["train"]
     near = copy_rate_features(found.rows, train.rows, known["validation"].rows, quantile=quantile)
     in_features = replace(near, indices=train.indices[near.indices], rows=found.indices)

@@ -91,23 +91,22 @@ METRICS = (
 def metric_of(name: str) -> Metric:
     """The row of a number by its name in results or in a log, with the heading of this one; its own for a new name."""
     short = name.partition("/")[2] or name
-    row = next((row for row in METRICS if covers(row, short)), Metric(short))
+    row = [*METRICS, Metric(short)][place_of(name)]
     return replace(row, heading=row.heading.format(short.removeprefix(row.name)) or short)
 
 
-def covers(row: Metric, name: str) -> bool:
-    return name == row.name or (row.name.endswith(("(", "_")) and name.startswith(row.name))
+def place_of(name: str) -> int:
+    """Number of a name's row; that of rows for a name that has none."""
+    short = name.partition("/")[2] or name
+    for place, row in enumerate(METRICS):
+        if short == row.name or (row.name.endswith(("(", "_")) and short.startswith(row.name)):
+            return place
+    return len(METRICS)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The names in the order of the table, those it does not have last; of a log held-out numbers first."""
-
-    def place(name: str) -> tuple[int, bool, str]:
-        short = name.partition("/")[2] or name
-        row = next((i for i, row in enumerate(METRICS) if covers(row, short)), len(METRICS))
-        return row, not (name.startswith("validation/") or decides(name)), name
-
-    return sorted(names, key=place)
+    return sorted(names, key=lambda name: (place_of(name), not (name.startswith("validation/") or decides(name)), name))
 
 
 def meanings(names: Iterable[str]) -> dict[str, str]:

@@ -63,10 +63,10 @@ class Moments:
 
 
 def symmetric_root(cov: Tensor) -> Tensor:
-    """The symmetric positive semi-definite square root of a covariance (F, F), in float64.
+    """The symmetric positive semi-definite square root of a covariance (F, F) of any rank, in float64.
 
-    Rank-deficient covariances are fine. Raises UserError when the matrix is not symmetric, not finite, or has an
-    eigenvalue below -`EIGENVALUE_TOLERANCE` times the largest: such a matrix is not a covariance.
+    Raises UserError for a matrix that is not symmetric, not finite, or has an eigenvalue below -`EIGENVALUE_TOLERANCE`
+    times the largest: such a matrix is not a covariance.
     """
     values, vectors = torch.linalg.eigh(_checked_symmetric(cov))
     values = _clipped(values)
@@ -79,12 +79,10 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, Eq. 6), 0 or more.
 
     |mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^(1/2)), where the last trace is the sum of the square
-    roots of the eigenvalues of the symmetric matrix R cov2 R with R = cov1^(1/2). Means (F,), covariances (F, F), any
-    float type, calculated in float64. `root1` is `symmetric_root(cov1)` when the caller already has it (one reference,
-    many sets of samples). Raises UserError when a matrix is not a covariance or the numbers of features differ.
-
-    A distance that is not large beside the rounding of those roots is calculated again from the singular values of the
-    product of both roots, which lose no digits; what that cannot tell from 0 is 0.
+    roots of the eigenvalues of the symmetric matrix R cov2 R with R = cov1^(1/2), `root1` where the caller has it.
+    Means (F,), covariances (F, F), any float type, calculated in float64. A distance that is not large beside the
+    rounding of those roots is calculated again from the singular values of the product of both roots, which lose no
+    digits; what that cannot tell from 0 is 0. Raises UserError when a matrix is not a covariance or widths differ.
     """
     if not (mean1.ndim == 1 and mean1.shape == mean2.shape and cov1.shape == cov2.shape == (len(mean1), len(mean1))):
         raise UserError(
@@ -155,18 +153,17 @@ def precision_recall(
     """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 2-3), both in [0, 1], higher is better.
 
     Precision is the share of `samples` (S, F) inside the union of balls around the `reference` rows (R, F), each with
-    the distance to its k-th nearest other row as radius; recall the same with the roles exchanged. Distances are
-    squared, a point on the border counts, both inputs have one float type (float32 or float64), as in ADM. Memory is
-    that of `block` x max(R, S) distances. `reference_radii` is `neighbour_radii(reference, k)` when the caller has it.
-    Raises UserError when a set has no more than k rows.
+    the distance to its k-th nearest other row as radius (`reference_radii` where the caller has them); recall the same
+    with the roles exchanged. Distances are squared, a point on the border counts, both inputs have one float type
+    (float32 or float64), as in ADM. Memory is that of `block` x max(R, S) distances. Raises UserError when a set has no
+    more than k rows.
     """
-    if reference_radii is None:
-        reference_radii = neighbour_radii(reference, k, block)  # (R,)
+    inner = neighbour_radii(reference, k, block) if reference_radii is None else reference_radii  # (R,)
     sample_radii = neighbour_radii(samples, k, block)  # (S,)
     num_inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool)
     for start in range(0, len(samples), block):
         distances = squared_distances(samples[start : start + block], reference)  # (block, R)
-        num_inside += int((distances <= reference_radii).any(1).sum())
+        num_inside += int((distances <= inner).any(1).sum())
         covered |= (distances <= sample_radii[start : start + block, None]).any(0)
     return num_inside / len(samples), float(covered.double().mean())
 

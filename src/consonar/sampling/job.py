@@ -1,9 +1,9 @@
 """Sampling jobs: many images to a file or folder, in shards that survive an interruption.
 
 Shard k holds images k * shard_size .. and is a function of the settings alone, so a second call with the same settings
-skips the shards that are there and whole. The output is made of the shards that the job has, whatever else lies in
-their folder, and one process works on an output at a time. What comes out: a picture (.png, one grid), an .npz in ADM
-layout (`arr_0` uint8 (n, H, W, 3), plus labels, seeds, tokens, entropy and the settings), or a folder of PNG files.
+skips the shards that are there and whole; one process works on an output at a time. What comes out: a picture (.png,
+one grid), an .npz in ADM layout (`arr_0` uint8 (n, H, W, 3), plus labels, seeds, tokens, entropy and the settings), or
+a folder of PNG files.
 """
 
 from __future__ import annotations
@@ -222,36 +222,31 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
 
 def assemble(folder: Path, job: Job, out: Path) -> None:
     """Writes the finished output from the job's shards in `folder`, one shard in memory at a time."""
-    shards = [path for path, _ in job.shards(folder)]
+    shards = job.shards(folder)
     if out.suffix.lower() == ".png":
-        images = np.concatenate([np.load(path)["arr_0"] for path in shards])
+        images = np.concatenate([np.load(path)["arr_0"] for path, _ in shards])
         save_grid(from_uint8(torch.from_numpy(images)), out)
     elif out.suffix.lower() == ".npz":
-        write_atomically(out, partial(merge_npz, shards, job))
+        write_atomically(out, partial(merge_npz, [path for path, _ in shards], job))
     else:
         unfinished = folder / "pictures"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        index = 0
-        for path in shards:
+        for path, rows in shards:
             with np.load(path) as arrays:
-                for picture, label in zip(arrays["arr_0"], arrays["labels"], strict=True):
-                    Image.fromarray(picture).save(unfinished / f"{index:06d}_class{label}.png")
-                    index += 1
+                for index, picture in enumerate(arrays["arr_0"], rows.start):
+                    Image.fromarray(picture).save(unfinished / f"{index:06d}_class{int(job.labels[index])}.png")
         (unfinished / "settings.json").write_text(json.dumps(job.settings, indent=1))
         unfinished.rename(out)
 
 
 def merge_npz(shards: Sequence[Path], job: Job, out: Path) -> None:
     """Concatenates the arrays of all shards into one .npz without holding the images of more than one shard."""
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    with np.load(shards[0]) as first:
+    with np.load(shards[0]) as first, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for key in first.files:
-            shapes[key] = ((len(job.labels), *first[key].shape[1:]), first[key].dtype)
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for key, (shape, dtype) in shapes.items():
+            header = np.lib.format.header_data_from_array_1_0(first[key])
+            header["shape"] = (len(job.labels), *header["shape"][1:])
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                header = {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
                 np.lib.format.write_array_header_1_0(member, header)
                 for path in shards:
                     with np.load(path) as arrays:
