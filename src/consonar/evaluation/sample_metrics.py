@@ -19,7 +19,7 @@ from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.distribution import Target
 from consonar.networks.features import FeatureNetwork, ScoringNetwork
-from consonar.options import Count, Options, Range
+from consonar.options import Count, Range, check_options
 from consonar.seeding import check_seed
 
 LARGEST = 1e30
@@ -27,7 +27,7 @@ LARGEST = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(Options):
+class EvaluationSettings:
     """How samples are measured. Raises `UserError` for settings with which nothing can be."""
 
     num_neighbours: int = 3
@@ -46,7 +46,7 @@ class EvaluationSettings(Options):
     """Of the parts, of the images that are compared with each other, and of the first sample of a run."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_options(self, "")
         check_seed(self.seed, "seed")
         if self.max_neighbours_images <= self.least:
             needed = f"{self.num_neighbours} neighbours need more"
