@@ -64,7 +64,11 @@ def run(name: str, *args: str) -> None:
     else:
         hold_memory()
         check_choice("command", name, COMMANDS)
-        import_module(f"consonar.cli.{name.replace('-', '_')}").command(args)
+        module = import_module(f"consonar.cli.{name.replace('-', '_')}")
+        if name == "train":  # its options are those of the recipe that is named first
+            module.command(args)
+        else:
+            module.command(import_module("consonar.cli.parsing").parse(module.Options, args, name))
 
 
 def stop(line: str, code: int) -> None:

@@ -1,7 +1,6 @@
 """The command `convert`."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import tyro
 
 from consonar import convert as conversion
 from consonar.cli.console import say
-from consonar.cli.parsing import parse
 from consonar.errors import UserError
 from consonar.json_types import Json
 
@@ -32,8 +30,7 @@ class Options:
     """Other fields of the configuration that shapes do not say, e.g. l2_normalize=false."""
 
 
-def command(args: Sequence[str]) -> None:
-    options = parse(Options, args, "convert")
+def command(options: Options) -> None:
     if (options.to is None) == (options.to_official is None):
         raise UserError("convert: give either --to FOLDER, or --to-official FILE for the way back")
     if options.to is not None:

@@ -1,11 +1,9 @@
 """The command `demo`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.cli.console import say
-from consonar.cli.parsing import parse
 from consonar.demo.job import run_demo
 
 
@@ -19,7 +17,6 @@ class Options:
     """Of all runs."""
 
 
-def command(args: Sequence[str]) -> None:
-    options = parse(Options, args, "demo")
+def command(options: Options) -> None:
     page = run_demo(options.out, minutes=options.minutes, seed=options.seed, say=say)
     say(f"the page: {page.resolve()}")

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -17,7 +17,7 @@ import torch
 import consonar
 from consonar import distributed, precision
 from consonar.cli.console import say
-from consonar.cli.parsing import NoOptions, parse
+from consonar.cli.parsing import NoOptions as Options
 from consonar.cpu import kernels, kernels_mode, timing
 from consonar.errors import UserError
 from consonar.files.cache import cache_dir
@@ -29,8 +29,7 @@ UNMEASURED = "nothing is kept: the machine is too busy to be measured, or the ca
 WIDTH, LABEL = 80, 12
 
 
-def command(args: Sequence[str]) -> None:
-    parse(NoOptions, args, "doctor")
+def command(_: Options) -> None:
     for label, text in findings():
         words = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)
         for row, line in enumerate(words):

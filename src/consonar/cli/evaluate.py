@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import BadImageGroup, parse
+from consonar.cli.parsing import BadImageGroup
 from consonar.components import load_tokenizer, read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import pick_device
@@ -58,8 +58,7 @@ class Options:
     """Replace results that are there."""
 
 
-def command(args: Sequence[str]) -> None:
-    options = parse(Options, args, "evaluate")
+def command(options: Options) -> None:
     place, out, device = options.samples, options.out, str(pick_device(options.device, "--device"))
     is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
     listing = out and out.with_name(f"{out.name}-bad-images.txt")

@@ -1,11 +1,10 @@
 """The command `import-tokens`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.cli.console import say
-from consonar.cli.parsing import check_name, parse
+from consonar.cli.parsing import check_name
 from consonar.components import load_tokenizer
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError, check_choice
@@ -27,8 +26,7 @@ class Options:
     """Folder of label files (llamagen-npy)."""
 
 
-def command(args: Sequence[str]) -> None:
-    options = parse(Options, args, "import-tokens")
+def command(options: Options) -> None:
     data, out, labels = options.data, options.out, options.labels
     check_choice("--format", options.format, FORMATS)
     if (labels is None) != (options.format == "rar-jsonl"):

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from consonar.cli.console import say
-from consonar.cli.parsing import parse
 from consonar.errors import check_choice
 from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS, Published
 
@@ -21,8 +20,8 @@ class Options:
     """One of them."""
 
 
-def command(args: Sequence[str]) -> None:
-    name = parse(Options, args, "models").name
+def command(options: Options) -> None:
+    name = options.name
     if name is None:
         print_models("tokenizers", TOKENIZERS)
         print_models("generators", GENERATORS)

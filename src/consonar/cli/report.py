@@ -1,13 +1,11 @@
 """The command `report`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from consonar.cli.console import say
-from consonar.cli.parsing import parse
 from consonar.report import write_report
 
 
@@ -23,7 +21,6 @@ class Options:
     """Replace a page that is there."""
 
 
-def command(args: Sequence[str]) -> None:
-    options = parse(Options, args, "report")
+def command(options: Options) -> None:
     page = write_report(list(options.runs), options.out, title=options.title, overwrite=options.overwrite)
     say(f"report: {page}")

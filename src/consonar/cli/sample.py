@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import check_name, parse
+from consonar.cli.parsing import check_name
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.distributed import pick_device
 from consonar.errors import unknown
@@ -42,8 +42,7 @@ class Options:
     """auto, cpu or cuda."""
 
 
-def command(args: Sequence[str]) -> None:
-    options = parse(Options, args, "sample")
+def command(options: Options) -> None:
     check_name(options.out)
     device = pick_device(options.device, "--device")
     model = load_generator(options.generator).to(device)

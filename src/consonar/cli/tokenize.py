@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.cli.console import counting, say
-from consonar.cli.parsing import BadImageGroup, check_name, parse
+from consonar.cli.parsing import BadImageGroup, check_name
 from consonar.components import load_tokenizer
 from consonar.data.bad_images import leave_out
 from consonar.data.image_folder import other_files
@@ -48,8 +48,7 @@ class Options:
     """auto, cpu or cuda."""
 
 
-def command(args: Sequence[str]) -> None:
-    options = parse(Options, args, "tokenize")
+def command(options: Options) -> None:
     out, views = options.out, options.views
     check_name(out)
     bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))

@@ -33,18 +33,14 @@ COLUMNS = {"labels": ("iu", "integers"), "seeds": ("iu", "integers"), "names": (
 """Arrays (n,) of a file of pictures: kinds of dtype, and what these are called."""
 
 
-def picture(image: np.ndarray, alt: str) -> Markup:
-    """One image (H, W, 3) uint8 as an `<img>` with its pixels inside."""
-    buffer, width = io.BytesIO(), image.shape[1]
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+def picture(image: np.ndarray | Path, alt: str) -> Markup:
+    """An image (H, W, 3) uint8 as an `<img>` with its pixels inside. `UserError` for a file that does not decode."""
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(read_image(image, str(image)))
+    buffer, width = io.BytesIO(), pixels.shape[1]
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     data, small = base64.b64encode(buffer.getvalue()).decode("ascii"), width <= SMALL
     tag = Markup('<img src="data:image/png;base64,{}" alt="{}" width="{}" class="{}">')
     return tag.format(data, alt, 2 * width if small else width, "pixels" if small else "smooth")
-
-
-def file_picture(path: Path, alt: str) -> Markup:
-    """An image file. Raises `UserError` if it does not decode."""
-    return picture(np.asarray(read_image(path, str(path))), alt)
 
 
 @dataclass(frozen=True)
@@ -199,4 +195,4 @@ def training_grids(run: Run) -> list[tuple[str, Markup]]:
     paths = sorted((run.path / "samples").glob("step_*.png"))
     steps = [(path.stem.removeprefix("step_").lstrip("0") or "0", path) for path in paths]
     chosen = [steps[i] for i in spread_evenly(len(steps), MAX_GRIDS)]
-    return [(step, file_picture(path, f"{run.name}: samples at step {step}")) for step, path in chosen]
+    return [(step, picture(path, f"{run.name}: samples at step {step}")) for step, path in chosen]

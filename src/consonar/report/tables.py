@@ -15,15 +15,7 @@ from consonar.evaluation.results import Measurement
 from consonar.json_types import JsonMap
 from consonar.metrics import in_order, metric_of
 from consonar.report.charts import curve_charts
-from consonar.report.records import (
-    ResultRow,
-    Run,
-    control_of,
-    find_matched,
-    listed,
-    measured_start,
-    measurement_text,
-)
+from consonar.report.records import ResultRow, Run, control_of, find_matched, listed, measured_start, measurement_text
 
 Entry = tuple[Run, ResultRow]
 
