@@ -25,15 +25,14 @@ from consonar.networks import inception, lpips
 from consonar.training.optim import adamw_ways
 
 UNMEASURED = "nothing is kept: the machine is too busy to be measured, or the cache folder cannot be written"
-
-WIDTH, LABEL = 80, 12
+LABEL = 12
 
 
 def command(_: Options) -> None:
+    lines = textwrap.TextWrapper(80, subsequent_indent=" " * LABEL, break_long_words=False, break_on_hyphens=False)
     for label, text in findings():
-        words = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)
-        for row, line in enumerate(words):
-            say(f"{label if row == 0 else '':{LABEL}}{line}")
+        lines.initial_indent = f"{label:{LABEL}}"
+        say(lines.fill(text))
 
 
 def findings() -> Iterator[tuple[str, str]]:

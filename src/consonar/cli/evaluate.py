@@ -1,7 +1,7 @@
 """The command `evaluate`: of samples, or of a run, which is a generator that is sampled first or a tokenizer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -20,6 +20,7 @@ from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import Measurement, check_place
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.model_folders import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS
+from consonar.options import default
 from consonar.origin import Origin
 from consonar.seeding import check_seed
 
@@ -85,9 +86,8 @@ def command(options: Options) -> None:
 
 def check_read(options: Options, unread: Sequence[str], why: str) -> None:
     """Raises `UserError` for the first of the options `unread` that is not at its default."""
-    defaults = {item.name: item.default for item in fields(options)}
     for name in unread:
-        if (value := getattr(options, name)) != defaults[name]:
+        if (value := getattr(options, name)) != default(options, name):
             raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
 
 

@@ -54,8 +54,10 @@ def command(options: Options) -> None:
         model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin
     )
     with counting("sample") as count:
-        done = lambda number: count(number, len(labels))  # noqa: E731
-        run_job(job, model, codec, options.out, batch_size=options.batch_size, progress=done)
+        run_job(
+            job, model, codec, options.out, batch_size=options.batch_size,
+            progress=lambda done: count(done, len(labels)),
+        )  # fmt: skip
     say(f"{len(labels)} images: {options.out}")
 
 

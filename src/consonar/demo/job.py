@@ -23,24 +23,8 @@ from consonar.data.picture_files import save_grid
 from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import write_token_store
-from consonar.demo.plan import (
-    PARTS,
-    POST_TRAINING,
-    RUNS,
-    TEMPERATURES,
-    ImageRate,
-    Progress,
-    Rates,
-    Say,
-    TrainingRate,
-    Work,
-    config_of,
-    evaluation_rate,
-    first_guess,
-    most_work,
-    seconds_of,
-    training_rate,
-)
+from consonar.demo import plan
+from consonar.demo.plan import PARTS, POST_TRAINING, RUNS, TEMPERATURES, Progress, Say, Work, config_of
 from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
@@ -91,7 +75,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Say) -> Path:
         tokenizer = load_tokenizer(TOKENIZER).to(pick_device())
         drawing = draw_opening(out / "opening.png", pick_device(), say)
         if drawing is not None and "seconds" not in stored:
-            say(first_guess(drawing, minutes))
+            say(plan.first_guess(drawing, minutes))
         reference = open_reference(TOKENIZER, tokenizer.image_size)
         if "seconds" not in stored:
             stored |= make_plan(out, stored, reference, tokenizer, began, say)
@@ -184,10 +168,10 @@ def make_plan(
     rates, images = measure_machine(out / ".measure", out, reference, tokenizer, settings["seed"])
 
     def seconds(work: Work) -> dict[str, float]:
-        return seconds_of(work, rates, PARTS, images)
+        return plan.seconds_of(work, rates, PARTS, images)
 
     spent = time.monotonic() - began
-    work = most_work(60 * minutes - spent, lambda work: sum(seconds(work).values()))
+    work = plan.most_work(60 * minutes - spent, lambda work: sum(seconds(work).values()))
     planned = {"preparing": spent, **seconds(work)}
     whole = sum(planned.values()) / 60
     speed = ", ".join(f"{kind} {rate.step:.2g}" for kind, rate in rates.training.items())
@@ -202,7 +186,7 @@ def make_plan(
 
 def measure_machine(
     folder: Path, out: Path, reference: ReferenceSet, tokenizer: Tokenizer, seed: int
-) -> tuple[Rates, tuple[int, int]]:
+) -> tuple[plan.Rates, tuple[int, int]]:
     """Rates of everything the job does, from little of it in `folder`, which is removed.
 
     And how many images there are to train on and to validate with. Only the validation images are encoded and seen by
@@ -215,9 +199,9 @@ def measure_machine(
     assert target.tokens is not None  # made by the line above
     seen, encoding = len(target.tokens["validation"]), lap() / 2
     cached_features(load_feature_network("efficientnet-lite0", device), held_out, batch_size=64, max_rows=seen)
-    images = ImageRate(encoding / seen, lap() / seen)
+    images = plan.ImageRate(encoding / seen, lap() / seen)
     make_tokens(out, "validation", tokenizer)
-    training: dict[str, TrainingRate] = {}
+    training: dict[str, plan.TrainingRate] = {}
     for name, part in PARTS.items():
         if part.kind not in training:
             config = config_of(name, out, Work(PROBE_STEPS, PROBE_STEPS, 0), seed)
@@ -229,11 +213,11 @@ def measure_machine(
         for samples in PROBE_SAMPLES
     )
     shutil.rmtree(folder)
-    measuring = evaluation_rate(many[0], *zip(PROBE_SAMPLES, (few[1], many[1]), strict=True))
-    return Rates(images, training, measuring), (len(OpenMoji("train", tokenizer.image_size)), seen)
+    measuring = plan.evaluation_rate(many[0], *zip(PROBE_SAMPLES, (few[1], many[1]), strict=True))
+    return plan.Rates(images, training, measuring), (len(OpenMoji("train", tokenizer.image_size)), seen)
 
 
-def measure_training(folder: Path, config: TrainConfig, share: float) -> TrainingRate:
+def measure_training(folder: Path, config: TrainConfig, share: float) -> plan.TrainingRate:
     """The rate of a kind of run, from its first steps; `share`: of the validation images, what `PROBE_ITEMS` are."""
     tokens = f"{config.data.tokens}-validation" if config.data.tokens else None
     config = replace(
@@ -244,7 +228,7 @@ def measure_training(folder: Path, config: TrainConfig, share: float) -> Trainin
     )
     out, lap = folder / str(config.recipe), laps()
     train(config, out, quiet=True)
-    return training_rate(read_metrics(out / "metrics.jsonl"), lap(), share)
+    return plan.training_rate(read_metrics(out / "metrics.jsonl"), lap(), share)
 
 
 def measure_evaluation(folder: Path, target: ReferenceSet, settings: RunSettings) -> tuple[float, float]:

@@ -108,9 +108,8 @@ def table_rows(entries: Sequence[Entry], columns: Sequence[str]) -> list[dict[st
             if each and best:
                 close = judge(each, best, metric.direction).word == "no difference"
                 mark = "best" if each.value == best.value else "close" if close else ""
-            row["cells"].append(
-                {"text": measurement_text(each, percent=metric.unit == "%") if each else "", "mark": mark}
-            )
+            text = measurement_text(each, percent=metric.unit == "%") if each else ""
+            row["cells"].append({"text": text, "mark": mark})
     return rows
 
 
