@@ -67,26 +67,24 @@ def class_list(classes: str | None, num_samples: int | None, num_classes: int, n
     Names count in any case where no class has them in that case. A number that is an id and the name of another class
     is the id, which is said. `UserError` for a word that is neither the id nor the name of a class.
     """
+    if num_samples is not None:
+        check_count(num_samples, "--num-samples")
+    if classes is None or num_classes == 0:  # a class of a model without is refused where conditions are checked
+        count = num_classes or 1
+        return torch.arange(count) if num_samples is None else balanced_labels(num_samples, count)
     exact = {same_text(name): i for i, name in enumerate(names)}
     ids = exact | {str(i): i for i in range(num_classes)}
     count_of = Counter(map(str.casefold, exact))
     folded = {name.casefold(): i for name, i in exact.items() if count_of[name.casefold()] == 1}
-    given = ",".join(map(str, range(num_classes or 1))) if classes is None else same_text(classes.strip())
-    if num_classes == 0:  # refused where conditions are checked, as in Python
-        given, ids = "0", {"0": 0}
-    whole = given in ids or given.casefold() in folded  # a name may have commas
+    given = same_text(classes.strip())
+    is_name = given in ids or given.casefold() in folded  # which may have commas
     chosen = []
-    for word in [given] if whole else [word.strip() for word in given.split(",")]:
+    for word in [given] if is_name else [word.strip() for word in given.split(",")]:
         label = ids.get(word, folded.get(word.casefold()))
         if label is None:
             raise unknown("--classes", word, [f"0..{num_classes - 1}", *names[:20]])
-        if classes is not None and exact.get(word, label) != label:
+        if exact.get(word, label) != label:
             say(f"--classes: {word} is the id of {names[label]!r} here; the class {word!r} has the id {exact[word]}")
         chosen.append(label)
     labels = torch.tensor(chosen, dtype=torch.int64)
-    if num_samples is None:
-        return labels
-    check_count(num_samples, "--num-samples")
-    if classes is None:
-        return balanced_labels(num_samples, len(labels))
-    return labels[torch.arange(num_samples) % len(labels)]
+    return labels if num_samples is None else labels[torch.arange(num_samples) % len(labels)]
