@@ -33,25 +33,22 @@ class Options:
 def command(options: Options) -> None:
     if (options.to is None) == (options.to_official is None):
         raise UserError("convert: give either --to FOLDER, or --to-official FILE for the way back")
-    if options.to is not None:
-        to_folder(options, options.to)
-    elif options.to_official is not None:
+    if options.to_official is not None:
         if options != Options(source=options.source, to_official=options.to_official):
             raise UserError("--to-official: takes no other option")
         say(f"{conversion.to_official(options.source, options.to_official)}: {options.to_official}")
-
-
-def to_folder(options: Options, folder: Path) -> None:
-    made = conversion.convert(
-        options.source, folder, image_size=options.image_size, tokenizer=options.tokenizer, entry=options.entry,
-        settings=setting_values(options.setting),
-    )  # fmt: skip
-    for part in made:
-        codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
-        say(f"{part.recognised_as}: {part.num_parameters / 1e6:,.1f}M parameters, {part.num_tokens} tokens, {codes}")
-        for note in part.notes:
-            say(f"  {note}")
-        say(f"  {part.component} folder: {part.folder}")
+    elif options.to is not None:
+        made = conversion.convert(
+            options.source, options.to, image_size=options.image_size, tokenizer=options.tokenizer, entry=options.entry,
+            settings=setting_values(options.setting),
+        )  # fmt: skip
+        for part in made:
+            codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
+            millions = f"{part.num_parameters / 1e6:,.1f}M parameters"
+            say(f"{part.recognised_as}: {millions}, {part.num_tokens} tokens, {codes}")
+            for note in part.notes:
+                say(f"  {note}")
+            say(f"  {part.component} folder: {part.folder}")
 
 
 def setting_values(words: tuple[str, ...]) -> Json:

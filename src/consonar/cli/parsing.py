@@ -74,7 +74,11 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
             cause = cause.__context__
         raise UserError(f"{command}: {in_one_line(captured.getvalue())}; see: consonar {command} --help") from stop
     for name in OUTPUTS:
-        check_output(getattr(options, name, None), f"--{name.replace('_', '-')}")
+        out = str(getattr(options, name, ""))
+        try:
+            out.encode()
+        except UnicodeEncodeError as error:  # not all that write files take such names
+            raise UserError(f"--{name.replace('_', '-')}: {out!r} is not UTF-8; choose another name") from error
     return options
 
 
@@ -129,14 +133,6 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
                 raise UserError(f"{name}: a value is missing")
             return args[:index] + args[index + 2 :], args[index + 1]
     return args, None
-
-
-def check_output(out: Path | None, key: str) -> None:
-    """Raises `UserError` for an output whose name is not UTF-8: not all that write files take such names."""
-    try:
-        str(out).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{key}: {str(out)!r} is not UTF-8; choose another name") from error
 
 
 def check_name(out: Path) -> None:
