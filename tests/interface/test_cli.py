@@ -200,12 +200,14 @@ def test_train_and_evaluate_a_tokenizer(picture_folder: Path, tmp_path: Path, mo
         "loop": {"steps": 3, "batch_size": 4},
     }
     (tmp_path / "tok.yaml").write_text(yaml.safe_dump(changes))
-    cli.main(["train", str(tmp_path / "tok.yaml"), "--out", str(tmp_path / "tok")])
-    cli.main(["evaluate", str(tmp_path / "tok"), "--reference", str(picture_folder)])
-    metrics = json.loads((tmp_path / "tok" / "reconstruction.json").read_text())
+    cli.main(["train", str(tmp_path / "tok.yaml"), "--out", str(tmp_path / "mine")])
+    cli.main(["evaluate", str(tmp_path / "mine"), "--reference", str(picture_folder)])
+    metrics = json.loads((tmp_path / "mine" / "reconstruction.json").read_text())
     assert metrics["num_images"] == 6 and 0 < metrics["usage"] <= 1 and metrics["psnr"] > 0
-    cli.main(["report", str(tmp_path / "tok"), "--out", str(tmp_path / "tok.html")])
-    model = str(tmp_path / "tok" / "model")
+    cli.main(["report", str(tmp_path / "mine"), "--out", str(tmp_path / "tok.html")])
+    model = str(tmp_path / "mine" / "model")
+    config = json.loads((tmp_path / "mine" / "model" / "config.json").read_text())
+    assert config["name"] == "mine", "called after its run, not after the shipped one of the recipe"
     cli.main(["tokenize", "--tokenizer", model, "--data", str(picture_folder), "--out", str(tmp_path / "tokens")])
     assert (tmp_path / "tokens").is_dir()
 
@@ -343,3 +345,41 @@ def test_who_leaves_before_the_end_of_the_output_is_told_nothing(args):
     done = subprocess.run([sys.executable, "-m", "consonar", *args], stdout=writes, stderr=subprocess.PIPE, text=True)
     os.close(writes)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_few_characters_ends_no_command(encoding: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """ "cat … dog" is no Latin-1."""
+    for place in ("train/cat", "train/dog"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / place / "0.png")
+    words = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-m", "consonar", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and r"cat \u2026 dog" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("form", [["--out", "~/t"], ["--out=~/t"]], ids=" ".join)
+def test_a_home_folder_is_written_out_wherever_it_stands(
+    form, tokenizer_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "train" / "0.png")
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    monkeypatch.setenv("CONSONAR_CACHE", "~/cache")
+    cli.main(["tokenize", "--tokenizer=~/tokenizer", "--data", "~", *form])
+    assert (tmp_path / "t" / "store.json").is_file() and not (tmp_path / "~").exists()
+
+
+def test_samples_of_another_tokenizer_of_a_shipped_name_are_measured_without_it(
+    picture_folder: Path, tmp_path: Path, capsys
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    settings = json.dumps({"tokenizer": "openmoji-64", "tokenizer_fingerprint": "0" * 64})
+    np.savez(tmp_path / "samples.npz", arr_0=images, tokens=np.zeros((6, 16), np.int64), settings=settings)
+    command = ["evaluate", str(tmp_path / "samples.npz"), "--reference", str(picture_folder), "--draws", "1"]
+    cli.main(command)
+    assert "copy rate (tokens): not measured" in capsys.readouterr().out
+    assert "the tokenizer is 'openmoji-64'" in fails([*command, "--tokenizer", "openmoji-64"], capsys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -264,3 +265,41 @@ def test_tokenizing_goes_on_with_the_store_that_is_missing(
     assert (tmp_path / "tokens" / "tokens.arrow").stat().st_mtime_ns == first
     assert len(tokens.TokenStore.open(tmp_path / "tokens-validation")) == 6
     assert "exists" in fails(*command)
+
+
+def change_a_picture(folder: Path) -> None:
+    picture(7).save(folder / "train" / "a" / "000.png")
+
+
+def swap_two_classes(folder: Path) -> None:
+    for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
+        (folder / "train" / old).rename(folder / "train" / new)
+
+
+@pytest.mark.parametrize(
+    "change", [change_a_picture, swap_two_classes, None], ids=lambda change: change and change.__name__
+)
+def test_tokenizing_goes_on_only_with_a_store_of_the_same_images_and_labels(
+    change: Callable[[Path], None] | None, tokenizer_folder: Path, tmp_path: Path, fails: Fails
+) -> None:
+    for index, place in enumerate(("train/a", "train/b", "validation/a", "validation/b")):
+        (tmp_path / "data" / place).mkdir(parents=True)
+        picture(index).save(tmp_path / "data" / place / f"{index:03d}.png")
+    command = ("tokenize", "--tokenizer", tokenizer_folder, "--data", tmp_path / "data", "--out", tmp_path / "tokens")
+    consonar(*command)
+    shutil.rmtree(tmp_path / "tokens-validation")
+    if change is None:
+        consonar(*command)
+    else:
+        change(tmp_path / "data")
+        assert "exists, and not of these images, labels and options" in fails(*command)
+
+
+def test_a_label_default_is_of_the_store(tokenizer_folder: Path, tmp_path: Path, fails: Fails) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        picture(0).save(tmp_path / "data" / split / "000.png")
+    command = ("tokenize", "--tokenizer", tokenizer_folder, "--data", tmp_path / "data", "--out", tmp_path / "tokens")
+    consonar(*command, "--label-default", "1")
+    shutil.rmtree(tmp_path / "tokens-validation")
+    assert "exists, and not of these images, labels and options" in fails(*command, "--label-default", "5")

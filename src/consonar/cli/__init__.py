@@ -5,14 +5,17 @@ Wrong input prints one line and exits with 2; a run that fails by itself (a loss
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from consonar import __version__
 from consonar.cli.console import say
 from consonar.cpu.memory import hold_memory
 from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, printable
+from consonar.files.readers import home_expanded
 
 COMMANDS = {
     "demo": "Pictures of a shipped generator; then plain AR, reAR and VA-pi on OpenMoji, trained, measured, on a page.",
@@ -32,8 +35,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `consonar`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal and log takes every character
     try:
-        run(*(list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+        run(*map(with_home, list(sys.argv[1:] if argv is None else argv) or ["--help"]))
     except BrokenPipeError:
         # Who read the output (`| head`) has left: nothing to tell, and nobody to tell it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,6 +75,11 @@ def run(name: str, *args: str) -> None:
             module.command(args)
         else:
             module.command(import_module("consonar.cli.parsing").parse(module.Options, args, name))
+
+
+def with_home(word: str) -> str:
+    """The word with a path from `~/` on written out, also behind `--option=`, where not every shell does it."""
+    return re.sub(r"^(--[^=]+=)?~(?=/|$)", lambda found: f"{found[1] or ''}{home_expanded('~')}", word)
 
 
 def stop(line: str, code: int) -> None:

@@ -138,12 +138,13 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
     if tokenizer is not None and samples.tokens is None:
         raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {path} has none")
     target = open_reference(options.reference, samples.image_size, bad=bad)
-    named = (samples.settings or {}).get("tokenizer")
-    name = tokenizer or (named if named in SHIPPED_TOKENIZERS else None)
+    settings = samples.settings or {}
+    name = tokenizer or (named if (named := settings.get("tokenizer")) in SHIPPED_TOKENIZERS else None)
     if name is not None and samples.tokens is not None:
         codec = load_tokenizer(name).to(device)
-        check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
-        target = encode_reference(target, codec)
+        if tokenizer is not None or settings.get("tokenizer_fingerprint") in (None, codec.fingerprint):
+            check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
+            target = encode_reference(target, codec)  # else it is another's of that name
     if target.about:
         say(f"reference: {target.about}")
     with counting("evaluate") as count:

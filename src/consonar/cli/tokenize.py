@@ -70,7 +70,8 @@ def command(options: Options) -> None:
     # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
     ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name])]
     if taken and (ours != taken or len(taken) == len(sources)):
-        raise UserError(f"--out: {stores[taken[0]]} exists; choose another folder")
+        changed = "" if len(taken) == len(sources) else ", and not of these images, labels and options"
+        raise UserError(f"--out: {stores[taken[0]]} exists{changed}; choose another folder")
     for name, source in sources.items():
         if name in ours:
             say(f"{name}: is there already: {stores[name]}")
@@ -122,10 +123,18 @@ def write_store(name: str, source: ImageSource, model: Tokenizer, path: Path, vi
 
 
 def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str) -> bool:
-    """Whether a finished store at `path` is what tokenising these would make, as its metadata tell."""
+    """Whether a finished store at `path` is what tokenising these would make: its metadata and labels, and the images
+    where they have a hash.
+    """
     if not (path / METADATA_FILE).is_file():
         return False
     store = TokenStore.open(path)
     wanted = (tokenizer.fingerprint, views, source.name, source.class_names)
-    same = (store.fingerprint, store.metadata.views, store.source, store.class_names) == wanted
-    return same and (not isinstance(source, Sized) or len(source) == len(store))
+    if (store.fingerprint, store.metadata.views, store.source, store.class_names) != wanted:
+        return False
+    if isinstance(source, Sized) and len(source) != len(store):
+        return False
+    if store.metadata.source_sha256 not in (None, getattr(source, "content_hash", None)):
+        return False
+    labels = known_labels(source)
+    return labels is None or labels == store.table.column("label").to_pylist()

@@ -48,6 +48,8 @@ class StoreMetadata:
     """One of `transforms.VIEWS`, or imported."""
     source: str
     """Name of the images, or the file that the tokens were imported from."""
+    source_sha256: str | None = None
+    """Of the images, where they have an `origin.content_hash`."""
     imported_from: str | None = None
     """The kind of that file."""
     vocab_size: Count

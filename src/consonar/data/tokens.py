@@ -114,15 +114,16 @@ def new_store(
     *,
     views: str,
     source: str,
+    source_sha256: str | None = None,
     imported_from: str | None = None,
     expected_items: int = 0,
 ) -> Iterator[StoreWriter]:
     """A writer whose rows are the store at `path` once the `with` block has ended without an exception.
 
-    `views`, `source` and, of converted data, `imported_from` go into the metadata. All is written to a hidden folder
-    beside `path`, renamed at the end, removed on any exception or interrupt (what a killed process left: at the next
-    call). Raises `UserError` when `path` exists, when another process writes it, when the disk has too little room for
-    `expected_items` or runs full, and when nothing was written.
+    `views`, `source`, `source_sha256` and, of converted data, `imported_from` go into the metadata. All is written to
+    a hidden folder beside `path`, renamed at the end, removed on any exception or interrupt (what a killed process
+    left: at the next call). Raises `UserError` when `path` exists, when another process writes it, when the disk has
+    too little room for `expected_items` or runs full, and when nothing was written.
     """
     path = home_expanded(path)
     if is_taken(path):
@@ -141,9 +142,10 @@ def new_store(
         writer.flush()
         metadata = StoreMetadata(
             consonar_version=consonar.__version__, tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint,
-            content_sha256=writer.content.hexdigest(), views=views, source=source, imported_from=imported_from,
-            vocab_size=tokenizer.vocab_size, num_tokens=tokenizer.num_tokens, num_views=num_views,
-            counts=Counts(**writer.counts), num_classes=writer.num_classes, class_names=class_names,
+            content_sha256=writer.content.hexdigest(), views=views, source=source, source_sha256=source_sha256,
+            imported_from=imported_from, vocab_size=tokenizer.vocab_size, num_tokens=tokenizer.num_tokens,
+            num_views=num_views, counts=Counts(**writer.counts), num_classes=writer.num_classes,
+            class_names=class_names,
         )  # fmt: skip
         with disk_errors(path, writer.counts["items"] * bytes_per_item):
             writer.arrow.close()
@@ -268,8 +270,9 @@ def write_token_store(
     images_per_call = max(1, batch_size // VIEWS[views])
     items = prefetch(source, prepare, num_workers=num_workers, depth=3 * images_per_call)
     store = new_store(
-        path, tokenizer, VIEWS[views], source.class_names, views=views, source=source.name, expected_items=total or 0
-    )
+        path, tokenizer, VIEWS[views], source.class_names, views=views, source=source.name,
+        source_sha256=getattr(source, "content_hash", None), expected_items=total or 0,
+    )  # fmt: skip
     with contextlib.closing(items), store as writer, torch.inference_mode():
         while batch := list(islice(items, images_per_call)):
             crops, labels, captions, names = zip(*batch, strict=True)

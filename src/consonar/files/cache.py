@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from consonar.errors import UserError, printable
+from consonar.files.readers import home_expanded
 from consonar.files.writers import write_atomically
 
 
@@ -16,7 +17,7 @@ def cache_dir() -> Path:
     Raises `UserError` where no home folder is known.
     """
     if root := os.environ.get("CONSONAR_CACHE"):
-        return Path(root)
+        return home_expanded(root)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "consonar"
     try:

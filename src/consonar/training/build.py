@@ -172,8 +172,7 @@ def tokenizer_run(config: TrainConfig, world: World, batch_size: int, out: Path)
     """Training a tokenizer on images."""
     shape = needed(config.model, "model: a tokenizer is trained from its shape")
     needed(config.data.images, f"data.images: a tokenizer needs an image source; choices: {choices()}")
-    name = config.recipe.removeprefix("tokenizer-")
-    tokenizer = TOKENIZERS[shape.kind].model(shape, name=name)
+    tokenizer = TOKENIZERS[shape.kind].model(shape, name=out.absolute().name)
     if not isinstance(tokenizer, CodebookTokenizer):
         raise UserError(f"model.kind: {shape.kind!r} has no codebook to train")
     size = tokenizer.image_size

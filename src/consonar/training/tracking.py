@@ -67,7 +67,7 @@ def show(console: Console, text: str) -> None:
     """A line for people. A terminal that has gone, a closed pipe or a full log costs no step: nothing more is shown."""
     try:
         console.print(text, soft_wrap=True)
-    except (OSError, SystemExit):  # what rich does about a closed pipe is to end the process
+    except (OSError, UnicodeEncodeError, SystemExit):  # what rich does about a closed pipe is to end the process
         console.quiet = True
 
 
