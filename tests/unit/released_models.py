@@ -5,9 +5,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from consonar.convert.layouts import alitok, alitok_ar, janus, maskgit, rear, titok, vqgan_plus
-from consonar.convert.layouts import llamagen as llamagen_module
-from consonar.convert.layouts import llamagen_vq as vq
+from consonar.convert.layouts import alitok, janus, llamagen, maskgit, rear, titok, vqgan_plus
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
@@ -34,13 +32,13 @@ JANUS = JanusConfig(
     width=128, num_layers=2, num_heads=1, mlp_width=48, text_vocab_size=100003, code_dim=4, head_width=24,
     vocab_size=16, num_tokens=576,
 )  # fmt: skip
-USED = {vq.UNUSED: torch.arange(9.0)}
+USED = {llamagen.CODE_USAGE: torch.arange(9.0)}
 HEADS = {key: torch.randn(3, generator=seeded(0, key)) for head in rear.HEADS for key in sorted(head)}
 REAR = ReARConfig(width=32, num_layers=2, num_heads=4, vocab_size=16, num_tokens=4, num_classes=3)
 KV_CACHE = {"layers.1.attention.kv_cache.k_cache": torch.zeros(2, 1, 5, 64)}
 # Record, our configuration, and what the released file holds besides.
 CASES = {
-    "vq": (vq.OFFICIAL, VQ, USED),
+    "vq": (llamagen.TOKENIZER, VQ, USED),
     "maskgit": (maskgit.OFFICIAL, MaskGITConfig(**CONV), {}),
     "vqgan+": (vqgan_plus.OFFICIAL, VQGANPlusConfig(**CONV), {}),
     "maskbit": (vqgan_plus.OFFICIAL, VQGANPlusConfig(**CONV, quantizer="lookup-free"), {}),
@@ -50,18 +48,18 @@ CASES = {
     "titok, pixels": (
         titok.OFFICIAL, TiTokConfig(**VIT, num_tokens=3, pixel_decoder=None, l2_normalize=False), {}
     ),
-    "alitok": (alitok.OFFICIAL, AliTokConfig(**VIT), {}),
+    "alitok": (alitok.TOKENIZER, AliTokConfig(**VIT), {}),
     "rear": (rear.OFFICIAL, REAR, HEADS),
     "rar": (rear.OFFICIAL, REAR, {}),
-    "llamagen, classes": (llamagen_module.OFFICIAL, LLAMAGEN, {}),
+    "llamagen, classes": (llamagen.GENERATOR, LLAMAGEN, {}),
     "llamagen, captions, sampled from": (
-        llamagen_module.OFFICIAL,
+        llamagen.GENERATOR,
         LlamaGenConfig(**ROTARY, num_heads=1, num_tokens=256, condition="text", num_condition_tokens=4, caption_dim=6,
                        grid=Grid(16, 16)),
         KV_CACHE,
     ),
     "alitok-ar": (
-        alitok_ar.OFFICIAL,
+        alitok.GENERATOR,
         AliTokARConfig(**ROTARY, num_heads=4, num_tokens=273, num_classes=3, grid=Grid(16, 16, prefix=17)), {},
     ),
     "janus": (janus.OFFICIALS[0], JANUS, {"language_model.lm_head.weight": torch.ones(2), "aligner.a": torch.ones(1)}),

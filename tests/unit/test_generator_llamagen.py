@@ -11,7 +11,7 @@ from rounding import assert_rounding
 
 from consonar.components import load_generator, save_generator
 from consonar.config_io import from_dict, to_dict
-from consonar.convert.layouts.llamagen import OFFICIAL
+from consonar.convert.layouts.llamagen import GENERATOR as OFFICIAL
 from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig, LlamaGenGenerator

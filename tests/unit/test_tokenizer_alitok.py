@@ -9,7 +9,7 @@ from manifests import released_shapes
 from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
-from consonar.convert.layouts.alitok import OFFICIAL
+from consonar.convert.layouts.alitok import TOKENIZER as OFFICIAL
 from consonar.convert.layouts.official import shapes_of
 from consonar.errors import UserError
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer

@@ -1,26 +1,16 @@
 """The released architectures that can be converted: one record for each, beside none of which there is logic."""
 
-from consonar.convert.layouts import (
-    alitok,
-    alitok_ar,
-    janus,
-    llamagen,
-    llamagen_vq,
-    maskgit,
-    rear,
-    titok,
-    vqgan_plus,
-)
+from consonar.convert.layouts import alitok, janus, llamagen, maskgit, rear, titok, vqgan_plus
 from consonar.convert.layouts.official import Official
 
 OFFICIALS: tuple[Official, ...] = (
-    llamagen_vq.OFFICIAL,
+    llamagen.TOKENIZER,
     maskgit.OFFICIAL,
     vqgan_plus.OFFICIAL,
     titok.OFFICIAL,
-    alitok.OFFICIAL,
+    alitok.TOKENIZER,
     rear.OFFICIAL,
-    llamagen.OFFICIAL,
-    alitok_ar.OFFICIAL,
+    llamagen.GENERATOR,
+    alitok.GENERATOR,
     *janus.OFFICIALS,
 )

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from consonar.convert.layouts import llamagen_vq as vq
-from consonar.convert.layouts.official import Official, Shapes, State, num_indices
+from consonar.convert.layouts.llamagen import TOKENIZER as LLAMAGEN_VQ
+from consonar.convert.layouts.llamagen import tokenizer_config as llamagen_vq_config
+from consonar.convert.layouts.official import Official, Shapes, State, has, num_indices, set_aside
 from consonar.errors import UserError
 from consonar.generators.janus import JANUS_PRESETS, PAD_TOKEN, JanusConfig
 from consonar.tokenizers.vq import VQConfig
@@ -44,19 +45,18 @@ class Layout:
 
     def ours(self, key: str) -> str:
         """Our name of one of its keys; a key that it does not have stays."""
-        for theirs, ours in self.generator.items():
-            if key.startswith(theirs):
-                return ours + key.removeprefix(theirs)
-        return key
+        return with_prefix(self.generator, key)
 
     def theirs(self, key: str) -> str:
-        for theirs, ours in self.generator.items():
-            if key.startswith(ours):
-                return theirs + key.removeprefix(ours)
-        return key
+        return with_prefix({ours: theirs for theirs, ours in self.generator.items()}, key)
 
     def is_unused(self, key: str) -> bool:
         return key.startswith((*self.unused, self.tokenizer)) or key.endswith("rotary_emb.inv_freq")
+
+
+def with_prefix(prefixes: Mapping[str, str], key: str) -> str:
+    """The key with the first prefix of the table that it has replaced by its value."""
+    return next((new + key.removeprefix(old) for old, new in prefixes.items() if key.startswith(old)), key)
 
 
 AUTHORS = Layout(
@@ -99,14 +99,13 @@ def split_parts(state: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
     Every key is in one part, so that the file is the union of both.
     """
     prefixes = tuple(layout.tokenizer for layout in LAYOUTS)
-    parts = {
-        "generator": {key: value for key, value in state.items() if not key.startswith(prefixes)},
-        "tokenizer": {key: value for key, value in state.items() if key.startswith(prefixes)},
-    }
-    return {name: part for name, part in parts.items() if part}
+    parts: dict[str, dict[str, Value]] = {}
+    for key, value in state.items():
+        parts.setdefault("tokenizer" if key.startswith(prefixes) else "generator", {})[key] = value
+    return parts
 
 
-def generator_config(shapes: Mapping[str, tuple[int, ...]]) -> JanusConfig:
+def generator_config(shapes: Shapes) -> JanusConfig:
     """From our keys and their shapes."""
     width, code_dim = shapes["generation_aligner.fc1.weight"]
     head_width = shapes["generation_head.proj_out.weight"][0]
@@ -139,58 +138,52 @@ def generator_config(shapes: Mapping[str, tuple[int, ...]]) -> JanusConfig:
 
 
 def generator_record(layout: Layout) -> Official:
-    markers = {layout.theirs(f"generation_{part}.weight") for part in ("embeddings", "aligner.fc1", "head.vision_head")}
+    markers = [layout.theirs(f"generation_{part}.weight") for part in ("embeddings", "aligner.fc1", "head.vision_head")]
+    split = set_aside(layout.is_unused)
 
-    def to_ours(official: State, _: Any) -> tuple[State, State]:
-        unused = {key: value for key, value in official.items() if layout.is_unused(key)}
-        return {layout.ours(key): value for key, value in official.items() if key not in unused}, unused
+    def to_ours(official: State, config: JanusConfig) -> tuple[State, State]:
+        ours, unused = split(official, config)
+        return {layout.ours(key): value for key, value in ours.items()}, unused
 
     return Official(
-        name=f"{layout.name} generator",
-        component="generator",
-        recognises=lambda shapes: shapes.keys() >= markers,
-        config=lambda shapes: generator_config({layout.ours(key): shape for key, shape in shapes.items()}),
-        to_ours=to_ours,
-        to_official=lambda ours, unused, _: {**{layout.theirs(key): value for key, value in ours.items()}, **unused},
+        f"{layout.name} generator",
+        "generator",
+        has(*markers),
+        lambda shapes: generator_config({layout.ours(key): shape for key, shape in shapes.items()}),
+        to_ours,
+        lambda ours, unused, _: {**{layout.theirs(key): value for key, value in ours.items()}, **unused},
     )
 
 
 def tokenizer_record(layout: Layout) -> Official:
     """The record of LlamaGen's tokenizer, under this layout's prefix and names."""
 
-    def to_llamagen(key: str) -> str:
-        key = key.removeprefix(layout.tokenizer)
-        for theirs, llamagen in layout.blocks.items():
-            key = key.replace(theirs, llamagen)
-        return key
-
-    def to_theirs(key: str) -> str:
-        for theirs, llamagen in layout.blocks.items():
-            key = key.replace(llamagen, theirs)
-        return layout.tokenizer + key
-
-    def renamed(shapes: Shapes) -> Shapes:
-        return {to_llamagen(key): shape for key, shape in shapes.items()}
-
-    def config(shapes: Shapes) -> VQConfig:
-        return replace(vq.config_from_shapes(renamed(shapes)), image_size=IMAGE_SIZE)
-
-    def to_ours(official: State, config: VQConfig) -> tuple[State, State]:
-        return vq.OFFICIAL.to_ours({to_llamagen(key): value for key, value in official.items()}, config)
+    def to_llamagen(state: Mapping[str, Value]) -> dict[str, Value]:
+        renamed = {}
+        for key, value in state.items():
+            key = key.removeprefix(layout.tokenizer)
+            for theirs, llamagen in layout.blocks.items():
+                key = key.replace(theirs, llamagen)
+            renamed[key] = value
+        return renamed
 
     def to_official(ours: State, unused: State, config: VQConfig) -> State:
-        state = vq.OFFICIAL.to_official(ours, unused, config)
-        return {to_theirs(key): value for key, value in state.items()}
+        renamed = {}
+        for key, value in LLAMAGEN_VQ.to_official(ours, unused, config).items():
+            for theirs, llamagen in layout.blocks.items():
+                key = key.replace(llamagen, theirs)
+            renamed[layout.tokenizer + key] = value
+        return renamed
 
     return Official(
-        name=f"{layout.name} VQ tokenizer",
-        component="tokenizer",
-        recognises=lambda shapes: (
-            all(key.startswith(layout.tokenizer) for key in shapes) and vq.OFFICIAL.recognises(renamed(shapes))
+        f"{layout.name} VQ tokenizer",
+        "tokenizer",
+        lambda shapes: (
+            all(key.startswith(layout.tokenizer) for key in shapes) and LLAMAGEN_VQ.recognises(to_llamagen(shapes))
         ),
-        config=config,
-        to_ours=to_ours,
-        to_official=to_official,
+        lambda shapes: replace(llamagen_vq_config(to_llamagen(shapes)), image_size=IMAGE_SIZE),
+        lambda official, config: LLAMAGEN_VQ.to_ours(to_llamagen(official), config),
+        to_official,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from consonar.convert.layouts.official import Official, Shapes, State
+from consonar.convert.layouts.official import Official, Shapes, State, has, num_indices, set_aside
 from consonar.generators.rear import SPARE_POSITIONS, ReARConfig
 
 # Three linear maps with SiLU between them, each.
@@ -20,7 +20,6 @@ HEADS = [
 
 def config_from_shapes(shapes: Shapes) -> ReARConfig:
     vocab_size, width = shapes["lm_head.weight"]
-    layers = {key.split(".")[1] for key in shapes if key.startswith("blocks.")}
     hidden = shapes["blocks.0.mlp.fc1.weight"][0]
     ratio = hidden / width
     # The model takes the whole part of width * ratio: a quotient rounded down would lose a unit.
@@ -28,7 +27,7 @@ def config_from_shapes(shapes: Shapes) -> ReARConfig:
         ratio = math.nextafter(ratio, math.inf)
     return ReARConfig(
         width=width,
-        num_layers=len(layers),
+        num_layers=num_indices(shapes, "blocks."),
         num_heads=width // shapes["blocks.0.attn.q_norm.weight"][0],
         mlp_ratio=ratio,
         vocab_size=vocab_size,
@@ -41,14 +40,13 @@ def config_from_shapes(shapes: Shapes) -> ReARConfig:
 def to_ours(official: State, config: ReARConfig) -> tuple[State, State]:
     """The heads set aside; one that is not whole stays, and is refused as unknown."""
     whole = set().union(*(head for head in HEADS if head <= official.keys()))
-    heads = {key: value for key, value in official.items() if key in whole}
-    return {key: value for key, value in official.items() if key not in heads}, heads
+    return set_aside(lambda key: key in whole)(official, config)
 
 
 OFFICIAL = Official(
-    name="reAR/RAR generator",
-    component="generator",
-    recognises=lambda shapes: {"target_aware_pos_embed", "adaln_before_head.adaLN_modulation.1.weight"} <= set(shapes),
-    config=config_from_shapes,
-    to_ours=to_ours,
+    "reAR/RAR generator",
+    "generator",
+    has("target_aware_pos_embed", "adaln_before_head.adaLN_modulation.1.weight"),
+    config_from_shapes,
+    to_ours,
 )

@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import math
 
-from consonar.convert.layouts.official import Official, Shapes, num_indices
-from consonar.convert.layouts.vit import transformer_from_shapes
+from consonar.convert.layouts.official import Official, Shapes, has, multipliers, num_indices, transformer
 from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 
 
-def recognises(shapes: Shapes) -> bool:
-    """TiTok's own keys, with a codebook and without the text of TA-TiTok."""
-    own = ("latent_tokens", "encoder.class_embedding", "decoder.mask_token", "quantize.embedding.weight")
-    return all(key in shapes for key in own) and not any(key.startswith("decoder.text_guidance") for key in shapes)
-
-
-def pixel_decoder_from_shapes(shapes: Shapes, image_size: int) -> MaskGITConfig:
+def pixel_decoder_config(shapes: Shapes, image_size: int) -> MaskGITConfig:
     """The convolutional part of the first form."""
-    levels = range(num_indices(shapes, "pixel_decoder.up."))
-    widths = [shapes[f"pixel_decoder.up.{level}.block.0.conv1.weight"][0] for level in levels]
+    base_channels = shapes["pixel_decoder.up.0.block.0.conv1.weight"][0]
     vocab_size, code_dim = shapes["pixel_quantize.embedding.weight"]
     return MaskGITConfig(
         image_size=image_size,
         vocab_size=vocab_size,
         code_dim=code_dim,
-        base_channels=widths[0],
-        channel_multipliers=tuple(width // widths[0] for width in widths),
+        base_channels=base_channels,
+        channel_multipliers=multipliers(shapes, "pixel_decoder.up.", "block.0.conv1.weight", base_channels),
         num_res_blocks=num_indices(shapes, "pixel_decoder.mid."),
     )
 
 
 def config_from_shapes(shapes: Shapes) -> TiTokConfig:
-    """All sizes from the file; heads, normalisation of codes and groups as published (see the module's docstring)."""
     num_patches = {side: shapes[f"{side}.positional_embedding"][0] - 1 for side in ("encoder", "decoder")}
     image_size = math.isqrt(num_patches["encoder"]) * shapes["encoder.patch_embed.weight"][-1]
     first_form = "pixel_quantize.embedding.weight" in shapes
@@ -46,16 +37,18 @@ def config_from_shapes(shapes: Shapes) -> TiTokConfig:
         vocab_size=vocab_size,
         code_dim=code_dim,
         num_tokens=shapes["latent_tokens"][0],
-        encoder=transformer_from_shapes(shapes, "encoder", image_size, num_patches["encoder"]),
-        decoder=transformer_from_shapes(shapes, "decoder", image_size, num_patches["decoder"]),
+        encoder=transformer(shapes, "encoder", image_size, num_patches["encoder"]),
+        decoder=transformer(shapes, "decoder", image_size, num_patches["decoder"]),
         l2_normalize=first_form,
-        pixel_decoder=pixel_decoder_from_shapes(shapes, image_size) if first_form else None,
+        pixel_decoder=pixel_decoder_config(shapes, image_size) if first_form else None,
     )
 
 
+# With a codebook, and without the text of TA-TiTok.
 OFFICIAL = Official(
-    name="TiTok tokenizer",
-    component="tokenizer",
-    recognises=recognises,
-    config=config_from_shapes,
-)
+    "TiTok tokenizer",
+    "tokenizer",
+    has("latent_tokens", "encoder.class_embedding", "decoder.mask_token", "quantize.embedding.weight",
+        without=("decoder.text_guidance",)),
+    config_from_shapes,
+)  # fmt: skip

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import torch
 
-from consonar.convert.layouts.official import Official, Shapes, State, num_indices, set_aside
+from consonar.convert.layouts.official import Official, Shapes, State, has, multipliers, num_indices, set_aside
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, sign_codes
 
-MARKERS = {
-    "encoder.down.0.res_blocks.0.conv1.weight",
-    "encoder.mid.res_blocks.0.conv1.weight",
-    "decoder.up.0.res_blocks.0.conv1.weight",
-}
 CODEBOOK, TABLE, WEIGHTS = "quantize.embedding.weight", "quantize.codebook", "quantize.bits_to_indices"
 
 
 def recognises(shapes: Shapes) -> bool:
-    """Whether the keys are those of VQGAN+ with the decoder in the order of execution."""
+    """VQGAN+ with the decoder in the order of execution, so that its last level does not enlarge."""
+    parts = (f"{part}.res_blocks.0.conv1.weight" for part in ("encoder.down.0", "encoder.mid", "decoder.up.0"))
     last = num_indices(shapes, "decoder.up.") - 1
-    in_order = f"decoder.up.{last}.upsample_conv.weight" not in shapes
-    return shapes.keys() >= MARKERS and in_order and (CODEBOOK in shapes or WEIGHTS in shapes)
+    in_order = has(*parts, without=(f"decoder.up.{last}.upsample_conv.weight",))
+    return in_order(shapes) and (CODEBOOK in shapes or WEIGHTS in shapes)
 
 
-def config_from(shapes: Shapes) -> VQGANPlusConfig:
-    """Sizes from the shapes; image size, groups and normalisation as published."""
+def config_from_shapes(shapes: Shapes) -> VQGANPlusConfig:
     base_channels, levels = shapes["encoder.conv_in.weight"][0], num_indices(shapes, "encoder.down.")
     code_dim = shapes["encoder.conv_out.weight"][0]
     blocks, decoder_blocks = (num_indices(shapes, f"{part}.mid.res_blocks.") for part in ("encoder", "decoder"))
@@ -36,9 +31,7 @@ def config_from(shapes: Shapes) -> VQGANPlusConfig:
         vocab_size=shapes[CODEBOOK][0] if CODEBOOK in shapes else 2**code_dim,
         code_dim=code_dim,
         base_channels=base_channels,
-        channel_multipliers=tuple(
-            shapes[f"encoder.down.{level}.res_blocks.0.conv2.weight"][0] // base_channels for level in range(levels)
-        ),
+        channel_multipliers=multipliers(shapes, "encoder.down.", "res_blocks.0.conv2.weight", base_channels),
         num_res_blocks=blocks,
         num_decoder_blocks=None if decoder_blocks == blocks else decoder_blocks,
         quantizer="lookup" if CODEBOOK in shapes else "lookup-free",
@@ -55,10 +48,10 @@ def to_official(ours: State, unused: State, config: VQGANPlusConfig) -> State:
 
 
 OFFICIAL = Official(
-    name="VQGAN+ tokenizer",
-    component="tokenizer",
-    recognises=recognises,
-    config=config_from,
-    to_ours=set_aside(lambda key: key in (TABLE, WEIGHTS)),
-    to_official=to_official,
+    "VQGAN+ tokenizer",
+    "tokenizer",
+    recognises,
+    config_from_shapes,
+    set_aside(lambda key: key in (TABLE, WEIGHTS)),
+    to_official,
 )
