@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from consonar.config_io import to_dict
-from consonar.convert import convert
-from consonar.convert.back import SOURCE
+from consonar.convert import SOURCE, convert
 from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.files.component import component_config, load_module, save_component

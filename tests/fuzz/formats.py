@@ -17,7 +17,7 @@ from PIL import Image
 
 from consonar.components import load_generator, load_tokenizer, read_origin, save_generator, save_tokenizer
 from consonar.config_io import to_dict
-from consonar.convert.back import read_source
+from consonar.convert import read_source
 from consonar.convert.containers import read_weights
 from consonar.data.bad_images import BadImages, readable_rows
 from consonar.data.labels import read_class_file

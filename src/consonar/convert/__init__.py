@@ -8,26 +8,33 @@ it came from). `to_official` makes the released layout again, from a converted f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from consonar.config_io import to_dict
-from consonar.convert.back import SOURCE, UNUSED, to_official
-from consonar.convert.containers import Weights, read_weights
+from consonar.convert.containers import TORCH_ENDINGS, Weights, read_weights
 from consonar.convert.examine import Found, examine, image_size_in_name
+from consonar.convert.layouts import OFFICIALS
 from consonar.convert.layouts.janus import split_parts
-from consonar.convert.layouts.official import State
-from consonar.errors import UserError
-from consonar.files.component import save_component
+from consonar.convert.layouts.official import State, shapes_of
+from consonar.errors import UserError, reading
+from consonar.files.component import component_config, released, save_component
 from consonar.files.lock import folder_at_once, is_taken
-from consonar.files.weights import check_finite, save_tensors
-from consonar.files.writers import file_sha256, write_json
+from consonar.files.readers import read_json
+from consonar.files.weights import check_finite, map_tensors, save_tensors
+from consonar.files.writers import write_atomically, write_json
+from consonar.generators import GENERATORS
 from consonar.json_types import Json, JsonMap
-from consonar.model_folders import read_tokenizer, shipped_or_folder
+from consonar.model_folders import read_settings, read_tokenizer, shipped_or_folder
 from consonar.origin import Origin
+from consonar.tokenizers import TOKENIZERS
 
 __all__ = ["Converted", "convert", "to_official"]
+
+SOURCE, UNUSED = "source.json", "unused.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,50 +77,39 @@ def convert(
     weights = read_weights(path, entry)
     halves = split_parts(weights.tensors)
     if len(halves) == 1:
-        found, notes = examine_one(weights.tensors, path, image_size, settings)
+        named = image_size_in_name(path)
+        found = examine(weights.tensors, str(path), image_size=image_size, named=named, settings=settings)
         if tokenizer is not None and found.official.component == "tokenizer":
             raise UserError("--tokenizer: for generators alone; leave --tokenizer away")
-        parts = {"": found}
+        parts = {"": (found, weights.tensors)}
     else:
         if image_size is not None or tokenizer is not None:
             raise UserError(f"--image-size, --tokenizer: {path} has a tokenizer of its own; leave them away")
+        tokenizer = str((to / "tokenizer").resolve())
         # The tokenizer first, because the generator's config.json names it.
         parts = {
-            "tokenizer": examine(halves["tokenizer"], f"{path} (tokenizer)"),
-            "generator": examine(halves["generator"], f"{path} (generator)", settings=settings),
+            part: (examine(halves[part], f"{path} ({part})", settings=changes), halves[part])
+            for part, changes in (("tokenizer", None), ("generator", settings))
         }
-        notes = []
-    hashes = {file.name: file_sha256(file) for file in weights.files}
-    written = []
     with folder_at_once(to) as partial:
-        for part, found in parts.items():
-            state = halves[part] if part else weights.tensors
-            own = tokenizer if not part else str((to / "tokenizer").resolve())
-            origin = origin_of(found, own, partial / "tokenizer")
-            told = write(partial / part, to / part, found, state, origin, weights, hashes)
-            written.append(summary(to / part, found, (*notes, *told)))
-    return written
+        return [
+            write(partial / part, to / part, found, state, about(found, to / part, tokenizer, partial), weights)
+            for part, (found, state) in parts.items()
+        ]
 
 
-def examine_one(state: State, path: Path, image_size: int | None, settings: JsonMap | None) -> tuple[Found, list[str]]:
-    """`examine` for a file with one component, with the image size that its name says where shapes do not."""
-    found = examine(state, str(path), image_size=image_size, settings=settings)
-    named = image_size_in_name(path)
-    if found.config.kind != "llamagen" or image_size is not None or named is None:
-        return found, []
-    found = examine(state, str(path), image_size=named, settings=settings)
-    return found, [f"for images of {named} pixels, because the file's name says so (--image-size says another)"]
+def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Json:
+    """What config.json says besides the shape: of a generator, its tokenizer, once the sizes are seen to agree.
 
-
-def origin_of(found: Found, tokenizer: str | None, beside: Path) -> Json:
-    """What a generator's config.json says of its tokenizer, once the sizes are seen to agree; nothing of a tokenizer's.
-
-    `beside` is where a tokenizer from the same file was just written, and `tokenizer` then where it will be.
+    `final` is where the folder will be. A tokenizer from the same file was just written into `partial`; `tokenizer` is
+    then where it will be.
     """
+    beside = partial / "tokenizer"
     if found.official.component == "tokenizer":
-        return {}
+        name = final.name if final.name != "tokenizer" else final.parent.name
+        return {"component": "tokenizer", "name": name}
     if tokenizer is None or tokenizer.startswith("hf:"):
-        return to_dict(Origin(tokenizer=tokenizer))
+        return {"component": "generator", **to_dict(Origin(tokenizer=tokenizer))}
     folder = beside if beside.is_dir() else shipped_or_folder("tokenizer", tokenizer)
     loaded = read_tokenizer(folder, found.module.num_tokens)
     for key in ("vocab_size", "num_tokens"):
@@ -122,53 +118,84 @@ def origin_of(found: Found, tokenizer: str | None, beside: Path) -> Json:
                 f"--tokenizer: {tokenizer} has {key} {getattr(loaded, key)}, the generator {getattr(found.module, key)}"
             )
     name = tokenizer if beside.is_dir() or not Path(tokenizer).is_dir() else str(Path(tokenizer).resolve())
-    return to_dict(Origin(tokenizer=name, tokenizer_fingerprint=loaded.fingerprint))
+    origin = Origin(tokenizer=name, tokenizer_fingerprint=loaded.fingerprint)
+    return {"component": "generator", **to_dict(origin)}
 
 
-def write(
-    folder: Path,
-    final: Path,
-    found: Found,
-    state: State,
-    origin: JsonMap,
-    weights: Weights,
-    hashes: Mapping[str, str],
-) -> list[str]:
-    """Writes one component folder, and says what was set aside or left alone."""
-    official = found.official
+def write(folder: Path, final: Path, found: Found, state: State, head: JsonMap, weights: Weights) -> Converted:
+    """Writes the component folder that will be `final`, and says what is in it."""
+    official, module = found.official, found.module
     ours, unused = official.to_ours(state, found.config)
     check_finite(ours, str(weights.files[0]))
-    head: Json = {"component": official.component, **origin}
-    if official.component == "tokenizer":
-        head["name"] = final.name if final.name != "tokenizer" else final.parent.name
     save_component(folder, {**head, **to_dict(found.config)}, ours)
+    notes = [*found.notes, *weights.notes]
     if unused:
         save_tensors(folder / UNUSED, unused)
-    source = {
-        "recognised_as": official.name,
-        "files": dict(hashes),
-        "entry": list(weights.entry),
-        "ignored_entries": list(weights.ignored),
-        "prefix": weights.prefix,
-    }
-    write_json(folder / SOURCE, source)
-    notes = [f"from its entry {'/'.join(weights.entry)!r}"] if weights.entry else []
-    if weights.ignored:
-        notes.append(f"left alone beside it: {', '.join(weights.ignored[:6])}")
-    if unused:
         notes.append(f"set aside for the way back: {len(unused)} tensors ({', '.join(list(unused)[:2])} ...)")
-    return notes
-
-
-def summary(folder: Path, found: Found, notes: tuple[str, ...]) -> Converted:
-    module = found.module
+    write_json(folder / SOURCE, {"recognised_as": official.name, **weights.source})
     return Converted(
-        folder=folder,
-        recognised_as=found.official.name,
-        component=found.official.component,
+        folder=final,
+        recognised_as=official.name,
+        component=official.component,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         vocab_size=module.vocab_size,
         num_tokens=module.num_tokens,
         code_dim=getattr(module, "code_dim", None),
-        notes=notes,
+        notes=tuple(notes),
     )
+
+
+def to_official(folder: Path, out: Path) -> str:
+    """Writes the released layout of a component folder to a .pt or .safetensors file; returns the architecture's name.
+
+    A converted folder gives the tensors of the file that it came from, bit for bit, in the same entry; a folder with
+    both halves gives one file. One that was trained here gives what the released code loads. Raises `UserError` when
+    `out` exists and for a model that has no released layout.
+    """
+    if out.exists():
+        raise UserError(f"--to-official: {out} exists; choose another name")
+    if out.suffix not in (*TORCH_ENDINGS, ".safetensors"):
+        raise UserError(
+            f"--to-official: {out} ends in {out.suffix!r}; choose .safetensors or {', '.join(TORCH_ENDINGS)}"
+        )
+    halves = [folder / part for part in ("generator", "tokenizer") if (folder / part / "config.json").is_file()]
+    parts = [official_state(half) for half in halves or [released(folder, "--to-official")]]
+    state = {key: value for _, tensors, _ in parts for key, value in tensors.items()}
+    if out.suffix == ".safetensors":
+        save_tensors(out, state)
+    else:
+        payload: dict[str, Any] = state
+        for key in reversed(parts[-1][2]):
+            payload = {key: payload}
+        write_atomically(out, lambda path: torch.save(payload, path))
+    return " and ".join(name for name, _, _ in parts)
+
+
+def official_state(folder: Path) -> tuple[str, State, list[str]]:
+    """Architecture, released state dict and entry of one component folder."""
+    component = str(component_config(folder).get("component"))
+    tables: dict[str, dict[str, Any]] = {"tokenizer": {**TOKENIZERS}, "generator": {**GENERATORS}}
+    if component not in tables:
+        raise UserError(f"{folder}: not a folder of a tokenizer or generator (component in config.json)")
+    _, _, config, _ = read_settings(folder, component, tables[component])
+    ours = map_tensors(folder / "model.safetensors")
+    unused = map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
+    if (folder / SOURCE).is_file():
+        name, entry = read_source(folder / SOURCE)
+        known = [official for official in OFFICIALS if official.name == name]
+    else:
+        shapes, entry = shapes_of(ours), []
+        known = [official for official in OFFICIALS if official.component == component and official.recognises(shapes)]
+    if not known:
+        raise UserError(f"{folder}: a {component} of kind {config.kind!r} has no released layout that is known here")
+    return known[0].name, known[0].to_official(ours, unused, config), entry
+
+
+def read_source(path: Path) -> tuple[str, list[str]]:
+    """What a converted folder was recognised as, and the entry that it was taken from."""
+    source = read_json(path, "convert again")
+    with reading(path, "a record of where a model came from", "convert again"):
+        name, entry = source["recognised_as"], source["entry"]
+        if not (isinstance(name, str) and isinstance(entry, list) and all(isinstance(key, str) for key in entry)):
+            raise TypeError("recognised_as is a text, entry a list of texts")
+    return name, entry

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ from torch import Tensor
 from consonar.convert.layouts.official import State
 from consonar.errors import UserError, reading, unknown
 from consonar.files.weights import check_plain, map_tensors
+from consonar.files.writers import file_sha256
 from consonar.hub import read_index
+from consonar.json_types import Json
 
 ENTRIES = ("model", "module", "state_dict", "model_state_dict", "ema")
 """Where training checkpoints keep the weights; the first that is there counts (DDP, DeepSpeed, Lightning, others)."""
 DEEPEST = 8
 """Entries in each other before the tensors come; a pickle can hold itself, which has no end."""
 PREFIXES = ("module.", "_orig_mod.")
-INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WEIGHT_NAMES = (*INDEX_NAMES, "model.safetensors", "pytorch_model.bin")
+"""What wrappers put before the keys of a module: DistributedDataParallel, `torch.compile` (also of single blocks)."""
+WEIGHT_NAMES = (
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin"
+)  # fmt: skip
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -48,6 +53,22 @@ class Weights:
     prefix: str = ""
     """What stood before every key."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user is told about it."""
+        notes = [f"from its entry {'/'.join(self.entry)!r}"] if self.entry else []
+        return [*notes, f"left alone beside it: {', '.join(self.ignored[:6])}"] if self.ignored else notes
+
+    @cached_property
+    def source(self) -> Json:
+        """What is written down about it, with the hashes of its files."""
+        return {
+            "files": {file.name: file_sha256(file) for file in self.files},
+            "entry": list(self.entry),
+            "ignored_entries": list(self.ignored),
+            "prefix": self.prefix,
+        }
+
 
 def read_weights(path: Path, entry: str | None = None) -> Weights:
     """The tensors of a weight file, an index of shards, or a folder that holds one of either.
@@ -56,37 +77,29 @@ def read_weights(path: Path, entry: str | None = None) -> Weights:
     missing, damaged, cut short, named as something else than it is, or holds Python objects; executes nothing.
     """
     if path.is_dir():
-        path = weights_in(path)
+        inside = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+        if not inside:
+            raise UserError(f"{path}: none of {', '.join(WEIGHT_NAMES)} in it; name the weight file itself")
+        path = inside[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.name.endswith(".index.json"):
-        weights = read_shards(path)
-    else:
-        weights = replace(unwrap(read_file(path), path, entry), files=(path,))
-        entry = None
+    if not path.name.endswith(".index.json"):
+        return without_prefix(replace(unwrap(read_file(path), path, entry), files=(path,)))
     if entry is not None:
         raise UserError(f"--entry: {path} is a set of shards, which has no entries; leave --entry away")
-    return without_prefix(weights)
-
-
-def weights_in(folder: Path) -> Path:
-    """The weight file or index of a folder as published."""
-    for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder}: none of {', '.join(WEIGHT_NAMES)} in it; name the weight file itself")
+    return without_prefix(read_shards(path))
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
     """What one file holds: tensors by key, or for a PyTorch file whatever was saved."""
-    found, named = what_it_is(path), ".safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    found = what_it_is(path)
     if found == ".safetensors":
         if path.suffix in TORCH_ENDINGS:
             raise UserError(f"{path}: holds .safetensors, not what PyTorch saves; rename it to .safetensors")
         return map_tensors(path)
     if not found.startswith("PyTorch"):
         raise UserError(f"{path}: not a weight file: it is {found}")
-    if named == ".safetensors":
+    if path.suffix == ".safetensors":
         raise UserError(f"{path}: holds a {found}, not .safetensors; rename it to .pt if you trust its source")
     return read_torch(path, mapped=found == "PyTorch archive")
 
@@ -177,7 +190,7 @@ def holds_tensors(value: object, depth: int = 0) -> bool:
 def own_storage(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy of it when it is a part of a larger storage: .safetensors stores no views."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor.detach() if whole or tensor.is_meta else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def without_prefix(weights: Weights) -> Weights:
@@ -191,8 +204,8 @@ def without_prefix(weights: Weights) -> Weights:
     tensors: State = {}
     known: dict[str, str] = {}
     for key, value in weights.tensors.items():
-        plain = bare(key.removeprefix(prefix))
-        if plain in known and not same(tensors[plain], value):
+        plain = bare(key)
+        if plain in known and not torch.equal(tensors[plain], value):
             raise UserError(
                 f"{weights.files[0]}: holds {known[plain]!r} and {key!r}, which are one weight with two values; "
                 "keep the one that is meant"
@@ -203,17 +216,12 @@ def without_prefix(weights: Weights) -> Weights:
 
 
 def bare(key: str) -> str:
-    """A key without what wrappers put into it, at its start or (`torch.compile` of single blocks) inside."""
+    """A key without what wrappers put into it, at its start or inside."""
     for prefix in PREFIXES:
         key = key.replace(f".{prefix}", ".")
-    while found := [prefix for prefix in PREFIXES if key.startswith(prefix)]:
-        key = key.removeprefix(found[0])
+    while key.startswith(PREFIXES):
+        key = key.partition(".")[2]
     return key
-
-
-def same(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors hold the same weights; of tensors without memory, the same shapes."""
-    return ours.shape == theirs.shape and (ours.is_meta or theirs.is_meta or torch.equal(ours, theirs))
 
 
 def read_shards(index: Path) -> Weights:

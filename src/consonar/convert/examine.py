@@ -15,7 +15,7 @@ from consonar.data.transforms import check_image_size
 from consonar.errors import UserError
 from consonar.files.weights import check_weights
 from consonar.generators import GENERATORS
-from consonar.json_types import JsonMap
+from consonar.json_types import Json, JsonMap
 from consonar.tokenizers import TOKENIZERS, TokenizerModule
 from consonar.types import Generator, Grid, ModelConfig
 
@@ -30,6 +30,8 @@ class Found:
     official: Official
     config: ModelConfig
     module: Generator | TokenizerModule
+    notes: tuple[str, ...] = ()
+    """What was assumed."""
 
 
 def recognise(shapes: Shapes, where: str) -> Official:
@@ -46,11 +48,9 @@ def recognise(shapes: Shapes, where: str) -> Official:
 def build(component: str, config: ModelConfig, name: str) -> Generator | TokenizerModule:
     """The tokenizer or generator of a configuration, on the meta device: keys and shapes, no memory."""
     with torch.device("meta"):
-        return (
-            TOKENIZERS[config.kind].model(config, name=name)
-            if component == "tokenizer"
-            else GENERATORS[config.kind].model(config)
-        )
+        if component == "tokenizer":
+            return TOKENIZERS[config.kind].model(config, name=name)
+        return GENERATORS[config.kind].model(config)
 
 
 def image_size_in_name(path: Path) -> int | None:
@@ -59,8 +59,18 @@ def image_size_in_name(path: Path) -> int | None:
     return int(named[1]) if named else None
 
 
-def examine(state: State, where: str, *, image_size: int | None = None, settings: JsonMap | None = None) -> Found:
-    """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes."""
+def examine(
+    state: State,
+    where: str,
+    *,
+    image_size: int | None = None,
+    named: int | None = None,
+    settings: JsonMap | None = None,
+) -> Found:
+    """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes.
+
+    `named` is the image size that the file's name says, taken for LlamaGen alone; `image_size` says another.
+    """
     meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
     official = recognise(shapes_of(meta), where)
     try:
@@ -68,29 +78,32 @@ def examine(state: State, where: str, *, image_size: int | None = None, settings
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         cause = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{where}: looks like {official.name}, but {cause}") from error
-    config = configured(config, image_size, settings or {}, where)
+    changes, notes = dict(settings or {}), []
+    if image_size is not None and "image_size" in changes:
+        raise UserError(f"--image-size: {image_size}, and --setting has image_size too; keep one")
+    if image_size is None and named is not None and config.kind == "llamagen":
+        image_size = named
+        notes = [f"for images of {named} pixels, because the file's name says so (--image-size says another)"]
+    if image_size is not None:
+        changes = {**sized(config, image_size, where), **changes}
+    if changes:
+        config = from_dict({**to_dict(config), **changes}, where, type(config))
     ours, unused = official.to_ours(meta, config)
     module = build(official.component, config, "converted")
     check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
     back = official.to_official(ours, unused, config)
     assert shapes_of(back) == shapes_of(meta), f"{official.name}: the way back changes keys or shapes"
-    return Found(official, config, module)
+    return Found(official, config, module, tuple(notes))
 
 
-def configured(config: ModelConfig, image_size: int | None, settings: JsonMap, where: str) -> ModelConfig:
-    """`config` for this image size and with these settings; `UserError` for a field that it does not have."""
-    changes = dict(settings)
-    if image_size is not None:
-        check_image_size(image_size, "--image-size")
-    if image_size is not None and "image_size" in settings:
-        raise UserError(f"--image-size: {image_size}, and --setting has image_size too; keep one")
-    if image_size is not None and hasattr(config, "image_size"):
-        changes = {"image_size": image_size, **changes}
-    elif image_size is not None and config.kind == "llamagen":
-        side, rest = divmod(image_size, LLAMAGEN_REDUCTION)
-        if rest:
-            raise UserError(f"--image-size: {image_size} is not a multiple of {LLAMAGEN_REDUCTION}")
-        changes = {"grid": to_dict(Grid(side, side)), "num_tokens": side * side, **changes}
-    elif image_size is not None:
+def sized(config: ModelConfig, image_size: int, where: str) -> Json:
+    """The fields of `config` for this image size; `UserError` where the shapes say it already."""
+    check_image_size(image_size, "--image-size")
+    if hasattr(config, "image_size"):
+        return {"image_size": image_size}
+    if config.kind != "llamagen":
         raise UserError(f"--image-size: the shapes of {where} say how many tokens an image has; leave it away")
-    return from_dict({**to_dict(config), **changes}, where, type(config)) if changes else config
+    side, rest = divmod(image_size, LLAMAGEN_REDUCTION)
+    if rest:
+        raise UserError(f"--image-size: {image_size} is not a multiple of {LLAMAGEN_REDUCTION}")
+    return {"grid": to_dict(Grid(side, side)), "num_tokens": side * side}
