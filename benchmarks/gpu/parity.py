@@ -30,10 +30,8 @@ from torch import Tensor, nn
 from consonar.distributed import pick_device
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import PatchDiscriminator, save_discriminator
-from consonar.networks.efficientnet import PerceptualDistance
-from consonar.networks.features import EfficientNetLite0Features
-from consonar.networks.inception import FRONT_ENDS, InceptionFeatures
-from consonar.networks.inception_network import InceptionV3
+from consonar.networks.efficientnet import EfficientNetLite0Features, PerceptualDistance
+from consonar.networks.inception import FRONT_ENDS, InceptionFeatures, InceptionV3
 from consonar.networks.lpips import LPIPS, VGG16Features
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens

@@ -10,9 +10,8 @@ from conftest import TINY_VQ, stir
 from contracts.test_generators import KINDS, make_condition, make_generator
 from contracts.test_tokenizers import TINY_CONV, TINY_PIXELS, TINY_VIT
 
-from consonar.networks.features import EfficientNetLite0Features
-from consonar.networks.inception import InceptionFeatures
-from consonar.networks.inception_network import InceptionV3
+from consonar.networks.efficientnet import EfficientNetLite0Features
+from consonar.networks.inception import InceptionFeatures, InceptionV3
 from consonar.networks.lpips import LPIPS, VGG16Features
 from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens

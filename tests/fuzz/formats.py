@@ -31,7 +31,7 @@ from consonar.errors import BadImage
 from consonar.evaluation.inputs import load_samples, open_reference
 from consonar.files.weights import save_tensors
 from consonar.generators.rear import ReARConfig, ReARGenerator
-from consonar.networks.weight_files import WeightFile
+from consonar.networks.base import WeightFile
 from consonar.origin import Origin
 from consonar.recipes import find_recipe
 from consonar.recipes.files import read_config

@@ -8,8 +8,7 @@ import torch
 from fill import fill, make_image
 from golden import Golden
 
-from consonar.networks.inception import FRONT_ENDS, INPUT_SIZE, half_pixel_pixels, resize_from_corner
-from consonar.networks.inception_network import InceptionV3
+from consonar.networks.inception import FRONT_ENDS, INPUT_SIZE, InceptionV3, half_pixel_pixels, resize_from_corner
 
 POOLED = {"feat_64": 0, "feat_192": 1, "feat_768": 2}
 """torch-fidelity's outputs that are means of a feature map, and which."""

@@ -20,8 +20,7 @@ from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation.inputs import ImageSet
 from consonar.networks import inception, load_feature_network
-from consonar.networks.inception import InceptionFeatures, load_inception, resize_from_corner
-from consonar.networks.inception_network import InceptionV3
+from consonar.networks.inception import InceptionFeatures, InceptionV3, load_inception, resize_from_corner
 
 TESTS = Path(__file__).parents[1]
 

@@ -31,8 +31,7 @@ from consonar.evaluation.sample_metrics import (
 )
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
-from consonar.networks import load_feature_network
-from consonar.networks.features import FeatureNetwork
+from consonar.networks import FeatureNetwork, load_feature_network
 from consonar.origin import Origin
 from consonar.seeding import derive_seed, generator
 

@@ -22,7 +22,7 @@ from consonar.evaluation.inputs import ImageSet, to_float
 from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
 from consonar.metrics.distribution import InceptionScore, Moments
-from consonar.networks.features import FeatureNetwork, ScoringNetwork
+from consonar.networks import FeatureNetwork, ScoringNetwork
 from consonar.seeding import derive_seed, generator
 
 CACHE_VERSION = 2

@@ -26,8 +26,7 @@ from consonar.files.lock import holds_first_argument
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
-from consonar.networks import load_feature_network
-from consonar.networks.features import FeatureNetwork
+from consonar.networks import FeatureNetwork, load_feature_network
 from consonar.sampling.job import write_npz
 from consonar.tokenizers import quantizer
 from consonar.types import Tokenizer

@@ -1,17 +1,45 @@
-"""Networks that judge pictures: distances of image pairs, features of images, realness. A new one is a row here."""
+"""Networks that judge pictures: distances of image pairs, features of images, realness. A new one is a row here.
+
+Letters: `B` batch, `F` features, `K` classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor
 
 from consonar.errors import check_choice
 from consonar.networks import efficientnet, lpips
-from consonar.networks.features import EfficientNetLite0Features, FeatureNetwork
+from consonar.networks.base import LayerDistance
 from consonar.networks.inception import load_inception
+
+
+@runtime_checkable
+class FeatureNetwork(Protocol):
+    """A frozen map from images to feature vectors; any object of this shape can be given to `evaluate`."""
+
+    name: str
+    weights_sha256: str
+    num_features: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float in [-1, 1], any H and W -> (B, F) float32; one image's features ignore its batch."""
+        ...
+
+
+@runtime_checkable
+class ScoringNetwork(FeatureNetwork, Protocol):
+    """A feature network that also gives what sFID and the Inception score are made of."""
+
+    num_spatial: int
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The features (B, F), spatial features (B, num_spatial) and class probabilities (B, K), all float32."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,8 +48,8 @@ class PerceptualDistance:
 
     smallest_input: int
     """Smallest image side in pixels that it reads."""
-    load: Callable[[str | None], nn.Module]
-    """From a file of weights, or the default place of them; the module also has `maps` and `weights_sha256`."""
+    load: Callable[[str | None], LayerDistance]
+    """From a file of weights, or the default place of them."""
 
 
 PERCEPTUAL_DISTANCES: dict[str, PerceptualDistance] = {
@@ -31,7 +59,7 @@ PERCEPTUAL_DISTANCES: dict[str, PerceptualDistance] = {
     "lpips": PerceptualDistance(lpips.SMALLEST_INPUT, lpips.load_lpips),
 }
 FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
-    "efficientnet-lite0": EfficientNetLite0Features,
+    "efficientnet-lite0": efficientnet.EfficientNetLite0Features,
     "inception": partial(load_inception, "inception"),
     "inception-pytorch-fid": partial(load_inception, "inception-pytorch-fid"),
 }

@@ -5,12 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError
-from consonar.files.component import read_component, save_component
-from consonar.files.weights import load_weights
+from consonar.files.component import component_config, load_module, save_component
 
 
 class PatchDiscriminator(nn.Module):
@@ -42,15 +40,10 @@ def load_discriminator(folder: str | Path) -> PatchDiscriminator:
     """
     path = Path(folder)
     path = path / "discriminator" if (path / "discriminator").is_dir() else path
-    config, state = read_component(path)
+    config = component_config(path)
     width = config.pop("width", None)
     if config != {"component": "discriminator", "kind": "patch"}:
         raise UserError(f"{path}: not the folder of a patch discriminator (component and kind in config.json)")
     if not isinstance(width, int) or width < 4 or width % 4:
         raise UserError(f"{path}: width: {width!r} is not a positive multiple of 4")
-    # On the meta device: random weights that are overwritten at once would advance the global random generator.
-    with torch.device("meta"):
-        discriminator = PatchDiscriminator(width)
-    discriminator.to_empty(device="cpu")
-    load_weights(discriminator, state, str(path))
-    return discriminator.eval().requires_grad_(False)
+    return load_module(lambda: PatchDiscriminator(width), path)

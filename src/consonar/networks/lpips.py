@@ -38,10 +38,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from consonar.files.weights import load_weights
 from consonar.float32 import in_float32
 from consonar.hub import read_name, released_file
-from consonar.networks.weight_files import WeightFile
+from consonar.networks.base import LayerDistance, WeightFile, with_weights
 
 _NAME = "vgg16-397923af.pth"
 WEIGHTS = WeightFile("lpips", _NAME, f"https://download.pytorch.org/models/{_NAME}", "397923af")
@@ -94,11 +93,8 @@ def weighted_difference(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return ((unit_a - unit_b).square() * weight[:, None, None]).sum(1)
 
 
-class LPIPS(nn.Module):
-    """LPIPS v0.1 (VGG16) of image pairs, (B,), 0 for equal images; images (B, 3, H, W) in [-1, 1].
-
-    H and W are `SMALLEST_INPUT` or more, not resized here. Frozen; gradients flow to the first images alone.
-    """
+class LPIPS(LayerDistance):
+    """LPIPS v0.1 (VGG16); images have `SMALLEST_INPUT` pixels a side or more, and are not resized here."""
 
     name = "lpips"
 
@@ -115,31 +111,11 @@ class LPIPS(nn.Module):
         self.scale: Tensor
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> LPIPS:
-        """Stays in evaluation mode: a frozen measure has no other."""
-        return super().train(False)
-
-    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
-        return torch.stack([layer.mean((1, 2)) for layer in self.maps(images, originals)]).sum(0)
-
     def layers(self, images: Tensor) -> list[Tensor]:
-        """The five feature maps of images in [-1, 1]: (B, C, h, w) each."""
         return self.trunk((images - self.shift) / self.scale)
 
-    @in_float32
-    def maps(self, images: Tensor, originals: Tensor) -> list[Tensor]:
-        """Per layer, where the two images differ: (B * G, h, w) <- images (B * G, ...), originals (B, ...).
-
-        The distance is the sum of their means. With G > 1, the G images of one original follow each other. In float32,
-        the trunk too: the difference of two unit vectors would have three digits left in bf16.
-        """
-        group = len(images) // len(originals)
-        with torch.no_grad():
-            target = self.layers(originals)
-        return [
-            weighted_difference(a, b.repeat_interleave(group, 0) if group > 1 else b, self.get_buffer(f"linear{index}"))
-            for index, (a, b) in enumerate(zip(self.layers(images), target, strict=True))
-        ]
+    def difference(self, layer: int, a: Tensor, b: Tensor) -> Tensor:
+        return weighted_difference(a, b, self.get_buffer(f"linear{layer}"))
 
 
 def load_lpips(path: str | Path | None = None, *, check_hash: bool = True) -> LPIPS:
@@ -155,9 +131,4 @@ def load_lpips(path: str | Path | None = None, *, check_hash: bool = True) -> LP
         path, check_hash = released_file(read_name(str(path))), False
     file, digest, state = WEIGHTS.read(path, check_hash=check_hash)
     state = {key: value for key, value in state.items() if key.startswith("features.")}
-    # On the meta device: random weights that are overwritten at once would advance the global random generator.
-    with torch.device("meta"):
-        trunk = VGG16Features()
-    trunk.to_empty(device="cpu")
-    load_weights(trunk, state, f"lpips: {file}")
-    return LPIPS(trunk, digest)
+    return LPIPS(with_weights(VGG16Features, state, f"lpips: {file}"), digest)

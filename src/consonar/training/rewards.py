@@ -26,8 +26,7 @@ from consonar.errors import UserError, unknown
 from consonar.metrics import pixels
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import load_discriminator
-from consonar.networks.efficientnet import PerceptualDistance
-from consonar.networks.features import EfficientNetLite0Features
+from consonar.networks.efficientnet import EfficientNetLite0Features, PerceptualDistance
 from consonar.networks.lpips import load_lpips
 from consonar.records import to_device
 from consonar.training.credit import resize_to_grid
