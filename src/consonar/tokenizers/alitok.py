@@ -21,17 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from consonar.options import Count, CountOrZero
-from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.base import Codebook, as_grid
 from consonar.tokenizers.vit import (
     BASE,
-    LARGE,
     Attention,
     Encoder,
     Transformer,
     TransformerConfig,
     ViTConfig,
     ViTTokenizer,
-    as_grid,
     initialise,
     learned_table,
     patches_to_image,
@@ -52,8 +50,6 @@ class AliTokConfig(ViTConfig):
     """Learned vectors that the decoder reads before the tokens."""
     encoder: TransformerConfig = BASE
     """The transformer that reads the image."""
-    decoder: TransformerConfig = LARGE
-    """The transformer that writes the image."""
 
     @property
     def grid(self) -> Grid:
@@ -85,10 +81,7 @@ class AliTokTokenizer(ViTTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
     def __init__(self, config: AliTokConfig, name: str = "alitok"):
-        num_tokens = config.grid.num_tokens
-        super().__init__(config, name, num_tokens, config.grid, l2_normalize=False)
-        self.encoder = Encoder(config, num_tokens, Attention, class_token=False, scrambled=False)
-        self.decoder = AliTokDecoder(config)
-        self.latent_tokens = learned_table(num_tokens, config.encoder.width)
+        encoder = Encoder(config, config.grid.num_tokens, Attention, class_token=False, scrambled=False)
+        super().__init__(config, name, config.grid, encoder, AliTokDecoder(config), l2_normalize=False)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         self.apply(initialise)

@@ -89,7 +89,10 @@ class CodebookTokenizer(nn.Module, ABC):
         return F.normalize(weight, dim=-1) if self.l2_normalize else weight
 
     def vectors(self, images: Tensor) -> Tensor:
-        """What is compared with the codes: (B*N, C) float32 <- (B, 3, H, W)."""
+        """What is compared with the codes: (B*N, C) float32 <- (B, 3, H, W). `UserError` for another H or W."""
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
         vectors = self.latents((images + 1) / 2 if self.unit_range else images).float().flatten(0, 1)
         return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
 
@@ -98,7 +101,6 @@ class CodebookTokenizer(nn.Module, ABC):
         return quantizer.nearest_code(vectors, self.codebook)
 
     def encode(self, images: Tensor) -> Tensor:
-        self._check_images(images)
         return self.search(self.vectors(images)).view(len(images), self.num_tokens)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -116,7 +118,6 @@ class CodebookTokenizer(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> VQOutput:
         """One training pass with the straight-through gradient."""
-        self._check_images(images)
         vectors = self.vectors(images)
         with torch.no_grad():
             tokens = self.search(vectors)
@@ -124,7 +125,12 @@ class CodebookTokenizer(nn.Module, ABC):
         passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
         return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
 
-    def _check_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
+
+def as_grid(x: Tensor, side: int) -> Tensor:
+    """(B, C, h, w) <- (B, h*w, C) in raster order."""
+    return x.transpose(1, 2).unflatten(2, (side, side))
+
+
+def as_row(maps: Tensor) -> Tensor:
+    """(B, h*w, C) <- (B, C, h, w): the inverse of `as_grid`."""
+    return maps.flatten(2).transpose(1, 2)

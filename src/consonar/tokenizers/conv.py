@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.options import Count
-from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig
+from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig, as_grid, as_row
 from consonar.types import Grid
 
 
@@ -116,25 +116,19 @@ class DoublingConv(nn.Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def residual_blocks(channels_in: int, channels_out: int, count: int, groups: int) -> nn.Sequential:
-    """`count` blocks, of which the first changes the number of channels."""
-    widths = [channels_in] + [channels_out] * count
-    return nn.Sequential(*(ResidualBlock(a, b, groups) for a, b in pairwise(widths)))
-
-
 Blocks = Literal["block", "res_blocks"]
 """What files call the residual blocks of a level; MaskGIT's are `block`, and those in the middle have no name there."""
 
 
-def level(blocks: Blocks, channels_in: int, channels_out: int, count: int, groups: int) -> nn.Sequential:
-    """The residual blocks of one resolution, under their name."""
-    return nn.Sequential(OrderedDict({blocks: residual_blocks(channels_in, channels_out, count, groups)}))
+def level(blocks: Blocks | None, channels_in: int, channels_out: int, count: int, groups: int) -> nn.Sequential:
+    """The residual blocks of one resolution, under their name; the first changes the number of channels."""
+    widths = [channels_in] + [channels_out] * count
+    row = nn.Sequential(*(ResidualBlock(a, b, groups) for a, b in pairwise(widths)))
+    return nn.Sequential(OrderedDict({blocks: row})) if blocks else row
 
 
 def middle(blocks: Blocks, channels: int, count: int, groups: int) -> nn.Sequential:
-    """The residual blocks at the lowest resolution."""
-    sizes = (channels, channels, count, groups)
-    return residual_blocks(*sizes) if blocks == "block" else level(blocks, *sizes)
+    return level(None if blocks == "block" else blocks, channels, channels, count, groups)
 
 
 class ConvEncoder(nn.Module):
@@ -185,24 +179,13 @@ class ConvDecoder(nn.Module):
 class ConvTokenizer(CodebookTokenizer):
     """A tokenizer whose networks keep the places of an image: one token per place of the grid, in raster order."""
 
-    encoder: nn.Module
-    decoder: nn.Module
-
     def __init__(self, config: ConvConfig, name: str, *, l2_normalize: bool = False):
         side = config.image_size // config.downsampling
         super().__init__(config, name, side * side, Grid(side, side), l2_normalize=l2_normalize)
         self.side = side
 
-    def maps(self, images: Tensor) -> Tensor:
-        """(B, C, h, w) <- (B, 3, H, W)."""
-        return self.encoder(images)
-
-    def images(self, maps: Tensor) -> Tensor:
-        """(B, 3, H, W) <- (B, C, h, w)."""
-        return self.decoder(maps)
-
     def latents(self, images: Tensor) -> Tensor:
-        return self.maps(images).flatten(2).transpose(1, 2)
+        return as_row(self.encoder(images))
 
     def pixels(self, codes: Tensor) -> Tensor:
-        return self.images(codes.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        return self.decoder(as_grid(codes, self.side))

@@ -5,7 +5,7 @@ besides those of `conv.py`: average pooling halves the resolution; nearest-neigh
 it; the decoder's levels are stored from full to lowest resolution and run the other way; codes are not normalised.
 
 Deviations: the released `decode` clamps to [0, 1], ours leaves clamping to the caller; images are [-1, 1] outside of
-the module. Files do not tell the image size and the number of groups: 256 and 32, as published.
+the module.
 """
 
 from __future__ import annotations

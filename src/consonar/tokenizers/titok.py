@@ -12,8 +12,6 @@ latents (B, N, D) as (B, D, N) without a transposition ("is_legacy"), which its 
 Deviations: "is_legacy" and "finetune_decoder", which no published model has apart, are one field; the first form
 without a pixel decoder (stage 1 of its training, no pixels) and TiTok with a continuous or text-aware latent are not
 here. The released code freezes encoder and codes while the pixel decoder is trained; here the caller decides.
-Files do not tell whether codes are normalised: the first form's are, the second's are not, as published. They do not
-tell the pixel decoder's groups either: 32, as published.
 
 Letters: those of `vit.py`; `K` codes of the pixel decoder, `Z` their width.
 """
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 
 from consonar.errors import UserError
 from consonar.options import Count
-from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.base import Codebook, as_grid
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITDecoder
 from consonar.tokenizers.vit import (
     LARGE,
@@ -38,7 +36,6 @@ from consonar.tokenizers.vit import (
     TransformerConfig,
     ViTConfig,
     ViTTokenizer,
-    as_grid,
     initialise,
     learned_table,
     patches_to_image,
@@ -56,8 +53,6 @@ class TiTokConfig(ViTConfig):
     """Tokens per image."""
     code_dim: Count = 12
     """Width of one code."""
-    encoder: TransformerConfig = LARGE
-    """The transformer that reads the image."""
     decoder: TransformerConfig = LARGE
     """The transformer that writes the image, or the logits for `pixel_decoder`."""
     l2_normalize: bool = True
@@ -115,16 +110,9 @@ class TiTokTokenizer(ViTTokenizer):
     config: TiTokConfig
 
     def __init__(self, config: TiTokConfig, name: str = "titok"):
-        super().__init__(config, name, config.num_tokens, None, l2_normalize=config.l2_normalize)
-        self.encoder = Encoder(
-            config,
-            config.num_tokens,
-            PackedAttention,
-            class_token=True,
-            scrambled=config.pixel_decoder is not None,
-        )
-        self.decoder = TiTokDecoder(config)
-        self.latent_tokens = learned_table(config.num_tokens, config.encoder.width)
+        first_form = config.pixel_decoder is not None
+        encoder = Encoder(config, config.num_tokens, PackedAttention, class_token=True, scrambled=first_form)
+        super().__init__(config, name, None, encoder, TiTokDecoder(config), config.l2_normalize)
         self.apply(initialise)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         if config.pixel_decoder is not None:
@@ -135,6 +123,5 @@ class TiTokTokenizer(ViTTokenizer):
         decoded = self.decoder(codes)
         if self.config.pixel_decoder is None:
             return decoded
-        weights = decoded.softmax(1)  # (B, K, h, w)
-        latents = torch.einsum("bkhw,kz->bzhw", weights, self.pixel_quantize.embedding.weight)
+        latents = torch.einsum("bkhw,kz->bzhw", decoded.softmax(1), self.pixel_quantize.embedding.weight)
         return self.pixel_decoder(latents)

@@ -6,8 +6,7 @@ other; the encoder reads image patches first and learned queries after them, and
 latents; the networks work on pixels in [0, 1], so images change range at the border of the tokenizer; pixels leave a
 decoder as patches whose channels are ordered (row, column, colour).
 
-Deviations: widths, depths and patches are fields, released sizes are fixed or named. Files do not tell the number of
-heads: all published widths (512, 768, 1024) have heads of 64; a narrower transformer is read as one head.
+Deviations: widths, depths and patches are fields, released sizes are fixed or named.
 
 Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `D` transformer width, `L` positions, `P` patch side,
 `h`, `w` patch grid, `H`, `W` pixels.
@@ -25,7 +24,8 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.options import Count, Divides, check_options
-from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig
+from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig, as_row
+from consonar.types import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class ViTConfig(TokenizerConfig):
 
     vocab_size: Count = 4096
     """Number of codes."""
-    encoder: TransformerConfig
+    encoder: TransformerConfig = LARGE
     """The transformer that reads the image."""
-    decoder: TransformerConfig
+    decoder: TransformerConfig = LARGE
     """The transformer that writes the image."""
 
     def __post_init__(self) -> None:
@@ -168,18 +168,15 @@ class Encoder(Transformer):
         self.conv_out = nn.Conv2d(width, config.code_dim, 1)
 
     def forward(self, images: Tensor, queries: Tensor) -> Tensor:
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, h*w, D)
+        x = as_row(self.patch_embed(images))  # (B, h*w, D)
         if self.class_token:
             x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)
         queries = (queries + self.latent_token_positional_embedding).expand(len(x), -1, -1)
         x = torch.cat([x + self.positional_embedding, queries], dim=1)
         latents = self.run(x, slice(-self.num_tokens, None))  # (B, N, D)
-        if self.scrambled:
-            # The first TiTok was trained with (B, N, D) read as (B, D, N): each output mixes positions and channels.
-            latents = latents.reshape(len(x), -1, self.num_tokens)
-        else:
-            latents = latents.transpose(1, 2)
-        return self.conv_out(latents.unsqueeze(3)).squeeze(3).transpose(1, 2)
+        # The first TiTok was trained with (B, N, D) read as (B, D, N): each output mixes positions and channels.
+        latents = latents.reshape(len(x), -1, self.num_tokens) if self.scrambled else latents.transpose(1, 2)
+        return as_row(self.conv_out(latents.unsqueeze(3)))
 
 
 def learned_table(rows: int, width: int) -> nn.Parameter:
@@ -195,11 +192,6 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def as_grid(x: Tensor, side: int) -> Tensor:
-    """(B, D, h, w) <- (B, h*w, D) in raster order."""
-    return x.transpose(1, 2).unflatten(2, (side, side))
-
-
 def patches_to_image(x: Tensor, patch_size: int) -> Tensor:
     """(B, 3, h*P, w*P) <- (B, P*P*3, h, w), channels ordered (row, column, colour)."""
     patches = x.unflatten(1, (patch_size, patch_size, 3))  # (B, P, P, 3, h, w)
@@ -207,12 +199,14 @@ def patches_to_image(x: Tensor, patch_size: int) -> Tensor:
 
 
 class ViTTokenizer(CodebookTokenizer):
-    """A tokenizer whose encoder reads learned queries."""
+    """A tokenizer whose encoder reads learned queries, `latent_tokens` (N, D)."""
 
-    # Set by subclasses: networks and the queries (N, D).
-    encoder: Encoder
-    decoder: nn.Module
-    latent_tokens: nn.Parameter
+    def __init__(
+        self, config: ViTConfig, name: str, grid: Grid | None, encoder: Encoder, decoder: nn.Module, l2_normalize: bool
+    ):
+        super().__init__(config, name, encoder.num_tokens, grid, l2_normalize=l2_normalize)
+        self.encoder, self.decoder = encoder, decoder
+        self.latent_tokens = learned_table(encoder.num_tokens, config.encoder.width)
 
     def latents(self, images: Tensor) -> Tensor:
         return self.encoder(images, self.latent_tokens)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from consonar.data.transforms import ImageSize
 from consonar.options import Count
-from consonar.tokenizers.base import Codebook
+from consonar.tokenizers.base import Codebook, as_grid, as_row
 from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, DoublingConv, HalvingConv, ResidualBlock, normalization
 
 
@@ -145,8 +145,8 @@ class VQTokenizer(ConvTokenizer):
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
 
-    def maps(self, images: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(images))
+    def latents(self, images: Tensor) -> Tensor:
+        return as_row(self.quant_conv(self.encoder(images)))
 
-    def images(self, maps: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(maps))
+    def pixels(self, codes: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(as_grid(codes, self.side)))

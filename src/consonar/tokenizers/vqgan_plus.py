@@ -7,9 +7,7 @@ levels are stored in the order of execution; codes may be l2-normalised on both 
 sum of 2^i over the positive channels i = 0, 1, ...
 
 Deviations: images are [-1, 1] outside of the module; the constant tables of the released lookup-free quantiser are not
-kept as buffers, and written anew on the way back. Files do not tell the image size, the number of groups and whether
-codes are normalised: 256, 32 and not, as published. Not read: MaskBit's copy of MaskGIT's tokenizer, whose decoder is
-stored the other way round.
+kept as buffers.
 """
 
 from __future__ import annotations
