@@ -8,6 +8,7 @@ it came from). `to_official` makes the released layout again, from a converted f
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 
 from consonar.config_io import to_dict
 from consonar.convert.containers import TORCH_ENDINGS, Weights, read_weights
-from consonar.convert.examine import Found, examine, image_size_in_name
-from consonar.convert.layouts import OFFICIALS
+from consonar.convert.examine import Found, examine
+from consonar.convert.layouts import OFFICIALS, llamagen
 from consonar.convert.layouts.janus import split_parts
 from consonar.convert.layouts.official import State, shapes_of
 from consonar.errors import UserError, reading
@@ -74,11 +75,17 @@ def convert(
         raise UserError(f"--to: {to} exists; choose another folder")
     if (path / "config.json").is_file() and (path / SOURCE).is_file():
         raise UserError(f"{path}: converted already; the way back is --to-official FILE")
+    if image_size is not None and "image_size" in (settings or {}):
+        raise UserError(f"--image-size: {image_size}, and --setting has image_size too; keep one")
     weights = read_weights(path, entry)
-    halves = split_parts(weights.tensors)
+    notes, halves = weights.notes, split_parts(weights.tensors)
     if len(halves) == 1:
-        named = image_size_in_name(path)
-        found = examine(weights.tensors, str(path), image_size=image_size, named=named, settings=settings)
+        named = re.search(r"(?<!\d)(384|512)(?!\d)", path.name)
+        if named and image_size is None and llamagen.GENERATOR.recognises(shapes_of(weights.tensors)):
+            image_size = int(named[1])
+            told = f"for images of {image_size} pixels, because the file's name says so (--image-size says another)"
+            notes = [told, *notes]
+        found = examine(weights.tensors, str(path), image_size=image_size, settings=settings)
         if tokenizer is not None and found.official.component == "tokenizer":
             raise UserError("--tokenizer: for generators alone; leave --tokenizer away")
         parts = {"": (found, weights.tensors)}
@@ -93,7 +100,7 @@ def convert(
         }
     with folder_at_once(to) as partial:
         return [
-            write(partial / part, to / part, found, state, about(found, to / part, tokenizer, partial), weights)
+            write(partial / part, to / part, found, state, about(found, to / part, tokenizer, partial), weights, notes)
             for part, (found, state) in parts.items()
         ]
 
@@ -122,16 +129,18 @@ def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Js
     return {"component": "generator", **to_dict(origin)}
 
 
-def write(folder: Path, final: Path, found: Found, state: State, head: JsonMap, weights: Weights) -> Converted:
+def write(
+    folder: Path, final: Path, found: Found, state: State, head: JsonMap, weights: Weights, notes: list[str]
+) -> Converted:
     """Writes the component folder that will be `final`, and says what is in it."""
     official, module = found.official, found.module
     ours, unused = official.to_ours(state, found.config)
     check_finite(ours, str(weights.files[0]))
     save_component(folder, {**head, **to_dict(found.config)}, ours)
-    notes = [*found.notes, *weights.notes]
     if unused:
         save_tensors(folder / UNUSED, unused)
-        notes.append(f"set aside for the way back: {len(unused)} tensors ({', '.join(list(unused)[:2])} ...)")
+        held = ", ".join(list(unused)[:2])
+        notes = [*notes, f"set aside for the way back: {len(unused)} tensors ({held} ...)"]
     write_json(folder / SOURCE, {"recognised_as": official.name, **weights.source})
     return Converted(
         folder=final,

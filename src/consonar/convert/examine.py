@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -30,8 +28,6 @@ class Found:
     official: Official
     config: ModelConfig
     module: Generator | TokenizerModule
-    notes: tuple[str, ...] = ()
-    """What was assumed."""
 
 
 def recognise(shapes: Shapes, where: str) -> Official:
@@ -53,24 +49,8 @@ def build(component: str, config: ModelConfig, name: str) -> Generator | Tokeniz
         return GENERATORS[config.kind].model(config)
 
 
-def image_size_in_name(path: Path) -> int | None:
-    """384 or 512 where LlamaGen's file names say so (`c2i_XL_384.pt`); shapes do not."""
-    named = re.search(r"(?<!\d)(384|512)(?!\d)", path.name)
-    return int(named[1]) if named else None
-
-
-def examine(
-    state: State,
-    where: str,
-    *,
-    image_size: int | None = None,
-    named: int | None = None,
-    settings: JsonMap | None = None,
-) -> Found:
-    """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes.
-
-    `named` is the image size that the file's name says, taken for LlamaGen alone; `image_size` says another.
-    """
+def examine(state: State, where: str, *, image_size: int | None = None, settings: JsonMap | None = None) -> Found:
+    """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes."""
     meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
     official = recognise(shapes_of(meta), where)
     try:
@@ -78,14 +58,7 @@ def examine(
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         cause = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{where}: looks like {official.name}, but {cause}") from error
-    changes, notes = dict(settings or {}), []
-    if image_size is not None and "image_size" in changes:
-        raise UserError(f"--image-size: {image_size}, and --setting has image_size too; keep one")
-    if image_size is None and named is not None and config.kind == "llamagen":
-        image_size = named
-        notes = [f"for images of {named} pixels, because the file's name says so (--image-size says another)"]
-    if image_size is not None:
-        changes = {**sized(config, image_size, where), **changes}
+    changes = {**(sized(config, image_size, where) if image_size is not None else {}), **(settings or {})}
     if changes:
         config = from_dict({**to_dict(config), **changes}, where, type(config))
     ours, unused = official.to_ours(meta, config)
@@ -93,7 +66,7 @@ def examine(
     check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
     back = official.to_official(ours, unused, config)
     assert shapes_of(back) == shapes_of(meta), f"{official.name}: the way back changes keys or shapes"
-    return Found(official, config, module, tuple(notes))
+    return Found(official, config, module)
 
 
 def sized(config: ModelConfig, image_size: int, where: str) -> Json:

@@ -24,7 +24,6 @@ from consonar.options import Count, CountOrZero
 from consonar.tokenizers.base import Codebook, as_grid
 from consonar.tokenizers.vit import (
     BASE,
-    Attention,
     Encoder,
     Transformer,
     TransformerConfig,
@@ -60,7 +59,7 @@ class AliTokDecoder(Transformer):
     """(B, 3, H, W) within [0, 1] <- codes (B, N, C)."""
 
     def __init__(self, config: AliTokConfig):
-        super().__init__(config.decoder, Attention)
+        super().__init__(config.decoder, packed=False)
         width, self.patch_size, self.side = config.decoder.width, config.decoder.patch_size, config.decoder_side
         self.decoder_embed = nn.Linear(config.code_dim, width)
         self.class_embedding = learned_table(config.num_buffer_tokens, width)
@@ -81,7 +80,7 @@ class AliTokTokenizer(ViTTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
     def __init__(self, config: AliTokConfig, name: str = "alitok"):
-        encoder = Encoder(config, config.grid.num_tokens, Attention, class_token=False, scrambled=False)
+        encoder = Encoder(config, config.grid.num_tokens, packed=False, class_token=False, scrambled=False)
         super().__init__(config, name, config.grid, encoder, AliTokDecoder(config), l2_normalize=False)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         self.apply(initialise)

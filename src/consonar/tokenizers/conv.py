@@ -153,18 +153,19 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """(B, 3, H, W) in [0, 1], not clamped <- (B, C, h, w). `backwards`: levels are stored from full to lowest."""
+    """(B, 3, H, W) in [0, 1], not clamped <- (B, C, h, w), with `count` residual blocks a level. MaskGIT's levels are
+    stored from full to lowest resolution."""
 
-    def __init__(self, config: ConvConfig, blocks: Blocks, count: int, *, backwards: bool):
+    def __init__(self, config: ConvConfig, blocks: Blocks, count: int):
         super().__init__()
         widths, groups = config.widths[::-1], config.num_groups
         self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
         self.mid = middle(blocks, widths[0], count, groups)
         steps = list(pairwise([widths[0], *widths]))
-        self.up, self.backwards = nn.ModuleList(), backwards
-        for width_in, width_out in reversed(steps) if backwards else steps:
+        self.up, self.backwards = nn.ModuleList(), blocks == "block"
+        for width_in, width_out in reversed(steps) if self.backwards else steps:
             self.up.append(level(blocks, width_in, width_out, count, groups))
-            if len(self.up) != (1 if backwards else len(steps)):  # all but full resolution
+            if len(self.up) != (1 if self.backwards else len(steps)):  # all but full resolution
                 self.up[-1].add_module("upsample_conv", DoublingConv(width_out))
         self.norm_out = normalization(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)

@@ -24,17 +24,11 @@ class MaskGITConfig(ConvConfig):
     kind: Literal["maskgit-vq"] = "maskgit-vq"
 
 
-class MaskGITDecoder(ConvDecoder):
-    """(B, 3, H, W) in [0, 1], not clamped <- (B, C, h, w)."""
-
-    def __init__(self, config: MaskGITConfig):
-        super().__init__(config, "block", config.num_res_blocks, backwards=True)
-
-
 class MaskGITTokenizer(ConvTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
     def __init__(self, config: MaskGITConfig, name: str = "maskgit-vq"):
         super().__init__(config, name)
-        self.encoder, self.decoder = ConvEncoder(config, "block", strided=False), MaskGITDecoder(config)
+        self.encoder = ConvEncoder(config, "block", strided=False)
+        self.decoder = ConvDecoder(config, "block", config.num_res_blocks)
         self.quantize = Codebook(config.vocab_size, config.code_dim)

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from consonar.errors import UserError
 from consonar.options import Count
 from consonar.tokenizers.base import Codebook, as_grid
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITDecoder
+from consonar.tokenizers.conv import ConvDecoder
+from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.vit import (
     LARGE,
     Encoder,
-    PackedAttention,
     Transformer,
     TransformerConfig,
     ViTConfig,
@@ -80,7 +80,7 @@ class TiTokDecoder(Transformer):
     """(B, 3, H, W) in [0, 1], or logits (B, K, h, w) over the pixel decoder's codes <- codes (B, N, C)."""
 
     def __init__(self, config: TiTokConfig):
-        super().__init__(config.decoder, PackedAttention)
+        super().__init__(config.decoder, packed=True)
         width, self.patch_size, self.side = config.decoder.width, config.decoder.patch_size, config.decoder_side
         self.writes_pixels = config.pixel_decoder is None
         self.decoder_embed = nn.Linear(config.code_dim, width)
@@ -111,13 +111,13 @@ class TiTokTokenizer(ViTTokenizer):
 
     def __init__(self, config: TiTokConfig, name: str = "titok"):
         first_form = config.pixel_decoder is not None
-        encoder = Encoder(config, config.num_tokens, PackedAttention, class_token=True, scrambled=first_form)
+        encoder = Encoder(config, config.num_tokens, packed=True, class_token=True, scrambled=first_form)
         super().__init__(config, name, None, encoder, TiTokDecoder(config), config.l2_normalize)
         self.apply(initialise)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         if config.pixel_decoder is not None:
             self.pixel_quantize = Codebook(config.pixel_decoder.vocab_size, config.pixel_decoder.code_dim)
-            self.pixel_decoder = MaskGITDecoder(config.pixel_decoder)
+            self.pixel_decoder = ConvDecoder(config.pixel_decoder, "block", config.pixel_decoder.num_res_blocks)
 
     def pixels(self, codes: Tensor) -> Tensor:
         decoded = self.decoder(codes)

@@ -79,49 +79,35 @@ class ViTConfig(TokenizerConfig):
         return self.image_size // self.decoder.patch_size
 
 
-def attend(projected: Tensor, num_heads: int) -> Tensor:
-    """Every position over all: (B, L, D) <- queries, keys and values (B, L, 3 * D)."""
-    q, k, v = projected.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
 class Attention(nn.Module):
-    """Self-attention; `in_proj` is a layer, as in AliTok's files."""
+    """Self-attention. The projection to queries, keys and values has the names of `nn.MultiheadAttention` in TiTok's
+    files (`packed`), and is a layer in AliTok's."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, *, packed: bool):
         super().__init__()
-        self.num_heads = num_heads
-        self.in_proj = nn.Linear(width, 3 * width)
+        self.num_heads, self.packed = num_heads, packed
+        if packed:
+            self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
+            self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        else:
+            self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(attend(self.in_proj(x), self.num_heads))
-
-
-class PackedAttention(nn.Module):
-    """Self-attention; the projection has the names of `nn.MultiheadAttention`, as in TiTok's files."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(attend(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads))
-
-
-AttentionClass = type[Attention] | type[PackedAttention]
+        """Every position over all: (B, L, D) <- (B, L, D)."""
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias) if self.packed else self.in_proj(x)
+        q, k, v = projected.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, attention: nn.Module):
+    def __init__(self, config: TransformerConfig, *, packed: bool):
         super().__init__()
+        width = config.width
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = attention
+        self.attn = Attention(width, config.num_heads, packed=packed)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
@@ -135,12 +121,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """What encoders and decoders are made of: norm, blocks, norm. Subclasses add what goes in and out."""
 
-    def __init__(self, config: TransformerConfig, attention: AttentionClass):
+    def __init__(self, config: TransformerConfig, *, packed: bool):
         super().__init__()
         self.ln_pre = nn.LayerNorm(config.width)
-        self.transformer = nn.ModuleList(
-            Block(config.width, attention(config.width, config.num_heads)) for _ in range(config.num_layers)
-        )
+        self.transformer = nn.ModuleList(Block(config, packed=packed) for _ in range(config.num_layers))
         self.ln_post = nn.LayerNorm(config.width)
 
     def run(self, x: Tensor, kept: slice) -> Tensor:
@@ -154,10 +138,8 @@ class Transformer(nn.Module):
 class Encoder(Transformer):
     """Latents (B, N, C) <- images (B, 3, H, W) in [0, 1] and queries (N, D); a class token first where there is one."""
 
-    def __init__(
-        self, config: ViTConfig, num_tokens: int, attention: AttentionClass, *, class_token: bool, scrambled: bool
-    ):
-        super().__init__(config.encoder, attention)
+    def __init__(self, config: ViTConfig, num_tokens: int, *, packed: bool, class_token: bool, scrambled: bool):
+        super().__init__(config.encoder, packed=packed)
         width, patch_size = config.encoder.width, config.encoder.patch_size
         self.num_tokens, self.class_token, self.scrambled = num_tokens, class_token, scrambled
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)

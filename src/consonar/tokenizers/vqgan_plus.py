@@ -72,7 +72,7 @@ class VQGANPlusTokenizer(ConvTokenizer):
         super().__init__(config, name, l2_normalize=config.l2_normalize)
         blocks = config.num_res_blocks if config.num_decoder_blocks is None else config.num_decoder_blocks
         self.encoder = ConvEncoder(config, "res_blocks", strided=config.downsample == "convolution")
-        self.decoder = ConvDecoder(config, "res_blocks", blocks, backwards=False)
+        self.decoder = ConvDecoder(config, "res_blocks", blocks)
         self.lookup_free = config.quantizer == "lookup-free"
         if not self.lookup_free:
             self.quantize = Codebook(config.vocab_size, config.code_dim)
