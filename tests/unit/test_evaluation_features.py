@@ -203,7 +203,7 @@ def test_efficientnet_features():
 
 
 def test_a_backbone_that_one_caller_moves_stays_where_it_was_for_the_others() -> None:
-    first, _ = load_efficientnet_lite0()
-    second, _ = load_efficientnet_lite0()
+    first = load_efficientnet_lite0()
+    second = load_efficientnet_lite0()
     first.to("meta")
     assert not any(parameter.is_meta for parameter in second.parameters())

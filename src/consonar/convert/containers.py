@@ -201,18 +201,15 @@ def without_prefix(weights: Weights) -> Weights:
     prefix = ""
     while found := [p for p in PREFIXES if all(key.startswith(prefix + p) for key in weights.tensors)]:
         prefix += found[0]
-    tensors: State = {}
     known: dict[str, str] = {}
     for key, value in weights.tensors.items():
-        plain = bare(key)
-        if plain in known and not torch.equal(tensors[plain], value):
+        first = known.setdefault(bare(key), key)
+        if first != key and not torch.equal(weights.tensors[first], value):
             raise UserError(
-                f"{weights.files[0]}: holds {known[plain]!r} and {key!r}, which are one weight with two values; "
+                f"{weights.files[0]}: holds {first!r} and {key!r}, which are one weight with two values; "
                 "keep the one that is meant"
             )
-        known.setdefault(plain, key)
-        tensors.setdefault(plain, value)
-    return replace(weights, tensors=tensors, prefix=prefix)
+    return replace(weights, tensors={plain: weights.tensors[key] for plain, key in known.items()}, prefix=prefix)
 
 
 def bare(key: str) -> str:

