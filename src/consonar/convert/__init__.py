@@ -124,7 +124,7 @@ def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Js
             raise UserError(
                 f"--tokenizer: {tokenizer} has {key} {getattr(loaded, key)}, the generator {getattr(found.module, key)}"
             )
-    name = tokenizer if beside.is_dir() or not Path(tokenizer).is_dir() else str(Path(tokenizer).resolve())
+    name = str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer
     origin = Origin(tokenizer=name, tokenizer_fingerprint=loaded.fingerprint)
     return {"component": "generator", **to_dict(origin)}
 

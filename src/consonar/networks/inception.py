@@ -39,9 +39,7 @@ from consonar.networks.base import Frozen, WeightFile, pieces, with_weights
 
 INPUT_SIZE = 299
 """Pixels."""
-NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7
-NORM_EPS = 1e-3
 _NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS = WeightFile(
     "inception", _NAME, f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_NAME}", "6726825d"
@@ -54,7 +52,7 @@ class ConvNorm(nn.Module):
     def __init__(self, channels: int, width: int, kernel: tuple[int, int], stride: int, padding: tuple[int, int]):
         super().__init__()
         self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=NORM_EPS)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return functional.relu(self.bn(self.conv(hidden)), inplace=True)
@@ -192,7 +190,7 @@ class InceptionV3(Frozen):
         self.Mixed_7b = block_8(1280, average_pool)
         # The published graph pools by maximum here, unlike the paper and torchvision.
         self.Mixed_7c = block_8(2048, max_pool)
-        self.fc = nn.Linear(2048, NUM_CLASSES)
+        self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> InceptionOutputs:

@@ -41,12 +41,6 @@ class TransformerConfig:
     patch_size: Count = 16
     """Side of the square patches that the image is cut into, pixels."""
 
-    def check(self, key: str, image_size: int) -> None:
-        """Raises `UserError` under `key` for sizes that do not fit together or do not fit the image."""
-        check_options(self, f"{key}.")
-        if image_size % self.patch_size:
-            raise UserError(f"{key}.patch_size: {self.patch_size} does not divide the image_size {image_size}")
-
 
 BASE = TransformerConfig(width=768, num_layers=12, num_heads=12)
 LARGE = TransformerConfig(width=1024, num_layers=24, num_heads=16)
@@ -65,13 +59,10 @@ class ViTConfig(TokenizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.encoder.check("model.encoder", self.image_size)
-        self.decoder.check("model.decoder", self.image_size)
-
-    @property
-    def encoder_side(self) -> int:
-        """Patches along one side of the image as the encoder reads it."""
-        return self.image_size // self.encoder.patch_size
+        for key, side in (("model.encoder", self.encoder), ("model.decoder", self.decoder)):
+            check_options(side, f"{key}.")
+            if self.image_size % side.patch_size:
+                raise UserError(f"{key}.patch_size: {side.patch_size} does not divide the image_size {self.image_size}")
 
     @property
     def decoder_side(self) -> int:
@@ -145,7 +136,8 @@ class Encoder(Transformer):
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         if class_token:
             self.class_embedding = learned_table(1, width)
-        self.positional_embedding = learned_table(config.encoder_side**2 + class_token, width)
+        num_patches = (config.image_size // patch_size) ** 2
+        self.positional_embedding = learned_table(num_patches + class_token, width)
         self.latent_token_positional_embedding = learned_table(num_tokens, width)
         self.conv_out = nn.Conv2d(width, config.code_dim, 1)
 
