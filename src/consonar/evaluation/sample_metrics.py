@@ -18,7 +18,7 @@ from consonar.evaluation.inputs import ReferenceSet, SampleSet
 from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.distribution import Target
-from consonar.networks.features import FeatureNetwork, ScoringNetwork
+from consonar.networks import FeatureNetwork, ScoringNetwork
 from consonar.options import Count, Range, check_options
 from consonar.seeding import check_seed
 
