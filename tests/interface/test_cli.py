@@ -92,20 +92,20 @@ def test_an_interrupted_sampling_job_goes_on(trained: Path, tmp_path: Path, monk
     generator = load_generator(trained / "run")
     tokenizer = load_tokenizer(json.loads((trained / "run" / "model" / "config.json").read_text())["tokenizer"])
     labels = jobs.balanced_labels(6, generator.num_classes)
-    job = jobs.make_job(generator, tokenizer, labels, seed=0, sampler=SamplerConfig(), source="run")
-    whole = jobs.run_job(job, generator, tokenizer, tmp_path / "whole.npz", shard_size=2)
+    job = jobs.Job(generator, tokenizer, labels, seed=0, sampler=SamplerConfig(), source="run")
+    whole = jobs.run_job(job, tmp_path / "whole.npz", shard_size=2)
 
     def stop_after_two(done: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_job(job, generator, tokenizer, tmp_path / "cut.npz", shard_size=2, progress=stop_after_two)
+        jobs.run_job(job, tmp_path / "cut.npz", shard_size=2, progress=stop_after_two)
     assert not (tmp_path / "cut.npz").exists()
     drawn: list[int] = []
     original = jobs.sample
     monkeypatch.setattr(jobs, "sample", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
-    resumed = jobs.run_job(job, generator, tokenizer, tmp_path / "cut.npz", shard_size=2)
+    resumed = jobs.run_job(job, tmp_path / "cut.npz", shard_size=2)
     assert drawn == [2]
     with np.load(whole) as a, np.load(resumed) as b:
         assert sorted(a.files) == sorted(b.files) and all(np.array_equal(a[key], b[key]) for key in a.files)

@@ -14,8 +14,7 @@ from golden import Golden
 from torch.func import functional_call
 
 from consonar.generators.rear import ReARConfig, ReARGenerator
-from consonar.sampling.guidance import power_cosine_scale
-from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.sampling.sample import SamplerConfig, power_cosine_scale, sample_tokens
 from consonar.training.losses import codebook_alignment_loss, next_token_accuracy, next_token_loss
 from consonar.training.noise import corrupt_tokens
 from consonar.training.trainee import HeadSpec, Trainee

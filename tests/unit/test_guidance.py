@@ -4,7 +4,7 @@ from typing import get_args
 import pytest
 import torch
 
-from consonar.sampling.guidance import GuidanceSchedule, guided_logits, power_cosine_scale, scale_at
+from consonar.sampling.sample import GuidanceSchedule, guided_logits, power_cosine_scale, scale_at
 
 N = 16
 

@@ -30,13 +30,13 @@ def draw(tiny_generator, tokenizer, tmp_path):
 
     def run(name="a.npz", size=2, stop=None, seed=0, source="run", origin=None, **options):
         labels, sampler = jobs.balanced_labels(COUNT, 3), SamplerConfig()
-        job = jobs.make_job(generator, tokenizer, labels, seed=seed, sampler=sampler, source=source, origin=origin)
+        job = jobs.Job(generator, tokenizer, labels, seed=seed, sampler=sampler, source=source, origin=origin)
 
         def progress(done):
             if done == stop:
                 raise KeyboardInterrupt
 
-        return jobs.run_job(job, generator, tokenizer, tmp_path / name, shard_size=size, progress=progress, **options)
+        return jobs.run_job(job, tmp_path / name, shard_size=size, progress=progress, **options)
 
     return run
 
@@ -107,9 +107,9 @@ def test_an_old_folder_of_pictures_is_not_mixed_in(draw, tmp_path):
 def test_a_shard_that_goes_while_the_output_is_made_leaves_no_output(draw, tmp_path, monkeypatch):
     assemble = jobs.assemble
 
-    def racing(folder, job, out):
-        (folder / "shard_00000000_2.npz").unlink()
-        assemble(folder, job, out)
+    def racing(shards, job, out):
+        shards[0][0].unlink()
+        assemble(shards, job, out)
 
     monkeypatch.setattr(jobs, "assemble", racing)
     with pytest.raises(UserError, match="the same command goes on"):
@@ -176,7 +176,7 @@ def test_the_record_knows_the_architecture(tokenizer):
     models = [build_generator(config), build_generator(replace(config, rope_base=100.0))]
     models[1].load_state_dict(models[0].state_dict())
     records = [
-        jobs.make_job(m, tokenizer, jobs.balanced_labels(2, 3), seed=0, sampler=SamplerConfig(), source="x").settings
+        jobs.Job(m, tokenizer, jobs.balanced_labels(2, 3), seed=0, sampler=SamplerConfig(), source="x").settings
         for m in models
     ]
     assert records[0]["generator_sha256"] != records[1]["generator_sha256"]

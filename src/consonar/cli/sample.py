@@ -16,7 +16,7 @@ from consonar.components import load_generator, load_own_tokenizer, load_tokeniz
 from consonar.distributed import pick_device
 from consonar.errors import unknown
 from consonar.origin import same_text
-from consonar.sampling.job import balanced_labels, check_count, make_job, run_job
+from consonar.sampling.job import Job, balanced_labels, check_count, run_job
 from consonar.sampling.sample import SamplerConfig
 
 
@@ -50,14 +50,9 @@ def command(options: Options) -> None:
     codec = (own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)).to(device)
     origin = read_origin(options.generator)
     labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
-    job = make_job(
-        model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin
-    )
+    job = Job(model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin)
     with counting("sample") as count:
-        run_job(
-            job, model, codec, options.out, batch_size=options.batch_size,
-            progress=lambda done: count(done, len(labels)),
-        )  # fmt: skip
+        run_job(job, options.out, batch_size=options.batch_size, progress=lambda done: count(done, len(labels)))
     say(f"{len(labels)} images: {options.out}")
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from consonar.components import load_generator, load_own_tokenizer, read_origin, weights_sha256
 from consonar.config_io import to_dict
@@ -23,7 +22,7 @@ from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
 from consonar.evaluation.results import RESULTS, Evaluation, Measurement, is_measured, origin_of_numbers, replacing
-from consonar.evaluation.sample_metrics import EvaluationSettings, PreparedReference, prepare_reference
+from consonar.evaluation.sample_metrics import EvaluationSettings, PreparedReference
 from consonar.files.lock import holds_first_argument
 from consonar.files.readers import read_npz
 from consonar.files.writers import file_sha256, write_atomically, write_json
@@ -32,7 +31,7 @@ from consonar.metrics import decides
 from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
 from consonar.origin import check
-from consonar.sampling.job import balanced_labels, check_count, make_job, run_job, write_npz
+from consonar.sampling.job import Job, balanced_labels, check_count, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig
 from consonar.types import Generator
 
@@ -91,11 +90,11 @@ def evaluate_run(
 ) -> Json:
     """Samples a finished run at every temperature, measures each against `reference`, and writes results.json into it.
 
-    `feature_network` is a name of `FEATURE_NETWORKS`; `target` the encoded reference where several runs share it; else
-    it is opened here without `bad` images. Beside results.json: samples_tX.npz (some images of each row, with their
-    nearest training images) and, of validation images and where wanted, reconstructions.npz and reconstruction.json.
-    What was there stays until all is measured. `progress` gets what is being done, in words. Returns the content of
-    results.json. Raises `UserError` for a run that is not finished, and when results exist, unless `overwrite`.
+    `target` is the encoded reference where several runs share it; else it is opened here without `bad` images. Beside
+    results.json, whose content is returned: samples_tX.npz (some images of each row, with their nearest training
+    images) and, of validation images and where wanted, reconstructions.npz and reconstruction.json. What was there
+    stays until all is measured. `progress` gets what is being done, in words. Raises `UserError` for a run that is not
+    finished, and when results exist, unless `overwrite`.
     """
     if (folder / RESULTS).exists() and not overwrite:
         of = "" if is_measured(folder) else " of weights that have changed since"
@@ -105,7 +104,7 @@ def evaluate_run(
     sharpness = Sharpness(reference, run.tokenizer, settings.batch_size, run.origin, bad)
     samplers = samplers_of(settings, sharpness, run.generator)
     target = target_of(run, reference, target, settings.batch_size, bad)
-    prepared = prepare_reference(target, network, settings)  # what is wrong is found before hours of sampling
+    prepared = PreparedReference(target, network, settings)  # what is wrong is found before hours of sampling
     progress(f"reference: {target.about}")
     entropies, unavailable = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers]), {}
     if isinstance(entropies, str):
@@ -163,12 +162,9 @@ def target_of(
 def measure_row(
     run: FinishedRun, sampler: SamplerConfig, reference: PreparedReference, settings: RunSettings, staged: Path
 ) -> tuple[Json, Evaluation]:
-    """Draws the samples of one row, measures them, and keeps some in `staged`: a row of results.json.
-
-    It holds the sampler's settings, the metrics, and the mean entropy of what the samples were drawn from.
-    """
+    """Draws the samples of one row of results.json, measures them, and keeps some in `staged`."""
     labels = balanced_labels(settings.num_samples, run.generator.num_classes)
-    job = make_job(
+    job = Job(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
         origin=run.origin,
     )  # fmt: skip
@@ -176,7 +172,7 @@ def measure_row(
     name = f"samples_t{repr(float(sampler.temperature)).removesuffix('.0')}.npz"
     drawn, kept = run.folder / f".{name}", staged / name
     drawn.unlink(missing_ok=True)
-    run_job(job, run.generator, run.tokenizer, drawn, batch_size=settings.batch_size, restart=True)
+    run_job(job, drawn, batch_size=settings.batch_size, restart=True)
     results = compare(load_samples(drawn), reference, settings)
     keep_some(drawn, kept, reference.given, results.copies, run.origin.class_names)
     entropy = float(read_npz(drawn, ["entropy"])["entropy"].mean())
@@ -202,11 +198,7 @@ def best_row(rows: list[Json]) -> int:
 
 
 def keep_some(
-    drawn: Path,
-    kept: Path,
-    reference: ReferenceSet,
-    copies: dict[str, CopyRate],
-    class_names: tuple[str, ...] | None,
+    drawn: Path, kept: Path, reference: ReferenceSet, copies: dict[str, CopyRate], class_names: tuple[str, ...] | None
 ) -> None:
     """Some images of a sample file, with the nearest training image of each, into a small file for reports.
 
@@ -220,16 +212,11 @@ def keep_some(
         rows = (torch.arange(KEPT_IMAGES) * min(num_classes, count) // KEPT_IMAGES).unique()
     of_rows = {key: stored[key][rows.numpy()] for key in ("labels", "seeds")}
     arrays = {"images": images.pick(rows), **stored, **of_rows}
-    if (nearest := nearest_to(rows, copies)) is not None:
+    # By features, or by tokens where not all of these have features.
+    covering = [found for found in copies.values() if torch.isin(rows, found.rows).all()]
+    if covering:
+        nearest = covering[0].indices[torch.searchsorted(covering[0].rows, rows)]
         arrays["nearest_train"] = reference.images["train"].pick(nearest)
     if class_names is not None:
         arrays["class_names"] = np.array(class_names)
     write_atomically(kept, lambda partial: write_npz(partial, arrays))
-
-
-def nearest_to(rows: Tensor, copies: dict[str, CopyRate]) -> Tensor | None:
-    """The training image nearest to each of these samples: by features, or by tokens where not all have features."""
-    for kind in ("features", "tokens"):
-        if kind in copies and bool(torch.isin(rows, copies[kind].rows).all()):
-            return copies[kind].indices[torch.searchsorted(copies[kind].rows, rows)]
-    return None

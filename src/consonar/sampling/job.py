@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,64 +42,47 @@ OTHER_ENDINGS = {*IMAGE_ENDINGS, ".npy", ".zip", ".tar", ".gz", ".pt", ".safeten
 """Endings of files that are not written here; any other dot (t0.9) is part of a folder's name."""
 
 PLACES = ("generator", "tokenizer", "origin")
-"""Settings that say where things lie or come from; the hashes beside them say what they are."""
+"""Settings of a job that say where things lie or come from; the hashes beside them say what they are."""
 
 
-@dataclass(frozen=True)
 class Job:
-    """What is drawn: one class and one seed per image, and how."""
+    """What is drawn: image i is of class labels[i], (n,) int64, and has the seed `seed` + i, from 0 to 2^63 - 1.
 
-    labels: Tensor
-    """(n,) int64."""
-    seeds: tuple[int, ...]
-    sampler: SamplerConfig
-    settings: Json
-    """Everything the result depends on, written beside it."""
-    shard_size: int = 512
-    """Images drawn between two saves."""
-
-    def shards(self, folder: Path) -> list[tuple[Path, slice]]:
-        """Every shard of the job: its file, and which of the images it holds."""
-        return [
-            (folder / f"shard_{start:08d}_{self.shard_size}.npz", slice(start, start + self.shard_size))
-            for start in range(0, len(self.labels), self.shard_size)
-        ]
-
-
-def make_job(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    labels: Tensor,
-    *,
-    seed: int,
-    sampler: SamplerConfig,
-    source: str,
-    origin: Origin | None = None,
-) -> Job:
-    """A job of len(labels) images; image i has seed `seed` + i, from 0 to 2^63 - 1.
-
-    `origin` is that of the generator, which is called `source`. Raises `UserError` for a seed outside that range, wrong
-    classes, a tokenizer that does not fit, and one that `origin` does not name.
+    The generator is called `source`, and `origin` is what it was made of. Raises `UserError` for a seed outside that
+    range, wrong classes, a tokenizer that does not fit, and one that `origin` does not name.
     """
-    check_seed(seed, "seed", len(labels))
-    check_fit(generator, tokenizer)
-    used, origin = of_tokenizer(tokenizer), origin or Origin()
-    remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
-    check("tokenizer", used, origin, source, remedy)
-    check_condition(labels, generator)
-    settings = {
-        "generator": source,
-        "generator_sha256": component_fingerprint(to_dict(generator.config), generator.state_dict()),
-        "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": used.tokenizer_fingerprint,
-        "origin": to_dict(origin),
-        "sampler": to_dict(sampler),
-        "seed": seed,
-        "num_samples": len(labels),
-        "labels_sha256": component_fingerprint({}, {"labels": labels}),
-        "torch": torch.__version__,
-    }
-    return Job(labels, tuple(range(seed, seed + len(labels))), sampler, settings)
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        labels: Tensor,
+        *,
+        seed: int,
+        sampler: SamplerConfig,
+        source: str,
+        origin: Origin | None = None,
+    ) -> None:
+        check_seed(seed, "seed", len(labels))
+        check_fit(generator, tokenizer)
+        used, origin = of_tokenizer(tokenizer), origin or Origin()
+        remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
+        check("tokenizer", used, origin, source, remedy)
+        check_condition(labels, generator)
+        self.generator, self.tokenizer, self.sampler = generator, tokenizer, sampler
+        self.labels, self.seeds = labels, range(seed, seed + len(labels))
+        self.settings: Json = {  # everything the result depends on, written beside it
+            "generator": source,
+            "generator_sha256": component_fingerprint(to_dict(generator.config), generator.state_dict()),
+            "tokenizer": tokenizer.name,
+            "tokenizer_fingerprint": used.tokenizer_fingerprint,
+            "origin": to_dict(origin),
+            "sampler": to_dict(sampler),
+            "seed": seed,
+            "num_samples": len(labels),
+            "labels_sha256": component_fingerprint({}, {"labels": labels}),
+            "torch": torch.__version__,
+        }
 
 
 def check_count(num_samples: int, key: str, seed: int = 0) -> None:
@@ -122,8 +104,6 @@ def balanced_labels(num_samples: int, num_classes: int) -> Tensor:
 
 def run_job(
     job: Job,
-    generator: Generator,
-    tokenizer: Tokenizer,
     out: Path,
     *,
     batch_size: int = 64,
@@ -148,15 +128,21 @@ def run_job(
         raise UserError(f"--out: {many}; use .npz or a folder")
     if ending in OTHER_ENDINGS:
         raise UserError(f"--out: samples are not written as {out.suffix}; choices: .png, .npz, or a folder")
-    job, folder = replace(job, shard_size=shard_size), out.with_name(f"{out.name}.parts")
+    folder = out.with_name(f"{out.name}.parts")
+    shards = [
+        (folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))
+        for start in range(0, len(job.labels), shard_size)
+    ]
     with hold(folder):
         if out.exists():
             raise UserError(f"--out: {out} exists: another process has made it meanwhile; choose another name")
         claim(folder, job, restart)
-        for path, rows in job.shards(folder):
+        for path, rows in shards:
             labels, seeds = job.labels[rows], job.seeds[rows]
             if not is_whole(path, labels, seeds):
-                drawn = sample(generator, tokenizer, labels, seeds=seeds, config=job.sampler, batch_size=batch_size)
+                drawn = sample(
+                    job.generator, job.tokenizer, labels, seeds=seeds, config=job.sampler, batch_size=batch_size
+                )
                 arrays = {
                     "arr_0": to_uint8(drawn.images).numpy(),
                     "labels": labels.numpy(),
@@ -168,7 +154,7 @@ def run_job(
             if progress:
                 progress(rows.start + len(labels))
         try:
-            assemble(folder, job, out)
+            assemble(shards, job, out)
         except (FileNotFoundError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder}: changed while {out} was made of it; the same command goes on") from error
         shutil.rmtree(folder)
@@ -177,41 +163,36 @@ def run_job(
 
 def claim(folder: Path, job: Job, restart: bool) -> None:
     """Makes the folder of unfinished work this job's; `UserError` when it is another's, unless `restart`."""
-    record = folder / "job.json"
-    if not record.exists() and not is_unused(folder):
+    record, change = folder / "job.json", ""
+    if record.exists():
+        try:
+            before = read_json(record)
+            now = json.loads(json.dumps(job.settings))  # tuples are lists in JSON
+            changed = [key for key in {**now, **before} if key not in PLACES and now.get(key) != before.get(key)]
+            change = f"another {', '.join(changed)}" if changed else ""
+        except UserError:
+            change = "its job.json is damaged"
+    elif not is_unused(folder):
         what = "where unfinished samples would be, holds something else"
         raise UserError(f"--out: {folder}, {what}; choose another name")
-    if change := different(record, job.settings) if record.exists() else None:
-        if not restart:
-            what = f"holds unfinished samples of another job ({change})"
-            raise UserError(f"--out: {folder} {what}; remove it or choose another name")
+    if change and not restart:
+        what = f"holds unfinished samples of another job ({change})"
+        raise UserError(f"--out: {folder} {what}; remove it or choose another name")
+    if change:
         for path in folder.glob("shard_*.npz"):  # of the job that is given up
             path.unlink()
     write_json(record, job.settings)
 
 
-def different(record: Path, settings: Mapping[str, object]) -> str | None:
-    """Which settings of a stored job are not these, by content; None where none is."""
-    try:
-        before = read_json(record)
-    except UserError:
-        return "its job.json is damaged"
-    now = json.loads(json.dumps(settings))  # tuples are lists in JSON
-    changed = [key for key in {**now, **before} if key not in PLACES and now.get(key) != before.get(key)]
-    return f"another {', '.join(changed)}" if changed else None
-
-
 def is_whole(path: Path, labels: Tensor, seeds: Sequence[int]) -> bool:
     """Whether a shard is there, undamaged, and has the images of these classes and seeds."""
-    needed = {"labels": labels.numpy(), "seeds": np.array(seeds), "arr_0": None, "tokens": None, "entropy": None}
+    keys = ("labels", "seeds", "arr_0", "tokens", "entropy")
     try:
-        arrays = read_npz(path, needed)
+        arrays = read_npz(path, keys)
     except UserError:  # missing, cut short, or something else
         return False
-    return arrays.keys() == needed.keys() and all(
-        len(arrays[key]) == len(labels) if expected is None else np.array_equal(arrays[key], expected)
-        for key, expected in needed.items()
-    )
+    complete = len(arrays) == len(keys) and all(array.shape[:1] == labels.shape for array in arrays.values())
+    return complete and np.array_equal(arrays["labels"], labels.numpy()) and np.array_equal(arrays["seeds"], seeds)
 
 
 def write_npz(path: Path, arrays: dict[str, Any]) -> None:
@@ -220,16 +201,15 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def assemble(folder: Path, job: Job, out: Path) -> None:
-    """Writes the finished output from the job's shards in `folder`, one shard in memory at a time."""
-    shards = job.shards(folder)
+def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path) -> None:
+    """Writes the finished output from the job's shards, one shard in memory at a time."""
     if out.suffix.lower() == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path, _ in shards])
         save_grid(from_uint8(torch.from_numpy(images)), out)
     elif out.suffix.lower() == ".npz":
         write_atomically(out, partial(merge_npz, [path for path, _ in shards], job))
     else:
-        unfinished = folder / "pictures"
+        unfinished = shards[0][0].with_name("pictures")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         for path, rows in shards:

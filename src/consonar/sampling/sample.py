@@ -1,4 +1,4 @@
-"""Sampling: tokens one by one with a cache, then one decode.
+"""Sampling: tokens one by one with a cache, classifier-free guidance, then one decode.
 
 Every image has a seed of its own and draws one uniform number per token by inverse transform, so that a sample depends
 on its seed, condition and settings, and on the batch it is drawn in by rounding alone (docs/sampling.md); two models
@@ -8,10 +8,11 @@ order, as in LlamaGen's sampler.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from consonar.errors import UserError
 from consonar.options import LARGEST, SMALLEST, CountOrZero, NotNegative, Options, Positive, Range, ReadOnlyWith
 from consonar.origin import check, of_tokenizer
 from consonar.records import device_of, to_device
-from consonar.sampling.guidance import GuidanceSchedule, guided_logits, scale_at
 from consonar.seeding import choose, uniform
 from consonar.seeding import generator as seeded
 from consonar.types import Condition, Generator, Tokenizer
 
+GuidanceSchedule = Literal["constant", "linear", "power_cosine", "power_cosine_vapi", "interval"]
 GREEDY = "0 takes the most likely token"
 DRAWN = ReadOnlyWith(lambda given: given.temperature > 0, "{}temperature over 0")
 GUIDED = ReadOnlyWith(lambda given: given.guidance_scale != 1, "{}guidance_scale other than 1")
@@ -72,6 +73,48 @@ class Samples:
     entropy: Tensor
 
 
+def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """unconditional + scale (conditional - unconditional); scale 1 is the conditional model (Ho & Salimans 2022)."""
+    if scale == 1:  # exactly, where the sum would be off by rounding
+        return conditional
+    return unconditional + scale * (conditional - unconditional)
+
+
+def power_cosine_scale(scale: float, power: float, position: int, num_tokens: int) -> float:
+    """1 + (scale - 1) (1 - cos(pi (i / N)^power)) / 2 (MDT, used by RAR and reAR): 1 at the first token, `scale` only
+    at i = N, which no token has."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * (position / num_tokens) ** power)) / 2
+
+
+def scale_at(
+    schedule: GuidanceSchedule,
+    scale: float,
+    position: int,
+    num_tokens: int,
+    *,
+    power: float = 1.0,
+    interval_end: int | None = None,
+) -> float:
+    """Guidance scale for the token at `position` (0-based) of `num_tokens`.
+
+    constant: `scale`. linear: from 1 at the first token to `scale` at the last. power_cosine: see above.
+    power_cosine_vapi: `scale` at the first token, then power_cosine over the others, so 1 at the second: VA-pi's
+    sampler does not count the token that the prefill predicts. interval: `scale` up to and including position
+    `interval_end` (None: always), 1 after it; LlamaGen's cfg_interval k, which does not count that token either, is
+    `interval_end` k + 1, and its -1 is None.
+    """
+    if schedule == "constant":
+        return scale
+    if schedule == "linear":
+        return 1 + (scale - 1) * position / max(1, num_tokens - 1)
+    if schedule == "power_cosine":
+        return power_cosine_scale(scale, power, position, num_tokens)
+    if schedule == "power_cosine_vapi":
+        return scale if position == 0 else power_cosine_scale(scale, power, position - 1, num_tokens - 1)
+    assert schedule == "interval", schedule
+    return scale if interval_end is None or position <= interval_end else 1.0
+
+
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """-inf outside the k most likely tokens, then outside the smallest set that reaches `top_p`: (B, V) -> (B, V).
 
@@ -83,9 +126,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all more likely tokens
-        logits = logits.masked_fill(
-            torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p), -torch.inf
-        )
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(outside, -torch.inf)
     return logits
 
 
@@ -185,8 +227,7 @@ def sample(
         tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config or SamplerConfig())
         images = tokenizer.decode(tokens).clamp(-1, 1)
         parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
-    images, tokens, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Samples(images, tokens, entropy)
+    return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def class_ids(classes: Sequence[int] | Tensor) -> Tensor:
@@ -219,8 +260,7 @@ def check_condition(condition: Condition, generator: Generator) -> None:
     choices = f"0..{generator.num_classes - 1}"
     if not isinstance(condition, Tensor):
         if generator.num_classes:
-            kind = type(condition).__name__
-            raise UserError(f"condition: a {kind}, but this generator takes class ids {choices}")
+            raise UserError(f"condition: a {type(condition).__name__}, but this generator takes class ids {choices}")
     elif generator.num_classes == 0:
         raise UserError("classes: this generator has none; it takes captions (`TextCondition`, `PromptCondition`)")
     elif len(wrong := condition[(condition < 0) | (condition >= generator.num_classes)]):
