@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from consonar.errors import UserError
+from consonar.metrics import copying
 from consonar.metrics.copying import copy_rate_features, copy_rate_tokens, hamming_distances
 
 
@@ -28,11 +29,12 @@ def test_hamming_distance_counts_differing_tokens(rng):
 
 @pytest.mark.parametrize("scale", [1, 3_000, 70_000])  # uint8, int16 and int32 inside
 @pytest.mark.parametrize("block", [2, 1024])
-def test_a_sample_is_a_copy_when_strictly_nearer_than_every_validation_image(scale, block):
+def test_a_sample_is_a_copy_when_strictly_nearer_than_every_validation_image(scale, block, monkeypatch):
+    monkeypatch.setattr(copying, "BLOCK", block)
     train = torch.arange(5)[:, None].expand(5, 8) * 2 * scale  # (5, 8): no two images share a token
     validation = torch.stack([changed(train[0], 6), changed(train[1], 3), changed(train[2], 8)])
     samples = torch.stack([train[4], changed(train[3], 2), changed(train[1], 3), changed(train[0], 8)])
-    result = copy_rate_tokens(samples, train, validation, block=block)
+    result = copy_rate_tokens(samples, train, validation)
     assert result.threshold == 3
     assert result.distances.tolist() == [0, 2, 3, 8]
     assert result.is_copy.tolist() == [True, True, False, False]
@@ -62,11 +64,12 @@ def test_the_quantile_makes_the_threshold_robust_against_one_near_duplicate():
 
 
 @pytest.mark.parametrize("block", [1, 1024])
-def test_cosine_distance_ignores_length(block):
+def test_cosine_distance_ignores_length(block, monkeypatch):
+    monkeypatch.setattr(copying, "BLOCK", block)
     train = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     validation = torch.tensor([[3.0, 3.0]])  # 45 degrees from both
     samples = torch.tensor([[10.0, 0.0], [1.0, 3.0], [-1.0, -1.0]])
-    result = copy_rate_features(samples, train, validation, block=block)
+    result = copy_rate_features(samples, train, validation)
     assert result.threshold == pytest.approx(1 - 0.5**0.5, abs=1e-6)
     assert result.distances.tolist() == pytest.approx([0, 1 - 3 / 10**0.5, 1 + 0.5**0.5], abs=1e-6)
     assert result.is_copy.tolist() == [True, True, False]
@@ -80,10 +83,11 @@ def test_validation_images_themselves_are_never_copies(rng):
 
 
 @pytest.mark.parametrize("block", [7, 1024])
-def test_a_repeated_training_image_makes_the_threshold_zero_and_not_its_rounding(rng, block):
+def test_a_repeated_training_image_makes_the_threshold_zero_and_not_its_rounding(rng, block, monkeypatch):
+    monkeypatch.setattr(copying, "BLOCK", block)
     train = torch.randn(200, 1280, generator=rng)
     for row in range(40):
-        result = copy_rate_features(3.7 * train, train, 1.3 * train[row : row + 1], block=block)
+        result = copy_rate_features(3.7 * train, train, 1.3 * train[row : row + 1])
         assert (result.threshold, result.share) == (0, 0) and not result.distances.any()
 
 

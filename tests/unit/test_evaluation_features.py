@@ -119,7 +119,7 @@ def test_a_source_is_cropped_to_the_size(images):
 def test_pixels_map_to_minus_one_and_one():
     images = np.zeros((1, 2, 2, 3), np.uint8)
     images[0, 0, 1] = 255
-    tensor = sets.to_float(images)
+    tensor = sets.as_input(images, None)
     assert tensor.shape == (1, 3, 2, 2)
     assert tensor[0, 0].tolist() == [[-1, 1], [-1, -1]]
 

@@ -122,7 +122,7 @@ def test_a_stream_of_images_gives_moments_of_all_outputs():
     assert [kept.spatial.count for kept in (found, *found.parts)] == [5, 2, 2]
     torch.testing.assert_close(found.spatial.mean, spatial.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.parts[1].spatial.mean, spatial[[1, 3]].mean(0), rtol=1e-4, atol=1e-5)
-    expected = sets.InceptionScore()
+    expected = sets.InceptionScore(torch.zeros(2))
     expected.update(probabilities[[0, 2]])
     assert found.parts[0].scores.value == pytest.approx(expected.value, rel=1e-6)
 

@@ -63,6 +63,7 @@ class Sharpness:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.origin = origin or of_tokenizer(tokenizer)
         self.encoded: tuple[Tensor, list[int | None]] | None = None
+        """Tokens (n, N) on the CPU, and the n labels."""
         self.source = self._open(reference, bad)
 
     def _open(self, reference: str, bad: BadImages | None) -> ImageSource | str:
@@ -82,34 +83,28 @@ class Sharpness:
         return f"of the reference, {other}" if other else source
 
     @torch.inference_mode()
-    def _encode(self, source: ImageSource) -> tuple[Tensor, list[int | None]]:
-        """Tokens (n, N) on the CPU, and the n labels."""
-        records, tokens = iter(source), []
-        labels: list[int | None] = []
-        while chunk := list(itertools.islice(records, self.batch_size)):
-            images = np.stack([cropped(record.image, self.tokenizer.image_size) for record in chunk])
-            tokens.append(self.tokenizer.encode(as_input(images, self.tokenizer)).cpu())
-            labels += [record.label for record in chunk]
-        return torch.cat(tokens), labels
-
     def batches(self, generator: Generator) -> Iterator[TokenBatch] | str:
         """The validation images as tokens, or why they cannot serve this generator."""
         if isinstance(self.source, str):
             return self.source
         if self.encoded is None:
-            self.encoded = self._encode(self.source)
-        (tokens, labels), num_classes = self.encoded, generator.num_classes
+            records, tokens = iter(self.source), []
+            labels: list[int | None] = []
+            while chunk := list(itertools.islice(records, self.batch_size)):
+                images = np.stack([cropped(record.image, self.tokenizer.image_size) for record in chunk])
+                tokens.append(self.tokenizer.encode(as_input(images, self.tokenizer)).cpu())
+                labels += [record.label for record in chunk]
+            self.encoded = torch.cat(tokens), labels
+        (encoded, labels), num_classes = self.encoded, generator.num_classes
         if num_classes > 1 and None in labels:
             return f"{labels.count(None)} of {len(labels)} have no labels, and the generator has {num_classes} classes"
+        # A generator of one class knows no other, whatever the reference calls its pictures.
+        given = enumerate(labels if num_classes > 1 else [None] * len(labels))
         try:
-            # A generator of one class knows no other, whatever the reference calls its pictures.
-            conditions = [
-                check_label(label if num_classes > 1 else None, num_classes, f"picture {index}")
-                for index, label in enumerate(labels)
-            ]
+            conditions = [check_label(label, num_classes, f"picture {index}") for index, label in given]
         except UserError as error:
             return str(error)
-        parts = zip(tokens.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
+        parts = zip(encoded.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
         return (TokenBatch(part, classes) for part, classes in parts)
 
     def entropies(self, generator: Generator, temperatures: Sequence[float]) -> dict[float, float] | str:
@@ -141,10 +136,7 @@ class Sharpness:
 
 
 def matching_temperature(entropies: Sequence[float], target: float, temperatures: Sequence[float] = GRID) -> float:
-    """The temperature at which the entropy is `target`, between the measured ones by linear interpolation.
-
-    Entropy grows with temperature. Raises `UserError` when `target` lies outside of what was measured.
-    """
+    """The temperature of the entropy `target`, by linear interpolation; UserError outside of what was measured."""
     if not entropies[0] <= target <= entropies[-1]:
         raise UserError(
             f"entropy {target:.3f} is not reached at temperatures {temperatures[0]:g} to {temperatures[-1]:g} "

@@ -1,16 +1,16 @@
 """Samples against a reference: Fréchet distances, precision, recall, Inception score and copy rates.
 
-The formulas and their papers are in `consonar.metrics`. The ADM protocol is `feature_network="inception"` (see
-`inception.py`). Deviations from it: another feature network by default (so the metric has another name), and an
-uncertainty: with `draws` > 1 the samples are split at random into that many disjoint equal parts, and the standard
-deviation of a metric over the parts is its `spread`. A Fréchet distance is biased upwards for few samples, so the value
-of a part is larger than that of all samples: parts compare among themselves only, and their values are not reported.
+The formulas and their papers are in `consonar.metrics`. Deviations from the ADM protocol: another feature network by
+default (`feature_network="inception"` is ADM's), and an uncertainty: with `draws` > 1 the samples are split at random
+into that many disjoint equal parts, and the standard deviation of a metric over the parts is its `spread`. A Fréchet
+distance is biased upwards for few samples, so parts compare among themselves only, and their values are not reported.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from statistics import stdev
 
@@ -21,14 +21,7 @@ from torch import Tensor
 from consonar.evaluation.features import FeatureSet, ImagesDone, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
 from consonar.evaluation.results import Evaluation, Measurement, library_versions, machine_name
-from consonar.evaluation.sample_metrics import (
-    EvaluationSettings,
-    PreparedReference,
-    all_and_parts,
-    copy_rates,
-    measure,
-    prepare_reference,
-)
+from consonar.evaluation.sample_metrics import EvaluationSettings, PreparedReference, copy_rates, measure
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
 from consonar.networks import FeatureNetwork, load_feature_network
@@ -53,15 +46,12 @@ def evaluate(
     seed: int = 0,
     progress: ImagesDone | None = None,
 ) -> Evaluation:
-    """Measure `samples` against `reference`; what each metric means is in docs/evaluation.md.
+    """Measure `samples` against `reference` by the metrics of `SAMPLE_METRICS`; docs/evaluation.md says what they mean.
 
-    `FD(NETWORK) train` and `FD(NETWORK) validation` (`FD(NETWORK)` for a reference of one set), `precision` and
-    `recall` against the training set with k = `num_neighbours`, `copy rate (features)` and `copy rate (tokens)` at the
-    threshold of `copy_quantile`; of a `ScoringNetwork` also `sFD(NETWORK)` and `IS(NETWORK)`. Means and covariances run
-    over all images; precision, recall and the feature copy rate over `max_neighbours_images` of each set, drawn by
-    `seed` and the pixels, so that the order of a set changes nothing. `draws` > 1 adds the spread over disjoint parts,
-    drawn with `seed`. A network given by name runs on `device`.
-    `progress` gets a set's name and the number of images done. Raises UserError for wrong input or too few samples.
+    Options are those of `EvaluationSettings`. Means and covariances run over all images; precision, recall and the
+    feature copy rate over `max_neighbours_images` of each set, drawn by `seed` and the pixels, so that the order of a
+    set changes nothing. `progress` gets a set's name and the number of images done. Raises UserError for wrong input or
+    too few samples.
     """
     settings = EvaluationSettings(
         num_neighbours=num_neighbours, max_neighbours_images=max_neighbours_images, copy_quantile=copy_quantile,
@@ -73,7 +63,7 @@ def evaluate(
     if samples.tokens is not None:
         check_tokenizer(samples, reference.origin or Origin())
     network = load_feature_network(feature_network, device) if isinstance(feature_network, str) else feature_network
-    return compare(samples, prepare_reference(reference, network, settings, progress), settings, progress)
+    return compare(samples, PreparedReference(reference, network, settings, progress), settings, progress)
 
 
 def compare(
@@ -88,7 +78,7 @@ def compare(
     )  # fmt: skip
     rates = copy_rates(samples, found, reference, settings.copy_quantile)
     copies = {kind: copied for kind, copied in rates.items() if isinstance(copied, CopyRate)}
-    (values, unavailable), *parts = map(measure, all_and_parts(found, reference, rates, part_of))
+    (values, unavailable), *parts = measure(found, reference, rates, part_of)
     spreads = {name: stdev(part[name] for part, _ in parts) for name in values} if parts else {}
     sets = reference.features.items()
     return Evaluation(
@@ -104,7 +94,7 @@ def compare(
         reference=reference.given.name,
         feature_network={"name": network.name, "sha256": network.weights_sha256},
         seed=seed,
-        config=settings.stored,
+        config={one.name: getattr(settings, one.name) for one in fields(EvaluationSettings) if one.name != "seed"},
         machine=machine_name(settings.device),
         versions=library_versions(),
     )
@@ -121,8 +111,8 @@ def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, C
             f"FD({network.name}) is biased upwards by few samples: {count:,} draws from the Gaussian of the {name} set "
             f"itself ({of_features}) score {perfect:.3g}; compare it at equal numbers of samples only"
         )
-    sizes = {name: features.moments.count for name, features in known.items()}
-    if small := [f"{name} {size:,}" for name, size in sizes.items() if size < few]:
+    sizes = [(name, features.moments.count) for name, features in known.items()]
+    if small := [f"{name} {size:,}" for name, size in sizes if size < few]:
         yield (
             f"FD({network.name}) is biased upwards by few images of the reference, too ({', '.join(small)}, "
             f"{of_features}); compare it at equal references only"

@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError, reading
-from consonar.evaluation.inputs import ImageSet, to_float
+from consonar.evaluation.inputs import ImageSet, as_input
 from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
 from consonar.metrics.distribution import InceptionScore, Moments
@@ -58,7 +57,7 @@ class FeatureSet(Statistics):
     indices: Tensor
     """(min(count, max_rows),) int64, rising: which images of the set these are."""
     content: str = ""
-    """Of a reference: the SHA-256 of its pixels, see `pixels_sha256`."""
+    """Of a reference: the SHA-256 of its pixels and their size, however it is cut into batches."""
     parts: tuple[Statistics, ...] = ()
     """Of disjoint parts, when they were asked for."""
 
@@ -111,24 +110,23 @@ def extract_features(
 
     Of a `ScoringNetwork` also the moments of the spatial features. `part_of` (count,) int64 says which part every
     image is in (-1: in none), and asks for all of that of each part as well and for the Inception score, over splits
-    drawn with `seed`. Memory grows with `max_rows`, and by 100 bytes for each image. `progress` gets the set's name and
-    the number of images done so far. Raises UserError when the network gives another shape than it declares, or values
-    that are not finite.
+    drawn with `seed`. `progress` gets the set's name and the number of images done so far. Raises UserError when the
+    network gives another shape than it declares, or values that are not finite.
     """
     scoring = network if isinstance(network, ScoringNetwork) else None
     widths = (network.num_features, scoring.num_spatial) if scoring else (network.num_features,)
     sizes = [] if part_of is None else [len(part_of), *torch.bincount(part_of[part_of >= 0]).tolist()]
-    scores = [InceptionScore.drawn(size, generator(seed, "splits", i)) for i, size in enumerate(sizes) if scoring]
+    scores = [
+        InceptionScore.drawn(size, generator(seed, "splits", i)) if scoring else None for i, size in enumerate(sizes)
+    ]
+    spatial = scoring.num_spatial if scoring else None
     whole, *parts = [
-        Statistics(
-            moments=Moments(network.num_features), spatial=Moments(scoring.num_spatial) if scoring else None,
-            scores=scores[index] if scores else None,
-        )
-        for index in range(max(1, len(sizes)))
-    ]  # fmt: skip
+        Statistics(moments=Moments(network.num_features), spatial=Moments(spatial) if spatial else None, scores=score)
+        for score in scores or [None]
+    ]
     drawn = RowDraw(max_rows, derive_seed(seed, "rows"))
     for batch in images.stream(batch_size):
-        inputs, first = to_float(batch), whole.moments.count
+        inputs, first = as_input(batch, network), whole.moments.count
         outputs: tuple[Tensor, ...] = scoring.outputs(inputs) if scoring else (network(inputs),)
         outputs = tuple(output.to("cpu", torch.float32) for output in outputs)
         for output, width in zip(outputs, widths, strict=False):
@@ -155,19 +153,6 @@ def check_features(features: Tensor, shape: tuple[int, int], network: str, name:
         raise UserError(f"feature network {network}: gives {what} for image {image} of {name}")
 
 
-def pixels_sha256(batches: Iterable[np.ndarray]) -> tuple[str, int]:
-    """SHA-256 of the pixels and the size of a stream of uint8 (B, H, W, 3) batches, however it is cut into batches.
-
-    And the number of images.
-    """
-    digest, count = hashlib.sha256(), 0
-    for batch in batches:
-        digest.update(repr(batch.shape[1:]).encode() if count == 0 else b"")
-        digest.update(np.ascontiguousarray(batch).data)
-        count += len(batch)
-    return digest.hexdigest(), count
-
-
 def cached_features(
     network: FeatureNetwork,
     images: ImageSet,
@@ -183,13 +168,26 @@ def cached_features(
     all vectors are kept; reading the images once for the hash costs little beside the network. A file that cannot be
     written is left out with a line on stderr. Raises UserError when a cached file cannot be read: delete it.
     """
-    content, count = pixels_sha256(images.stream(batch_size))
-    kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
+    digest, count = hashlib.sha256(), 0
+    for batch in images.stream(batch_size):
+        digest.update(repr(batch.shape[1:]).encode() if count == 0 else b"")
+        digest.update(np.ascontiguousarray(batch).data)
+        count += len(batch)
+    content, kind = digest.hexdigest(), "/spatial" if isinstance(network, ScoringNetwork) else ""
     kept = f"{max_rows} by {seed}" if count > max_rows else "all"
     parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"
     path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
     if path.exists():
-        return replace(_read_features(path), content=content)
+        remedy = "delete it, it is made again"
+        known = read_npz(path, remedy=remedy)
+        with reading(f"feature cache: {path}", "features", remedy):
+            return FeatureSet(
+                moments=_read_moments(known, ""),
+                spatial=_read_moments(known, "spatial_") if "spatial_mean" in known else None,
+                rows=torch.from_numpy(known["rows"]),
+                indices=torch.from_numpy(known["indices"]),
+                content=content,
+            )
     features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, seed=seed, progress=progress)
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
     for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
@@ -199,21 +197,8 @@ def cached_features(
     return replace(features, content=content)
 
 
-def _read_features(path: Path) -> FeatureSet:
-    remedy = "delete it, it is made again"
-    arrays = read_npz(path, remedy=remedy)
-    with reading(f"feature cache: {path}", "features", remedy):
-        return FeatureSet(
-            moments=_read_moments(arrays, ""),
-            spatial=_read_moments(arrays, "spatial_") if "spatial_mean" in arrays else None,
-            rows=torch.from_numpy(arrays["rows"]),
-            indices=torch.from_numpy(arrays["indices"]),
-        )
-
-
 def _read_moments(arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:
     moments = Moments(len(arrays[f"{prefix}mean"]))
     moments.count = int(arrays[f"{prefix}count"])
-    moments.mean = torch.from_numpy(arrays[f"{prefix}mean"])
-    moments.scatter = torch.from_numpy(arrays[f"{prefix}scatter"])
+    moments.mean, moments.scatter = (torch.from_numpy(arrays[f"{prefix}{key}"]) for key in ("mean", "scatter"))
     return moments

@@ -65,7 +65,7 @@ class SampleSet:
     seeds: Tensor | None = None
     """Labels (S,), tokens (S, N) and seeds (S,) are int64."""
     settings: Json | None = None
-    """The sampler's settings."""
+    """Of the sampler."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ReferenceSet:
 
 
 def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet:
-    """Samples from an .npz or a folder of picture files; the images are streamed later, not read now.
+    """Samples from an .npz or a folder of picture files.
 
     .npz: uint8 images (S, H, H, 3) as `images` or `arr_0` (ADM); optional `labels` or `arr_1` (S,), `tokens` (S, N),
     `seeds` (S,), and the sampler's `settings` as a JSON string. Raises UserError for a missing or damaged file, arrays
@@ -123,14 +123,13 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
 def open_reference(
     spec: str | Path, image_size: int, *, splits: tuple[str, ...] | None = None, bad: BadImages | None = None
 ) -> ReferenceSet:
-    """The reference called `spec`, for samples of `image_size` px.
+    """The reference called `spec`, for samples of `image_size` px; UserError for an unknown one or another image size.
 
     A drawn source with its size (`openmoji-64`); an .npz of images (as for `load_samples`), of statistics (`mu` (F,),
     `sigma` (F, F), and for sFID `mu_s`, `sigma_s`) or of both, as ADM publishes them: then distances are to the
-    statistics, and neighbours come from the images; otherwise what `consonar.data.sources.open_source` takes,
-    centre-cropped to `image_size`. `splits` of such a source: by default train and validation where it is known to have
-    both (`SourceKind.has_validation`), else its images as one set. `bad`: what is done about images that cannot be
-    read. Raises UserError for an unknown spec or another image size.
+    statistics, and neighbours come from the images; otherwise what `open_source` takes, centre-cropped. `splits` of
+    such a source: by default train and validation where it is known to have both, else its images as one set. `bad`:
+    what is done about images that cannot be read.
     """
     spec = str(spec)
     source, size = at_size(spec)
@@ -160,8 +159,8 @@ def _open_npz_reference(path: Path, image_size: int) -> ReferenceSet:
     )
     if statistics is None or keys & {"images", "arr_0"}:
         images["reference"], shape = npz_image_set(path)
-        if _square(path, shape) != image_size:
-            raise UserError(f"reference {path}: images of {shape[1]} px, but the samples have {image_size} px")
+        if (size := _square(path, shape)) != image_size:
+            raise UserError(f"reference {path}: images of {size} px, but the samples have {image_size} px")
     of_file = {"statistics": file_sha256(path)} if statistics else {}
     return ReferenceSet(str(path), images, statistics, spatial_statistics, of_file)
 
@@ -220,8 +219,8 @@ def npz_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
 def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageSet, tuple[int, ...], str]:
     """The pictures below `folder` (`find_pictures`) by path, the shape (count, H, W, 3), and a SHA-256 of it all.
 
-    Images are neither cropped nor resized. Raises UserError for an empty folder and, while streaming, for an image that
-    cannot be read or whose size differs from the first one's.
+    Raises UserError for an empty folder and, while streaming, for an image that cannot be read or whose size differs
+    from the first one's.
     """
     found = find_pictures(folder)
     files = found.files
@@ -285,13 +284,8 @@ def encode_reference(reference: ReferenceSet, tokenizer: Tokenizer, *, batch_siz
     return replace(reference, tokens=tokens, origin=of_tokenizer(tokenizer))
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]. Raises UserError for another type or shape."""
+def as_input(images: np.ndarray, model: object) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1] where `model` is. UserError for another type or shape."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"images: {images.dtype} {images.shape}; expected uint8 (count, height, width, 3)")
-    return channels_last(from_uint8(torch.from_numpy(np.array(images))))
-
-
-def as_input(images: np.ndarray, model: object) -> Tensor:
-    """`to_float`, on the device of `model`."""
-    return to_device(to_float(images), device_of(model))
+    return to_device(channels_last(from_uint8(torch.from_numpy(np.array(images)))), device_of(model))

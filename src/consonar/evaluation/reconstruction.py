@@ -1,10 +1,7 @@
 """How well a tokenizer reconstructs images, and how much of its codebook it uses.
 
-PSNR and SSIM are calculated on images rounded to 8 bits, as they would be saved, on a scale of 0 to 1. rFD is the
-Fréchet distance between the features of the originals and of their reconstructions; with the Inception network it would
-be rFID.
-
-Shapes: `B` batch, `N` tokens per image, `V` vocabulary, `F` features.
+rFD is the Fréchet distance between the features of originals and reconstructions; with Inception it would be rFID.
+Shapes: `B` batch, `N` tokens per image, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -48,13 +45,13 @@ def reconstruction_metrics(
     feature_network: FeatureNetwork | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Reconstruction metrics of `tokenizer` over `batches` of images (B, 3, H, W) in [-1, 1] on the tokenizer's device.
+    """Metrics of `tokenizer` over `batches` of images (B, 3, H, W) in [-1, 1] on its device.
 
-    Keys: `num_images`; `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` and `l1` (mean
-    absolute difference on [0, 1]), all of 8-bit images; `usage` (share of the vocabulary that occurs in these images)
-    and `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called with 8-bit-rounded images in
-    [-1, 1], also `perceptual`; with `feature_network` also `rFD(NAME)`. Memory does not grow with the number of images.
-    Raises UserError for no images, images under 11 px, tokens outside the vocabulary, or one image with rFD.
+    `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` and `l1` (mean absolute difference), all
+    of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share of the vocabulary that occurs) and
+    `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called with 8-bit-rounded images in [-1, 1],
+    also `perceptual`; with `feature_network` also `rFD(NAME)`. Memory does not grow with the number of images. Raises
+    UserError for no images, images under 11 px, tokens outside the vocabulary, or one image with rFD.
     """
     sums = dict.fromkeys(("psnr", "ssim", "l1", *(("perceptual",) if perceptual else ())), 0.0)
     num_images, size = 0, tokenizer.vocab_size
@@ -101,10 +98,9 @@ def evaluate_tokenizer(
     overwrite: bool = False,
     bad: BadImages | None = None,
 ) -> dict[str, float]:
-    """Measures the tokenizer of a run on the validation images of `reference` (on all, when it has one set).
+    """`measure_reconstruction` of a run's tokenizer on the validation images of `reference`, or on its one set.
 
-    Writes reconstruction.json and reconstructions.npz into the run and returns the metrics. Raises `UserError` when
-    they exist (unless `overwrite`).
+    Raises `UserError` where the run has been measured, unless `overwrite`.
     """
     if (run / RECONSTRUCTION).exists() and not overwrite:
         raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
@@ -122,10 +118,7 @@ def evaluate_tokenizer(
 def measure_reconstruction(
     folder: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, **origin: str
 ) -> dict[str, float]:
-    """Writes reconstruction.json (all images of the set, and `origin`) and reconstructions.npz (some, evenly spaced).
-
-    Returns the metrics.
-    """
+    """Metrics over the set, written into reconstruction.json with `origin`; some images to reconstructions.npz."""
     batches = (as_input(batch, tokenizer) for batch in images.stream(64))
     metrics = reconstruction_metrics(tokenizer, batches, feature_network=network)
     count = int(metrics["num_images"])

@@ -1,7 +1,4 @@
-"""What `evaluate` returns, metrics with everything that makes them a result, and the files that record it.
-
-Measuring a run leaves its files in the run's folder: of one measurement together, and of the model that is there.
-"""
+"""What `evaluate` returns, metrics with everything that makes them a result, and the files that record it."""
 
 from __future__ import annotations
 
@@ -51,10 +48,7 @@ def machine_name(device: str) -> str:
 
 
 def check_place(path: Path, *, overwrite: bool, key: str) -> None:
-    """Raises `UserError` where results could not be written, or would replace anything but results.
-
-    Makes the folder that they belong into.
-    """
+    """Makes the folder of results; `UserError` where they cannot be written, or would replace anything but results."""
     if path.is_dir():
         raise UserError(f"{key}: {path} is a folder; name a file, such as {path / 'results.json'}")
     if path.exists() and not overwrite:
@@ -163,10 +157,7 @@ def exported_sha256(run: Path) -> str | None:
 
 
 def outdated(content: JsonMap, sha256: str | None) -> str | None:
-    """Why results are not of the weights with this hash, in words that follow "the results"; else None.
-
-    Where the weights were not kept with the results nothing can be compared.
-    """
+    """Why results are not of the weights with this hash (None: not known), in words after "the results"; else None."""
     measured = content.get("checkpoint_sha256")
     if sha256 is None or measured == sha256:
         return None

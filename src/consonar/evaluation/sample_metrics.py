@@ -1,12 +1,12 @@
-"""The metrics of samples: how they are measured, the reference made ready for it, and a table of functions.
+"""The metrics of samples: a table of functions, and what they are given: settings, and the reference made ready.
 
-A new metric of samples is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
+A new metric is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from consonar.errors import UserError
 from consonar.evaluation.features import FeatureSet, ImagesDone, Statistics, cached_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet
-from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.distribution import Target
 from consonar.networks import FeatureNetwork, ScoringNetwork
@@ -30,7 +29,7 @@ LARGEST = 1e30
 class EvaluationSettings:
     """How samples are measured. Raises `UserError` for settings with which nothing can be."""
 
-    num_neighbours: int = 3
+    num_neighbours: Count = 3
     """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
     max_neighbours_images: int = 10_000
     """Images of a set that are compared with each other, drawn by `seed` and the pixels."""
@@ -48,40 +47,55 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         check_options(self, "")
         check_seed(self.seed, "seed")
-        if self.max_neighbours_images <= self.least:
+        if self.max_neighbours_images <= self.num_neighbours:
             needed = f"{self.num_neighbours} neighbours need more"
             raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
-
-    @property
-    def least(self) -> int:
-        """A set needs more images than these: for neighbours, and for a covariance."""
-        return max(self.num_neighbours, 1)
 
     def check_parts(self, count: int, what: str) -> None:
         """Raises `UserError` where so many images, called `what`, cannot be measured in `draws` parts."""
         if self.draws < 1:
             raise UserError(f"draws: {self.draws}; choose 1 or more")
-        if count // self.draws <= self.least:
-            raise UserError(f"{what}: {count} images; each of {self.draws} draws needs over {self.least}")
-
-    @property
-    def stored(self) -> Json:
-        """What results.json says of them, under `config`; the seed stands beside it."""
-        return {item.name: getattr(self, item.name) for item in fields(EvaluationSettings) if item.name != "seed"}
+        if count // self.draws <= self.num_neighbours:
+            raise UserError(f"{what}: {count} images; each of {self.draws} draws needs over {self.num_neighbours}")
 
 
-@dataclass(frozen=True)
 class PreparedReference:
-    """What samples are compared with, in the features of one network: calculated once for any number of samples."""
+    """What samples are compared with, in the features of one network: calculated once for any number of samples.
 
-    given: ReferenceSet
-    network: FeatureNetwork
-    features: dict[str, FeatureSet]
-    """Of each set of images, by its name."""
-    target: Target
-    """Of the features: for FD, precision and recall."""
-    spatial: Target | None
-    """Of spatial features, for sFID; None where the network or given statistics have none."""
+    `features` (`cached_features`) are those of each set of images by its name; `target` is for FD, precision and
+    recall, `spatial` for sFD, None where the network or given statistics have none. `UserError` for too few images.
+    """
+
+    def __init__(
+        self,
+        given: ReferenceSet,
+        network: FeatureNetwork,
+        settings: EvaluationSettings,
+        progress: ImagesDone | None = None,
+    ) -> None:
+        self.given, self.network, k = given, network, settings.num_neighbours
+        self.features = {
+            name: cached_features(
+                network, images, batch_size=settings.batch_size, max_rows=settings.max_neighbours_images,
+                seed=settings.seed, progress=progress,
+            )
+            for name, images in given.images.items()
+        }  # fmt: skip
+        for name, found in self.features.items():
+            held_out = name == "validation"
+            need, use = (2, "a covariance") if held_out else (k + 1, f"precision and recall of {k} neighbours")
+            if (count := found.moments.count) < need:
+                raise UserError(f"reference {given.name}: {count} image(s) as {name}; {use} needs {need} or more")
+        near = self.features.get("train") or self.features.get("reference")
+        gaussians = {name: (found.moments.mean, found.moments.cov) for name, found in self.features.items()}
+        gaussians |= given_gaussian(given, given.statistics, network.name, network.num_features)
+        self.target = Target(gaussians, near.rows if near else None, k)
+        self.spatial: Target | None = None
+        if isinstance(network, ScoringNetwork) and (given.spatial_statistics or not given.statistics):
+            spatial = {name: (kept.mean, kept.cov) for name, found in self.features.items() if (kept := found.spatial)}
+            what = f"{network.name} (spatial)"
+            spatial |= given_gaussian(given, given.spatial_statistics, what, network.num_spatial)
+            self.spatial = Target(spatial)
 
     @property
     def noise_floor(self) -> dict[str, float]:
@@ -92,34 +106,6 @@ class PreparedReference:
             if target is not None
             for name, value in target.noise_floor().items()
         }
-
-
-def prepare_reference(
-    reference: ReferenceSet, network: FeatureNetwork, settings: EvaluationSettings, progress: ImagesDone | None = None
-) -> PreparedReference:
-    """The features of the reference (`cached_features`) and what is made of them; `UserError` for too few images."""
-    known = {
-        name: cached_features(
-            network, images, batch_size=settings.batch_size, max_rows=settings.max_neighbours_images,
-            seed=settings.seed, progress=progress,
-        )
-        for name, images in reference.images.items()
-    }  # fmt: skip
-    k = settings.num_neighbours
-    for name, found in known.items():
-        need, use = (2, "a covariance") if name == "validation" else (k + 1, f"precision and recall of {k} neighbours")
-        if (count := found.moments.count) < max(2, need):
-            few = f"{count} image(s) as {name}; {use} needs {max(2, need)} or more"
-            raise UserError(f"reference {reference.name}: {few}")
-    near = known.get("train") or known.get("reference")
-    gaussians = {name: (found.moments.mean, found.moments.cov) for name, found in known.items()}
-    gaussians |= given_gaussian(reference, reference.statistics, network.name, network.num_features)
-    target, spatial = Target(gaussians, near.rows if near else None, k), None
-    if isinstance(network, ScoringNetwork) and (reference.spatial_statistics or not reference.statistics):
-        gaussians = {name: (kept.mean, kept.cov) for name, found in known.items() if (kept := found.spatial)}
-        what = f"{network.name} (spatial)"
-        spatial = Target(gaussians | given_gaussian(reference, reference.spatial_statistics, what, network.num_spatial))
-    return PreparedReference(reference, network, known, target, spatial)
 
 
 def given_gaussian(
@@ -172,10 +158,6 @@ def spatial_distance_to(name: str, measured: Measured) -> float | str | None:
     return None if spatial is None or name != "reference" else "the reference's statistics have no mu_s and sigma_s"
 
 
-def inception_score_of(measured: Measured) -> float | None:
-    return None if measured.samples.scores is None else measured.samples.scores.value
-
-
 def precision_or_recall(index: int, measured: Measured) -> float | str:
     if measured.precision_recall is not None:
         return measured.precision_recall[index]
@@ -195,7 +177,7 @@ SAMPLE_METRICS: dict[str, SampleMetric] = {
     "sFD({network}) train": partial(spatial_distance_to, "train"),
     "sFD({network}) validation": partial(spatial_distance_to, "validation"),
     "sFD({network})": partial(spatial_distance_to, "reference"),
-    "IS({network})": inception_score_of,
+    "IS({network})": lambda measured: measured.samples.scores.value if measured.samples.scores else None,
     "precision": partial(precision_or_recall, 0),
     "recall": partial(precision_or_recall, 1),
     "copy rate (features)": partial(copy_rate, "features"),
@@ -204,30 +186,26 @@ SAMPLE_METRICS: dict[str, SampleMetric] = {
 """By name, in which {network} stands for that of the feature network; in the order of results.json."""
 
 
-def measure(measured: Measured) -> tuple[dict[str, float], dict[str, str]]:
-    """The metrics of the table that there are, and why others cannot be measured."""
-    values: dict[str, float] = {}
-    unavailable: dict[str, str] = {}
-    for template, metric in SAMPLE_METRICS.items():
-        name, found = template.format(network=measured.reference.network.name), metric(measured)
-        if isinstance(found, str):
-            unavailable[name] = found
-        elif found is not None:
-            values[name] = found
-    return values, unavailable
-
-
-def all_and_parts(
+def measure(
     found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate | str], part_of: Tensor
-) -> Iterator[Measured]:
-    """All samples with these features, then each of their parts; `part_of` (S,) int64 as in `extract_features`."""
+) -> Iterator[tuple[dict[str, float], dict[str, str]]]:
+    """The metrics of all samples, then of each part (`part_of` of `extract_features`); and why others are missing."""
     for index, samples in enumerate((found, *found.parts), start=-1):
         members = part_of == index if index >= 0 else part_of >= -1  # (S,)
         of_members = {
             kind: copied if isinstance(copied, str) else copied.is_copy[members[copied.rows]]
             for kind, copied in copies.items()
         }
-        yield Measured(reference, samples, found.rows[members[found.indices]], of_members)
+        measured = Measured(reference, samples, found.rows[members[found.indices]], of_members)
+        values: dict[str, float] = {}
+        unavailable: dict[str, str] = {}
+        for template, metric in SAMPLE_METRICS.items():
+            name, value = template.format(network=reference.network.name), metric(measured)
+            if isinstance(value, str):
+                unavailable[name] = value
+            elif value is not None:
+                values[name] = value
+        yield values, unavailable
 
 
 def copy_rates(

@@ -79,11 +79,7 @@ METRICS = (
     Metric("num_images", "images measured"),
     Metric("ratio_deviation", "largest deviation of the probability ratio from 1"),
     Metric("clip_fraction", "clipped ratios", "share"),
-    Metric("policy", drawn=False),
-    Metric("loss", drawn=False),
-    Metric("grad_norm", drawn=False),
-    Metric("learning_rate", drawn=False),
-    Metric("noise_rate", drawn=False),
+    *(Metric(name, drawn=False) for name in ("policy", "loss", "grad_norm", "learning_rate", "noise_rate")),
 )  # fmt: skip
 """In the order of columns and charts."""
 

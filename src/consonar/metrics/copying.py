@@ -1,15 +1,12 @@
 """Copy rate: how many samples are nearer to a training image than held-out images ever are.
 
 A Fréchet distance to a small training set rewards memorising it, so the rate is reported beside it. Definition of this
-project (specification, section 6); related: the nearest-neighbour tests of Meehan et al. 2020 (arXiv 2004.05675).
+project; related: the nearest-neighbour tests of Meehan et al. 2020 (arXiv 2004.05675).
 
 Let d(x) be the distance of an image to its nearest training image, over all stored views (crops, flips) of that image.
-The threshold is the smallest d over the validation images; a sample is a copy when d(sample) is strictly below it.
-Distances: Hamming (number of differing tokens) or cosine (1 - cosine similarity of features).
-
-The minimum is one image: when a validation image is itself a near duplicate of a training image (threshold about 0)
-hardly any sample can count, and the rate says little. The `quantile` option takes that quantile of the validation
-distances instead; at q a share of q of the validation images would count as copies too, so read the rate against q.
+The threshold is the smallest d over the validation images; a sample is a copy when d(sample) is strictly below it. One
+validation image that is nearly a training image makes it about 0, and hardly any sample can count: `quantile` takes
+that quantile of the validation distances instead; at q a share of q of the validation images would be copies too.
 
 Shapes: `S` samples, `T` training images, `K` validation images, `F` features, `N` tokens.
 """
@@ -29,16 +26,20 @@ from consonar.float32 import in_float32
 
 ROUNDING = 8
 """Units of rounding of a cosine: of two normalisations and of a sum of products, taken twice."""
+BLOCK = 1024
+"""Rows that are compared with as many others at a time: what memory that takes."""
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(L, R) distances of the rows of (L, F or N) and (R, F or N)."""
 
 
 @dataclass(frozen=True)
 class CopyRate:
-    """Result of a copy test."""
+    """Which samples are copies."""
 
     share: float
-    """Share of samples that count as copies, in [0, 1]."""
+    """Of samples that are, in [0, 1]."""
     threshold: float
-    """Distances below it count; differing tokens, or 1 - cosine similarity."""
+    """Distances below it count."""
     quantile: float
     """Which quantile of the validation distances the threshold is; 0 is the minimum."""
     is_copy: Tensor
@@ -51,34 +52,28 @@ class CopyRate:
     """(S,) int64: which samples these are, where some were drawn from more."""
 
 
-def copy_rate_tokens(
-    samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, block: int = 1024
-) -> CopyRate:
-    """Copy rate by Hamming distance of tokens, 0 to N differing tokens.
+def copy_rate_tokens(samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0) -> CopyRate:
+    """Copy rate by Hamming distance of tokens: how many of N differ.
 
     `samples` (S, N), `train` (T, N) or (T, views, N), `validation` (K, N) or (K, views, N), integers that are not
-    negative. An image is as near as its nearest view. Memory is that of `block` x `block` small integers. Raises
-    UserError for empty sets, different N, or a quantile outside [0, 1].
+    negative. Raises UserError as `check_sets` does.
     """
     check_sets(samples, train, validation, quantile, "tokens", "tokens per image (same tokenizer?)")
     # All three in the smallest integer type that holds them: the comparison is bound by memory traffic.
     largest = max(int(tokens.max()) for tokens in (samples, train, validation))
     dtype = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
     samples, train, validation = samples.to(dtype), train.to(dtype), validation.to(dtype)
-    return _copy_rate(samples, train, validation, hamming_distances, quantile, block)
+    return _copy_rate(samples, train, validation, hamming_distances, quantile)
 
 
-def copy_rate_features(
-    samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, block: int = 1024
-) -> CopyRate:
-    """Copy rate by cosine distance of features, 0 to 2.
+def copy_rate_features(samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0) -> CopyRate:
+    """Copy rate by cosine distance of features, 1 - cosine similarity: 0 to 2.
 
     `samples` (S, F), `train` (T, F) or (T, views, F), `validation` (K, F) or (K, views, F), float32 or float64.
-    Memory is that of `block` x `block` distances. Raises UserError for empty sets, different F, a vector of length 0,
-    or a quantile outside [0, 1].
+    Raises UserError as `check_sets` does, and for a vector of length 0.
     """
     check_sets(samples, train, validation, quantile, "features", "features (same feature network?)")
-    return _copy_rate(_unit(samples), _unit(train), _unit(validation), _cosine_distances, quantile, block)
+    return _copy_rate(_unit(samples), _unit(train), _unit(validation), _cosine_distances, quantile)
 
 
 def check_sets(samples: Tensor, train: Tensor, validation: Tensor, quantile: float, what: str, number: str) -> None:
@@ -86,16 +81,12 @@ def check_sets(samples: Tensor, train: Tensor, validation: Tensor, quantile: flo
     if not 0 <= quantile <= 1:
         raise UserError(f"copy_quantile: {quantile}; choose a number from 0 (the minimum) to 1")
     if samples.ndim != 2 or any(vectors.shape[-1] != samples.shape[1] for vectors in (train, validation)):
-        shapes = f"{tuple(samples.shape)}, {tuple(train.shape)} and {tuple(validation.shape)}"
-        raise UserError(
-            f"copy rate: {what} of shape {shapes} for samples, train and validation; "
-            f"all need the same number of {number}"
-        )
+        shapes = ", ".join(str(tuple(vectors.shape)) for vectors in (samples, train, validation))
+        sets = f"{what} of shape {shapes} for samples, train and validation"
+        raise UserError(f"copy rate: {sets}; all need the same number of {number}")
     if min(len(samples), len(train), len(validation)) == 0:
-        raise UserError(
-            f"copy rate: {len(samples)} samples, {len(train)} training and {len(validation)} validation images; "
-            "it needs at least one of each"
-        )
+        counts = f"{len(samples)} samples, {len(train)} training and {len(validation)} validation images"
+        raise UserError(f"copy rate: {counts}; it needs at least one of each")
 
 
 @in_float32
@@ -129,38 +120,29 @@ def _unit(features: Tensor) -> Tensor:
     return features / lengths
 
 
-def _nearest(
-    queries: Tensor, rows: Tensor, distance: Callable[[Tensor, Tensor], Tensor], block: int
-) -> tuple[Tensor, Tensor]:
+def _nearest(queries: Tensor, rows: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
     """Distance (Q,) of every query to its nearest row, and the index (Q,) of that row (the first one when equal)."""
-    best_distances, best_indices = [], []
-    for queries_block in queries.split(block):
+    distances, indices = [], []
+    for queries_block in queries.split(BLOCK):
         best = torch.full((len(queries_block),), torch.inf, dtype=torch.float64)
         index = torch.zeros(len(queries_block), dtype=torch.int64)
-        for start in range(0, len(rows), block):
-            nearest = distance(queries_block, rows[start : start + block]).min(1)
+        for start in range(0, len(rows), BLOCK):
+            nearest = distance(queries_block, rows[start : start + BLOCK]).min(1)
             nearer = nearest.values < best
             best = torch.where(nearer, nearest.values.to(best.dtype), best)
             index = torch.where(nearer, nearest.indices + start, index)
-        best_distances.append(best)
-        best_indices.append(index)
-    return torch.cat(best_distances), torch.cat(best_indices)
+        distances.append(best)
+        indices.append(index)
+    return torch.cat(distances), torch.cat(indices)
 
 
-def _copy_rate(
-    samples: Tensor,
-    train: Tensor,
-    validation: Tensor,
-    distance: Callable[[Tensor, Tensor], Tensor],
-    quantile: float,
-    block: int,
-) -> CopyRate:
+def _copy_rate(samples: Tensor, train: Tensor, validation: Tensor, distance: Distance, quantile: float) -> CopyRate:
     num_views = train.shape[1] if train.ndim == 3 else 1
     train_rows = train.reshape(-1, train.shape[-1])  # (T * views, F or N)
-    validation_distances, _ = _nearest(validation.reshape(-1, validation.shape[-1]), train_rows, distance, block)
+    validation_distances, _ = _nearest(validation.reshape(-1, validation.shape[-1]), train_rows, distance)
     per_image = validation_distances.reshape(len(validation), -1).amin(1)  # (K,): its nearest view counts
     threshold = float(per_image.double().quantile(quantile, interpolation="lower"))
-    distances, indices = _nearest(samples, train_rows, distance, block)
+    distances, indices = _nearest(samples, train_rows, distance)
     is_copy = distances < threshold
     return CopyRate(
         share=float(is_copy.double().mean()),

@@ -6,7 +6,7 @@ Eq. 1-3: improved precision and recall), Salimans et al. 2016 (arXiv 1606.03498:
 
 Deviations from ADM: the trace of the matrix square root comes from a symmetric eigen-decomposition, not from a general
 one (same value, much faster, and no imaginary part for a singular covariance); distances are taken in the precision of
-the features, never in float16 (ADM's rounding moves precision and recall by about 0.005).
+the features, never in float16 (which moves precision and recall by about 0.005).
 
 Shapes: `S` samples, `R` reference images, `F` features. Everything is on the CPU.
 """
@@ -85,10 +85,8 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *
     digits; what that cannot tell from 0 is 0. Raises UserError when a matrix is not a covariance or widths differ.
     """
     if not (mean1.ndim == 1 and mean1.shape == mean2.shape and cov1.shape == cov2.shape == (len(mean1), len(mean1))):
-        raise UserError(
-            f"Fréchet distance: shapes {tuple(mean1.shape)}, {tuple(cov1.shape)} and {tuple(mean2.shape)}, "
-            f"{tuple(cov2.shape)} differ: were the statistics made with another feature network?"
-        )
+        shapes = ", ".join(str(tuple(given.shape)) for given in (mean1, cov1, mean2, cov2))
+        raise UserError(f"Fréchet distance: shapes {shapes} differ: statistics of another feature network?")
     root = symmetric_root(cov1) if root1 is None else root1
     product = root @ _checked_symmetric(cov2) @ root
     values = torch.linalg.eigvalsh((product + product.T) / 2)
@@ -188,7 +186,7 @@ class Target:
         return frechet_distance(mean, cov, moments.mean, moments.cov, root1=root)
 
     def noise_floor(self) -> dict[str, float]:
-        """`validation vs train`: their `frechet_distance`, what real images reach; nothing without both sets."""
+        """`validation vs train`: their distance, what real images reach; nothing without both sets."""
         if not {"train", "validation"} <= self.gaussians.keys():
             return {}
         (mean1, cov1, root), (mean2, cov2, _) = self.gaussians["train"], self.gaussians["validation"]
@@ -202,8 +200,7 @@ class Target:
 class InceptionScore:
     """Inception score (Salimans et al. 2016) of a stream of class probabilities; its size depends on the classes only.
 
-    The mean over splits of the rows; `split_of` (rows,) int64 says which split each row of the stream is in. Everything
-    is summed in float64.
+    The mean over splits, however long; `split_of` (rows,) int64 says which split each row is in. Summed in float64.
     """
 
     def __init__(self, split_of: Tensor) -> None:
@@ -248,9 +245,9 @@ class InceptionScore:
 
 
 def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
-    """`InceptionScore` of probabilities (S, num_classes) in consecutive splits, as ADM's are.
+    """`InceptionScore` of probabilities (S, num_classes) in consecutive splits, as ADM's are; the last may be short.
 
-    A last short split counts as much as the others. Raises UserError for no rows or a split size below 1.
+    Raises UserError for no rows or a split size below 1.
     """
     if split_size < 1:
         raise UserError(f"inception_score: split_size {split_size}; must be at least 1")
@@ -260,10 +257,7 @@ def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
 
 
 def random_parts(count: int, num_parts: int, rng: torch.Generator) -> Tensor:
-    """(count,) int64: which of `num_parts` disjoint parts of equal size each item is in; -1 for the remainder.
-
-    Raises UserError when `num_parts` is below 1.
-    """
+    """(count,) int64: which of `num_parts` disjoint equal parts an item is in; -1: in none. UserError for no part."""
     if num_parts < 1:
         raise UserError(f"draws: {num_parts}; choose 1 or more")
     size = count // num_parts

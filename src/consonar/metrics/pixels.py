@@ -23,16 +23,11 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
     return -10 * mse.log10()
 
 
-def gaussian_window() -> Tensor:
-    """(11,) float64 Gaussian of standard deviation 1.5 pixels, sum 1; the 11 x 11 window is its outer product."""
+def gaussian_filter(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H - 10, W - 10): means under an 11 x 11 Gaussian (1.5 px), only where it fits entirely."""
     offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     weights = (-offsets.square() / (2 * SSIM_SIGMA**2)).exp()
-    return weights / weights.sum()
-
-
-def gaussian_filter(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H - 10, W - 10): weighted means over the 11 x 11 window, only where it fits entirely."""
-    window = gaussian_window().to(images.device, images.dtype)
+    window = (weights / weights.sum()).to(images.device, images.dtype)  # (11,), whose outer product is the window
 
     def bands(size: int) -> Tensor:  # (size - 10, size): row i holds the window from column i on
         return torch.stack([functional.pad(window, (i, size - len(window) - i)) for i in range(size - len(window) + 1)])
