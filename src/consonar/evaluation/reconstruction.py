@@ -82,9 +82,8 @@ def reconstruction_metrics(
         if num_images < 2:
             raise UserError("rFD: a covariance needs at least 2 images, there is 1")
         reconstructed, original = moments
-        metrics[f"rFD({feature_network.name})"] = frechet_distance(
-            original.mean, original.cov, reconstructed.mean, reconstructed.cov
-        )
+        distance = frechet_distance(original.mean, original.cov, reconstructed.mean, reconstructed.cov)
+        metrics[f"rFD({feature_network.name})"] = distance
     return metrics
 
 

@@ -116,8 +116,6 @@ def run_job(
     Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, when another process draws
     it, and when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
-    if out.name in ("", ".."):
-        raise UserError(f"--out: {str(out)!r} is not the name of something new; give one, such as {out / 'samples'}")
     for key, count in (("num_samples", len(job.labels)), ("batch_size", batch_size), ("shard_size", shard_size)):
         check_batch_size(count, key)
     if out.exists():
