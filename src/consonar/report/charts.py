@@ -60,7 +60,7 @@ LOOKS = (
 )
 
 MAX_POINTS = 160
-MAX_MARKERS = 40
+MAX_MARKERS = 20
 """A line of more points is drawn without markers."""
 DECIDING = "distance to held-out images"
 """In the place of a metric's name: the one by which runs are judged."""
@@ -89,6 +89,7 @@ STYLE: Any = {
     "xtick.color": "#5b616b",
     "ytick.color": "#5b616b",
     "lines.linewidth": 1.7,
+    "lines.markersize": 5,
 }
 
 
