@@ -15,8 +15,6 @@ from consonar.data.bad_images import LIMIT, POLICIES, BadImages
 from consonar.errors import UserError, check_choice
 
 Parsed = TypeVar("Parsed")
-
-
 OUTPUTS = ("out", "to", "to_official")
 """Options that name what is made."""
 
@@ -73,12 +71,11 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
                 raise cause from stop
             cause = cause.__context__
         raise UserError(f"{command}: {in_one_line(captured.getvalue())}; see: consonar {command} --help") from stop
-    for name in OUTPUTS:
-        out = str(getattr(options, name, ""))
+    for name, value in vars(options).items():
         try:
-            out.encode()
+            str(value if name in OUTPUTS else "").encode()
         except UnicodeEncodeError as error:  # not all that write files take such names
-            raise UserError(f"--{name.replace('_', '-')}: {out!r} is not UTF-8; choose another name") from error
+            raise UserError(f"--{name.replace('_', '-')}: {str(value)!r} is not UTF-8; choose another name") from error
     return options
 
 
