@@ -25,7 +25,7 @@ from common import write_result
 from consonar.components import load_generator
 from consonar.config_io import to_dict
 from consonar.convert import convert
-from consonar.files.component import save_component
+from consonar.files.weights import save_component
 from consonar.generators import build_generator
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
 from consonar.origin import Origin

@@ -13,9 +13,9 @@ from consonar.config_io import to_dict
 from consonar.convert import SOURCE, convert
 from consonar.cpu.kernels import tune
 from consonar.errors import UserError
-from consonar.files.component import component_config, load_module, save_component
 from consonar.files.lock import hold
 from consonar.files.readers import plain_name, read_json
+from consonar.files.weights import component_config, load_module, save_component
 from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
 from consonar.hub import PREFIX, Wanted, read_name, released_file

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consonar.errors import UserError, unknown
-from consonar.files.cache import cache_dir
 from consonar.files.readers import beside, plain_name, read_json
+from consonar.files.writers import cache_dir
 from consonar.published import PUBLISHED, Published
 
 PREFIX = "hf:"
@@ -47,17 +47,18 @@ def read_name(text: str) -> Wanted:
     rest, _, size = text.removeprefix(PREFIX).partition("@")
     if size and not re.fullmatch(r"[1-9]\d*", size):
         raise UserError(f"{text}: {size!r} behind @ is not an image size in pixels")
-    image_size = int(size) if size else None
-    if rest in PUBLISHED:
-        model = PUBLISHED[rest]
-        return Wanted(text, model.file, model.repository, image_size or model.image_size, model)
-    parts = rest.split("/", 2)
-    # Plain names only: what stands here becomes a path below the cache folder.
-    if len(parts) < 3 or not all(map(plain_name, rest.split("/"))):
-        raise unknown("hf: name", rest, [*PUBLISHED, "owner/repository/file"])
-    repository = f"{parts[0]}/{parts[1]}"
-    known = next((m for m in PUBLISHED.values() if (m.repository, m.file) == (repository, parts[2])), None)
-    return Wanted(text, parts[2], repository, image_size or (known.image_size if known else None), known)
+    model = PUBLISHED.get(rest)
+    if model is not None:
+        repository, file = model.repository, model.file
+    else:
+        parts = rest.split("/")
+        # Plain names only: what stands here becomes a path below the cache folder.
+        if len(parts) < 3 or not all(map(plain_name, parts)):
+            raise unknown("hf: name", rest, [*PUBLISHED, "owner/repository/file"])
+        repository, file = "/".join(parts[:2]), "/".join(parts[2:])
+        model = next((m for m in PUBLISHED.values() if (m.repository, m.file) == (repository, file)), None)
+    known_size = model.image_size if model else None
+    return Wanted(text, file, repository, int(size) if size else known_size, model)
 
 
 def released_file(wanted: Wanted) -> Path:
@@ -68,29 +69,25 @@ def released_file(wanted: Wanted) -> Path:
     if wanted.place.is_file():
         return wanted.place
     if wanted.repository is None:
-        assert wanted.published is not None and wanted.published.elsewhere is not None  # the only such
-        raise UserError(
-            f"{wanted.text}: not on the hub ({wanted.published.elsewhere}); put {wanted.file} at {wanted.place}"
-        )
-    file = Path(guarded_download(wanted, wanted.file))
-    if wanted.file.endswith(".index.json"):
-        for shard in sorted(set(read_index(file).values())):
-            guarded_download(wanted, str(Path(wanted.file).with_name(shard)))
-    return file
-
-
-def guarded_download(wanted: Wanted, file: str) -> str:
-    """`download`, with one line for whatever goes wrong between here and there."""
-    assert wanted.repository is not None  # `released_file` asks only then
+        where = wanted.published and wanted.published.elsewhere
+        raise UserError(f"{wanted.text}: not on the hub ({where}); put {wanted.file} at {wanted.place}")
+    asked = wanted.file
     try:
-        return download(wanted.repository, file)
+        file = Path(download(wanted.repository, asked))
+        if asked.endswith(".index.json"):
+            for shard in sorted(set(read_index(file).values())):
+                asked = str(Path(wanted.file).with_name(shard))
+                download(wanted.repository, asked)
+    except UserError:
+        raise
     # No network, no such file, no permission, offline mode, a proxy's page: each library below has errors of its own.
     except Exception as error:
         cause = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"{wanted.text}: cannot download {file} of https://huggingface.co/{wanted.repository} ({cause}); "
-            f"get it elsewhere and put it at {wanted.place.with_name(Path(file).name)}"
+            f"{wanted.text}: cannot download {asked} of https://huggingface.co/{wanted.repository} ({cause}); "
+            f"get it elsewhere and put it at {wanted.place.with_name(Path(asked).name)}"
         ) from error
+    return file
 
 
 def download(repository: str, file: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from consonar.config_io import from_dict
 from consonar.errors import UserError, unknown
-from consonar.files.component import component_config, load_module, released
+from consonar.files.weights import component_config, load_module, released
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, TokenizerModule, resized
 

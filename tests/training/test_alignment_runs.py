@@ -13,7 +13,7 @@ from two_processes import run_on_two
 
 from consonar.components import load_generator, load_tokenizer, read_origin, save_tokenizer
 from consonar.errors import UserError
-from consonar.files.component import read_component
+from consonar.files.weights import read_component
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import DataConfig

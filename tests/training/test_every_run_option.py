@@ -14,8 +14,7 @@ from conftest import TINY_VQ, picture
 
 from consonar.components import save_tokenizer
 from consonar.errors import UserError
-from consonar.files.component import read_component
-from consonar.files.weights import component_fingerprint
+from consonar.files.weights import component_fingerprint, read_component
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training import run as runs
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig

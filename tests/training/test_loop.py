@@ -14,7 +14,7 @@ from consonar.data.loader import TokenBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import NonFiniteLoss, UserError
-from consonar.files.component import read_component
+from consonar.files.weights import read_component
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded

@@ -12,10 +12,12 @@ from datasets import Dataset
 from PIL import Image
 
 import consonar
-from consonar.data import ImageFolder, TokenStore, import_llamagen_npy, import_rar_jsonl, write_token_store
+from consonar.data.image_folder import ImageFolder
 from consonar.data.loader import ImageBatches, TokenBatches, batch_rows
 from consonar.data.picture_files import prefetch
 from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
+from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.types import Grid, ImageRecord, Tokenizer

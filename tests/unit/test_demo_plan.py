@@ -29,8 +29,8 @@ from consonar.demo.plan import (
     work_for,
 )
 from consonar.errors import UserError
-from consonar.files.component import save_component
 from consonar.files.lock import hold
+from consonar.files.weights import save_component
 
 TRAINING = {
     "plain-ar": TrainingRate(2.0, 0.7, 1.5),

@@ -10,12 +10,12 @@ from conftest import picture
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from consonar.data import TokenStore, import_rar_jsonl
 from consonar.data.labels import MAX_CLASSES, data_line, describe, read_class_file
 from consonar.data.loader import load_images
 from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
-from consonar.data.tokens import write_token_store
+from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.upstream import import_rar_jsonl
 from consonar.errors import MissingSplit, UserError
 
 

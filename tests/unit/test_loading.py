@@ -13,8 +13,7 @@ from torch import nn
 from consonar.components import load_generator, save_generator
 from consonar.config_io import from_dict
 from consonar.errors import UserError
-from consonar.files.component import load_module, save_component
-from consonar.files.weights import map_tensors, read_tensors, save_tensors
+from consonar.files.weights import load_module, map_tensors, read_tensors, save_component, save_tensors
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.origin import Origin
 from consonar.training.config import TrainConfig

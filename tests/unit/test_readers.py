@@ -16,9 +16,9 @@ from consonar.convert.containers import read_weights
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError, reading
 from consonar.evaluation.inputs import load_samples, open_reference
-from consonar.files.cache import cache_dir
 from consonar.files.readers import read_json, read_npy, read_npz
 from consonar.files.weights import save_tensors
+from consonar.files.writers import cache_dir
 from consonar.hub import read_name
 from consonar.report import load_runs
 from consonar.training.tracking import read_metrics, read_metrics_line

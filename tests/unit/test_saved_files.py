@@ -11,8 +11,7 @@ from torch import nn
 
 from consonar.components import load_generator, load_tokenizer, read_origin, save_generator
 from consonar.errors import UserError
-from consonar.files.component import finish_save, is_component
-from consonar.files.weights import component_fingerprint, load_weights, save_tensors
+from consonar.files.weights import component_fingerprint, finish_save, is_component, load_weights, save_tensors
 from consonar.files.writers import write_atomically
 from consonar.origin import Origin
 from consonar.training.intervals import State
@@ -201,7 +200,7 @@ def test_a_save_that_was_ended_between_its_files_is_completed(folder, monkeypatc
         save_tensors(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("consonar.files.component.save_tensors", end)
+    monkeypatch.setattr("consonar.files.weights.save_tensors", end)
     with pytest.raises(KeyboardInterrupt):
         save_generator(newer, folder, Origin(tokenizer="another"))
     with pytest.raises(UserError, match="different saves"):

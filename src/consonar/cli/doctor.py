@@ -20,7 +20,7 @@ from consonar.cli.console import say
 from consonar.cli.parsing import NoOptions as Options
 from consonar.cpu import kernels, kernels_mode, timing
 from consonar.errors import UserError
-from consonar.files.cache import cache_dir
+from consonar.files.writers import cache_dir
 from consonar.networks import inception, lpips
 from consonar.training.optim import adamw_ways
 

@@ -22,10 +22,9 @@ from consonar.convert.layouts import OFFICIALS, llamagen
 from consonar.convert.layouts.janus import split_parts
 from consonar.convert.layouts.official import State, shapes_of
 from consonar.errors import UserError, reading
-from consonar.files.component import component_config, released, save_component
 from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import read_json
-from consonar.files.weights import check_finite, map_tensors, save_tensors
+from consonar.files.weights import check_finite, component_config, map_tensors, released, save_component, save_tensors
 from consonar.files.writers import write_atomically, write_json
 from consonar.generators import GENERATORS
 from consonar.json_types import Json, JsonMap

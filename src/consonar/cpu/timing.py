@@ -22,10 +22,9 @@ import torch
 
 from consonar.cpu import kernels_mode
 from consonar.errors import UserError
-from consonar.files.cache import cache_dir
 from consonar.files.lock import hold
 from consonar.files.readers import read_json
-from consonar.files.writers import write_json
+from consonar.files.writers import cache_dir, write_json
 
 # How many times as fast our way must be: timings of milliseconds repeat to within some percent.
 CLEARLY = 1.1

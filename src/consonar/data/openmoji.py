@@ -23,8 +23,8 @@ from PIL import Image
 
 from consonar.data.picture_files import decoding_threads
 from consonar.errors import UserError, check_choice, reading
-from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
+from consonar.files.writers import cache_dir, keep
 from consonar.types import ImageRecord
 
 CLASS_NAMES = (

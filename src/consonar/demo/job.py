@@ -31,9 +31,9 @@ from consonar.evaluation.features import cached_features
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
 from consonar.evaluation.results import is_measured
 from consonar.evaluation.runs import RunSettings, evaluate_run
-from consonar.files.component import is_component
 from consonar.files.lock import hold, is_taken
 from consonar.files.readers import read_json
+from consonar.files.weights import is_component
 from consonar.files.writers import write_json
 from consonar.json_types import Json, JsonMap
 from consonar.networks import load_feature_network

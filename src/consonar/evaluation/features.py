@@ -18,8 +18,8 @@ from torch import Tensor
 
 from consonar.errors import UserError, reading
 from consonar.evaluation.inputs import ImageSet, as_input
-from consonar.files.cache import cache_dir, keep
 from consonar.files.readers import read_npz
+from consonar.files.writers import cache_dir, keep
 from consonar.metrics.distribution import InceptionScore, Moments
 from consonar.networks import FeatureNetwork, ScoringNetwork
 from consonar.seeding import derive_seed, generator

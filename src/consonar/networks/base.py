@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError, reading
-from consonar.files.cache import cache_dir
 from consonar.files.readers import home_expanded
 from consonar.files.weights import check_plain, load_weights
-from consonar.files.writers import file_sha256
+from consonar.files.writers import cache_dir, file_sha256
 from consonar.float32 import in_float32
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from consonar.errors import UserError
-from consonar.files.component import component_config, load_module, save_component
+from consonar.files.weights import component_config, load_module, save_component
 
 
 class PatchDiscriminator(nn.Module):

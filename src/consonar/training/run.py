@@ -15,9 +15,9 @@ from consonar.config_io import to_dict
 from consonar.cpu import timing
 from consonar.distributed import World
 from consonar.errors import UserError
-from consonar.files.component import finish_save
 from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
+from consonar.files.weights import finish_save
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.training.build import Built, build
