@@ -70,11 +70,10 @@ class BadImages:
         """The list: of each part a line with the number of its pictures, then a line with row and reason for each."""
         if self.listing is None or not self.skips:
             return
-        lines = []
+        text = ""
         for part, total in self.totals.items():
-            lines.append(f"{part}\t{total}\tpictures")
-            lines += [f"{part}\t{row}\t{reason}" for row, reason in sorted(self.found.get(part, {}).items())]
-        text = "".join(f"{line}\n" for line in lines)
+            text += f"{part}\t{total}\tpictures\n"
+            text += "".join(f"{part}\t{row}\t{reason}\n" for row, reason in sorted(self.found.get(part, {}).items()))
         write_atomically(self.listing, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -87,22 +86,21 @@ def readable_rows(read: Callable[[int], object], count: int, bad: BadImages, par
     def error_of(row: int) -> BadImage | None:
         try:
             read(row)
+            return None
         except BadImage as error:
             return error
-        return None
 
     if bad.totals.setdefault(part, count) != count:
         before = bad.totals[part]
         raise UserError(f"{bad.listing}: the {part} images were {before} and are {count} now; begin anew elsewhere")
     if part not in bad.found:
-        bad.found[part] = {}
-        with decoding_threads() as pool:
-            try:
-                for row, error in enumerate(pool.map(error_of, range(count))):
-                    if error is not None:
-                        bad.met(part, row, error, count)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        bad.found[part], pool = {}, decoding_threads()
+        try:
+            for row, error in enumerate(pool.map(error_of, range(count))):
+                if error is not None:
+                    bad.met(part, row, error, count)
+        finally:
+            pool.shutdown(cancel_futures=True)
     rows = [row for row in range(count) if row not in bad.found[part]]
     if not rows:
         raise UserError(f"bad images: none of the {count} {part} images can be read")

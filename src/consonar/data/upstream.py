@@ -29,9 +29,8 @@ def _check_item(tokens: np.ndarray, label: object, tokenizer: Tokenizer, where: 
     if tokens.dtype.kind not in "iu":
         raise UserError(f"{where}: tokens of type {tokens.dtype}; they must be integers")
     if tokens.ndim != 2 or tokens.shape[1] != tokenizer.num_tokens or len(tokens) == 0:
-        raise UserError(
-            f"{where}: tokens of shape {tokens.shape}; {tokenizer.name!r} has {tokenizer.num_tokens} a crop"
-        )
+        expected = f"{tokenizer.name!r} has {tokenizer.num_tokens} a crop"
+        raise UserError(f"{where}: tokens of shape {tokens.shape}; {expected}")
     check_tokens(tokens, tokenizer.vocab_size, tokenizer.name, where)
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
         raise UserError(f"{where}: class {label!r}; it must be an integer from 0 to {MAX_CLASSES - 1}")
@@ -39,12 +38,13 @@ def _check_item(tokens: np.ndarray, label: object, tokenizer: Tokenizer, where: 
 
 def _write(
     items: Iterator[Item], out: str | Path, tokenizer: Tokenizer, num_views: int, kind: str, source: Path
-) -> None:
+) -> TokenStore:
     store = new_store(out, tokenizer, num_views, None, views="imported", source=str(source), imported_from=kind)
     with store as writer:
         while block := list(islice(items, ITEMS_PER_WRITE)):
             tokens, labels, names = zip(*block, strict=True)
             writer.write(np.stack(tokens), labels, [None] * len(block), names)
+    return TokenStore.open(out)
 
 
 def _rar_items(jsonl: Path, tokenizer: Tokenizer) -> Iterator[Item]:
@@ -53,8 +53,7 @@ def _rar_items(jsonl: Path, tokenizer: Tokenizer) -> Iterator[Item]:
             where = f"{jsonl}:{number}"
             if not line.strip():
                 continue
-            form = 'a line of the form {"class_id": int, "tokens": [int, ...]}'
-            with reading(where, form):
+            with reading(where, 'a line of the form {"class_id": int, "tokens": [int, ...]}'):
                 entry = parse_json(line)
                 label, tokens = entry["class_id"], np.asarray(entry["tokens"])
             _check_item(tokens[None], label, tokenizer, where)
@@ -71,8 +70,7 @@ def import_rar_jsonl(jsonl: str | Path, out: str | Path, tokenizer: Tokenizer) -
     jsonl = home_expanded(jsonl)
     if not jsonl.is_file():
         raise UserError(f"jsonl: no file {str(jsonl)!r}")
-    _write(_rar_items(jsonl, tokenizer), out, tokenizer, 1, "rar jsonl", jsonl)
-    return TokenStore.open(out)
+    return _write(_rar_items(jsonl, tokenizer), out, tokenizer, 1, "rar jsonl", jsonl)
 
 
 def _numbered_files(folder: Path, what: str) -> list[Path]:
@@ -83,12 +81,9 @@ def _numbered_files(folder: Path, what: str) -> list[Path]:
     expected = [f"{index}.npy" for index in range(len(found))]
     if not found:
         raise UserError(f"{what}: no .npy file in {str(folder)!r}; looked for 0.npy, 1.npy, ...")
-    missing = [name for name in expected if name not in found]
-    if missing:
-        extra = sorted(found - set(expected))[0]
-        raise UserError(
-            f"{what}: {missing[0]} is missing in {str(folder)!r}, though {extra} is there; number from 0 on"
-        )
+    if missing := [name for name in expected if name not in found]:
+        though = f"though {min(found - set(expected))} is there; number from 0 on"
+        raise UserError(f"{what}: {missing[0]} is missing in {str(folder)!r}, {though}")
     return [folder / name for name in expected]
 
 
@@ -105,9 +100,8 @@ def _llamagen_items(codes: list[Path], labels: list[Path], tokenizer: Tokenizer,
             raise UserError(f"{label_file}: {label.dtype} of shape {label.shape}; a label is one integer, shape (1,)")
         _check_item(tokens, int(label[0]), tokenizer, str(code_file))
         if len(tokens) != num_views:
-            raise UserError(
-                f"{code_file}: {len(tokens)} crops, but {codes[0].name} has {num_views}; all must have the same"
-            )
+            others = f"{codes[0].name} has {num_views}; all must have the same"
+            raise UserError(f"{code_file}: {len(tokens)} crops, but {others}")
         yield tokens, int(label[0]), code_file.stem
 
 
@@ -127,5 +121,5 @@ def import_llamagen_npy(
         raise UserError(f"labels_dir: {len(labels)} label files for {len(codes)} code files")
     first = _llamagen_codes(codes[0])
     _check_item(first, 0, tokenizer, str(codes[0]))
-    _write(_llamagen_items(codes, labels, tokenizer, len(first)), out, tokenizer, len(first), "llamagen npy", codes_dir)
-    return TokenStore.open(out)
+    items = _llamagen_items(codes, labels, tokenizer, len(first))
+    return _write(items, out, tokenizer, len(first), "llamagen npy", codes_dir)

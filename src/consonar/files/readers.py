@@ -115,8 +115,7 @@ def _after_header(file: IO[bytes], size: int) -> ArrayFile:
 def read_npy(path: Path) -> np.ndarray:
     """The array of a .npy file."""
     with reading(path, "a .npy file"), path.open("rb") as file:
-        array = _after_header(file, os.fstat(file.fileno()).st_size).read()
-    return array
+        return _after_header(file, os.fstat(file.fileno()).st_size).read()
 
 
 def npz_keys(path: Path, remedy: str = "") -> list[str]:

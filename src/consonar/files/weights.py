@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,8 +100,7 @@ def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, st
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, mapped: read from the disk when used, and gone when the file changes."""
     with reading(path, "a .safetensors file"), safetensors.safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return tensors
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def read_tensors(path: Path, mapped: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,18 +123,14 @@ def read_tensors(path: Path, mapped: Mapping[str, Tensor], like: Mapping[str, Te
     return tensors
 
 
-def first_of(keys: Sequence[str], count: int = 8) -> str:
-    """The first keys of many, and how many more there are."""
-    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
-
-
 def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
     """`UserError` lists the keys of `own` that `state` lacks, those it has besides, and those of another shape."""
     problems = []
-    if missing := [key for key in own if key not in state]:
-        problems.append(f"missing {first_of(missing)}")
-    if extra := [key for key in state if key not in own]:
-        problems.append(f"unknown {first_of(extra)}")
+    lists = {"missing": [key for key in own if key not in state], "unknown": [key for key in state if key not in own]}
+    for kind, keys in lists.items():
+        if keys:
+            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+            problems.append(f"{kind} {', '.join(keys[:8])}{more}")
     for key in own:
         if key in state and not isinstance(state[key], Tensor):
             problems.append(f"{key} is a {type(state[key]).__name__}")
@@ -188,8 +183,6 @@ def finish_save(folder: Path) -> None:
     For a folder that this process holds. Does nothing where there are no weights, no configuration in them, or where
     they are damaged: who reads them says so, and a run that is resumed writes them again.
     """
-    if not (folder / "model.safetensors").is_file():
-        return
     try:
         (save, text), path = saved_with(folder), folder / "config.json"
     except UserError:
@@ -200,11 +193,9 @@ def finish_save(folder: Path) -> None:
 
 def is_component(folder: Path) -> bool:
     """Whether a component was written here completely."""
-    try:
-        component_config(folder)
-    except UserError:
-        return False
-    return True
+    with suppress(UserError):
+        return bool(component_config(folder))
+    return False
 
 
 def released(path: Path, what: str) -> Path:
