@@ -1,6 +1,5 @@
 """Generators and tokenizers by name, read and written: shipped with the package, a run, a model folder, or `hf:` a
-released file, which is converted once into the cache folder and read from there.
-"""
+released file, which is converted once into the cache folder and read from there."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from consonar.files.weights import component_config, load_module, save_component
 from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
 from consonar.hub import PREFIX, Wanted, read_name, released_file
-from consonar.model_folders import SHIPPED_GENERATORS, read_settings, read_tokenizer, shipped_or_folder
+from consonar.model_folders import read_settings, read_tokenizer, shipped_or_folder
 from consonar.origin import Origin, check, check_distinct
 from consonar.tokenizers import TokenizerModule
 from consonar.types import Generator, Weights
@@ -38,13 +37,7 @@ def save_tokenizer(tokenizer: TokenizerModule, folder: Path, *, dtype: str = "fl
 
 
 def stored(model: Weights, dtype: str) -> dict[str, torch.Tensor]:
-    """The weights as they are written."""
     return {key: value.to(getattr(torch, dtype)) for key, value in model.state_dict().items()}
-
-
-def has_name(generator: str) -> bool:
-    """Whether this is a name (of a shipped generator, or `hf:`), which means the same in every working directory."""
-    return generator in SHIPPED_GENERATORS or generator.startswith(PREFIX)
 
 
 def model_folder(name: str | Path, what: str = "generator") -> Path:

@@ -62,10 +62,8 @@ def read_name(text: str) -> Wanted:
 
 
 def released_file(wanted: Wanted) -> Path:
-    """The released file, as it is: put there by hand, or downloaded; for an index of shards, with all shards beside it.
-
-    `UserError` when it cannot be had, with where to put it.
-    """
+    """The released file: put there by hand, or downloaded; for an index of shards, with all shards beside it.
+    `UserError` says where to put one that cannot be had."""
     if wanted.place.is_file():
         return wanted.place
     if wanted.repository is None:

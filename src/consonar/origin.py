@@ -78,10 +78,8 @@ def check_distinct(names: Sequence[str] | None, where: str) -> None:
 
 
 def content_hash(names: Sequence[str], read: Callable[[int], bytes]) -> str:
-    """SHA-256 of all names and of what `read` returns for up to `HASHED_ITEMS` of them, evenly spaced.
-
-    The same wherever the items lie; without reading a large set.
-    """
+    """SHA-256 of all names and of what `read` returns for up to `HASHED_ITEMS` of them, evenly spaced: the same
+    wherever the items lie, without reading a large set."""
     named = hashlib.sha256("\n".join(map(same_text, names)).encode()).hexdigest()
     digest, count = hashlib.sha256(named.encode()), min(HASHED_ITEMS, len(names))
     for index in range(count):
@@ -124,6 +122,5 @@ def check(where: str, ours: Origin, theirs: Origin, other: str, remedy: str, par
 
     `where` is the key or file that `ours` belongs to, `other` what `theirs` belongs to; `remedy` ends the line.
     """
-    found = difference(ours, theirs, other, parts)
-    if found:
+    if found := difference(ours, theirs, other, parts):
         raise UserError(f"{where}: {found}; {remedy}")

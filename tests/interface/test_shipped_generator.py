@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from consonar import cli, model_folders
-from consonar.components import (
-    SHIPPED_GENERATORS,
-    load_generator,
-    load_own_tokenizer,
-    model_folder,
-    read_origin,
-    save_generator,
-)
+from consonar.components import load_generator, load_own_tokenizer, model_folder, read_origin, save_generator
 from consonar.errors import UserError
+from consonar.model_folders import SHIPPED_GENERATORS
 from consonar.origin import Origin
 from consonar.training.start_model import resolve_start
 

@@ -42,10 +42,8 @@ def known_labels(source: ImageSource) -> Sequence[int | None] | None:
 
 
 def check_labels(source: ImageSource, num_classes: int | None, missing: int | None = None) -> None:
-    """`check_label` of every picture whose label is known beforehand, so that a job of hours does not end at one.
-
-    `num_classes` None: labels are not read.
-    """
+    """`check_label` of every picture whose label is known beforehand, so that a job of hours does not end at one; no
+    label is read where `num_classes` is None."""
     if num_classes is None:
         return
     for index, label in enumerate(known_labels(source) or ()):

@@ -180,10 +180,8 @@ class ImageBatches(PictureBatches):
 def item_of(
     record: ImageRecord, image_size: int, num_classes: int | None, missing: int | None
 ) -> tuple[np.ndarray, int]:
-    """A picture, centre-cropped: (S, S, 3) uint8, and its condition, the label that `labels.check_label` finds.
-
-    The condition is 0 where `num_classes` is None, for models that read no classes.
-    """
+    """The centre crop of a picture, (S, S, 3) uint8, and its condition (`labels.check_label`); 0 where `num_classes` is
+    None, for models that read no classes."""
     condition = 0 if num_classes is None else check_label(record.label, num_classes, record.name, missing)
     return np.asarray(center_crop(record.image, image_size)), condition
 
@@ -203,10 +201,8 @@ def image_batches(
     flip: bool = False,
     **place: Unpack[Place],
 ) -> PictureBatches:
-    """Batches of images and conditions (`item_of`): from memory where all of them fit, else read in every epoch.
-
-    In that case several threads read them when they are needed, and labels that are known beforehand are checked here.
-    """
+    """Batches of images and conditions (`item_of`): from memory where all of them fit, else read by threads when they
+    are needed; labels that are known beforehand are checked here."""
     if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
         check_labels(source, num_classes, missing)
         pool = decoding_threads()

@@ -87,21 +87,17 @@ class ContentHash:
         self._tokens, self._told = hashlib.sha256(), hashlib.sha256()
 
     def update(self, tokens: np.ndarray, labels: Sequence[int | None], captions: Sequence[str | None]) -> None:
-        """The next items."""
         self._tokens.update(tokens.tobytes())
         for item in zip(labels, captions, strict=True):
             self._told.update(f"{item}\n".encode(errors="replace"))
 
     def hexdigest(self) -> str:
-        """The hash of all items so far."""
         return hashlib.sha256(self._tokens.digest() + self._told.digest()).hexdigest()
 
 
 def check_rows(table: pa.Table, counts: Counts) -> None:
-    """Raises ValueError unless an Arrow table holds what `counts` says and its buffers lie inside the file.
-
-    Reads the names and captions, not the tokens.
-    """
+    """Raises ValueError unless an Arrow table holds what `counts` says and its buffers lie inside the file; reads the
+    names and captions, not the tokens."""
     check_buffers(table, "tokens")
     if len(table) != counts.items:
         raise ValueError(f"{len(table)} of {counts.items} items")

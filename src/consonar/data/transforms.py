@@ -141,10 +141,8 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) float -> uint8 (B, H, W, 3): (x + 1) * 127.5, rounded to nearest, clamped to 0..255.
-
-    Values outside [-1, 1] are clamped (decoders overshoot); NaN or infinity raises `ValueError`, for it has no colour.
-    """
+    """(B, 3, H, W) float -> uint8 (B, H, W, 3): (x + 1) * 127.5, rounded to nearest, clamped to 0..255 (decoders
+    overshoot). NaN or infinity raises `ValueError`, for it has no colour."""
     if not torch.isfinite(images).all():
         raise ValueError("to_uint8: images hold NaN or infinite pixels")
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -155,10 +153,7 @@ VIEWS = {"center": 1, "center_flip": 2, "ten_crop": 10, "shift_flip": 18}
 
 
 def make_views(image: Image.Image, views: str, size: int) -> list[Image.Image]:
-    """The VIEWS[views] crops of one RGB image, each RGB, size x size; "flip": their mirrors follow.
-
-    Raises `UserError` for an unknown `views`.
-    """
+    """The VIEWS[views] crops of an RGB image, RGB, size x size ("flip": mirrors follow); `UserError` for others."""
     check_choice("views", views, VIEWS)
     if views == "ten_crop":
         return ten_crop(image, size)

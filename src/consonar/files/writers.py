@@ -74,10 +74,7 @@ def cache_dir() -> Path:
 
 
 def keep(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """What `write` writes into a file, atomically into the cache folder.
-
-    It only saves time: failing costs a line on stderr, not the work.
-    """
+    """What `write` writes, atomically, into the cache folder; it only saves time: failing costs a line on stderr."""
 
     def opened(partial: Path) -> None:
         with partial.open("wb") as file:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from consonar.components import has_name, load_generator, read_origin, weights_sha256
+from consonar.components import load_generator, read_origin, weights_sha256
 from consonar.errors import UserError
 from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
-from consonar.model_folders import SHIPPED_TOKENIZERS
+from consonar.model_folders import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.training.config import TrainConfig
 from consonar.types import Generator, ImageSource, Tokenizer
@@ -39,7 +39,8 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
         if config.model is not None:
             check_same_shape(start, asdict(stored), asdict(config.model))
         config = replace(config, model=stored)
-    return replace(config, init=start if has_name(start) else str(Path(start).resolve()))
+    by_name = start in SHIPPED_GENERATORS or start.startswith("hf:")  # a folder is stored whole
+    return replace(config, init=start if by_name else str(Path(start).resolve()))
 
 
 def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:
