@@ -116,12 +116,10 @@ def fetch_component(text: str, component: str) -> Path:
         with hold(folder.with_name(f".{folder.name}.converting"), wait=True):
             if not is_current(wanted, folder):  # else another process has converted it meanwhile
                 convert_file(wanted, folder)
-    if (folder / component / "config.json").is_file():
-        return folder / component
-    found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if found.get("component") != component:
-        raise UserError(f"{text}: holds no {component}")
-    return folder
+    for place in (folder / component, folder):
+        if (place / "config.json").is_file() and read_json(place / "config.json").get("component") == component:
+            return place
+    raise UserError(f"{text}: holds no {component}")
 
 
 def is_current(wanted: Wanted, folder: Path) -> bool:
@@ -130,10 +128,8 @@ def is_current(wanted: Wanted, folder: Path) -> bool:
     Where none lies there, of the file that was downloaded: those do not change.
     """
     records = [path for part in ("", "generator", "tokenizer") if (path := folder / part / SOURCE).is_file()]
-    if not records:
-        return False
-    if not wanted.place.is_file():
-        return True
+    if not records or not wanted.place.is_file():
+        return bool(records)
     files = read_json(records[0]).get("files")
     if not isinstance(files, dict) or not all(map(plain_name, files)):
         return False

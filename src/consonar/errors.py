@@ -37,9 +37,9 @@ class NonFiniteLoss(RuntimeError):
 def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     """A `UserError` for a name that is not in a table: says which names are."""
     names = [str(choice) for choice in choices]
-    close = get_close_matches(str(value).casefold(), [name.casefold() for name in names], n=1)
-    near = next(name for name in names if name.casefold() == close[0]) if close else None
-    hint = f" (did you mean {near!r}?)" if close else ""
+    folded = {name.casefold(): name for name in reversed(names)}
+    close = get_close_matches(str(value).casefold(), folded, n=1)
+    hint = f" (did you mean {folded[close[0]]!r}?)" if close else ""
     return UserError(f"{what}: unknown {value!r}{hint}; choices: {', '.join(names)}")
 
 

@@ -89,18 +89,13 @@ def content_hash(names: Sequence[str], read: Callable[[int], bytes]) -> str:
 
 def difference(ours: Origin, theirs: Origin, other: str, parts: Sequence[str] = MEANING) -> str | None:
     """What differs first, as "class 0 is 'cat', in OTHER it is 'dog'"; None where nothing known does."""
-    for part in parts:
-        if part == "classes":
-            found = class_difference(ours.class_names, theirs.class_names, other)
-        else:
-            what, name, key = PARTS[part]
-            mine, yours = getattr(ours, key), getattr(theirs, key)
-            found = None
-            if mine is not None and yours is not None and mine != yours:
-                named, known = (f"{getattr(o, name)!r} ({getattr(o, key)[:12]})" for o in (ours, theirs))
-                found = f"the {what} is {named}, in {other} it is {known}"
-        if found:
-            return found
+    if "classes" in parts and (found := class_difference(ours.class_names, theirs.class_names, other)):
+        return found
+    for what, name, key in (PARTS[part] for part in parts if part != "classes"):
+        mine, yours = getattr(ours, key), getattr(theirs, key)
+        if mine is not None and yours is not None and mine != yours:
+            named, known = (f"{getattr(o, name)!r} ({getattr(o, key)[:12]})" for o in (ours, theirs))
+            return f"the {what} is {named}, in {other} it is {known}"
     return None
 
 

@@ -49,11 +49,6 @@ def is_split(path: str) -> bool:
     return all(found & {*SPLIT_NAMES[split]} for split in ("train", "validation"))
 
 
-def class_name(folder: str) -> str:
-    """What a class is called whose folder has this name."""
-    return same_text(printable(folder))
-
-
 def other_files(source: object) -> str:
     """What else lies in the folder that a source, or what it is made of, is: see `PictureFiles.note`."""
     while hasattr(source, "source"):
@@ -78,7 +73,7 @@ class ImageFolder:
         folder, class_folders = self._layout(root, split)
         self.root = root
         self.name = f"imagefolder:{root.resolve()}[{split}]"
-        self.class_names = tuple(sorted({class_name(path.name) for path in class_folders})) or None
+        self.class_names = tuple(sorted({same_text(printable(path.name)) for path in class_folders})) or None
         self.found: PictureFiles = find_pictures(folder)
         self.files = self.found.files
         if not self.files:
@@ -106,17 +101,14 @@ class ImageFolder:
     def _label_files(self, folder: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
         """The class index of every file: its first folder below `folder`."""
         parents = [path.relative_to(folder).parts[:-1] for path in self.files]
-        stray = next((path for path, parts in zip(self.files, parents, strict=True) if not parts), None)
-        if stray is not None:
-            first = sub_folders(folder)[0].name
-            hint = f"{first!r} is one: move the image into it, or it elsewhere"
-            raise UserError(f"data: image {str(stray)!r} lies beside class folders; {hint}")
+        if () in parents:
+            hint = f"{sub_folders(folder)[0].name!r} is one: move the image into it, or it elsewhere"
+            raise UserError(f"data: image {str(self.files[parents.index(())])!r} lies beside class folders; {hint}")
         filled = {parts[0] for parts in parents}
-        empty = [path.name for path in sub_folders(folder) if path.name not in filled]
-        if empty:
-            raise UserError(f"data: class folder {str(folder / empty[0])!r} holds no image file; remove it or fill it")
+        if empty := [path for path in sub_folders(folder) if path.name not in filled]:
+            raise UserError(f"data: class folder {str(empty[0])!r} holds no image file; remove it or fill it")
         index = {name: label for label, name in enumerate(class_names)}
-        return tuple(index[class_name(parts[0])] for parts in parents)
+        return tuple(index[same_text(printable(parts[0]))] for parts in parents)
 
     @cached_property
     def content_hash(self) -> str:

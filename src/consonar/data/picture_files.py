@@ -38,9 +38,9 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks that change no pixel here: text, and the colour profile (profiles are not applied)."""
 MAX_BYTES = 2**30
-T = TypeVar("T")
 MAX_ASPECT = 100
 """Longer side over shorter side: the shorter side is brought to the crop's size, which enlarges a hair into a wall."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -73,22 +73,16 @@ def find_pictures(root: Path) -> PictureFiles:
     links end; a file counts under each of its names. Raises `UserError` for a folder that cannot be read.
     """
     found = PictureFiles()
-    around = {_identity(folder) for folder in (root, *root.resolve().parents)}
+    around = {root.resolve(), *root.resolve().parents}
     for folder in _scan(root, found):
         waiting, seen = [folder], set(around)
         while waiting:
             current = waiting.pop()
-            if (identity := _identity(current)) not in seen:
-                seen.add(identity)
+            if (place := current.resolve()) not in seen:
+                seen.add(place)
                 waiting += reversed(_scan(current, found))
     found.files.sort()
     return found
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    with reading(folder, "a folder"):
-        status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def _scan(folder: Path, found: PictureFiles) -> list[Path]:
@@ -124,6 +118,11 @@ def read_image(source: str | Path | bytes, name: str) -> Image.Image:
     data = source if isinstance(source, bytes) else _read_bytes(Path(source), name)
     try:
         image = _decode(data)
+        if END_MARKS.get(image.format or "", b"") not in data:  # Pillow lets a file pass that lost only its last bytes
+            raise ValueError(f"no end of {image.format}")
+        return to_rgb(image)
+    except UserError as error:
+        raise BadImage(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"{name}: not an image ({len(data)} bytes)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -131,12 +130,6 @@ def read_image(source: str | Path | bytes, name: str) -> Image.Image:
     except Exception as error:  # what the bytes happen to spell: see `errors.reading`
         cause = str(error) or type(error).__name__
         raise BadImage(f"{name}: the image is truncated or damaged ({len(data)} bytes): {cause[:200]}") from error
-    if END_MARKS.get(image.format or "", b"") not in data:  # Pillow lets a file pass that lost only its last bytes
-        raise BadImage(f"{name}: the image is truncated or damaged ({len(data)} bytes): no end of {image.format}")
-    try:
-        return to_rgb(image)
-    except UserError as error:
-        raise BadImage(f"{name}: {error}") from error
 
 
 def _read_bytes(path: Path, name: str) -> bytes:
