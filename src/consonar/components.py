@@ -91,10 +91,8 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
 
 
 def load_own_tokenizer(path: str | Path) -> TokenizerModule:
-    """The tokenizer that a stored generator was trained with, frozen, on the CPU.
-
-    Raises `UserError` when it is not there or its weights have changed since: other codes would decode to noise.
-    """
+    """The tokenizer that a stored generator was trained with, frozen, on the CPU. `UserError` when it is not there or
+    its weights have changed since: other codes would decode to noise."""
     _, origin, settings, _ = read_settings(model_folder(path), "generator", GENERATORS)
     if origin.tokenizer is None:
         raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
@@ -123,10 +121,8 @@ def fetch_component(text: str, component: str) -> Path:
 
 
 def is_current(wanted: Wanted, folder: Path) -> bool:
-    """Whether `folder` is the whole conversion of the file that lies at its place, by content.
-
-    Where none lies there, of the file that was downloaded: those do not change.
-    """
+    """Whether `folder` is the whole conversion of the file that lies at its place, by content; where none lies there,
+    of the file that was downloaded: those do not change."""
     records = [path for part in ("", "generator", "tokenizer") if (path := folder / part / SOURCE).is_file()]
     if not records or not wanted.place.is_file():
         return bool(records)

@@ -23,10 +23,8 @@ PACKAGE = Path(__file__).parent
 
 
 def shipped_or_folder(what: str, name: str | Path) -> Path:
-    """The folder of a shipped model or of a run, or the path itself; `what` is `generator` or `tokenizer`.
-
-    Raises `UserError` for a name that is neither shipped nor a folder, and for a run that has no model yet.
-    """
+    """The folder of a shipped model or of a run, or the path itself; `what` is `generator` or `tokenizer`. `UserError`
+    for a name that is neither shipped nor a folder, and for a run that has no model yet."""
     shipped = SHIPPED_GENERATORS if what == "generator" else SHIPPED_TOKENIZERS
     if isinstance(name, str) and name in shipped:  # a `Path` is a folder: `Path("./openmoji")` has lost its dot
         return PACKAGE / f"{what}s" / "pretrained" / name
@@ -36,10 +34,8 @@ def shipped_or_folder(what: str, name: str | Path) -> Path:
 
 
 def read_settings(folder: Path, what: str, kinds: dict[str, Any]) -> tuple[str, Origin, Any, Any]:
-    """What config.json says: the name, the origin, the shape as its dataclass, and the class of the model.
-
-    Raises `UserError` for a folder of something else than `what`, and for a kind that is not in the table.
-    """
+    """What config.json says: name, origin, shape as its dataclass, and the class of the model. `UserError` for a folder
+    of something else than `what`, and for a kind that is not in the table."""
     config, where = component_config(folder), str(folder / "config.json")
     if config.pop("component", None) != what:
         raise UserError(f"{folder}: not a {what} folder (component in config.json)")

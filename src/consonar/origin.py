@@ -48,7 +48,6 @@ class HasFingerprint(Protocol):
 
 
 def of_tokenizer(tokenizer: HasFingerprint) -> Origin:
-    """What is made with this tokenizer alone."""
     return Origin(tokenizer=tokenizer.name, tokenizer_fingerprint=tokenizer.fingerprint)
 
 

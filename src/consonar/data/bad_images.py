@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from consonar.data.picture_files import decoding_threads
-from consonar.data.sources import Part
+from consonar.data.sources import Part, Stream
 from consonar.errors import BadImage, UserError, reading
 from consonar.files.writers import write_atomically
 from consonar.types import ImageRecord, ImageSource, IndexedSource
@@ -46,9 +46,7 @@ class BadImages:
                         self.found[part][int(number)] = reason
 
     def met(self, part: str, row: int, error: BadImage, total: int) -> None:
-        """Notes one of `total` pictures (so far). Raises the error itself, or `UserError` beyond the limit."""
-        if not self.skips:
-            raise error
+        """Notes one of `total` pictures (so far); `UserError` beyond the limit."""
         found = self.found.setdefault(part, {})
         found[row] = str(error)
         if len(found) > max(1, math.floor(self.limit * total)):
@@ -107,25 +105,17 @@ def readable_rows(read: Callable[[int], object], count: int, bad: BadImages, par
     return rows
 
 
-class SkippingStream:
-    """A stream without the pictures that cannot be read."""
-
-    def __init__(self, source: ImageSource, bad: BadImages, part: str) -> None:
-        self.source, self.bad, self.part = source, bad, part
-        self.name, self.class_names = source.name, source.class_names
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        records = iter(self.source)
-        for row in itertools.count():
-            try:
-                record = next(records)
-            except StopIteration:
-                return
-            except BadImage as error:
-                self.bad.met(self.part, row, error, max(row + 1, STREAM_START))
-            else:
-                yield record
-            self.bad.totals[self.part] = max(row + 1, self.bad.totals.get(self.part, 0))
+def readable(source: ImageSource, bad: BadImages, part: str) -> Iterator[ImageRecord]:
+    """The pictures of a stream without those that cannot be read."""
+    records = iter(source)
+    for row in itertools.count():
+        try:
+            yield next(records)
+        except StopIteration:
+            return
+        except BadImage as error:
+            bad.met(part, row, error, max(row + 1, STREAM_START))
+        bad.totals[part] = max(row + 1, bad.totals.get(part, 0))
 
 
 def leave_out(source: ImageSource, bad: BadImages | None, part: str) -> ImageSource:
@@ -133,6 +123,6 @@ def leave_out(source: ImageSource, bad: BadImages | None, part: str) -> ImageSou
     if bad is None or not bad.skips:
         return source
     if not isinstance(source, IndexedSource):
-        return SkippingStream(source, bad, part)
+        return Stream(source.name, source.class_names, lambda: readable(source, bad, part))
     rows = readable_rows(source.read, len(source), bad, part)
     return source if len(rows) == len(source) else Part(source, rows, source.name)

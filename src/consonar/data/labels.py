@@ -99,10 +99,8 @@ def describe(source: ImageSource) -> str:
 
 
 def data_line(counts: Mapping[int | None, int], class_names: Sequence[str] | None) -> str:
-    """The line of `describe` from the number of pictures of each label (None: without one); names empty classes.
-
-    Raises `UserError` for a label beyond any number of classes, each of which would be looked for.
-    """
+    """The line of `describe` from the number of pictures of each label (None: without one); names empty classes, so
+    that a label beyond any number of classes is a `UserError`."""
     total, missing = sum(counts.values()), counts.get(None, 0)
     seen = {label for label in counts if label is not None}
     num_classes = len(class_names) if class_names else max(seen, default=-1) + 1

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -222,12 +221,10 @@ def prefetch(
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     """Writes images (B, 3, H, W) in [-1, 1] as a PNG: rows of `columns` on white, two pixels apart."""
-    pixels = to_uint8(images)  # (B, H, W, 3)
-    (count, height, width, _), gap = pixels.shape, 2
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    pixels = to_uint8(images).numpy()  # (B, H, W, 3)
+    count, height, width, _ = pixels.shape
+    columns, down, right = min(columns, count), height + 2, width + 2
+    canvas = Image.new("RGB", (columns * right - 2, math.ceil(count / columns) * down - 2), "white")
     for index, picture in enumerate(pixels):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = picture
-    write_atomically(path, lambda partial: Image.fromarray(canvas.numpy()).save(partial, format="PNG"))
+        canvas.paste(Image.fromarray(picture), (index % columns * right, index // columns * down))
+    write_atomically(path, lambda partial: canvas.save(partial, format="PNG"))

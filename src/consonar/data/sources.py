@@ -155,16 +155,16 @@ class Part:
         return map(self.read, range(len(self)))
 
 
-class RelabelledStream:
-    """The pictures of a stream that a relabelling keeps, with its labels."""
+@dataclass
+class Stream:
+    """A source whose pictures `walk` gives, anew each time."""
 
-    def __init__(self, source: ImageSource, relabelling: Relabelling) -> None:
-        self.source, self.name, self.relabelling = source, source.name, relabelling
-        self.class_names = relabelling.class_names
+    name: str
+    class_names: tuple[str, ...] | None
+    walk: Callable[[], Iterator[ImageRecord]]
 
     def __iter__(self) -> Iterator[ImageRecord]:
-        # No generator: these go on behind a picture that could not be read.
-        return filter(self.relabelling.keeps, map(self.relabelling.apply, self.source))
+        return self.walk()
 
 
 def relabelled(
@@ -192,7 +192,8 @@ def relabelled(
     label = None if default is None or default == DROP else class_id(default, given or names)
     relabelling = Relabelling(given, order, label, drops=default == DROP)
     if not isinstance(source, IndexedSource):
-        return RelabelledStream(source, relabelling)
+        # No generator: these go on behind a picture that could not be read.
+        return Stream(source.name, given, lambda: filter(relabelling.keeps, map(relabelling.apply, source)))
     known = known_labels(source) if relabelling.drops else None
     rows = [row for row in range(len(source)) if known is None or known[row] is not None]
     return Part(source, rows, source.name, relabelling)

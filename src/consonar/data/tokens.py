@@ -97,7 +97,6 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Put the waiting rows on disk."""
         if self.pending:
             rows = pa.concat_tables(self.pending).combine_chunks()
             with disk_errors(self.path, self.counts["items"] * rows.nbytes // len(rows)):
@@ -216,7 +215,6 @@ class TokenStore:
         )  # fmt: skip
 
     def describe(self) -> str:
-        """How many pictures and classes it holds, and how many without a label."""
         counted = self.table.column("label").value_counts().to_pylist()
         return data_line({row["values"]: row["counts"] for row in counted}, self.class_names)
 

@@ -63,9 +63,8 @@ def _rar_items(jsonl: Path, tokenizer: Tokenizer) -> Iterator[Item]:
 def import_rar_jsonl(jsonl: str | Path, out: str | Path, tokenizer: Tokenizer) -> TokenStore:
     """Convert RAR's pre-tokenised file: every line becomes an item with one view; blank lines are skipped.
 
-    Several crops of an image are separate lines there and stay separate items. Raises `UserError` with file and line
-    for one that is not {"class_id": int, "tokens": [N ints]}, a token outside the vocabulary and a negative class;
-    otherwise as `new_store` does.
+    Several crops of an image are separate lines there and stay separate items. Raises `UserError`, with the line of one
+    that has another form, a token outside the vocabulary or a negative class; otherwise as `new_store` does.
     """
     jsonl = home_expanded(jsonl)
     if not jsonl.is_file():
@@ -88,7 +87,6 @@ def _numbered_files(folder: Path, what: str) -> list[Path]:
 
 
 def _llamagen_codes(path: Path) -> np.ndarray:
-    """(crops, N) from a file of shape (1, crops, N), (crops, N) or (1, N)."""
     codes = read_npy(path)
     return codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
 

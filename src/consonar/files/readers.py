@@ -56,10 +56,8 @@ def read_json(path: Path, remedy: str = "") -> Json:
 
 
 def check_extent(value: object, most: int = 10_000) -> None:
-    """Raises ValueError where tables and lists in each other hold over `most` values, or hold themselves.
-
-    References in YAML make a few lines into as many values as one likes.
-    """
+    """Raises ValueError where tables and lists in each other hold over `most` values, or themselves: references in YAML
+    make a few lines into as many values as one likes."""
     waiting, count = [value], 0
     while waiting:
         count += 1

@@ -199,10 +199,8 @@ def is_component(folder: Path) -> bool:
 
 
 def released(path: Path, what: str) -> Path:
-    """The component folder that `path` means: `model` inside a run folder, or itself.
-
-    Raises `UserError`, which begins with `what`, for a run that has no model yet.
-    """
+    """The component folder that `path` means: `model` inside a run folder, or itself. `UserError`, which begins with
+    `what`, for a run that has no model yet."""
     if (path / "model" / "config.json").is_file():  # written last
         return path / "model"
     if (path / "metrics.jsonl").exists():
