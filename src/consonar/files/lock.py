@@ -45,7 +45,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
     made: list[Path] = []
-    path, since = folder / LOCK_FILE, datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    path = folder / LOCK_FILE
     with ExitStack() as at_end:
         at_end.callback(_remove_empty, made)
         file = at_end.enter_context(_locked(path, wait, made))
@@ -53,6 +53,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
         # again, and knows then that it did.
         at_end.callback(_remove_empty, made)
         at_end.callback(path.unlink, missing_ok=True)
+        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         file.flush()
