@@ -81,7 +81,17 @@ class ImageFolder:
             beside = f" beside {self.found.note}" if self.found.note else ""
             endings = ", ".join(IMAGE_ENDINGS)
             raise UserError(f"data: no image in {str(folder)!r}{beside}; looked for {endings} ({hint})")
-        self.labels = None if self.class_names is None else self._label_files(folder, self.class_names)
+        self.labels: tuple[int, ...] | None = None
+        if self.class_names is not None:
+            classes = [path.relative_to(folder).parts[:-1][:1] for path in self.files]  # its first folder, if any
+            if () in classes:
+                hint = f"{sub_folders(folder)[0].name!r} is one: move the image into it, or it elsewhere"
+                raise UserError(f"data: image {str(self.files[classes.index(())])!r} lies beside class folders; {hint}")
+            filled = {*classes}
+            if empty := [path for path in sub_folders(folder) if (path.name,) not in filled]:
+                raise UserError(f"data: class folder {str(empty[0])!r} holds no image file; remove it or fill it")
+            index = {name: label for label, name in enumerate(self.class_names)}
+            self.labels = tuple(index[same_text(printable(name))] for (name,) in classes)
 
     @staticmethod
     def _layout(root: Path, split: str) -> tuple[Path, list[Path]]:
@@ -97,18 +107,6 @@ class ImageFolder:
             raise UserError(f"data: cannot tell whether {str(splits[0])!r} is a split or a class, for {hint}")
         chosen = root / choose_split(split, [path.name for path in splits], str(root))
         return chosen, [path for folder in splits for path in sub_folders(folder)]
-
-    def _label_files(self, folder: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
-        """The class index of every file: its first folder below `folder`."""
-        parents = [path.relative_to(folder).parts[:-1] for path in self.files]
-        if () in parents:
-            hint = f"{sub_folders(folder)[0].name!r} is one: move the image into it, or it elsewhere"
-            raise UserError(f"data: image {str(self.files[parents.index(())])!r} lies beside class folders; {hint}")
-        filled = {parts[0] for parts in parents}
-        if empty := [path for path in sub_folders(folder) if path.name not in filled]:
-            raise UserError(f"data: class folder {str(empty[0])!r} holds no image file; remove it or fill it")
-        index = {name: label for label, name in enumerate(class_names)}
-        return tuple(index[same_text(printable(parts[0]))] for parts in parents)
 
     @cached_property
     def content_hash(self) -> str:

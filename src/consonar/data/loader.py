@@ -49,18 +49,6 @@ def batch_rows(step: int, batch_size: int, num_items: int, *, seed: int, rank: i
     return torch.cat(parts)[rank::world_size]
 
 
-def spread_rows(num_items: int, max_items: int, rng: torch.Generator) -> Tensor:
-    """All rows, or with `max_items` > 0 at most that many: (n,) int64 in [0, num_items), rising.
-
-    One row is drawn from each of n equal stretches, so that a set that is sorted by class is covered evenly, and one
-    whose classes take turns is not seen at one of them alone, as it would be at equal steps.
-    """
-    count = min(max_items, num_items) if max_items else num_items
-    edges = torch.arange(count + 1) * num_items // max(count, 1)
-    lengths = edges.diff()
-    return edges[:-1] + (uniform(rng, count, dtype=torch.float64) * lengths).long()
-
-
 class Place(TypedDict):
     """Which items a process reads: `batch_size` at each step, drawn by `seed`, its share of those of all processes."""
 
@@ -105,9 +93,16 @@ class Batches(Generic[Item]):
         return rows_of_rank(lambda count: integers(rng, 0, high, count), self.batch_size, self.rank, self.world_size)
 
     def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Item]:
-        """`spread_rows` in order and as they are held, for validation; the last batch may be short."""
-        chosen = spread_rows(self.num_items, max_items, generator(self.seed, "ordered"))
-        return map(self.read, chosen.split(batch_size))
+        """All items, or with `max_items` > 0 at most that many, in order and as they are held, for validation.
+
+        One row is drawn from each of as many equal stretches, so that a set that is sorted by class is covered evenly,
+        and one whose classes take turns is not seen at one of them alone, as it would be at equal steps. The last batch
+        may be short.
+        """
+        count = min(max_items, self.num_items) if max_items else self.num_items
+        edges = torch.arange(count + 1) * self.num_items // count
+        drawn = uniform(generator(self.seed, "ordered"), count, dtype=torch.float64) * edges.diff()
+        return map(self.read, (edges[:-1] + drawn.long()).split(batch_size))
 
 
 class TokenBatches(Batches[TokenBatch]):

@@ -196,21 +196,21 @@ def _render_all(size: int) -> _Rendered:
         if _content_hash(rendered.images) != rendered.content_hash:
             raise UserError(f"openmoji: {path} is damaged (its SHA-256 differs); {remedy}")
         return rendered
+
+    def render(file: Path) -> np.ndarray:
+        """One SVG on white: (size, size, 3) uint8."""
+        settings = {"width": size, "height": size, "background": "#ffffff", "skip_system_fonts": True}
+        png = resvg.svg_to_bytes(svg_path=str(file), **settings)
+        return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
     with decoding_threads() as pool:
-        pictures = dict(zip(files, pool.map(lambda file: render(file, size), files), strict=True))
+        pictures = dict(zip(files, pool.map(render, files), strict=True))
     distinct = {picture.tobytes(): file for file, picture in reversed(pictures.items())}  # the first of equal ones
     first = sorted(distinct.values())
     images, names = np.stack([pictures[file] for file in first]), tuple(file.stem for file in first)
     sha256 = _content_hash(images)
     keep(path, lambda file: np.savez_compressed(file, images=images, names=np.array(names), sha256=np.array(sha256)))
     return _Rendered(images, names, sha256)
-
-
-def render(file: Path, size: int) -> np.ndarray:
-    """One SVG on white: (size, size, 3) uint8."""
-    settings = {"width": size, "height": size, "background": "#ffffff", "skip_system_fonts": True}
-    png = package("resvg_py").svg_to_bytes(svg_path=str(file), **settings)
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 
 def _content_hash(images: np.ndarray) -> str:

@@ -1,9 +1,7 @@
 """What the two files of a token store must hold. Arrow follows damaged offsets anywhere, so these are checked, too."""
 
-import contextlib
 import hashlib
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -127,14 +125,3 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, tokenizer_name: str, where
     if low < 0 or high >= vocab_size:
         limit = f"{tokenizer_name!r} has 0..{vocab_size - 1}: damaged, or made with another tokenizer?"
         raise UserError(f"{where}: token {low if low < 0 else high}; {limit}")
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path, needed: int) -> Iterator[None]:
-    """Turn a failure to write the store `path` into a `UserError` that says how much room it needs (bytes) and has."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
-        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error

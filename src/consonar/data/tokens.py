@@ -33,7 +33,6 @@ from consonar.data.store_format import (
     StoreMetadata,
     check_rows,
     check_tokens,
-    disk_errors,
     read_metadata,
     token_dtype,
 )  # fmt: skip
@@ -102,6 +101,17 @@ class StoreWriter:
             with disk_errors(self.path, self.counts["items"] * rows.nbytes // len(rows)):
                 self.arrow.write_table(rows)  # as one block, for fast opening
             self.pending.clear()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, needed: int) -> Iterator[None]:
+    """Turn a failure to write the store `path` into a `UserError` that says how much room it needs (bytes) and has."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
+        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error
 
 
 @contextlib.contextmanager
