@@ -194,7 +194,8 @@ def finish_save(folder: Path) -> None:
 def is_component(folder: Path) -> bool:
     """Whether a component was written here completely."""
     with suppress(UserError):
-        return bool(component_config(folder))
+        component_config(folder)
+        return True
     return False
 
 
