@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import numbers
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,7 +46,7 @@ def from_dict(values: object, where: str, kind: type[Config], path: str = "") ->
         if options and value is not None:
             made[name] = from_dict(value, where, pick_variant(value, options, key, where), f"{key}.")
         else:
-            made[name] = read_value(value, where, key, hints[name])
+            made[name] = read_value(value, f"{where}: {key}", hints[name])
     for name, item in known.items():
         if name not in made and item.default is item.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: {path}{name}: missing")
@@ -53,20 +56,47 @@ def from_dict(values: object, where: str, kind: type[Config], path: str = "") ->
         raise UserError(f"{where}: {error}") from error
 
 
-def read_value(value: object, where: str, key: str, hint: object) -> object:
+def read_value(value: object, key: str, hint: object) -> object:
     """A value of the type `hint`; `UserError` says what is wrong and what was given."""
     if isinstance(value, str) and hint in (str, str | None):
         return value  # as it is: a path may hold bytes that are not UTF-8 (surrogates), which JSON has no place for
     try:
-        return adapter(hint).validate_json(json.dumps(value), strict=True)
+        with typed(key):
+            return adapter(hint).validate_json(json.dumps(value), strict=True)
     except TypeError as error:  # what YAML has and JSON has not, such as a date
         message = "is neither number, text, list nor table of such; quote what is text"
-        raise UserError(f"{where}: {key}: {value!r} {message}") from error
+        raise UserError(f"{key}: {value!r} {message}") from error
+
+
+def checked_value(value: object, key: str, hint: object) -> object:
+    """A value that Python gives, of the type `hint` as strictly as in a file, and as a file would hold it: a path is
+    text, a list a tuple, NumPy's numbers are numbers. `UserError` as in `read_value`.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.path.join(".", os.path.expanduser(value))  # "x" may also be the name of something, Path("x") is not
+    elif isinstance(value, list):
+        value = tuple(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, int | float):
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+    if kinds and not isinstance(value, hint):  # type: ignore[arg-type]
+        raise UserError(f"{key}: expected a {kinds[0].__name__}, got {value!r}")  # type: ignore[union-attr]
+    if not kinds and not (isinstance(value, str) and hint in (str, str | None)):  # as above
+        with typed(key):
+            adapter(hint).validate_python(value, strict=True)
+    return value
+
+
+@contextlib.contextmanager
+def typed(key: str) -> Iterator[None]:
+    """Says in one line what is not of the type that it should be."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([key, *map(str, first["loc"])])
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{where}: {place}: {message}, got {first['input']!r}") from error
+        raise UserError(f"{place}: {message}, got {first['input']!r}") from error
 
 
 adapter = functools.cache(TypeAdapter)

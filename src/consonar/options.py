@@ -15,8 +15,9 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeGuard
 
+from consonar.config_io import checked_value
 from consonar.errors import UserError, check_choice
 
 LARGEST = 1e6
@@ -39,10 +40,20 @@ class Options:
 
 
 def check_options(config: Any, prefix: str) -> None:
-    """Raises `UserError`, naming `prefix` + field, for the first value that a rule of its field refuses."""
+    """Raises `UserError`, naming `prefix` + field, for the first value that the type or a rule of its field refuses."""
     kind: Any = type(config)
+    for name, hint in types(kind).items():
+        object.__setattr__(config, name, checked_value(getattr(config, name), f"{prefix}{name}", hint))
     for name, rule in rules(kind):
         rule.check(config, name, prefix)
+
+
+@functools.cache
+def types(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields by name; of choices that of one, for the rule says them."""
+    hints = typing.get_type_hints(kind)
+    found = {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+    return {name: str if typing.get_origin(hint) is typing.Literal else hint for name, hint in found.items()}
 
 
 @functools.cache
@@ -78,6 +89,11 @@ def values(config: Any, name: str) -> Iterator[tuple[str, Any]]:
 def default(config: Any, name: str) -> Any:
     """The default of a field; `MISSING` for one that has none, or makes it anew each time."""
     return type(config).__dataclass_fields__[name].default
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number, of Python's or of NumPy's."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class Rule(ABC):
@@ -120,9 +136,6 @@ class Range(Rule):
 
     def fault(self, value: Any) -> str:
         """What is wrong with a value, in words; empty where nothing is."""
-        is_number = isinstance(value, numbers.Real)
-        if not is_number:
-            return f"{value!r} is not a number"
         if isinstance(value, int) and abs(value) >= 2**63:
             return f"{value} does not fit into 64 bits"
         if not math.isfinite(value):

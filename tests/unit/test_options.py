@@ -1,8 +1,10 @@
 """Numbers and choices that no configuration takes, wherever they come from."""
 
 import dataclasses
+import json
 import re
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,19 +13,22 @@ from configurations import CONFIGS, floats_in
 
 from consonar.cli import main
 from consonar.components import load_generator, save_generator
+from consonar.config_io import to_dict
 from consonar.errors import UserError
 from consonar.files.weights import load_weights, save_tensors
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.options import OneOf, Range, rules
 from consonar.origin import Origin
+from consonar.recipes import find_recipe
 from consonar.recipes.files import read_config
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
-from consonar.training.config import LoopConfig
+from consonar.training.config import DataConfig, LoopConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
+from consonar.training.run import train
 
 FLOATS = [(kind, name) for kind in CONFIGS for name in floats_in(kind)]
 
@@ -56,13 +61,44 @@ def test_a_field_that_is_declared_anew_keeps_its_rules():
 
 def test_what_is_no_number_is_refused():
     for value in ("3", None, torch.nn):
-        with pytest.raises(UserError, match=r"loop\.steps: .* is not a number"):
+        with pytest.raises(UserError, match=r"loop\.steps: input should be a valid integer, got "):
             LoopConfig(steps=value)
     with pytest.raises(UserError, match=r"loop\.steps: -3 is not positive"):
         LoopConfig(steps=np.int64(-3))
     with pytest.raises(UserError, match=r"optim\.lr: nan is not a finite number"):
         OptimConfig(lr=np.float32("nan"))
     assert LoopConfig(steps=np.int64(3)).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LoopConfig(steps=1.5), r"loop\.steps: input should be a valid integer.*, got 1\.5"),
+        (lambda: LoopConfig(batch_size=4.0), r"loop\.batch_size: input should be a valid integer, got 4\.0"),
+        (lambda: LoopConfig(steps=(3,)), r"loop\.steps: input should be a valid integer, got \(3,\)"),
+        (lambda: LoopConfig(compile="no"), r"loop\.compile: input should be a valid boolean, got 'no'"),
+        (lambda: LoopConfig(trackers="wandb"), r"loop\.trackers: input should be a valid tuple, got 'wandb'"),
+        (lambda: DataConfig(flip="no"), r"data\.flip: input should be a valid boolean, got 'no'"),
+        (lambda: DataConfig(tokens=b"x"), r"data\.tokens: input should be a valid string, got b'x'"),
+        (lambda: SamplerConfig(top_k=True), r"top_k: input should be a valid integer, got True"),
+        (lambda: SamplerConfig(temperature=[1]), r"temperature: input should be a valid number, got \(1,\)"),
+        (lambda: SamplerConfig(temperature=True), r"temperature: input should be a valid number, got True"),
+        (lambda: PolicyConfig(rewards={"mse": "1"}), r"objective\.rewards\.mse: input should be a valid number, got"),
+        (lambda: PolicyConfig(rewards={"mse": 1}, guard={}), r"objective\.guard: expected a GuardConfig, got \{\}"),
+        (lambda: train(find_recipe("ar-openmoji"), "x", stop_at=1.5), r"--stop-at: 1\.5 is not a step"),
+    ],
+)  # fmt: skip
+def test_python_gives_values_of_the_types_that_files_do(make, words):
+    with pytest.raises(UserError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_only_python_has_becomes_what_a_file_holds(tmp_path):
+    data = DataConfig(tokens=tmp_path, images=Path("openmoji"))  # not the name: a folder that is called so
+    loop = LoopConfig(steps=np.int64(3), ema_decay=np.float32(0.5), trackers=["wandb"])
+    assert (data.tokens, data.images, loop.trackers) == (str(tmp_path), "./openmoji", ("wandb",))
+    assert json.dumps([to_dict(data), to_dict(loop)]) and SamplerConfig(temperature=1).temperature == 1
 
 
 def test_every_configuration_refuses_an_unknown_choice():

@@ -20,6 +20,7 @@ from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import finish_save
 from consonar.files.writers import write_json
 from consonar.json_types import Json
+from consonar.options import is_whole
 from consonar.training.build import Built, build
 from consonar.training.config import TrainConfig
 from consonar.training.interruption import Interruption
@@ -50,7 +51,7 @@ def train(
 
     Raises `UserError` when the folder already has a run, or for data that do not fit, and `NonFiniteLoss`.
     """
-    if stop_at is not None and stop_at < 1:
+    if stop_at is not None and not (is_whole(stop_at) and stop_at >= 1):
         raise UserError(f"--stop-at: {stop_at} is not a step, 1 or more")
     out = Path(out)
     with distributed.joined(config.loop.device) as world:
