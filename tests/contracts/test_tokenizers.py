@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from consonar.components import load_tokenizer, save_tokenizer
+from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
@@ -82,6 +83,25 @@ def test_decode_embeddings_carries_gradient(model, images):
 def test_images_of_another_size_are_refused(model):
     with pytest.raises(UserError, match=rf"{model.name}.*\(3, 20, 20\)"):
         model.encode(torch.zeros(1, 3, 20, 20))
+
+
+def test_what_are_no_images_is_refused(model, images):
+    numbers = [images * 127.5 + 127.5, images + torch.nan, images / 0]
+    types = [to_uint8(images), images.double(), images.half(), images.numpy(), [1]]
+    for wrong in numbers + types:
+        words = "to .*in \\[-1, 1\\]" if any(wrong is x for x in numbers) else "tensor of torch.float32"
+        for read in (model.encode, model):
+            with pytest.raises(UserError, match=rf"{model.name}: .*{words}"):
+                read(wrong)
+    assert len(model.encode(images * 1.4)) == 5  # decoded ones overshoot
+
+
+def test_what_are_no_tokens_is_refused(model, images):
+    tokens = model.encode(images)
+    for wrong in (tokens - model.vocab_size, tokens + model.vocab_size, tokens.float(), tokens[0], tokens.tolist()):
+        with pytest.raises(UserError, match=rf"{model.name}: .*(from 0 to {model.vocab_size - 1}|tensor of int64)"):
+            model.decode(wrong)
+    assert torch.equal(model.decode(tokens), model.decode(tokens.int()))
 
 
 def test_fingerprint(model, tmp_path):

@@ -20,6 +20,9 @@ from consonar.options import Count
 from consonar.tokenizers import quantizer
 from consonar.types import Grid, ModelConfig
 
+OVERSHOOT = 2.0
+"""Largest magnitude of a pixel that is still one of [-1, 1], sharpened, resampled or decoded, and not one of 0..255."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(ModelConfig):
@@ -89,10 +92,8 @@ class CodebookTokenizer(nn.Module, ABC):
         return F.normalize(weight, dim=-1) if self.l2_normalize else weight
 
     def vectors(self, images: Tensor) -> Tensor:
-        """What is compared with the codes: (B*N, C) float32 <- (B, 3, H, W). `UserError` for another H or W."""
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
+        """What is compared with the codes: (B*N, C) float32 <- (B, 3, H, W)."""
+        self._check_images(images)
         vectors = self.latents((images + 1) / 2 if self.unit_range else images).float().flatten(0, 1)
         return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
 
@@ -107,6 +108,9 @@ class CodebookTokenizer(nn.Module, ABC):
         return F.embedding(tokens, self.codebook)
 
     def decode(self, tokens: Tensor) -> Tensor:
+        if getattr(tokens, "dtype", None) not in (torch.int64, torch.int32) or tokens.ndim != 2:
+            raise UserError(f"{self.name}: {described(tokens)}; tokens are a tensor of int64, (B, {self.num_tokens})")
+        self._check_values(tokens, 0, self.vocab_size - 1, "tokens", f"from 0 to {self.vocab_size - 1}")
         return self.decode_embeddings(self.embed(tokens))
 
     def decode_embeddings(self, codes: Tensor) -> Tensor:
@@ -124,6 +128,33 @@ class CodebookTokenizer(nn.Module, ABC):
         codes = self.embed(tokens)
         passed = quantizer.straight_through(vectors, codes).view(len(images), self.num_tokens, self.code_dim)
         return VQOutput(self.decode_embeddings(passed), vectors, codes, tokens.view(len(images), self.num_tokens))
+
+    def _check_images(self, images: Tensor) -> None:
+        """Raises `UserError` for what is no batch of images in [-1, 1], reconstructions and resampled ones included."""
+        own = next(self.parameters()).dtype
+        if getattr(images, "dtype", None) != own and not is_cast(images):
+            raise UserError(f"{self.name}: {described(images)}; images are a tensor of {own} in [-1, 1]")
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(f"{self.name}: images of shape {tuple(images.shape[1:])}, this tokenizer reads {expected}")
+        self._check_values(images, -OVERSHOOT, OVERSHOOT, "images", "in [-1, 1]")
+
+    def _check_values(self, given: Tensor, low: float, high: float, what: str, words: str) -> None:
+        """Raises `UserError` for numbers outside of a range. On the CPU alone: any other device would be waited for."""
+        if given.device.type == "cpu" and given.numel():
+            least, most = (float(end) for end in given.detach().aminmax())  # both NaN where one number is
+            if not (low <= least and most <= high):
+                raise UserError(f"{self.name}: {what} from {least:g} to {most:g}; give them {words}")
+
+
+def is_cast(images: object) -> bool:
+    """Whether autocast makes these numbers those of the weights."""
+    return isinstance(images, Tensor) and images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
+
+
+def described(given: object) -> str:
+    """What was given, in words: the shape and type of a tensor, else what it is."""
+    return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
 
 
 def as_grid(x: Tensor, side: int) -> Tensor:
