@@ -22,7 +22,8 @@ from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.optim import OptimConfig
-from consonar.types import ImageRecord
+from consonar.training.rewards import Rewards
+from consonar.types import Grid, ImageBatch, ImageRecord
 
 # One thread unless the environment says otherwise: tiny models are slower on several.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
@@ -34,6 +35,11 @@ TINY_VQ = VQConfig(
     image_size=16, vocab_size=32, code_dim=4, base_channels=8, channel_multipliers=(1, 1, 2),
     latent_channels=8, num_groups=4,
 )  # fmt: skip
+
+
+def rated(rewards: Rewards, images: torch.Tensor, originals: torch.Tensor, grid: Grid | None = None):
+    """`rewards.measure` of images of class 0, one or more for each of the originals."""
+    return rewards.measure(images, ImageBatch(originals, torch.zeros(len(originals), dtype=torch.int64)), grid=grid)
 
 
 def picture(index: int, size: int = 16) -> Image.Image:

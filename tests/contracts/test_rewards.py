@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import rated
 
 from consonar.errors import UserError
 from consonar.networks import lpips
@@ -62,22 +63,22 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("name", REWARDS)
 def test_one_finite_number_for_each_image_whatever_the_chunks(name, build, originals, rng):
     images = (originals + 0.1 * torch.randn(originals.shape, generator=rng)).requires_grad_()
-    total, values = build({name: 2.0})(images, originals)
+    total, values, _ = rated(build({name: 2.0}), images, originals)
     assert set(values) == {name} and values[name].shape == (5,) and values[name].dtype == torch.float32
     assert torch.equal(total, 2 * values[name]) and values[name].isfinite().all()
     assert not total.requires_grad and not total.is_inference()  # the latter could not enter a loss
-    chunked = build({name: 2.0}, chunk=2)(images, originals)[0]
+    chunked = rated(build({name: 2.0}, chunk=2), images, originals)[0]
     torch.testing.assert_close(chunked, total, rtol=1e-4, atol=1e-5)
     order = torch.tensor([3, 1, 4, 0, 2])
-    moved = build({name: 2.0})(images[order], originals[order])[0]
+    moved = rated(build({name: 2.0}), images[order], originals[order])[0]
     torch.testing.assert_close(moved, total[order], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(RECONSTRUCTION_REWARDS))
 def test_no_image_is_better_than_the_original_itself(name, build, originals, rng):
     rewards = build({name: 1.0})
-    best = rewards(originals, originals)[0]
-    scores = {what: rewards(images, originals)[0] for what, images in perturbations(originals, rng).items()}
+    best = rated(rewards, originals, originals)[0]
+    scores = {what: rated(rewards, images, originals)[0] for what, images in perturbations(originals, rng).items()}
     for what, score in scores.items():
         assert (score < best).all(), what
     assert (scores["noise"] < scores["a little noise"]).all()
@@ -86,9 +87,9 @@ def test_no_image_is_better_than_the_original_itself(name, build, originals, rng
 @pytest.mark.parametrize("name", sorted(set(REWARDS) - RECONSTRUCTION_REWARDS))
 def test_rewards_that_need_no_original_ignore_it(name, build, originals):
     rewards = build({name: 1.0})
-    total = rewards(originals, originals)[0]
-    assert torch.equal(rewards(originals, torch.zeros_like(originals))[0], total)
-    assert not torch.equal(rewards(-originals, originals)[0], total)
+    total = rated(rewards, originals, originals)[0]
+    assert torch.equal(rated(rewards, originals, torch.zeros_like(originals))[0], total)
+    assert not torch.equal(rated(rewards, -originals, originals)[0], total)
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 4), Grid(32, 32), Grid(1, 1), Grid(5, 7, prefix=3)], ids=str)
@@ -96,16 +97,16 @@ def test_rewards_that_need_no_original_ignore_it(name, build, originals):
 def test_the_mean_over_cells_is_the_reward(name, grid, build, originals, rng):
     rewards = build({name: 0.7}, chunk=2)
     images = originals + 0.2 * torch.randn(originals.shape, generator=rng)
-    maps = rewards.maps(images, originals, grid)
+    total, _, maps = rated(rewards, images, originals, grid)
     assert maps.shape == (5, grid.rows, grid.columns) and (maps <= 0).all()
-    torch.testing.assert_close(maps.mean((1, 2)), rewards(images, originals)[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(maps.mean((1, 2)), total, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PLACED_REWARDS)
 def test_the_worst_cell_is_where_the_image_differs(name, build, originals):
     images = originals.clone()
     images[:, :, 8:16, 24:] = -images[:, :, 8:16, 24:]  # the cell in row 1, column 3 of 4 x 4
-    maps = build({name: 1.0}).maps(images, originals, Grid(4, 4))
+    maps = rated(build({name: 1.0}), images, originals, Grid(4, 4))[2]
     assert (maps.flatten(1).argmin(1) == 7).all()
     if name in ("mse", "l1"):
         assert ((maps < 0).sum((1, 2)) == 1).all()
@@ -115,7 +116,8 @@ def test_the_worst_cell_is_where_the_image_differs(name, build, originals):
 def test_rewards_without_a_place_are_refused_where_one_is_needed(name, build, originals):
     rewards = build({"mse": 1.0, name: 0.5})
     with pytest.raises(UserError, match=rf"'{name}' has no place.*choices: {', '.join(PLACED_REWARDS)}") as caught:
-        rewards.maps(originals, originals, Grid(4, 4))
+        rated(rewards, originals, originals, Grid(4, 4))
     assert "\n" not in str(caught.value) and not isinstance(rewards.functions[name], PlacedReward)
     watched = build({"mse": 1.0, name: 0.0})  # a weight of 0 does not count
-    assert torch.equal(watched.maps(-originals, originals, Grid(4, 4)), watched.maps(originals, -originals, Grid(4, 4)))
+    pairs = ((-originals, originals), (originals, -originals))
+    assert torch.equal(*(rated(watched, images, others, Grid(4, 4))[2] for images, others in pairs))

@@ -53,7 +53,7 @@ RUN = TrainConfig(
 # What the CPU waits for in a step (of two micro-batches), and how often.
 LOOP = ("number", "training/loop.py:update")
 """Whether loss and gradient are finite, and whether the weights are that the step made."""
-REWARDS = ("number", "training/own_rewards.py:check_finite")
+REWARDS = ("number", "training/rewards.py:check_finite")
 """Whether the rewards are, once for each time that they are measured."""
 SAMPLING = ("number", "sampling/sample.py:sample_tokens")
 """Whether all logits of a free rollout were finite."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import extract_stack as stack
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -65,9 +65,7 @@ class SharpenConfig(AlignmentConfig):
 
 
 class Sharpen(Alignment):
-    def __init__(self, config: SharpenConfig, *args: Any, **settings: Any):
-        self.config: SharpenConfig = config
-        super().__init__(config, *args, **settings)
+    config: SharpenConfig
 
     def loss(self, model: AlignmentTrainee, prepared: Forced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         calls[:] = [

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import rated
 from rounding import assert_rounding
 
 from consonar.errors import UserError
 from consonar.networks.discriminator import PatchDiscriminator, load_discriminator, save_discriminator
-from consonar.training.rewards import PlacedReward, Rewards, build_rewards, check_rewards, squared_errors, unlabelled
+from consonar.training.rewards import PlacedReward, Rewards, build_rewards, check_rewards, squared_errors
 from consonar.types import Grid, ImageBatch, TextCondition
 
 
@@ -18,7 +19,7 @@ def constant(*values: float) -> torch.Tensor:
 
 
 def measured(name: str, images, originals):
-    return build_rewards({name: 1.0}, device="cpu")(images, originals)[0].tolist()
+    return rated(build_rewards({name: 1.0}, device="cpu"), images, originals)[0].tolist()
 
 
 def refused(call, *arguments, **options) -> str:
@@ -52,16 +53,15 @@ def test_half_precision_is_measured_in_full():
         assert images.dtype == originals.dtype == torch.float32
         return images[:, 0, 0, 0]
 
-    assert Rewards({"own": own}, {"own": 2.0})(images, originals)[0].dtype == torch.float32
+    assert rated(Rewards({"own": own}, {"own": 2.0}), images, originals)[0].dtype == torch.float32
 
 
 def test_the_total_is_the_weighted_sum_and_a_weight_of_0_only_watches():
     rewards = build_rewards({"mse": 2.0, "l1": 0.5, "psnr": 0.0}, device="cpu")
     images, originals = constant(0.5, 1.0), constant(0.0, -1.0)
-    total, values = rewards(images, originals)
+    total, values, maps = rated(rewards, images, originals, Grid(2, 4))
     assert list(values) == ["mse", "l1", "psnr"]
     assert total.tolist() == pytest.approx([-2 * 0.25 - 0.5 * 0.5, -2 * 4 - 0.5 * 2])
-    maps = rewards.maps(images, originals, Grid(2, 4))
     torch.testing.assert_close(maps, total[:, None, None].expand(2, 2, 4))
 
 
@@ -74,9 +74,8 @@ def test_every_chunk_gets_its_own_rows():
         return images[:, 0, 0, 0] - batch.condition.features[:, 0, 0] + batch.indices
 
     features = torch.arange(5.0).view(5, 1, 1).expand(5, 2, 3)
-    images = constant(*range(5))
-    batch = ImageBatch(images, TextCondition(features, torch.ones(5, 2).bool()), torch.arange(5) * 10)
-    total, _ = Rewards({"labels": labels}, {"labels": 1.0}, chunk=2)(images, images, batch)
+    batch = ImageBatch(constant(*range(5)), TextCondition(features, torch.ones(5, 2).bool()), torch.arange(5) * 10)
+    total, _, _ = Rewards({"labels": labels}, {"labels": 1.0}, chunk=2).measure(batch.images, batch)
     assert total.tolist() == [0, 10, 20, 30, 40]
     assert [len(part.indices) for part in seen] == [2, 2, 1]
     assert seen[1].condition.mask.shape == (2, 2) and torch.equal(seen[0].indices, torch.arange(2) * 10)
@@ -98,23 +97,23 @@ def test_groups_of_images_share_an_original(rng):
         rewards = Rewards({**rewards.functions, "own": labelled}, {**weights, "own": 0.0}, chunk=chunk)
         total, values, maps = rewards.measure(images, ImageBatch(originals, labels), grid=Grid(4, 4))
         alone = build_rewards(weights, device="cpu")
-        expected, expected_values = alone(images, repeated)
+        expected, expected_values, expected_maps = rated(alone, images, repeated, Grid(4, 4))
         assert_rounding(total, expected, 4000)  # EfficientNet's convolutions
         for name in weights:
             assert_rounding(values[name], expected_values[name], 4000)
-        assert_rounding(maps, alone.maps(images, repeated, Grid(4, 4)), 4000)
+        assert_rounding(maps, expected_maps, 4000)
         assert values["own"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
     images[9] = torch.nan
     with pytest.raises(UserError, match="'mse': returned nan for image 9 of the batch"):
-        build_rewards({"mse": 1.0}, device="cpu", chunk=5).measure(images, unlabelled(originals))
+        rated(build_rewards({"mse": 1.0}, device="cpu", chunk=5), images, originals)
 
 
 def test_the_precision_of_the_update_does_not_reach_the_rewards(rng):
     images, originals = torch.rand(2, 2, 3, 32, 32, generator=rng)
     rewards = build_rewards({"mse": 1.0, "efficientnet-lite0": 1.0}, device="cpu")
-    expected = rewards.measure(images, unlabelled(originals), grid=Grid(4, 4))
+    expected = rated(rewards, images, originals, Grid(4, 4))
     with torch.autocast("cpu", torch.bfloat16):
-        total, values, maps = rewards.measure(images, unlabelled(originals), grid=Grid(4, 4))
+        total, values, maps = rated(rewards, images, originals, Grid(4, 4))
     assert torch.equal(total, expected[0]) and torch.equal(maps, expected[2])
     assert all(torch.equal(values[name], expected[1][name]) for name in values)
 
@@ -140,7 +139,7 @@ def own_module(tmp_path, monkeypatch):
 def test_a_users_own_reward_by_dotted_path(own_module):
     name = f"{own_module}:brightness"
     rewards = build_rewards({"mse": 1.0, name: 4.0}, device="cpu")
-    total, values = rewards(constant(0.5), constant(0.25))
+    total, values, _ = rated(rewards, constant(0.5), constant(0.25))
     assert values[name].tolist() == [-0.25] and total.tolist() == pytest.approx([-1 - 0.0625])
 
 
@@ -149,14 +148,14 @@ def test_a_users_own_reward_may_have_a_place():
     rewards = Rewards({"own": errors}, {"own": 3.0})
     images = constant(0.0).clone()
     images[:, 0, :8] = 1
-    assert rewards.maps(images, constant(0.0), Grid(2, 2)).tolist() == [[[-3, -3], [0, 0]]]
-    assert rewards(images, constant(0.0))[0].tolist() == [-1.5]
+    total, _, maps = rated(rewards, images, constant(0.0), Grid(2, 2))
+    assert maps.tolist() == [[[-3, -3], [0, 0]]] and total.tolist() == [-1.5]
 
 
 def test_what_a_reward_returns_is_checked(own_module):
     def call(function, count=3):
         images = constant(1.0, 1.0, *[-1.0] * (count - 2))
-        build_rewards({f"{own_module}:{function}": 1.0}, device="cpu", chunk=2)(images, images)
+        rated(build_rewards({f"{own_module}:{function}": 1.0}, device="cpu", chunk=2), images, images)
 
     message = refused(call, "shapeless")
     assert f"'{own_module}:shapeless'" in message and "returned shape (), expected (2,), one per image" in message
@@ -206,7 +205,7 @@ def test_a_reward_that_raises_is_one_line_with_its_name_and_error(own_module):
         (wrong, "reward 'own': returned Tensor, expected a list of one or more error maps"),
     ):
         rewards = Rewards({"own": function}, {"own": 1.0})
-        assert refused(rewards, constant(0.0), constant(0.0)).startswith(expected)
+        assert refused(rated, rewards, constant(0.0), constant(0.0)).startswith(expected)
     assert "raised SyntaxError: " in refused(build_rewards, {f"{own_module}_unfinished:f": 1.0}, device="cpu")
 
 
@@ -241,9 +240,9 @@ def test_names_and_weights_are_checked_before_anything_is_loaded(own_module):
 
 def test_images_too_small_for_a_network_are_refused():
     rewards = build_rewards({"efficientnet-lite0": 1.0}, device="cpu")
-    message = refused(rewards, constant(0.0), constant(0.0))
+    message = refused(rated, rewards, constant(0.0), constant(0.0))
     assert "'efficientnet-lite0' reads images of 32 px or more, not of 16" in message
-    assert refused(rewards.maps, constant(0.0), constant(0.0), Grid(2, 2)) == message
+    assert refused(rated, rewards, constant(0.0), constant(0.0), Grid(2, 2)) == message
 
 
 def test_a_discriminator_is_stored_and_read(tmp_path, rng):
@@ -257,7 +256,7 @@ def test_a_discriminator_is_stored_and_read(tmp_path, rng):
             assert_rounding(loaded(images), discriminator(images), 1000)
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         rewards = build_rewards({"patch-discriminator": 1.0}, device="cpu", discriminator=str(tmp_path / folder))
-        assert_rounding(rewards(images, -images)[0], loaded(images).mean((1, 2, 3)), 1000)
+        assert_rounding(rated(rewards, images, -images)[0], loaded(images).mean((1, 2, 3)), 1000)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -293,11 +292,11 @@ def leave(*given):
 def test_a_reward_that_returns_no_plain_numbers_is_named(reward, words):
     images = constant(0.5, 1.0)
     rewards = Rewards({"mine": reward}, {"mine": 1.0})
-    message = refused(rewards, images, images)
+    message = refused(rated, rewards, images, images)
     assert message.startswith("reward 'mine': ") and words in message
 
 
 def test_error_maps_may_be_whole_numbers():
     images = constant(0.5, 1.0)
     ones = PlacedReward(lambda i, o: [torch.full((len(i), 4, 4), 2)])
-    assert Rewards({"mine": ones}, {"mine": 1.0})(images, images)[0].tolist() == [-2.0, -2.0]
+    assert rated(Rewards({"mine": ones}, {"mine": 1.0}), images, images)[0].tolist() == [-2.0, -2.0]

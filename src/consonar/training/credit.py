@@ -26,9 +26,8 @@ from consonar.types import Grid, Tokenizer
 def area_weights(source: int, target: int) -> Tensor:
     """(target, source), rows sum to 1: how much of target interval i lies in source interval j, both over [0, 1]."""
     # In units of 1 / (source * target), where all borders are whole numbers.
-    starts, ends = (torch.arange(target + 1)[:, None] * source)[:-1], (torch.arange(target + 1)[:, None] * source)[1:]
-    borders = torch.arange(source + 1) * target
-    return (torch.minimum(ends, borders[1:]) - torch.maximum(starts, borders[:-1])).clamp_min(0) / source
+    edges, borders = torch.arange(target + 1)[:, None] * source, torch.arange(source + 1) * target
+    return (torch.minimum(edges[1:], borders[1:]) - torch.maximum(edges[:-1], borders[:-1])).clamp_min(0) / source
 
 
 def resize_to_grid(maps: Tensor, grid: Grid) -> Tensor:
@@ -70,17 +69,6 @@ class Influence:
         assert (total > 0).all(), "a cell from which no effect was seen inside the image"
         return weights / total
 
-    def radius(self, share: float = 0.9) -> int:
-        """Smallest r such that the cells at most r rows and r columns away hold `share` (0..1) of the effect."""
-        assert 0 <= share <= 1
-        rows, columns = ((size - 1) // 2 for size in self.kernel.shape)
-        largest = max(rows, columns)
-        for r in range(largest):
-            square = self.kernel[max(0, rows - r) : rows + r + 1, max(0, columns - r) : columns + r + 1]
-            if float(square.double().sum()) >= share:
-                return r
-        return largest
-
 
 def token_grid(tokenizer: Tokenizer) -> Grid:
     """The grid of a tokenizer whose tokens have a place; `UserError` for a 1D tokenizer."""
@@ -116,9 +104,11 @@ def measure_influence(
     for sequence in tokens:  # (N,)
         original = tokenizer.decode(sequence[None])  # (1, 3, H, W)
         replaced = permutation(rng, num_cells)[:num_positions]
-        shifts = integers(rng, 1, tokenizer.vocab_size, len(replaced))
+        shifts = integers(rng, 1, tokenizer.vocab_size, len(replaced))  # not 0: to another code
         for cells, shift in zip(replaced.split(chunk), shifts.split(chunk), strict=True):
-            changed = replace_tokens(sequence, grid.prefix + cells, shift, tokenizer.vocab_size)  # (P, N)
+            places, shift = to_device(grid.prefix + cells, tokens.device), to_device(shift, tokens.device)
+            others = (sequence[places] + shift) % tokenizer.vocab_size
+            changed = sequence.repeat(len(cells), 1).scatter(1, places[:, None], others[:, None])  # (P, N)
             change = (tokenizer.decode(changed) - original).double().square().mean(1)  # (P, H, W)
             change = resize_to_grid(change, grid).flatten(1).cpu()  # (P, M)
             seen = change.sum(1) > 0  # a code may decode like another: it then says nothing about places
@@ -129,16 +119,6 @@ def measure_influence(
     if total == 0:
         raise UserError(f"{tokenizer.name}: replacing tokens changes no pixel; there is no influence to measure")
     return Influence((sums / total).float(), (counts / total).float())
-
-
-def replace_tokens(sequence: Tensor, positions: Tensor, shift: Tensor, vocab_size: int) -> Tensor:
-    """(P, N) <- (N,): row p has the code at positions[p] moved on by shift[p] (1 .. V - 1), hence to another one."""
-    positions, shift = to_device(positions, sequence.device), to_device(shift, sequence.device)
-    changed = sequence.repeat(len(positions), 1)
-    changed[torch.arange(len(positions), device=sequence.device), positions] = (
-        sequence[positions] + shift
-    ) % vocab_size
-    return changed
 
 
 def spatial_credit(maps: Tensor, influence: Influence | None, grid: Grid) -> Tensor:

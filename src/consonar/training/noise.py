@@ -21,14 +21,8 @@ def max_noise_rate(schedule: Schedule, progress: float, *, max_rate: float = 1.0
     none 0; constant and uniform `max_rate`; linear `max_rate` (1 - t); truncated_linear `max_rate` max(0, 1 - t /
     `anneal_end`), which is the published one.
     """
-    if schedule == "none":
-        return 0.0
-    if schedule in ("constant", "uniform"):
-        return max_rate
-    if schedule == "linear":
-        return max_rate * (1 - progress)
-    assert schedule == "truncated_linear", schedule
-    return max_rate * max(0.0, 1 - progress / anneal_end)
+    left = {"none": 0, "linear": 1 - progress, "truncated_linear": max(0, 1 - progress / anneal_end)}.get(schedule, 1)
+    return max_rate * left
 
 
 def draw_noise_rates(schedule: Schedule, max_rate: float, batch_size: int, rng: torch.Generator) -> Tensor:

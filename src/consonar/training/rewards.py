@@ -4,18 +4,20 @@ VA-pi (arXiv 2512.19680) rewards a decoded image with -(mse + lpips) against the
 as in the released code, not clamped first. The other rewards are ours. `psnr` and `ssim` are defined on a bounded
 range: they clamp first, on both sides.
 
-A reward that is an error with a place (`PlacedReward`) also says where: `Rewards.maps` gives it per cell of the token
-grid. Maps of any size are resized by area, which keeps the mean: that of the cells is the reward itself.
+A reward that is an error with a place (`PlacedReward`) also says where, for each cell of the token grid. Maps of any
+size are resized by area, which keeps the mean: that of the cells is the reward itself.
 
 Letters: `B` originals, `G` images of each (1 if not said), `H`, `W` pixels, `h`, `w` places of one layer's map.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,22 +28,13 @@ from consonar.errors import UserError, unknown
 from consonar.metrics import pixels
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import load_discriminator
-from consonar.networks.efficientnet import EfficientNetLite0Features, PerceptualDistance
-from consonar.networks.lpips import load_lpips
+from consonar.networks.efficientnet import EfficientNetLite0Features
 from consonar.records import to_device
 from consonar.training.credit import resize_to_grid
-from consonar.training.own_rewards import (
-    DOTTED_PATH,
-    KEY,
-    check_finite,
-    checked,
-    checked_maps,
-    import_reward,
-    told_in_one_line,
-)
 from consonar.types import Grid, ImageBatch, Reward
 
-SUM = "weighted sum"
+KEY = "objective.rewards"
+DOTTED_PATH = "package.module:function"
 LARGEST_PSNR = 100.0
 """dB; what equal images get, whose PSNR is infinite."""
 
@@ -65,14 +58,11 @@ def reward_of(layers: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Resources:
-    """What rewards are made from."""
+    """What rewards are made from: the device of networks, and the files of `AlignmentConfig`."""
 
     device: torch.device
-    """Where the networks run."""
     lpips_weights: str | None = None
-    """File of torchvision's VGG16 weights; None: the one in the cache folder."""
     discriminator: str | None = None
-    """Folder of a patch discriminator, or of the tokenizer run that trained it."""
 
 
 def squared_errors(images: Tensor, originals: Tensor) -> list[Tensor]:
@@ -101,35 +91,22 @@ def ssim(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
     return pixels.ssim(as_unit_range(images).double(), as_unit_range(originals).double()).float()
 
 
-def lpips(resources: Resources) -> Reward:
-    """Minus LPIPS v0.1 (VGG16)."""
-    return PlacedReward(load_lpips(resources.lpips_weights).to(resources.device).maps)
-
-
-def efficientnet_lite0(resources: Resources) -> Reward:
-    """Minus the EfficientNet-Lite0 distance, at the images' own size."""
-    return PlacedReward(PerceptualDistance().to(resources.device).maps)
+def perceptual(name: str, resources: Resources) -> Reward:
+    """Minus one of `PERCEPTUAL_DISTANCES`, at the images' own size."""
+    return PlacedReward(PERCEPTUAL_DISTANCES[name].load(resources.lpips_weights).to(resources.device).maps)
 
 
 def embedding(resources: Resources) -> Reward:
     """Cosine of the pooled EfficientNet-Lite0 features of both images, resized to 224 px as for a Fréchet distance."""
     network = EfficientNetLite0Features(str(resources.device))
-
-    def cosine(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
-        return F.cosine_similarity(network(images), network(originals), dim=1)
-
-    return cosine
+    return lambda images, originals, batch: F.cosine_similarity(network(images), network(originals), dim=1)
 
 
 def patch_discriminator(resources: Resources) -> Reward:
     """Mean realness over patches; the originals do not matter."""
     assert resources.discriminator is not None  # refused where the reward is asked for without one
     discriminator = load_discriminator(resources.discriminator).to(resources.device)
-
-    def realness(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
-        return discriminator(images).mean((1, 2, 3))
-
-    return realness
+    return lambda images, originals, batch: discriminator(images).mean((1, 2, 3))
 
 
 REWARDS: dict[str, Callable[[Resources], Reward]] = {
@@ -137,8 +114,8 @@ REWARDS: dict[str, Callable[[Resources], Reward]] = {
     "l1": lambda _: PlacedReward(absolute_errors),
     "psnr": lambda _: psnr,
     "ssim": lambda _: ssim,
-    "lpips": lpips,
-    "efficientnet-lite0": efficientnet_lite0,
+    "lpips": partial(perceptual, "lpips"),
+    "efficientnet-lite0": partial(perceptual, "efficientnet-lite0"),
     "embedding": embedding,
     "patch-discriminator": patch_discriminator,
 }
@@ -154,35 +131,23 @@ class Rewards:
         assert list(functions) == list(weights) and chunk > 0
         self.functions, self.weights, self.chunk = dict(functions), dict(weights), chunk
 
-    def __call__(
-        self, images: Tensor, originals: Tensor, batch: ImageBatch | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum (B,) and every reward by name (B,), float32; images and originals (B, 3, H, W) in [-1, 1].
-
-        `batch` is what they were made from, one row for each (None: of class 0). Raises `UserError` as `measure`.
-        """
-        batch = batch or unlabelled(originals)
-        return self.measure(images, dataclasses.replace(batch, images=originals))[:2]
-
-    def maps(self, images: Tensor, originals: Tensor, grid: Grid) -> Tensor:
-        """The weighted sum at each cell of the token grid, (B, rows, columns); the mean over cells is `__call__`'s."""
-        maps = self.measure(images, unlabelled(originals), grid=grid)[2]
-        assert maps is not None  # with a grid there are
-        return maps
-
     @torch.no_grad()
     def measure(
         self, images: Tensor, batch: ImageBatch, *, grid: Grid | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
 
-        `images` (B * G, 3, H, W), the G made from row b of `batch` one after the other, so that networks see each
-        original once. Raises `UserError` for images too small for a network, for a reward that raises or returns
+        `images` (B * G, 3, H, W) in [-1, 1], the G made from row b of `batch` one after the other, so that networks see
+        each original once. Raises `UserError` for images too small for a network, for a reward that raises or returns
         anything but one finite number per image, and, with a grid, when a reward with a weight over 0 has no place.
         """
         self.check_size(min(images.shape[-2:]))
-        if grid is not None:
-            self._check_places()
+        counted = [name for name, weight in self.weights.items() if weight > 0 and grid is not None]
+        if without := [name for name in counted if not isinstance(self.functions[name], PlacedReward)]:
+            raise UserError(
+                f"{KEY}: {', '.join(map(repr, without))} has no place in the image, as a reward for each token needs; "
+                f"choices: {', '.join(PLACED_REWARDS)}, or a PlacedReward of your own"
+            )
         group, rest = divmod(len(images), len(batch.images))
         assert not rest, "the same number of images for each row of the batch"
         step = max(1, self.chunk // group)
@@ -194,7 +159,7 @@ class Rewards:
                 parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid))
         values = {name: torch.cat([part[name] for part, _ in parts]) for name in self.functions}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
-        check_finite(values | {SUM: total})
+        check_finite(values | {"weighted sum": total})
         return total, values, None if grid is None else torch.cat([maps for _, maps in parts])
 
     def sizes(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -220,14 +185,6 @@ class Rewards:
             values[name] = to_device(checked(name, returned, len(images)), images.device)
         return values, torch.stack(cells).sum(0) if cells else images.new_empty(0)
 
-    def _check_places(self) -> None:
-        counted = [name for name, weight in self.weights.items() if weight > 0]
-        if without := [name for name in counted if not isinstance(self.functions[name], PlacedReward)]:
-            raise UserError(
-                f"{KEY}: {', '.join(map(repr, without))} has no place in the image, as a reward for each token needs; "
-                f"choices: {', '.join(PLACED_REWARDS)}, or a PlacedReward of your own"
-            )
-
     def check_size(self, side: int) -> None:
         """Raises `UserError` when a network cannot read images of `side` pixels."""
         for name in self.functions:
@@ -236,9 +193,77 @@ class Rewards:
                 raise UserError(f"{KEY}: {name!r} reads images of {distance.smallest_input} px or more, not of {side}")
 
 
-def unlabelled(images: Tensor) -> ImageBatch:
-    """A batch of images of class 0."""
-    return ImageBatch(images, torch.zeros(len(images), dtype=torch.int64, device=images.device))
+@contextlib.contextmanager
+def told_in_one_line(what: str) -> Iterator[None]:
+    """Turns whatever the code inside raises, which is not ours, into a `UserError` that says of `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a script that ends itself would end the run without a word
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what}: raised {type(error).__name__}{f': {reason}' if reason else ''}") from error
+
+
+def import_reward(path: str) -> Reward:
+    """A user's own reward, from `package.module:function`. Raises `UserError` when there is no such thing to call."""
+    module_name, _, attribute = path.partition(":")
+    if not (module_name and attribute):
+        raise UserError(f"{KEY}: {path!r} is not of the form {DOTTED_PATH}")
+    with told_in_one_line(f"{KEY}: {path!r}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise UserError(f"{KEY}: {path!r}: {error}; is its folder installed, or named in PYTHONPATH?") from error
+    if attribute not in vars(module):
+        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise unknown(f"{KEY}: module {module_name}", attribute, functions)
+    reward = vars(module)[attribute]
+    if not callable(reward):
+        raise UserError(
+            f"{KEY}: {path!r} is of type {type(reward).__name__}, not a function (images, originals, batch)"
+        )
+    return reward
+
+
+def checked(name: str, values: object, count: int) -> Tensor:
+    """`values` as float32 (count,); `UserError` names the reward and what it returned instead."""
+    if not isinstance(values, Tensor):
+        raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
+    if values.shape != (count,):
+        raise UserError(f"reward {name!r}: returned shape {tuple(values.shape)}, expected ({count},), one per image")
+    return plain(name, values)
+
+
+def checked_maps(name: str, maps: object, count: int) -> list[Tensor]:
+    """The maps of a reward with a place as float32 (count, h, w); `UserError` names the reward and what it returned."""
+    if not isinstance(maps, list | tuple) or not maps or not all(isinstance(layer, Tensor) for layer in maps):
+        raise UserError(f"reward {name!r}: returned {type(maps).__name__}, expected a list of one or more error maps")
+    for layer in maps:
+        if layer.ndim != 3 or len(layer) != count or not layer.numel():
+            raise UserError(
+                f"reward {name!r}: returned an error map of shape {tuple(layer.shape)}, expected ({count}, h, w)"
+            )
+    return [plain(name, layer) for layer in maps]
+
+
+def plain(name: str, values: Tensor) -> Tensor:
+    """`values` as float32; `UserError` where they are no real numbers, or not held as such."""
+    if values.is_complex() or values.layout != torch.strided or values.device.type == "meta":
+        raise UserError(
+            f"reward {name!r}: returned a tensor of {values.dtype}, {values.layout}, on {values.device}; expected real "
+            "numbers in a dense tensor that holds them"
+        )
+    return values.detach().float()
+
+
+def check_finite(values: Mapping[str, Tensor]) -> None:
+    """Raises `UserError` for the first reward of `values` (n,) that is no number: one wait for the device."""
+    finite = torch.stack([value.isfinite() for value in values.values()])  # (rewards, n)
+    if not finite.all():
+        row, image = (~finite).nonzero()[0].tolist()
+        name = list(values)[row]
+        raise UserError(f"reward {name!r}: returned {float(values[name][image])} for image {image} of the batch")
 
 
 def check_rewards(weights: Mapping[str, float], *, discriminator: str | None) -> None:
@@ -252,8 +277,8 @@ def check_rewards(weights: Mapping[str, float], *, discriminator: str | None) ->
         raise UserError(f"{KEY}: no weight is over 0; choices: {', '.join([*REWARDS, DOTTED_PATH])}")
     if "patch-discriminator" in weights and discriminator is None:
         raise UserError(
-            f"{KEY}: 'patch-discriminator' needs the folder of a discriminator; "
-            "one comes from training a tokenizer with objective.discriminator_weight over 0"
+            f"{KEY}: 'patch-discriminator' needs the folder of a discriminator; one comes from training a tokenizer "
+            "with objective.discriminator_weight over 0"
         )
 
 
@@ -267,9 +292,8 @@ def build_rewards(
 ) -> Rewards:
     """Rewards by name, from `REWARDS` or a user's own by dotted path; a weight of 0 is measured and does not count.
 
-    Raises `UserError` for unknown names, weights under 0, and files or functions that are missing.
+    `weights` are as `check_rewards` wants them. Raises `UserError` for files or functions that are missing.
     """
-    check_rewards(weights, discriminator=discriminator)
     resources = Resources(torch.device(device), lpips_weights, discriminator)
     functions = {name: REWARDS[name](resources) if name in REWARDS else import_reward(name) for name in weights}
     return Rewards(functions, weights, chunk=chunk)

@@ -53,14 +53,12 @@ class GuardConfig(Options):
 
     def breach(self, values: Mapping[str, float]) -> str | None:
         """What is outside of the band in these logged values; None when nothing is, or nothing is measured here."""
-        bounds = (("entropy", self.min_entropy, self.max_entropy), ("kl", None, self.max_kl))
-        for key, low, high in bounds:
-            if key not in values:
-                continue
-            if low is not None and values[key] < low:
-                return f"{key} {values[key]:.4g} is below objective.guard.min_{key} {low:g}"
-            if high is not None and values[key] > high:
-                return f"{key} {values[key]:.4g} is above objective.guard.max_{key} {high:g}"
+        for key, low, high in (("entropy", self.min_entropy, self.max_entropy), ("kl", None, self.max_kl)):
+            value = values.get(key)
+            if value is not None and low is not None and value < low:
+                return f"{key} {value:.4g} is below objective.guard.min_{key} {low:g}"
+            if value is not None and high is not None and value > high:
+                return f"{key} {value:.4g} is above objective.guard.max_{key} {high:g}"
         return None
 
 
@@ -95,8 +93,6 @@ class AlignmentConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rewards:
-            raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
         check_rewards(self.rewards, discriminator=self.discriminator)
 
     @property
@@ -147,6 +143,7 @@ class Alignment:
     """
 
     config: AlignmentConfig
+    """That of a subclass is declared there."""
 
     def __init__(
         self,
@@ -160,7 +157,7 @@ class Alignment:
         autocast_dtype: torch.dtype | None = None,
         probe: Callable[[], Tensor] | None = None,
     ):
-        self.tokenizer, self.prior, self.world, self.probe = tokenizer, prior, world, probe
+        self.config, self.tokenizer, self.prior, self.world, self.probe = config, tokenizer, prior, world, probe
         self.total_steps, self.seed, self.autocast_dtype = total_steps, seed, autocast_dtype
         self.rewards = build_rewards(
             config.rewards, device=world.device, lpips_weights=config.lpips_weights,

@@ -43,16 +43,14 @@ class CrossEntropyConfig(AlignmentConfig):
 
 
 class CrossEntropy(Alignment):
-    """Follows `consonar.types.Objective`."""
+    config: CrossEntropyConfig
 
     def __init__(self, config: CrossEntropyConfig, *args: Any, **settings: Any):
-        self.config: CrossEntropyConfig = config
         super().__init__(config, *args, **settings)
         self.targets: Tensor | None = None
         if config.target == "soft":
-            self.targets = policy.code_similarity_targets(
-                codebook_of(self.tokenizer, self.world.device).detach().float(), config.tau
-            )
+            codes = codebook_of(self.tokenizer, self.world.device).detach().float()
+            self.targets = policy.code_similarity_targets(codes, config.tau)
 
     def loss(self, model: AlignmentTrainee, prepared: Forced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy on the true tokens, or against the soft targets."""
@@ -102,10 +100,9 @@ class SeededForced(Forced):
 
 
 class StraightThrough(Alignment):
-    """Follows `consonar.types.Objective`."""
+    config: StraightThroughConfig
 
     def __init__(self, config: StraightThroughConfig, *args: Any, **settings: Any):
-        self.config: StraightThroughConfig = config
         super().__init__(config, *args, **settings)
         self.codes = codebook_of(self.tokenizer, self.world.device).detach().float()
         self.perceptual: nn.Module | None = None

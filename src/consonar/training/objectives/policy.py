@@ -144,8 +144,9 @@ class PolicyForced(Forced):
 class PolicyGradient(Alignment):
     """What VA-pi and AR-GRPO share: from rewards to advantages, and the clipped loss."""
 
+    config: PolicyConfig
+
     def __init__(self, config: PolicyConfig, *args: Any, **settings: Any):
-        self.config: PolicyConfig = config
         super().__init__(config, *args, **settings)
         self.grid: Grid | None = None
         self.influence: Influence | None = None
@@ -153,10 +154,8 @@ class PolicyGradient(Alignment):
             self.grid = token_grid(self.tokenizer)  # found out now and not after the first draws
         if config.smooth_credit:
             assert self.probe is not None, "images to measure the decoder with"
-            self.influence = measure_influence(
-                self.tokenizer, self.tokenizer.encode(self.probe()), num_positions=INFLUENCE_POSITIONS,
-                rng=generator(self.seed, "influence"),
-            )  # fmt: skip
+            tokens, rng = self.tokenizer.encode(self.probe()), generator(self.seed, "influence")
+            self.influence = measure_influence(self.tokenizer, tokens, num_positions=INFLUENCE_POSITIONS, rng=rng)
 
     def reward(self, trainee: AlignmentTrainee, actions: Tensor, batch: EncodedBatch) -> Drawn:
         """What actions (B, G, N) drawn for the images of `batch` are worth."""
