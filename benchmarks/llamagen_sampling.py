@@ -19,10 +19,11 @@ from common import interleaved, ratio, write_result
 from torch import Tensor
 from torch.nn import functional as F
 
+from consonar.attention import rotate
 from consonar.cpu import timing
 from consonar.cpu.kernels import tune
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, Attention, LlamaGenGenerator
-from consonar.generators.rotary import rotary_table, rotate
+from consonar.generators.rotary import rotary_table
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.types import Grid

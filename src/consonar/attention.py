@@ -1,42 +1,40 @@
 """Causal attention, the one of all generators, over keys and values that the caller owns.
 
 Letters: `B` batch, `n` new positions, `T` positions read so far with them, `P` condition tokens, `H` heads, `E` width
-of one head.
+of one head, `D` width of the model.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+@dataclass
 class KVCache:
-    """Keys and values (L, 2, B, heads, T, head_dim) of the positions read so far; `length` says how many.
+    """Keys and values of the positions read so far.
 
-    The generator writes with `append` once per layer and calls `advance` once per forward pass. Allocating once instead
+    The generator writes with `update` once per layer and calls `advance` once per forward pass. Allocating once instead
     of concatenating at every step avoids copying the whole prefix N times.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        batch_size: int,
-        num_heads: int,
-        max_length: int,
-        head_dim: int,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        shape = (num_layers, 2, batch_size, num_heads, max_length, head_dim)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
-        self.length, self.max_length = 0, max_length
+    data: Tensor
+    """(layers, 2, B, key heads, most positions, E)."""
+    length: int = 0
+    """How many positions were read."""
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, heads, n, head_dim) behind what is there and returns everything up to and including it."""
+    def update(self, keys: Tensor, values: Tensor, layer: int, _: object = None) -> tuple[Tensor, Tensor]:
+        """Stores (B, heads, n, E) behind what is there and returns everything up to and including it.
+
+        Called as transformers' attention (`generators.janus`) calls its own caches.
+        """
         end = self.length + keys.shape[2]
-        assert end <= self.max_length, f"cache of {self.max_length} positions asked to hold {end}"
+        most = self.data.shape[4]
+        assert end <= most, f"cache of {most} positions asked to hold {end}"
         self.data[layer, 0, :, :, self.length : end] = keys
         self.data[layer, 1, :, :, self.length : end] = values
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
@@ -57,7 +55,7 @@ class CausalAttention(nn.Module):
         `mask`: see `attention_mask`. `dropout` on the attention weights, 0 in evaluation.
         """
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.update(k, v, layer)
         if k.shape[1] != q.shape[1]:  # grouped queries: neighbouring heads share keys
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         if cache is None and mask is None:
@@ -69,6 +67,38 @@ class CausalAttention(nn.Module):
     def unmasked(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Of whole sequences without padding: all (B, H, n, E)."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns the neighbouring pairs of x (..., n, E) by the table (n, E / 2, 2); in float32, returned as it came."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = table.unbind(-1)
+    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], -1).flatten(-2).to(x.dtype)
+
+
+class NormedAttention(nn.Module):
+    """Causal self-attention of RAR, reAR and AliTok: queries and keys are normalised per head, by `norm(E)`."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
+        self.proj = nn.Linear(width, width)
+        self.attend = CausalAttention()
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, table: Tensor | None = None
+    ) -> Tensor:
+        """(B, n, D) <- (B, n, D); with a `table`, queries and keys are turned by it (`rotate`) when normalised."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, n, E)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        # Sequences that are drawn while the model trains (AR-GRPO) meet no dropout here.
+        dropout = self.dropout if self.training and cache is None else 0.0
+        mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, mask=mask, cache=cache, layer=layer, dropout=dropout)
+        return self.proj(mixed)
 
 
 def attention_mask(

@@ -70,7 +70,6 @@ class IndexedSource(ImageSource, Protocol):
 
     def read(self, index: int) -> ImageRecord:
         """Decode image `index`, 0 <= index < len(self)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,6 @@ class TokenBatch:
     tokens: Tensor
     """(B, N) int64."""
     condition: Condition
-    """(B,) int64 class labels, or captions."""
     indices: Tensor | None = None
     """(B,) int64 row of each item in its store; None for items of no store."""
 
@@ -116,7 +114,6 @@ class ImageBatch:
     images: Tensor
     """(B, 3, H, W) float in [-1, 1]."""
     condition: Condition
-    """(B,) int64 class labels, or captions."""
     indices: Tensor | None = None
     """(B,) int64 row of each item in its source; None for items of no source."""
 
@@ -151,23 +148,18 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of the configuration and weights; token stores carry it."""
-        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N) int64."""
-        ...
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, N) -> (B, N, C): the vectors that the decoder receives for these tokens."""
-        ...
 
     def decode(self, tokens: Tensor) -> Tensor:
         """(B, N) -> (B, 3, H, W), not clamped."""
-        ...
 
     def decode_embeddings(self, codes: Tensor) -> Tensor:
         """(B, N, C) -> (B, 3, H, W), differentiable."""
-        ...
 
 
 class Weights(Protocol):
@@ -210,30 +202,24 @@ class Generator(Weights, Protocol):
         With a cache, `context` holds only the tokens that the cache has not read yet (none at the first call) and the
         logits are those of the next token, (B, 1, V).
         """
-        ...
 
     @property
     def blocks(self) -> nn.ModuleList:
         """Its transformer blocks: what `loop.compile` compiles."""
-        ...
 
     @property
     def config(self) -> ModelConfig:
         """What it was made from."""
-        ...
 
     # Any: of every kind of condition, but each generator takes one.
     def null_condition(self, condition: Any) -> Any:
         """The condition that guidance and condition dropout use instead, same type and shape."""
-        ...
 
     def reset_parameters(self, rng: torch.Generator | None = None) -> None:
         """Draws every weight anew, from `rng`."""
-        ...
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for `batch_size` rows on the generator's device."""
-        ...
 
 
 class Reward(Protocol):
@@ -259,14 +245,12 @@ class Objective(Protocol[Item, Prepared]):
 
     def prepare(self, model: Any, batch: Item, step: int) -> Prepared:
         """Whatever is corrupted, drawn or rewarded before the model is updated, without gradient."""
-        ...
 
     def loss(self, model: Any, prepared: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise and its named terms, for the log, of a prepared batch or some rows of it.
 
         What is drawn from the very logits that are updated is drawn and rewarded here.
         """
-        ...
 
     def state(self, step: int) -> dict[str, float]:
         """What else moves over training at this step (a noise rate, say), by name, for the log."""
@@ -278,4 +262,3 @@ class Objective(Protocol[Item, Prepared]):
 
     def validate(self, model: Any, batches: Iterator[Item]) -> dict[str, float]:
         """Metrics of a trainee on held-out batches, by name: means over all items, without gradient."""
-        ...

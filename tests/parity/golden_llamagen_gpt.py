@@ -8,10 +8,10 @@ import torch
 from fill import fill
 from golden import Golden
 
-from consonar.attention import attention_mask
+from consonar.attention import attention_mask, rotate
 from consonar.cpu.kernels import tune
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
-from consonar.generators.rotary import RotaryGenerator, rotate
+from consonar.generators.rotary import RotaryGenerator
 from consonar.sampling.sample import SamplerConfig, filter_logits, sample_tokens
 from consonar.training.losses import next_token_loss
 from consonar.types import Condition, Grid, TextCondition

@@ -6,8 +6,8 @@ from rounding import assert_rounding
 from torch import nn
 from torch.nn import functional as F
 
-from consonar.attention import CausalAttention, KVCache, attention_mask
-from consonar.generators.rotary import RMSNorm, SwiGLU, rotary_table, rotate, swiglu_width
+from consonar.attention import CausalAttention, KVCache, attention_mask, rotate
+from consonar.generators.rotary import RMSNorm, SwiGLU, rotary_table, swiglu_width
 from consonar.types import Grid
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def test_attention_through_the_cache_equals_attention_without(num_key_heads, rng
     repeated = [x.repeat_interleave(4 // num_key_heads, 1) for x in (k, v)]
     expected = F.scaled_dot_product_attention(q, *repeated, is_causal=True).transpose(1, 2).flatten(2)
     assert_rounding(whole, expected, 64)
-    cache, start = KVCache(1, 3, num_key_heads, 6, 8), 0
+    cache, start = KVCache(torch.zeros(1, 2, 3, num_key_heads, 6, 8)), 0
     for piece in (2, 1, 3):
         new = slice(start, start + piece)
         mask = attention_mask(piece, start + piece, None, cached=True, device=CPU)

@@ -18,7 +18,6 @@ class GeneratorKind(NamedTuple):
 
     config: type[GeneratorConfig]
     model: Callable[..., Generator]
-    """The class of the generator."""
 
 
 GENERATORS: dict[str, GeneratorKind] = {

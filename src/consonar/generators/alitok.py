@@ -15,13 +15,14 @@ Letters: `B` batch, `n` new positions, `N` tokens, `V` codes, `D` width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from consonar.attention import CausalAttention, KVCache
-from consonar.generators.rotary import Heads, RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU, rotate
+from consonar.attention import KVCache, NormedAttention
+from consonar.generators.rotary import Heads, RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU
 from consonar.options import Count, ShareBelowOne
 
 
@@ -46,45 +47,25 @@ ALITOK_PRESETS = {
 """Published sizes."""
 
 
-class Attention(nn.Module):
-    """Causal self-attention with RMSNorm on queries and keys, then rotary positions."""
-
-    def __init__(self, config: AliTokARConfig):
-        super().__init__()
-        self.num_heads, self.dropout = config.num_heads, config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.q_norm = RMSNorm(config.width // config.num_heads, config.norm_eps)
-        self.k_norm = RMSNorm(config.width // config.num_heads, config.norm_eps)
-        self.proj = nn.Linear(config.width, config.width)
-        self.attend = CausalAttention()
-
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, width)
-        q, k = (rotate(norm(y), table).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        dropout = self.dropout if self.training else 0.0
-        return self.proj(self.attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
-
-
 class Block(nn.Module):
     """x + attention(norm x), then x + SwiGLU(norm x)."""
 
     def __init__(self, config: AliTokARConfig):
         super().__init__()
         self.norm1 = RMSNorm(config.width, config.norm_eps)
-        self.attn = Attention(config)
+        norm = partial(RMSNorm, eps=config.norm_eps)
+        self.attn = NormedAttention(config.width, config.num_heads, config.attention_dropout, norm)
         self.norm2 = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.hidden_units, config.ffn_dropout)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x (B, n, D) -> (B, n, D)."""
-        x = x + self.dropout(self.attn(self.norm1(x), table, mask, cache, layer))
+        x = x + self.dropout(self.attn(self.norm1(x), mask, cache, layer, table))
         return x + self.mlp(self.norm2(x))
 
 
 class AliTokARGenerator(RotaryGenerator[Tensor]):
-    """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
-
     config: AliTokARConfig
 
     def __init__(self, config: AliTokARConfig):

@@ -31,7 +31,7 @@ class GeneratorConfig(ModelConfig):
     """Codes of the tokenizer; 0: taken from the token store."""
     num_tokens: CountOrZero = 0
     """Tokens per image; 0: taken from the token store."""
-    width: Count
+    width: Count = 768
     """Hidden size."""
     num_layers: Count
     """Transformer blocks."""
@@ -39,10 +39,9 @@ class GeneratorConfig(ModelConfig):
     """Attention heads."""
 
     @property
-    def needed_sizes(self) -> tuple[str, ...]:
-        """Fields that a generator cannot be built without."""
-        own = [field.name for field in fields(self)]
-        return tuple(key for key in ("vocab_size", "num_tokens", "num_classes") if key in own)
+    def has_classes(self) -> bool:
+        """Whether a class is what it is conditioned on."""
+        return "num_classes" in self.__dataclass_fields__
 
     @property
     def prefix_length(self) -> int:
@@ -56,7 +55,8 @@ class GeneratorConfig(ModelConfig):
 
     def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
         """This shape for given data, in the fields that it has; `UserError` when one was set to something else."""
-        given = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": num_classes, "grid": grid}
+        classes = num_classes if self.has_classes else 0
+        given = {"vocab_size": vocab_size, "num_tokens": num_tokens, "num_classes": classes, "grid": grid}
         sizes: dict[str, Any] = {field.name: given[field.name] for field in fields(self) if field.name in given}
         for key, size in sizes.items():
             if getattr(self, key) not in (0, None, size):
@@ -76,7 +76,8 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
 
     def __init__(self, config: GeneratorConfig, num_classes: int):
         super().__init__()
-        for key in config.needed_sizes:
+        needed = ("vocab_size", "num_tokens", "num_classes") if config.has_classes else ("vocab_size", "num_tokens")
+        for key in needed:
             if (size := getattr(config, key)) < 1:
                 raise UserError(f"model.{key}: {size} is not positive; set it or build from a token store")
         self.config, self.num_classes = config, num_classes
@@ -88,26 +89,20 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
         self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """What `logits` reads, at every new position, (B, P + n, D) without a cache; and the taps of `forward`."""
-        ...
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, n, V) <- (B, n, D)."""
-        ...
 
     def new_cache(self, batch_size: int) -> KVCache:
-        length, head_dim = self.prefix_length + self.num_tokens, self.width // self.config.num_heads
-        heads, weight = self.config.num_key_heads, next(self.parameters())
-        return KVCache(self.num_layers, batch_size, heads, length, head_dim, device=weight.device, dtype=weight.dtype)
+        heads, head_dim = self.config.num_key_heads, self.width // self.config.num_heads
+        shape = (self.num_layers, 2, batch_size, heads, self.prefix_length + self.num_tokens, head_dim)
+        return KVCache(next(self.parameters()).new_zeros(shape))
 
     def forward(
         self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits (B, n, V) for the n tokens of `context` (B, n) int64; (B, P + n, D) after each layer of `tap_layers`.
-
-        With a cache: `context` holds the tokens not yet read, the logits are those of the next token, (B, 1, V), and
-        the taps those of the positions read by this call.
-        """
+        """As `consonar.types.Generator` says; with a cache the taps are those of the positions read by this call."""
         hidden, taps = self.hidden_states(context, condition, cache=cache, tap_layers=tap_layers)
         predicting = hidden[:, -1:] if cache is not None else hidden[:, -1 - context.shape[1] : -1]
         return self.logits(predicting), taps

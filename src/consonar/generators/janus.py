@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalGenerator, GeneratorConfig
+from consonar.generators.rotary import rotary_angles
 from consonar.options import SMALLEST, Count, CountOrZero, Divides, Positive, Range
 from consonar.types import PromptCondition
 
@@ -94,29 +94,10 @@ JANUS_PRESETS = {
 }
 
 
-@lru_cache(maxsize=16)
-def inverse_frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
-    """base^(-2 i / head_dim): (head_dim / 2,) float32."""
-    # A table made while sampling serves training too, where autograd refuses tensors of inference mode.
-    with torch.inference_mode(False):
-        return (1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)).to(device)
-
-
 def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine (B, T, head_dim) float32 for positions (B, T); halves, not neighbours, are the rotary pairs."""
-    angles = positions[..., None].float() * inverse_frequencies(head_dim, base, positions.device)
-    angles = torch.cat([angles, angles], -1)
+    angles = rotary_angles(positions, head_dim // 2, base).repeat(1, 1, 2)
     return angles.cos(), angles.sin()
-
-
-@dataclass(frozen=True)
-class CacheLayers:
-    """A `KVCache` as transformers' attention addresses it."""
-
-    cache: KVCache
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, _: object = None) -> tuple[Tensor, Tensor]:
-        return self.cache.append(layer, keys, values)
 
 
 def build_parts(config: JanusConfig) -> dict[str, nn.Module]:
@@ -172,7 +153,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_token: int = PAD_TOKEN) ->
 
 
 class JanusGenerator(CausalGenerator[PromptCondition]):
-    """The generator; follows `consonar.types.Generator`. `config` has all sizes set; needs transformers.
+    """Needs transformers.
 
     `prefix_length` is `config.max_prompt_tokens`, whatever the length of the prompts given: hidden states are padded on
     the left with zeros to that many.
@@ -254,8 +235,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
     def run_block(
         self, block: nn.Module, x: Tensor, needed: object, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        layers = CacheLayers(cache) if cache is not None else None
-        return block(x, attention_mask=mask, past_key_values=layers, position_embeddings=needed)
+        return block(x, attention_mask=mask, past_key_values=cache, position_embeddings=needed)
 
     def _check(self, condition: PromptCondition) -> None:
         if not isinstance(condition, PromptCondition):

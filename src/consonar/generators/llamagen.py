@@ -17,18 +17,18 @@ feature.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from consonar.attention import CausalAttention, KVCache
+from consonar.attention import CausalAttention, KVCache, rotate
 from consonar.errors import UserError
-from consonar.generators.rotary import RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU, rotate
+from consonar.generators.rotary import RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU
 from consonar.options import Count, CountOrZero, Divides, ReadOnlyWith
-from consonar.types import Grid, TextCondition
+from consonar.types import TextCondition
 
 CAPTIONS = ReadOnlyWith(lambda given: given.condition == "text", "{}condition 'text'")
 
@@ -55,8 +55,8 @@ class LlamaGenConfig(RotaryConfig):
             raise UserError(f"model.num_classes: {self.num_classes}, but model.condition is text, which has none")
 
     @property
-    def needed_sizes(self) -> tuple[str, ...]:
-        return ("vocab_size", "num_tokens") if self.condition == "text" else super().needed_sizes
+    def has_classes(self) -> bool:
+        return self.condition == "class"
 
     @property
     def prefix_length(self) -> int:
@@ -65,10 +65,6 @@ class LlamaGenConfig(RotaryConfig):
     @property
     def num_key_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
-
-    def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
-        """As `GeneratorConfig.sized`; with captions the store's classes are of no use."""
-        return super().sized(vocab_size, num_tokens, 0 if self.condition == "text" else num_classes, grid)
 
 
 LLAMAGEN_PRESETS = {
@@ -118,27 +114,6 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class ClassEmbedding(nn.Module):
-    """One row per class, the null class last."""
-
-    def __init__(self, num_classes: int, width: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)[:, None]  # (B, 1, D)
-
-
-class CaptionProjection(nn.Module):
-    def __init__(self, caption_dim: int, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(caption_dim, width, bias=False)
-        self.fc2 = nn.Linear(width, width, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(features.to(self.fc1.weight.dtype)), approximate="tanh"))
-
-
 class CaptionEmbedding(nn.Module):
     """(B, P, D) from caption features (B, P, F), and the features (P, F) that stand for no caption."""
 
@@ -146,23 +121,24 @@ class CaptionEmbedding(nn.Module):
 
     def __init__(self, num_tokens: int, caption_dim: int, width: int):
         super().__init__()
-        self.cap_proj = CaptionProjection(caption_dim, width)
+        fc1, fc2 = nn.Linear(caption_dim, width, bias=False), nn.Linear(width, width, bias=False)
+        self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
         self.register_buffer("uncond_embedding", torch.zeros(num_tokens, caption_dim))
 
     def forward(self, condition: TextCondition) -> Tensor:
         # Padding is hidden by the mask; zeros are what the released model was fed there.
-        return self.cap_proj(condition.features * condition.mask[:, :, None])
+        features = condition.features * condition.mask[:, :, None]
+        return self.cap_proj(features.to(self.cap_proj.get_parameter("fc1.weight").dtype))
 
 
 class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
-    """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
-
     config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__(config, config.num_classes)
-        if config.condition == "class":
-            self.cls_embedding: nn.Module = ClassEmbedding(config.num_classes, config.width)
+        self.cls_embedding: CaptionEmbedding | nn.ModuleDict
+        if config.condition == "class":  # the null class is the last row
+            self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.width)})
         else:
             self.cls_embedding = CaptionEmbedding(config.prefix_length, config.caption_dim, config.width)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
@@ -189,12 +165,12 @@ class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
         return self.tok_embeddings(tokens)
 
     def embed_condition(self, condition: Tensor | TextCondition) -> Tensor:
-        if self.config.condition == "text":
-            assert isinstance(condition, TextCondition), "this generator takes captions"
-            expected = (self.prefix_length, self.config.caption_dim)
-            if condition.features.shape[1:] != expected:
-                given = tuple(condition.features.shape[1:])
-                raise UserError(f"condition.features: {given} per caption, the generator takes {expected}")
+        if isinstance(self.cls_embedding, nn.ModuleDict):
+            return self.cls_embedding["embedding_table"](condition)[:, None]
+        assert isinstance(condition, TextCondition), "this generator takes captions"
+        given, expected = tuple(condition.features.shape[1:]), (self.prefix_length, self.config.caption_dim)
+        if given != expected:
+            raise UserError(f"condition.features: {given} per caption, the generator takes {expected}")
         return self.cls_embedding(condition)
 
     def kept_positions(self, condition: Tensor | TextCondition) -> Tensor | None:

@@ -14,14 +14,16 @@ Letters: `B` batch, `N` tokens, `V` codes, `D` width, `L` = N + 2 positions.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.attention import CausalAttention, KVCache, attention_mask
+from consonar.attention import KVCache, NormedAttention, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.options import Count, CountOrZero, Divides, Positive, ShareBelowOne
@@ -37,8 +39,6 @@ class ReARConfig(GeneratorConfig):
     """Shape of a reAR/RAR generator. Recipes leave `vocab_size`, `num_tokens`, `num_classes` at 0: set by the data."""
 
     kind: Literal["rear"] = "rear"
-    width: Count = 768
-    """Hidden size."""
     num_layers: Count = 20
     """Transformer blocks."""
     num_heads: Annotated[Count, Divides("width")] = 16
@@ -93,45 +93,17 @@ class Condition:
         return F.embedding(self.rows, projected.flatten(1)).unflatten(1, projected.shape[1:])
 
 
-class Attention(nn.Module):
-    """Causal self-attention with LayerNorm on queries and keys."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float):
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-        self.proj = nn.Linear(width, width)
-        self.attend = CausalAttention()
-
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, dim)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        # Sequences that are drawn while the model trains (AR-GRPO) meet no dropout here.
-        dropout = self.dropout if self.training and cache is None else 0.0
-        return self.proj(self.attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=dropout))
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """x + gate * attention(modulated norm(x)), then the same with the MLP."""
 
     def __init__(self, config: ReARConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.attn = Attention(config.width, config.num_heads, config.dropout)
+        self.attn = NormedAttention(config.width, config.num_heads, config.dropout, partial(nn.LayerNorm, eps=1e-6))
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
-        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        layers = {"fc1": nn.Linear(width, hidden), "gelu": nn.GELU(), "fc2": nn.Linear(hidden, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         # The released module starts with SiLU; it is applied once for all blocks, in `hidden_states`.
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.width, 6 * config.width))
         self.dropout = nn.Dropout(config.dropout)
@@ -157,8 +129,6 @@ class HeadModulation(nn.Module):
 
 
 class ReARGenerator(CausalGenerator[Tensor]):
-    """The generator; follows `consonar.types.Generator`. `config` has all sizes set."""
-
     config: ReARConfig
 
     def __init__(self, config: ReARConfig):
@@ -203,7 +173,10 @@ class ReARGenerator(CausalGenerator[Tensor]):
         if start == 0:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), condition_embedding, x], 1)
         end = start + x.shape[1]
-        x = x + self.pos_embed[:, start:end] + self._target_embedding(start, end)
+        places = torch.arange(start, end, device=x.device)
+        predicts = (places >= 1) & (places <= self.num_tokens)  # token t at position t + 1, by row t + 2
+        target = self.target_aware_pos_embed[:, start + 1 : end + 1] * predicts.to(x.dtype)[:, None]
+        x = x + self.pos_embed[:, start:end] + target
         rows = None
         # While sampling the model decides and not the batch, so that a picture is rounded alike in any batch.
         few = self.num_classes < FEW_CLASSES if cache is not None else self.num_classes + 1 < len(condition)
@@ -213,9 +186,3 @@ class ReARGenerator(CausalGenerator[Tensor]):
         mask = attention_mask(end - start, end, None, cached=cache is not None, device=x.device)
         x, taps = self.run_blocks(x, step, mask, cache, tap_layers)
         return self.adaln_before_head(x, step), taps
-
-    def _target_embedding(self, start: int, end: int) -> Tensor:
-        """(1, end - start, D): row t + 2 where token t is predicted (position t + 1), 0 at cls and the last token."""
-        rows = self.target_aware_pos_embed[:, start + 1 : end + 1]
-        predicts = torch.arange(start, end, device=rows.device)
-        return rows * ((predicts >= 1) & (predicts <= self.num_tokens)).to(rows.dtype)[:, None]

@@ -64,10 +64,17 @@ def swiglu_width(width: int, multiple_of: int) -> int:
     return -(8 * width // 3 // -multiple_of) * multiple_of
 
 
+@lru_cache(maxsize=16)
+def inverse_frequencies(num_pairs: int, base: float, device: torch.device) -> Tensor:
+    """base^(-i / num_pairs): (num_pairs,) float32."""
+    # A table made while sampling serves training too, where autograd refuses tensors of inference mode.
+    with torch.inference_mode(False):
+        return (1.0 / base ** (torch.arange(num_pairs, dtype=torch.float32) / num_pairs)).to(device)
+
+
 def rotary_angles(positions: Tensor, num_pairs: int, base: float) -> Tensor:
-    """positions * base^(-i / num_pairs) for pair i: (n, num_pairs) float32 <- (n,)."""
-    exponents = torch.arange(num_pairs, dtype=torch.float32) / num_pairs
-    return positions.float()[:, None] * (1.0 / base**exponents)
+    """positions * base^(-i / num_pairs) for pair i: (..., num_pairs) float32 <- (...)."""
+    return positions[..., None].float() * inverse_frequencies(num_pairs, base, positions.device)
 
 
 @lru_cache(maxsize=64)
@@ -79,8 +86,7 @@ def rotary_table(
     Tokens without a place (all of them where `grid` is None, else its prefix) have positions 0, 1, ... on a line; rows
     and columns of a grid are counted on from there, as in AliTok (without a prefix: from 0, as in LlamaGen).
     """
-    # A table made while sampling serves training too, where autograd refuses tensors of inference mode.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # see `inverse_frequencies`
         num_on_line = num_tokens if grid is None else grid.prefix
         angles = rotary_angles(torch.arange(num_on_line), head_dim // 2, base)
         if grid is not None:
@@ -92,19 +98,10 @@ def rotary_table(
         return torch.cat([table.new_zeros(num_condition_tokens, *table.shape[1:]), table]).to(device)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the neighbouring pairs of x (..., n, E) by the table (n, E / 2, 2); in float32, returned as it came."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = table.unbind(-1)
-    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], -1).flatten(-2).to(x.dtype)
-
-
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig(GeneratorConfig):
     """Shape of a generator with rotary positions. Recipes leave the last four at 0 and None: set by the data."""
 
-    width: Count = 768
-    """Hidden size."""
     num_layers: Count = 12
     """Transformer blocks."""
     num_heads: Heads = 12
@@ -142,11 +139,7 @@ class RotaryConfig(GeneratorConfig):
 
 
 class RotaryGenerator(CausalGenerator[Given]):
-    """Follows `consonar.types.Generator`.
-
-    A subclass makes `blocks`, which need the table of positions, the modules declared here, and the methods that tell
-    what conditions and tokens are.
-    """
+    """A subclass makes `blocks`, which need the table of positions, the modules declared here, and what embeds."""
 
     config: RotaryConfig
     norm: RMSNorm
@@ -156,12 +149,10 @@ class RotaryGenerator(CausalGenerator[Given]):
     @abstractmethod
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """(B, n, D) <- (B, n) int64."""
-        ...
 
     @abstractmethod
     def embed_condition(self, condition: Given) -> Tensor:
         """(B, P, D)."""
-        ...
 
     def kept_positions(self, condition: Given) -> Tensor | None:
         """Which of the P condition tokens are no padding, (B, P) bool; None: all."""

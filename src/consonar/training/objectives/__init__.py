@@ -41,7 +41,7 @@ class Method:
     about: str = ""
     """A clause that follows the name, on the page."""
     fits: Callable[[Settings], bool] = lambda settings: True
-    """Which settings of this kind are this method, where several share a configuration."""
+    """Which settings of this kind are this method, where several share a configuration; the first that fits counts."""
     details: Callable[[Settings], list[str]] = lambda settings: []
     """What is said of the settings behind the name."""
     is_control: bool = False
@@ -61,21 +61,12 @@ def aligns_codes(settings: Settings) -> bool:
     return bool(settings["embedding_weight"] > 0)
 
 
-def draws_freely(settings: Settings) -> bool:
-    return bool(settings["rollout"] == "free")
-
-
 def policy_details(settings: Settings) -> list[str]:
     estimator = settings["estimator"]
     return [estimator] * (estimator != "grpo") + ["credit by place"] * (settings["credit"] == "token")
 
 
 METHODS: list[Method] = [
-    Method(
-        name="plain AR", config=AutoregressiveConfig, objective=Autoregressive, run="generator", is_control=True,
-        fits=lambda settings: not adds_noise(settings) and not aligns_codes(settings),
-        about="teaches the generator only to guess the next token after correct ones",
-    ),
     Method(
         name="reAR", config=AutoregressiveConfig, objective=Autoregressive, run="generator",
         fits=lambda settings: adds_noise(settings) and aligns_codes(settings),
@@ -84,34 +75,37 @@ METHODS: list[Method] = [
     ),
     Method(
         name="noisy context only", config=AutoregressiveConfig, objective=Autoregressive, run="generator",
-        fits=lambda settings: adds_noise(settings) and not aligns_codes(settings),
+        fits=adds_noise,
         about="is reAR without the alignment: some of the tokens that the generator reads are wrong ones",
     ),
     Method(
         name="codebook alignment only", config=AutoregressiveConfig, objective=Autoregressive, run="generator",
-        fits=lambda settings: not adds_noise(settings) and aligns_codes(settings),
+        fits=aligns_codes,
         about="is reAR on correct tokens: inner states point at the codebook entries that the decoder will use",
     ),
     Method(
-        name="VA-pi", config=PolicyConfig, objective=TeacherForcedPolicy, run="post-training",
-        fits=lambda settings: not draws_freely(settings), details=policy_details,
-        about="draws several sequences of tokens under the true tokens of a picture, decodes them, and makes those "
-        "more likely whose picture is nearer to the original",
+        name="plain AR", config=AutoregressiveConfig, objective=Autoregressive, run="generator", is_control=True,
+        about="teaches the generator only to guess the next token after correct ones",
     ),
     Method(
         name="AR-GRPO", config=PolicyConfig, objective=FreePolicy, run="post-training",
-        fits=draws_freely, details=policy_details,
+        fits=lambda settings: settings["rollout"] == "free", details=policy_details,
         about="draws whole sequences freely and makes those more likely that earn more reward than the others",
     ),
     Method(
-        name="cross-entropy", config=CrossEntropyConfig, objective=CrossEntropy, run="post-training", is_control=True,
-        fits=lambda settings: settings["target"] != "soft",
-        about="is the control: further training with the true next token as its only aim",
+        name="VA-pi", config=PolicyConfig, objective=TeacherForcedPolicy, run="post-training",
+        details=policy_details,
+        about="draws several sequences of tokens under the true tokens of a picture, decodes them, and makes those "
+        "more likely whose picture is nearer to the original",
     ),
     Method(
         name="soft targets", config=CrossEntropyConfig, objective=CrossEntropy, run="post-training",
         fits=lambda settings: settings["target"] == "soft",
         about="is cross-entropy in which codes that are near the true one count as well",
+    ),
+    Method(
+        name="cross-entropy", config=CrossEntropyConfig, objective=CrossEntropy, run="post-training", is_control=True,
+        about="is the control: further training with the true next token as its only aim",
     ),
     Method(
         name="straight-through", config=StraightThroughConfig, objective=StraightThrough, run="post-training",

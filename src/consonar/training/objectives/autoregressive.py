@@ -52,11 +52,6 @@ class NoiseConfig(Options):
     num_neighbours: Annotated[Count, NEAREST] = 16
     """How many nearest codes `nearest` chooses from."""
 
-    @property
-    def replaces(self) -> bool:
-        """Whether any token ever is replaced."""
-        return self.schedule != "none" and self.max_rate > 0
-
 
 HEADS = ReadOnlyWith(lambda given: given.embedding_weight > 0, "{}embedding_weight over 0")
 ENCODE_HEAD = ReadOnlyWith(
@@ -66,7 +61,7 @@ DECODE_HEAD = ReadOnlyWith(
     lambda given: given.has_head("decode"), "{}embedding_weight over 0 and {}heads 'decode' or 'both'"
 )
 NOISED_ENCODE_HEAD = ReadOnlyWith(
-    lambda given: given.has_head("encode") and given.noise.replaces,
+    lambda given: given.has_head("encode") and given.noise.schedule != "none" and given.noise.max_rate > 0,
     "{}embedding_weight over 0, {}heads 'encode' or 'both', and {}noise.schedule other than 'none'",
 )
 

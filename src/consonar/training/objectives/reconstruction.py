@@ -144,24 +144,22 @@ class Reconstruction(Objective[ImageBatch, ImageBatch]):
             "codebook": quantizer.codebook_loss(output.vectors, output.codes),
             "commitment": quantizer.commitment_loss(output.vectors, output.codes),
         }
-        total = (
-            self.config.mse_weight * terms["mse"]
-            + self.config.codebook_weight * terms["codebook"]
-            + self.config.commitment_weight * terms["commitment"]
-        )
-        if self.config.chroma_weight > 0:
+        config = self.config
+        total = config.mse_weight * terms["mse"] + config.codebook_weight * terms["codebook"]
+        total = total + config.commitment_weight * terms["commitment"]
+        if config.chroma_weight > 0:
             error = output.reconstruction - images
             terms["chroma"] = (error - error.mean(1, keepdim=True)).square().mean()
-            total = total + self.config.chroma_weight * terms["chroma"]
+            total = total + config.chroma_weight * terms["chroma"]
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(output.reconstruction, images).mean()
-            total = total + self.config.perceptual_weight * terms["perceptual"]
+            total = total + config.perceptual_weight * terms["perceptual"]
         if real is not None:
             # Before its start the term is 0 times its value: DistributedDataParallel needs every gradient every step.
-            started = float(step >= self.config.discriminator_start)
+            started = float(step >= config.discriminator_start)
             terms["discriminator"] = started * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
             terms["adversarial"] = started * -live.mean()
-            total = total + terms["discriminator"] + self.config.discriminator_weight * terms["adversarial"]
+            total = total + terms["discriminator"] + config.discriminator_weight * terms["adversarial"]
         trainee = distributed.unwrap(model)
         counts = quantizer.code_counts(output.tokens, trainee.tokenizer.vocab_size)
         used = distributed.sum_over_ranks(counts, self.world) > 0
