@@ -20,7 +20,7 @@ from common import ratio, write_result
 from training import make_step
 
 from consonar.components import load_tokenizer
-from consonar.cpu.memory import ask_for_huge_pages, keep_freed_memory
+from consonar.cpu import ask_for_huge_pages, keep_freed_memory
 from consonar.networks import efficientnet, load_feature_network
 from consonar.seeding import generator as seeded
 from consonar.training.objectives.autoregressive import AutoregressiveConfig

@@ -17,7 +17,7 @@ from common import interleaved, ratio, write_result
 from PIL import Image
 
 from consonar.components import load_tokenizer
-from consonar.data.loader import prefetch
+from consonar.data.picture_files import prefetch
 from consonar.data.sources import open_source
 from consonar.data.tokens import write_token_store
 from consonar.data.transforms import center_crop, from_uint8

@@ -21,7 +21,7 @@ from typing import Any
 from blanks import empty_share, patch_changes
 
 from consonar.components import load_tokenizer
-from consonar.cpu.memory import hold_memory
+from consonar.cpu import hold_memory
 from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.evaluation.inputs import encode_reference, open_reference

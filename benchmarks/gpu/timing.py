@@ -28,9 +28,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from consonar.distributed import ALONE, World, pick_device
+from consonar.distributed import World, pick_device
 from consonar.evaluation.results import library_versions
 from consonar.generators import build_generator
+from consonar.generators.base import GeneratorConfig
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
 from consonar.generators.rear import REAR_PRESETS
 from consonar.networks.lpips import LPIPS, VGG16Features
@@ -39,16 +40,17 @@ from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.config import LoopConfig, TrainConfig
-from consonar.training.intervals import State
-from consonar.training.loop import update
+from consonar.training.loop import Built, Running, update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.optim import OptimConfig, build_optimizer
+from consonar.training.resume import State
 from consonar.training.rewards import PlacedReward, Rewards, squared_errors
+from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
-from consonar.types import GeneratorConfig, Grid, ImageBatch, TokenBatch
+from consonar.types import Grid, ImageBatch, TokenBatch
 
 RELEASED_VQ = VQConfig(
     vocab_size=16384, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), num_res_blocks=2, latent_channels=256
@@ -193,11 +195,13 @@ def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, b
         recipe="timing", tokenizer="timing", objective=config, optim=OptimConfig(lr=1e-6, min_lr=1e-6),
         loop=LoopConfig(steps=1000),
     )  # fmt: skip
-    state = State(trainee, build_optimizer(trainee, settings.optim), None, device=bench.device)
+    state = State(trainee, build_optimizer(trainee, settings.optim))
+    tracker = Tracker(Path("no run"), settings, enabled=False)
+    run = Running(settings, Built(trainee, objective, batch), state, tracker, Path("no run"), World(0, 1, bench.device))
 
     def step() -> None:
         prepared = objective.prepare(trainee, batch, state.step)
-        update(trainee, state, objective, prepared, settings, ALONE, BF16, Path("no run"))
+        update(run, trainee, prepared, BF16)
 
     return step
 

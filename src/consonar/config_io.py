@@ -8,7 +8,6 @@ import functools
 import json
 import numbers
 import os
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from consonar.json_types import Json, JsonMap
 
 Config = TypeVar("Config")
 REPLACED_TABLES = ("rewards",)
-"""Fields that hold a table of any keys; where a file changes one, it replaces that of its recipe."""
+"""Fields that hold a table of any keys; one in a file replaces its recipe's: what it does not name is not wanted."""
 
 
 def to_dict(config: Any) -> Json:
@@ -106,8 +105,7 @@ def variants(item: dataclasses.Field[Any], hint: object) -> list[type]:
     """The dataclasses that a field takes: those of the table that its metadata name, or those of its type."""
     if "kinds" in item.metadata:
         return list(item.metadata["kinds"]().values())
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    options = typing.get_args(hint) if is_union else (hint,)
+    options = typing.get_args(hint) or (hint,)
     return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
 
 
@@ -123,11 +121,7 @@ def pick_variant(value: object, options: list[type], path: str, where: str) -> t
 
 
 def merge(base: JsonMap, changes: JsonMap) -> Json:
-    """`base` with the nested `changes` on top.
-
-    A table with another `kind` replaces the whole table, and so does one whose keys are the user's own
-    (`REPLACED_TABLES`): what it does not name is not wanted, as on the command line.
-    """
+    """`base` with the nested `changes` on top; tables of another `kind`, or in `REPLACED_TABLES`, are replaced."""
     merged = dict(base)
     for key, value in changes.items():
         old, merged[key] = merged.get(key), value

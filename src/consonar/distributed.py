@@ -48,14 +48,13 @@ def pick_device(name: str = "auto", key: str = "loop.device") -> torch.device:
     and give 3 in 100 pictures another token than the CPU does. Speed is what bf16 is for.
     """
     check_choice(key, name, DEVICES)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
         raise UserError(f"{key}: 'cuda', but PyTorch sees no CUDA device; choices: auto, cpu")
-    if name == "cpu":
-        return torch.device(name)
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager
@@ -86,11 +85,8 @@ def mean_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:
     """Averages every value over the processes; all processes pass the same keys."""
     if world.size == 1:
         return values
-    stacked = torch.tensor(
-        list(values.values()), dtype=torch.float64, device=world.device if world.device.type == "cuda" else "cpu"
-    )
-    dist.all_reduce(stacked)
-    return dict(zip(values, (stacked / world.size).tolist(), strict=True))
+    sums = sum_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=world.device), world)
+    return dict(zip(values, (sums / world.size).tolist(), strict=True))
 
 
 def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
@@ -111,7 +107,7 @@ def from_main(value: Value, world: World) -> Value:
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, 0, device=world.device if world.device.type == "cuda" else None)
+    dist.broadcast_object_list(box, 0, device=world.device)
     return box[0]
 
 
@@ -127,8 +123,5 @@ def barrier(world: World) -> None:
 
 
 def exchange_of_gradients(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """Context of the forward and backward pass of a micro-batch; gradients are exchanged in the last one of a step.
-
-    The forward pass belongs inside: it is there that DistributedDataParallel decides whether to exchange.
-    """
+    """Around both passes of a micro-batch (the forward decides); gradients are `wanted` in the last one of a step."""
     return nullcontext() if wanted or not isinstance(model, DistributedDataParallel) else model.no_sync()

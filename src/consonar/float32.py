@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,21 +16,15 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` outside of autocast, with float32 in the place of tensors that have fewer bits.
-
-    The device is that of the first tensor among the arguments.
-    """
+    """`function` outside of the autocast of its first tensor's device, with float32 in the place of fewer bits."""
 
     @functools.wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        kind = next(tensors).device.type
+        kind = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device.type
         # Any: what types the arguments have together (P) is not known of each.
         raised: Any = [raise_precision(value) for value in args]
         named: Any = {key: raise_precision(value) for key, value in kwargs.items()}
-        if not torch.amp.is_autocast_available(kind):
-            return function(*raised, **named)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return function(*raised, **named)
 
     return exact

@@ -12,7 +12,6 @@ import functools
 import math
 import numbers
 import typing
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeGuard
@@ -27,15 +26,12 @@ SMALLEST = 1e-6
 
 
 class Options:
-    """Base of configurations: checks the rules of all fields; a subclass with a `__post_init__` calls this one first.
-
-    Raises `UserError`, naming section and field, for a value that a rule refuses.
-    """
+    """Base of configurations: `UserError`, naming section and field, for a value that a rule of its field refuses."""
 
     section: ClassVar[str] = ""
     """What the configuration is called inside that of a run, as in `objective.noise`."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # a subclass that has one calls this first
         check_options(self, self.section and f"{self.section}.")
 
 
@@ -61,7 +57,7 @@ def rules(kind: Any) -> list[tuple[str, Rule]]:
     """The rules of a dataclass with the names of their fields; a rule may rely on those before it."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = [(item.name, rule) for item in dataclasses.fields(kind) for rule in rules_in(hints[item.name])]
-    return sorted(found, key=lambda pair: (OneOf, Range, Divides, ReadOnlyWith).index(type(pair[1])))
+    return sorted(found, key=lambda pair: typing.get_args(Rule).index(type(pair[1])))
 
 
 def rules_in(hint: Any) -> Iterator[Rule]:
@@ -96,16 +92,8 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-class Rule(ABC):
-    """What stands at a field, beside its type."""
-
-    @abstractmethod
-    def check(self, config: Any, name: str, prefix: str) -> None:
-        """Raises `UserError` where the field `name` of `config`, to users `prefix` + `name`, breaks the rule."""
-
-
 @dataclass(frozen=True)
-class OneOf(Rule):
+class OneOf:
     """The choices of an option; that of a `Literal` needs none."""
 
     choices: tuple[str, ...]
@@ -116,7 +104,7 @@ class OneOf(Rule):
 
 
 @dataclass(frozen=True)
-class Range(Rule):
+class Range:
     """The numbers from `low` to `high` that are finite, and as integers have 64 bits; of a table or list, its numbers.
 
     `ends` are the brackets of the interval: round where the end is not part of it. `or_zero`: 0 is taken too. `note`
@@ -140,9 +128,8 @@ class Range(Rule):
             return f"{value} does not fit into 64 bits"
         if not math.isfinite(value):
             return f"{value} is not a finite number"
-        over_low = value > self.low or (value == self.low and self.ends[0] == "[")
-        under_high = value < self.high or (value == self.high and self.ends[1] == "]")
-        if not (over_low and under_high) and not (self.or_zero and value == 0):
+        at_end = ("[" in self.ends and value == self.low) or ("]" in self.ends and value == self.high)
+        if not (self.low < value < self.high or at_end or (self.or_zero and value == 0)):
             return f"{value} is {self.missed}{self.note and f'; {self.note}'}"
         if isinstance(value, float) and self.high == math.inf and abs(value) > LARGEST:
             return f"{value} is too large; at most {LARGEST:g}"
@@ -153,15 +140,13 @@ class Range(Rule):
         """What a number outside of the range is."""
         if self.high < math.inf:
             return f"not in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
-        if self.low == 0:
-            return "negative" if self.ends[0] == "[" else "not positive"
-        if self.low == 1:
-            return "not positive"
+        if self.low in (0, 1):
+            return "negative" if self.low == 0 and "[" in self.ends else "not positive"
         return f"too small; at least {self.low:g}{', or 0' if self.or_zero else ''}"
 
 
 @dataclass(frozen=True)
-class Divides(Rule):
+class Divides:
     """`times` times the number goes into the field `whole` without rest; 0, where it is taken, does not matter."""
 
     whole: str
@@ -177,7 +162,7 @@ class Divides(Rule):
 
 
 @dataclass(frozen=True)
-class ReadOnlyWith(Rule):
+class ReadOnlyWith:
     """The option is read by some configurations only; in others it must be left at its default."""
 
     is_read: Callable[[Any], bool]
@@ -187,6 +172,10 @@ class ReadOnlyWith(Rule):
     def check(self, config: Any, name: str, prefix: str) -> None:
         if not self.is_read(config):
             check_left(config, name, self.words.replace("{}", prefix), prefix)
+
+
+Rule = OneOf | Range | Divides | ReadOnlyWith
+"""What stands at a field, beside its type. `check` raises `UserError` where a field, `prefix` + `name`, breaks it."""
 
 
 def check_left(config: Any, key: str, words: str, prefix: str = "") -> None:

@@ -7,7 +7,6 @@ from torch import nn
 
 from consonar.cpu import timing
 from consonar.cpu.timing import Way
-from consonar.errors import check_choice
 
 PRECISIONS = ("auto", "fp32", "bf16")
 PATIENCE = 10.0
@@ -15,18 +14,17 @@ PATIENCE = 10.0
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type, or None for float32.
+    """The autocast type, or None for float32; `name` is one of `PRECISIONS`.
 
     `auto`: bf16 where the hardware multiplies it natively, on a CPU only if that was also measured to be faster.
     """
-    check_choice("loop.precision", name, PRECISIONS)
-    if name == "auto":
-        faster = {
-            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: cpu_multiplies_bf16() and timing.ours("bf16", autocast_ways, PATIENCE),
-        }[device.type]()
-        return torch.bfloat16 if faster else None
-    return torch.bfloat16 if name == "bf16" else None
+    if name != "auto":
+        low = name == "bf16"
+    elif device.type == "cuda":
+        low = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        low = cpu_multiplies_bf16() and timing.ours("bf16", autocast_ways, PATIENCE)
+    return torch.bfloat16 if low else None
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -42,11 +42,7 @@ def map_tensors(function: Callable[..., Tensor], record: Record, *others: Record
         return cast(Record, {k: map_tensors(function, v, *(table[k] for table in tables)) for k, v in record.items()})
     if not dataclasses.is_dataclass(record) or isinstance(record, type):
         return record
-    values = {
-        item.name: map_tensors(function, getattr(record, item.name), *(getattr(other, item.name) for other in others))
-        for item in dataclasses.fields(record)
-    }
-    return cast(Record, dataclasses.replace(record, **values))
+    return cast(Record, dataclasses.replace(record, **map_tensors(function, vars(record), *map(vars, others))))
 
 
 def first_tensor(record: object) -> Tensor:

@@ -58,10 +58,8 @@ def permutation(rng: torch.Generator, count: int) -> torch.Tensor:
 
 
 def choose(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Draws by inverse transform: (B, G) int64 <- logits (B, V), uniforms (B, G) in [0, 1).
-
-    In float64: with a large V the sum stays exact.
-    """
+    """Draws by inverse transform: (B, G) int64 <- logits (B, V), uniforms (B, G) in [0, 1)."""
+    # In float64: with a large V the sum stays exact.
     cumulative = logits.double().softmax(-1).cumsum(-1)
     # `right`: a draw of exactly 0 must not fall on a token of probability 0.
     thresholds = (uniforms.double() * cumulative[:, -1:]).contiguous()

@@ -14,14 +14,13 @@ from contracts.test_objectives import CONSISTENCY, RECONSTRUCTION
 from device.pretend import LOG
 from torch import nn
 
-from consonar.distributed import ALONE, World
+from consonar.distributed import World
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import LoopConfig, TrainConfig
-from consonar.training.intervals import State
-from consonar.training.loop import update
+from consonar.training.loop import Built, Running, update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.autoregressive import NoiseConfig
@@ -30,6 +29,8 @@ from consonar.training.objectives.controls import StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import OptimConfig, build_optimizer
+from consonar.training.resume import State
+from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
 from consonar.types import EncodedBatch, ImageBatch, Objective
 
@@ -99,7 +100,10 @@ def take_steps(
     """The terms of two steps as the loop takes them, in two micro-batches; what the second waited for; a validation."""
     objective, trainee = build(config, device, dtype)
     average = {key: value.clone() for key, value in trainee.state_dict().items()}
-    state = State(trainee, build_optimizer(trainee, RUN.optim), average, device=device)
+    state = State(trainee, build_optimizer(trainee, RUN.optim), average)
+    folder = Path("no run")
+    tracker = Tracker(folder, RUN, enabled=False)
+    run = Running(RUN, Built(trainee, objective, None), state, tracker, folder, World(0, 1, device))
     data, terms = make_batch(), []
     if isinstance(trainee, AlignmentTrainee):
         data = ImageBatch(data.images, data.condition)
@@ -108,7 +112,7 @@ def take_steps(
         state.step = step
         prepared = objective.prepare(trainee, to_device(data, device), step)
         for _ in range(config.updates):
-            terms.append(update(trainee, state, objective, prepared, RUN, ALONE, dtype, Path("no run")))
+            terms.append(update(run, trainee, prepared, dtype))
     waits = dict(LOG.waits)
     with torch.inference_mode():
         measured = objective.validate(trainee.eval(), iter([to_device(data, device)]))

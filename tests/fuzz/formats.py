@@ -30,14 +30,14 @@ from consonar.demo.job import claim
 from consonar.errors import BadImage
 from consonar.evaluation.inputs import load_samples, open_reference
 from consonar.files.weights import save_tensors
+from consonar.files.writers import write_json
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.networks.base import WeightFile
 from consonar.origin import Origin
-from consonar.recipes import find_recipe
-from consonar.recipes.files import read_config
+from consonar.recipes import find_recipe, read_config
 from consonar.report import write_report
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.training.origins import read_run_origin, write_run_origin
+from consonar.training.origins import FILE, read_run_origin
 from consonar.training.resume import load_resume, save_resume
 from consonar.training.tracking import read_metrics
 from consonar.types import ImageRecord
@@ -223,7 +223,8 @@ def read_listing(folder: Path) -> None:
 
 
 def make_run_origin(folder: Path) -> None:
-    write_run_origin(folder, Origin(tokenizer="t", class_names=("a", "b"), data="d", data_sha256="0" * 64))
+    origin = Origin(tokenizer="t", class_names=("a", "b"), data="d", data_sha256="0" * 64)
+    write_json(folder / FILE, to_dict(origin))
 
 
 def make_class_file(folder: Path) -> None:

@@ -13,7 +13,7 @@ from consonar.components import load_generator, load_own_tokenizer, model_folder
 from consonar.errors import UserError
 from consonar.model_folders import SHIPPED_GENERATORS
 from consonar.origin import Origin
-from consonar.training.start_model import resolve_start
+from consonar.training.origins import resolve_start
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.results import check_place
 from consonar.evaluation.runs import RunSettings
 from consonar.origin import Origin
-from consonar.recipes import find_recipe
-from consonar.recipes.files import read_config
+from consonar.recipes import find_recipe, read_config
 from consonar.sampling.job import MOST_IMAGES
 from consonar.training.config import LoopConfig
 from consonar.training.tracking import check_sinks

@@ -153,7 +153,7 @@ def test_a_run_that_ended_between_its_guard_and_its_export_is_resumed_to_the_sam
     )
     straight = train(config, tmp_path / "straight", quiet=True)
     with monkeypatch.context() as patch:
-        patch.setattr("consonar.training.build.save_generator", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("consonar.training.trainee.save_generator", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run", quiet=True)
     (tmp_path / "run" / "stopped.json").unlink()  # nor was there time for this
@@ -193,7 +193,7 @@ def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
 WORKER = """
 import os, sys, torch
 from pathlib import Path
-from consonar.recipes.files import read_config
+from consonar.recipes import read_config
 from consonar.training.run import train
 torch.set_num_threads(1)
 for path, port in zip(sys.argv[1::2], sys.argv[2::2]):

@@ -11,14 +11,13 @@ from two_processes import run_on_two
 from consonar.distributed import ALONE
 from consonar.generators.rear import ReARConfig
 from consonar.training.config import DataConfig
-from consonar.training.intervals import State
-from consonar.training.loop import update
+from consonar.training.loop import Built, Running, update
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig, NoisyTokens
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
-from consonar.training.resume import load_resume
+from consonar.training.resume import State, load_resume
 from consonar.training.run import train
-from consonar.training.tracking import read_metrics
+from consonar.training.tracking import Tracker, read_metrics
 from consonar.training.trainee import Trainee
 
 # Keeps the weights of both ranks: only rank 0 writes a run folder.
@@ -26,12 +25,12 @@ WORKER = """
 import os, sys, torch
 from pathlib import Path
 import consonar.training.run as run
-from consonar.recipes.files import read_config
+from consonar.recipes import read_config
 torch.set_num_threads(1)
 inner = run.train_loop
-def recording(config, state, *args, **keywords):
-    inner(config, state, *args, **keywords)
-    torch.save(state.model.state_dict(), f"{out}.rank{os.environ['RANK']}.pt")
+def recording(running, *args):
+    inner(running, *args)
+    torch.save(running.state.model.state_dict(), f"{out}.rank{os.environ['RANK']}.pt")
 run.train_loop = recording
 for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
     out = Path(path).with_suffix("")
@@ -110,16 +109,18 @@ def test_gradients_are_exchanged_once_per_step(accumulation, lone_process_group,
     tokens = torch.arange(8)[:, None].expand(8, 16).contiguous()
     prepared = NoisyTokens(tokens, tokens, torch.arange(8) % 3, torch.zeros_like(tokens, dtype=torch.bool))
     objective = Autoregressive(config.objective, None, total_steps=2, seed=0)
+    tracker = Tracker(tmp_path, config, enabled=False)
+    run = Running(config, Built(trainee, objective, None), state, tracker, tmp_path, ALONE)
     for _ in range(2):
         exchanged.clear()
-        update(model, state, objective, prepared, config, ALONE, None, tmp_path)
+        update(run, model, prepared, None)
         assert exchanged == [0]
 
 
 STOP_AND_RESUME = """
 import os, sys, torch
 from pathlib import Path
-from consonar.recipes.files import read_config
+from consonar.recipes import read_config
 from consonar.training.run import train
 torch.set_num_threads(1)
 for path, port in zip(sys.argv[1::2], sys.argv[2::2]):

@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 
 from consonar.data import loader
 from consonar.generators.rear import ReARConfig
-from consonar.training import intervals
+from consonar.training import loop
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import Autoregressive
 from consonar.training.objectives.reconstruction import ReconstructionConfig
@@ -58,10 +58,10 @@ def failing(at, error, inner):
 
 
 def test_a_picture_that_fails_is_a_warning(config, tmp_path, monkeypatch, capsys):
-    from consonar.training import build
+    from consonar.training import inputs
 
-    broken = failing(1, RuntimeError("no font\nhere"), build.preview_samples)
-    monkeypatch.setattr(build, "preview_samples", broken)
+    broken = failing(1, RuntimeError("no font\nhere"), inputs.preview_samples)
+    monkeypatch.setattr(inputs, "preview_samples", broken)
     run = train(config, tmp_path / "run", quiet=True)
     assert capsys.readouterr().err == "tiny: no picture of step 3: RuntimeError: no font here\n"
     assert [path.name for path in (run / "samples").iterdir()] == ["step_000006.png"]
@@ -107,20 +107,20 @@ def test_a_run_that_is_asked_to_end_saves_its_step_first(number, config, tmp_pat
     heard = []
     before = signal.signal(number, lambda *_: heard.append(number))
     try:
-        log = intervals.Intervals.log
+        log = loop.Running.log
 
         def at_step_3(self, terms):
             if self.state.step == 3:
                 os.kill(os.getpid(), number)
             log(self, terms)
 
-        monkeypatch.setattr(intervals.Intervals, "log", at_step_3)
+        monkeypatch.setattr(loop.Running, "log", at_step_3)
         run = train(config, tmp_path / "run", quiet=True)
         assert heard == [number], "the process must end as its caller meant it to"
         assert signal.getsignal(number) is not before and saved_steps(run) == [2, 3]
         said = "tiny: asked to end; step 3 is saved, --resume goes on from there\n" if number == signal.SIGTERM else ""
         assert capsys.readouterr().err == said and not (run / "model").exists()
-        monkeypatch.setattr(intervals.Intervals, "log", log)
+        monkeypatch.setattr(loop.Running, "log", log)
         train(config, run, resume=True, quiet=True)
     finally:
         signal.signal(number, before)
@@ -157,14 +157,14 @@ def test_a_terminal_a_pipe_or_a_log_that_has_gone_costs_no_step(error, config, t
 
 def test_a_closed_terminal_ends_a_run_after_a_checkpoint_and_what_is_ignored_stays_so(config, tmp_path, monkeypatch):
     """`nohup` and the background of a script start a process that ignores a signal."""
-    log = intervals.Intervals.log
+    log = loop.Running.log
 
     def at_step_3(self, terms):
         if self.state.step == 3:
             os.kill(os.getpid(), signal.SIGHUP)
         log(self, terms)
 
-    monkeypatch.setattr(intervals.Intervals, "log", at_step_3)
+    monkeypatch.setattr(loop.Running, "log", at_step_3)
     heard = []
     before = signal.signal(signal.SIGHUP, lambda *_: heard.append("closed"))
     try:

@@ -18,11 +18,10 @@ from consonar.files.weights import read_component
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
-from consonar.training.intervals import Callbacks, State
-from consonar.training.loop import train_loop
+from consonar.training.loop import Built, Running, train_loop
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
 from consonar.training.optim import build_optimizer
-from consonar.training.resume import list_resume, load_resume
+from consonar.training.resume import State, list_resume, load_resume
 from consonar.training.run import train
 from consonar.training.tracking import Tracker, read_metrics
 from consonar.training.trainee import Trainee
@@ -187,10 +186,10 @@ def test_one_batch_is_learnt_by_heart(make_config, tokenizer, tmp_path):
     trainee = Trainee(ReARGenerator(config.model.sized(32, 16, 3)))
     trainee.generator.reset_parameters(seeded(0, "init"))
     state = State(trainee, build_optimizer(trainee, config.optim))
-    tracker = Tracker(tmp_path, {}, total_steps=60, quiet=True)
+    tracker = Tracker(tmp_path, config, quiet=True)
     world = World(0, 1, torch.device("cpu"))
     objective = Autoregressive(PLAIN, tokenizer, total_steps=60, seed=0)
-    train_loop(config, state, objective, batches, tracker=tracker, folder=tmp_path, world=world, callbacks=Callbacks())
+    train_loop(Running(config, Built(trainee, objective, batches), state, tracker, tmp_path, world))
     assert column(tmp_path, "train/cross_entropy")[-1] < 0.3  # from ln 32 = 3.47
 
 
@@ -240,16 +239,15 @@ def train_poisoned(config, folder: Path) -> None:
     batches = TokenBatches(TokenStore.open(config.data.tokens), batch_size=8, seed=0)
     folder.mkdir()
     try:
-        train_loop(
+        run = Running(
             config,
+            Built(trainee, Autoregressive(PLAIN, None, total_steps=6, seed=0), batches),
             State(trainee, build_optimizer(trainee, config.optim)),
-            Autoregressive(PLAIN, None, total_steps=6, seed=0),
-            batches,
-            tracker=Tracker(folder, {}, total_steps=6, quiet=True),
-            folder=folder,
-            world=World(0, 1, torch.device("cpu")),
-            callbacks=Callbacks(),
+            Tracker(folder, config, quiet=True),
+            folder,
+            World(0, 1, torch.device("cpu")),
         )
+        train_loop(run)
     finally:
         assert all(torch.equal(value, before[key]) for key, value in trainee.state_dict().items())
 

@@ -212,7 +212,7 @@ def test_mistakes_leave_no_folder_behind(changes, message, make_config, tmp_path
 
 
 def test_the_run_folder_says_what_was_run(generator_config, tmp_path):
-    from consonar.recipes.files import read_config
+    from consonar.recipes import read_config
 
     run = train(generator_config, tmp_path / "run", stop_at=1, quiet=True)
     assert read_config(run / "config.json") == generator_config

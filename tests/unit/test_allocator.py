@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from consonar.cpu.memory import HUGE_PAGES
+from consonar.cpu import HUGE_PAGES
 
 SCRIPT = """
 import resource, torch
-from consonar.cpu.memory import keep_freed_memory
+from consonar.cpu import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 def faults():

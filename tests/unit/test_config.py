@@ -16,8 +16,7 @@ from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
-from consonar.recipes import RECIPES, find_recipe
-from consonar.recipes.files import read_config
+from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.sampling.sample import SamplerConfig
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig

@@ -22,7 +22,7 @@ def store(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("column", ["tokens", "label"])
 def test_tokens_that_were_changed_on_disk_are_refused_before_training(column, store, tokenizer):
-    assert len(open_store(str(store.path), "data.tokens", tokenizer)) == 6
+    assert len(open_store(str(store.path), "data.tokens", tokenizer.name)) == 6
     path, values = store.path / TOKENS_FILE, store.table.column(column).chunk(0)
     buffer = (values.flatten() if column == "tokens" else values).buffers()[1].to_pybytes()
     data = bytearray(path.read_bytes())
@@ -32,14 +32,14 @@ def test_tokens_that_were_changed_on_disk_are_refused_before_training(column, st
     path.unlink()  # a mapped file must not change under those that still read it
     path.write_bytes(data)
     with pytest.raises(UserError, match="holds other items than were written"):
-        open_store(str(path.parent), "data.tokens", tokenizer)
+        open_store(str(path.parent), "data.tokens", tokenizer.name)
 
 
 def test_a_store_without_a_hash_is_opened_and_one_with_no_text_for_it_is_refused(store, tokenizer):
     path = store.path / METADATA_FILE
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in stored.items() if key != "content_sha256"}))
-    assert len(open_store(str(store.path), "data.tokens", tokenizer)) == 6
+    assert len(open_store(str(store.path), "data.tokens", tokenizer.name)) == 6
     path.write_text(json.dumps(stored | {"content_sha256": 5}))
     with pytest.raises(UserError, match="content_sha256: input should be a valid string, got 5"):
         TokenStore.open(store.path)

@@ -8,7 +8,8 @@ from rounding import assert_rounding
 from torch import nn
 from torch.nn import functional as F
 
-from consonar.cpu import kernels, memory, timing
+from consonar import cpu
+from consonar.cpu import kernels, timing
 from consonar.cpu.kernels import Attention, Dropout, Linear, drop, nearest_power_of_two, tune
 from consonar.generators.rear import ReARGenerator
 
@@ -28,13 +29,13 @@ def test_a_tuned_generator_is_the_same_model_with_layers_that_choose(tiny_genera
 
 def test_one_variable_turns_all_of_it_off(monkeypatch):
     """What is not timed; the rest: `test_the_environment_overrides_and_wrong_words_are_refused`."""
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: done.append("kept"))
-    monkeypatch.setattr(memory, "ask_for_huge_pages", lambda: done.append("huge"))
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(cpu, "ask_for_huge_pages", lambda: done.append("huge"))
     for mode in ("pytorch", "ours", "measured"):
         monkeypatch.setenv("CONSONAR_KERNELS", mode)
         network, done = nn.Sequential(nn.ReLU6()), []
         kernels.spare_copies(network)
-        memory.hold_memory()
+        cpu.hold_memory()
         plain = kernels.channels_last(torch.rand(2, 3, 4, 5)).is_contiguous()
         assert (plain, network[0].inplace, len(done)) == ((True, False, 0) if mode == "pytorch" else (False, True, 2))
 

@@ -19,8 +19,7 @@ from consonar.files.weights import load_weights, save_tensors
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.options import OneOf, Range, rules
 from consonar.origin import Origin
-from consonar.recipes import find_recipe
-from consonar.recipes.files import read_config
+from consonar.recipes import find_recipe, read_config
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
 from consonar.training.config import DataConfig, LoopConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig

@@ -1,15 +1,21 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
+from consonar.config_io import to_dict
 from consonar.errors import UserError
 from consonar.training import tracking
+from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.tracking import Tracker, read_metrics
+
+CONFIG = TrainConfig(recipe="tiny", tokenizer="t", loop=LoopConfig(steps=10))
+LONG = replace(CONFIG, loop=LoopConfig(steps=120))
 
 
 def test_metrics_are_lines_of_json(tmp_path):
-    tracker = Tracker(tmp_path, {}, total_steps=10, quiet=True)
+    tracker = Tracker(tmp_path, CONFIG, quiet=True)
     tracker.log(1, {"train/loss": 0.5, "train/rate": 2.0}, rate=3.0)
     tracker.log(2, {"train/loss": math.nan, "train/rate": math.inf})
     tracker.close()
@@ -23,7 +29,7 @@ def test_resuming_cuts_what_will_be_repeated_and_goes_on_with_the_clock(tmp_path
     text = '{"step": 1, "time": 100.0}\n{"step": 2, "time": 200.0}\n{"step": 3, "time": 300.0}\n{"step": 4, "ti'
     (tmp_path / "metrics.jsonl").write_text(text)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]  # the cut line is left out
-    tracker = Tracker(tmp_path, {}, total_steps=10, resume_step=2, quiet=True)
+    tracker = Tracker(tmp_path, CONFIG, resume_step=2, quiet=True)
     tracker.log(3, {})
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3] and 200 <= lines[2]["time"] < 201
@@ -47,10 +53,10 @@ def test_a_last_line_counts_when_it_is_whole(tmp_path):
 
 def test_a_new_run_starts_an_empty_file_and_a_disabled_tracker_none(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1}\n')
-    Tracker(tmp_path, {}, total_steps=10, quiet=True)
+    Tracker(tmp_path, CONFIG, quiet=True)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     other = tmp_path / "rank1"
-    tracker = Tracker(other, {}, total_steps=10, enabled=False)
+    tracker = Tracker(other, CONFIG, enabled=False)
     tracker.log(1, {"a": 1.0})
     tracker.advance(1)
     tracker.close()
@@ -58,13 +64,13 @@ def test_a_new_run_starts_an_empty_file_and_a_disabled_tracker_none(tmp_path):
 
 
 def test_plain_lines_when_output_is_not_a_terminal(tmp_path, capsys):
-    tracker = Tracker(tmp_path, {}, total_steps=120, description="tiny")
+    tracker = Tracker(tmp_path, LONG)
     tracker.advance(1)
     tracker.log(60, {"train/loss": 1.23456, "train/[bold]x": 2.0}, rate=2.0)
     tracker.close()
     output = capsys.readouterr().out
     assert output == "tiny 60/120  loss 1.235  [bold]x 2  2.00 steps/s  0.5 min left\n"
-    quiet = Tracker(tmp_path, {}, total_steps=120, quiet=True)
+    quiet = Tracker(tmp_path, LONG, quiet=True)
     quiet.log(1, {"a": 1.0})
     assert capsys.readouterr().out == ""
 
@@ -83,10 +89,11 @@ class ListSink:
 def test_sinks_get_copies(tmp_path, monkeypatch):
     sink, made = ListSink(), []
     monkeypatch.setitem(tracking.SINKS, "json", lambda folder, config: made.append((folder, config)) or sink)
-    tracker = Tracker(tmp_path, {"seed": 3}, total_steps=10, sinks=("json",), quiet=True)
+    config = replace(CONFIG, loop=LoopConfig(steps=10, trackers=("json",)))
+    tracker = Tracker(tmp_path, config, quiet=True)
     tracker.log(2, {"train/loss": 0.5})
     tracker.close()
-    assert made == [(tmp_path, {"seed": 3})] and sink.logged == [(2, {"train/loss": 0.5})] and sink.closed
+    assert made == [(tmp_path, to_dict(config))] and sink.logged == [(2, {"train/loss": 0.5})] and sink.closed
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["train/loss"] == 0.5
 
 

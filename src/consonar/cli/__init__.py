@@ -13,7 +13,7 @@ from io import TextIOWrapper
 
 from consonar import __version__
 from consonar.cli.console import say
-from consonar.cpu.memory import hold_memory
+from consonar.cpu import hold_memory
 from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, printable
 from consonar.files.readers import home_expanded
 

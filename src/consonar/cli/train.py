@@ -12,8 +12,7 @@ import tyro
 from consonar.cli.console import say
 from consonar.cli.parsing import check_repeats, parse, take_option
 from consonar.errors import UserError
-from consonar.recipes import RECIPES, find_recipe
-from consonar.recipes.files import read_config
+from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentConfig
 from consonar.training.run import train

@@ -29,14 +29,11 @@ Model = TypeVar("Model", bound=Weights)
 
 
 def tune(generator: Model) -> Model:
-    """The generator itself, whose layers from now on choose: those of the types in `TUNED` become ours.
-
-    Weights and keys stay. Networks that transformers makes (Janus) keep PyTorch's layers.
-    """
+    """The generator itself, whose layers of the types in `TUNED` become ours, which choose; weights and keys stay."""
     for layer in generator.children():
         if type(layer) in TUNED:
             layer.__class__ = TUNED[type(layer)]
-        elif not type(layer).__module__.startswith("transformers."):
+        elif not type(layer).__module__.startswith("transformers."):  # Janus keeps PyTorch's layers
             tune(layer)
     return generator
 

@@ -52,29 +52,23 @@ def ours(choice: str, ways: Callable[[], tuple[Way, Way]] | None, patience: floa
         return mode == "ours"
     if ways is None:
         return not several_machines()
-    return ratio(choice, ways, patience) >= CLEARLY
-
-
-def ratio(choice: str, ways: Callable[[], tuple[Way, Way]], patience: float = PATIENCE) -> float:
-    """Time of PyTorch's way over ours: measured once for this machine. 1 where nothing can be kept or measured."""
     key = machine_key(torch.get_num_threads())
     answers = _known.setdefault(key, {})
     if choice not in answers:
         answers[choice] = _measure_and_keep(key, choice, ways, patience)
-    return answers[choice]
+    return answers[choice] >= CLEARLY
 
 
 @contextlib.contextmanager
 def forced(family: str, take_ours: bool) -> Iterator[None]:
     """Takes one way for a family of choices, whatever was measured (benchmarks and tests compare both)."""
-    before = _forced.get(family)
+    before = _forced.copy()
     _forced[family] = take_ours
     try:
         yield
     finally:
-        del _forced[family]
-        if before is not None:
-            _forced[family] = before
+        _forced.clear()
+        _forced.update(before)
 
 
 def keep_for_run(path: Path) -> None:
@@ -121,6 +115,7 @@ def several_machines() -> bool:
 
 
 def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]], patience: float = PATIENCE) -> float:
+    """Time of PyTorch's way over ours, from the cache or measured; 1 where nothing can be kept or measured."""
     if several_machines():
         return 1.0
     try:

@@ -81,6 +81,10 @@ class Batches(Generic[Item]):
         """The items `rows` (B,) as they are held."""
         raise NotImplementedError
 
+    def batch(self, step: int) -> Item:
+        """For one optimiser step of this rank."""
+        return self.read(self.rows(step))
+
     def rows(self, step: int) -> Tensor:
         """(B,) int64: the items of this rank at one optimiser step."""
         return batch_rows(
@@ -124,7 +128,6 @@ class TokenBatches(Batches[TokenBatch]):
         return TokenBatch(tokens=tokens, condition=self.labels[rows], indices=rows)
 
     def batch(self, step: int) -> TokenBatch:
-        """For one optimiser step of this rank."""
         return self.read(self.rows(step), self.draw("views", step, self.store.num_views))
 
 
@@ -152,8 +155,7 @@ class PictureBatches(Batches[ImageBatch]):
         return ImageBatch(images=from_uint8(images), condition=condition, indices=rows)
 
     def batch(self, step: int) -> ImageBatch:
-        """For one optimiser step of this rank."""
-        batch = self.read(self.rows(step))
+        batch = super().batch(step)
         if not self.flip:
             return batch
         mirrored = self.draw("flip", step, 2).bool().view(-1, 1, 1, 1)  # (B, 1, 1, 1)

@@ -1,10 +1,21 @@
-"""Recipes: functions that return a complete `TrainConfig`. Variants use `dataclasses.replace`."""
+"""Recipes, functions that return a complete `TrainConfig`, and configurations in files, YAML or JSON of its shape.
+
+Variants use `dataclasses.replace`. Files are read strictly: unknown keys and wrong types are refused with the key's
+path. A file may name a recipe with `base:` and give only what differs.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from consonar.errors import check_choice
+import yaml
+
+from consonar.config_io import from_dict, merge, to_dict
+from consonar.errors import UserError, check_choice, reading
+from consonar.files.readers import check_extent
 from consonar.recipes import openmoji, published
 from consonar.training.config import TrainConfig
 
@@ -39,3 +50,34 @@ def find_recipe(name: str) -> TrainConfig:
     """The recipe called `name`; `UserError` lists the choices."""
     check_choice("recipe", name, RECIPES)
     return RECIPES[name]()
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Also reads 1e-4, which YAML 1.1 takes for text and JSON for a number; refuses a key that a table has twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key.value in [before.value for before in keys[:index]]:
+                message = f"{key.value} is given twice in one table; keep one"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A YAML or JSON file of a `TrainConfig`, or of the changes to the recipe named under `base`."""
+    with reading(path, "valid YAML"):
+        values = yaml.load(path.read_text(encoding="utf-8"), ConfigLoader)
+        check_extent(values)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a table of keys, got {type(values).__name__}")
+    if "base" in values:
+        base = values.pop("base")
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base: expected the name of a recipe, got {base!r}")
+        check_choice(f"{path}: base: recipe", base, RECIPES)
+        values = merge(to_dict(find_recipe(base)), {"recipe": path.stem, **values})
+    return from_dict(values, str(path), TrainConfig)

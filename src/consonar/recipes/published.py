@@ -102,13 +102,8 @@ def rear_l_vqgan_plus() -> TrainConfig:
     of width 64 (`vqgan_plus_12bit.bin`); 468M parameters. The released code cannot run it: its heads are made for codes
     of width 256.
     """
-    return replace(
-        rear_l(),
-        recipe="rear-l-vqgan-plus",
-        tokenizer="models/vqgan-plus-12bit",
-        data=DataConfig(tokens="tokens/imagenet-vqgan-plus-12bit"),
-        optim=replace(OPTIM, lr=1e-4),
-    )
+    data, optim = DataConfig(tokens="tokens/imagenet-vqgan-plus-12bit"), replace(OPTIM, lr=1e-4)
+    return replace(rear_l(), recipe="rear-l-vqgan-plus", tokenizer="models/vqgan-plus-12bit", data=data, optim=optim)
 
 
 def rear_b_titok() -> TrainConfig:
@@ -117,12 +112,8 @@ def rear_b_titok() -> TrainConfig:
     Published: the row, and 261M parameters (those of `rear-b`; 4,096 codes make it 265.2M). Assumed, for no
     configuration was released: everything else as in `rear-b`. Guidance is not stated.
     """
-    return replace(
-        rear_b(),
-        recipe="rear-b-titok",
-        tokenizer="models/titok-b64",
-        data=DataConfig(tokens="tokens/imagenet-titok-b64"),
-    )
+    data = DataConfig(tokens="tokens/imagenet-titok-b64")
+    return replace(rear_b(), recipe="rear-b-titok", tokenizer="models/titok-b64", data=data)
 
 
 def ar_b_titok() -> TrainConfig:

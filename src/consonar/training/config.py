@@ -12,18 +12,7 @@ from consonar.distributed import DEVICES
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.rear import ReARConfig
-from consonar.options import (
-    Count,
-    CountOrZero,
-    Divides,
-    OneOf,
-    Options,
-    Range,
-    ReadOnlyWith,
-    Share,
-    ShareBelowOne,
-    check_left,
-)
+from consonar.options import Count, CountOrZero, Divides, OneOf, Options, Range, ReadOnlyWith, ShareBelowOne, check_left
 from consonar.precision import PRECISIONS
 from consonar.tokenizers import TOKENIZERS
 from consonar.training.objectives import kinds, method_of_config
@@ -59,7 +48,7 @@ class DataConfig(Options):
     the split validation where there is one, else for tokenizers 5%."""
     bad_images: Annotated[str, OneOf(POLICIES)] = "stop"
     """What is done about images that cannot be read: stop, or skip (leave them out and list them in bad-images.txt)."""
-    bad_images_limit: Annotated[Share, SKIPPING] = 0.01
+    bad_images_limit: Annotated[float, Range(0, 1), SKIPPING] = 0.01
     """Share of images that may be left out before the run stops after all; one image may always be."""
     label_default: str | None = None
     """What images without a label become: the id or name of a class, or drop; None: refused (post-training)."""
@@ -171,8 +160,3 @@ class TrainConfig(Options):
     def run(self) -> str:
         """What kind of run this is: generator, post-training or tokenizer."""
         return method_of_config(self.objective).run
-
-    @property
-    def aligns(self) -> bool:
-        """Whether this post-trains a generator with its tokenizer's decoder in view."""
-        return self.run == "post-training"

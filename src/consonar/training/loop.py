@@ -1,117 +1,247 @@
-"""The training loop: the one place that calls `.backward()`. Every method of this library runs through it."""
+"""The training loop: the one place that calls `.backward()`. Every method of this library runs through it.
+
+Beside its steps a run writes lines of metrics, validates, draws pictures and saves, each at its own interval.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from consonar import distributed, precision
+from consonar.cpu import timing
+from consonar.data.bad_images import BadImages
+from consonar.data.loader import Batches
 from consonar.distributed import World
+from consonar.errors import NonFiniteLoss
+from consonar.origin import Origin
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
 from consonar.training.config import TrainConfig
-from consonar.training.intervals import Callbacks, Intervals, State, due, non_finite
+from consonar.training.inputs import METRIC, KeepBest
+from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import learning_rate, update_average
+from consonar.training.resume import State, list_resume, save_resume
 from consonar.training.tracking import Tracker
+from consonar.training.trainee import Trainee
 from consonar.types import Objective
 
-Item = TypeVar("Item", covariant=True)
+INTERRUPTED = "interrupted"
+KERNELS = "kernels.json"
+"""What the machine decided for the run: it is resumed in the same way."""
 
 
-class Batches(Protocol[Item]):
-    """Random access by number, so that resuming needs no state, and an ordered walk for validation."""
+@dataclass
+class Built:
+    """What a run trains, on what, and what it does beside that, at intervals and at the end."""
 
-    batch_size: int
+    trainee: Trainee | TokenizerTrainee
+    objective: Objective[Any, Any]
+    batches: Batches[Any]
+    held_out: Batches[Any] | None = None
+    """What the trainee is validated on, with its (averaged) weights."""
+    preview: Callable[[Any, Path], None] | None = None
+    """Writes a picture of what the trainee makes to the given path."""
+    best: KeepBest | None = None
+    """Keeps the best model by a distance that is one of the validation metrics."""
+    origin: Origin = field(default_factory=Origin)
+    """What the run is made of, by content."""
+    about: tuple[str, ...] = ()
+    """Lines about the pictures and classes that it reads."""
+    bad: BadImages | None = None
+    """What cannot be read of them."""
 
-    def batch(self, step: int) -> Item: ...
-    def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Item]: ...
 
-
-def train_loop(
-    config: TrainConfig,
-    state: State,
-    objective: Objective[Any, Any],
-    batches: Batches[object],
-    *,
-    tracker: Tracker,
-    folder: Path,
-    world: World,
-    callbacks: Callbacks,
-    stop_at: int | None = None,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> None:
+def train_loop(run: Running, stop_at: int | None = None) -> None:
     """Trains `state.model` in place from `state.step` to `config.loop.steps`, or to `stop_at` when that is earlier.
 
     Steps are those of the optimiser; an objective may want several on each batch, which then end together. Ends before
     that, with all that the end does, when the objective finds a breach (`state.stopped`), and with nothing but a
-    checkpoint once `interrupted()` (several processes: at the next line of metrics). Raises `NonFiniteLoss` in the step
-    that makes such a number, before its weights are saved; the last checkpoint stays. Where it was the loss or its
+    checkpoint once a signal is caught (several processes: at the next line of metrics). Raises `NonFiniteLoss` in the
+    step that makes such a number, before its weights are saved; the last checkpoint stays. Where it was the loss or its
     gradient, the weights are those before the step.
     """
-    loop, device, updates = config.loop, state.device, config.objective.updates
-    autocast_dtype = precision.pick_precision(loop.precision, device)
-    model = distributed.wrap(state.model, world)
+    state, loop, updates = run.state, run.config.loop, run.config.objective.updates
+    autocast_dtype = precision.pick_precision(loop.precision, run.world.device)
+    model = distributed.wrap(state.model, run.world)
     last = min(loop.steps, stop_at or loop.steps)
-    intervals = Intervals(config, state, objective, callbacks, tracker, folder, world, interrupted)
     model.train()
-    intervals.begin()
+    run.begin()
     while state.step < last and not state.stopped:
-        batch = to_device(batches.batch(state.step // updates), device)
-        prepared = objective.prepare(state.model, batch, state.step)
+        batch = to_device(run.built.batches.batch(state.step // updates), run.world.device)
+        prepared = run.built.objective.prepare(state.model, batch, state.step)
         for _ in range(min(updates, loop.steps - state.step)):
-            terms = update(model, state, objective, prepared, config, world, autocast_dtype, folder)
-        tracker.advance(state.step)
-        intervals.log(terms)
+            terms = update(run, model, prepared, autocast_dtype)
+        run.tracker.advance(state.step)
+        run.log(terms)
         # Before all that is optional: what fails below costs no step.
-        if due(state.step, loop.save_every, updates) or state.step >= last or state.stopped or state.interrupted:
-            intervals.save()
+        if run.due(loop.save_every) or state.step >= last or state.stopped or state.interrupted:
+            run.save()
         if state.interrupted:
             break
-        intervals.measure()
+        run.measure()
     if state.stopped:
-        tracker.warn(f"stopped at step {state.step}: {state.stopped}; the model of this step is kept")
-    distributed.barrier(world)
+        run.tracker.warn(f"stopped at step {state.step}: {state.stopped}; the model of this step is kept")
+    distributed.barrier(run.world)
 
 
-def update(
-    model: nn.Module,
-    state: State,
-    objective: Objective[Any, Any],
-    prepared: object,
-    config: TrainConfig,
-    world: World,
-    autocast_dtype: torch.dtype | None,
-    folder: Path,
-) -> dict[str, Tensor]:
-    """One optimiser step on a prepared batch, in `accumulation` micro-batches; returns the mean terms."""
-    step = state.step
+def update(run: Running, model: nn.Module, prepared: object, autocast_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """One optimiser step of `model` (that of the state, maybe wrapped) in micro-batches; returns the mean terms."""
+    config, state, step = run.config, run.state, run.state.step
     # Only dropout draws from the global generator. Seeded in every step and process, it has no state to keep.
-    torch.manual_seed(derive_seed(config.seed, "dropout", world.rank, step))
+    torch.manual_seed(derive_seed(config.seed, "dropout", run.world.rank, step))
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(step, config.loop.steps, config.optim)
     parts = split(prepared, config.loop.accumulation)
     sums: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
         with distributed.exchange_of_gradients(model, index == len(parts) - 1):
-            with torch.autocast(state.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                loss, terms = objective.loss(model, part, step)
+            with torch.autocast(run.world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                loss, terms = run.built.objective.loss(model, part, step)
             (loss / len(parts)).backward()
         for key, value in {"loss": loss, **terms}.items():
             sums[key] = sums.get(key, 0) + value.detach().float() / len(parts)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
     if not torch.isfinite(norm + sums["loss"]):
         state.optimizer.zero_grad(set_to_none=True)
-        raise non_finite(step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}", folder)
+        raise non_finite(step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}", run.folder)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     size = torch.nn.utils.get_total_norm(model.parameters())
     if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
-        raise non_finite(step, f"loss {float(sums['loss'])}, but the step made weights of norm {float(size)}", folder)
+        found = f"loss {float(sums['loss'])}, but the step made weights of norm {float(size)}"
+        raise non_finite(step, found, run.folder)
     state.step = step + 1
     if state.average is not None:
         update_average(state.average, state.model, config.loop.ema_decay)
     return sums | {"grad_norm": norm}
+
+
+@dataclass
+class Running:
+    """A run in the loop; does what is due beside a step of `state`."""
+
+    config: TrainConfig
+    built: Built
+    state: State
+    tracker: Tracker
+    folder: Path
+    world: World
+    caught: Sequence[int] = ()
+    """Signals that ask the run to end."""
+
+    def due(self, every: int) -> bool:
+        """Whether a multiple of `every` was reached by the last updates, of which there may be several on a batch."""
+        return every > 0 and self.state.step % every < self.config.objective.updates
+
+    @property
+    def ends(self) -> bool:
+        return self.state.step == self.config.loop.steps or bool(self.state.stopped)
+
+    @property
+    def picture(self) -> Path:
+        return self.folder / "samples" / f"step_{self.state.step:06d}.png"
+
+    def begin(self) -> None:
+        """Measures where a run with a start model begins; after a resume, what is missing at the checkpoint's step.
+
+        There the process ended while it measured, or because it failed to. Failing again is a warning, else every
+        resume of the run would end here; but numbers that are not finite are an error again.
+        """
+        state, step, loop = self.state, self.state.step, self.config.loop
+        self.clock, self.clock_step = time.monotonic(), step
+        if step == 0:
+            if self.config.init:
+                self.validate()  # where the run starts from is worth a line
+            return
+        known = distributed.from_main(self.tracker.has(step, "validation/"), self.world)
+        if not known and (self.due(loop.validate_every) or self.ends):
+            try:
+                breach = self.validate()
+                state.stopped = state.stopped or breach
+            except NonFiniteLoss:
+                raise
+            except Exception as error:
+                self.tracker.warn(f"the validation of step {step} is left out: {one_line(error)}")
+        if (self.due(loop.sample_every) or self.ends) and not self.picture.exists():
+            self.preview()
+
+    def log(self, terms: Mapping[str, Tensor]) -> None:
+        """A line of metrics where one is due. Sets `state.stopped` by what it says, and `state.interrupted`."""
+        state, loop = self.state, self.config.loop
+        state.interrupted = bool(self.caught) and self.world.size == 1  # several processes agree in the next line
+        if not self.due(loop.log_every) and not self.ends:
+            return
+        values = {key: float(value) for key, value in terms.items()} | {INTERRUPTED: float(bool(self.caught))}
+        values = distributed.mean_over_ranks(values, self.world)
+        state.interrupted = values.pop(INTERRUPTED) > 0
+        state.stopped = self.built.objective.breach(values)
+        rate = (state.step - self.clock_step) / (time.monotonic() - self.clock)
+        rates = {"learning_rate": state.optimizer.param_groups[0]["lr"], **self.built.objective.state(state.step - 1)}
+        self.tracker.log(state.step, {f"train/{key}": value for key, value in (values | rates).items()}, rate=rate)
+        self.clock, self.clock_step = time.monotonic(), state.step
+
+    def measure(self) -> None:
+        """Validation and a picture where they are due; a breach that validation finds is `state.stopped`, and saved."""
+        state, loop = self.state, self.config.loop
+        if self.due(loop.validate_every) or self.ends:
+            breach = self.validate()
+            if breach and not state.stopped:
+                state.stopped = breach
+                self.save()
+        if self.due(loop.sample_every) or self.ends:
+            self.preview()
+
+    def validate(self) -> str | None:
+        """Logs validation metrics, where there are data for it; keeps the best model; says why training must stop."""
+        state, built, held_out = self.state, self.built, self.built.held_out
+        if held_out is None:
+            return None
+        batches = held_out.ordered(held_out.batch_size, self.config.data.validation_items)
+        with state.averaged():
+            here = (to_device(batch, self.world.device) for batch in batches)
+            measured = built.objective.validate(state.model, here)
+            if built.best:
+                measured[METRIC] = built.best.distance()
+            if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:
+                raise non_finite(state.step, f"validation {wrong[0]} is {measured[wrong[0]]}", self.folder)
+            if built.best and self.world.is_main:
+                built.best.keep(state.step, measured[METRIC])
+        self.tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
+        return built.objective.breach(measured)
+
+    def preview(self) -> None:
+        """Writes a picture of what the trainee makes. No result depends on it, so failing is a warning."""
+        if self.built.preview is None or not self.world.is_main:
+            return
+        try:
+            with self.state.averaged():
+                self.built.preview(self.state.model, self.picture)
+        except Exception as error:
+            self.tracker.warn(f"no picture of step {self.state.step}: {one_line(error)}")
+
+    def save(self) -> None:
+        """A resume checkpoint."""
+        if self.world.is_main:
+            folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
+            timing.keep_for_run(self.folder / KERNELS)
+            payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
+            save_resume(folder, self.state.step, payload, keep)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def non_finite(step: int, found: str, folder: Path) -> NonFiniteLoss:
+    """The error of a run in `folder` that met such a number."""
+    saved = list_resume(folder / "checkpoints")
+    kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+    return NonFiniteLoss(f"step {step}: {found}; lower optim.lr or the weights of the objective; {kept}")

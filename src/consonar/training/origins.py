@@ -1,15 +1,25 @@
-"""What a run was made of, in its origin.json: it is resumed on the same content, wherever that lies by then."""
+"""What a run starts from and is made of: the generator of `init`, the tokenizer, the data.
+
+It is in the run's origin.json: a run is resumed on the same content, wherever that lies by then.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from consonar.config_io import from_dict, to_dict
+from consonar.components import load_generator, read_origin, weights_sha256
+from consonar.config_io import from_dict
 from consonar.errors import UserError
 from consonar.files.readers import read_json
-from consonar.files.writers import write_json
+from consonar.generators import build_generator
+from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
-from consonar.origin import MEANING, PARTS, Origin, check
+from consonar.model_folders import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS
+from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
+from consonar.training.config import TrainConfig
+from consonar.types import Generator, Tokenizer
 
 FILE = "origin.json"
 PLACES = {
@@ -22,6 +32,77 @@ PLACES = {
 """Options that say where a thing lies, and the hash that says what it is."""
 
 
+def resolve_start(config: TrainConfig) -> TrainConfig:
+    """The configuration with what `init` decides filled in: the model, and the tokenizer where it was left open.
+
+    Raises `UserError` for post-training without `init`, a start model that names no tokenizer, and a folder that is no
+    generator.
+    """
+    start, aligns = config.init, config.run == "post-training"
+    if start is None:
+        if aligns or config.model is None:
+            raise UserError(
+                f"init: {config.recipe!r} starts from a trained generator; give its run or model folder, "
+                "e.g. --init runs/demo/rear"
+            )
+        return config
+    origin = read_origin(start)
+    tokenizer = origin.tokenizer if config.tokenizer is None else config.tokenizer
+    if tokenizer is None:
+        raise UserError(f"tokenizer: {start} does not say which tokenizer it goes with; add --tokenizer")
+    model = config.model
+    if model is None or aligns:
+        stored = load_generator(start).config
+        if model is not None:
+            check_same_shape(start, asdict(stored), asdict(model))
+        model = stored
+    by_name = start in SHIPPED_GENERATORS or start.startswith("hf:")  # a folder is stored whole
+    init = start if by_name else str(Path(start).resolve())
+    return replace(config, init=init, tokenizer=tokenizer, model=model)
+
+
+def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:
+    """The generator of `init`, to be trained, dropout as in `shape`; `UserError` for another shape or tokenizer."""
+    check("tokenizer", of_tokenizer(tokenizer), read_origin(init), init, "its tokens mean other codes")
+    stored = load_generator(init)
+    check_same_shape(init, asdict(stored.config), asdict(shape))
+    generator = build_generator(shape)
+    generator.load_state_dict(stored.state_dict(), assign=True)
+    return generator.requires_grad_(True)
+
+
+def check_same_shape(where: str, stored: Json, wanted: Json) -> None:
+    """Raises `UserError` for the first key in which the configurations differ; not for dropouts and sizes left open."""
+    for key, value in wanted.items():
+        if "drop" not in key and value not in (0, None) and stored.get(key) != value:
+            raise UserError(f"model.{key}: {value!r}, but the generator in {where} has {stored.get(key)!r}")
+
+
+def origin_of(config: TrainConfig, place: str, fingerprint: str, data: Origin) -> Origin:
+    """What a run and its generator say about their making; without names, classes are those of `init`.
+
+    `place` is the data's, `fingerprint` that of the tokenizer. Raises `UserError` where label i of the data is not
+    class i of the start model.
+    """
+    start, tokenizer = Origin(), config.tokenizer
+    if config.init:
+        start = read_origin(config.init)
+        remedy = "bring the data into the order of the model's classes with --classes FILE"
+        check(place, data, start, config.init, remedy, parts=("classes",))
+    if tokenizer and tokenizer not in SHIPPED_TOKENIZERS and not tokenizer.startswith("hf:"):
+        tokenizer = str(Path(tokenizer).resolve())  # whole, so that the model works from any directory
+    return Origin(
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=fingerprint,
+        class_names=data.class_names or start.class_names,
+        data=data.data,
+        data_sha256=data.data_sha256,
+        validation_sha256=data.validation_sha256,
+        init=config.init,
+        init_sha256=weights_sha256(config.init) if config.init else None,
+    )
+
+
 def read_run_origin(run: Path) -> Origin:
     """What the run in this folder was made of; nothing is known of one that an older version made."""
     path = run / FILE
@@ -30,19 +111,20 @@ def read_run_origin(run: Path) -> Origin:
     return from_dict(read_json(path, "remove it to compare places instead of content"), str(path), Origin)
 
 
-def write_run_origin(run: Path, origin: Origin) -> None:
-    """Beside the configuration."""
-    write_json(run / FILE, to_dict(origin))
-
-
-def without_places(config: Json, run: Path) -> Json:
-    """A run's configuration without the places of what its origin.json knows by content."""
+def comparable(config: Json, run: Path) -> dict[str, object]:
+    """A run's settings by dotted key, without the places of what its origin.json knows by content."""
     origin = read_run_origin(run)
     known = {key for key, name in PLACES.items() if getattr(origin, name) is not None}
-    kept = {key: value for key, value in config.items() if key not in known}
-    if isinstance(data := config.get("data"), dict):
-        kept["data"] = {key: value for key, value in data.items() if f"data.{key}" not in known}
-    return kept
+    return {key: value for key, value in flat(config, "") if key not in known}
+
+
+def flat(table: Json, prefix: str) -> Iterator[tuple[str, object]]:
+    """The values of tables in each other by dotted key."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def check_same_origin(run: Path, now: Origin) -> None:

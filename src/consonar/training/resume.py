@@ -1,20 +1,25 @@
-"""Resume files: `checkpoints/step_00001000.pt` holds everything a run needs to go on exactly.
+"""What moves during training, and resume files, `checkpoints/step_00001000.pt`, which hold all of it.
 
-That is the trainee with its heads, the optimizer and the moving average. The last `keep` files are kept.
+That is the trainee with its heads, the optimizer and the moving average: a run goes on exactly.
 """
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from consonar.errors import UserError, reading
+from consonar.files.weights import check_plain, check_weights, load_weights
 from consonar.files.writers import write_atomically
+from consonar.records import device_of
 
 FORMAT_VERSION = 1
 RESUME_REMEDY = "remove it to resume from the one before"
@@ -49,3 +54,54 @@ def load_resume(path: Path) -> dict[str, Any]:
     if type(step) is not int or (named and step != int(named[1])):
         raise UserError(f"{path}: holds step {str(step)[:60]!r}, its name says another; {RESUME_REMEDY}")
     return payload
+
+
+@dataclass
+class State:
+    """What moves during training; all but `interrupted` is in a resume checkpoint."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor] | None = None
+    step: int = 0
+    stopped: str | None = None
+    """Why the objective ended training early."""
+    interrupted: bool = False
+    """Whether training ended early, after a checkpoint, because it was asked to."""
+
+    def payload(self) -> dict[str, Any]:
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return states | {"average": self.average, "stopped": self.stopped}
+
+    def restore(self, payload: dict[str, Any], where: str) -> None:
+        """Goes on from what `load_resume` read; `UserError` for a part that is missing or something else."""
+        parts = ("model", "optimizer") if self.average is None else ("model", "optimizer", "average")
+        for part in parts:
+            if not isinstance(payload.get(part), dict):
+                raise UserError(f"{where}: holds no {part}; {RESUME_REMEDY}")
+            if part != "optimizer":
+                check_weights(self.model.state_dict(), payload[part], where)
+                check_plain(payload[part], where)
+        load_weights(self.model, payload["model"], where)
+        with reading(where, "a resume file", RESUME_REMEDY):
+            self.optimizer.load_state_dict(payload["optimizer"])
+        if self.average is not None:
+            self.average = {key: value.to(device_of(self.model)) for key, value in payload["average"].items()}
+        stopped = payload.get("stopped")
+        self.step, self.stopped = payload["step"], stopped if isinstance(stopped, str) else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluation mode, without gradient, with the moving average of the weights where there is one; then undone."""
+        model, average = self.model, self.average
+        with torch.inference_mode():
+            own = {} if average is None else {key: value.clone() for key, value in model.state_dict().items()}
+            try:
+                model.eval()
+                if average is not None:
+                    model.load_state_dict(average)
+                yield
+            finally:
+                if average is not None:
+                    model.load_state_dict(own)
+                model.train()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from consonar import distributed
@@ -19,18 +21,16 @@ from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import finish_save
 from consonar.files.writers import write_json
-from consonar.json_types import Json
 from consonar.options import is_whole
-from consonar.training.build import Built, build
+from consonar.training.build import build
 from consonar.training.config import TrainConfig
-from consonar.training.interruption import Interruption
-from consonar.training.intervals import KERNELS, State
-from consonar.training.loop import train_loop
+from consonar.training.loop import KERNELS, Built, Running, train_loop
 from consonar.training.optim import build_optimizer
-from consonar.training.origins import check_same_origin, without_places, write_run_origin
-from consonar.training.resume import list_resume, load_resume
-from consonar.training.start_model import resolve_start
+from consonar.training.origins import FILE, check_same_origin, comparable, resolve_start
+from consonar.training.resume import State, list_resume, load_resume
 from consonar.training.tracking import Tracker, check_sinks
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 
 def train(
@@ -69,20 +69,15 @@ def train(
             state = start_state(config, built, world)
             note = restore(state, out, world, config.objective.updates) if resume else None
             describe(config, built, out, world)
-            tracker = Tracker(
-                out, to_dict(config), total_steps=config.loop.steps, resume_step=state.step, sinks=config.loop.trackers,
-                enabled=world.is_main, quiet=quiet, description=config.recipe, on_step=on_step,
-            )  # fmt: skip
+            enabled = world.is_main
+            tracker = Tracker(out, config, resume_step=state.step, enabled=enabled, quiet=quiet, on_step=on_step)
             for line in built.about:
                 tracker.say(line)
             if note:
                 tracker.warn(note)
-            with Interruption() as interrupted, closing(tracker):
-                train_loop(
-                    config, state, built.objective, built.batches, tracker=tracker, folder=out, world=world,
-                    callbacks=built.callbacks, stop_at=stop_at, interrupted=interrupted,
-                )  # fmt: skip
-                if state.interrupted and interrupted.caught != signal.SIGINT:  # Ctrl-C: the command line says so
+            with signals_held() as caught, closing(tracker):
+                train_loop(Running(config, built, state, tracker, out, world, caught), stop_at)
+                if state.interrupted and signal.SIGINT not in caught:  # Ctrl-C: the command line says so
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
             if world.is_main and not state.interrupted and (state.step == config.loop.steps or state.stopped):
                 export(built, state, out)
@@ -91,13 +86,12 @@ def train(
 
 def batch_of_process(config: TrainConfig, world: World) -> int:
     """The batch of one process; `UserError` where that is no whole number of micro-batches."""
-    per_process, rest = divmod(config.loop.batch_size, world.size)
-    if rest or per_process % config.loop.accumulation:
+    if config.loop.batch_size % (world.size * config.loop.accumulation):
         raise UserError(
             f"loop.batch_size: {config.loop.batch_size} is not a multiple of {world.size} processes "
             f"x {config.loop.accumulation} micro-batches"
         )
-    return per_process
+    return config.loop.batch_size // world.size
 
 
 @contextmanager
@@ -121,6 +115,39 @@ def held(out: Path, world: World) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def signals_held() -> Iterator[list[int]]:
+    """SIGTERM (a scheduler that takes the machine back), Ctrl-C and a closed terminal end training after a checkpoint.
+
+    Inside of it the first signal is put into the list, for the loop to ask; a second one acts at once. At the end that
+    signal is raised again, so that the process ends as one that was interrupted. Signals belong to the main thread: in
+    another one nothing is caught. One that the process was started to ignore (nohup; jobs in the background of a
+    script) stays ignored.
+    """
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def let_go() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        let_go()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, remember)
+    try:
+        yield caught
+    finally:
+        let_go()
+    for number in caught:  # after an error it is not: that is what ends the process
+        signal.raise_signal(number)
+
+
 def start_state(config: TrainConfig, built: Built, world: World) -> State:
     """The trainee on its device, compiled where that is wanted, with its optimizer and moving average."""
     trainee = built.trainee.to(world.device)
@@ -128,7 +155,7 @@ def start_state(config: TrainConfig, built: Built, world: World) -> State:
         for part in trainee.parts_to_compile():
             part.compile()  # in place: keys of the state dict do not change
     average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
-    return State(trainee, build_optimizer(trainee, config.optim), average, device=world.device)
+    return State(trainee, build_optimizer(trainee, config.optim), average)
 
 
 def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None:
@@ -137,7 +164,7 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
     if world.is_main:
         (out / "stopped.json").unlink(missing_ok=True)  # written again where the checkpoint says so
         write_json(out / "config.json", to_dict(config))
-        write_run_origin(out, built.origin)
+        write_json(out / FILE, to_dict(built.origin))
         if built.bad is not None:
             built.bad.write()
 
@@ -148,7 +175,7 @@ def export(built: Built, state: State, out: Path) -> None:
         write_json(out / "stopped.json", {"step": state.step, "reason": state.stopped})
     if state.average is not None:
         built.trainee.load_state_dict(state.average)
-    built.export(built.trainee, out)
+    built.trainee.export(out, built.origin)
 
 
 def restore(state: State, out: Path, world: World, updates: int) -> str | None:
@@ -195,22 +222,13 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     if not resume:
         raise UserError(f"--out: {out} already holds a run; choose another folder, or add --resume to go on with it")
     # Tuples are lists in JSON: compare what would be written.
-    before, now = read_json(stored), json.loads(json.dumps(to_dict(config)))
-    before, now = without_places(before, out), without_places(now, out)
-    if before != now:
-        key, ours, theirs = first_difference(now, before)
-        raise UserError(f"--resume: {key} is {ours!r}, but the run in {out} was started with {theirs!r}")
+    before, now = comparable(read_json(stored), out), comparable(json.loads(json.dumps(to_dict(config))), out)
+    for key in now | before:
+        if key not in now or key not in before or now[key] != before[key]:
+            ours, theirs = now.get(key), before.get(key)
+            raise UserError(f"--resume: {key} is {ours!r}, but the run in {out} was started with {theirs!r}")
     if (out / "model" / "model.safetensors").exists() and not list_resume(out / "checkpoints"):
         raise UserError(
             f"--resume: {out} holds a trained model and no checkpoint to go on from; training would begin anew and "
             "replace it: choose another folder, or remove this one"
         )
-
-
-def first_difference(now: Json, before: Json, path: str = "") -> tuple[str, Any, Any]:
-    """Dotted key and both values of the first place where two nested dicts differ; they differ somewhere."""
-    key = next(k for k in {**now, **before} if k not in before or k not in now or before[k] != now[k])
-    ours, theirs = now.get(key), before.get(key)
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return first_difference(ours, theirs, f"{path}{key}.")
-    return f"{path}{key}", ours, theirs

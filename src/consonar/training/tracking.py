@@ -6,59 +6,53 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from consonar.config_io import to_dict
 from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import parse_json
 from consonar.files.writers import write_atomically
 from consonar.json_types import Json
+from consonar.training.config import TrainConfig
 
 
-class Sink(Protocol):
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
+@dataclass(frozen=True)
+class Sink:
+    """What takes copies of the metrics."""
+
+    log: Callable[[int, dict[str, float]], object]
+    close: Callable[[], object]
 
 
-class TensorBoardSink:
-    def __init__(self, folder: Path, config: Json):
-        from torch.utils.tensorboard import SummaryWriter
+def tensorboard(folder: Path, config: Json) -> Sink:
+    writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+    writer.add_text("config", json.dumps(config, indent=1))
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-        self.writer.add_text("config", json.dumps(config, indent=1))
-
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
+            writer.add_scalar(key, value, step)
 
-    def close(self) -> None:
-        self.writer.close()
+    return Sink(log, writer.close)
 
 
-class RunSink:
+def run_of(package: str, folder: Path, config: Json) -> Sink:
     """W&B and trackio have the same interface."""
-
-    def __init__(self, module_name: str, folder: Path, config: Json):
-        self.module = import_module(module_name)
-        self.module.init(project="consonar", name=folder.name, config=config)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.module.log(values, step=step)
-
-    def close(self) -> None:
-        self.module.finish()
+    module = import_module(package)
+    module.init(project="consonar", name=folder.name, config=config)
+    return Sink(lambda step, values: module.log(values, step=step), module.finish)
 
 
 SINKS: dict[str, Callable[[Path, Json], Sink]] = {
-    "tensorboard": TensorBoardSink,
-    "wandb": partial(RunSink, "wandb"),
-    "trackio": partial(RunSink, "trackio"),
+    "tensorboard": tensorboard,
+    "wandb": partial(run_of, "wandb"),
+    "trackio": partial(run_of, "trackio"),
 }
 """By the name of the package that each needs."""
 
@@ -93,25 +87,16 @@ def read_metrics_line(text: str, where: str) -> Json:
     return line
 
 
-def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, those with step <= `last_step` only when given; a cut last line is left out.
-
-    Raises `UserError` for a line before the last one that is damaged.
-    """
-    records: list[dict[str, float]] = []
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl. A cut last line is left out; `UserError` for a damaged one before it."""
     if not path.exists():
-        return records
+        return []
     with reading(path, "text"):
         lines = path.read_bytes().split(b"\n")
-    if not lines[-1].endswith(b"}"):
-        lines.pop()  # empty behind a line break; else cut short by a process that was killed, or by a full disk
-    for number, line in enumerate(lines, start=1):
-        with reading(path, "text"):
-            text = line.decode()
-        record = read_metrics_line(text, f"{path} line {number}")
-        if last_step is None or record["step"] <= last_step:
-            records.append(record)
-    return records
+        if not lines[-1].endswith(b"}"):
+            lines.pop()  # empty behind a line break; else cut short by a process that was killed, or by a full disk
+        texts = [line.decode() for line in lines]
+    return [read_metrics_line(text, f"{path} line {number}") for number, text in enumerate(texts, start=1)]
 
 
 class Tracker:
@@ -120,32 +105,28 @@ class Tracker:
     def __init__(
         self,
         folder: Path,
-        config: Json,
+        config: TrainConfig,
         *,
-        total_steps: int,
         resume_step: int = 0,
-        sinks: tuple[str, ...] = (),
         enabled: bool = True,
         quiet: bool = False,
-        description: str = "train",
         on_step: Callable[[int], None] | None = None,
     ):
-        self.enabled = enabled
+        self.name, self.total_steps, self.enabled, self.on_step = config.recipe, config.loop.steps, enabled, on_step
         self.kept: list[dict[str, float]] = []
         self.console = Console(quiet=quiet or not enabled, highlight=False, markup=False)
         self.path = folder / "metrics.jsonl"
         self.started = time.monotonic()
-        self.description, self.total_steps, self.on_step = description, total_steps, on_step
         self.sinks: list[Sink] = []
         self.progress: Progress | None = None
         if not enabled:
             return
-        self.kept = read_metrics(self.path, last_step=resume_step) if resume_step else []
+        if resume_step:
+            self.kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
         self.started -= (self.kept[-1].get("time") or 0.0) if self.kept else 0.0
         text = "".join(json.dumps(record) + "\n" for record in self.kept)
         write_atomically(self.path, lambda partial: partial.write_text(text))  # a full disk must not cost the history
-        check_sinks(sinks)
-        self.sinks = [SINKS[name](folder, config) for name in sinks]
+        self.sinks = [SINKS[name](folder, to_dict(config)) for name in config.loop.trackers]
         if self.console.is_terminal and not quiet:
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -153,7 +134,8 @@ class Tracker:
             )  # fmt: skip
             self.progress = Progress(*columns, console=self.console, transient=False)
             self.progress.start()
-            self.task = self.progress.add_task(description, total=total_steps, completed=resume_step, rate="", shown="")
+            fields: Json = {"total": self.total_steps, "completed": resume_step, "rate": "", "shown": ""}
+            self.task = self.progress.add_task(self.name, **fields)
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether the run had logged a value called `prefix`... at `step` before it was resumed; known on rank 0."""
@@ -183,16 +165,16 @@ class Tracker:
             self.progress.update(self.task, completed=step, shown=shown, **fields)
         else:
             left = f"  {(self.total_steps - step) / rate / 60:.1f} min left" if rate else ""
-            show(self.console, f"{self.description} {step}/{self.total_steps}  {shown}  {speed}{left}")
+            show(self.console, f"{self.name} {step}/{self.total_steps}  {shown}  {speed}{left}")
 
     def say(self, text: str) -> None:
         """A line about the run, unless it is quiet."""
-        show(self.console, f"{self.description}: {text}")
+        show(self.console, f"{self.name}: {text}")
 
     def warn(self, text: str) -> None:
         """A line on stderr that is not lost behind a bar."""
         if self.enabled:
-            show(Console(stderr=True, highlight=False, markup=False), f"{self.description}: {text}")
+            show(Console(stderr=True, highlight=False, markup=False), f"{self.name}: {text}")
 
     def close(self) -> None:
         if self.progress:

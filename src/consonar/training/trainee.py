@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from consonar.components import save_generator
 from consonar.cpu.kernels import tune
 from consonar.errors import UserError
+from consonar.origin import Origin
 from consonar.types import Condition, Generator, Prediction
 
 
@@ -75,6 +78,10 @@ class Trainee(nn.Module):
             start = prefix if spec.target == "current" else prefix - 1
             taps[spec.name] = self.heads[spec.name](hidden[spec.layer][:, start : start + length])
         return Prediction(logits, taps)
+
+    def export(self, folder: Path, origin: Origin) -> None:
+        """Writes the released component, the generator without heads, to model/ in the run `folder`."""
+        save_generator(self.generator, folder / "model", origin)
 
     def parts_to_compile(self) -> list[nn.Module]:
         """What `loop.compile` compiles, each on its own."""

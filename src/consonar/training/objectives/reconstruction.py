@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -22,10 +23,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from consonar import distributed
+from consonar.components import save_tokenizer
 from consonar.errors import UserError
 from consonar.networks import PERCEPTUAL_DISTANCES
-from consonar.networks.discriminator import PatchDiscriminator
+from consonar.networks.discriminator import PatchDiscriminator, save_discriminator
 from consonar.options import CountOrZero, NotNegative, ReadOnlyWith, Share
+from consonar.origin import Origin
 from consonar.records import to_device
 from consonar.seeding import generator, integers
 from consonar.tokenizers import quantizer
@@ -102,6 +105,12 @@ class TokenizerTrainee(nn.Module):
         live = functional_call(self.discriminator, frozen, (output.reconstruction,))
         scores = self.discriminator(images), self.discriminator(output.reconstruction.detach()), live
         return output, *(score.float() for score in scores)  # means over patches are not for bf16
+
+    def export(self, folder: Path, origin: Origin) -> None:
+        """Writes the tokenizer to model/ in the run `folder`, and to discriminator/ what it was trained against."""
+        save_tokenizer(self.tokenizer, folder / "model")
+        if self.discriminator is not None:
+            save_discriminator(self.discriminator, folder / "discriminator")
 
     def parts_to_compile(self) -> list[nn.Module]:
         """What `loop.compile` compiles, each on its own."""
