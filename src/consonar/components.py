@@ -19,6 +19,7 @@ from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
 from consonar.hub import PREFIX, Wanted, read_name, released_file
 from consonar.model_folders import read_settings, read_tokenizer, shipped_or_folder
+from consonar.options import is_whole
 from consonar.origin import Origin, check, check_distinct
 from consonar.tokenizers import TokenizerModule
 from consonar.types import Generator, Weights
@@ -87,6 +88,8 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
     `num_tokens`: for images of so many tokens, where its architecture takes any image size (see `tokenizers.resized`).
     Raises `UserError` for an unknown name, a missing or damaged folder, or weights of another shape.
     """
+    if num_tokens is not None and not (is_whole(num_tokens) and num_tokens >= 1):
+        raise UserError(f"num_tokens: {num_tokens!r} is not a number of tokens, 1 or more")
     return read_tokenizer(model_folder(name_or_path, "tokenizer"), num_tokens)
 
 

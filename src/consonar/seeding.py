@@ -13,12 +13,13 @@ from collections.abc import Callable
 import torch
 
 from consonar.errors import UserError
+from consonar.options import is_whole
 
 
 def check_seed(seed: int, key: str, count: int = 0) -> None:
     """Raises `UserError` unless `seed`, and those of the `count` images after it, are numbers from 0 to 2^63 - 1."""
-    if not 0 <= seed <= 2**63 - 1 - count:
-        raise UserError(f"{key}: {seed} is not between 0 and 2^63 - 1{' less the number of images' if count else ''}")
+    if not (is_whole(seed) and 0 <= seed <= 2**63 - 1 - count):
+        raise UserError(f"{key}: {seed!r} is not between 0 and 2^63 - 1{' less the number of images' if count else ''}")
 
 
 def derive_seed(seed: int, *names: str | int) -> int:

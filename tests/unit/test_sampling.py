@@ -3,6 +3,7 @@ import pytest
 import torch
 from rounding import assert_rounding
 
+from consonar.components import load_tokenizer
 from consonar.errors import UserError
 from consonar.sampling.sample import SamplerConfig, filter_logits, sample, sample_tokens, uniforms
 from consonar.seeding import choose
@@ -74,6 +75,48 @@ def test_a_seed_is_its_number_whatever_its_type():
     for seeds in ([0.5, 1], torch.tensor([1.0]), ["5"]):
         with pytest.raises(UserError, match=r"seeds: .*one integer for each image"):
             uniforms(seeds, 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"condition": 5}, r"classes: .*one class id for each image"),
+        ({"condition": None}, r"classes: .*one class id for each image"),
+        ({"seeds": 5}, r"seeds: .*one integer for each image"),
+        ({"seeds": [-1, 0]}, r"seeds: -1 is not between 0 and 2\^63 - 1"),
+        ({"seeds": [0, 2**70]}, r"seeds: \d+ is not between 0 and 2\^63 - 1"),
+        ({"batch_size": "2"}, r"batch_size: '2' is not a number of images"),
+        ({"batch_size": 1.5}, r"batch_size: 1\.5 is not a number of images"),
+        ({"config": {"temperature": 1}}, r"config: a dict; give a SamplerConfig"),
+        ({"tokenizer": None}, r"tokenizer: a NoneType is none; load one with `load_tokenizer`"),
+        ({"generator": "openmoji"}, r"generator: a str is none; load one with `load_generator`"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_refused(given, words, tiny_generator, tokenizer):
+    settings = {"generator": tiny_generator(), "tokenizer": tokenizer, "condition": [0, 1]} | given
+    with pytest.raises(UserError, match=words) as caught:
+        sample(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_tokens_is_one(tokenizer_folder):
+    for wrong in (-4, 0, 1.5):
+        with pytest.raises(UserError, match=rf"num_tokens: {wrong} is not a number of tokens, 1 or more"):
+            load_tokenizer(tokenizer_folder, num_tokens=wrong)
+
+
+def test_classes_of_numpy_are_classes(tiny_generator, tokenizer):
+    tokens = [sample(tiny_generator(), tokenizer, given).tokens for given in ([0, 1], np.array([0, 1]))]
+    assert torch.equal(*tokens)
+
+
+def test_there_is_no_dropout_in_sampling(tiny_generator, tokenizer):
+    generator = tiny_generator(dropout=0.5).train()
+    generator.blocks[0].eval()
+    modes = [part.training for part in generator.modules()]
+    sampled = sample(generator, tokenizer.train(), [0, 1]).tokens
+    assert [part.training for part in generator.modules()] == modes and tokenizer.training
+    assert torch.equal(sampled, sample(generator.eval(), tokenizer.eval(), [0, 1]).tokens)
 
 
 @pytest.mark.parametrize(

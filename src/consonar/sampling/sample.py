@@ -9,22 +9,24 @@ order, as in LlamaGen's sampler.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consonar import records
 from consonar.errors import UserError
 from consonar.options import LARGEST, SMALLEST, CountOrZero, NotNegative, Options, Positive, Range, ReadOnlyWith
 from consonar.origin import check, of_tokenizer
 from consonar.records import device_of, to_device
-from consonar.seeding import choose, uniform
+from consonar.seeding import check_seed, choose, uniform
 from consonar.seeding import generator as seeded
-from consonar.types import Condition, Generator, Tokenizer
+from consonar.types import Condition, Generator, PromptCondition, TextCondition, Tokenizer
 
 GuidanceSchedule = Literal["constant", "linear", "power_cosine", "power_cosine_vapi", "interval"]
 GREEDY = "0 takes the most likely token"
@@ -133,11 +135,18 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 def uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
     """One number per image and token, (B, N) in [0, 1), row b from `seeds[b]` alone: an integer of any type."""
+    return torch.stack([uniform(seeded(n, "sample"), num_tokens, dtype=torch.float64) for n in plain_seeds(seeds)])
+
+
+def plain_seeds(seeds: Sequence[int]) -> list[int]:
+    """The seeds, which may be of any integer type; `UserError` for what is none, or not from 0 to 2^63 - 1."""
     try:
         plain = [operator.index(seed) for seed in seeds]  # NumPy's 3 and a tensor's 3 are the seed 3
     except TypeError as error:
         raise UserError(f"seeds: {error}; give one integer for each image") from error
-    return torch.stack([uniform(seeded(seed, "sample"), num_tokens, dtype=torch.float64) for seed in plain])
+    for seed in plain:
+        check_seed(seed, "seeds")
+    return plain
 
 
 @torch.inference_mode()
@@ -207,13 +216,16 @@ def sample(
 
     Drawn in batches of `batch_size` on the generator's device, which the tokenizer shares; returned on the CPU.
     Raises `UserError` for conditions that the generator does not have, a tokenizer that does not fit it or that it was
-    not trained with, or a batch size below 1.
+    not trained with, or a batch size below 1. Models are in evaluation mode inside.
     """
-    if isinstance(condition, Sequence | Tensor):
+    if not isinstance(condition, TextCondition | PromptCondition):
         condition = class_ids(condition)
     count = records.num_rows(condition)
-    seeds = range(count) if seeds is None else seeds
+    seeds = plain_seeds(range(count) if seeds is None else seeds)
     check_batch_size(batch_size)
+    config = SamplerConfig() if config is None else config
+    if not isinstance(config, SamplerConfig):
+        raise UserError(f"config: a {type(config).__name__}; give a SamplerConfig")
     check_fit(generator, tokenizer)
     if (origin := getattr(generator, "origin", None)) is not None:  # of a generator that was loaded
         used, remedy = of_tokenizer(tokenizer), "its codes mean something else; see `load_own_tokenizer`"
@@ -222,12 +234,27 @@ def sample(
     if not 0 < count == len(seeds):
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions; give one each, and at least one")
     parts = []
-    for start in range(0, count, batch_size):
-        rows = to_device(records.rows(condition, slice(start, start + batch_size)), device_of(generator))
-        tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config or SamplerConfig())
-        images = tokenizer.decode(tokens).clamp(-1, 1)
-        parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
+    with evaluating(generator, tokenizer):
+        for start in range(0, count, batch_size):
+            rows = to_device(records.rows(condition, slice(start, start + batch_size)), device_of(generator))
+            tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config)
+            images = tokenizer.decode(tokens).clamp(-1, 1)
+            parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
     return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@contextmanager
+def evaluating(*models: object) -> Iterator[None]:
+    """Models in evaluation mode, without dropout; after it every part is in the mode that it was in."""
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def class_ids(classes: Sequence[int] | Tensor) -> Tensor:
@@ -243,12 +270,15 @@ def class_ids(classes: Sequence[int] | Tensor) -> Tensor:
 
 
 def check_batch_size(batch_size: int, key: str = "batch_size") -> None:
-    if batch_size < 1:
-        raise UserError(f"{key}: {batch_size} is not a number of images, 1 or more")
+    if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
+        raise UserError(f"{key}: {batch_size!r} is not a number of images, 1 or more")
 
 
 def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:
-    """Raises `UserError` when the tokenizer cannot decode what the generator predicts."""
+    """Raises `UserError` when the tokenizer cannot decode what the generator predicts, or one is no model."""
+    for what, model, part in (("generator", generator, "num_classes"), ("tokenizer", tokenizer, "decode")):
+        if not hasattr(model, part):
+            raise UserError(f"{what}: a {type(model).__name__} is none; load one with `load_{what}`")
     for key in ("vocab_size", "num_tokens"):
         ours, theirs = getattr(generator, key), getattr(tokenizer, key)
         if ours != theirs:
