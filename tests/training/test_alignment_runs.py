@@ -13,7 +13,7 @@ from two_processes import run_on_two
 
 from consonar.components import load_generator, load_tokenizer, read_origin, save_tokenizer
 from consonar.errors import UserError
-from consonar.files.weights import read_component
+from consonar.files.weights import map_tensors
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import DataConfig
@@ -85,7 +85,7 @@ def test_the_receptive_field_is_measured_on_pictures_of_all_classes(make, labell
 
 
 def weights(run):
-    return read_component(run / "model")[1]
+    return map_tensors(run / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -184,7 +184,7 @@ def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
     distances = {line["step"]: line[key] for line in read_metrics(run / "metrics.jsonl") if key in line}
     best = json.loads((run / "best.json").read_text())
     assert len(distances) == 4 and best["value"] == min(distances.values()) == distances[best["step"]]
-    kept, last = read_component(run / "best")[1], weights(run)
+    kept, last = map_tensors(run / "best" / "model.safetensors"), weights(run)
     same = all(torch.equal(kept[name], last[name]) for name in kept)
     assert same == (best["step"] == 3)
     load_generator(run / "best")

@@ -14,7 +14,7 @@ from conftest import TINY_VQ, picture
 
 from consonar.components import save_tokenizer
 from consonar.errors import UserError
-from consonar.files.weights import component_fingerprint, read_component
+from consonar.files.weights import component_config, component_fingerprint, map_tensors
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training import run as runs
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
@@ -115,7 +115,7 @@ def observe(tmp_path, monkeypatch):
             monkeypatch.setattr(Autoregressive, "loss", loss)
         lines = read_metrics(run / "metrics.jsonl")
         files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
-        model, state = read_component(run / "model")
+        model, state = component_config(run / "model"), map_tensors(run / "model" / "model.safetensors")
         found = component_fingerprint({"name": model.get("name")}, state)
         shutil.rmtree(run)
         return repr(([{**line, "time": 0} for line in lines], files, found, calls))

@@ -14,7 +14,7 @@ from consonar.data.loader import TokenBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import NonFiniteLoss, UserError
-from consonar.files.weights import read_component
+from consonar.files.weights import map_tensors
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
@@ -105,7 +105,7 @@ def test_heads_do_not_move_the_start_or_the_draws(make_config, tmp_path):
 
 def test_heads_are_in_the_resume_file_and_never_in_the_model(make_config, tmp_path):
     run = train(make_config(objective=REAR, loop={"ema_decay": 0.9}), tmp_path / "rear", quiet=True)
-    _, exported = read_component(run / "model")
+    exported = map_tensors(run / "model" / "model.safetensors")
     plain = ReARGenerator(ReARConfig(width=32, num_layers=2, num_heads=4, vocab_size=32, num_tokens=16, num_classes=3))
     assert exported.keys() == plain.state_dict().keys()
     stored = resume_file(run)

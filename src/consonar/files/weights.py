@@ -230,11 +230,6 @@ def component_config(folder: Path) -> Json:
     return config
 
 
-def read_component(folder: Path) -> tuple[Json, dict[str, Tensor]]:
-    """config.json and the mapped weights of a component folder; `UserError` for a missing, damaged or newer one."""
-    return component_config(folder), map_tensors(folder / "model.safetensors")
-
-
 def load_module(build: Callable[[], Module], folder: Path) -> Module:
     """The module that `build` makes, with the weights of a component folder, in evaluation mode and frozen.
 
