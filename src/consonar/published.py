@@ -8,14 +8,15 @@ was at hand when this was written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Literal
 
 APACHE, MIT = "Apache-2.0", "MIT"
 GOOGLE_DRIVE = "Google Drive, linked from the README of github.com/ali-vilab/alitok"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Published:
     """One released model."""
 
@@ -23,6 +24,7 @@ class Published:
     """What `hf:NAME` calls it."""
     kind: str
     """Our kind of model."""
+    _: KW_ONLY
     component: Literal["tokenizer", "generator"]
     parameters: int
     """Of our module; training heads and buffers of the file are not counted."""
@@ -53,14 +55,7 @@ class Published:
         return "+".join(what for what in ("golden", "manifest") if getattr(self, what)) or "none"
 
 
-def tokenizer(name: str, kind: str, **facts: object) -> Published:
-    return Published(name=name, kind=kind, component="tokenizer", **facts)  # type: ignore[arg-type]
-
-
-def generator(name: str, kind: str, **facts: object) -> Published:
-    return Published(name=name, kind=kind, component="generator", **facts)  # type: ignore[arg-type]
-
-
+tokenizer, generator = partial(Published, component="tokenizer"), partial(Published, component="generator")
 LLAMAGEN_VQ = tokenizer(
     "llamagen-vq16-c2i", "vq", parameters=71883403, num_tokens=256, vocab_size=16384, code_dim=8, licence=MIT,
     repository="FoundationVision/LlamaGen", file="vq_ds16_c2i.pt", golden="llamagen_vq16_full",
