@@ -21,23 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from consonar.options import Count, CountOrZero
+from consonar.tokenizers import vit
 from consonar.tokenizers.base import Codebook, as_grid
-from consonar.tokenizers.vit import (
-    BASE,
-    Encoder,
-    Transformer,
-    TransformerConfig,
-    ViTConfig,
-    ViTTokenizer,
-    initialise,
-    learned_table,
-    patches_to_image,
-)
 from consonar.types import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class AliTokConfig(ViTConfig):
+class AliTokConfig(vit.ViTConfig):
     """Shape of an AliTok tokenizer; the defaults are the released one."""
 
     kind: Literal["alitok"] = "alitok"
@@ -47,7 +37,7 @@ class AliTokConfig(ViTConfig):
     """Tokens before the grid; the grid has one token per patch of the decoder."""
     num_buffer_tokens: CountOrZero = 32
     """Learned vectors that the decoder reads before the tokens."""
-    encoder: TransformerConfig = BASE
+    encoder: vit.TransformerConfig = vit.BASE
     """The transformer that reads the image."""
 
     @property
@@ -55,16 +45,16 @@ class AliTokConfig(ViTConfig):
         return Grid(self.decoder_side, self.decoder_side, self.num_prefix_tokens)
 
 
-class AliTokDecoder(Transformer):
+class AliTokDecoder(vit.Transformer):
     """(B, 3, H, W) within [0, 1] <- codes (B, N, C)."""
 
     def __init__(self, config: AliTokConfig):
         super().__init__(config.decoder, packed=False)
         width, self.patch_size, self.side = config.decoder.width, config.decoder.patch_size, config.decoder_side
         self.decoder_embed = nn.Linear(config.code_dim, width)
-        self.class_embedding = learned_table(config.num_buffer_tokens, width)
+        self.class_embedding = vit.learned_table(config.num_buffer_tokens, width)
         num_positions = config.num_buffer_tokens + config.grid.num_tokens
-        self.latent_token_positional_embedding = learned_table(num_positions, width)
+        self.latent_token_positional_embedding = vit.learned_table(num_positions, width)
         self.ffn = nn.Sequential(nn.Conv2d(width, 3 * self.patch_size**2, 1))
         self.conv_out = nn.Conv2d(3, 3, 1)
 
@@ -72,15 +62,15 @@ class AliTokDecoder(Transformer):
         buffer = self.class_embedding.expand(len(codes), -1, -1)
         x = torch.cat([buffer, self.decoder_embed(codes)], dim=1) + self.latent_token_positional_embedding
         x = self.run(x, slice(-(self.side**2), None))
-        image = patches_to_image(self.ffn(as_grid(x, self.side)), self.patch_size)
+        image = vit.patches_to_image(self.ffn(as_grid(x, self.side)), self.patch_size)
         return self.conv_out(image).sigmoid()
 
 
-class AliTokTokenizer(ViTTokenizer):
+class AliTokTokenizer(vit.ViTTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
     def __init__(self, config: AliTokConfig, name: str = "alitok"):
-        encoder = Encoder(config, config.grid.num_tokens, packed=False, class_token=False, scrambled=False)
+        encoder = vit.Encoder(config, config.grid.num_tokens, packed=False, class_token=False, scrambled=False)
         super().__init__(config, name, config.grid, encoder, AliTokDecoder(config), l2_normalize=False)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
-        self.apply(initialise)
+        self.apply(vit.initialise)

@@ -26,26 +26,16 @@ from torch import Tensor, nn
 
 from consonar.errors import UserError
 from consonar.options import Count
+from consonar.tokenizers import vit
 from consonar.tokenizers.base import Codebook, as_grid
 from consonar.tokenizers.conv import ConvDecoder
 from consonar.tokenizers.maskgit import MaskGITConfig
-from consonar.tokenizers.vit import (
-    LARGE,
-    Encoder,
-    Transformer,
-    TransformerConfig,
-    ViTConfig,
-    ViTTokenizer,
-    initialise,
-    learned_table,
-    patches_to_image,
-)
 
 RELEASED_PIXEL_DECODER = MaskGITConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiTokConfig(ViTConfig):
+class TiTokConfig(vit.ViTConfig):
     """Shape of a TiTok tokenizer; the defaults are TiTok-L-32."""
 
     kind: Literal["titok"] = "titok"
@@ -53,7 +43,7 @@ class TiTokConfig(ViTConfig):
     """Tokens per image."""
     code_dim: Count = 12
     """Width of one code."""
-    decoder: TransformerConfig = LARGE
+    decoder: vit.TransformerConfig = vit.LARGE
     """The transformer that writes the image, or the logits for `pixel_decoder`."""
     l2_normalize: bool = True
     """Search and decode unit-norm codes."""
@@ -76,7 +66,7 @@ class TiTokConfig(ViTConfig):
             )
 
 
-class TiTokDecoder(Transformer):
+class TiTokDecoder(vit.Transformer):
     """(B, 3, H, W) in [0, 1], or logits (B, K, h, w) over the pixel decoder's codes <- codes (B, N, C)."""
 
     def __init__(self, config: TiTokConfig):
@@ -84,10 +74,10 @@ class TiTokDecoder(Transformer):
         width, self.patch_size, self.side = config.decoder.width, config.decoder.patch_size, config.decoder_side
         self.writes_pixels = config.pixel_decoder is None
         self.decoder_embed = nn.Linear(config.code_dim, width)
-        self.class_embedding = learned_table(1, width)
-        self.positional_embedding = learned_table(self.side**2 + 1, width)
-        self.mask_token = nn.Parameter(learned_table(1, width).detach()[None])  # (1, 1, D)
-        self.latent_token_positional_embedding = learned_table(config.num_tokens, width)
+        self.class_embedding = vit.learned_table(1, width)
+        self.positional_embedding = vit.learned_table(self.side**2 + 1, width)
+        self.mask_token = nn.Parameter(vit.learned_table(1, width).detach()[None])  # (1, 1, D)
+        self.latent_token_positional_embedding = vit.learned_table(config.num_tokens, width)
         if config.pixel_decoder is None:
             self.ffn = nn.Sequential(nn.Conv2d(width, 3 * self.patch_size**2, 1))
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
@@ -101,19 +91,19 @@ class TiTokDecoder(Transformer):
         image = (image + self.positional_embedding).expand(len(codes), -1, -1)
         x = self.run(torch.cat([image, latents], dim=1), slice(1, 1 + self.side**2))
         x = self.ffn(as_grid(x, self.side))
-        return self.conv_out(patches_to_image(x, self.patch_size)) if self.writes_pixels else x
+        return self.conv_out(vit.patches_to_image(x, self.patch_size)) if self.writes_pixels else x
 
 
-class TiTokTokenizer(ViTTokenizer):
+class TiTokTokenizer(vit.ViTTokenizer):
     """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
 
     config: TiTokConfig
 
     def __init__(self, config: TiTokConfig, name: str = "titok"):
         first_form = config.pixel_decoder is not None
-        encoder = Encoder(config, config.num_tokens, packed=True, class_token=True, scrambled=first_form)
+        encoder = vit.Encoder(config, config.num_tokens, packed=True, class_token=True, scrambled=first_form)
         super().__init__(config, name, None, encoder, TiTokDecoder(config), config.l2_normalize)
-        self.apply(initialise)
+        self.apply(vit.initialise)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         if config.pixel_decoder is not None:
             self.pixel_quantize = Codebook(config.pixel_decoder.vocab_size, config.pixel_decoder.code_dim)
