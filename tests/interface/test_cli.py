@@ -383,3 +383,21 @@ def test_samples_of_another_tokenizer_of_a_shipped_name_are_measured_without_it(
     cli.main(command)
     assert "copy rate (tokens): not measured" in capsys.readouterr().out
     assert "the tokenizer is 'openmoji-64'" in fails([*command, "--tokenizer", "openmoji-64"], capsys)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_line(trained: Path, tmp_path: Path, capsys) -> None:
+    command = ["train", str(trained / "tiny.yaml"), "--out", str(tmp_path / "run"), "--model.num-heads", "2"]
+    for width in ("1000000000", "1000000000000000"):
+        assert "not enough memory" in fails([*command, "--model.width", width], capsys)
+
+
+def test_text_that_is_not_utf_8_is_escaped_on_the_page(trained: Path, tmp_path: Path) -> None:
+    cli.main(["report", str(trained / "run"), "--out", str(tmp_path / "page.html"), "--title", "caf\udce9"])
+    assert r"caf\udce9" in (tmp_path / "page.html").read_text()
+
+
+def test_tokens_beyond_the_vocabulary_are_not_counted(picture_folder: Path, tmp_path: Path, capsys) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=images, tokens=np.full((6, 64), 5000))
+    command = ["evaluate", str(tmp_path / "samples.npz"), "--reference", str(picture_folder)]
+    assert "token 5000; 'openmoji-64' has 0..1023" in fails([*command, "--tokenizer", "openmoji-64"], capsys)

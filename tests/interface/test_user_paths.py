@@ -303,3 +303,31 @@ def test_a_label_default_is_of_the_store(tokenizer_folder: Path, tmp_path: Path,
     consonar(*command, "--label-default", "1")
     shutil.rmtree(tmp_path / "tokens-validation")
     assert "exists, and not of these images, labels and options" in fails(*command, "--label-default", "5")
+
+
+@pytest.mark.parametrize("listing", ["tokens-bad-images.txt", "samples.json-bad-images.txt"])
+def test_a_file_of_the_users_where_bad_images_are_listed_is_kept(
+    listing: str, picture_folder: Path, tokenizer_folder: Path, tmp_path: Path, fails: Fails
+) -> None:
+    (tmp_path / listing).write_text("my notes\n")
+    tokenize = ("tokenize", "--tokenizer", tokenizer_folder, "--data", picture_folder, "--out", tmp_path / "tokens")
+    evaluate = (
+        "evaluate",
+        picture_folder / "train/all",
+        "--reference",
+        picture_folder,
+        "--out",
+        tmp_path / "samples.json",
+    )
+    command = tokenize if listing.startswith("tokens") else evaluate
+    assert f"{listing}: not a list of pictures that are left out" in fails(*command, "--bad-images", "skip")
+    assert (tmp_path / listing).read_text() == "my notes\n"
+    (tmp_path / listing).write_text("train\t24\tpictures\n")
+    consonar(*tokenize, "--bad-images", "skip")
+    assert (tmp_path / "tokens").is_dir()
+
+
+def test_no_list_of_bad_images_is_made_where_there_are_none(picture_folder, tokenizer_folder, tmp_path) -> None:
+    words = ("--tokenizer", tokenizer_folder, "--data", picture_folder, "--bad-images", "skip")
+    consonar("tokenize", *words, "--out", tmp_path / "tokens")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens", "tokens-validation"]

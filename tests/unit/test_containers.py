@@ -164,6 +164,7 @@ def holding_itself(state):
 
 
 NOT_PLAIN = {
+    "complex": lambda: torch.zeros(3, dtype=torch.complex64),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
@@ -179,6 +180,17 @@ def test_a_tensor_whose_numbers_are_not_all_in_the_file_is_refused_by_name(kind,
     with pytest.raises(UserError, match=r"c\.pt: odd is not a plain tensor") as told:
         convert(tmp_path / "c.pt", tmp_path / "ours")
     assert kind in str(told.value)
+
+
+def test_a_flipped_bit_of_a_weight_is_seen(tmp_path):
+    """PyTorch does not look at the checksums of its archive."""
+    torch.save({"w": torch.arange(1000.0)}, tmp_path / "c.pt")
+    content = bytearray((tmp_path / "c.pt").read_bytes())
+    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 2000] ^= 1
+    (tmp_path / "c.pt").write_bytes(content)
+    assert torch.load(tmp_path / "c.pt")["w"].shape == (1000,)
+    with pytest.raises(UserError, match=r"c\.pt: damaged"):
+        convert(tmp_path / "c.pt", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("state", [{}, {"w": torch.zeros(2)}])

@@ -84,7 +84,7 @@ def test_a_pickle_in_an_array_file_is_never_executed(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("settings", ["{", "[1, 2]", "null", '"text"', "\x00"])
+@pytest.mark.parametrize("settings", ["{", "[1, 2]", "null", '"text"', "\x00", '{"x": NaN}', '{"x": 1e999}'])
 def test_settings_of_samples_that_are_no_json_object_are_named(tmp_path, settings):
     path = archive(tmp_path / "a.npz", arr_0=member(IMAGES), settings=member(np.array(settings)))
     assert "a.npz: settings" in refused(load_samples, path)

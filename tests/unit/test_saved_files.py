@@ -160,17 +160,28 @@ class Evil:
         return (os.system, ("true",))
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", "cut", "evil", "other", "list"])
+@pytest.mark.parametrize("content", [b"", b"abc", "cut", "flipped", "evil", "other", "list"])
 def test_resume_files_that_are_refused(content, tmp_path):
     """Damaged, of another version, or with code in them: nothing of it runs."""
     path = tmp_path / "step_00000001.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        payload = {"cut": {"a": torch.ones(99)}, "evil": {"a": Evil()}, "other": {"format_version": 0}, "list": [1]}
+        numbers = torch.arange(99.0)
+        payload = {
+            "cut": {"a": numbers},
+            "flipped": {"format_version": 1, "step": 1, "a": numbers},
+            "evil": {"a": Evil()},
+            "other": {"format_version": 0},
+            "list": [1],
+        }
         torch.save(payload[content], path)
         if content == "cut":
             path.write_bytes(path.read_bytes()[:-50])
+        if content == "flipped":
+            held = bytearray(path.read_bytes())
+            held[held.index(numbers.numpy().tobytes()) + 7] ^= 1
+            path.write_bytes(held)
     with pytest.raises(UserError, match=rf"{path.name}: (damaged|not a resume file)"):
         load_resume(path)
 

@@ -31,6 +31,8 @@ COMMANDS = {
     "doctor": "Show device, versions, kernels, packages, weights and cache: what a bug report needs.",
 }
 """What each does. Its module is imported when it is called, for PyTorch takes a second."""
+OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+"""What PyTorch says of a tensor that does not fit, on a CPU and on a GPU."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,14 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal and log takes every character
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        run(*map(with_home, list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+        run(*map(with_home, words))
     except BrokenPipeError:
         # Who read the output (`| head`) has left: nothing to tell, and nobody to tell it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell says it
     except UserError as error:
-        way_out = "; --bad-images skip leaves such images out" if isinstance(error, BadImage) else ""
+        skips = isinstance(error, BadImage) and words[0] in ("tokenize", "train", "evaluate")
+        way_out = "; --bad-images skip leaves such images out" if skips else ""
         stop(f"{error}{way_out}", 2)
     except OSError as error:
         # The machine said no (full disk, no permission, a file where a folder should be): the user's to mend.
@@ -55,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop(printable(place + reason), 2)
     except NonFiniteLoss as error:
         stop(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)):
+            raise
+        found = f": {str(error).splitlines()[0]}" if str(error) else ""
+        stop(printable(f"not enough memory; make batches, pictures or the model smaller{found}"), 2)
     except KeyboardInterrupt:
         stop("interrupted; the same command (train: with --resume) goes on", 130)
 

@@ -12,6 +12,7 @@ from consonar.cli.console import counting, say
 from consonar.cli.parsing import BadImageGroup
 from consonar.components import load_tokenizer, read_component_kind
 from consonar.data.bad_images import BadImages
+from consonar.data.store_format import check_tokens
 from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
@@ -81,7 +82,7 @@ def command(options: Options) -> None:
         measure_generator(options, device, bad)
     if bad.note:
         say(bad.note)
-    bad.write()
+        bad.write()
 
 
 def check_read(options: Options, unread: Sequence[str], why: str) -> None:
@@ -144,6 +145,7 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
         codec = load_tokenizer(name).to(device)
         if tokenizer is not None or settings.get("tokenizer_fingerprint") in (None, codec.fingerprint):
             check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
+            check_tokens(samples.tokens.numpy(), codec.vocab_size, codec.name, str(path))
             target = encode_reference(target, codec)  # else it is another's of that name
     if target.about:
         say(f"reference: {target.about}")

@@ -66,7 +66,8 @@ def command(options: Options) -> None:
     taken = [name for name in sources if is_taken(stores[name])]
     if len(taken) < len(sources):  # else nothing is made
         sources = {name: leave_out(source, bad, name) for name, source in sources.items()}
-        bad.write()
+        if bad.note:
+            bad.write()
     # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
     ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name])]
     if taken and (ours != taken or len(taken) == len(sources)):

@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from consonar.convert.layouts.official import State
 from consonar.errors import UserError, reading, unknown
+from consonar.files.readers import check_archive
 from consonar.files.weights import check_plain, map_tensors
 from consonar.files.writers import file_sha256
 from consonar.hub import read_index
@@ -137,6 +139,8 @@ def read_torch(path: Path, *, mapped: bool) -> Mapping[str, Any]:
         # Arguments of a training run; a Namespace is a record without behaviour.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old and foreign pickles; what matters about them is raised
+            if zipfile.is_zipfile(path):
+                check_archive(path)
             payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # Damaged bytes raise whatever they happen to spell: errors of the archive, of the pickle, of Python's own types.
     except Exception as error:

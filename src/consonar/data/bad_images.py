@@ -28,6 +28,7 @@ class BadImages:
 
     `limit` is the share of a part beyond which `skip` stops too (one picture is always allowed). `listing` is the file
     that `write` makes. Where it is there already and `resume` is set, it says what is left out: nothing is decoded.
+    Raises `UserError` where something else is there.
     """
 
     def __init__(
@@ -36,14 +37,16 @@ class BadImages:
         self.skips, self.limit, self.listing = policy == "skip", limit, listing
         self.found: dict[str, dict[int, str]] = {}
         self.totals: dict[str, int] = {}
-        if self.skips and resume and listing is not None and listing.exists():
-            with reading(listing, "a list of pictures that are left out"):
+        if self.skips and listing is not None and listing.exists():
+            with reading(listing, "a list of pictures that are left out", "it is not replaced: move it away"):
                 for line in listing.read_text(encoding="utf-8").splitlines():
                     part, number, reason = line.split("\t", 2)
                     if part not in self.totals:
                         self.totals[part], self.found[part] = int(number), {}
                     else:
                         self.found[part][int(number)] = reason
+            if not resume:  # what a command like this one listed before
+                self.totals, self.found = {}, {}
 
     def met(self, part: str, row: int, error: BadImage, total: int) -> None:
         """Notes one of `total` pictures (so far); `UserError` beyond the limit."""

@@ -236,6 +236,9 @@ class TokenStore:
         """`UserError` unless the store was made by exactly this tokenizer (same configuration and weights)."""
         given = of_tokenizer(tokenizer)
         check(f"tokens: {str(self.path)!r}", self.origin, given, "this run", "tokenize again or use that tokenizer")
+        for key in ("num_tokens", "vocab_size"):
+            if (found := getattr(self, key)) != (expected := getattr(tokenizer, key)):
+                raise UserError(f"tokens: {str(self.path)!r}: {key} is {found}, of its tokenizer {expected}; {REMEDY}")
 
     def check_content(self) -> None:
         """Read everything once; `UserError` for a token outside [0, vocab_size) and a hash that was not written."""

@@ -33,8 +33,15 @@ def home_expanded(path: str | Path) -> Path:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` that raises ValueError for a key that a table has twice: which value counts is nowhere written."""
-    return json.loads(text, object_pairs_hook=_table)
+    """`json.loads` that raises ValueError for a key that a table has twice (which value counts is nowhere written), and
+    for numbers that are not finite, which JSON has not."""
+    return json.loads(text, object_pairs_hook=_table, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -114,6 +121,16 @@ def read_npy(path: Path) -> np.ndarray:
     """The array of a .npy file."""
     with reading(path, "a .npy file"), path.open("rb") as file:
         return _after_header(file, os.fstat(file.fileno()).st_size).read()
+
+
+def check_archive(path: Path) -> None:
+    """Reads a zip archive once. Raises ValueError where a part is not what its checksum says: a flipped bit.
+
+    PyTorch reads its archives without looking.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is another")
 
 
 def npz_keys(path: Path, remedy: str = "") -> list[str]:

@@ -38,7 +38,12 @@ def check_plain(state: Mapping[Any, Tensor], where: str) -> None:
     """`UserError` names the first tensor whose numbers are not all there: sparse, quantized, nested, without memory, or
     a few numbers repeated over more than a gigabyte."""
     for key, value in state.items():
-        kinds = {"nested": value.is_nested, "quantized": value.is_quantized, "without memory": value.is_meta}
+        kinds = {
+            "complex": value.is_complex(),
+            "nested": value.is_nested,
+            "quantized": value.is_quantized,
+            "without memory": value.is_meta,
+        }
         kind = next((kind for kind in kinds if kinds[kind]), str(value.layout).removeprefix("torch."))
         if kind != "strided" or value.nbytes > max(MAX_REPEATED, value.untyped_storage().nbytes()):
             shape = "" if value.is_nested else f", shape {tuple(value.shape)}"

@@ -53,7 +53,9 @@ def find_recipe(name: str) -> TrainConfig:
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """Also reads 1e-4, which YAML 1.1 takes for text and JSON for a number; refuses a key that a table has twice."""
+    """Numbers as in JSON: 1e-4 is one, which YAML 1.1 takes for text, and 010 and 1:30 are none, which it takes for 8
+    and 90. A key that a table has twice is refused.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -64,7 +66,13 @@ class ConfigLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
+INTEGER, FLOAT, FIRST = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", list("-+0123456789")
+ConfigLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != INTEGER]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+ConfigLoader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), FIRST)
+ConfigLoader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?\d+[eE][-+]?\d+"), FIRST)
 
 
 def read_config(path: Path) -> TrainConfig:

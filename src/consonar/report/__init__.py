@@ -47,7 +47,7 @@ def write_report(
     if out.exists() and b"<!doctype html>" not in out.read_bytes()[:100]:
         raise UserError(f"out {out}: exists and is no page, so it is not overwritten; choose another name")
     html = render(load_runs(runs), title=title, opening=opening)
-    write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8"))
+    write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8", errors="backslashreplace"))
     return out
 
 

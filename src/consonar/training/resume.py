@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.errors import UserError, reading
+from consonar.files.readers import check_archive
 from consonar.files.weights import check_plain, check_weights, load_weights
 from consonar.files.writers import write_atomically
 from consonar.records import device_of
@@ -47,6 +48,7 @@ def load_resume(path: Path) -> dict[str, Any]:
     with reading(path, "a resume file", RESUME_REMEDY):
         if not zipfile.is_zipfile(path):  # anything else PyTorch takes for its old format
             raise UserError(f"{path}: damaged or cut short; {RESUME_REMEDY}")
+        check_archive(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(payload, dict) or payload.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a resume file of this version of consonar")
