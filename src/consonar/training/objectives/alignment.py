@@ -93,6 +93,8 @@ class AlignmentConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.rewards:
+            raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
         check_rewards(self.rewards, discriminator=self.discriminator)
 
     @property
