@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,3 +134,35 @@ NOT_UTF8 = "out\udcff"
 def test_an_output_whose_name_is_not_utf8_is_refused(argv: list[str], picture_folder: Path, tmp_path, capsys) -> None:
     line = fails([str(picture_folder) if word == "PICTURES" else word for word in argv], capsys)
     assert "is not UTF-8" in line and line.encode()
+
+
+def test_a_name_that_only_this_locale_cannot_spell_says_so(tmp_path) -> None:
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    argv = [sys.executable, "-m", "consonar", "sample", "openmoji", "--out", str(tmp_path / "ñ.npz")]
+    ended = subprocess.run(argv, capture_output=True, text=True, env=ascii_only)
+    assert ended.returncode == 2 and "names are ascii under this locale" in ended.stderr, ended.stderr
+    assert "PYTHONUTF8=1" in ended.stderr and "not UTF-8" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["tokenize", "--tokenizer", "openmoji-64", "--data", "openmoji", "--out"],
+        ["train", "ar-openmoji", "--out"],
+        ["sample", "openmoji", "--num-samples", "1", "--out"],
+        ["report", "run", "--out"],
+        ["evaluate", "x.npz", "--reference", "openmoji", "--out"],
+        ["convert", "x.pt", "--to"],
+        ["convert", "model", "--to-official"],
+        ["demo", "--out"],
+    ],
+)
+def test_an_output_at_a_link_that_leads_nowhere_is_refused_and_the_link_stays(argv, tmp_path, capsys) -> None:
+    links = {tmp_path / "away.npz": tmp_path / "unplugged" / "s.npz", tmp_path / "loop": "loop"}
+    for link, target in links.items():
+        link.symlink_to(target)
+        for place in (link, link / "below.npz"):
+            line = fails([*argv, str(place)], capsys)
+            assert f"{argv[-1]}: {link} is a link to {target}, which is not there" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["away.npz", "loop"]
+    assert all(path.is_symlink() for path in tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +72,8 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
                 raise cause from stop
             cause = cause.__context__
         raise UserError(f"{command}: {in_one_line(captured.getvalue())}; see: consonar {command} --help") from stop
-    for name, value in vars(options).items():
-        try:
-            str(value if name in OUTPUTS else "").encode()
-        except UnicodeEncodeError as error:  # not all that write files take such names
-            raise UserError(f"--{name.replace('_', '-')}: {str(value)!r} is not UTF-8; choose another name") from error
+    for name in OUTPUTS:
+        check_output(vars(options).get(name), f"--{name.replace('_', '-')}")
     return options
 
 
@@ -130,6 +128,20 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
                 raise UserError(f"{name}: a value is missing")
             return args[:index] + args[index + 2 :], args[index + 1]
     return args, None
+
+
+def check_output(out: Path | None, key: str) -> None:
+    """Raises `UserError` for an output whose name is not UTF-8, which not all that write files take, and for one at or
+    below a link that leads nowhere, which some would follow and others replace."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        here = sys.getfilesystemencoding()
+        remedy = "" if here == "utf-8" else f", or set PYTHONUTF8=1: names are {here} under this locale"
+        raise UserError(f"{key}: {str(out)!r} is not {here.upper()}; choose another name{remedy}") from error
+    for place in [out, *out.parents] if out else []:
+        if place.is_symlink() and not place.exists():
+            raise UserError(f"{key}: {place} is a link to {place.readlink()}, which is not there; choose another name")
 
 
 def check_name(out: Path) -> None:
