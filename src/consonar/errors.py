@@ -40,7 +40,8 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     folded = {name.casefold(): name for name in reversed(names)}
     close = get_close_matches(str(value).casefold(), folded, n=1)
     hint = f" (did you mean {folded[close[0]]!r}?)" if close else ""
-    return UserError(f"{what}: unknown {value!r}{hint}; choices: {', '.join(names)}")
+    listed = f"choices: {', '.join(names)}" if names else "there are none"
+    return UserError(f"{what}: unknown {value!r}{hint}; {listed}")
 
 
 def check_choice(what: str, value: object, choices: Collection[object]) -> None:

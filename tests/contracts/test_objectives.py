@@ -266,3 +266,10 @@ def test_images_too_small_for_the_perceptual_network_are_refused(perceptual, sma
     assert config(smallest).model.image_size == smallest
     with pytest.raises(UserError, match=f"{perceptual} reads images of {smallest} px or more"):
         config(smallest // 2)
+
+
+def test_more_neighbours_than_other_codes_are_refused_before_work(consistency):
+    noise = replace(NOISY, corruption="nearest", num_neighbours=32)
+    with pytest.raises(UserError, match=r"objective\.noise\.num_neighbours: 32 is too many; choices: 1\.\.31"):
+        consistency(AutoregressiveConfig(noise=noise))
+    consistency(AutoregressiveConfig(noise=replace(noise, num_neighbours=31)))

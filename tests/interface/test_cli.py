@@ -119,6 +119,15 @@ def test_unfinished_samples_of_another_job_are_refused(trained: Path, tmp_path: 
     assert "a.npz.parts" in line and (parts / "job.json").read_text() == "{}"
 
 
+def test_quiet_training_prints_nothing(trained: Path, tmp_path: Path, capsys) -> None:
+    train = ["train", str(trained / "tiny.yaml"), "--out", str(tmp_path / "run")]
+    capsys.readouterr()
+    cli.main([*train, "--quiet", "--stop-at", "1"])
+    assert capsys.readouterr() == ("", "")
+    cli.main([*train, "--resume", "--stop-at", "2"])
+    assert capsys.readouterr().out.endswith(f"run folder: {tmp_path / 'run'}\n")
+
+
 def test_report_on_a_run(trained: Path, tmp_path: Path, capsys) -> None:
     cli.main(["report", str(trained / "run"), "--out", str(tmp_path / "page.html")])
     assert "<html" in (tmp_path / "page.html").read_text()

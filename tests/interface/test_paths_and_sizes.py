@@ -82,7 +82,7 @@ def test_an_ending_that_samples_do_not_have_is_refused(
 ) -> None:
     save_generator(tiny_generator(), tmp_path / "g", Origin(tokenizer=str(tokenizer_folder)))
     argv = ["sample", str(tmp_path / "g"), "--out", str(tmp_path / f"a{ending}"), "--device", "cpu"]
-    assert "choices: .png, .npz, or a folder" in fails(argv, capsys)
+    assert "choices: NAME.png, NAME.npz, or a folder" in fails(argv, capsys)
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "x/.."])

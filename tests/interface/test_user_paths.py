@@ -217,7 +217,7 @@ def test_interrupted_training_goes_on(place: Path, tmp_path: Path, fails: Fails)
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file can grow over `size` bytes: writing fails as on a full disk."""
+    """No file can grow over `size` bytes: writing fails half way, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -226,17 +226,17 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(place: Path, tmp_path: Path, fails: Fails) -> None:
+def test_no_room_for_a_file_is_one_line_and_the_run_goes_on_later(place: Path, tmp_path: Path, fails: Fails) -> None:
     train = ("train", place / "tiny.yaml", "--out", tmp_path / "run")
     with largest_file(50_000):
-        assert "the disk is full" in fails(*train)
+        assert "files may not be so large here (ulimit -f)" in fails(*train)
     assert not list((tmp_path / "run").rglob("*partial*"))
     consonar(*train, "--resume")
     samples = ("sample", tmp_path / "run", "--num-samples", "4", "--out", tmp_path / "a.npz")
     page = ("report", tmp_path / "run", "--out", tmp_path / "page.html")
     with largest_file(2_000):
-        assert "the disk is full" in fails(*samples)
-        assert "the disk is full" in fails(*page)
+        assert "files may not be so large here (ulimit -f)" in fails(*samples)
+        assert "files may not be so large here (ulimit -f)" in fails(*page)
     consonar(*samples)
     consonar(*page)
     assert (tmp_path / "a.npz").exists() and (tmp_path / "page.html").exists()

@@ -202,3 +202,53 @@ def test_views_and_batches_are_refused_before_a_picture_is_read(tokenizer_folder
 def test_class_ids_are_a_tensor_of_the_size_asked_for():
     drawn = class_list(None, 1000, 7)
     assert drawn.dtype == torch.int64 and drawn.bincount().tolist() == [143] * 6 + [142]
+
+
+def test_guidance_that_would_end_behind_the_last_token_is_refused_before_work(tmp_path, capsys):
+    guided = ["--guidance-scale", "2", "--guidance-schedule", "interval", "--guidance-interval"]
+    line = told(["sample", "openmoji", "--num-samples", "1", "--out", str(tmp_path / "a.npz"), *guided, "256"], capsys)
+    assert line.startswith("guidance_interval: 256 is not in [0, 255]")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.PDF", "x.jsonl", ".png", ".npz", "x.npz."])
+def test_samples_are_not_written_as_what_is_plainly_another_file(name, tmp_path, capsys):
+    line = told(["sample", "openmoji", "--num-samples", "1", "--out", str(tmp_path / name)], capsys)
+    assert f"samples are not written as {name}; choices: NAME.png, NAME.npz, or a folder" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_are_not_there_are_named_first(tmp_path, capsys):
+    missing = ["evaluate", str(tmp_path / "mistyped"), "--reference", "openmoji-64", "--temperatures", "1,0.9"]
+    assert told(missing, capsys).startswith(f"{tmp_path / 'mistyped'}: no such file or folder")
+
+
+def test_an_option_of_runs_is_told_as_it_was_given(tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
+    line = told(["evaluate", str(tmp_path / "s.npz"), "--reference", "openmoji-64", "--match", "ar"], capsys)
+    assert (
+        line
+        == f"--match: 'ar' is read only with the run folder of a generator, not {tmp_path / 's.npz'}; leave it away"
+    )
+
+
+def test_where_there_are_no_choices_that_is_said():
+    assert str(unknown("x.pt: --entry", "ema", [])) == "x.pt: --entry: unknown 'ema'; there are none"
+
+
+def test_only_train_is_for_several_processes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = told(["sample", "openmoji", "--num-samples", "1", "--out", str(tmp_path / "a.npz")], capsys)
+    assert line == "sample: is for one process, only train is for several; leave torchrun away"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_promises_no_run_where_none_has_begun(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main(["train"])
+    assert "train: with --resume, if its run folder is there" in capsys.readouterr().err

@@ -132,7 +132,11 @@ def test_folders_that_are_refused(generator_config, tmp_path):
     (tmp_path / "photos" / "cat.png").touch()
     with pytest.raises(UserError, match="exists and is not a run"):
         train(generator_config, tmp_path / "photos", quiet=True)
-    assert sorted(run.rglob("*")) == files and sorted(p.name for p in tmp_path.iterdir()) == ["photos", "run"]
+    model = train(generator_config, tmp_path / "whole", quiet=True) / "model"
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"--out: .*model exists and is not a run"):
+            train(generator_config, model, resume=resume, quiet=True)
+    assert sorted(run.rglob("*")) == files and sorted(p.name for p in tmp_path.iterdir()) == ["photos", "run", "whole"]
 
 
 def test_a_run_has_one_process_and_a_killed_one_hinders_nobody(generator_config, tmp_path, monkeypatch):

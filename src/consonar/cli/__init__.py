@@ -3,7 +3,6 @@
 Wrong input prints one line and exits with 2; a run that fails by itself (a loss that is not finite) exits with 1.
 """
 
-import errno
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ from consonar.cli.console import say
 from consonar.cpu import hold_memory
 from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, printable
 from consonar.files.readers import home_expanded
+from consonar.files.writers import no_room
 
 COMMANDS = {
     "demo": "Pictures of a shipped generator; then plain AR, reAR and VA-pi on OpenMoji, trained, measured, on a page.",
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         # The machine said no (full disk, no permission, a file where a folder should be): the user's to mend.
         place = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk is full; what was complete is kept" if full else error.strerror or str(error)
+        why = no_room(error)
+        reason = f"{why}; what was complete is kept" if why else error.strerror or str(error)
         stop(printable(place + reason), 2)
     except NonFiniteLoss as error:
         stop(str(error), 1)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = f": {str(error).splitlines()[0]}" if str(error) else ""
         stop(printable(f"not enough memory; make batches, pictures or the model smaller{found}"), 2)
     except KeyboardInterrupt:
-        stop("interrupted; the same command (train: with --resume) goes on", 130)
+        stop("interrupted; the same command (train: with --resume, if its run folder is there) goes on", 130)
 
 
 def run(name: str, *args: str) -> None:
@@ -79,6 +79,8 @@ def run(name: str, *args: str) -> None:
     else:
         hold_memory()
         check_choice("command", name, COMMANDS)
+        if name != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"{name}: is for one process, only train is for several; leave torchrun away")
         module = import_module(f"consonar.cli.{name.replace('-', '_')}")
         if name == "train":  # its options are those of the recipe that is named first
             module.command(args)

@@ -70,6 +70,8 @@ def command(options: Options) -> None:
             f"evaluate: {place} is a shipped generator, which keeps no results; first "
             f"consonar sample {place} --num-samples {options.num_samples} --out {place}.npz, then evaluate that file"
         )
+    if not place.exists():
+        raise UserError(f"{place}: no such file or folder; name samples, or a run folder")
     if not is_run:
         measure_samples(options, device, bad)
     elif out is not None:
@@ -89,6 +91,7 @@ def check_read(options: Options, unread: Sequence[str], why: str) -> None:
     """Raises `UserError` for the first of the options `unread` that is not at its default."""
     for name in unread:
         if (value := getattr(options, name)) != default(options, name):
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
 
 
@@ -130,7 +133,7 @@ def number_list(text: str) -> list[float]:
 def measure_samples(options: Options, device: str, bad: BadImages) -> None:
     """A sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
     path, out, tokenizer = options.samples, options.out, options.tokenizer
-    check_read(options, ("temperatures", "match", "num_samples"), "with the run folder of a generator")
+    check_read(options, ("temperatures", "match", "num_samples"), f"with the run folder of a generator, not {path}")
     check_read(options, ("overwrite",) if out is None else (), "with --out")
     check_seed(options.seed, "--seed")
     if out is not None:

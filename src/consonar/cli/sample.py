@@ -37,7 +37,7 @@ class Options:
     seed: int = 0
     """Seed of the first image; image i has seed + i."""
     batch_size: int = 64
-    """Images drawn together; does not change them."""
+    """Images drawn together; by rounding it can change a token now and then (docs/sampling.md)."""
     device: str = "auto"
     """auto, cpu or cuda."""
 

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from consonar.cli.console import say
 from consonar.cli.parsing import check_repeats, parse, take_option
 from consonar.errors import UserError
 from consonar.recipes import RECIPES, find_recipe, read_config
@@ -59,8 +58,7 @@ def command(args: Sequence[str]) -> None:
         config = with_rewards(config, rewards)
     options = parse(Options, words, f"train {args[0]}", Options(out=tyro.MISSING, config=config))
     sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
-    folder = train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
-    say(f"run folder: {folder}")
+    train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
 
 
 def full_name(word: str) -> str:

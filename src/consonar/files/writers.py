@@ -20,11 +20,17 @@ import safetensors
 from consonar.errors import UserError, printable
 from consonar.files.readers import home_expanded
 
+NO_ROOM: dict[int | None, str] = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not be so large here (ulimit -f)",
+}
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then renames; a failed write leaves what was there.
 
-    Raises `UserError` when the disk is full, with what is free and that nothing was replaced.
+    Raises `UserError` when there is no room, with why, what is free, and that nothing was replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not of the process alone: two machines or containers that share a folder have processes of the same number.
@@ -36,14 +42,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
-            r"No space left|os error (28|27|122)|unexpected pos|PytorchStreamWriter|file write failed", str(error)
-        )
-        if full:
-            raise UserError(f"{path}: the disk is full ({free / 1e6:.0f} MB free); nothing was replaced") from error
+        if why := no_room(error):
+            raise UserError(f"{path}: {why} ({free / 1e6:.0f} MB free); nothing was replaced") from error
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def no_room(error: BaseException) -> str:
+    """Why there was no room for a file, in words; empty for any other error."""
+    said = re.search(r"os error (\d+)", str(error))
+    if why := NO_ROOM.get(int(said[1]) if said else getattr(error, "errno", None)):
+        return why
+    # What PyTorch says of a write that stopped half way, whatever stopped it.
+    cut = re.search(r"No space left|unexpected pos|PytorchStreamWriter|file write failed", str(error))
+    return "the disk is full, or files may not be so large here (ulimit -f)" if cut else ""
 
 
 def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:

@@ -38,7 +38,11 @@ from consonar.types import Generator, Tokenizer
 MAX_GRID_IMAGES = 1024
 MOST_IMAGES = 10_000_000
 """Of one job; their classes and seeds are held in memory."""
-OTHER_ENDINGS = {*IMAGE_ENDINGS, ".npy", ".zip", ".tar", ".gz", ".pt", ".safetensors", ".json", ".html"} - {".png"}
+OTHER_ENDINGS = {
+    *IMAGE_ENDINGS, ".npy", ".zip", ".tar", ".tgz", ".gz", ".xz", ".7z", ".pt", ".pth", ".bin", ".ckpt", ".safetensors",
+    ".json", ".jsonl", ".html", ".txt", ".md", ".log", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".pdf", ".svg", ".mp4",
+    ".pkl", ".h5", ".parquet", ".",
+} - {".png"}  # fmt: skip
 """Endings of files that are not written here; any other dot (t0.9) is part of a folder's name."""
 
 PLACES = ("generator", "tokenizer", "origin")
@@ -64,7 +68,7 @@ class Job:
         origin: Origin | None = None,
     ) -> None:
         check_seed(seed, "seed", len(labels))
-        check_fit(generator, tokenizer)
+        check_fit(generator, tokenizer, sampler)
         used, origin = of_tokenizer(tokenizer), origin or Origin()
         remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
         check("tokenizer", used, origin, source, remedy)
@@ -120,12 +124,13 @@ def run_job(
         check_batch_size(count, key)
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another name")
-    ending = out.suffix.lower()
+    stem, dot, last = out.name.rpartition(".")
+    ending = (dot + last).lower()
     if ending == ".png" and len(job.labels) > MAX_GRID_IMAGES:
         many = f"{len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES})"
         raise UserError(f"--out: {many}; use .npz or a folder")
-    if ending in OTHER_ENDINGS:
-        raise UserError(f"--out: samples are not written as {out.suffix}; choices: .png, .npz, or a folder")
+    if ending in OTHER_ENDINGS or (ending in (".png", ".npz") and not stem):
+        raise UserError(f"--out: samples are not written as {out.name}; choices: NAME.png, NAME.npz, or a folder")
     folder = out.with_name(f"{out.name}.parts")
     shards = [
         (folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))

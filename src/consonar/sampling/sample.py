@@ -226,7 +226,7 @@ def sample(
     config = SamplerConfig() if config is None else config
     if not isinstance(config, SamplerConfig):
         raise UserError(f"config: a {type(config).__name__}; give a SamplerConfig")
-    check_fit(generator, tokenizer)
+    check_fit(generator, tokenizer, config)
     if (origin := getattr(generator, "origin", None)) is not None:  # of a generator that was loaded
         used, remedy = of_tokenizer(tokenizer), "its codes mean something else; see `load_own_tokenizer`"
         check("tokenizer", used, origin, "the generator", remedy)
@@ -274,8 +274,9 @@ def check_batch_size(batch_size: int, key: str = "batch_size") -> None:
         raise UserError(f"{key}: {batch_size!r} is not a number of images, 1 or more")
 
 
-def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:
-    """Raises `UserError` when the tokenizer cannot decode what the generator predicts, or one is no model."""
+def check_fit(generator: Generator, tokenizer: Tokenizer, config: SamplerConfig) -> None:
+    """Raises `UserError` when the tokenizer cannot decode what the generator predicts, guidance would end behind its
+    last token, or one is no model."""
     for what, model, part in (("generator", generator, "num_classes"), ("tokenizer", tokenizer, "decode")):
         if not hasattr(model, part):
             raise UserError(f"{what}: a {type(model).__name__} is none; load one with `load_{what}`")
@@ -283,6 +284,9 @@ def check_fit(generator: Generator, tokenizer: Tokenizer) -> None:
         ours, theirs = getattr(generator, key), getattr(tokenizer, key)
         if ours != theirs:
             raise UserError(f"tokenizer: {tokenizer.name} has {key} {theirs}, the generator was trained with {ours}")
+    last = generator.num_tokens - 1
+    if config.guidance_interval is not None and config.guidance_interval > last:
+        raise UserError(f"guidance_interval: {config.guidance_interval} is not in [0, {last}]; {NO_INTERVAL}")
 
 
 def check_condition(condition: Condition, generator: Generator) -> None:

@@ -19,7 +19,7 @@ from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
-from consonar.files.weights import finish_save
+from consonar.files.weights import finish_save, is_component
 from consonar.files.writers import write_json
 from consonar.options import is_whole
 from consonar.training.build import build
@@ -81,6 +81,7 @@ def train(
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
             if world.is_main and not state.interrupted and (state.step == config.loop.steps or state.stopped):
                 export(built, state, out)
+            tracker.say(f"run folder: {out}")
     return out
 
 
@@ -213,7 +214,7 @@ def with_validation(config: TrainConfig) -> TrainConfig:
 def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     """Refuses a folder that holds a run, unless `resume` is set and the run is this one."""
     stored = out / "config.json"
-    if not stored.exists():
+    if not stored.exists() or is_component(out):
         if out.exists() and (not out.is_dir() or not is_unused(out)):
             raise UserError(f"--out: {out} exists and is not a run; choose another folder")
         if resume:

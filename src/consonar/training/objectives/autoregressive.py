@@ -128,6 +128,10 @@ class Autoregressive(Objective[TokenBatch, NoisyTokens]):
         self.config, self.tokenizer = config, tokenizer
         self.total_steps, self.seed, self.world = total_steps, seed, world
         self.neighbours: Tensor | None = None  # made when first needed, on the device of the tokens
+        count = config.noise.num_neighbours
+        if config.noise.corruption == "nearest" and count >= tokenizer.vocab_size:
+            choices = f"choices: 1..{tokenizer.vocab_size - 1}, the other codes of {tokenizer.name}"
+            raise UserError(f"objective.noise.num_neighbours: {count} is too many; {choices}")
 
     def noise_rate(self, step: int) -> float:
         """f(t) at this step."""
@@ -158,7 +162,7 @@ class Autoregressive(Objective[TokenBatch, NoisyTokens]):
                 )
         if settings.corruption == "nearest" and self.neighbours is None:
             codebook = codebook_of(self.tokenizer, tokens.device)
-            self.neighbours = noise.code_neighbours(codebook, min(settings.num_neighbours, len(codebook) - 1))
+            self.neighbours = noise.code_neighbours(codebook, settings.num_neighbours)
         rates = self.world.own_rows(lambda n: noise.draw_noise_rates(settings.schedule, rate, n, rng), len(tokens))
         vocab_size, world = self.tokenizer.vocab_size, self.world
         return noise.corrupt_tokens(
