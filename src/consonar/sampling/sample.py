@@ -275,8 +275,7 @@ def check_batch_size(batch_size: int, key: str = "batch_size") -> None:
 
 
 def check_fit(generator: Generator, tokenizer: Tokenizer, config: SamplerConfig) -> None:
-    """Raises `UserError` when the tokenizer cannot decode what the generator predicts, guidance would end behind its
-    last token, or one is no model."""
+    """Raises `UserError` where one is no model, the tokenizer does not fit, or guidance would end behind the tokens."""
     for what, model, part in (("generator", generator, "num_classes"), ("tokenizer", tokenizer, "decode")):
         if not hasattr(model, part):
             raise UserError(f"{what}: a {type(model).__name__} is none; load one with `load_{what}`")
@@ -284,9 +283,8 @@ def check_fit(generator: Generator, tokenizer: Tokenizer, config: SamplerConfig)
         ours, theirs = getattr(generator, key), getattr(tokenizer, key)
         if ours != theirs:
             raise UserError(f"tokenizer: {tokenizer.name} has {key} {theirs}, the generator was trained with {ours}")
-    last = generator.num_tokens - 1
-    if config.guidance_interval is not None and config.guidance_interval > last:
-        raise UserError(f"guidance_interval: {config.guidance_interval} is not in [0, {last}]; {NO_INTERVAL}")
+    if (end := config.guidance_interval or 0) >= generator.num_tokens:
+        raise UserError(f"guidance_interval: {end} is not in [0, {generator.num_tokens - 1}]; {NO_INTERVAL}")
 
 
 def check_condition(condition: Condition, generator: Generator) -> None:
