@@ -6,7 +6,8 @@ Wrong input prints one line and exits with 2; a run that fails by itself (a loss
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 
@@ -41,14 +42,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal and log takes every character
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with errors_told(words[0]):
+        name, *args = map(with_home, words)
+        if name in ("-h", "--help"):
+            say("usage: consonar COMMAND ...\n")
+            for command, summary in COMMANDS.items():
+                say(f"  {command:16}{summary}")
+            say("\nOptions of a command: consonar COMMAND --help")
+            return
+        if name == "--version":
+            say(__version__)
+            return
+        hold_memory()
+        check_choice("command", name, COMMANDS)
+        if name != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"{name}: is for one process, only train is for several; leave torchrun away")
+        module = import_module(f"consonar.cli.{name.replace('-', '_')}")
+        if name == "train":  # its options are those of the recipe that is named first
+            module.command(args)
+        else:
+            module.command(import_module("consonar.cli.parsing").parse(module.Options, args, name))
+
+
+@contextmanager
+def errors_told(command: str) -> Iterator[None]:
+    """Around a command: what is the user's to mend is one line and an exit status, anything else a traceback."""
     try:
-        run(*map(with_home, words))
+        yield
     except BrokenPipeError:
         # Who read the output (`| head`) has left: nothing to tell, and nobody to tell it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell says it
     except UserError as error:
-        skips = isinstance(error, BadImage) and words[0] in ("tokenize", "train", "evaluate")
+        skips = isinstance(error, BadImage) and command in ("tokenize", "train", "evaluate")
         way_out = "; --bad-images skip leaves such images out" if skips else ""
         stop(f"{error}{way_out}", 2)
     except OSError as error:
@@ -66,26 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop(printable(f"not enough memory; make batches, pictures or the model smaller{found}"), 2)
     except KeyboardInterrupt:
         stop("interrupted; the same command (train: with --resume, if its run folder is there) goes on", 130)
-
-
-def run(name: str, *args: str) -> None:
-    if name in ("-h", "--help"):
-        say("usage: consonar COMMAND ...\n")
-        for command, summary in COMMANDS.items():
-            say(f"  {command:16}{summary}")
-        say("\nOptions of a command: consonar COMMAND --help")
-    elif name == "--version":
-        say(__version__)
-    else:
-        hold_memory()
-        check_choice("command", name, COMMANDS)
-        if name != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError(f"{name}: is for one process, only train is for several; leave torchrun away")
-        module = import_module(f"consonar.cli.{name.replace('-', '_')}")
-        if name == "train":  # its options are those of the recipe that is named first
-            module.command(args)
-        else:
-            module.command(import_module("consonar.cli.parsing").parse(module.Options, args, name))
 
 
 def with_home(word: str) -> str:
