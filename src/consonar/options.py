@@ -190,6 +190,8 @@ def check_left(config: Any, key: str, words: str, prefix: str = "") -> None:
 
 
 Count = Annotated[int, Range(1)]
+Depth = Annotated[int, Range(1, 1000)]
+"""Layers: more are a slip of the keyboard, and take hours to make."""
 CountOrZero = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, ends="(]")]
 NotNegative = Annotated[float, Range(0)]

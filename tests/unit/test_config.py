@@ -123,6 +123,7 @@ MISTAKES = {
     "key given twice in a line": ("base: ar-openmoji\noptim: {lr: 1, 'lr': 2}", r"lr is given twice .*line 2"),
     "section given twice": ("base: ar-openmoji\nseed: 1\nloop: {}\nloop: {}", r"loop is given twice in one table"),
     "reward given twice": ("base: vapi-openmoji\nobjective: {rewards: {mse: 1, mse: 2}}", r"mse is given twice"),
+    "layers": ("base: ar-openmoji\nmodel: {num_layers: 1000000000}", r"num_layers: 1000000000"),
     "octal": ("base: ar-openmoji\nseed: 010", r"seed: .*'010'"),
     "minutes": ("base: ar-openmoji\nloop:\n  steps: 1:30", r"loop\.steps: .*'1:30'"),
     "YAML": ("a: [1", r"mine\.yaml: not valid YAML"),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from consonar.attention import KVCache, NormedAttention
 from consonar.generators.rotary import Heads, RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU
-from consonar.options import Count, ShareBelowOne
+from consonar.options import Depth, ShareBelowOne
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class AliTokARConfig(RotaryConfig):
     """Shape of an AliTok generator."""
 
     kind: Literal["alitok-ar"] = "alitok-ar"
-    num_layers: Count = 24
+    num_layers: Depth = 24
     """Transformer blocks."""
     num_heads: Heads = 16
     """Attention heads; cuts `width` into heads of a multiple of 4."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from consonar.attention import KVCache
 from consonar.errors import UserError
-from consonar.options import Count, CountOrZero
+from consonar.options import Count, CountOrZero, Depth
 from consonar.origin import Origin
 from consonar.types import Grid, ModelConfig
 
@@ -33,7 +33,7 @@ class GeneratorConfig(ModelConfig):
     """Tokens per image; 0: taken from the token store."""
     width: Count = 768
     """Hidden size."""
-    num_layers: Count
+    num_layers: Depth
     """Transformer blocks."""
     num_heads: Count
     """Attention heads."""

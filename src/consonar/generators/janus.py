@@ -33,7 +33,7 @@ from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.generators.rotary import rotary_angles
-from consonar.options import SMALLEST, Count, CountOrZero, Divides, Positive, Range
+from consonar.options import SMALLEST, Count, CountOrZero, Depth, Divides, Positive, Range
 from consonar.types import PromptCondition
 
 # "<｜▁pad▁｜>" of the tokenizer of both released models.
@@ -47,7 +47,7 @@ class JanusConfig(GeneratorConfig):
     kind: Literal["janus"] = "janus"
     width: Count = 2048
     """Hidden size of the language model."""
-    num_layers: Count = 24
+    num_layers: Depth = 24
     """Transformer blocks."""
     num_heads: Annotated[Count, Divides("width", 2, into="heads of even width")] = 16
     """Attention heads; divides `width`."""

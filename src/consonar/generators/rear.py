@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from consonar.attention import KVCache, NormedAttention, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalGenerator, GeneratorConfig
-from consonar.options import Count, CountOrZero, Divides, Positive, ShareBelowOne
+from consonar.options import Count, CountOrZero, Depth, Divides, Positive, ShareBelowOne
 
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
@@ -39,7 +39,7 @@ class ReARConfig(GeneratorConfig):
     """Shape of a reAR/RAR generator. Recipes leave `vocab_size`, `num_tokens`, `num_classes` at 0: set by the data."""
 
     kind: Literal["rear"] = "rear"
-    num_layers: Count = 20
+    num_layers: Depth = 20
     """Transformer blocks."""
     num_heads: Annotated[Count, Divides("width")] = 16
     """Attention heads; divides `width`."""

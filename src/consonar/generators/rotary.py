@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
 from consonar.generators.base import CausalGenerator, GeneratorConfig, Given
-from consonar.options import SMALLEST, Count, CountOrZero, Divides, Positive, Range, ReadOnlyWith, ShareBelowOne
+from consonar.options import SMALLEST, Count, CountOrZero, Depth, Divides, Positive, Range, ReadOnlyWith, ShareBelowOne
 from consonar.types import Grid
 
 Heads = Annotated[Count, Divides("width", 4, into="heads of a multiple of 4")]
@@ -102,7 +102,7 @@ def rotary_table(
 class RotaryConfig(GeneratorConfig):
     """Shape of a generator with rotary positions. Recipes leave the last four at 0 and None: set by the data."""
 
-    num_layers: Count = 12
+    num_layers: Depth = 12
     """Transformer blocks."""
     num_heads: Heads = 12
     """Attention heads; cuts `width` into heads of a multiple of 4."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.errors import UserError
-from consonar.options import Count, Divides, check_options
+from consonar.options import Count, Depth, Divides, check_options
 from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig, as_row
 from consonar.types import Grid
 
@@ -34,7 +34,7 @@ class TransformerConfig:
 
     width: Count
     """Width of the residual stream."""
-    num_layers: Count
+    num_layers: Depth
     """Number of blocks."""
     num_heads: Annotated[Count, Divides("width")]
     """Attention heads per block; divides `width`."""
