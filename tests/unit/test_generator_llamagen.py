@@ -91,7 +91,7 @@ def test_a_file_saved_after_sampling_carries_a_cache_that_we_set_aside():
     [
         ({"num_heads": 3}, r"model\.num_heads: 3 does not cut model\.width 32"),
         ({"num_heads": 16}, r"model\.num_heads: 16 does not cut .* a multiple of 4"),
-        ({"num_layers": 0}, r"model\.num_layers: 0 is not positive"),
+        ({"num_layers": 0}, r"model\.num_layers: 0 is not in \[1, 1000\]"),
         ({"rope_base": -1.0}, r"model\.rope_base: -1\.0 is not in \[1e-06, 1e\+12\]"),
         ({"ffn_dropout": 1.0}, r"model\.ffn_dropout: 1\.0 is not in \[0, 1\)"),
         ({"vocab_size": -1}, r"model\.vocab_size: -1 is negative"),
