@@ -248,7 +248,7 @@ def test_an_interruption_promises_no_run_where_none_has_begun(monkeypatch, capsy
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(cli, "hold_memory", interrupted)
     with pytest.raises(SystemExit, match="130"):
         cli.main(["train"])
     assert "train: with --resume, if its run folder is there" in capsys.readouterr().err
