@@ -72,8 +72,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     * The EXIF orientation is applied first, so width and height can swap; EXIF that cannot be read is ignored.
     * Grey and palette become RGB; CMYK, YCbCr and HSV by Pillow's formulas (colour profiles are not applied).
     * 16-bit grey is scaled by 1/256 (0..65535 -> 0..255, rounded down), never clipped.
-    * Transparency, be it an alpha channel, a palette entry or a key colour, is composited on white; Pillow misses the key
-      colour of 2- and 4-bit grey and of 16-bit RGB.
+    * Transparency, be it an alpha channel, a palette entry or a key colour, is composited on white; Pillow misses the
+      key colour of 2- and 4-bit grey and of 16-bit RGB.
 
     Raises `UserError` for floating point, LAB and other modes whose conversion to RGB is not defined here.
     """
