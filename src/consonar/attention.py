@@ -4,8 +4,6 @@ Letters: `B` batch, `n` new positions, `T` positions read so far with them, `P` 
 of one head, `D` width of the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

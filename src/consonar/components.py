@@ -1,8 +1,6 @@
 """Generators and tokenizers by name, read and written: shipped with the package, a run, a model folder, or `hf:` a
 released file, which is converted once into the cache folder and read from there."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Frozen dataclasses to plain dicts and back, strictly: unknown keys and wrong types are refused, naming the path."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """The only file that knows about processes and devices: start, wrap, reduce. One process needs none of it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Arithmetic that stays in float32 inside an update in bf16: searches, distances, losses, whose terms nearly cancel."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -5,8 +5,6 @@ recognises; `@384` behind either says the image size where shapes do not. A file
 the messages is taken instead of a download, so that all of this works without a network.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a JSON object is to Python, for annotations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 What else a name or an `hf:` text means, and generators, stand above the converter, in `consonar.components`.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Token stores, models, runs, samples and results carry an `Origin`. What an older
 and differs from nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Which precision a run multiplies in: decided once for a device. `float32.py` marks what stays in float32."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

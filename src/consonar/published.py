@@ -6,8 +6,6 @@ which ours reproduces, and the list of all keys and shapes at the real size, whi
 was at hand when this was written.
 """
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Literal

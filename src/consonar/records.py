@@ -5,8 +5,6 @@ they are moved to a device, cut, chosen from and joined; where data lie is decid
 are drawn by `consonar.seeding`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar, cast

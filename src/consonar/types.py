@@ -4,8 +4,6 @@ Letters used for shapes everywhere: `B` batch, `N` tokens per image, `V` vocabul
 `P` prefix positions of a generator, `H`, `W` pixels. Images are float32 in [-1, 1]; tokens are int64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable

@@ -1,7 +1,5 @@
 """The command `doctor`: what a bug report needs to say about the machine, and why it calculates as it does."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

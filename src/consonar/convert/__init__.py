@@ -6,8 +6,6 @@ every key, and writes what `load_generator` and `load_tokenizer` read: `config.j
 it came from). `to_official` makes the released layout again, from a converted folder or from one that was trained here.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ an index, bare or inside an entry of a training checkpoint, maybe with the prefi
 `torch.compile` put before keys. Tensors are mapped where the format allows: only what is used is read from the disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

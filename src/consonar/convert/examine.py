@@ -1,7 +1,5 @@
 """What a state dict is, by keys, shapes and types alone: nothing is read or written before all is known."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@
 Letters: `B` batch, `L` positions.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 import torch

@@ -6,8 +6,6 @@ cache folder cannot be written, a job spans several machines, or the machine is 
 taken and no answer kept. A run keeps its own answers too, and goes on with them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

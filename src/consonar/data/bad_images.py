@@ -4,8 +4,6 @@ Which ones are left out is found by decoding every picture once before the job b
 without them, so that rows, labels and counts mean the same throughout, and again when it is resumed from the list.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator

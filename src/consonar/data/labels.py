@@ -1,7 +1,5 @@
 """Labels where they enter: checked, counted, put into a given order of classes, or given to pictures without one."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path

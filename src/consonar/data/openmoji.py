@@ -6,8 +6,6 @@ validation split holds 10 % of the *base* emoji: skin-tone, hair, gender and dir
 base, so they never sit on both sides.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import io

@@ -5,8 +5,6 @@ Every image is decoded completely and converted to RGB (`picture_files.read_imag
 image or is cut short stops with its name.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

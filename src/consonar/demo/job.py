@@ -6,8 +6,6 @@ given. Same seed, data order, steps and samples for the runs of a comparison; on
 Every step that is finished is skipped when the demo is called again, so that an interrupted one goes on, as planned.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable

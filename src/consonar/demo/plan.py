@@ -3,8 +3,6 @@
 Runs of a comparison have the same seed, data order, steps and samples. The rest is arithmetic on measured seconds.
 """
 
-from __future__ import annotations
-
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ Policy gradient lowers entropy, and so does sampling at a lower temperature; a g
 at the temperature of equal entropy is no gain of the method.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

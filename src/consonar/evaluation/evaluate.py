@@ -6,8 +6,6 @@ into that many disjoint equal parts, and the standard deviation of a metric over
 distance is biased upwards for few samples, so parts compare among themselves only, and their values are not reported.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import fields

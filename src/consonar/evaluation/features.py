@@ -3,8 +3,6 @@
 Shapes: `B` batch, `F` features. Images are uint8 (B, H, W, 3) numpy arrays until the network is called.
 """
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 from collections import Counter

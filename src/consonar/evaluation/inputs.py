@@ -4,8 +4,6 @@ Shapes: `B` batch, `S` samples, `T` images of a reference, `N` tokens, `F` featu
 arrays, always of one size in a set, and are never held as floats.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

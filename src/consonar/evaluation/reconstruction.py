@@ -4,8 +4,6 @@ rFD is the Fréchet distance between the features of originals and reconstructio
 Shapes: `B` batch, `N` tokens per image, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What `evaluate` returns, metrics with everything that makes them a result, and the files that record it."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -4,8 +4,6 @@ Regularisation changes how sharp a model is, and temperature alone moves the Fr√
 curve. All rows of all runs share classes and seeds (common random numbers).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

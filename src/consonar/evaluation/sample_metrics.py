@@ -3,8 +3,6 @@
 A new metric is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial

@@ -5,8 +5,6 @@ nobody, and stops nobody. It is advisory: it keeps processes of this library apa
 has to support locks (NFSv4 does). Where there are none, and on systems without `fcntl`, a line on stderr says so.
 """
 
-from __future__ import annotations
-
 import errno
 import functools
 import itertools

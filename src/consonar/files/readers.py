@@ -4,8 +4,6 @@ Every reader raises one `UserError` with the file's name for whatever is wrong w
 and the size that an array claims is compared with what is there before memory is taken for it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

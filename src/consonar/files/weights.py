@@ -5,8 +5,6 @@ They must be whole, finite, of the model's names and shapes, and as many as it h
 means is said above, in `consonar.model_folders`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

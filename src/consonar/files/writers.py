@@ -1,8 +1,6 @@
 """Files that appear whole or not at all, and the cache: what can be rebuilt, as rendered data sets, reference features,
 converted weights."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The kinds of generators. A stored one is loaded by `consonar.components`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

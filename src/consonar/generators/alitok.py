@@ -12,8 +12,6 @@ row serves as the mask of `corruption: mask`, as in reAR; condition dropout belo
 Letters: `B` batch, `n` new positions, `N` tokens, `V` codes, `D` width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal

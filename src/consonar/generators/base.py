@@ -5,8 +5,6 @@ Sequence [condition, token 0, token 1, ...], causal; hidden state P - 1 + i pred
 Letters: `B` batch, `n` new tokens, `N` tokens, `V` codes, `D` width, `P` condition tokens.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar

@@ -19,8 +19,6 @@ Letters: `B` batch, `L` prompt positions of a batch, `P` of the longest prompt a
 `D` width, `T` positions read so far.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal

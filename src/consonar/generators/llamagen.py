@@ -14,8 +14,6 @@ Letters: `B` batch, `n` new positions, `N` tokens, `V` codes, `D` width, `P` con
 feature.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace

@@ -12,8 +12,6 @@ from it; the alignment heads live in `training.trainee`, not here; `forward` nev
 Letters: `B` batch, `N` tokens, `V` codes, `D` width, `L` = N + 2 positions.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial

@@ -12,8 +12,6 @@ load at another.
 Letters: `B` batch, `n` new positions, `N` tokens, `V` codes, `D` width, `P` condition tokens, `E` width of one head.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache

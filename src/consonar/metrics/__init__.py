@@ -3,8 +3,6 @@
 A row is all that tables and charts need of a number; one that has no row is shown under its own name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 

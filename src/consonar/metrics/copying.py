@@ -11,8 +11,6 @@ that quantile of the validation distances instead; at q a share of q of the vali
 Shapes: `S` samples, `T` training images, `K` validation images, `F` features, `N` tokens.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass

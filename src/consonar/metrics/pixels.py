@@ -3,8 +3,6 @@
 Deviation from Wang et al.: SSIM is taken per RGB channel and averaged (theirs is on grey images), at full size.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

@@ -3,8 +3,6 @@
 Letters: `B` batch, `F` features, `K` classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

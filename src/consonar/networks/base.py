@@ -4,8 +4,6 @@ they are frozen; a distance compares the layers of a network.
 Letters: `B` images, `G` images of each original, `C` channels, `h`, `w` places of one layer's map.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

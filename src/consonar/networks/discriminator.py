@@ -1,7 +1,5 @@
 """The patch discriminator: trained with a tokenizer, kept as a model folder of its own, read by a reward."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

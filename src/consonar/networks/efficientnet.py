@@ -7,8 +7,6 @@ Fréchet distance of the features is `FD(efficientnet-lite0)`, not FID, which on
 (`inception.py`). The network: Tan and Le 2019, arXiv 1905.11946, Lite variant.
 """
 
-from __future__ import annotations
-
 import copy
 from functools import lru_cache
 from pathlib import Path

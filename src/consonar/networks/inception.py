@@ -22,8 +22,6 @@ ADM and torch-fidelity).
 Letters: `B` batch, `C` channels, `H`, `W` pixels or places.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

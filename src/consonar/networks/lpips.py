@@ -30,8 +30,6 @@ The linear weights `lpips_v0.1_vgg_lin.npz` are the published ones, BSD-2-Clause
     OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

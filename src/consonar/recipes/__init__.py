@@ -4,8 +4,6 @@ Variants use `dataclasses.replace`. Files are read strictly: unknown keys and wr
 path. A file may name a recipe with `base:` and give only what differs.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

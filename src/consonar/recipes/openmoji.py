@@ -1,7 +1,5 @@
 """Recipes on OpenMoji at 64 px with the shipped tokenizer: some minutes on two CPU cores, nothing to fetch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from consonar.generators.rear import REAR_PRESETS, ReARConfig

@@ -18,8 +18,6 @@ Deviations from the released code, all reAR rows: the encode term counts at nois
 blocks are not compiled unless `loop.compile` is set. Heads have three linear maps as released (article: two).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from consonar.generators.alitok import ALITOK_PRESETS

@@ -10,8 +10,6 @@ A run folder holds `config.json`, and any of `metrics.jsonl`, `results.json` (sc
 What is missing is left out of the page; what is there and broken is a `UserError`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ entropy (the temperature control) have a ring in the other's colour. A run has o
 enters a chart: the page's legend has it, beside the same colour, marker and dash.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence

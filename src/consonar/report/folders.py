@@ -3,8 +3,6 @@
 What is missing stays empty; what is there and broken is a `UserError`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 PNG keeps every pixel, so that what is looked at is what was measured. Shapes: n images, H x W pixels.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the page knows of a run folder, as plain records, and which runs of a page began or control others."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

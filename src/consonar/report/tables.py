@@ -4,8 +4,6 @@ Ahead or behind is what lies beyond twice the spread of the difference, sqrt(a^2
 is no difference. The spread covers drawing again, never training again.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

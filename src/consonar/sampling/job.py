@@ -6,8 +6,6 @@ one grid), an .npz in ADM layout (`arr_0` uint8 (n, H, W, 3), plus labels, seeds
 a folder of PNG files.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import zipfile

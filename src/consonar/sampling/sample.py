@@ -6,8 +6,6 @@ sampled with equal seeds see equal numbers (common random numbers). Guidance, te
 order, as in LlamaGen's sampler.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 import operator

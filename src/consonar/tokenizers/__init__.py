@@ -1,7 +1,5 @@
 """The kinds of tokenizers. A stored one is loaded by `consonar.components`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -12,8 +12,6 @@ are not here.
 Letters: those of `vit.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

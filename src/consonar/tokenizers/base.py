@@ -3,8 +3,6 @@
 Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `H`, `W` pixels.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 

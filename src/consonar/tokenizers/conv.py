@@ -12,8 +12,6 @@ Deviation: released groups are always 32; here `num_groups` is a field, so that 
 Letters: `B` batch, `N` tokens (raster order), `V` vocabulary, `C` code width, `h`, `w` token grid, `H`, `W` pixels.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise

@@ -8,8 +8,6 @@ Deviations: the released `decode` clamps to [0, 1], ours leaves clamping to the 
 the module.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

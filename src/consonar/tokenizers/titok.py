@@ -16,8 +16,6 @@ here. The released code freezes encoder and codes while the pixel decoder is tra
 Letters: those of `vit.py`; `K` codes of the pixel decoder, `Z` their width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -12,8 +12,6 @@ Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `D` transformer 
 `h`, `w` patch grid, `H`, `W` pixels.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Annotated

@@ -8,8 +8,6 @@ l2-normalised on both sides of the search; the output is not clamped.
 Letters: `B` batch, `N` tokens (raster order), `C` code width, `h`, `w` token grid.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ Deviations: images are [-1, 1] outside of the module; the constant tables of the
 kept as buffers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

@@ -3,8 +3,6 @@
 There are three kinds of run, see `RUNS`; which one a configuration means is in the row of its method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

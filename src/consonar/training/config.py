@@ -1,7 +1,5 @@
 """A run is one `TrainConfig`: frozen dataclasses, a sentence per field, checked when made."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any

@@ -10,8 +10,6 @@ group normalisation also changes slightly everywhere; the kernel then is wide an
 Letters: `B` images, `N` tokens, `M` cells (rows x columns, so N less the prefix), `P` replaced tokens, `V` codes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

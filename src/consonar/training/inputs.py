@@ -1,7 +1,5 @@
 """What runs read: token stores, pictures, what is held out of them; and what a trainee makes beside: previews, FD."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """AdamW with explicit parameter groups, the learning-rate schedule, and the moving average of weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

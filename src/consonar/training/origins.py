@@ -3,8 +3,6 @@
 It is in the run's origin.json: a run is resumed on the same content, wherever that lies by then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path

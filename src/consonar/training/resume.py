@@ -3,8 +3,6 @@
 That is the trainee with its heads, the optimizer and the moving average: a run goes on exactly.
 """
 
-from __future__ import annotations
-
 import re
 import zipfile
 from collections.abc import Iterator, Mapping

@@ -10,8 +10,6 @@ size are resized by area, which keeps the mean: that of the cells is the reward 
 Letters: `B` originals, `G` images of each (1 if not said), `H`, `W` pixels, `h`, `w` places of one layer's map.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import math

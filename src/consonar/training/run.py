@@ -1,7 +1,5 @@
 """Assembles a run from its configuration: data, model, objective, tracker; then hands over to the loop."""
 
-from __future__ import annotations
-
 import json
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Where numbers go: metrics.jsonl always; TensorBoard, W&B or trackio when asked for; a line or a bar for people."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

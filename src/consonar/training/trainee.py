@@ -4,8 +4,6 @@ The heads live beside the generator, so that the exported checkpoint is the gene
 what it is without them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path

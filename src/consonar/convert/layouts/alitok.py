@@ -1,7 +1,5 @@
 """Released files of AliTok (arXiv 2506.05289), the tokenizer `AliTok.pth` and the generators: our keys are theirs."""
 
-from __future__ import annotations
-
 import math
 
 from consonar.convert.layouts.official import Official, Shapes, has, num_indices, transformer

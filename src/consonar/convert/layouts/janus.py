@@ -12,8 +12,6 @@ a text vocabulary that ends before it, the last one), images of 384 pixels (576 
 alone, without a language model, has the language model of the released Janus-Pro of its width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar

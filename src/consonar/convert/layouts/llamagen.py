@@ -8,8 +8,6 @@ the width, else heads of 64), images of 256 pixels in 16 x 16 tokens (grid and n
 and a null class.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

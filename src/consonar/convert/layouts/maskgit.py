@@ -3,8 +3,6 @@
 Files do not tell the image size and the number of groups: 256 and 32, as published.
 """
 
-from __future__ import annotations
-
 from consonar.convert.layouts.official import Official, Shapes, has, multipliers, num_indices
 from consonar.tokenizers.maskgit import MaskGITConfig
 

@@ -1,7 +1,5 @@
 """How a released state dict becomes ours and back: one record per released architecture, and what records share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

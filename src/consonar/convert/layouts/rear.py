@@ -4,8 +4,6 @@ A reAR file also holds the two alignment heads of its training, which no samplin
 shapes cannot say: dropout, 0.1 as published. All other sizes, heads included, follow from shapes.
 """
 
-from __future__ import annotations
-
 import math
 
 from consonar.convert.layouts.official import Official, Shapes, State, has, num_indices, set_aside

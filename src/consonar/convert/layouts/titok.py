@@ -4,8 +4,6 @@ Files do not tell whether codes are normalised: the first form's are, the second
 tell the pixel decoder's groups either: 32, as published.
 """
 
-from __future__ import annotations
-
 import math
 
 from consonar.convert.layouts.official import Official, Shapes, has, multipliers, num_indices, transformer

@@ -5,8 +5,6 @@ image size, the number of groups and whether codes are normalised: 256, 32 and n
 copy of MaskGIT's tokenizer, whose decoder is stored the other way round.
 """
 
-from __future__ import annotations
-
 import torch
 
 from consonar.convert.layouts.official import Official, Shapes, State, has, multipliers, num_indices, set_aside

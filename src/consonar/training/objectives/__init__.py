@@ -4,8 +4,6 @@ A row is what the rest of the house knows of a method: its configuration and obj
 what it is called and said to do on the report's page.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -9,8 +9,6 @@ never inside the model; noised positions keep their encode term by default, as i
 released behaviour).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """What objectives share: the class of their configurations, how a condition is dropped, means over batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

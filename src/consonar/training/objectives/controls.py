@@ -9,8 +9,6 @@
 Letters: `B` images, `N` tokens, `V` codes, `C` code width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 

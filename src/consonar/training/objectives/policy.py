@@ -16,8 +16,6 @@ estimators, and credit by place (`credit="token"`).
 Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 

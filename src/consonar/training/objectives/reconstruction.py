@@ -10,8 +10,6 @@ Deviation: the discriminator's own loss and the generator's adversarial loss are
 optimizer; the former sees detached images, the latter detached discriminator weights, so each moves only its own side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
