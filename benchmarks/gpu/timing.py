@@ -39,6 +39,7 @@ from consonar.recipes.published import PLAIN, REGULARISED
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.training.checkpoints import State
 from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.loop import Built, Running, update
 from consonar.training.objectives import method_of_config
@@ -46,7 +47,6 @@ from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.optim import OptimConfig, build_optimizer
-from consonar.training.resume import State
 from consonar.training.rewards import PlacedReward, Rewards, squared_errors
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee

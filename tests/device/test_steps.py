@@ -19,6 +19,7 @@ from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQTokenizer
+from consonar.training.checkpoints import State
 from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.loop import Built, Running, update
 from consonar.training.objectives import method_of_config
@@ -29,7 +30,6 @@ from consonar.training.objectives.controls import StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import OptimConfig, build_optimizer
-from consonar.training.resume import State
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
 from consonar.types import EncodedBatch, ImageBatch, Objective

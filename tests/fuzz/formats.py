@@ -37,8 +37,8 @@ from consonar.origin import Origin
 from consonar.recipes import find_recipe, read_config
 from consonar.report import write_report
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.training.checkpoints import load_resume, save_resume
 from consonar.training.origins import FILE, read_run_origin
-from consonar.training.resume import load_resume, save_resume
 from consonar.training.tracking import read_metrics
 from consonar.types import ImageRecord
 

@@ -14,8 +14,8 @@ from consonar.components import load_generator, load_own_tokenizer, load_tokeniz
 from consonar.config_io import from_dict
 from consonar.data.tokens import TokenStore
 from consonar.networks.discriminator import load_discriminator
+from consonar.training.checkpoints import list_resume
 from consonar.training.config import TrainConfig
-from consonar.training.resume import list_resume
 from consonar.training.run import train
 
 ARCHIVE = Path(__file__).parents[1] / "old" / "folders.tar.xz"

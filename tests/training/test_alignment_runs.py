@@ -16,13 +16,13 @@ from consonar.errors import UserError
 from consonar.files.weights import map_tensors
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vq import VQTokenizer
+from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.objectives import policy as policy_objective
 from consonar.training.objectives.alignment import GuardConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
-from consonar.training.resume import list_resume, load_resume
 from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 

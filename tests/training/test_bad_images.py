@@ -17,8 +17,8 @@ from consonar.data.image_folder import ImageFolder
 from consonar.data.tokens import TokenStore
 from consonar.errors import BadImage, UserError
 from consonar.training import run as runs
+from consonar.training.build import hold_out
 from consonar.training.config import DataConfig, TrainConfig
-from consonar.training.inputs import hold_out
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.tracking import read_metrics
 

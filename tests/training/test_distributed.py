@@ -10,12 +10,12 @@ from two_processes import run_on_two
 
 from consonar.distributed import ALONE
 from consonar.generators.rear import ReARConfig
+from consonar.training.checkpoints import State, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.loop import Built, Running, update
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig, NoisyTokens
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
-from consonar.training.resume import State, load_resume
 from consonar.training.run import train
 from consonar.training.tracking import Tracker, read_metrics
 from consonar.training.trainee import Trainee

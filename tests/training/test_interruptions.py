@@ -11,10 +11,10 @@ from PIL import Image, ImageChops
 from consonar.data import loader
 from consonar.generators.rear import ReARConfig
 from consonar.training import loop
+from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import Autoregressive
 from consonar.training.objectives.reconstruction import ReconstructionConfig
-from consonar.training.resume import list_resume, load_resume
 from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 
@@ -58,10 +58,10 @@ def failing(at, error, inner):
 
 
 def test_a_picture_that_fails_is_a_warning(config, tmp_path, monkeypatch, capsys):
-    from consonar.training import inputs
+    from consonar.training import build
 
-    broken = failing(1, RuntimeError("no font\nhere"), inputs.preview_samples)
-    monkeypatch.setattr(inputs, "preview_samples", broken)
+    broken = failing(1, RuntimeError("no font\nhere"), build.preview_samples)
+    monkeypatch.setattr(build, "preview_samples", broken)
     run = train(config, tmp_path / "run", quiet=True)
     assert capsys.readouterr().err == "tiny: no picture of step 3: RuntimeError: no font here\n"
     assert [path.name for path in (run / "samples").iterdir()] == ["step_000006.png"]

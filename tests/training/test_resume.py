@@ -12,10 +12,10 @@ from consonar.cpu import timing
 from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.generators.rear import ReARConfig
+from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
-from consonar.training.resume import list_resume, load_resume
 from consonar.training.run import check_folder, train
 from consonar.training.tracking import read_metrics
 

@@ -12,7 +12,7 @@ from consonar.data.tokens import TokenStore, write_token_store
 from consonar.errors import UserError
 from consonar.origin import Origin
 from consonar.tokenizers.vq import VQTokenizer
-from consonar.training.inputs import open_store
+from consonar.training.build import open_store
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from consonar.errors import UserError
 from consonar.files.weights import component_fingerprint, finish_save, is_component, load_weights, save_tensors
 from consonar.files.writers import write_atomically
 from consonar.origin import Origin
-from consonar.training.resume import State, list_resume, load_resume, save_resume
+from consonar.training.checkpoints import State, list_resume, load_resume, save_resume
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-"""From a configuration to what the loop needs: data, trainee, objective.
+"""From a configuration to what the loop needs: token stores or pictures, what is held out of them, trainee, objective.
 
 There are three kinds of run, see `RUNS`; which one a configuration means is in the row of its method.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,27 @@ import torch
 from torch import Tensor
 
 from consonar import precision
-from consonar.components import load_generator, load_tokenizer
-from consonar.data.loader import Place, TokenBatches, image_batches
+from consonar.components import load_generator, load_tokenizer, read_origin
+from consonar.data.bad_images import BadImages, leave_out
+from consonar.data.image_folder import other_files
+from consonar.data.labels import describe
+from consonar.data.loader import PictureBatches, Place, TokenBatches, image_batches
+from consonar.data.picture_files import save_grid
+from consonar.data.sources import Part, choices, open_source
+from consonar.data.tokens import TokenStore
 from consonar.distributed import World
-from consonar.errors import UserError
+from consonar.errors import MissingSplit, UserError
+from consonar.files.readers import home_expanded
 from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
+from consonar.origin import Origin, check
 from consonar.records import to_device
-from consonar.seeding import derive_seed, generator
+from consonar.sampling.job import balanced_labels
+from consonar.sampling.sample import sample
+from consonar.seeding import derive_seed, generator, permutation
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook, CodebookTokenizer
-from consonar.training import inputs
+from consonar.training.checkpoints import KeepBest
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
 from consonar.training.objectives import method_of_config
@@ -31,8 +41,11 @@ from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.origins import load_start, origin_of
 from consonar.training.trainee import Trainee
-from consonar.types import Generator, Objective, Tokenizer
+from consonar.types import Generator, ImageSource, IndexedSource, Objective, Tokenizer
 
+HELD_OUT = 0.05
+"""Share of the training pictures that a tokenizer is validated on where the data have no split for it."""
+PREVIEW_IMAGES = 16
 PROBE_IMAGES = 8
 """From how many images, drawn over all of them, the decoder's receptive field is measured."""
 
@@ -53,7 +66,7 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     """Training on tokens: plain AR and reAR, from random weights or from those of `init`."""
     data, shape = config.data, config.model
     assert isinstance(shape, GeneratorConfig) and config.tokenizer is not None  # `resolve_start`
-    store = inputs.open_store(data.tokens, "data.tokens", config.tokenizer, data.views)
+    store = open_store(data.tokens, "data.tokens", config.tokenizer, data.views)
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=store.num_tokens).to(world.device)
     store.check_tokenizer(tokenizer)
     shape = shape.sized(store.vocab_size, store.num_tokens, max(1, store.num_classes), grid=tokenizer.grid)
@@ -62,10 +75,10 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     trainee.reset_heads(generator(config.seed, "init_heads"))
     objective = make_objective(config, world, tokenizer)
     built = Built(trainee, objective, TokenBatches(store, **place), about=(store.describe(),))
-    built.preview = lambda model, path: inputs.preview_samples(model.generator, tokenizer, path)
+    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)
     origin = store.origin
     if data.validation_tokens:
-        held_out = inputs.open_held_out(data.validation_tokens, config.tokenizer, store)
+        held_out = open_held_out(data.validation_tokens, config.tokenizer, store)
         held_out.check_tokenizer(tokenizer)
         built.held_out = TokenBatches(held_out, **place)
         origin = replace(origin, validation_sha256=held_out.origin.data_sha256)
@@ -80,7 +93,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     assert isinstance(shape, GeneratorConfig) and config.tokenizer is not None and init is not None
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=shape.num_tokens).to(world.device)
     model = start_of(config, shape, tokenizer)
-    pictures = inputs.open_pictures(config, tokenizer.image_size, out)
+    pictures = open_pictures(config, tokenizer.image_size, out)
     origin = origin_of(config, f"data.images: {data.images}", tokenizer.fingerprint, pictures.origin)
     # Where every class is dropped none is needed: the condition that all get is the null class, behind the others.
     missing = model.num_classes if config.objective.drops_all_classes else None
@@ -94,13 +107,13 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     dtype = precision.pick_precision(config.loop.precision, world.device)
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
     built = Built(AlignmentTrainee(model), objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
-    built.preview = lambda model, path: inputs.preview_samples(model.generator, tokenizer, path)
+    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)
     if config.loop.fd_samples and pictures.held_out is None:
         raise UserError(f"loop.fd_samples: {data.images} has no validation images to compare with; set it to 0")
     if pictures.held_out is not None:
         built.held_out = validation = made(pictures.held_out, **place)
         if config.loop.fd_samples:
-            built.best = inputs.KeepBest(model, validation, tokenizer, config.loop.fd_samples, out, origin)
+            built.best = KeepBest(model, validation, tokenizer, config.loop.fd_samples, out, origin)
     return built
 
 
@@ -111,7 +124,7 @@ def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     tokenizer = TOKENIZERS[shape.kind].model(shape, name=out.absolute().name)
     if not isinstance(tokenizer, CodebookTokenizer):
         raise UserError(f"model.kind: {shape.kind!r} has no codebook to train")
-    pictures = inputs.open_pictures(config, tokenizer.image_size, out)
+    pictures = open_pictures(config, tokenizer.image_size, out)
     assert pictures.held_out is not None  # `open_pictures` holds some out
     trainee = TokenizerTrainee(tokenizer, discriminator=config.objective.has_discriminator)
     reset_trainee(trainee, config.seed)
@@ -120,7 +133,7 @@ def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     validation = image_batches(pictures.held_out, tokenizer.image_size, **place)
     origin, about, bad = pictures.origin, pictures.about, pictures.bad
     built = Built(trainee, objective, batches, validation, origin=origin, about=about, bad=bad)
-    built.preview = lambda model, path: inputs.preview_reconstructions(model.tokenizer, validation, world, path)
+    built.preview = lambda model, path: preview_reconstructions(model.tokenizer, validation, world, path)
     return built
 
 
@@ -163,3 +176,121 @@ def reset_trainee(trainee: TokenizerTrainee, seed: int) -> None:
         for module in trainee.modules():
             if isinstance(module, Codebook):
                 module.embedding.weight.uniform_(-1, 1)
+
+
+def open_store(path: str | None, key: str, tokenizer: str, views: str | None = None) -> TokenStore:
+    """A whole token store, and of these views, or a `UserError` that says how to make one with the tokenizer."""
+    command = f"consonar tokenize --tokenizer {tokenizer}{f' --views {views}' if views else ''}"
+    if not path:
+        raise UserError(f"{key}: no token store given; make one with: {command} --data ... --out DIR")
+    if not home_expanded(path).exists():
+        split = " --split validation" if "validation" in key else ""
+        raise UserError(f"{key}: no token store at {path}; make it with: {command} --data openmoji{split} --out {path}")
+    store = TokenStore.open(path)
+    if views not in (None, store.metadata.views):
+        held = store.metadata.views
+        raise UserError(f"{key}: {path} holds the views {held}, data.views is {views}; make one with: {command} ...")
+    store.check_content()
+    return store
+
+
+def open_held_out(path: str, tokenizer: str, store: TokenStore) -> TokenStore:
+    """A token store to validate on what is trained on `store`.
+
+    Raises `UserError` unless label i means the same in both, and training has every label of validation.
+    """
+    held_out = open_store(path, "data.validation_tokens", tokenizer)
+    where, remedy = f"data.validation_tokens: {held_out.path}", "tokenize both as splits of one data set"
+    check(where, held_out.origin, store.origin, str(store.path), remedy)
+    several = held_out.num_classes > store.num_classes or bool(held_out.num_classes) != bool(store.num_classes)
+    if several or (held_out.class_names is None) != (store.class_names is None):
+        ours, theirs = (
+            f"{s.num_classes} classes{'' if s.class_names else ' without names'}" if s.num_classes else "no classes"
+            for s in (held_out, store)
+        )
+        raise UserError(f"{where} has {ours}, {store.path} has {theirs}; {remedy}")
+    return held_out
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The image sources of a run, with lines that say what they are, and what cannot be read of them."""
+
+    train: ImageSource
+    held_out: ImageSource | None
+    about: tuple[str, ...]
+    bad: BadImages
+
+    @property
+    def origin(self) -> Origin:
+        """What is made of them; a stream has no hash."""
+        train, held_out = (getattr(source, "content_hash", None) for source in (self.train, self.held_out))
+        names = self.train.class_names
+        return Origin(class_names=names, data=self.train.name, data_sha256=train, validation_sha256=held_out)
+
+
+def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
+    """The pictures of `config.data`; `run` is the folder where an earlier part of the run has listed bad ones.
+
+    Both splits are opened before a picture is decoded. For a tokenizer, where the data have no split `validation`, a
+    part of the training pictures is held out, drawn by the run's seed. Raises `UserError` where no images are named,
+    and as `open_source`, `hold_out` and `leave_out` do.
+    """
+    data = config.data
+    if data.images is None:
+        reader = "a tokenizer" if config.run == "tokenizer" else config.run
+        raise UserError(f"data.images: {reader} needs the images themselves; choices: {choices()}")
+    opened = partial(
+        open_source, data.images, image_size=image_size, classes=data.classes, label_default=data.label_default,
+        model_classes=read_origin(config.init).class_names if config.init else None,
+    )  # fmt: skip
+    train, held_out, share = opened(split="train"), None, None
+    wanted = data.validation_split
+    if wanted and wanted.endswith("%"):
+        share = float(wanted.removesuffix("%")) / 100  # its form is checked by the configuration
+    else:
+        try:
+            held_out = opened(split=wanted or "validation")
+        except MissingSplit as error:
+            if wanted:
+                raise
+            share = HELD_OUT if config.run == "tokenizer" else None
+            if share and not isinstance(train, IndexedSource):
+                raise UserError(f"data.validation_split: {error}; name one of them") from error
+    notes = [f"not read: {note}" for note in {other_files(train), other_files(held_out)} if note]
+    bad = BadImages(data.bad_images, data.bad_images_limit, run / "bad-images.txt", resume=True)
+    train = leave_out(train, bad, "train")
+    held_out = None if held_out is None else leave_out(held_out, bad, "validation")
+    about = [*notes, bad.note] if bad.note else notes
+    if share is not None:
+        train, held_out = hold_out(train, share, config.seed)
+        about.append(f"validation: {describe(held_out)}, held out of the split train by seed {config.seed}")
+    return Pictures(train, held_out, (describe(train), *about), bad)
+
+
+def hold_out(source: ImageSource, share: float, seed: int) -> tuple[Part, Part]:
+    """The source without a `share` of its pictures, and that share, drawn by `seed`.
+
+    Raises `UserError` for a stream, whose pictures have no numbers, and where either part would be empty.
+    """
+    if not isinstance(source, IndexedSource):
+        raise UserError(f"data.validation_split: nothing can be held out of {source.name}; name a split of the data")
+    total = len(source)
+    count = max(1, round(share * total))
+    if count >= total:
+        raise UserError(f"data.validation_split: {count} of {total} pictures held out leave none to train on")
+    order = permutation(generator(seed, "held out"), total)
+    rows, rest = sorted(order[:count].tolist()), sorted(order[count:].tolist())
+    return Part(source, rest, f"{source.name}[without {count}]"), Part(source, rows, f"{source.name}[{count} held out]")
+
+
+def preview_samples(model: Generator, tokenizer: Tokenizer, path: Path) -> None:
+    labels = balanced_labels(PREVIEW_IMAGES, max(1, model.num_classes))
+    save_grid(sample(model, tokenizer, labels).images, path, columns=8)
+
+
+def preview_reconstructions(tokenizer: Tokenizer, validation: PictureBatches, world: World, path: Path) -> None:
+    rows = torch.linspace(0, validation.num_items - 1, min(PREVIEW_IMAGES, validation.num_items)).long()
+    images = to_device(validation.read(rows), world.device).images
+    pairs = torch.stack([images, tokenizer.decode(tokenizer.encode(images))], 1).flatten(0, 1)
+    save_grid(pairs, path, columns=8)

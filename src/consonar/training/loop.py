@@ -24,11 +24,10 @@ from consonar.errors import NonFiniteLoss
 from consonar.origin import Origin
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
+from consonar.training.checkpoints import METRIC, KeepBest, State, list_resume, save_resume
 from consonar.training.config import TrainConfig
-from consonar.training.inputs import METRIC, KeepBest
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import learning_rate, update_average
-from consonar.training.resume import State, list_resume, save_resume
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
 from consonar.types import Objective

@@ -21,11 +21,11 @@ from consonar.files.weights import finish_save, is_component
 from consonar.files.writers import write_json
 from consonar.options import is_whole
 from consonar.training.build import build
+from consonar.training.checkpoints import State, list_resume, load_resume
 from consonar.training.config import TrainConfig
 from consonar.training.loop import KERNELS, Built, Running, train_loop
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import FILE, check_same_origin, comparable, resolve_start
-from consonar.training.resume import State, list_resume, load_resume
 from consonar.training.tracking import Tracker, check_sinks
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))

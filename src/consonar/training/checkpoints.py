@@ -1,11 +1,11 @@
-"""What moves during training, and resume files, `checkpoints/step_00001000.pt`, which hold all of it.
+"""What moves during training, resume files, `checkpoints/step_00001000.pt`, which hold all of it, and the best model.
 
-That is the trainee with its heads, the optimizer and the moving average: a run goes on exactly.
+What moves is the trainee with its heads, the optimizer and the moving average: a run goes on exactly.
 """
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consonar.components import save_generator
+from consonar.data.loader import PictureBatches
 from consonar.errors import UserError, reading
-from consonar.files.readers import check_archive
+from consonar.files.readers import check_archive, read_json
 from consonar.files.weights import check_plain, check_weights, load_weights
-from consonar.files.writers import write_atomically
+from consonar.files.writers import write_atomically, write_json
+from consonar.metrics.distribution import Moments, frechet_distance
+from consonar.networks import load_feature_network
+from consonar.origin import Origin
 from consonar.records import device_of
+from consonar.sampling.job import balanced_labels
+from consonar.sampling.sample import sample
+from consonar.types import Generator, Tokenizer
 
 FORMAT_VERSION = 1
 RESUME_REMEDY = "remove it to resume from the one before"
 STEP_FILE = re.compile(r"step_(\d{8})\.pt")
+NETWORK = "efficientnet-lite0"
+METRIC = f"FD({NETWORK}) validation"
 
 
 def save_resume(folder: Path, step: int, payload: Mapping[str, Any], keep: int) -> Path:
@@ -105,3 +115,53 @@ class State:
                 if average is not None:
                     model.load_state_dict(own)
                 model.train()
+
+
+@dataclass
+class KeepBest:
+    """Keeps the state of a generator whose samples have the lowest Fréchet distance so far to the validation images.
+
+    It is in best/ of the run `folder`, step and value in best.json. `num_samples` are drawn at temperature 1, of the
+    same seeds at every step.
+    """
+
+    model: Generator
+    validation: PictureBatches
+    tokenizer: Tokenizer
+    num_samples: int
+    folder: Path
+    origin: Origin
+
+    def __post_init__(self) -> None:
+        self.network = load_feature_network(NETWORK, str(device_of(self.tokenizer)))
+        self.batch_size = self.validation.batch_size
+        self.target = self.moments(batch.images for batch in self.validation.ordered(self.batch_size))
+        if self.target.count < 2:
+            raise UserError("loop.fd_samples: a distance needs 2 validation images or more, there is 1; set it to 0")
+
+    def moments(self, batches: Iterable[Tensor]) -> Moments:
+        """Those of the features of images."""
+        moments = Moments(self.network.num_features)
+        for images in batches:
+            moments.update(self.network(images))
+        return moments
+
+    def distance(self) -> float:
+        """That of the samples of the generator as it is now."""
+        labels = balanced_labels(self.num_samples, max(1, self.model.num_classes))
+        images = sample(self.model, self.tokenizer, labels, batch_size=self.batch_size).images
+        found = self.moments(images.split(self.batch_size))
+        return frechet_distance(found.mean, found.cov, self.target.mean, self.target.cov)
+
+    def keep(self, step: int, distance: float) -> None:
+        """Keeps the generator as it is now, if it is the best so far."""
+        record = self.folder / "best.json"
+        # A record of a later step is left from before a resume: the run will come by there again.
+        if record.exists():
+            known = read_json(record)
+            with reading(record, "the record of the best model", "remove it"):
+                better = known["step"] < step and known["value"] <= distance
+            if better:
+                return
+        save_generator(self.model, self.folder / "best", self.origin)
+        write_json(record, {"step": step, "metric": METRIC, "value": distance})
