@@ -26,8 +26,8 @@ import torch
 from device.pretend import pretended_cuda
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from consonar.cli.ceilings import copy_rate, operations_of, product_rate
 from consonar.distributed import World, pick_device
 from consonar.evaluation.results import library_versions
 from consonar.generators import build_generator
@@ -126,11 +126,8 @@ class Bench:
 def machine(bench: Bench) -> dict[str, Any]:
     """What the figures are of, and the ceilings: bytes that a copy reads and writes, bf16 operations of a product."""
     size, width = (2**20, 64) if bench.toy else (2**30, 8192)
-    source = torch.empty(size, dtype=torch.uint8, device=bench.device).random_()
-    target = torch.empty_like(source)
-    one, two = (torch.randn(width, width, device=bench.device, dtype=BF16) for _ in range(2))
-    bench.bytes_per_second = 2 * size / bench.measured(lambda: target.copy_(source), 1, 10)["seconds"]
-    bench.products_per_second = 2 * width**3 / bench.measured(lambda: one @ two, 1, 10)["seconds"]
+    bench.bytes_per_second = copy_rate(bench.device, size)
+    bench.products_per_second = product_rate(bench.device, width, BF16)
     return {
         "gpu": torch.cuda.get_device_name(bench.device), "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **library_versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
@@ -180,13 +177,6 @@ def decoding(mode: str, bench: Bench) -> dict[str, Any]:
         return bench.measured(run, pictures, operations=operations_of(run))
     finally:
         torch.backends.cudnn.allow_tf32 = False
-
-
-def operations_of(run: Call) -> int:
-    """Additions and multiplications of all products and convolutions in a call, which is made."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, bench: Bench) -> Callable[[], None]:

@@ -1,14 +1,19 @@
 """`consonar doctor`: what a bug report needs, readable at 80 columns, whatever the machine lacks."""
 
 import importlib.metadata
+import itertools
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
 
 from consonar import cli, precision
+from consonar.cli import ceilings
 from consonar.cli.doctor import optional_packages
 from consonar.cpu import timing
+from consonar.generators.rear import ReARConfig
+from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +86,39 @@ def test_a_cache_folder_that_cannot_be_made_is_told_so(tmp_path, capsys, monkeyp
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "file" / "below"))
     words = " ".join(printed(capsys).split())
     assert "cannot be made" in words and "nothing is kept" in words
+
+
+def test_the_benchmark_says_what_the_device_can_and_what_is_reached(capsys, monkeypatch):
+    toy = replace(
+        ceilings.SIZES["cpu"],
+        generator=ReARConfig(width=32, num_layers=1, num_heads=2).sized(16, 4, 3),
+        tokenizer=MaskGITConfig(base_channels=32, image_size=32),
+        rows=2, tokens=4, step_rows=2, copied=2**20, product=64,
+    )  # fmt: skip
+    monkeypatch.setattr(ceilings, "SIZES", {"cpu": toy})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # A clock on which every call takes half a second: rates and shares are then known.
+    ticks = itertools.count()
+    monkeypatch.setattr(ceilings.time, "perf_counter", lambda: next(ticks) / 2)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
+    cli.main(["doctor", "--benchmark"])
+    lines = capsys.readouterr().out.splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("ceilings"))
+    assert f"{2 * 2 * 2**20 / 1e9:,.1f} GB/s" in lines[at] and "TFLOP/s in float32" in " ".join(lines[at:])
+    works = [line.split() for line in lines if " ms  " in line]
+    assert [" ".join(words[5:]) for words in works] == [
+        "a token of 2 guided rows, float32", "a picture decoded, float32", "a picture encoded, float32",
+        "a training step of 2 rows, float32",
+    ]  # fmt: skip
+    assert works[0][3] == "125.00" and works[-1][3] == "500.00"  # ms: of one of four tokens, of one step
+    # A product of 64 x 64 in half a second is the rate; everything here takes half a second too.
+    with torch.inference_mode():
+        tokenizer = MaskGITTokenizer(toy.tokenizer)
+        operations = ceilings.operations_of(lambda: tokenizer.decode(torch.zeros(1, tokenizer.num_tokens).long()))
+    assert works[1][0] == f"{operations / (2 * 64**3):.0%}" and works[1][2] == "products"
+
+
+def test_the_benchmark_is_read_by_no_other_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["recipes", "--benchmark"])
+    assert stop.value.code == 2 and "--benchmark" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy
@@ -14,8 +16,8 @@ import torch
 
 import consonar
 from consonar import distributed, precision
+from consonar.cli.ceilings import benchmark
 from consonar.cli.console import say
-from consonar.cli.parsing import NoOptions as Options
 from consonar.cpu import kernels, kernels_mode, timing
 from consonar.errors import UserError
 from consonar.files.writers import cache_dir
@@ -26,9 +28,15 @@ UNMEASURED = "nothing is kept: the machine is too busy to be measured, or the ca
 LABEL = 12
 
 
-def command(_: Options) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    benchmark: bool = False
+    """Also measure, for about a minute, what the device can do at most and which share of it our work reaches."""
+
+
+def command(options: Options) -> None:
     lines = textwrap.TextWrapper(80, subsequent_indent=" " * LABEL, break_long_words=False, break_on_hyphens=False)
-    for label, text in findings():
+    for label, text in chain(findings(), benchmark(distributed.pick_device()) if options.benchmark else ()):
         lines.initial_indent = f"{label:{LABEL}}"
         say(lines.fill(text))
 

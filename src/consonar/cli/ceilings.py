@@ -1,0 +1,186 @@
+"""`doctor --benchmark`: what this device can do at most, measured, and which share of it the library's work reaches.
+
+The ceiling of a work is the roofline's (Williams et al., CACM 2009): the longer of the time that its products take at
+the rate of one large product, and of the time that its memory takes to be read once at the rate of a large copy.
+Models have random weights: time does not depend on them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from consonar.cpu.kernels import tune
+from consonar.distributed import World
+from consonar.generators import build_generator
+from consonar.generators.rear import REAR_PRESETS, ReARConfig
+from consonar.precision import pick_precision
+from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.training.config import LoopConfig, TrainConfig
+from consonar.training.loop import Built, Running, update
+from consonar.training.objectives import method_of_config
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
+from consonar.training.optim import OptimConfig, build_optimizer
+from consonar.training.resume import State
+from consonar.training.tracking import Tracker
+from consonar.training.trainee import Trainee
+from consonar.types import TokenBatch
+
+Call = Callable[[], object]
+SECONDS = 4.0
+"""Of each timing, less where `MOST_CALLS` are faster, more where a call takes longer."""
+MOST_CALLS = 9
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is timed, so that all of it takes about a minute."""
+
+    generator: ReARConfig
+    tokenizer: MaskGITConfig
+    rows: int
+    """Sampled at once."""
+    tokens: int
+    """Drawn of each."""
+    pictures: int
+    """Coded at once."""
+    step_rows: int
+    """Of a training step."""
+    copied: int
+    """Bytes of the copy."""
+    product: int
+    """Rows and columns of the matrices."""
+
+
+IMAGENET = REAR_PRESETS["S"].sized(1024, 256, 1000)
+SIZES = {
+    "cuda": Size(
+        IMAGENET, MaskGITConfig(), rows=128, tokens=256, pictures=64, step_rows=32, copied=2**30, product=8192
+    ),
+    "cpu": Size(
+        replace(IMAGENET, num_layers=2), MaskGITConfig(), rows=4, tokens=32, pictures=1, step_rows=4, copied=2**27,
+        product=1536,
+    ),
+}  # fmt: skip
+
+
+def seconds(run: Call, device: torch.device) -> float:
+    """Of one call, from an idle device to an idle device."""
+    wait(device)
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(run: Call, device: torch.device) -> float:
+    """The median of some calls, after one that makes plans and handles."""
+    spent, times = seconds(run, device), []
+    while not times or (spent < SECONDS and len(times) < MOST_CALLS):
+        times.append(seconds(run, device))
+        spent += times[-1]
+    return statistics.median(times)
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes that a copy of `size` bytes reads and writes in a second."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / median_seconds(lambda: target.copy_(source), device)
+
+
+def product_rate(device: torch.device, width: int, dtype: torch.dtype) -> float:
+    """Additions and multiplications that the product of two matrices (width, width) makes in a second."""
+    one, two = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    return 2 * width**3 / median_seconds(lambda: one @ two, device)
+
+
+def operations_of(run: Call) -> int:
+    """Additions and multiplications of all products and convolutions in a call, which is made."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def drawn_on(device: torch.device, make: Callable[[Any], Any], config: object) -> Any:
+    """A model in evaluation mode whose weights are drawn on the device: a CPU takes its time with a billion."""
+    with torch.device("meta"):
+        model = make(config)
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def benchmark(device: torch.device, size: Size | None = None) -> Iterator[tuple[str, str]]:
+    """(what, in words) as `doctor` prints them: the ceilings, then the works with their share."""
+    size = size or SIZES[device.type]
+    dtype = pick_precision("auto", device) or torch.float32
+    moved = copy_rate(device, size.copied)
+    rates = {kind: product_rate(device, size.product, kind) for kind in {torch.float32, dtype}}
+    words = ", ".join(f"{rate / 1e12:,.2f} TFLOP/s in {name_of(kind)}" for kind, rate in rates.items())
+    yield "ceilings", f"a copy reads and writes {moved / 1e9:,.1f} GB/s; products: {words}"
+
+    def line(what: str, run: Call, count: int, operations: int, kind: torch.dtype, read: int = 0) -> tuple[str, str]:
+        """Of a call that does something `count` times, with so many operations and bytes in all."""
+        products, memory, taken = operations / rates[kind], read / moved, median_seconds(run, device)
+        bound = "products" if products > memory else "memory"
+        share = f"{max(products, memory) / taken:4.0%} of {bound:8}"
+        return "", f"{share} {1e3 * taken / count:9,.2f} ms  {what}, {name_of(kind)}"
+
+    shape = size.generator
+    yield "reached", f"of the ceiling; {shape.num_layers} layers of width {shape.width}, {size.tokenizer.image_size} px"
+    kind = dtype if device.type == "cuda" else torch.float32
+    generator = tune(drawn_on(device, build_generator, shape)).to(kind)
+    labels = torch.arange(size.rows, device=device)
+    weights = sum(parameter.numel() for parameter in generator.blocks.parameters())
+    cache = generator.new_cache(2 * size.rows).data.nbytes * size.tokens // (2 * shape.num_tokens)  # on average
+    yield line(
+        f"a token of {size.rows} guided rows",
+        lambda: sample_tokens(
+            generator, labels, range(size.rows), SamplerConfig(guidance_scale=2.0), num_tokens=size.tokens
+        ),
+        size.tokens, 2 * weights * 2 * size.rows * size.tokens, kind, size.tokens * (weights * kind.itemsize + cache),
+    )  # fmt: skip
+    tokenizer, side = drawn_on(device, MaskGITTokenizer, size.tokenizer), size.tokenizer.image_size
+    tokens = torch.randint(tokenizer.vocab_size, (size.pictures, tokenizer.num_tokens), device=device)
+    images = torch.rand(size.pictures, 3, side, side, device=device) * 2 - 1
+    for what, run in (("decoded", lambda: tokenizer.decode(tokens)), ("encoded", lambda: tokenizer.encode(images))):
+        run = torch.inference_mode()(run)
+        yield line(f"a picture {what}", run, size.pictures, operations_of(run), torch.float32)
+    step = training_step(drawn_on(device, build_generator, shape), size.step_rows, device, dtype)
+    yield line(f"a training step of {size.step_rows} rows", step, 1, operations_of(step), dtype)
+
+
+def name_of(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def training_step(generator: Any, rows: int, device: torch.device, dtype: torch.dtype) -> Call:
+    """A step of plain AR as the training loop makes it."""
+    config = AutoregressiveConfig()
+    settings = TrainConfig(
+        recipe="doctor", tokenizer="none", objective=config, optim=OptimConfig(), loop=LoopConfig(steps=1000)
+    )
+    world = World(0, 1, device)
+    objective = method_of_config(config).objective(config, None, total_steps=1000, seed=0, world=world)
+    trainee = Trainee(generator, ()).to(device).train()
+    state = State(trainee, build_optimizer(trainee, settings.optim))
+    tokens = torch.randint(generator.vocab_size, (rows, generator.num_tokens), device=device)
+    batch: Any = TokenBatch(tokens, torch.arange(rows, device=device))
+    tracker = Tracker(Path("none"), settings, enabled=False)
+    run = Running(settings, Built(trainee, objective, batch), state, tracker, Path("none"), world)
+    low = None if dtype is torch.float32 else dtype
+    return lambda: update(run, trainee, objective.prepare(trainee, batch, state.step), low)
