@@ -87,7 +87,8 @@ def wait(device: torch.device) -> None:
 
 def median_seconds(run: Call, device: torch.device) -> float:
     """The median of some calls, after one that makes plans and handles."""
-    spent, times = seconds(run, device), []
+    spent = seconds(run, device)
+    times: list[float] = []
     while not times or (spent < SECONDS and len(times) < MOST_CALLS):
         times.append(seconds(run, device))
         spent += times[-1]
