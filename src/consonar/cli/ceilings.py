@@ -23,12 +23,12 @@ from consonar.generators.rear import REAR_PRESETS, ReARConfig
 from consonar.precision import pick_precision
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.training.checkpoints import State
 from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.loop import Built, Running, update
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.optim import OptimConfig, build_optimizer
-from consonar.training.resume import State
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
 from consonar.types import TokenBatch
