@@ -30,7 +30,7 @@ from consonar.training import policy_gradient as policy
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.policy import PolicyConfig, PolicyForced, TeacherForcedPolicy
 from consonar.training.optim import OptimConfig, build_optimizer
-from consonar.types import ImageBatch
+from consonar.types import ImageBatch, Tokenizer
 
 MICRO_BATCH = 8
 REWARDS = {"mse": 1.0, "efficientnet-lite0": 1.0}
@@ -39,26 +39,18 @@ REWARDS = {"mse": 1.0, "efficientnet-lite0": 1.0}
 class Bench:
     """Model, batch and objective of one group size, and the two ways to make an update."""
 
-    def __init__(self, args: argparse.Namespace, group_size: int):
+    def __init__(self, model: LlamaGenGenerator, tokenizer: Tokenizer, config: PolicyConfig, pictures: int):
         self.device = pick_device("auto")
         self.dtype = pick_precision("auto", self.device)
-        tokenizer = load_tokenizer("openmoji-64").to(self.device)
-        shape = LlamaGenConfig(width=args.width, num_layers=args.layers, num_heads=args.width // 64)
-        shape = shape.sized(tokenizer.vocab_size, tokenizer.num_tokens, 10, tokenizer.grid)
-        model = LlamaGenGenerator(shape)
-        model.reset_parameters(seeded(0, "benchmark"))
-        with torch.no_grad():  # the published initialisation has a zero output layer: every draw would be uniform
-            model.output.weight.normal_(std=0.02, generator=seeded(0, "benchmark_output"))
         self.model = AlignmentTrainee(model).to(self.device).train()
         self.prior = copy.deepcopy(model).requires_grad_(False).to(self.device)
-        world = World(0, 1, self.device)
-        config = PolicyConfig(rewards=REWARDS, group_size=group_size)
         self.objective = TeacherForcedPolicy(
-            config, tokenizer, self.prior, total_steps=100, seed=0, world=world, autocast_dtype=self.dtype
-        )
-        images = torch.rand(args.batch_size, 3, 64, 64, generator=seeded(0, "images")) * 2 - 1
-        labels = torch.arange(args.batch_size) % 10
-        self.batch = ImageBatch(images.to(self.device), labels.to(self.device))
+            config, tokenizer, self.prior, total_steps=100, seed=0, world=World(0, 1, self.device),
+            autocast_dtype=self.dtype,
+        )  # fmt: skip
+        side = tokenizer.image_size
+        images = torch.rand(pictures, 3, side, side, generator=seeded(0, "images")) * 2 - 1
+        self.batch = ImageBatch(images.to(self.device), (torch.arange(pictures) % 10).to(self.device))
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-6, min_lr=1e-6))
         self.seconds: dict[str, float] = {}
         for name, owner, key in (
@@ -146,6 +138,16 @@ class Bench:
         return {key: sorted(record[key] for record in kept)[len(kept) // 2] for key in kept[0]}
 
 
+def bench_of(args: argparse.Namespace, group_size: int) -> Bench:
+    shape = LlamaGenConfig(width=args.width, num_layers=args.layers, num_heads=args.width // 64)
+    tokenizer = load_tokenizer("openmoji-64").to(pick_device("auto"))
+    model = LlamaGenGenerator(shape.sized(tokenizer.vocab_size, tokenizer.num_tokens, 10, tokenizer.grid))
+    model.reset_parameters(seeded(0, "benchmark"))
+    with torch.no_grad():  # the published initialisation has a zero output layer: every draw would be uniform
+        model.output.weight.normal_(std=0.02, generator=seeded(0, "benchmark_output"))
+    return Bench(model, tokenizer, PolicyConfig(rewards=REWARDS, group_size=group_size), args.batch_size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=768)
@@ -154,7 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[4, 8, 16, 32])
     args = parser.parse_args()
-    bench = Bench(args, 8)
+    bench = bench_of(args, 8)
     dtype, bench.dtype = bench.dtype, None  # rounding to bf16 would draw other tokens
     ours, released = bench.gradient(bench.ours), bench.gradient(bench.released)
     bench.dtype = dtype
@@ -189,7 +191,7 @@ def main() -> None:
 
 
 def split_of(args: argparse.Namespace, group: int) -> dict[str, float]:
-    bench = Bench(args, group)
+    bench = bench_of(args, group)
     return bench.split(bench.ours, args.rounds)
 
 

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,9 @@ import torch
 from device.pretend import pretended_cuda
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from versus import published_llamagen, published_rear, published_vapi
 
 from consonar.cli.ceilings import copy_rate, operations_of, product_rate
 from consonar.distributed import World, pick_device
@@ -270,6 +274,9 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "VA-pi LlamaGen-XL, 8 pictures of 384 px, G 8": partial(vapi, *XL, 8, 8),
     "sample LlamaGen-XL, 32 rows of 576 tokens, bf16": partial(sampling, *XL, 32, BF16, ()),
     "train LlamaGen-XL, 8 rows of 576 tokens, plain AR": partial(training, *XL, 8, PLAIN, False),
+    "LlamaGen-XL, 32 rows, against RAR's and LlamaGen's samplers": partial(published_llamagen, *XL, 32),
+    "VA-pi LlamaGen-XL against the released step": partial(published_vapi, XL[0], RELEASED_VQ, 24, 8, 8),
+    "reAR-S, 16 rows, against no cache": partial(published_rear, *S, 16),
     "train reAR-L, 64 rows": partial(training, *L, 64, REGULARISED, False),
     "sample reAR-L, 128 rows, bf16": partial(sampling, *L, 128, BF16, ()),
     "train reAR-S, 128 rows, compiled": partial(training, *S, 128, REGULARISED, True),
