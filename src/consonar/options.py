@@ -14,10 +14,13 @@ import numbers
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeGuard
 
 from consonar.config_io import checked_value
 from consonar.errors import UserError, check_choice
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LARGEST = 1e6
 """Bound of a float's magnitude where its range has no upper end; beyond it float32 soon has no room."""
@@ -25,6 +28,7 @@ SMALLEST = 1e-6
 """Least value over 0 of what is divided by, or raised to a power."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Base of configurations: `UserError`, naming section and field, for a value that a rule of its field refuses."""
 
@@ -35,17 +39,20 @@ class Options:
         check_options(self, self.section and f"{self.section}.")
 
 
-def check_options(config: Any, prefix: str) -> None:
+def check_options(config: DataclassInstance, prefix: str) -> None:
     """Raises `UserError`, naming `prefix` + field, for the first value that the type or a rule of its field refuses."""
-    kind: Any = type(config)
-    for name, hint in types(kind).items():
+    for name, hint in types(type(config)).items():
         object.__setattr__(config, name, checked_value(getattr(config, name), f"{prefix}{name}", hint))
-    for name, rule in rules(kind):
-        rule.check(config, name, prefix)
+    for name, rule in rules(type(config)):
+        if isinstance(rule, OneOf | Range):
+            for key, value in values(config, name):
+                rule.check(f"{prefix}{key}", value)
+        else:
+            rule.check(config, name, prefix)
 
 
 @functools.cache
-def types(kind: Any) -> dict[str, Any]:
+def types(kind: type[DataclassInstance]) -> dict[str, object]:
     """The types of a dataclass's fields by name; of choices that of one, for the rule says them."""
     hints = typing.get_type_hints(kind)
     found = {item.name: hints[item.name] for item in dataclasses.fields(kind)}
@@ -53,14 +60,14 @@ def types(kind: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def rules(kind: Any) -> list[tuple[str, Rule]]:
+def rules(kind: type[DataclassInstance]) -> list[tuple[str, Rule]]:
     """The rules of a dataclass with the names of their fields; a rule may rely on those before it."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = [(item.name, rule) for item in dataclasses.fields(kind) for rule in rules_in(hints[item.name])]
     return sorted(found, key=lambda pair: typing.get_args(Rule).index(type(pair[1])))
 
 
-def rules_in(hint: Any) -> Iterator[Rule]:
+def rules_in(hint: object) -> Iterator[Rule]:
     """The rules in a type, also in one of the types that it is made of."""
     if isinstance(hint, Rule):
         yield hint
@@ -71,7 +78,7 @@ def rules_in(hint: Any) -> Iterator[Rule]:
             yield from rules_in(part)
 
 
-def values(config: Any, name: str) -> Iterator[tuple[str, Any]]:
+def values(config: DataclassInstance, name: str) -> Iterator[tuple[str, Any]]:
     """The values of a field by key: itself, or those in its table or list; none of a None that is the default."""
     value = getattr(config, name)
     if isinstance(value, dict):
@@ -82,7 +89,7 @@ def values(config: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def default(config: Any, name: str) -> Any:
+def default(config: DataclassInstance, name: str) -> object:
     """The default of a field; `MISSING` for one that has none, or makes it anew each time."""
     return type(config).__dataclass_fields__[name].default
 
@@ -98,9 +105,8 @@ class OneOf:
 
     choices: tuple[str, ...]
 
-    def check(self, config: Any, name: str, prefix: str) -> None:
-        for key, value in values(config, name):
-            check_choice(f"{prefix}{key}", value, self.choices)
+    def check(self, key: str, value: object) -> None:
+        check_choice(key, value, self.choices)
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,11 @@ class Range:
     or_zero: bool = False
     note: str = ""
 
-    def check(self, config: Any, name: str, prefix: str) -> None:
-        for key, value in values(config, name):
-            if fault := self.fault(value):
-                raise UserError(f"{prefix}{key}: {fault}")
+    def check(self, key: str, value: float) -> None:
+        if fault := self.fault(value):
+            raise UserError(f"{key}: {fault}")
 
-    def fault(self, value: Any) -> str:
+    def fault(self, value: float) -> str:
         """What is wrong with a value, in words; empty where nothing is."""
         if isinstance(value, int) and abs(value) >= 2**63:
             return f"{value} does not fit into 64 bits"
@@ -154,7 +159,7 @@ class Divides:
     into: str = ""
     """What it cuts the whole into, in words, where it must do more than divide it."""
 
-    def check(self, config: Any, name: str, prefix: str) -> None:
+    def check(self, config: DataclassInstance, name: str, prefix: str) -> None:
         value, whole = getattr(config, name), getattr(config, self.whole)
         if value and whole % (self.times * value):
             verb, into = ("cut", f" into {self.into}") if self.into else ("divide", "")
@@ -169,16 +174,17 @@ class ReadOnlyWith:
     words: str
     """What would make it read; {} stands for the prefix."""
 
-    def check(self, config: Any, name: str, prefix: str) -> None:
+    def check(self, config: DataclassInstance, name: str, prefix: str) -> None:
         if not self.is_read(config):
             check_left(config, name, self.words.replace("{}", prefix), prefix)
 
 
 Rule = OneOf | Range | Divides | ReadOnlyWith
-"""What stands at a field, beside its type. `check` raises `UserError` where a field, `prefix` + `name`, breaks it."""
+"""What stands at a field, beside its type. `check` raises `UserError` for what it refuses: a value, called `key`; where
+other fields matter, the field `name` of a configuration, called `prefix` + `name`."""
 
 
-def check_left(config: Any, key: str, words: str, prefix: str = "") -> None:
+def check_left(config: DataclassInstance, key: str, words: str, prefix: str = "") -> None:
     """Raises `UserError` where an option that is read only with `words` is not at its default; `a.b` is b inside a."""
     *sections, name = key.split(".")
     owner = functools.reduce(getattr, sections, config)

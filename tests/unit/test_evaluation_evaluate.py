@@ -230,7 +230,7 @@ def test_wrong_input_is_named(tmp_path, data):
     np.savez(tmp_path / "labels.npz", images=data["train"], labels=np.arange(3))
     np.savez(tmp_path / "tokens.npz", images=data["train"], tokens=np.zeros((40, 4)))
     cases = [
-        (lambda: load_samples(tmp_path / "none.npz"), "no such file"),
+        (lambda: load_samples(tmp_path / "none.npz"), "none.npz: cannot be read: No such file"),
         (lambda: load_samples(tmp_path / "oblong.npz"), "16 x 8 px; only square"),
         (lambda: load_samples(tmp_path / "labels.npz"), r"labels is int64 \(3,\); expected 1-d integers for 40 images"),
         (lambda: load_samples(tmp_path / "tokens.npz"), "tokens is float64"),

@@ -55,7 +55,7 @@ def test_an_npz_is_streamed_in_batches(tmp_path, images):
 
 def test_wrong_npz_files_are_named(tmp_path, images):
     cases = {
-        "no such file": None,
+        "No such file": None,
         "not an .npz": b"text",
         "it holds other": {"other": images},
         "expected uint8": {"images": images.astype(np.float32)},
@@ -81,7 +81,7 @@ def test_a_damaged_npz_stops_with_one_line(tmp_path, images):
     with pytest.raises(UserError, match=r"damaged or cut short.*make it again"):
         list(inputs.npz_image_set(path)[0].stream(4))
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match="not an .npz, damaged or cut short"):
         inputs.npz_image_set(path)
 
 

@@ -67,7 +67,7 @@ def test_cut_weights(folder, keep):
     ("text", "message"),
     [
         ("{", r"config\.json: not valid JSON"),
-        ("[]", r"config\.json: holds a list"),
+        ("[]", r"config\.json: not valid JSON with named entries.*it holds a list"),
         ("{}", r"config\.json: format_version None; this consonar reads 1"),
     ],
 )

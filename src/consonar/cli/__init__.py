@@ -6,13 +6,15 @@ Wrong input prints one line and exits with 2; a run that fails by itself (a loss
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 
+from rich.console import Console
+from rich.progress import Progress
+
 from consonar import __version__
-from consonar.cli.console import say
 from consonar.cpu import hold_memory
 from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, printable
 from consonar.files.readers import home_expanded
@@ -92,6 +94,19 @@ def errors_told(command: str) -> Iterator[None]:
         stop(printable(f"not enough memory; make batches, pictures or the model smaller{found}"), 2)
     except KeyboardInterrupt:
         stop("interrupted; the same command (train: with --resume, if its run folder is there) goes on", 130)
+
+
+def say(text: str) -> None:
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[..., None]]:
+    """A progress callback (done, total): a bar on a terminal, silence elsewhere."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total=None: progress.update(task, completed=done, total=total)
 
 
 def with_home(word: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from consonar import convert as conversion
-from consonar.cli.console import say
+from consonar.cli import say
 from consonar.errors import UserError
 from consonar.json_types import Json
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from consonar.cli.console import say
+from consonar.cli import say
 from consonar.demo.job import run_demo
 
 

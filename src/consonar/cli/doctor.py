@@ -16,8 +16,8 @@ import torch
 
 import consonar
 from consonar import distributed, precision
+from consonar.cli import say
 from consonar.cli.ceilings import benchmark
-from consonar.cli.console import say
 from consonar.cpu import kernels, kernels_mode, timing
 from consonar.errors import UserError
 from consonar.files.writers import cache_dir

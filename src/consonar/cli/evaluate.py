@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from consonar.cli.console import counting, say
+from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup
 from consonar.components import load_tokenizer, read_component_kind
 from consonar.data.bad_images import BadImages

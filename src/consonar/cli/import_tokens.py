@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from consonar.cli.console import say
+from consonar.cli import say
 from consonar.cli.parsing import check_name
 from consonar.components import load_tokenizer
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl

@@ -7,7 +7,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from consonar.cli.console import say
+from consonar.cli import say
 from consonar.errors import check_choice
 from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS, Published
 

@@ -14,6 +14,7 @@ import tyro
 from consonar.cli import COMMANDS
 from consonar.data.bad_images import LIMIT, POLICIES, BadImages
 from consonar.errors import UserError, check_choice
+from consonar.options import Range
 
 Parsed = TypeVar("Parsed")
 OUTPUTS = ("out", "to", "to_official")
@@ -37,8 +38,7 @@ class BadImageOptions:
         """What they say; `UserError` for a wrong option, or a limit that nothing reads."""
         limit = self.bad_images_limit
         check_choice("--bad-images", self.bad_images, POLICIES)
-        if not 0 <= limit <= 1:
-            raise UserError(f"--bad-images-limit: {limit} is not a share from 0 to 1")
+        Range(0, 1).check("--bad-images-limit", limit)
         if self.bad_images == "stop" and limit != LIMIT:
             raise UserError(f"--bad-images-limit: {limit} is read only with --bad-images skip; leave it away")
         return BadImages(self.bad_images, limit, listing)

@@ -1,6 +1,6 @@
 """The command `recipes`."""
 
-from consonar.cli.console import say
+from consonar.cli import say
 from consonar.cli.parsing import NoOptions as Options
 from consonar.recipes import RECIPES
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from consonar.cli.console import say
+from consonar.cli import say
 from consonar.report import write_report
 
 

@@ -10,7 +10,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from consonar.cli.console import counting, say
+from consonar.cli import counting, say
 from consonar.cli.parsing import check_name
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.distributed import pick_device

@@ -4,7 +4,7 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from consonar.cli.console import counting, say
+from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup, check_name
 from consonar.components import load_tokenizer
 from consonar.data.bad_images import leave_out
@@ -13,7 +13,7 @@ from consonar.data.labels import describe, known_labels
 from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import TokenStore, write_token_store
-from consonar.data.transforms import VIEWS, check_image_size
+from consonar.data.transforms import IMAGE_SIDE, VIEWS
 from consonar.distributed import pick_device
 from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
@@ -101,7 +101,7 @@ def open_splits(options: Options, names: Sequence[str], image_size: int) -> dict
 def tokenizer_for(name: str, image_size: int | None) -> TokenizerModule:
     """The tokenizer for images of `image_size` pixels (None: its own); `UserError` where it takes none such."""
     if image_size is not None:
-        check_image_size(image_size, "--image-size")
+        IMAGE_SIDE.check("--image-size", image_size)
     model = load_tokenizer(name)
     if image_size is not None and image_size != model.image_size:
         model = load_tokenizer(name, num_tokens=round((image_size**2 * model.num_tokens) / model.image_size**2))

@@ -7,7 +7,7 @@ import torch
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.layouts import OFFICIALS
 from consonar.convert.layouts.official import Official, Shapes, State, shapes_of
-from consonar.data.transforms import check_image_size
+from consonar.data.transforms import IMAGE_SIDE
 from consonar.errors import UserError
 from consonar.files.weights import check_weights
 from consonar.generators import GENERATORS
@@ -69,7 +69,7 @@ def examine(state: State, where: str, *, image_size: int | None = None, settings
 
 def sized(config: ModelConfig, image_size: int, where: str) -> Json:
     """The fields of `config` for this image size; `UserError` where the shapes say it already."""
-    check_image_size(image_size, "--image-size")
+    IMAGE_SIDE.check("--image-size", image_size)
     if hasattr(config, "image_size"):
         return {"image_size": image_size}
     if config.kind != "llamagen":

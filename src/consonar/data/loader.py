@@ -18,6 +18,7 @@ from consonar.data.picture_files import decoding_threads
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
+from consonar.options import Range
 from consonar.seeding import generator, integers, permutation, rows_of_rank, uniform
 from consonar.types import ImageBatch, ImageRecord, ImageSource, IndexedSource, TokenBatch
 
@@ -70,8 +71,7 @@ class Batches(Generic[Item]):
     ) -> None:
         if num_items == 0:
             raise UserError(f"data: {where} holds no items")
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is not a number of items, 1 or more")
+        Range(1).check("batch_size", batch_size)
         assert 0 <= rank < world_size
         self.num_items, self.batch_size, self.seed, self.rank, self.world_size = (
             num_items, batch_size, seed, rank, world_size

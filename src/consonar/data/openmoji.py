@@ -24,6 +24,7 @@ from consonar.data.picture_files import decoding_threads
 from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import read_npz
 from consonar.files.writers import cache_dir, keep
+from consonar.options import Range
 from consonar.types import ImageRecord
 
 CLASS_NAMES = (
@@ -84,8 +85,7 @@ class OpenMoji:
 
     def __init__(self, split: str = "train", image_size: int = 64):
         check_choice("openmoji split", split, SPLITS)
-        if not 8 <= image_size <= 1024:
-            raise UserError(f"openmoji image_size: {image_size} is not between 8 and 1024")
+        Range(8, 1024).check("openmoji image_size", image_size)
         everything, held_out, validates = _render_all(image_size), validation_bases(), split == "validation"
         keep = [i for i, name in enumerate(everything.names) if (base_emoji(name) in held_out) == validates]
         self.name = f"openmoji/{split}@{image_size}"

@@ -40,6 +40,7 @@ from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import UserError, check_choice, printable, reading
 from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import home_expanded
+from consonar.options import Range
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.records import device_of, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
@@ -269,8 +270,7 @@ def write_token_store(
     does not know it. Raises `UserError` as `new_store` and the source do.
     """
     check_choice("views", views, VIEWS)
-    if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size} is not a number of crops, 1 or more")
+    Range(1).check("batch_size", batch_size)
     total = len(source) if isinstance(source, Sized) else None
 
     def prepare(record: ImageRecord) -> tuple[np.ndarray, int | None, str | None, str]:

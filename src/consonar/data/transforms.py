@@ -19,7 +19,8 @@ from consonar.options import Range
 
 MAX_IMAGE_SIZE = 4096
 """Side of the largest square images that are made or read: one of 4096 px is 200 MB as float, before any network."""
-ImageSize = Annotated[int, Range(1, MAX_IMAGE_SIZE)]
+IMAGE_SIDE = Range(1, MAX_IMAGE_SIZE)
+ImageSize = Annotated[int, IMAGE_SIDE]
 TEN_CROP_RANGE = 1.1
 """Shorter side before the ten crops, relative to the crop."""
 SHIFT_RANGE = 3 / 64
@@ -45,12 +46,6 @@ def _scale_sixteen_bit(image: Image.Image) -> Image.Image:
         return grey
     alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
-
-
-def check_image_size(size: int, key: str) -> None:
-    """Raises `UserError` with `key` unless 1 <= size <= MAX_IMAGE_SIZE."""
-    if not 1 <= size <= MAX_IMAGE_SIZE:
-        raise UserError(f"{key}: {size} is not between 1 and {MAX_IMAGE_SIZE} pixels")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -35,6 +35,7 @@ from consonar.files.weights import is_component
 from consonar.files.writers import write_json
 from consonar.json_types import Json, JsonMap
 from consonar.networks import load_feature_network
+from consonar.options import Range
 from consonar.report import write_report
 from consonar.sampling.job import MOST_IMAGES
 from consonar.sampling.sample import SamplerConfig, sample
@@ -61,8 +62,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Say) -> Path:
     `out`/demo.json. Raises `UserError` when `out` holds a demo with other minutes or another seed, or something
     else, and when another process is at it.
     """
-    if not 0 < minutes <= MOST_MINUTES:
-        raise UserError(f"--minutes: {minutes} is not a time, over 0 and at most {MOST_MINUTES:,}")
+    Range(0, MOST_MINUTES, "(]").check("--minutes", minutes)
     check_seed(seed, "--seed", MOST_IMAGES)
     with hold(out):
         stored, page = claim(out, {"minutes": minutes, "seed": seed}), out / "report.html"

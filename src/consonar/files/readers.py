@@ -52,11 +52,10 @@ def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def read_json(path: Path, remedy: str = "") -> Json:
     """A JSON file that holds an object; `remedy` ends the message where it does not."""
-    with reading(path, "valid JSON", remedy):
+    with reading(path, "valid JSON with named entries", remedy):
         value = parse_json(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        end = f"; {remedy}" if remedy else ""
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object with named entries{end}")
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
     return value
 
 
@@ -132,16 +131,11 @@ def check_archive(path: Path) -> None:
 
 
 def npz_keys(path: Path, remedy: str = "") -> list[str]:
-    """Names of the arrays in an .npz. Raises UserError when there is no such file or it is not an .npz."""
-    end = f"; {remedy}" if remedy else ""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file{end}")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not an .npz file, or a truncated one{end}")
+    """Names of the arrays in an .npz."""
     with reading(path, "an .npz", remedy), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: holds {twice[0]!r} twice{end}")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"it holds {twice[0]!r} twice")
     return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
 
