@@ -81,7 +81,7 @@ def test_a_damaged_npz_stops_with_one_line(tmp_path, images):
     with pytest.raises(UserError, match=r"damaged or cut short.*make it again"):
         list(inputs.npz_image_set(path)[0].stream(4))
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not an .npz, damaged or cut short"):
+    with pytest.raises(UserError, match=r"not an \.npz, damaged or cut short"):
         inputs.npz_image_set(path)
 
 
