@@ -36,7 +36,7 @@ FLOORS = (
     # What everyone may use; among these the order is that of their own imports.
     (
         "__init__", "attention", "config_io", "errors", "files", "float32", "hub", "json_types", "options", "origin",
-        "published", "records", "seeding", "types",
+        "records", "seeding", "types",
     ),
 )  # fmt: skip
 """From the roof down: a room (a folder, or a file at the root) may import those of the floors below its own."""

@@ -107,7 +107,7 @@ def read_store(folder: Path) -> None:
     store = TokenStore.open(folder / "s")
     batches = TokenBatches(store, batch_size=2, seed=0)
     list(batches.ordered(2))
-    store.captions(torch.arange(len(store)))
+    store.table.column("caption").to_pylist()
     store.check_content()
 
 

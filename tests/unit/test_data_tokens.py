@@ -94,7 +94,7 @@ def test_store_reads_back_what_the_tokenizer_said(tmp_path, source):
     assert (store.tokenizer_name, store.fingerprint) == ("grey-256", "hash-of-grey-256")
     assert store.class_names == ("even", "odd") and store.num_classes == 2 and store.name == "s"
     assert store.labels.tolist() == [0, 1, 0, 1, 0, 1, 0] and store.labels.dtype == torch.int64
-    assert store.captions(rows(6, 0)) == ["grey 6", "grey 0"]
+    assert store.table.column("caption").take([6, 0]).to_pylist() == ["grey 6", "grey 0"]
     read = store.read(rows(5, 2, 5), rows(0, 1, 1))
     assert read.dtype == torch.int64 and read.tolist() == [[0, 5, 0, 5], [2, 0, 2, 0], [5, 0, 5, 0]]
     store.check_tokenizer(tokenizer)

@@ -19,8 +19,7 @@ from consonar.errors import UserError
 from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
-from consonar.hub import read_name
-from consonar.published import PUBLISHED
+from consonar.hub import PUBLISHED, read_name
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer

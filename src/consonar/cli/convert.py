@@ -8,8 +8,8 @@ import tyro
 
 from consonar import convert as conversion
 from consonar.cli import say
+from consonar.cli.parsing import pairs
 from consonar.errors import UserError
-from consonar.json_types import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def command(options: Options) -> None:
     elif options.to is not None:
         made = conversion.convert(
             options.source, options.to, image_size=options.image_size, tokenizer=options.tokenizer, entry=options.entry,
-            settings=setting_values(options.setting),
+            settings={key: setting(value) for key, value in pairs(options.setting, "--setting", "of the form field=value").items()},
         )  # fmt: skip
         for part in made:
             codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
@@ -51,17 +51,9 @@ def command(options: Options) -> None:
             say(f"  {part.component} folder: {part.folder}")
 
 
-def setting_values(words: tuple[str, ...]) -> Json:
-    """{"l2_normalize": False} <- ("l2_normalize=false",); values are JSON, or else text."""
-    settings: Json = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not key or not equals:
-            raise UserError(f"--setting: {word!r} is not of the form field=value")
-        if key in settings:
-            raise UserError(f"--setting: {key} is given twice; keep one")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value
-    return settings
+def setting(text: str) -> object:
+    """False <- "false": JSON, or else text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

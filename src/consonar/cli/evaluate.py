@@ -106,8 +106,13 @@ def measure_tokenizer(options: Options, device: str, bad: BadImages) -> None:
 
 
 def measure_generator(options: Options, device: str, bad: BadImages) -> None:
+    try:
+        temperatures = [float(word) for word in options.temperatures.split(",")]
+    except ValueError as error:
+        given = options.temperatures
+        raise UserError(f"--temperatures: {given!r} is not a list of numbers such as 1,0.9,0.8") from error
     settings = RunSettings(
-        temperatures=number_list(options.temperatures), match=options.match, num_samples=options.num_samples,
+        temperatures=temperatures, match=options.match, num_samples=options.num_samples,
         draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
     )  # fmt: skip
     content = evaluate_run(
@@ -120,14 +125,6 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
     for remark in content["remarks"]:
         say(remark)
     say(f"results: {options.samples / 'results.json'}")
-
-
-def number_list(text: str) -> list[float]:
-    """[1.0, 0.9] <- "1,0.9"; `UserError` for what is not a number."""
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--temperatures: {text!r} is not a list of numbers such as 1,0.9,0.8") from error
 
 
 def measure_samples(options: Options, device: str, bad: BadImages) -> None:

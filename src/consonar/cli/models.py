@@ -9,7 +9,7 @@ from rich.table import Table
 
 from consonar.cli import say
 from consonar.errors import check_choice
-from consonar.published import GENERATORS, PUBLISHED, TOKENIZERS, Published
+from consonar.hub import GENERATORS, PUBLISHED, TOKENIZERS, Published
 
 NUMBERS = ("params", "tokens", "codes")
 

@@ -21,11 +21,6 @@ OUTPUTS = ("out", "to", "to_official")
 """Options that name what is made."""
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """Of a command that takes nothing."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class BadImageOptions:
     bad_images: str = "stop"
@@ -128,6 +123,19 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
                 raise UserError(f"{name}: a value is missing")
             return args[:index] + args[index + 2 :], args[index + 1]
     return args, None
+
+
+def pairs(words: Sequence[str], key: str, form: str) -> dict[str, str]:
+    """{"a": "1"} <- ["a=1"]; `UserError` for a word that has not this `form`, and for a name that is given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.strip().partition("=")
+        if not name or not equals:
+            raise UserError(f"{key}: {word!r} is not {form}")
+        if name in found:
+            raise UserError(f"{key}: {name!r} is given twice, in {','.join(words)!r}; keep one")
+        found[name] = value
+    return found
 
 
 def check_output(out: Path | None, key: str) -> None:

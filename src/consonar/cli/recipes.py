@@ -1,8 +1,14 @@
 """The command `recipes`."""
 
+from dataclasses import dataclass
+
 from consonar.cli import say
-from consonar.cli.parsing import NoOptions as Options
 from consonar.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class Options:
+    """None."""
 
 
 def command(_: Options) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from consonar.cli.parsing import check_repeats, parse, take_option
+from consonar.cli.parsing import check_repeats, pairs, parse, take_option
 from consonar.errors import UserError
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.training.config import TrainConfig
@@ -49,7 +49,8 @@ def command(args: Sequence[str]) -> None:
         raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
     is_file = Path(args[0]).suffix.lower() in (".yaml", ".yml", ".json")
     config = read_config(Path(args[0])) if is_file else find_recipe(args[0])
-    given = [full_name(word) for word in args[1:]]
+    parted = [word.partition("=") for word in args[1:]]
+    given = [SHORT.get(name, name) + equals + value for name, equals, value in parted]
     check_repeats(given)
     words, rewards = take_option(given, "--objective.rewards")
     if rewards is not None:
@@ -61,12 +62,6 @@ def command(args: Sequence[str]) -> None:
     train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
 
 
-def full_name(word: str) -> str:
-    """A word of `train`, with the whole name of an option that is called as in `tokenize`."""
-    name, equals, value = word.partition("=")
-    return SHORT.get(name, name) + equals + value
-
-
 def with_rewards(config: TrainConfig, text: str) -> TrainConfig:
     """The configuration with the rewards of `NAME=WEIGHT,...`; `UserError` names the part that is not of this form.
 
@@ -74,17 +69,13 @@ def with_rewards(config: TrainConfig, text: str) -> TrainConfig:
     """
     if not isinstance(config.objective, AlignmentConfig):
         raise UserError(f"objective.rewards: recipe {config.recipe!r} has no rewards")
+    form = "NAME=WEIGHT, e.g. mse=1,ssim=0.5,my.module:mine=1"
     weights = {}
-    for part in text.split(","):
-        reward, equals, weight = part.strip().rpartition("=")
-        if reward in weights:
-            raise UserError(f"objective.rewards: {reward!r} is given twice, in {text!r}; keep one")
+    for name, weight in pairs(text.split(","), "objective.rewards", form).items():
         try:
-            weights[reward] = float(weight)
-        except ValueError:
-            equals = ""
-        if not (equals and reward):
-            raise UserError(f"objective.rewards: {part!r} is not NAME=WEIGHT, e.g. mse=1,ssim=0.5,my.module:mine=1")
+            weights[name] = float(weight)
+        except ValueError as error:
+            raise UserError(f"objective.rewards: '{name}={weight}' is not {form}") from error
     objective = copy.copy(config.objective)
     object.__setattr__(objective, "rewards", weights)
     return replace(config, objective=objective)

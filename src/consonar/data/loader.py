@@ -72,10 +72,8 @@ class Batches(Generic[Item]):
         if num_items == 0:
             raise UserError(f"data: {where} holds no items")
         Range(1).check("batch_size", batch_size)
-        assert 0 <= rank < world_size
-        self.num_items, self.batch_size, self.seed, self.rank, self.world_size = (
-            num_items, batch_size, seed, rank, world_size
-        )  # fmt: skip
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+        self.rank, self.world_size = rank, world_size
 
     def read(self, rows: Tensor) -> Item:
         """The items `rows` (B,) as they are held."""

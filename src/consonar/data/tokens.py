@@ -229,10 +229,6 @@ class TokenStore:
         counted = self.table.column("label").value_counts().to_pylist()
         return data_line({row["values"]: row["counts"] for row in counted}, self.class_names)
 
-    def captions(self, rows: Tensor) -> list[str | None]:
-        """The captions of items `rows` (B,); None where an item has none."""
-        return self.table.column("caption").take(rows.tolist()).to_pylist()
-
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """`UserError` unless the store was made by exactly this tokenizer (same configuration and weights)."""
         given = of_tokenizer(tokenizer)
