@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from consonar import components, hub, published
+from consonar import components, hub
 from consonar.cli import main
 from consonar.components import fetch_component, load_generator, load_own_tokenizer, load_tokenizer
 from consonar.convert.examine import examine
@@ -170,7 +170,7 @@ def test_another_file_than_the_published_one_is_refused(hub_files, cache, monkey
         load_tokenizer("hf:maskbit-12bit")
     hub_files("markweber/maskbit_tokenizer_12bit/maskbit_tokenizer_12bit.bin", {"model": tiny_tokenizer()})
     mine = replace(PUBLISHED["maskbit-12bit"], sha256=file_sha256(file))
-    monkeypatch.setitem(published.PUBLISHED, "maskbit-12bit", mine)
+    monkeypatch.setitem(hub.PUBLISHED, "maskbit-12bit", mine)
     assert load_tokenizer("hf:maskbit-12bit").vocab_size == 16
 
 

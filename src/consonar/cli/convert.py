@@ -38,9 +38,10 @@ def command(options: Options) -> None:
             raise UserError("--to-official: takes no other option")
         say(f"{conversion.to_official(options.source, options.to_official)}: {options.to_official}")
     elif options.to is not None:
+        given = pairs(options.setting, "--setting", "of the form field=value")
         made = conversion.convert(
             options.source, options.to, image_size=options.image_size, tokenizer=options.tokenizer, entry=options.entry,
-            settings={key: setting(value) for key, value in pairs(options.setting, "--setting", "of the form field=value").items()},
+            settings={key: setting(value) for key, value in given.items()},
         )  # fmt: skip
         for part in made:
             codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
