@@ -12,7 +12,7 @@ import pytest
 import torch
 from fill import GOLDENS
 
-from consonar.convert.examine import examine
+from consonar.convert import examine
 from consonar.convert.layouts import OFFICIALS
 from consonar.convert.layouts.official import State
 from consonar.errors import UserError

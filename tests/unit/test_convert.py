@@ -38,8 +38,9 @@ def test_there_and_back_bit_for_bit(name, ending, tmp_path):
     assert [r.name for r in OFFICIALS if r.recognises(shapes_of(state))] == [record.name]
     save_tensors(tmp_path / "released.safetensors", state)
     (made,) = convert(tmp_path / "released.safetensors", tmp_path / "ours")
-    assert made.recognised_as == record.name and made.component == record.component
-    assert (made.vocab_size, made.num_parameters) == (
+    assert made.official.name == record.name and made.official.component == record.component
+    num_parameters = sum(parameter.numel() for parameter in made.module.parameters())
+    assert (made.module.vocab_size, num_parameters) == (
         config.vocab_size, sum(p.numel() for p in module_of(config).parameters()),
     )  # fmt: skip
     model = (load_tokenizer if record.component == "tokenizer" else load_generator)(tmp_path / "ours")
@@ -79,7 +80,7 @@ def test_a_file_with_both_halves_becomes_two_folders_and_one_file_again(tmp_path
     state = {**released("janus"), **tokenizer}
     torch.save(state, tmp_path / "pytorch_model.bin")
     made = convert(tmp_path / "pytorch_model.bin", tmp_path / "janus")
-    assert [part.component for part in made] == ["tokenizer", "generator"]
+    assert [part.official.component for part in made] == ["tokenizer", "generator"]
     assert [part.folder for part in made] == [tmp_path / "janus" / "tokenizer", tmp_path / "janus" / "generator"]
     origin = read_origin(tmp_path / "janus" / "generator")
     own = load_tokenizer(origin.tokenizer)
@@ -152,7 +153,7 @@ def test_the_image_size_that_shapes_do_not_say(file, size, expected, tmp_path):
     torch.save({"model": released("llamagen, classes")}, tmp_path / file)
     (made,) = convert(tmp_path / file, tmp_path / "ours", image_size=size)
     config = load_generator(tmp_path / "ours").config
-    assert config.grid == Grid(expected, expected) and made.num_tokens == config.num_tokens == expected**2
+    assert config.grid == Grid(expected, expected) and made.module.num_tokens == config.num_tokens == expected**2
     assert any("the file's name says so" in note for note in made.notes) == (size is None and expected > 16)
 
 

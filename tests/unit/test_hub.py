@@ -13,7 +13,7 @@ import torch
 from consonar import components, hub
 from consonar.cli import main
 from consonar.components import fetch_component, load_generator, load_own_tokenizer, load_tokenizer
-from consonar.convert.examine import examine
+from consonar.convert import examine
 from consonar.convert.layouts import OFFICIALS
 from consonar.errors import UserError
 from consonar.files.writers import file_sha256

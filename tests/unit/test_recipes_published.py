@@ -11,7 +11,7 @@ from manifests import manifest, released_shapes
 
 from consonar import cli
 from consonar.components import load_generator, load_tokenizer, save_generator
-from consonar.convert.examine import build, recognise
+from consonar.convert import build, recognise
 from consonar.errors import UserError
 from consonar.generators import build_generator
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig, LlamaGenGenerator

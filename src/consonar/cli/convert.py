@@ -44,12 +44,14 @@ def command(options: Options) -> None:
             settings={key: setting(value) for key, value in given.items()},
         )  # fmt: skip
         for part in made:
-            codes = f"{part.vocab_size} codes" + (f" of width {part.code_dim}" if part.code_dim else "")
-            millions = f"{part.num_parameters / 1e6:,.1f}M parameters"
-            say(f"{part.recognised_as}: {millions}, {part.num_tokens} tokens, {codes}")
+            official, module = part.official, part.module
+            code_dim = getattr(module, "code_dim", None)  # that of a tokenizer
+            codes = f"{module.vocab_size} codes" + (f" of width {code_dim}" if code_dim else "")
+            millions = f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:,.1f}M parameters"
+            say(f"{official.name}: {millions}, {module.num_tokens} tokens, {codes}")
             for note in part.notes:
                 say(f"  {note}")
-            say(f"  {part.component} folder: {part.folder}")
+            say(f"  {official.component} folder: {part.folder}")
 
 
 def setting(text: str) -> object:
