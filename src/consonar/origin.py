@@ -42,7 +42,9 @@ class HasFingerprint(Protocol):
     name: str
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hash of the configuration and weights; token stores carry it."""
+        ...
 
 
 def of_tokenizer(tokenizer: HasFingerprint) -> Origin:

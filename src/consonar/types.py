@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from consonar.options import Options
-from consonar.origin import Origin
+from consonar.origin import HasFingerprint, Origin
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,14 @@ class Prediction:
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
+class Tokenizer(HasFingerprint, Protocol):
     """A frozen image tokenizer. Images are (B, 3, H, W) float in [-1, 1] on this side of the seam, always."""
 
-    name: str
     vocab_size: int
     num_tokens: int
     code_dim: int
     image_size: int
     grid: Grid | None
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the configuration and weights; token stores carry it."""
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N) int64."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from consonar.convert.layouts import alitok, janus, llamagen, maskgit, rear, titok, vqgan_plus
+from consonar.convert.layouts import alitok, janus, llamagen, rear, tokenizers
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
@@ -39,14 +39,14 @@ KV_CACHE = {"layers.1.attention.kv_cache.k_cache": torch.zeros(2, 1, 5, 64)}
 # Record, our configuration, and what the released file holds besides.
 CASES = {
     "vq": (llamagen.TOKENIZER, VQ, USED),
-    "maskgit": (maskgit.OFFICIAL, MaskGITConfig(**CONV), {}),
-    "vqgan+": (vqgan_plus.OFFICIAL, VQGANPlusConfig(**CONV), {}),
-    "maskbit": (vqgan_plus.OFFICIAL, VQGANPlusConfig(**CONV, quantizer="lookup-free"), {}),
+    "maskgit": (tokenizers.MASKGIT, MaskGITConfig(**CONV), {}),
+    "vqgan+": (tokenizers.VQGAN_PLUS, VQGANPlusConfig(**CONV), {}),
+    "maskbit": (tokenizers.VQGAN_PLUS, VQGANPlusConfig(**CONV, quantizer="lookup-free"), {}),
     "titok, proxy codes": (
-        titok.OFFICIAL, TiTokConfig(**VIT, num_tokens=3, pixel_decoder=MaskGITConfig(image_size=32, **DEEP)), {}
+        tokenizers.TITOK, TiTokConfig(**VIT, num_tokens=3, pixel_decoder=MaskGITConfig(image_size=32, **DEEP)), {}
     ),
     "titok, pixels": (
-        titok.OFFICIAL, TiTokConfig(**VIT, num_tokens=3, pixel_decoder=None, l2_normalize=False), {}
+        tokenizers.TITOK, TiTokConfig(**VIT, num_tokens=3, pixel_decoder=None, l2_normalize=False), {}
     ),
     "alitok": (alitok.TOKENIZER, AliTokConfig(**VIT), {}),
     "rear": (rear.OFFICIAL, REAR, HEADS),

@@ -9,8 +9,8 @@ from manifests import released_shapes
 from rounding import assert_rounding
 from torch import nn
 
-from consonar.convert.layouts.maskgit import OFFICIAL
 from consonar.convert.layouts.official import shapes_of
+from consonar.convert.layouts.tokenizers import MASKGIT as OFFICIAL
 from consonar.errors import UserError
 from consonar.tokenizers.conv import ResidualBlock
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer

@@ -10,7 +10,7 @@ from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.layouts.official import shapes_of
-from consonar.convert.layouts.titok import OFFICIAL
+from consonar.convert.layouts.tokenizers import TITOK as OFFICIAL
 from consonar.errors import UserError
 from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer

@@ -10,7 +10,7 @@ from rounding import assert_rounding
 
 from consonar.components import load_tokenizer, save_tokenizer
 from consonar.convert.layouts.official import shapes_of
-from consonar.convert.layouts.vqgan_plus import OFFICIAL
+from consonar.convert.layouts.tokenizers import VQGAN_PLUS as OFFICIAL
 from consonar.errors import UserError
 from consonar.tokenizers import quantizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer, sign_codes, sign_tokens

@@ -30,13 +30,11 @@ class AliTokConfig(vit.ViTConfig):
 
     kind: Literal["alitok"] = "alitok"
     code_dim: Count = 32
-    """Width of one code."""
     num_prefix_tokens: CountOrZero = 17
     """Tokens before the grid; the grid has one token per patch of the decoder."""
     num_buffer_tokens: CountOrZero = 32
     """Learned vectors that the decoder reads before the tokens."""
     encoder: vit.TransformerConfig = vit.BASE
-    """The transformer that reads the image."""
 
     @property
     def grid(self) -> Grid:
@@ -65,8 +63,6 @@ class AliTokDecoder(vit.Transformer):
 
 
 class AliTokTokenizer(vit.ViTTokenizer):
-    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
-
     def __init__(self, config: AliTokConfig, name: str = "alitok"):
         encoder = vit.Encoder(config, config.grid.num_tokens, packed=False, class_token=False, scrambled=False)
         super().__init__(config, name, config.grid, encoder, AliTokDecoder(config), l2_normalize=False)

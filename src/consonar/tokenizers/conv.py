@@ -31,9 +31,7 @@ class ConvConfig(TokenizerConfig):
     """Shape of a convolutional tokenizer; the defaults are MaskGIT's."""
 
     vocab_size: Count = 1024
-    """Number of codes."""
     code_dim: Count = 256
-    """Width of one code."""
     base_channels: Count = 128
     """Channels at full resolution."""
     channel_multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)

@@ -4,8 +4,7 @@ State-dict keys are those of the released `maskgit-vqgan-imagenet-f16-256.bin`. 
 besides those of `conv.py`: average pooling halves the resolution; nearest-neighbour upsampling and a convolution double
 it; the decoder's levels are stored from full to lowest resolution and run the other way; codes are not normalised.
 
-Deviations: the released `decode` clamps to [0, 1], ours leaves clamping to the caller; images are [-1, 1] outside of
-the module.
+Deviation: the released `decode` clamps to [0, 1], ours leaves clamping to the caller.
 """
 
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ class MaskGITConfig(ConvConfig):
 
 
 class MaskGITTokenizer(ConvTokenizer):
-    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
-
     def __init__(self, config: MaskGITConfig, name: str = "maskgit-vq"):
         super().__init__(config, name)
         self.encoder = ConvEncoder(config, "block", strided=False)

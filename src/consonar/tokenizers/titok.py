@@ -40,7 +40,6 @@ class TiTokConfig(vit.ViTConfig):
     num_tokens: Count = 32
     """Tokens per image."""
     code_dim: Count = 12
-    """Width of one code."""
     decoder: vit.TransformerConfig = vit.LARGE
     """The transformer that writes the image, or the logits for `pixel_decoder`."""
     l2_normalize: bool = True
@@ -93,8 +92,6 @@ class TiTokDecoder(vit.Transformer):
 
 
 class TiTokTokenizer(vit.ViTTokenizer):
-    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
-
     config: TiTokConfig
 
     def __init__(self, config: TiTokConfig, name: str = "titok"):

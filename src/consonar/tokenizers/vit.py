@@ -49,7 +49,6 @@ class ViTConfig(TokenizerConfig):
     """Shape of a tokenizer with a transformer on either side; `TiTokConfig` and `AliTokConfig` set the defaults."""
 
     vocab_size: Count = 4096
-    """Number of codes."""
     encoder: TransformerConfig = LARGE
     """The transformer that reads the image."""
     decoder: TransformerConfig = LARGE

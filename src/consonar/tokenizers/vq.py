@@ -29,13 +29,9 @@ class VQConfig(ConvConfig):
 
     kind: Literal["vq"] = "vq"
     image_size: ImageSize = 64
-    """Side of the square images, pixels."""
     code_dim: Count = 8
-    """Width of one code."""
     base_channels: Count = 32
-    """Channels at full resolution."""
     channel_multipliers: tuple[Count, ...] = (1, 2, 2, 4)
-    """Channels of each resolution as multiples of `base_channels`; every level but the last halves the resolution."""
     num_res_blocks: Count = 1
     """Residual blocks per level in the encoder; the decoder has one more."""
     latent_channels: Count = 64
@@ -132,8 +128,6 @@ class Decoder(nn.Module):
 
 
 class VQTokenizer(ConvTokenizer):
-    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
-
     unit_range = False
 
     def __init__(self, config: VQConfig, name: str = "vq"):

@@ -6,8 +6,7 @@ levels are stored in the order of execution; codes may be l2-normalised on both 
 (MAGVIT-v2, arXiv 2310.05737): a code is the signs of the latents, in {-1, +1}, with 0 counted as -1; its token is the
 sum of 2^i over the positive channels i = 0, 1, ...
 
-Deviations: images are [-1, 1] outside of the module; the constant tables of the released lookup-free quantiser are not
-kept as buffers.
+Deviation: the constant tables of the released lookup-free quantiser are not kept as buffers.
 """
 
 from dataclasses import dataclass
@@ -64,8 +63,6 @@ def sign_tokens(vectors: Tensor) -> Tensor:
 
 
 class VQGANPlusTokenizer(ConvTokenizer):
-    """The tokenizer as a module; follows `consonar.types.Tokenizer`."""
-
     def __init__(self, config: VQGANPlusConfig, name: str = "vqgan-plus"):
         super().__init__(config, name, l2_normalize=config.l2_normalize)
         blocks = config.num_res_blocks if config.num_decoder_blocks is None else config.num_decoder_blocks
