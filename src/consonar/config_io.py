@@ -8,19 +8,22 @@ import numbers
 import os
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from consonar.errors import UserError, unknown
 from consonar.json_types import Json, JsonMap
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 REPLACED_TABLES = ("rewards",)
 """Fields that hold a table of any keys; one in a file replaces its recipe's: what it does not name is not wanted."""
 
 
-def to_dict(config: Any) -> Json:
+def to_dict(config: "DataclassInstance") -> Json:
     """Plain nested dict of a config, ready for JSON."""
     return dataclasses.asdict(config)
 
@@ -33,7 +36,7 @@ def from_dict(values: object, where: str, kind: type[Config], path: str = "") ->
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: {path.removesuffix('.') or 'the file'}: expected a table of keys, got {values!r}")
     hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {item.name: item for item in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
             raise UserError(f"{where}: {unknown(f'{path}{key}', key, known)}")
@@ -99,7 +102,7 @@ def typed(key: str) -> Iterator[None]:
 adapter = functools.cache(TypeAdapter)
 
 
-def variants(item: dataclasses.Field[Any], hint: object) -> list[type]:
+def variants(item: dataclasses.Field[object], hint: object) -> "list[type[DataclassInstance]]":
     """The dataclasses that a field takes: those of the table that its metadata name, or those of its type."""
     if "kinds" in item.metadata:
         return list(item.metadata["kinds"]().values())
@@ -107,7 +110,7 @@ def variants(item: dataclasses.Field[Any], hint: object) -> list[type]:
     return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
 
 
-def pick_variant(value: object, options: list[type], path: str, where: str) -> type:
+def pick_variant(value: object, options: list[type[Config]], path: str, where: str) -> type[Config]:
     """Which dataclass of a union a table means, by its `kind`."""
     if len(options) == 1:
         return options[0]

@@ -67,7 +67,7 @@ def test_a_default_class_that_may_be_two_is_refused(tmp_path):
         open_source(root, image_size=16, label_default="2")
     pinned = names_file(tmp_path.with_suffix(".txt"), "0", "1", "2", "10", "11")
     for word, label in (("2", 2), ("10", 3), ("0", 0)):
-        assert open_source(root, image_size=16, classes=pinned, label_default=word).relabelling.default == label
+        assert open_source(root, image_size=16, classes=pinned, label_default=word).relabel(None) == label
 
 
 def test_pictures_without_any_label_serve_one_class_and_no_more(tmp_path):

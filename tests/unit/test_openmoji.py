@@ -95,7 +95,7 @@ def test_labels_are_classes(splits):
     for split in (train, validation):
         assert split.labels.dtype == torch.int64 and split.class_names == CLASS_NAMES
         assert split.labels.unique().tolist() == list(range(10))
-        assert len(split.labels) == len(split.names) == len(split.images) == len(split.captions) == len(split)
+        assert len(split.labels) == len(split.names) == len(split.images) == len(split)
 
 
 def test_no_picture_occurs_twice(splits):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -50,13 +50,11 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
     check_repeats(args)
     check_empty(args)
     captured = io.StringIO()
-    # Any: of one key, which tyro tells from others by being there; None would be a default like others.
-    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(captured):
             options = tyro.cli(
                 kind, args=list(args), prog=f"consonar {command}", description=COMMANDS[command.split()[0]],
-                config=(tyro.conf.AvoidSubcommands,), **given,
+                config=(tyro.conf.AvoidSubcommands,), default=tyro.MISSING_NONPROP if default is None else default,
             )  # fmt: skip
     except SystemExit as stop:
         if stop.code in (0, None):

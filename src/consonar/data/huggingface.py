@@ -11,6 +11,7 @@ from consonar.data.picture_files import read_image
 from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
 from consonar.files.readers import home_expanded
+from consonar.json_types import JsonMap
 from consonar.origin import check_distinct, content_hash
 from consonar.types import ImageRecord
 
@@ -76,7 +77,7 @@ class DatasetImages:
         # decode=False: the bytes are decoded by read_image, which names a damaged picture and keeps no file open.
         self.dataset = dataset.select_columns(kept).cast_column(image, ImageFeature(decode=False))
 
-    def _record(self, index: int, row: dict[str, Any]) -> ImageRecord:
+    def _record(self, index: int, row: JsonMap) -> ImageRecord:
         name = f"{self.name}/{index}"
         encoded = row[self.image_column]
         if encoded is None:

@@ -1,13 +1,13 @@
 """A folder of picture files as an image source: its splits and classes."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 from consonar.data.picture_files import (
     IMAGE_ENDINGS,
     PictureFiles,
-    bytes_or_none,
     find_pictures,
     read_image,
     sub_folders,
@@ -111,8 +111,13 @@ class ImageFolder:
     @cached_property
     def content_hash(self) -> str:
         """`origin.content_hash` of the files, the same wherever the folder lies."""
-        names = [self.picture_name(index) for index in range(len(self))]
-        return content_hash(names, lambda index: bytes_or_none(self.files[index]))
+
+        def encoded(index: int) -> bytes:
+            with suppress(OSError):  # whoever wants the picture will tell
+                return self.files[index].read_bytes()
+            return b""
+
+        return content_hash([self.picture_name(index) for index in range(len(self))], encoded)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -16,11 +16,14 @@ DROP = "drop"
 LABEL_REMEDY = "give it one with --label-default CLASS, or leave such pictures out with --label-default drop"
 
 
-def check_label(label: int | None, num_classes: int, name: str, missing: int | None = None) -> int:
+def check_label(label: int | None, num_classes: int | None, name: str, missing: int | None = None) -> int:
     """The condition of the picture `name` for a model of `num_classes` classes; `UserError` where it has none.
 
-    With one class a picture needs no label. `missing` is what one without a label gets; None: it is refused.
+    With one class a picture needs no label, with None (the model reads no classes) none is looked at. `missing` is what
+    one without a label gets; None: it is refused.
     """
+    if num_classes is None:
+        return 0
     if label is None and (missing is not None or num_classes <= 1):
         return missing or 0
     if label is None:

@@ -175,9 +175,8 @@ class ImageBatches(PictureBatches):
 def item_of(
     record: ImageRecord, image_size: int, num_classes: int | None, missing: int | None
 ) -> tuple[np.ndarray, int]:
-    """The centre crop of a picture, (S, S, 3) uint8, and its condition (`labels.check_label`); 0 where `num_classes` is
-    None, for models that read no classes."""
-    condition = 0 if num_classes is None else check_label(record.label, num_classes, record.name, missing)
+    """The centre crop of a picture, (S, S, 3) uint8, and its condition (`labels.check_label`)."""
+    condition = check_label(record.label, num_classes, record.name, missing)
     return np.asarray(center_crop(record.image, image_size)), condition
 
 

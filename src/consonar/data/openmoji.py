@@ -79,8 +79,8 @@ class _Rendered:
 class OpenMoji:
     """One split of OpenMoji at one size, an `IndexedSource` held in memory (64 px: 12 kB an image).
 
-    `images` uint8 (n, S, S, 3), `labels` (n,) int64, `names` (hex code points), `captions`; `content_hash` identifies
-    the pixels. Raises `UserError` for an unknown split and when the packages of the extra `openmoji` are missing.
+    `images` uint8 (n, S, S, 3), `labels` (n,) int64, `names` (hex code points); `content_hash` identifies the
+    pixels. Raises `UserError` for an unknown split and when the packages of the extra `openmoji` are missing.
     """
 
     def __init__(self, split: str = "train", image_size: int = 64):
@@ -97,10 +97,6 @@ class OpenMoji:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return tuple(caption_of(name) for name in self.names)
 
     def read(self, index: int) -> ImageRecord:
         """Emoji `index` in the order of the names."""

@@ -141,14 +141,6 @@ def _read_bytes(path: Path, name: str) -> bytes:
         return path.read_bytes()
 
 
-def bytes_or_none(path: Path) -> bytes:
-    """The bytes of a file, none of one that cannot be read: whoever wants the picture in it will tell."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
 def _decode(data: bytes) -> Image.Image:
     """The first picture, decoded. Raises what Pillow raises."""
     try:

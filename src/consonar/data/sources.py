@@ -8,7 +8,7 @@ image or is cut short stops with its name.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from consonar.data.huggingface import open_dataset
 from consonar.data.image_folder import ImageFolder, is_split
@@ -96,48 +96,28 @@ def open_source(
     return relabelled(source, names, label_default, model_classes)
 
 
-@dataclass(frozen=True)
-class Relabelling:
-    """What becomes of the labels of a source."""
-
-    class_names: tuple[str, ...] | None
-    """What the new labels count."""
-    order: tuple[int, ...] | None = None
-    """The new label of each class of the source; None: its labels stay."""
-    default: int | None = None
-    """The label of pictures without one."""
-    drops: bool = False
-    """Whether pictures without one are left out."""
-
-    def label(self, label: int | None) -> int | None:
-        if label is None:
-            return self.default
-        return self.order[label] if self.order and 0 <= label < len(self.order) else label
-
-    def apply(self, record: ImageRecord) -> ImageRecord:
-        return replace(record, label=self.label(record.label))
-
-    def keeps(self, record: ImageRecord) -> bool:
-        return not (self.drops and record.label is None)
-
-
 class Part:
-    """Some rows of an `IndexedSource`, one itself, called `name`; with other labels where there is a `relabelling`."""
+    """Some rows of an `IndexedSource`, one itself, called `name`; `relabel` gives its labels of `class_names`."""
 
     def __init__(
-        self, source: IndexedSource, rows: Sequence[int], name: str, relabelling: Relabelling | None = None
+        self,
+        source: IndexedSource,
+        rows: Sequence[int],
+        name: str,
+        relabel: Callable[[int | None], int | None] | None = None,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
-        self.source, self.rows, self.name, self.relabelling = source, rows, name, relabelling
-        self.class_names = relabelling.class_names if relabelling else source.class_names
+        self.source, self.rows, self.name, self.relabel = source, rows, name, relabel
+        self.class_names = class_names if relabel else source.class_names
         labels = known_labels(source)
         if labels is not None:
-            self.labels = [relabelling.label(labels[row]) if relabelling else labels[row] for row in rows]
+            self.labels = [relabel(labels[row]) if relabel else labels[row] for row in rows]
 
     @cached_property
     def content_hash(self) -> str | None:
         """Of the source's content and the rows (relabelled: the source's alone); None where the source has none."""
         content: str | None = getattr(self.source, "content_hash", None)
-        if self.relabelling or content is None:
+        if self.relabel or content is None:
             return content
         return hashlib.sha256(f"{content} {self.rows}".encode()).hexdigest()
 
@@ -147,7 +127,7 @@ class Part:
     def read(self, index: int) -> ImageRecord:
         """Picture `index` of the part."""
         record = self.source.read(self.rows[index])
-        return self.relabelling.apply(record) if self.relabelling else record
+        return replace(record, label=self.relabel(record.label)) if self.relabel else record
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return map(self.read, range(len(self)))
@@ -187,11 +167,20 @@ def relabelled(
                 raise unknown(f"--classes: class of {source.name}", name, class_names)
         order = tuple(index[same_text(name)] for name in own)
     given = class_names or own
-    label = None if default is None or default == DROP else class_id(default, given or names)
-    relabelling = Relabelling(given, order, label, drops=default == DROP)
+    missing = None if default is None or default == DROP else class_id(default, given or names)
+
+    def relabel(label: int | None) -> int | None:
+        if label is None:
+            return missing
+        return order[label] if order and 0 <= label < len(order) else label
+
+    def moved(record: ImageRecord) -> ImageRecord:
+        return replace(record, label=relabel(record.label))
+
     if not isinstance(source, IndexedSource):
+        kept = partial(filter, lambda record: default != DROP or record.label is not None)
         # No generator: these go on behind a picture that could not be read.
-        return Stream(source.name, given, lambda: filter(relabelling.keeps, map(relabelling.apply, source)))
-    known = known_labels(source) if relabelling.drops else None
+        return Stream(source.name, given, lambda: kept(map(moved, source)))
+    known = known_labels(source) if default == DROP else None
     rows = [row for row in range(len(source)) if known is None or known[row] is not None]
-    return Part(source, rows, source.name, relabelling)
+    return Part(source, rows, source.name, relabel, given)

@@ -7,7 +7,7 @@ The files do not say which tokenizer made them: the user does, and the store car
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -86,17 +86,15 @@ def _numbered_files(folder: Path, what: str) -> list[Path]:
     return [folder / name for name in expected]
 
 
-def _llamagen_codes(path: Path) -> np.ndarray:
-    codes = read_npy(path)
-    return codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
-
-
-def _llamagen_items(codes: list[Path], labels: list[Path], tokenizer: Tokenizer, num_views: int) -> Iterator[Item]:
+def _llamagen_items(codes: list[Path], labels: list[Path], tokenizer: Tokenizer) -> Iterator[Item]:
+    num_views = 0
     for code_file, label_file in zip(codes, labels, strict=True):
-        tokens, label = _llamagen_codes(code_file), read_npy(label_file)
+        tokens, label = read_npy(code_file), read_npy(label_file)
+        tokens = tokens[0] if tokens.ndim == 3 and len(tokens) == 1 else tokens
         if label.shape != (1,) or label.dtype.kind not in "iu":
             raise UserError(f"{label_file}: {label.dtype} of shape {label.shape}; a label is one integer, shape (1,)")
         _check_item(tokens, int(label[0]), tokenizer, str(code_file))
+        num_views = num_views or len(tokens)
         if len(tokens) != num_views:
             others = f"{codes[0].name} has {num_views}; all must have the same"
             raise UserError(f"{code_file}: {len(tokens)} crops, but {others}")
@@ -117,7 +115,6 @@ def import_llamagen_npy(
     labels = _numbered_files(home_expanded(labels_dir), "labels_dir")
     if len(codes) != len(labels):
         raise UserError(f"labels_dir: {len(labels)} label files for {len(codes)} code files")
-    first = _llamagen_codes(codes[0])
-    _check_item(first, 0, tokenizer, str(codes[0]))
-    items = _llamagen_items(codes, labels, tokenizer, len(first))
-    return _write(items, out, tokenizer, len(first), "llamagen npy", codes_dir)
+    items = _llamagen_items(codes, labels, tokenizer)
+    first = next(items)
+    return _write(chain([first], items), out, tokenizer, len(first[0]), "llamagen npy", codes_dir)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -32,7 +32,7 @@ MAX_REPEATED = 2**30
 """Bytes of a tensor that repeats a smaller storage (`expand`): a file of a kilobyte can claim any number."""
 
 
-def check_plain(state: Mapping[Any, Tensor], where: str) -> None:
+def check_plain(state: Mapping[str, Tensor], where: str) -> None:
     """`UserError` names the first tensor whose numbers are not all there: sparse, quantized, nested, without memory, or
     a few numbers repeated over more than a gigabyte."""
     for key, value in state.items():

@@ -5,10 +5,9 @@ path. A file may name a recipe with `base:` and give only what differs.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
 
 import yaml
 
@@ -41,7 +40,7 @@ class ConfigLoader(yaml.SafeLoader):
     and 90. A key that a table has twice is refused.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for index, key in enumerate(keys):
             if key.value in [before.value for before in keys[:index]]:
