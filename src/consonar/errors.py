@@ -1,11 +1,19 @@
 """The one exception type that means "the input is wrong", as opposed to "consonar is wrong"."""
 
+import errno
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
 LONGEST_CAUSE = 200
 """Characters kept of what a parser said."""
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "Storage size calculation overflowed",
+    "out of memory",
+)
+"""What PyTorch says of a tensor that does not fit, on a CPU and on a GPU."""
 
 
 def printable(text: object) -> str:
@@ -50,6 +58,13 @@ def check_choice(what: str, value: object, choices: Collection[object]) -> None:
         raise unknown(what, value, choices)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is missing: Python's, the system's, or PyTorch's on any device."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 @contextmanager
 def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
     """Around a parser of bytes from outside: what it raises becomes one `kind` that begins with `where`, the file.
@@ -66,8 +81,8 @@ def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = 
     except OSError as error:
         cause = error.strerror or str(error) or type(error).__name__
         raise kind(f"{where}: cannot be read: {cause[:LONGEST_CAUSE]}{end}") from error
-    except MemoryError as error:
-        raise kind(f"{where}: cannot be read as {what}: it asks for more memory than there is{end}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise kind(f"{where}: cannot be read as {what}: it asks for more memory than there is{end}") from error
         cause = f"{type(error).__name__}: {error}"[:LONGEST_CAUSE]
         raise kind(f"{where}: not {what}, damaged or cut short ({cause}){end}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from consonar import cli
 from consonar.components import load_generator, save_tokenizer
 from consonar.data.tokens import TokenStore
 from consonar.tokenizers.vq import VQTokenizer
+from consonar.training import policy_gradient as policy
 
 LOOP = {"steps": 2, "batch_size": 4, "log_every": 1, "precision": "bf16"}
 
@@ -113,6 +115,34 @@ def test_a_generator_is_post_trained(cuda, root: Path, base: str) -> None:
     )  # fmt: skip
     lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
     assert any("validation/reward" in line for line in lines)
+
+
+def test_a_run_without_memory_says_where_it_went_and_what_to_change(cuda, root: Path, monkeypatch, capsys) -> None:
+    """The second update is refused memory: the optimizer is there then, and so are the moving average and the prior."""
+    calls, loss = [], policy.clipped_policy_loss
+
+    def refused(*given: torch.Tensor) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.62 GiB.\nmore")
+        return loss(*given)
+
+    monkeypatch.setattr(policy, "clipped_policy_loss", refused)
+    with pytest.raises(SystemExit) as stopped:
+        train(
+            root, "full", base="vapi-openmoji", init=str(root / "rear"), data={"images": str(root / "pictures")},
+            objective={"rewards": {"mse": 1.0}}, loop=LOOP | {"ema_decay": 0.9},
+        )  # fmt: skip
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "consonar: not enough memory; CUDA out of memory. Tried to allocate 5.62 GiB.; 1.00 GiB in use: "
+    )
+    parts = re.findall(r"([a-z -]+) \d+\.\d\d", line.partition("in use: ")[2])
+    assert [part.strip() for part in parts] == [
+        "weights", "optimizer", "frozen models", "moving average", "activations and the rest",
+    ]  # fmt: skip
+    assert line.endswith("; raise loop.accumulation (1) or lower objective.chunk (64) or lower loop.batch_size (4)")
 
 
 def test_a_tokenizer_is_trained_and_measured(cuda, root: Path) -> None:

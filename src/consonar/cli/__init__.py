@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from consonar import __version__
 from consonar.cpu import hold_memory
-from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, printable
+from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, is_out_of_memory, printable
 from consonar.files.readers import home_expanded
 from consonar.files.writers import no_room
 
@@ -34,8 +34,6 @@ COMMANDS = {
     "doctor": "Show device, versions, kernels, packages, weights and cache: what a bug report needs.",
 }
 """What each does. Its module is imported when it is called, for PyTorch takes a second."""
-OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
-"""What PyTorch says of a tensor that does not fit, on a CPU and on a GPU."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,19 +77,19 @@ def errors_told(command: str) -> Iterator[None]:
         skips = isinstance(error, BadImage) and command in ("tokenize", "train", "evaluate")
         way_out = "; --bad-images skip leaves such images out" if skips else ""
         stop(f"{error}{way_out}", 2)
-    except OSError as error:
+    except NonFiniteLoss as error:
+        stop(str(error), 1)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            notes = getattr(error, "__notes__", ["make batches, pictures or the model smaller"])
+            stop(printable("; ".join(["not enough memory", *str(error).splitlines()[:1], *notes])), 2)
+        if not isinstance(error, OSError):
+            raise
         # The machine said no (full disk, no permission, a file where a folder should be): the user's to mend.
         place = f"{error.filename}: " if error.filename else ""
         why = no_room(error)
         reason = f"{why}; what was complete is kept" if why else error.strerror or str(error)
         stop(printable(place + reason), 2)
-    except NonFiniteLoss as error:
-        stop(str(error), 1)
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)):
-            raise
-        found = f": {str(error).splitlines()[0]}" if str(error) else ""
-        stop(printable(f"not enough memory; make batches, pictures or the model smaller{found}"), 2)
     except KeyboardInterrupt:
         stop("interrupted; the same command (train: with --resume, if its run folder is there) goes on", 130)
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup
 from consonar.components import load_tokenizer, read_component_kind
@@ -72,16 +74,20 @@ def command(options: Options) -> None:
         )
     if not place.exists():
         raise UserError(f"{place}: no such file or folder; name samples, or a run folder")
+    smaller = f"lower --batch-size ({options.batch_size})"
     if not is_run:
-        measure_samples(options, device, bad)
+        with memory.explained(smaller, torch.device(device)):
+            measure_samples(options, device, bad)
     elif out is not None:
         raise UserError("--out: the results of a run are written into its folder; leave --out away")
     elif options.tokenizer is not None:
         raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
     elif read_component_kind(place) == "tokenizer":
-        measure_tokenizer(options, device, bad)
+        with memory.explained("no setting takes less, another --device may have more", torch.device(device)):
+            measure_tokenizer(options, device, bad)
     else:
-        measure_generator(options, device, bad)
+        with memory.explained(smaller, torch.device(device)):
+            measure_generator(options, device, bad)
     if bad.note:
         say(bad.note)
         bad.write()

@@ -10,6 +10,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import check_name
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
@@ -51,7 +52,8 @@ def command(options: Options) -> None:
     origin = read_origin(options.generator)
     labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
     job = Job(model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin)
-    with counting("sample") as count:
+    smaller = f"lower --batch-size ({options.batch_size})"
+    with counting("sample") as count, memory.explained(smaller, device):
         run_job(job, options.out, batch_size=options.batch_size, progress=lambda done: count(done, len(labels)))
     say(f"{len(labels)} images: {options.out}")
 

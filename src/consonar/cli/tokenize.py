@@ -4,6 +4,7 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
+from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup, check_name
 from consonar.components import load_tokenizer
@@ -76,7 +77,8 @@ def command(options: Options) -> None:
     for name, source in sources.items():
         if name in ours:
             say(f"{name}: is there already: {stores[name]}")
-        else:
+            continue
+        with memory.explained(f"lower --batch-size ({options.batch_size})", device):
             write_store(name, source, model, stores[name], kinds[name], options.batch_size)
     if bad.note:
         say(bad.note)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from consonar import records
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, is_out_of_memory, unknown
 from consonar.metrics import pixels
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import load_discriminator
@@ -199,6 +199,8 @@ def told_in_one_line(what: str) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a script that ends itself would end the run without a word
+        if is_out_of_memory(error):  # not the reward's fault, and told where it is known what to change
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what}: raised {type(error).__name__}{f': {reason}' if reason else ''}") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from consonar import distributed
+from consonar import distributed, memory
 from consonar.config_io import to_dict
 from consonar.cpu import timing
 from consonar.distributed import World
@@ -24,6 +24,7 @@ from consonar.training.build import build
 from consonar.training.checkpoints import State, list_resume, load_resume
 from consonar.training.config import TrainConfig
 from consonar.training.loop import KERNELS, Built, Running, train_loop
+from consonar.training.objectives.alignment import AlignmentConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import FILE, check_same_origin, comparable, resolve_start
 from consonar.training.tracking import Tracker, check_sinks
@@ -73,7 +74,8 @@ def train(
                 tracker.say(line)
             if note:
                 tracker.warn(note)
-            with signals_held() as caught, closing(tracker):
+            kept = {"moving average": (state.average or {}).values()}
+            with signals_held() as caught, closing(tracker), memory.explained(smaller(config), world.device, kept):
                 train_loop(Running(config, built, state, tracker, out, world, caught), stop_at)
                 if state.interrupted and signal.SIGINT not in caught:  # Ctrl-C: the command line says so
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
@@ -81,6 +83,19 @@ def train(
                 export(built, state, out)
             tracker.say(f"run folder: {out}")
     return out
+
+
+def smaller(config: TrainConfig) -> str:
+    """What to change for a run of less memory, with the settings' values: first what leaves the results as they are."""
+    loop, objective, ways = config.loop, config.objective, []
+    if loop.accumulation < loop.batch_size:
+        ways.append(f"raise loop.accumulation ({loop.accumulation})")
+    if isinstance(objective, AlignmentConfig) and objective.chunk > 1:
+        ways.append(f"lower objective.chunk ({objective.chunk})")
+    ways.append(f"lower loop.batch_size ({loop.batch_size})")
+    if config.run != "post-training":
+        ways.append("make the model smaller (model.*)")
+    return " or ".join(ways)
 
 
 def batch_of_process(config: TrainConfig, world: World) -> int:

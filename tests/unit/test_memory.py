@@ -1,0 +1,91 @@
+"""An error for want of memory says where it went, by part, and what to change: on a CPU that has none, and a GPU."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from consonar import memory
+from consonar.attention import KVCache
+from consonar.errors import UserError, is_out_of_memory, reading
+
+CPU, GIB = torch.device("cpu"), 2**30
+
+
+def test_what_no_part_has_is_activations_and_the_rest():
+    parts = {"weights": 2 * GIB, "gradients": 0, "optimizer": 4 * GIB}
+    told = memory.account(parts, 10 * GIB)
+    assert told == "10.00 GiB in use: weights 2.00, optimizer 4.00, activations and the rest 4.00"
+    assert memory.account(parts, 5 * GIB) == "6.00 GiB in use: weights 2.00, optimizer 4.00"
+
+
+def test_each_tensor_is_counted_once_in_its_part():
+    before = memory.parts_in_use(CPU)
+    model, frozen = nn.Linear(1000, 100), nn.Linear(500, 100, bias=False).requires_grad_(False)
+    tied = nn.ModuleList([model, frozen, model])
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(2, 1000)).sum().backward()
+    optimizer.step()
+    cache = KVCache(torch.zeros(2, 2, 3, 4, 5, 6))
+    moved = {name: size - before[name] for name, size in memory.parts_in_use(CPU).items()}
+    weights = 4 * 100_100
+    assert moved["gradients"] == weights and moved["key-value cache"] == cache.data.nbytes
+    assert moved["optimizer"] == 2 * weights + 2 * 4  # and the two counts of steps
+    assert sum(moved[name] for name in ("weights", "frozen models")) == weights + 4 * 50_000
+    assert memory.parts_in_use(CPU)["weights"] >= weights and len(tied) == 3
+
+
+def test_errors_for_want_of_memory_are_told_from_others():
+    for error in (MemoryError(), OSError(errno.ENOMEM, "?"), RuntimeError("CUDA out of memory. Tried"), absurd()):
+        assert is_out_of_memory(error)
+    for error in (RuntimeError("shapes do not match"), OSError(errno.ENOSPC, "?"), ValueError()):
+        assert not is_out_of_memory(error)
+
+
+def absurd() -> Exception:
+    try:
+        return RuntimeError(torch.empty(2**46))
+    except RuntimeError as error:
+        return error
+
+
+def test_only_an_error_for_want_of_memory_gets_a_note_and_it_stays_what_it_is():
+    average = {"moving average": [torch.zeros(2**24)]}
+    with pytest.raises(RuntimeError, match="allocate memory") as caught, memory.explained("lower n (5)", CPU, average):
+        torch.empty(2**46)
+    (note,) = caught.value.__notes__
+    assert note.endswith("; lower n (5)") and "moving average 0.06" in note and "GiB in use: " in note
+    with pytest.raises(RuntimeError) as caught, memory.explained("lower n (5)", CPU):
+        raise RuntimeError("shapes do not match")
+    assert not hasattr(caught.value, "__notes__")
+
+
+LIMITED = """
+import resource, sys
+import consonar.cli.sample, torch  # before the limit: what is left then is for the work
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
+from consonar import cli
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set by what /proc says")
+def test_a_command_that_has_too_little_memory_ends_in_one_line(tmp_path: Path) -> None:
+    words = ["sample", "openmoji", "--num-samples", "30000", "--batch-size", "30000", "--out", str(tmp_path / "s.npz")]
+    environment = os.environ | {"CONSONAR_KERNELS": "pytorch", "OMP_NUM_THREADS": "1"}  # no memory is kept for later
+    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("consonar: not enough memory; ") and "GiB in use: weights 0.0" in line
+    assert "activations and the rest" in line and line.endswith("; lower --batch-size (30000)")
+
+
+def test_a_file_that_memory_does_not_suffice_for_is_not_called_damaged() -> None:
+    with pytest.raises(UserError, match="as weights: it asks for more memory than there is"), reading("f", "weights"):
+        raise RuntimeError("unable to mmap 11519680 bytes from file <f>: Cannot allocate memory (12)")
