@@ -71,7 +71,7 @@ def load_generator(path: str | Path) -> Generator:
     """
     folder = model_folder(path)
     _, origin, settings, generator_class = read_settings(folder, "generator", GENERATORS)
-    generator: Generator = tune(load_module(lambda: generator_class(settings), folder))
+    generator = tune(load_module(lambda: generator_class(settings), folder))
     generator.origin = origin
     names, where = origin.class_names or (), str(folder / "config.json")
     if len(names) > generator.num_classes:

@@ -3,35 +3,43 @@
 What else a name or an `hf:` text means, and generators, stand above the converter, in `consonar.components`.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from consonar.config_io import from_dict
 from consonar.errors import UserError, unknown
 from consonar.files.weights import component_config, load_module, released
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, TokenizerModule, resized
+from consonar.types import Kind
 
-SHIPPED_GENERATORS = ("openmoji",)
-"""Generators whose weights are part of the package."""
-SHIPPED_TOKENIZERS = ("openmoji-64", "openmoji-64-f4")
-"""Tokenizers whose weights are part of the package."""
+SHIPPED = {"generator": ("openmoji",), "tokenizer": ("openmoji-64", "openmoji-64-f4")}
+"""Models whose weights are part of the package."""
 PACKAGE = Path(__file__).parent
+Config = TypeVar("Config")
+Model = TypeVar("Model")
+
+
+def from_anywhere(what: str, name: str) -> str:
+    """The name of a model, shipped or `hf:`; a folder as a whole path, which works from any directory."""
+    return name if name in SHIPPED[what] or name.startswith("hf:") else str(Path(name).resolve())
 
 
 def shipped_or_folder(what: str, name: str | Path) -> Path:
     """The folder of a shipped model or of a run, or the path itself; `what` is `generator` or `tokenizer`. `UserError`
     for a name that is neither shipped nor a folder, and for a run that has no model yet."""
-    shipped = SHIPPED_GENERATORS if what == "generator" else SHIPPED_TOKENIZERS
-    if isinstance(name, str) and name in shipped:  # a `Path` is a folder: `Path("./openmoji")` has lost its dot
+    if isinstance(name, str) and name in SHIPPED[what]:  # a `Path` is a folder: `Path("./openmoji")` has lost its dot
         return PACKAGE / f"{what}s" / "pretrained" / name
     if not str(name) or not Path(name).is_dir():  # an empty name would be the working directory
-        raise unknown(what, str(name), [*shipped, "a run folder", "a model folder", "hf:NAME"])
+        raise unknown(what, str(name), [*SHIPPED[what], "a run folder", "a model folder", "hf:NAME"])
     return released(Path(name), what)
 
 
-def read_settings(folder: Path, what: str, kinds: dict[str, Any]) -> tuple[str, Origin, Any, Any]:
+def read_settings(
+    folder: Path, what: str, kinds: Mapping[str, Kind[Config, Model]]
+) -> tuple[str, Origin, Config, Callable[..., Model]]:
     """What config.json says: name, origin, shape as its dataclass, and the class of the model. `UserError` for a folder
     of something else than `what`, and for a kind that is not in the table."""
     config, where = component_config(folder), str(folder / "config.json")
@@ -54,5 +62,4 @@ def read_tokenizer(folder: Path, num_tokens: int | None = None) -> TokenizerModu
     name, _, settings, tokenizer_class = read_settings(folder, "tokenizer", TOKENIZERS)
     if num_tokens is not None:
         settings = resized(settings, num_tokens)
-    tokenizer: TokenizerModule = load_module(lambda: tokenizer_class(settings, name=name), folder)
-    return tokenizer
+    return load_module(lambda: tokenizer_class(settings, name=name), folder)

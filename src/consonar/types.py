@@ -4,9 +4,9 @@ Letters used for shapes everywhere: `B` batch, `N` tokens per image, `V` vocabul
 `P` prefix positions of a generator, `H`, `W` pixels. Images are float32 in [-1, 1]; tokens are int64.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
@@ -159,8 +159,11 @@ class Weights(Protocol):
     """What is asked of a model as a module; every `nn.Module` has it."""
 
     def to(self, device: torch.device | str) -> Self: ...
+    def eval(self) -> Self: ...
     def children(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *, assign: bool = False) -> object: ...
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
@@ -213,6 +216,20 @@ class Generator(Weights, Protocol):
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for `batch_size` rows on the generator's device."""
+
+
+Config = TypeVar("Config", covariant=True)
+Model = TypeVar("Model", covariant=True)
+
+
+class Kind(NamedTuple, Generic[Config, Model]):
+    """A row of the table of generators or of tokenizers."""
+
+    config: type[Config]
+    model: Callable[..., Model]
+    """The class of the generator or tokenizer."""
+    trainable: bool = False
+    """Of a tokenizer, whether `train` can make one (`objectives.reconstruction`)."""
 
 
 class Reward(Protocol):

@@ -24,18 +24,18 @@ from consonar.components import load_generator, load_tokenizer
 from consonar.data.sources import SOURCES, SourceKind
 from consonar.data.tokens import TokenStore
 from consonar.evaluation.sample_metrics import SAMPLE_METRICS, Measured
-from consonar.generators import GENERATORS, GeneratorKind
+from consonar.generators import GENERATORS
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.options import NotNegative
 from consonar.recipes import RECIPES
-from consonar.tokenizers import TOKENIZERS, TokenizerKind
+from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training import objectives
 from consonar.training.config import DataConfig, TrainConfig
 from consonar.training.objectives import METHODS, Method
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
 from consonar.training.rewards import REWARDS
-from consonar.types import ImageBatch, ImageRecord
+from consonar.types import ImageBatch, ImageRecord, Kind
 
 SOURCE = Path(consonar.__file__).parent
 
@@ -161,7 +161,7 @@ class GreyTokenizer(VQTokenizer):
 
 
 def test_a_trainable_tokenizer(folder: Path, monkeypatch) -> None:
-    monkeypatch.setitem(TOKENIZERS, "grey-vq", TokenizerKind(GreyConfig, GreyTokenizer, trainable=True))
+    monkeypatch.setitem(TOKENIZERS, "grey-vq", Kind(GreyConfig, GreyTokenizer, trainable=True))
     Path("grey.yaml").write_text(
         "base: tokenizer-openmoji-64\n"
         "model: {kind: grey-vq, image_size: 16, vocab_size: 32, code_dim: 4, base_channels: 8, num_groups: 4}\n"
@@ -217,7 +217,7 @@ class BigramGenerator(CausalGenerator[Tensor]):
 
 def test_a_generator(folder: Path, tokenizer_folder: Path, monkeypatch) -> None:
     """Its tokens are those of its table: the most likely one after each."""
-    monkeypatch.setitem(GENERATORS, "bigram", GeneratorKind(BigramConfig, BigramGenerator))
+    monkeypatch.setitem(GENERATORS, "bigram", Kind(BigramConfig, BigramGenerator))
     for name, part in (("tokens", "train"), ("held-out", "validation")):
         cli.main(["tokenize", "--tokenizer", str(tokenizer_folder), "--data", f"data/{part}", "--out", name])
     Path("bigram.yaml").write_text(

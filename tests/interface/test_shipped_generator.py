@@ -11,7 +11,7 @@ import pytest
 from consonar import cli, model_folders
 from consonar.components import load_generator, load_own_tokenizer, model_folder, read_origin, save_generator
 from consonar.errors import UserError
-from consonar.model_folders import SHIPPED_GENERATORS
+from consonar.model_folders import SHIPPED
 from consonar.origin import Origin
 from consonar.training.origins import resolve_start
 
@@ -78,7 +78,7 @@ def test_measuring_a_shipped_generator_names_the_way(shipped: Path, capsys) -> N
     assert sorted(path.name for path in shipped.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("name", SHIPPED_GENERATORS)
+@pytest.mark.parametrize("name", SHIPPED["generator"])
 def test_every_shipped_generator_is_there_small_and_fits_its_tokenizer(name: str) -> None:
     generator, tokenizer = load_generator(name), load_own_tokenizer(name)
     assert (generator.vocab_size, generator.num_tokens) == (tokenizer.vocab_size, tokenizer.num_tokens)

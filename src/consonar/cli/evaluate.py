@@ -22,7 +22,7 @@ from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_s
 from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import Measurement, check_place
 from consonar.evaluation.runs import RunSettings, evaluate_run
-from consonar.model_folders import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS
+from consonar.model_folders import SHIPPED
 from consonar.options import default
 from consonar.origin import Origin
 from consonar.seeding import check_seed
@@ -67,7 +67,7 @@ def command(options: Options) -> None:
     is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
     listing = out and out.with_name(f"{out.name}-bad-images.txt")
     bad = options.bad.policy(place / "bad-images-evaluation.txt" if is_run else listing)
-    if not place.exists() and str(place) in SHIPPED_GENERATORS:
+    if not place.exists() and str(place) in SHIPPED["generator"]:
         raise UserError(
             f"evaluate: {place} is a shipped generator, which keeps no results; first "
             f"consonar sample {place} --num-samples {options.num_samples} --out {place}.npz, then evaluate that file"
@@ -146,7 +146,7 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
         raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {path} has none")
     target = open_reference(options.reference, samples.image_size, bad=bad)
     settings = samples.settings or {}
-    name = tokenizer or (named if (named := settings.get("tokenizer")) in SHIPPED_TOKENIZERS else None)
+    name = tokenizer or (named if (named := settings.get("tokenizer")) in SHIPPED["tokenizer"] else None)
     if name is not None and samples.tokens is not None:
         codec = load_tokenizer(name).to(device)
         if tokenizer is not None or settings.get("tokenizer_fingerprint") in (None, codec.fingerprint):

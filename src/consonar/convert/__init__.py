@@ -7,6 +7,7 @@ it came from). `to_official` makes the released layout again, from a converted f
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from consonar.json_types import Json, JsonMap
 from consonar.model_folders import read_settings, read_tokenizer, shipped_or_folder
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, TokenizerModule
-from consonar.types import Generator, Grid, ModelConfig
+from consonar.types import Generator, Grid, Kind, ModelConfig
 
 SOURCE, UNUSED = "source.json", "unused.safetensors"
 
@@ -236,7 +237,7 @@ def to_official(folder: Path, out: Path) -> str:
 def official_state(folder: Path) -> tuple[str, State, list[str]]:
     """Architecture, released state dict and entry of one component folder."""
     component = str(component_config(folder).get("component"))
-    tables: dict[str, dict[str, Any]] = {"tokenizer": {**TOKENIZERS}, "generator": {**GENERATORS}}
+    tables: dict[str, Mapping[str, Kind[ModelConfig, object]]] = {"tokenizer": TOKENIZERS, "generator": GENERATORS}
     if component not in tables:
         raise UserError(f"{folder}: not a folder of a tokenizer or generator (component in config.json)")
     _, _, config, _ = read_settings(folder, component, tables[component])

@@ -23,8 +23,9 @@ from consonar.errors import UserError, reading
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically
 from consonar.json_types import Json
+from consonar.types import Weights
 
-Module = TypeVar("Module", bound=nn.Module)
+Module = TypeVar("Module", bound=Weights)
 FORMAT_VERSION = 1
 SAVE = "save"
 """Key of the hash of configuration and weights that both files of a component carry."""

@@ -1,9 +1,8 @@
 """The kinds of tokenizers. A stored one is loaded by `consonar.components`."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
-from consonar.types import ModelConfig, Tokenizer, Weights
+from consonar.types import Kind, ModelConfig, Tokenizer, Weights
 
 
 class TokenizerModule(Tokenizer, Weights, Protocol):
@@ -30,22 +29,12 @@ class TokenizerModule(Tokenizer, Weights, Protocol):
         ...
 
 
-class TokenizerKind(NamedTuple):
-    """A row of the table."""
-
-    config: type[ModelConfig]
-    model: Callable[..., TokenizerModule]
-    """The class of the tokenizer."""
-    trainable: bool = False
-    """Whether `train` can make one (`objectives.reconstruction`)."""
-
-
-TOKENIZERS: dict[str, TokenizerKind] = {
-    "vq": TokenizerKind(VQConfig, VQTokenizer, trainable=True),
-    "maskgit-vq": TokenizerKind(MaskGITConfig, MaskGITTokenizer, trainable=True),
-    "vqgan-plus": TokenizerKind(VQGANPlusConfig, VQGANPlusTokenizer),
-    "titok": TokenizerKind(TiTokConfig, TiTokTokenizer),
-    "alitok": TokenizerKind(AliTokConfig, AliTokTokenizer),
+TOKENIZERS: dict[str, Kind[ModelConfig, TokenizerModule]] = {
+    "vq": Kind(VQConfig, VQTokenizer, trainable=True),
+    "maskgit-vq": Kind(MaskGITConfig, MaskGITTokenizer, trainable=True),
+    "vqgan-plus": Kind(VQGANPlusConfig, VQGANPlusTokenizer),
+    "titok": Kind(TiTokConfig, TiTokTokenizer),
+    "alitok": Kind(AliTokConfig, AliTokTokenizer),
 }
 """The kinds, by what files call them."""
 

@@ -14,10 +14,10 @@ from consonar.files.readers import read_json
 from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
-from consonar.model_folders import SHIPPED_GENERATORS, SHIPPED_TOKENIZERS
+from consonar.model_folders import from_anywhere
 from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
 from consonar.training.config import TrainConfig
-from consonar.types import Generator, Tokenizer
+from consonar.types import Generator, ModelConfig, Tokenizer
 
 FILE = "origin.json"
 PLACES = {
@@ -52,28 +52,27 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
     if model is None or aligns:
         stored = load_generator(start).config
         if model is not None:
-            check_same_shape(start, asdict(stored), asdict(model))
+            check_same_shape(start, stored, model)
         model = stored
-    by_name = start in SHIPPED_GENERATORS or start.startswith("hf:")  # a folder is stored whole
-    init = start if by_name else str(Path(start).resolve())
-    return replace(config, init=init, tokenizer=tokenizer, model=model)
+    return replace(config, init=from_anywhere("generator", start), tokenizer=tokenizer, model=model)
 
 
 def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:
     """The generator of `init`, to be trained, dropout as in `shape`; `UserError` for another shape or tokenizer."""
     check("tokenizer", of_tokenizer(tokenizer), read_origin(init), init, "its tokens mean other codes")
     stored = load_generator(init)
-    check_same_shape(init, asdict(stored.config), asdict(shape))
+    check_same_shape(init, stored.config, shape)
     generator = build_generator(shape)
     generator.load_state_dict(stored.state_dict(), assign=True)
     return generator.requires_grad_(True)
 
 
-def check_same_shape(where: str, stored: Json, wanted: Json) -> None:
+def check_same_shape(where: str, stored: ModelConfig, wanted: ModelConfig) -> None:
     """Raises `UserError` for the first key in which the configurations differ; not for dropouts and sizes left open."""
-    for key, value in wanted.items():
-        if "drop" not in key and value not in (0, None) and stored.get(key) != value:
-            raise UserError(f"model.{key}: {value!r}, but the generator in {where} has {stored.get(key)!r}")
+    held = asdict(stored)
+    for key, value in asdict(wanted).items():
+        if "drop" not in key and value not in (0, None) and held.get(key) != value:
+            raise UserError(f"model.{key}: {value!r}, but the generator in {where} has {held.get(key)!r}")
 
 
 def origin_of(config: TrainConfig, place: str, fingerprint: str, data: Origin) -> Origin:
@@ -82,20 +81,16 @@ def origin_of(config: TrainConfig, place: str, fingerprint: str, data: Origin) -
     `place` is the data's, `fingerprint` that of the tokenizer. Raises `UserError` where label i of the data is not
     class i of the start model.
     """
-    start, tokenizer = Origin(), config.tokenizer
+    start = Origin()
     if config.init:
         start = read_origin(config.init)
         remedy = "bring the data into the order of the model's classes with --classes FILE"
         check(place, data, start, config.init, remedy, parts=("classes",))
-    if tokenizer and tokenizer not in SHIPPED_TOKENIZERS and not tokenizer.startswith("hf:"):
-        tokenizer = str(Path(tokenizer).resolve())  # whole, so that the model works from any directory
-    return Origin(
-        tokenizer=tokenizer,
+    return replace(
+        data,
+        tokenizer=from_anywhere("tokenizer", config.tokenizer) if config.tokenizer else None,
         tokenizer_fingerprint=fingerprint,
         class_names=data.class_names or start.class_names,
-        data=data.data,
-        data_sha256=data.data_sha256,
-        validation_sha256=data.validation_sha256,
         init=config.init,
         init_sha256=weights_sha256(config.init) if config.init else None,
     )
