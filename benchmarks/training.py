@@ -18,7 +18,8 @@ from consonar.distributed import pick_device
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
 from consonar.precision import pick_precision
 from consonar.seeding import generator as seeded
-from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
 from consonar.training.optim import OptimConfig, build_optimizer
 from consonar.training.trainee import Trainee
 from consonar.types import TokenBatch

@@ -11,7 +11,8 @@ from consonar.files.writers import file_sha256
 from consonar.networks import lpips
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.config import TrainConfig
-from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
 from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig, TokenizerTrainee
 from consonar.training.trainee import Trainee
 from consonar.types import EncodedBatch, ImageBatch, TokenBatch

@@ -22,9 +22,9 @@ from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.checkpoints import State
 from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.loop import Built, Running, update
+from consonar.training.noise import NoiseConfig
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
-from consonar.training.objectives.autoregressive import NoiseConfig
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.controls import StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig

@@ -12,7 +12,8 @@ from consonar.components import load_generator
 from consonar.distributed import pick_device
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, folder_image_set
 from consonar.sampling.sample import SamplerConfig, sample_tokens
-from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import gumbel_noise
 from consonar.training.run import train
 

@@ -24,8 +24,9 @@ from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
 from consonar.training.config import DataConfig
+from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.alignment import AlignmentTrainee
-from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
 from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
 from consonar.training.run import train
 from consonar.training.tracking import read_metrics

@@ -13,7 +13,8 @@ from consonar.generators.rear import ReARConfig
 from consonar.training.checkpoints import State, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.loop import Built, Running, update
-from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig, NoisyTokens
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoisyTokens
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.run import train

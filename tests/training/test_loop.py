@@ -20,7 +20,8 @@ from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
 from consonar.training.checkpoints import State, list_resume, load_resume
 from consonar.training.loop import Built, Running, train_loop
-from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.run import train
 from consonar.training.tracking import Tracker, read_metrics

@@ -14,7 +14,8 @@ from consonar.files.lock import hold
 from consonar.generators.rear import ReARConfig
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
-from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.run import check_folder, train
 from consonar.training.tracking import read_metrics

@@ -8,9 +8,10 @@ from consonar.generators import GENERATORS
 from consonar.sampling.sample import SamplerConfig
 from consonar.tokenizers import TOKENIZERS
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.noise import NoiseConfig
 from consonar.training.objectives import kinds
 from consonar.training.objectives.alignment import GuardConfig
-from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import OptimConfig
 

@@ -26,9 +26,10 @@ from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.noise import NoiseConfig
 from consonar.training.objectives import kinds
 from consonar.training.objectives.alignment import GuardConfig
-from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig

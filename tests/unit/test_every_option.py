@@ -30,9 +30,10 @@ from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
+from consonar.training.noise import NoiseConfig
 from consonar.training.objectives import kinds, method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee, GuardConfig
-from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig, TokenizerTrainee

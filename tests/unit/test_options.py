@@ -22,7 +22,8 @@ from consonar.origin import Origin
 from consonar.recipes import find_recipe, read_config
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
 from consonar.training.config import DataConfig, LoopConfig
-from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig

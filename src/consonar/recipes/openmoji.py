@@ -5,7 +5,8 @@ from dataclasses import replace
 from consonar.generators.rear import REAR_PRESETS, ReARConfig
 from consonar.tokenizers.vq import VQConfig
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
-from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig

@@ -23,8 +23,9 @@ from dataclasses import replace
 from consonar.generators.alitok import ALITOK_PRESETS
 from consonar.generators.rear import REAR_PRESETS
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
+from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.alignment import GuardConfig
-from consonar.training.objectives.autoregressive import AutoregressiveConfig, NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.optim import OptimConfig
 

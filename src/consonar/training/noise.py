@@ -1,18 +1,44 @@
-"""Noisy context (reAR, arXiv 2510.04450): schedules of the largest rate; how tokens are replaced. Pure functions."""
+"""Noisy context (reAR, arXiv 2510.04450): its settings, schedules of the largest rate; how tokens are replaced."""
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from consonar.distributed import ALONE, World
 from consonar.float32 import in_float32
+from consonar.options import Count, Options, Range, ReadOnlyWith, Share
 from consonar.records import to_device
 from consonar.seeding import integers, uniform
 
 Schedule = Literal["none", "constant", "uniform", "linear", "truncated_linear"]
 Corruption = Literal["uniform", "mask", "nearest"]
+NOISE = ReadOnlyWith(lambda given: given.schedule != "none", "{}schedule other than 'none'")
+ANNEALING = ReadOnlyWith(lambda given: given.schedule == "truncated_linear", "{}schedule 'truncated_linear'")
+NEAREST = ReadOnlyWith(
+    lambda given: given.schedule != "none" and given.corruption == "nearest",
+    "{}corruption 'nearest' and {}schedule other than 'none'",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig(Options):
+    """Noisy context: how often and by what context tokens are replaced."""
+
+    section = "objective.noise"
+
+    schedule: Schedule = "none"
+    """How the largest rate f(t) moves over training; the article's best is truncated_linear."""
+    max_rate: Annotated[Share, NOISE] = 1.0
+    """Largest rate at the start (linear, truncated_linear), always (uniform), or the rate itself (constant)."""
+    anneal_end: Annotated[float, Range(0, 1, "(]"), ANNEALING] = 0.75
+    """Share of training after which truncated_linear is 0."""
+    corruption: Annotated[Corruption, NOISE] = "uniform"
+    """What replaces a token: any code, the mask, or one of its nearest codes."""
+    num_neighbours: Annotated[Count, NEAREST] = 16
+    """How many nearest codes `nearest` chooses from."""
 
 
 def max_noise_rate(schedule: Schedule, progress: float, *, max_rate: float = 1.0, anneal_end: float = 0.75) -> float:

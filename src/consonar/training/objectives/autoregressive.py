@@ -18,38 +18,13 @@ from torch import Tensor
 
 from consonar.distributed import ALONE, World
 from consonar.errors import UserError
-from consonar.options import Count, CountOrZero, NotNegative, Options, Range, ReadOnlyWith, Share, ShareBelowOne
+from consonar.options import Count, CountOrZero, NotNegative, ReadOnlyWith, ShareBelowOne
 from consonar.seeding import generator
 from consonar.training import losses, noise
+from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.base import ObjectiveConfig, codebook_of, drop_classes, means
 from consonar.training.trainee import HeadSpec, Trainee
 from consonar.types import Condition, Objective, TokenBatch, Tokenizer
-
-NOISE = ReadOnlyWith(lambda given: given.schedule != "none", "{}schedule other than 'none'")
-ANNEALING = ReadOnlyWith(lambda given: given.schedule == "truncated_linear", "{}schedule 'truncated_linear'")
-NEAREST = ReadOnlyWith(
-    lambda given: given.schedule != "none" and given.corruption == "nearest",
-    "{}corruption 'nearest' and {}schedule other than 'none'",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseConfig(Options):
-    """Noisy context: how often and by what context tokens are replaced."""
-
-    section = "objective.noise"
-
-    schedule: noise.Schedule = "none"
-    """How the largest rate f(t) moves over training; the article's best is truncated_linear."""
-    max_rate: Annotated[Share, NOISE] = 1.0
-    """Largest rate at the start (linear, truncated_linear), always (uniform), or the rate itself (constant)."""
-    anneal_end: Annotated[float, Range(0, 1, "(]"), ANNEALING] = 0.75
-    """Share of training after which truncated_linear is 0."""
-    corruption: Annotated[noise.Corruption, NOISE] = "uniform"
-    """What replaces a token: any code, the mask, or one of its nearest codes."""
-    num_neighbours: Annotated[Count, NEAREST] = 16
-    """How many nearest codes `nearest` chooses from."""
-
 
 HEADS = ReadOnlyWith(lambda given: given.embedding_weight > 0, "{}embedding_weight over 0")
 ENCODE_HEAD = ReadOnlyWith(
