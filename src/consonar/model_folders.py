@@ -13,12 +13,12 @@ from consonar.errors import UserError, unknown
 from consonar.files.weights import component_config, load_module, released
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, TokenizerModule, resized
-from consonar.types import Kind
+from consonar.types import Kind, ModelConfig
 
 SHIPPED = {"generator": ("openmoji",), "tokenizer": ("openmoji-64", "openmoji-64-f4")}
 """Models whose weights are part of the package."""
 PACKAGE = Path(__file__).parent
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=ModelConfig)
 Model = TypeVar("Model")
 
 
