@@ -33,6 +33,7 @@ def measure_memory(samples: str, reference: str, cap: int, width: int, seed: int
     from torch.nn import functional
 
     from consonar.evaluation.evaluate import evaluate
+    from consonar.evaluation.settings import EvaluationSettings
     from consonar.seeding import generator
 
     class RandomProjection:
@@ -43,7 +44,7 @@ def measure_memory(samples: str, reference: str, cap: int, width: int, seed: int
             return functional.adaptive_avg_pool2d(images, 16).flatten(1) @ self.weights
 
     started = time.perf_counter()
-    evaluate(samples, reference, feature_network=RandomProjection(), max_neighbours_images=cap)
+    evaluate(samples, reference, EvaluationSettings(max_neighbours_images=cap), feature_network=RandomProjection())
     seconds = time.perf_counter() - started
     return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "seconds": seconds}
 

@@ -18,6 +18,7 @@ from consonar.errors import UserError, unknown
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.results import check_place
 from consonar.evaluation.runs import RunSettings
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.origin import Origin
 from consonar.recipes import find_recipe, read_config
 from consonar.sampling.job import MOST_IMAGES
@@ -142,7 +143,7 @@ def test_a_wrong_seed_is_refused_before_anything_is_made(tmp_path):
         with pytest.raises(UserError, match=rf"seed: {seed} is not between 0 and 2\^63 - 1"):
             RunSettings(seed=seed)
         with pytest.raises(UserError, match=rf"seed: {seed} is not between 0 and 2\^63 - 1"):
-            evaluate(tmp_path / "none.npz", "nothing", seed=seed)
+            evaluate(tmp_path / "none.npz", "nothing", EvaluationSettings(seed=seed))
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,7 @@ import re
 import torch
 from golden import Golden
 
-from consonar.metrics.distribution import Moments, frechet_distance, inception_score, neighbour_radii, precision_recall
+from consonar.metrics.distribution import InceptionScore, Moments, frechet_distance, neighbour_radii, precision_recall
 
 NUM_NEIGHBOURS = 3
 # The json's rtol of the Fréchet distance and the Inception score; `compare` is relative above 1.
@@ -34,8 +34,10 @@ def run(golden: Golden) -> None:
     compare_neighbours(golden, ref, sample)
     for key in golden.meta["arrays"]:
         if found := re.fullmatch(r"inception_score_split(\d+)", key):
-            score = inception_score(golden.tensor("is_preds"), int(found[1]))
-            golden.compare(key, torch.tensor(score, dtype=torch.float64), RELATIVE)
+            predictions = golden.tensor("is_preds")
+            score = InceptionScore(torch.arange(len(predictions)) // int(found[1]))
+            score.update(predictions)
+            golden.compare(key, torch.tensor(score.value, dtype=torch.float64), RELATIVE)
 
 
 def compare_moments(golden: Golden, ref: torch.Tensor, sample: torch.Tensor) -> None:

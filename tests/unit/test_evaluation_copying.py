@@ -38,7 +38,6 @@ def test_a_sample_is_a_copy_when_strictly_nearer_than_every_validation_image(sca
     assert result.threshold == 3
     assert result.distances.tolist() == [0, 2, 3, 8]
     assert result.is_copy.tolist() == [True, True, False, False]
-    assert result.share == 0.5
     assert result.indices[:3].tolist() == [4, 3, 1]
 
 
@@ -58,9 +57,9 @@ def test_the_quantile_makes_the_threshold_robust_against_one_near_duplicate():
     train = torch.zeros(1, 10, dtype=torch.int64)
     validation = torch.stack([changed(train[0], count) for count in (0, 4, 5, 6, 7)])  # the first one is a duplicate
     samples = torch.stack([changed(train[0], count) for count in (0, 3, 5)])
-    assert copy_rate_tokens(samples, train, validation).share == 0  # nothing is nearer than 0
+    assert not copy_rate_tokens(samples, train, validation).is_copy.any()  # nothing is nearer than 0
     robust = copy_rate_tokens(samples, train, validation, quantile=0.25)
-    assert (robust.threshold, robust.quantile, robust.share) == (4, 0.25, pytest.approx(2 / 3))
+    assert (robust.threshold, robust.quantile, robust.is_copy.tolist()) == (4, 0.25, [True, True, False])
 
 
 @pytest.mark.parametrize("block", [1, 1024])
@@ -78,8 +77,8 @@ def test_cosine_distance_ignores_length(block, monkeypatch):
 
 def test_validation_images_themselves_are_never_copies(rng):
     train, validation = torch.randn(50, 6, generator=rng), torch.randn(20, 6, generator=rng)
-    assert copy_rate_features(validation, train, validation).share == 0
-    assert copy_rate_features(train, train, validation).share == 1
+    assert not copy_rate_features(validation, train, validation).is_copy.any()
+    assert copy_rate_features(train, train, validation).is_copy.all()
 
 
 @pytest.mark.parametrize("block", [7, 1024])
@@ -88,7 +87,7 @@ def test_a_repeated_training_image_makes_the_threshold_zero_and_not_its_rounding
     train = torch.randn(200, 1280, generator=rng)
     for row in range(40):
         result = copy_rate_features(3.7 * train, train, 1.3 * train[row : row + 1])
-        assert (result.threshold, result.share) == (0, 0) and not result.distances.any()
+        assert result.threshold == 0 and not result.is_copy.any() and not result.distances.any()
 
 
 def test_wrong_input_is_named():

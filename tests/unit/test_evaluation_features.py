@@ -9,6 +9,7 @@ from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation import inputs
 from consonar.evaluation.inputs import ImageSet
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.networks import load_feature_network
 from consonar.networks.efficientnet import load_efficientnet_lite0
 from consonar.types import ImageRecord
@@ -128,7 +129,11 @@ def test_extracted_moments_rows_and_parts(images):
     part_of = torch.tensor([0, 1, -1, 0, 1, 1, 0, 0, 1, -1])
     seen = []
     found = sets.extract_features(
-        MeanColour(), in_memory(images), batch_size=4, max_rows=6, part_of=part_of, progress=lambda *x: seen.append(x)
+        MeanColour(),
+        in_memory(images),
+        EvaluationSettings(batch_size=4, max_neighbours_images=6),
+        part_of=part_of,
+        progress=lambda *x: seen.append(x),
     )
     expected = images.mean((1, 2)) / 127.5 - 1
     assert found.rows.shape == (6, 3) and np.allclose(found.rows, expected[found.indices], atol=1e-6)
@@ -141,36 +146,40 @@ def test_extracted_moments_rows_and_parts(images):
 
 def test_reference_features_are_calculated_once(cache, images):
     network = MeanColour()
-    first = sets.cached_features(network, in_memory(images), batch_size=4, max_rows=6)
+    first = sets.cached_features(network, in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
     calls = network.calls
     # Another batch size and name, the same pixels: the same entry.
-    again = sets.cached_features(network, in_memory(images, "other name"), batch_size=7, max_rows=6)
+    again = sets.cached_features(
+        network, in_memory(images, "other name"), EvaluationSettings(batch_size=7, max_neighbours_images=6)
+    )
     assert network.calls == calls == 3
     assert again.moments.count == 10
     assert torch.equal(again.rows, first.rows) and torch.equal(again.moments.cov, first.moments.cov)
     assert len(list(cache.iterdir())) == 1
     # One pixel, the number of rows kept, or other weights: another entry.
     images[0, 0, 0, 0] ^= 1
-    sets.cached_features(network, in_memory(images), batch_size=4, max_rows=6)
-    sets.cached_features(network, in_memory(images), batch_size=4, max_rows=5)
+    sets.cached_features(network, in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
+    sets.cached_features(network, in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=5))
     network.weights_sha256 = "1"
-    sets.cached_features(network, in_memory(images), batch_size=4, max_rows=5)
+    sets.cached_features(network, in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=5))
     assert len(list(cache.iterdir())) == 4
 
 
 def test_a_damaged_cache_entry_is_named(cache, images):
-    sets.cached_features(MeanColour(), in_memory(images), batch_size=4, max_rows=6)
+    sets.cached_features(MeanColour(), in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
     (entry,) = cache.iterdir()
     entry.write_bytes(entry.read_bytes()[:500])
     with pytest.raises(UserError, match=r"not an .npz.*delete it"):
-        sets.cached_features(MeanColour(), in_memory(images), batch_size=4, max_rows=6)
+        sets.cached_features(MeanColour(), in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_not_the_work(tmp_path, images, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
     for place in ("file", "file/below"):
         monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / place))
-        features = sets.cached_features(MeanColour(), in_memory(images), batch_size=4, max_rows=6)
+        features = sets.cached_features(
+            MeanColour(), in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6)
+        )
         assert features.moments.count == len(images) and features.content
         assert f"consonar: not kept in the cache folder: {tmp_path}" in capsys.readouterr().err
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
@@ -179,7 +188,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_not_the_work(tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    sets.cached_features(MeanColour(), in_memory(images), batch_size=4, max_rows=6)
+    sets.cached_features(MeanColour(), in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
     assert "the disk is full" in capsys.readouterr().err and not list((tmp_path / "cache" / "features").iterdir())
     assert (tmp_path / "file").read_text() == "mine"
 

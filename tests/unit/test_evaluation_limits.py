@@ -8,6 +8,7 @@ from torch.nn import functional
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import distance_of_draws, evaluate
 from consonar.evaluation.inputs import ImageSet, ReferenceSet, SampleSet, load_samples, open_reference
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.distribution import Moments, frechet_distance, symmetric_root
 from consonar.origin import Origin
 from consonar.sampling.job import write_npz
@@ -38,7 +39,7 @@ def in_memory(images, name="memory"):
 def measured(samples, reference, network=None, **options):
     given = SampleSet(in_memory(samples, "samples"), len(samples), 4, "0")
     known = ReferenceSet("known", {"reference": in_memory(reference)})
-    return evaluate(given, known, feature_network=network or Cells(), **options)
+    return evaluate(given, known, EvaluationSettings(**options), feature_network=network or Cells())
 
 
 def moments_of(features):

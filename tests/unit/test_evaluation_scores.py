@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
-from consonar.metrics.distribution import InceptionScore, frechet_distance, inception_score, random_parts
+from consonar.evaluation.settings import EvaluationSettings
+from consonar.metrics.distribution import InceptionScore, frechet_distance, random_parts
 from consonar.seeding import generator
 
 
@@ -52,6 +53,12 @@ def distance(reference, samples):
     return frechet_distance(*sides[0], *sides[1])
 
 
+def inception_score(probabilities):
+    score = InceptionScore(torch.zeros(len(probabilities), dtype=torch.int64))
+    score.update(probabilities)
+    return score.value
+
+
 @pytest.fixture
 def files(tmp_path):
     images = {"reference": noise(60, 0), "samples": noise(40, 1)}
@@ -63,21 +70,21 @@ def files(tmp_path):
 def test_a_network_with_scores_adds_two_metrics(tmp_path, files):
     reference, samples = (outputs_of(files[name]) for name in ("reference", "samples"))
     arguments = tmp_path / "samples.npz", tmp_path / "reference.npz"
-    results = evaluate(*arguments, feature_network=Scored(), batch_size=7)
+    results = evaluate(*arguments, EvaluationSettings(batch_size=7), feature_network=Scored())
     assert results.metrics.keys() == {"FD(scored)", "sFD(scored)", "IS(scored)", "precision", "recall"}
     assert results.metrics["FD(scored)"].value == pytest.approx(distance(reference[0], samples[0]), rel=1e-5)
     assert results.metrics["sFD(scored)"].value == pytest.approx(distance(reference[1], samples[1]), rel=1e-5)
     assert results.metrics["IS(scored)"].value == pytest.approx(inception_score(samples[2]), rel=1e-6) != 1
     # The second call reads the reference from the cache; a plain network of that name does not find this entry.
-    assert evaluate(*arguments, feature_network=Scored(), batch_size=7).metrics == results.metrics
-    plain = evaluate(*arguments, feature_network=Plain(), batch_size=7)
+    assert evaluate(*arguments, EvaluationSettings(batch_size=7), feature_network=Scored()).metrics == results.metrics
+    plain = evaluate(*arguments, EvaluationSettings(batch_size=7), feature_network=Plain())
     assert plain.metrics.keys() == {"FD(scored)", "precision", "recall"}
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
 
 
 def test_their_spread_is_taken_over_the_same_parts(tmp_path, files):
-    options = {"feature_network": Scored(), "draws": 2, "seed": 3, "batch_size": 9}
-    results = evaluate(tmp_path / "samples.npz", tmp_path / "reference.npz", **options)
+    settings = EvaluationSettings(draws=2, seed=3, batch_size=9)
+    results = evaluate(tmp_path / "samples.npz", tmp_path / "reference.npz", settings, feature_network=Scored())
     part_of = random_parts(40, 2, generator(3, "evaluation", "parts"))
     _, spatial, probabilities = outputs_of(files["samples"])
     scores = [inception_score(probabilities[part_of == part]) for part in range(2)]
@@ -148,5 +155,5 @@ def test_a_streamed_inception_score_does_not_depend_on_the_batches(rng):
         for batch in probabilities.split(list(sizes)):
             score.update(batch)
         assert score.value == pytest.approx(float(torch.stack(expected).mean()), rel=1e-9)
-    with pytest.raises(UserError, match="inception_score: 0 rows"):
+    with pytest.raises(UserError, match="Inception score: 0 rows"):
         _ = InceptionScore(torch.arange(0)).value

@@ -8,6 +8,7 @@ from consonar.data.loader import ImageBatches
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.features import RowDraw, extract_features
 from consonar.evaluation.inputs import ImageSet, ReferenceSet, SampleSet
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.sampling.job import balanced_labels
 
 
@@ -43,7 +44,7 @@ def in_memory(images, name="memory"):
 def measure(samples, train, validation, **options):
     reference = ReferenceSet("r", {"train": in_memory(train), "validation": in_memory(validation)})
     given = SampleSet(in_memory(samples), len(samples), 4, "0")
-    results = evaluate(given, reference, feature_network=Colours(), **options)
+    results = evaluate(given, reference, EvaluationSettings(**options), feature_network=Colours())
     return {name: metric.value for name, metric in results.metrics.items()}, results
 
 
@@ -73,12 +74,14 @@ def test_the_inception_score_of_samples_that_are_sorted_by_class_is_that_of_shuf
 
 def test_the_drawn_rows_are_named_by_their_place_in_the_set():
     train = two_classes(200, 1)
-    found = extract_features(Colours(), in_memory(train), batch_size=9, max_rows=30)
+    found = extract_features(Colours(), in_memory(train), EvaluationSettings(batch_size=9, max_neighbours_images=30))
     assert found.rows.shape == (30, 3) and (found.indices.diff() > 0).all()
     expected = torch.from_numpy(train[found.indices.numpy()].mean((1, 2)) / 127.5 - 1).float()
     torch.testing.assert_close(found.rows, expected)
     assert 5 <= int((found.indices < 100).sum()) <= 25  # both halves, and not half of each by rule
-    other = extract_features(Colours(), in_memory(train), batch_size=9, max_rows=30, seed=1)
+    other = extract_features(
+        Colours(), in_memory(train), EvaluationSettings(batch_size=9, max_neighbours_images=30, seed=1)
+    )
     assert not torch.equal(other.indices, found.indices)
     _, results = measure(train[40:60], train, two_classes(100, 2), max_neighbours_images=100)
     copies = results.copies["features"]

@@ -19,6 +19,7 @@ from consonar import cli
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation.inputs import ImageSet
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.networks import inception, load_feature_network
 from consonar.networks.inception import InceptionFeatures, InceptionV3, load_inception, resize_from_corner
 
@@ -116,7 +117,12 @@ def test_a_stream_of_images_gives_moments_of_all_outputs():
     images = ((pictures(5) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
     network = InceptionFeatures("inception", filled(), "filled")
     stream = ImageSet("memory", lambda size: (images[i : i + size] for i in range(0, 5, size)))
-    found = sets.extract_features(network, stream, batch_size=2, max_rows=3, part_of=torch.tensor([0, 1, 0, 1, -1]))
+    found = sets.extract_features(
+        network,
+        stream,
+        EvaluationSettings(batch_size=2, max_neighbours_images=3, num_neighbours=1),
+        torch.tensor([0, 1, 0, 1, -1]),
+    )
     features, spatial, probabilities = (part.double() for part in network.outputs(pictures(5)))
     torch.testing.assert_close(found.moments.mean, features.mean(0), rtol=1e-4, atol=1e-5)
     assert [kept.spatial.count for kept in (found, *found.parts)] == [5, 2, 2]

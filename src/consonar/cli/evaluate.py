@@ -22,6 +22,7 @@ from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_s
 from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import Measurement, check_place
 from consonar.evaluation.runs import RunSettings, evaluate_run
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.model_folders import SHIPPED
 from consonar.options import default
 from consonar.origin import Origin
@@ -155,10 +156,11 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
             target = encode_reference(target, codec)  # else it is another's of that name
     if target.about:
         say(f"reference: {target.about}")
+    measured = EvaluationSettings(draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device)
     with counting("evaluate") as count:
         results = evaluate(
-            samples, target, feature_network=options.feature_network, draws=options.draws, seed=options.seed,
-            batch_size=options.batch_size, device=device, progress=lambda name, done: count(done, None),
+            samples, target, measured, feature_network=options.feature_network,
+            progress=lambda name, done: count(done, None),
         )  # fmt: skip
     print_metrics(results.metrics, str(path))
     for metric, reason in results.unavailable.items():

@@ -29,6 +29,7 @@ from consonar.evaluation.features import cached_features
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
 from consonar.evaluation.results import is_measured
 from consonar.evaluation.runs import RunSettings, evaluate_run
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.lock import hold, is_taken
 from consonar.files.readers import read_json
 from consonar.files.weights import is_component
@@ -195,7 +196,7 @@ def measure_machine(
     held_out, lap = reference.images["validation"], laps()
     target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
     seen, encoding = len((target.tokens or {})["validation"]), lap() / 2
-    cached_features(load_feature_network("efficientnet-lite0", device), held_out, batch_size=64, max_rows=seen)
+    cached_features(load_feature_network("efficientnet-lite0", device), held_out, EvaluationSettings())
     images = plan.ImageRate(encoding / seen, lap() / seen)
     make_tokens(out, "validation", tokenizer)
     training: dict[str, plan.TrainingRate] = {}

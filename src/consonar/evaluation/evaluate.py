@@ -19,7 +19,8 @@ from torch import Tensor
 from consonar.evaluation.features import FeatureSet, ImagesDone, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
 from consonar.evaluation.results import Evaluation, Measurement, library_versions, machine_name
-from consonar.evaluation.sample_metrics import EvaluationSettings, PreparedReference, copy_rates, measure
+from consonar.evaluation.sample_metrics import PreparedReference, copy_rates, measure
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
 from consonar.networks import FeatureNetwork, load_feature_network
@@ -33,34 +34,27 @@ ENOUGH = 10
 def evaluate(
     samples: SampleSet | str | Path,
     reference: ReferenceSet | str | Path,
+    settings: EvaluationSettings | None = None,
     *,
     feature_network: str | FeatureNetwork = "efficientnet-lite0",
-    num_neighbours: int = 3,
-    max_neighbours_images: int = 10_000,
-    copy_quantile: float = 0.0,
-    batch_size: int = 64,
-    device: str = "cpu",
-    draws: int = 1,
-    seed: int = 0,
     progress: ImagesDone | None = None,
 ) -> Evaluation:
     """Measure `samples` against `reference` by the metrics of `SAMPLE_METRICS`; docs/evaluation.md says what they mean.
 
-    Options are those of `EvaluationSettings`. Means and covariances run over all images; precision, recall and the
+    Means and covariances run over all images; precision, recall and the
     feature copy rate over `max_neighbours_images` of each set, drawn by `seed` and the pixels, so that the order of a
     set changes nothing. `progress` gets a set's name and the number of images done. Raises UserError for wrong input or
     too few samples.
     """
-    settings = EvaluationSettings(
-        num_neighbours=num_neighbours, max_neighbours_images=max_neighbours_images, copy_quantile=copy_quantile,
-        batch_size=batch_size, device=device, draws=draws, seed=seed,
-    )  # fmt: skip
+    settings = settings or EvaluationSettings()
     samples = samples if isinstance(samples, SampleSet) else load_samples(samples)
     settings.check_parts(samples.count, samples.images.name)
     reference = reference if isinstance(reference, ReferenceSet) else open_reference(reference, samples.image_size)
     if samples.tokens is not None:
         check_tokenizer(samples, reference.origin or Origin())
-    network = load_feature_network(feature_network, device) if isinstance(feature_network, str) else feature_network
+    network = feature_network
+    if isinstance(network, str):
+        network = load_feature_network(network, settings.device)
     return compare(samples, PreparedReference(reference, network, settings, progress), settings, progress)
 
 
@@ -70,10 +64,8 @@ def compare(
     """`evaluate` of samples that were checked, against a reference that was prepared with the same settings."""
     network, seed = reference.network, settings.seed
     part_of = random_parts(samples.count, settings.draws, generator(seed, "evaluation", "parts"))  # (S,)
-    found = extract_features(
-        network, samples.images, batch_size=settings.batch_size, max_rows=settings.max_neighbours_images, seed=seed,
-        part_of=part_of if settings.draws > 1 else torch.full_like(part_of, -1), progress=progress,
-    )  # fmt: skip
+    in_parts = part_of if settings.draws > 1 else torch.full_like(part_of, -1)
+    found = extract_features(network, samples.images, settings, in_parts, progress)
     rates = copy_rates(samples, found, reference, settings.copy_quantile)
     copies = {kind: copied for kind, copied in rates.items() if isinstance(copied, CopyRate)}
     (values, unavailable), *parts = measure(found, reference, rates, part_of)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from consonar.errors import UserError, reading
 from consonar.evaluation.inputs import ImageSet, as_input
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_npz
 from consonar.files.writers import cache_dir, keep
 from consonar.metrics.distribution import InceptionScore, Moments
@@ -28,7 +29,7 @@ ImagesDone = Callable[[str, int], None]
 """Gets the name of a set of images, and how many of them are done."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Statistics:
     """What is kept of all images of a stream, however many they are."""
 
@@ -97,33 +98,29 @@ class RowDraw:
 def extract_features(
     network: FeatureNetwork,
     images: ImageSet,
-    *,
-    batch_size: int,
-    max_rows: int,
-    seed: int = 0,
+    settings: EvaluationSettings,
     part_of: Tensor | None = None,
     progress: ImagesDone | None = None,
 ) -> FeatureSet:
-    """Features of a set of images; keeps the moments of all, and the vectors of `max_rows` drawn with `seed`.
+    """Features of a set of images; keeps the moments of all, and the vectors of `max_neighbours_images`, drawn.
 
     Of a `ScoringNetwork` also the moments of the spatial features. `part_of` (count,) int64 says which part every
     image is in (-1: in none), and asks for all of that of each part as well and for the Inception score, over splits
-    drawn with `seed`. `progress` gets the set's name and the number of images done so far. Raises UserError when the
+    drawn by the seed. `progress` gets the set's name and the number of images done so far. Raises UserError when the
     network gives another shape than it declares, or values that are not finite.
     """
     scoring = network if isinstance(network, ScoringNetwork) else None
     widths = (network.num_features, scoring.num_spatial) if scoring else (network.num_features,)
     sizes = [] if part_of is None else [len(part_of), *torch.bincount(part_of[part_of >= 0]).tolist()]
-    scores = [
-        InceptionScore.drawn(size, generator(seed, "splits", i)) if scoring else None for i, size in enumerate(sizes)
-    ]
+    rngs = [generator(settings.seed, "splits", i) for i in range(len(sizes))]
+    scores = [InceptionScore.drawn(*drawn) if scoring else None for drawn in zip(sizes, rngs, strict=True)]
     spatial = scoring.num_spatial if scoring else None
     whole, *parts = [
-        Statistics(moments=Moments(network.num_features), spatial=Moments(spatial) if spatial else None, scores=score)
+        Statistics(Moments(network.num_features), Moments(spatial) if spatial else None, score)
         for score in scores or [None]
     ]
-    drawn = RowDraw(max_rows, derive_seed(seed, "rows"))
-    for batch in images.stream(batch_size):
+    drawn = RowDraw(settings.max_neighbours_images, derive_seed(settings.seed, "rows"))
+    for batch in images.stream(settings.batch_size):
         inputs, first = as_input(batch, network), whole.moments.count
         outputs: tuple[Tensor, ...] = scoring.outputs(inputs) if scoring else (network(inputs),)
         outputs = tuple(output.to("cpu", torch.float32) for output in outputs)
@@ -152,27 +149,22 @@ def check_features(features: Tensor, shape: tuple[int, int], network: str, name:
 
 
 def cached_features(
-    network: FeatureNetwork,
-    images: ImageSet,
-    *,
-    batch_size: int,
-    max_rows: int,
-    seed: int = 0,
-    progress: ImagesDone | None = None,
+    network: FeatureNetwork, images: ImageSet, settings: EvaluationSettings, progress: ImagesDone | None = None
 ) -> FeatureSet:
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
-    The key hashes the pixels (so the size, too), the network's name, weights and kind, `max_rows`, and `seed` where not
-    all vectors are kept; reading the images once for the hash costs little beside the network. A file that cannot be
+    The key hashes the pixels (so the size, too), the network's name, weights and kind, and where not all vectors are
+    kept how many and the seed; reading the images once for it costs little beside the network. A file that cannot be
     written is left out with a line on stderr. Raises UserError when a cached file cannot be read: delete it.
     """
     digest, count = hashlib.sha256(), 0
-    for batch in images.stream(batch_size):
+    for batch in images.stream(settings.batch_size):
         digest.update(repr(batch.shape[1:]).encode() if count == 0 else b"")
         digest.update(np.ascontiguousarray(batch).data)
         count += len(batch)
     content, kind = digest.hexdigest(), "/spatial" if isinstance(network, ScoringNetwork) else ""
-    kept = f"{max_rows} by {seed}" if count > max_rows else "all"
+    max_rows = settings.max_neighbours_images
+    kept = f"{max_rows} by {settings.seed}" if count > max_rows else "all"
     parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"
     path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
     if path.exists():
@@ -186,7 +178,7 @@ def cached_features(
                 indices=torch.from_numpy(known["indices"]),
                 content=content,
             )
-    features = extract_features(network, images, batch_size=batch_size, max_rows=max_rows, seed=seed, progress=progress)
+    features = extract_features(network, images, settings, progress=progress)
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
     for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
         if moments is not None:

@@ -20,7 +20,8 @@ from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
 from consonar.evaluation.results import RESULTS, Evaluation, Measurement, is_measured, origin_of_numbers, replacing
-from consonar.evaluation.sample_metrics import EvaluationSettings, PreparedReference
+from consonar.evaluation.sample_metrics import PreparedReference
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.lock import holds_first_argument
 from consonar.files.readers import read_npz
 from consonar.files.writers import file_sha256, write_atomically, write_json

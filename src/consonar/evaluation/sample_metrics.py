@@ -1,4 +1,4 @@
-"""The metrics of samples: a table of functions, and what they are given: settings, and the reference made ready.
+"""The metrics of samples: a table of functions, and what they are given: samples, and the reference made ready.
 
 A new metric is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
 """
@@ -6,55 +6,19 @@ A new metric is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS`
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Annotated
 
 from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.evaluation.features import FeatureSet, ImagesDone, Statistics, cached_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.distribution import Target
 from consonar.networks import FeatureNetwork, ScoringNetwork
-from consonar.options import Count, Range, check_options
-from consonar.seeding import check_seed
 
 LARGEST = 1e30
 """Of the numbers of a Gaussian: the product of two covariances is calculated with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """How samples are measured. Raises `UserError` for settings with which nothing can be."""
-
-    num_neighbours: Count = 3
-    """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
-    max_neighbours_images: int = 10_000
-    """Images of a set that are compared with each other, drawn by `seed` and the pixels."""
-    copy_quantile: Annotated[float, Range(0, 1, note="0 is the minimum")] = 0.0
-    """Which quantile of the distances of validation images is the threshold of the copy rates; 0 is the minimum."""
-    batch_size: Count = 64
-    """Images per call of a network."""
-    device: str = "cpu"
-    """Where a network runs that is given by its name."""
-    draws: int = 1
-    """Disjoint parts of equal size whose spread is reported; 1: none is."""
-    seed: int = 0
-    """Of the parts, of the images that are compared with each other, and of the first sample of a run."""
-
-    def __post_init__(self) -> None:
-        check_options(self, "")
-        check_seed(self.seed, "seed")
-        if self.max_neighbours_images <= self.num_neighbours:
-            needed = f"{self.num_neighbours} neighbours need more"
-            raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
-
-    def check_parts(self, count: int, what: str) -> None:
-        """Raises `UserError` where so many images, called `what`, cannot be measured in `draws` parts."""
-        if self.draws < 1:
-            raise UserError(f"draws: {self.draws}; choose 1 or more")
-        if count // self.draws <= self.num_neighbours:
-            raise UserError(f"{what}: {count} images; each of {self.draws} draws needs over {self.num_neighbours}")
 
 
 class PreparedReference:
@@ -73,12 +37,8 @@ class PreparedReference:
     ) -> None:
         self.given, self.network, k = given, network, settings.num_neighbours
         self.features = {
-            name: cached_features(
-                network, images, batch_size=settings.batch_size, max_rows=settings.max_neighbours_images,
-                seed=settings.seed, progress=progress,
-            )
-            for name, images in given.images.items()
-        }  # fmt: skip
+            name: cached_features(network, images, settings, progress) for name, images in given.images.items()
+        }
         for name, found in self.features.items():
             held_out = name == "validation"
             need, use = (2, "a covariance") if held_out else (k + 1, f"precision and recall of {k} neighbours")

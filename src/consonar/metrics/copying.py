@@ -34,8 +34,6 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 class CopyRate:
     """Which samples are copies."""
 
-    share: float
-    """Of samples that are, in [0, 1]."""
     threshold: float
     """Distances below it count."""
     quantile: float
@@ -141,12 +139,10 @@ def _copy_rate(samples: Tensor, train: Tensor, validation: Tensor, distance: Dis
     per_image = validation_distances.reshape(len(validation), -1).amin(1)  # (K,): its nearest view counts
     threshold = float(per_image.double().quantile(quantile, interpolation="lower"))
     distances, indices = _nearest(samples, train_rows, distance)
-    is_copy = distances < threshold
     return CopyRate(
-        share=float(is_copy.double().mean()),
         threshold=threshold,
         quantile=quantile,
-        is_copy=is_copy,
+        is_copy=distances < threshold,
         distances=distances,
         indices=indices // num_views,
         rows=torch.arange(len(samples)),

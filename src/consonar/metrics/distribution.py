@@ -236,24 +236,12 @@ class InceptionScore:
     def value(self) -> float:
         """Mean over the splits of exp of the mean KL(p(y|x) || p(y)), 1 to num_classes. UserError without rows."""
         if not self.splits:
-            raise UserError("inception_score: 0 rows; must be at least 1")
+            raise UserError("Inception score: 0 rows; must be at least 1")
         scores = []
         for _, (count, total, negative_entropy) in sorted(self.splits.items()):
             marginal = total / count
             scores.append(math.exp(negative_entropy / count - float(torch.special.xlogy(marginal, marginal).sum())))
         return sum(scores) / len(scores)
-
-
-def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
-    """`InceptionScore` of probabilities (S, num_classes) in consecutive splits, as ADM's are; the last may be short.
-
-    Raises UserError for no rows or a split size below 1.
-    """
-    if split_size < 1:
-        raise UserError(f"inception_score: split_size {split_size}; must be at least 1")
-    score = InceptionScore(torch.arange(len(probabilities)) // split_size)
-    score.update(probabilities)
-    return score.value
 
 
 def random_parts(count: int, num_parts: int, rng: torch.Generator) -> Tensor:

@@ -1,0 +1,42 @@
+"""How samples are measured: what the functions of this folder share."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from consonar.errors import UserError
+from consonar.options import Count, Range, check_options
+from consonar.seeding import check_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How samples are measured. Raises `UserError` for settings with which nothing can be."""
+
+    num_neighbours: Count = 3
+    """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
+    max_neighbours_images: int = 10_000
+    """Images of a set that are compared with each other, drawn by `seed` and the pixels."""
+    copy_quantile: Annotated[float, Range(0, 1, note="0 is the minimum")] = 0.0
+    """Which quantile of the distances of validation images is the threshold of the copy rates; 0 is the minimum."""
+    batch_size: Count = 64
+    """Images per call of a network."""
+    device: str = "cpu"
+    """Where a network runs that is given by its name."""
+    draws: int = 1
+    """Disjoint parts of equal size whose spread is reported; 1: none is."""
+    seed: int = 0
+    """Of the parts, of the images that are compared with each other, and of the first sample of a run."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "")
+        check_seed(self.seed, "seed")
+        if self.max_neighbours_images <= self.num_neighbours:
+            needed = f"{self.num_neighbours} neighbours need more"
+            raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
+
+    def check_parts(self, count: int, what: str) -> None:
+        """Raises `UserError` where so many images, called `what`, cannot be measured in `draws` parts."""
+        if self.draws < 1:
+            raise UserError(f"draws: {self.draws}; choose 1 or more")
+        if count // self.draws <= self.num_neighbours:
+            raise UserError(f"{what}: {count} images; each of {self.draws} draws needs over {self.num_neighbours}")
