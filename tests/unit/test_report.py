@@ -113,8 +113,8 @@ def test_the_page_is_one_file_that_parses_and_loads_nothing(two_runs, tmp_path):
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:url\(#|href="#)([^")]+)', html)
     assert used and set(used) <= set(ids)
-    # A strip of 6 for each run; two runs, two settings: 12 samples each; one sample and neighbour per class and run.
-    assert len(images_of(page)) == 2 * 6 + 2 * 12 + 2 * 6
+    # A strip of 6 for each run; 12 samples side by side; one sample and neighbour per class and run.
+    assert len(images_of(page)) == 2 * 6 + 12 + 2 * 6
     assert page.tags.count("img") == len([a for a in page.attributes if a[:2] == ("img", "alt") and a[2]])
 
 
@@ -243,8 +243,8 @@ def _set(run: Path, name: str, text: str) -> None:
             r"rows.0.temperature: Field required, got \{'metrics'",
         ),
         (lambda run: (run / "samples_t1.0.npz").unlink(), "samples_t1.0.npz, which is not there"),
-        (lambda run: _set(run, "samples_t1.0.npz", "x"), "not an .npz"),
-        (lambda run: np.savez(run / "samples_t1.0.npz", images=np.zeros((1, 2, 2, 3))), "holds no labels, seeds"),
+        (lambda run: _set(run, "samples_t0.9.npz", "x"), "not an .npz"),
+        (lambda run: np.savez(run / "samples_t0.9.npz", images=np.zeros((1, 2, 2, 3))), "holds no labels, seeds"),
     ],
 )
 def test_a_broken_run_is_one_clear_line(two_runs, tmp_path, damage, message):

@@ -9,7 +9,7 @@ from test_report import Page, write_results, write_run
 from test_report_post_training import write_trained
 
 from consonar.report import load_runs, write_report
-from consonar.report.images import nearest_blocks
+from consonar.report.images import load_sheets, nearest_pairs
 from consonar.report.records import control_of, find_start, measured_start, start_text
 from consonar.report.tables import rows_of_equal_entropy
 
@@ -96,5 +96,7 @@ def test_a_page_of_many_runs_shows_fewer_neighbours_of_each(tmp_path, monkeypatc
     folders = [write_run(tmp_path / name) for name in "abcd"]
     for folder in folders:
         write_results(folder, {1.0: 60.0})
-    assert [len(block["pairs"]) for block in nearest_blocks(load_runs(folders))] == [2] * 4
-    assert [len(block["pairs"]) for block in nearest_blocks(load_runs(folders[:3]))] == [3] * 3  # one for each class
+    runs = load_runs(folders)
+    sheets = load_sheets(runs)
+    assert [len(pairs) for _, pairs in nearest_pairs(runs, sheets)] == [2] * 4
+    assert [len(pairs) for _, pairs in nearest_pairs(runs[:3], sheets[:3])] == [3] * 3  # one for each class

@@ -56,8 +56,8 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         lstrip_blocks=True,
     )  # fmt: skip
     names = [run.name for run in runs]
-    samples, (settings, verdicts) = images.sample_blocks(runs), tables.verdict_table(runs)
-    classes = samples[-1]["classes"] if samples else []
+    sheets, (settings, verdicts) = images.load_sheets(runs), tables.verdict_table(runs)
+    samples, paired = images.sample_lines(runs, sheets)
     columns = in_order({name for run in runs for row in run.results.rows for name in row.metrics})
     return environment.get_template("report.html.jinja").render(
         title=title or (f"Run {names[0]}" if len(runs) == 1 else f"{listed(names)}, compared"),
@@ -69,23 +69,21 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         legends=[", from ".join(filter(None, (run.method, start_text(run, runs)))) for run in runs],
         methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
         remarks=remarks(runs),
-        leading=[classes[i] for i in images.spread_evenly(len(classes), images.LEADING_CLASSES)],
+        leading=[samples[i] for i in images.spread_evenly(len(samples), images.LEADING_CLASSES)],
         settings=settings,
         verdicts=verdicts,
         opening=opening and images.picture(opening, "samples of the shipped generator, a row for each class"),
         reconstructions=images.reconstruction_groups(runs),
         samples=samples,
-        nearest=images.nearest_blocks(runs),
+        paired=paired,
+        nearest=images.nearest_pairs(runs, sheets),
         columns=columns,
         sections=tables.result_sections(runs, columns),
         frontier=frontier_charts(runs),
         noise_floor=noise_floor(runs),
         training=tables.training_groups(runs),
         grids=[images.training_grids(run) for run in runs],
-        records={
-            "Configuration": tables.compared(runs, [run.config for run in runs]),
-            "Where this comes from": tables.compared(runs, [provenance_items(run, runs) for run in runs]),
-        },
+        records=tables.compared(runs, [record_of(run, runs) for run in runs]),
         openmoji=uses_openmoji(runs),
     )
 
@@ -108,8 +106,8 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     return [*said]
 
 
-def provenance_items(run: Run, runs: Sequence[Run]) -> Json:
-    """Where one run's numbers come from: method, start, steps and time, then all of `results.json` but its rows."""
+def record_of(run: Run, runs: Sequence[Run]) -> Json:
+    """How one run was made and measured: method, start, steps and time, `config.json`, `results.json` but its rows."""
     items: Json = {"method": run.method}
     if start_text(run, runs):
         items["started from"] = str(run.config["init"])
@@ -117,7 +115,7 @@ def provenance_items(run: Run, runs: Sequence[Run]) -> Json:
         items["last step"] = f"{run.metrics[-1]['step']:,}"
         if "time" in run.metrics[-1]:
             items["training time"] = f"{run.metrics[-1]['time'] / 60:.1f} min"
-    return {**items, **run.results.provenance}
+    return {**items, "configuration": run.config, "results": run.results.provenance}
 
 
 def uses_openmoji(runs: Sequence[Run]) -> bool:

@@ -17,7 +17,7 @@ from PIL import Image
 from consonar.data.picture_files import read_image
 from consonar.errors import UserError
 from consonar.files.readers import read_npz
-from consonar.report.records import ResultRow, Run
+from consonar.report.records import Run
 
 MAX_CLASSES, LEADING_CLASSES = 10, 6
 MAX_RECONSTRUCTIONS, MAX_GRIDS = 16, 3
@@ -66,13 +66,16 @@ class Sheet:
         return picture(self.images[row], f"{run.name}: sample of {name}, seed {int(self.seeds[row])}")
 
 
-def load_sheet(row: ResultRow | None) -> Sheet | None:
-    """What was sampled for a row of results, where that was kept; raises as `load_arrays`."""
-    if row is None or row.samples is None:
-        return None
-    arrays = load_arrays(row.samples, "images", "labels", "seeds")
-    names = tuple(str(name) for name in np.atleast_1d(arrays.get("class_names", ())))
-    return Sheet(arrays["images"], arrays["labels"], arrays["seeds"], arrays.get("nearest_train"), names)
+def load_sheets(runs: Sequence[Run]) -> list[Sheet | None]:
+    """What each run sampled for the row that it is shown by, where that was kept; raises as `load_arrays`."""
+    sheets: list[Sheet | None] = []
+    for path in [run.results.shown and run.results.shown.samples for run in runs]:
+        if path:
+            arrays = load_arrays(path, "images", "labels", "seeds")
+            names = tuple(str(name) for name in np.atleast_1d(arrays.get("class_names", ())))
+            found = Sheet(arrays["images"], arrays["labels"], arrays["seeds"], arrays.get("nearest_train"), names)
+        sheets.append(found if path else None)
+    return sheets
 
 
 def load_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
@@ -98,6 +101,9 @@ def load_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
 
 ClassRow = tuple[str, list[list[int]]]
 """The name of a class, and for every run the row numbers in its sheet, in the same order of seeds."""
+SampleLine = tuple[str, list[list[Markup]]]
+"""The name of a class, and the pictures of every run."""
+PicturePair = tuple[Markup, Markup]
 
 
 def pair_samples(sheets: Sequence[Sheet | None], per_class: int) -> tuple[list[ClassRow], bool]:
@@ -124,47 +130,25 @@ def spread_evenly(count: int, limit: int) -> list[int]:
     return [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
 
 
-def sample_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Sample grids at temperature 1 and at each run's own best setting (once, where these are the same rows).
-
-    [{"title", "settings": row or None per run, "paired", "classes": [{"name", "cells": [[picture]] per run}]}].
-    """
-    at_one, best = [run.results.temperature_one for run in runs], [run.results.best_row for run in runs]
-    blocks = {"At temperature 1": at_one, "Each at its own best temperature": best}
-    if at_one == best:
-        blocks = {"At temperature 1, which is also the best measured for each": at_one}
-    made = []
-    for title, settings in blocks.items():
-        sheets = [load_sheet(row) for row in settings]
-        rows, paired = pair_samples(sheets, PER_CLASS.get(len(runs), 1))
-        classes = []
-        for name, cells in [rows[i] for i in spread_evenly(len(rows), MAX_CLASSES)]:
-            parts = zip(runs, sheets, cells, strict=True)
-            pictures = [[sheet.sample(i, run) for i in cell] if sheet else [] for run, sheet, cell in parts]
-            classes.append({"name": name, "cells": pictures})
-        if classes:
-            made.append({"title": title, "settings": settings, "paired": paired, "classes": classes})
-    return made
+def sample_lines(runs: Sequence[Run], sheets: Sequence[Sheet | None]) -> tuple[list[SampleLine], bool]:
+    """Samples of each class side by side, and whether they are paired (`pair_samples`)."""
+    chosen, paired = pair_samples(sheets, PER_CLASS.get(len(runs), 1))
+    lines = []
+    for name, cells in [chosen[i] for i in spread_evenly(len(chosen), MAX_CLASSES)]:
+        parts = zip(runs, sheets, cells, strict=True)
+        lines.append((name, [[sheet.sample(i, run) for i in cell] if sheet else [] for run, sheet, cell in parts]))
+    return lines, paired
 
 
-def nearest_blocks(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Per run, samples beside their nearest training images: [{"run", "setting", "pairs": [(picture, picture)]}].
-
-    Taken at the run's best setting, or at temperature 1 where none is called best; one sample per class.
-    """
-    blocks = []
-    for run in runs:
-        setting = run.results.best_row or run.results.temperature_one
-        sheet = load_sheet(setting)
-        if sheet is None or sheet.nearest is None:
-            continue
-        firsts = [row for _, ((row,),) in pair_samples([sheet], 1)[0]]
-        limit = MAX_NEAREST_OF_MANY if len(runs) > 3 else MAX_NEAREST
-        pairs = [
-            (sheet.sample(i, run), picture(sheet.nearest[i], "the training image nearest to it"))
-            for i in [firsts[i] for i in spread_evenly(len(firsts), limit)]
-        ]
-        blocks.append({"run": run, "setting": setting, "pairs": pairs})
+def nearest_pairs(runs: Sequence[Run], sheets: Sequence[Sheet | None]) -> list[tuple[Run, list[PicturePair]]]:
+    """Of each run that has them, samples beside their nearest training images; one sample per class."""
+    limit, blocks = MAX_NEAREST_OF_MANY if len(runs) > 3 else MAX_NEAREST, []
+    for run, sheet in zip(runs, sheets, strict=True):
+        if sheet is not None and sheet.nearest is not None:
+            firsts = [row for _, ((row,),) in pair_samples([sheet], 1)[0]]
+            rows = [firsts[i] for i in spread_evenly(len(firsts), limit)]
+            beside = "the training image nearest to it"
+            blocks.append((run, [(sheet.sample(row, run), picture(sheet.nearest[row], beside)) for row in rows]))
     return blocks
 
 

@@ -60,6 +60,11 @@ class Results:
         return None if self.best is None else self.rows[self.best]
 
     @property
+    def shown(self) -> ResultRow | None:
+        """The row whose samples are shown: the best, or that at temperature 1 where none is called so."""
+        return self.best_row or self.temperature_one
+
+    @property
     def temperature_one(self) -> ResultRow | None:
         """The plainest row at temperature 1: without guidance or truncation where that was measured."""
         rows = [row for row in self.rows if row.temperature == 1]
