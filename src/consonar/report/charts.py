@@ -34,8 +34,8 @@ class Line(NamedTuple):
     points: list[tuple[float, float]]
     rings: list[tuple[float, float, str]]
     """Hollow circles: x, y, colour."""
-    spreads: list[float] | None = None
-    """Half the height of a bar at each point."""
+    spreads: list[float]
+    """Half the height of a bar at each point; empty: there are none."""
 
 
 class Chart(NamedTuple):
@@ -68,7 +68,7 @@ FRONTIERS = {
         "entropy (teacher-forced)", DECIDING,
         "Lower is closer; left is sharper. At equal entropy nothing of a gap is sharpness.",
     ),
-    "Precision against recall over temperature": ("recall", "precision", "Up and right is better."),
+    "Precision against recall over temperature": ("recall", "precision", "Up and right is better. Bars are the spread."),
 }  # fmt: skip
 """Title: what goes right, what goes up, and how to read it."""
 RING_OF_OTHERS = "#5b616b"
@@ -103,7 +103,7 @@ def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], i
         axes = figure.add_subplot(xlabel=axes_labels[0], ylabel=axes_labels[1])
         for look, points, rings, spreads in lines:
             axes.errorbar(
-                [x for x, _ in points], [y for _, y in points], yerr=spreads, color=look.colour, linestyle=look.dash,
+                [x for x, _ in points], [y for _, y in points], yerr=spreads or None, color=look.colour, linestyle=look.dash,
                 marker=look.marker if len(points) <= MAX_MARKERS else "", elinewidth=1.0, capsize=2.5,
             )  # fmt: skip
             for x, y, colour in rings:
@@ -133,7 +133,7 @@ def curve_charts(runs: Mapping[int, Run], keys: Sequence[str]) -> list[Chart]:
             look, points, best = LOOKS[index], binned(run.series(key)), run.best_model
             kept = best["step"] if best and key == f"validation/{best['metric']}" else None
             if points:
-                lines.append(Line(look, points, [(*point, look.colour) for point in points if point[0] == kept]))
+                lines.append(Line(look, points, [(*point, look.colour) for point in points if point[0] == kept], []))
         charts.append(Chart(title_of(key), svg_chart(lines, title_of(key), ("step", ""), inches=(3.7, 2.5))))
     return charts
 
@@ -170,11 +170,9 @@ def frontier_lines(run: Run, runs: Sequence[Run], right: str, up: str) -> list[L
     for row in sorted(run.results.rows, key=lambda row: row.temperature):
         x, y = value_of(row, right), value_of(row, up)
         if x and y:
-            spreads: list[float] | None = [] if up == DECIDING else None
-            line = lines.setdefault(row.sampler, Line(LOOKS[runs.index(run)], [], [], spreads))
+            line = lines.setdefault(row.sampler, Line(LOOKS[runs.index(run)], [], [], []))
             line.points.append((x.value, y.value))
-            if line.spreads is not None:
-                line.spreads.append(y.spread or 0.0)
+            line.spreads.append(y.spread or 0.0)
             if row.matched_to:
                 other, _ = find_matched(row, run, runs)
                 colour = LOOKS[runs.index(other)].colour if other else RING_OF_OTHERS
