@@ -68,7 +68,7 @@ FRONTIERS = {
         "entropy (teacher-forced)", DECIDING,
         "Lower is closer; left is sharper. At equal entropy nothing of a gap is sharpness.",
     ),
-    "Precision against recall over temperature": ("recall", "precision", "Up and right is better. Bars are the spread."),
+    "Precision against recall over temperature": ("recall", "precision", "Up and right is better; bars: the spread."),
 }  # fmt: skip
 """Title: what goes right, what goes up, and how to read it."""
 RING_OF_OTHERS = "#5b616b"
