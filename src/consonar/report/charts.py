@@ -103,7 +103,8 @@ def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], i
         axes = figure.add_subplot(xlabel=axes_labels[0], ylabel=axes_labels[1])
         for look, points, rings, spreads in lines:
             axes.errorbar(
-                *zip(*points, strict=True), yerr=spreads or None, color=look.colour, linestyle=look.dash,
+                [x for x, _ in points], [y for _, y in points], yerr=spreads or None,
+                color=look.colour, linestyle=look.dash,
                 marker=look.marker if len(points) <= MAX_MARKERS else "", elinewidth=1.0, capsize=2.5,
             )  # fmt: skip
             for x, y, colour in rings:
