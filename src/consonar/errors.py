@@ -73,16 +73,16 @@ def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = 
     zlib and of pickle), so this takes every `Exception`. Inside stands the parser alone: of anything else a mistake of
     ours would pass for a damaged file. `what` the file should be, e.g. "an .npz"; `remedy` ends the line.
     """
-    end = f"; {remedy}" if remedy else ""
     try:
         yield
     except UserError:
         raise
-    except OSError as error:
-        cause = error.strerror or str(error) or type(error).__name__
-        raise kind(f"{where}: cannot be read: {cause[:LONGEST_CAUSE]}{end}") from error
     except Exception as error:
-        if is_out_of_memory(error):
-            raise kind(f"{where}: cannot be read as {what}: it asks for more memory than there is{end}") from error
-        cause = f"{type(error).__name__}: {error}"[:LONGEST_CAUSE]
-        raise kind(f"{where}: not {what}, damaged or cut short ({cause}){end}") from error
+        kind_of_error = type(error).__name__
+        if isinstance(error, OSError):
+            fault = f"cannot be read: {(error.strerror or str(error) or kind_of_error)[:LONGEST_CAUSE]}"
+        elif is_out_of_memory(error):
+            fault = f"cannot be read as {what}: it asks for more memory than there is"
+        else:
+            fault = f"not {what}, damaged or cut short ({f'{kind_of_error}: {error}'[:LONGEST_CAUSE]})"
+        raise kind(f"{where}: {fault}{remedy and f'; {remedy}'}") from error

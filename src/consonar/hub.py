@@ -213,18 +213,14 @@ def read_name(text: str) -> Wanted:
     rest, _, size = text.removeprefix(PREFIX).partition("@")
     if size and not re.fullmatch(r"[1-9]\d*", size):
         raise UserError(f"{text}: {size!r} behind @ is not an image size in pixels")
-    model = PUBLISHED.get(rest)
-    if model is not None:
-        repository, file = model.repository, model.file
-    else:
-        parts = rest.split("/")
-        # Plain names only: what stands here becomes a path below the cache folder.
-        if len(parts) < 3 or not all(map(plain_name, parts)):
-            raise unknown("hf: name", rest, [*PUBLISHED, "owner/repository/file"])
-        repository, file = "/".join(parts[:2]), "/".join(parts[2:])
-        model = next((m for m in PUBLISHED.values() if (m.repository, m.file) == (repository, file)), None)
-    known_size = model.image_size if model else None
-    return Wanted(text, file, repository, int(size) if size else known_size, model)
+    known = PUBLISHED | {f"{model.repository}/{model.file}": model for model in PUBLISHED.values() if model.repository}
+    if model := known.get(rest):
+        return Wanted(text, model.file, model.repository, int(size) if size else model.image_size, model)
+    parts = rest.split("/")
+    # Plain names only: what stands here becomes a path below the cache folder.
+    if len(parts) < 3 or not all(map(plain_name, parts)):
+        raise unknown("hf: name", rest, [*PUBLISHED, "owner/repository/file"])
+    return Wanted(text, "/".join(parts[2:]), "/".join(parts[:2]), int(size) if size else None)
 
 
 def released_file(wanted: Wanted) -> Path:

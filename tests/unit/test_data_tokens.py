@@ -401,12 +401,16 @@ def test_a_store_without_classes_has_condition_zero(tmp_path):
     assert batch.condition.tolist() == [0] * 5 and batch.condition.dtype == torch.int64
 
 
+def in_memory(images, labels, **place) -> ImageBatches:
+    return ImageBatches(len(images), "here", lambda rows: (images[rows], labels[rows]), **place)
+
+
 def test_image_batches_and_their_flips():
     images = torch.zeros(6, 2, 2, 3, dtype=torch.uint8)
     images[:, :, 1] = torch.arange(6, dtype=torch.uint8).view(6, 1, 1) + 100
     labels = torch.arange(6) * 2
-    plain = ImageBatches(images, labels, batch_size=4, seed=1)
-    flipped = ImageBatches(images, labels, batch_size=4, seed=1, flip=True)
+    plain = in_memory(images, labels, batch_size=4, seed=1)
+    flipped = in_memory(images, labels, batch_size=4, seed=1, flip=True)
     mirrored = 0
     for step in range(30):
         batch, other = plain.batch(step), flipped.batch(step)
@@ -418,7 +422,9 @@ def test_image_batches_and_their_flips():
         assert torch.equal(other.images, flipped.batch(step).images)
         mirrored += int(flips.sum())
     assert 36 <= mirrored <= 84  # of 120, five standard deviations around a half
-    ranks = [ImageBatches(images, None, batch_size=2, seed=1, flip=True, rank=r, world_size=2).batch(3) for r in (0, 1)]
+    ranks = [
+        in_memory(images, labels * 0, batch_size=2, seed=1, flip=True, rank=r, world_size=2).batch(3) for r in (0, 1)
+    ]
     assert torch.equal(torch.stack([b.images for b in ranks], 1).flatten(0, 1), flipped.batch(3).images)
     assert ranks[0].condition.tolist() == [0, 0]
     assert [batch.indices.tolist() for batch in flipped.ordered(4)] == [[0, 1, 2, 3], [4, 5]]
@@ -426,7 +432,7 @@ def test_image_batches_and_their_flips():
     assert (first // 2, second // 2, third // 2) == (0, 1, 2)
     assert [batch.indices.tolist() for batch in flipped.ordered(9, 9)] == [[0, 1, 2, 3, 4, 5]]
     with pytest.raises(UserError, match="holds no items"):
-        ImageBatches(images[:0], None, batch_size=1, seed=0)
+        in_memory(images[:0], labels, batch_size=1, seed=0)
 
 
 @pytest.mark.parametrize("source", [Levels(40), IndexedLevels(40)])

@@ -101,13 +101,13 @@ def test_progress_is_that_of_the_whole_job() -> None:
     seconds = {"preparing": 60.0, "training a": 120.0, "training b": 360.0, "page": 60.0}
     progress = Progress(seconds, said.append, every=20, clock=lambda: now[0])
     progress.skip("preparing")
-    progress.start("training a", "100 steps")
-    now[0] = 10
-    progress.at(0.1, "step 10 of 100")  # too soon for another line
-    now[0] = 180  # twice as long as was estimated for half of it
-    progress.at(0.5, "step 50 of 100")
-    progress.finish()
-    progress.start("training b")
+    with progress.piece("training a", "100 steps"):
+        now[0] = 10
+        progress.at(0.1, "step 10 of 100")  # too soon for another line
+        now[0] = 180  # twice as long as was estimated for half of it
+        progress.at(0.5, "step 50 of 100")
+    with progress.piece("training b"):
+        pass
     assert said == [
         "[ 10 %, 1 of 10 min] training a: 100 steps",
         "[ 20 %, 4 of 12 min] training a: step 50 of 100",

@@ -103,7 +103,8 @@ def test_equal_pictures_are_drawn_as_often_as_they_occur():
 @pytest.mark.parametrize("label_of", [lambda i: i // 10, lambda i: i % 10], ids=["sorted", "in turns"])
 def test_a_part_of_the_validation_items_covers_all_classes_in_any_order(label_of):
     labels = label_of(torch.arange(100))
-    items = ImageBatches(torch.zeros(100, 2, 2, 3, dtype=torch.uint8), labels, batch_size=50, seed=0)
+    images = torch.zeros(100, 2, 2, 3, dtype=torch.uint8)
+    items = ImageBatches(100, "here", lambda rows: (images[rows], labels[rows]), batch_size=50, seed=0)
     seen = torch.cat([batch.condition for batch in items.ordered(50, 50)])
     assert len(seen) == 50 and len(seen.unique()) == 10 and torch.bincount(seen).max() <= 10
     # Ten items of a set whose classes take turns: equal steps of ten would show a single class.

@@ -1,6 +1,6 @@
 """The command `tokenize`."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,16 @@ def command(options: Options) -> None:
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
     if options.split is not None:
         stores = {options.split: out}
-    sources = open_splits(options, list(stores), model.image_size)
+    sources: dict[str, ImageSource] = {}
+    for name in stores:
+        try:
+            sources[name] = open_source(
+                options.data, split=name, image_size=model.image_size, classes=options.classes,
+                label_default=options.label_default,
+            )  # fmt: skip
+        except MissingSplit:
+            if options.split is not None or name == "train":
+                raise
     kinds = {name: views if name == "train" else "center" for name in sources}
     taken = [name for name in sources if is_taken(stores[name])]
     if len(taken) < len(sources):  # else nothing is made
@@ -83,21 +92,6 @@ def command(options: Options) -> None:
     if bad.note:
         say(bad.note)
         bad.write()  # of a stream it is known now
-
-
-def open_splits(options: Options, names: Sequence[str], image_size: int) -> dict[str, ImageSource]:
-    """The images of each split by its name; validation images may be missing where no split was asked for."""
-    sources = {}
-    for name in names:
-        try:
-            sources[name] = open_source(
-                options.data, split=name, image_size=image_size, classes=options.classes,
-                label_default=options.label_default,
-            )  # fmt: skip
-        except MissingSplit:
-            if options.split is not None or name == "train":
-                raise
-    return sources
 
 
 def tokenizer_for(name: str, image_size: int | None) -> TokenizerModule:

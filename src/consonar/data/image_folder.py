@@ -5,13 +5,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from consonar.data.picture_files import (
-    IMAGE_ENDINGS,
-    PictureFiles,
-    find_pictures,
-    read_image,
-    sub_folders,
-)
+from consonar.data.picture_files import IMAGE_ENDINGS, PictureFiles, find_pictures, read_image, sub_folders
 from consonar.errors import MissingSplit, UserError, printable
 from consonar.files.readers import home_expanded
 from consonar.origin import content_hash, same_text

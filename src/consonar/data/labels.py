@@ -57,10 +57,8 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
     """The names of classes 0, 1, ... from a text file, one a line; `UserError` for none and for one named twice."""
     path = home_expanded(path)
     with reading(path, "a text file of class names, one a line"):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     names = [same_text(line.strip()) for line in lines]
-    while names and not names[-1]:
-        names.pop()
     seen: set[str] = set()
     for number, name in enumerate(names, 1):
         if not name or name in seen:

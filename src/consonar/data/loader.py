@@ -129,7 +129,7 @@ class TokenBatches(Batches[TokenBatch]):
         return self.read(self.rows(step), self.draw("views", step, self.store.num_views))
 
 
-class PictureBatches(Batches[ImageBatch]):
+class ImageBatches(Batches[ImageBatch]):
     """Batches of images: images (B, 3, H, W) float32 in [-1, 1], condition (B,) and indices (B,) int64.
 
     `load` gives the images (n, H, W, 3) uint8 and conditions (n,) of rows (n,). `flip` mirrors half of the items, drawn
@@ -160,18 +160,6 @@ class PictureBatches(Batches[ImageBatch]):
         return replace(batch, images=torch.where(mirrored, batch.images.flip(-1), batch.images))
 
 
-class ImageBatches(PictureBatches):
-    """Batches of images held in memory: `images` uint8 (n, H, W, 3); `labels` (n,) int64 or None (condition 0)."""
-
-    def __init__(self, images: Tensor, labels: Tensor | None, *, flip: bool = False, **place: Unpack[Place]) -> None:
-        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, "images: uint8 (n, H, W, 3)"
-        conditions = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-        assert conditions.shape == images.shape[:1], "labels: (n,)"
-        super().__init__(
-            len(images), "the image tensor", lambda rows: (images[rows], conditions[rows]), flip=flip, **place
-        )
-
-
 def item_of(
     record: ImageRecord, image_size: int, num_classes: int | None, missing: int | None
 ) -> tuple[np.ndarray, int]:
@@ -194,7 +182,7 @@ def image_batches(
     missing: int | None = None,
     flip: bool = False,
     **place: Unpack[Place],
-) -> PictureBatches:
+) -> ImageBatches:
     """Batches of images and conditions (`item_of`): from memory where all of them fit, else read by threads when they
     are needed; labels that are known beforehand are checked here."""
     if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
@@ -204,11 +192,11 @@ def image_batches(
         def item(index: int) -> tuple[np.ndarray, int]:
             return item_of(source.read(index), image_size, num_classes, missing)
 
-        return PictureBatches(
+        return ImageBatches(
             len(source), source.name, lambda rows: stacked(pool.map(item, rows.tolist())), flip=flip, **place
         )
     images, conditions = load_images(source, image_size, num_classes=num_classes, missing=missing)
-    return ImageBatches(images, conditions, flip=flip, **place)
+    return ImageBatches(len(images), source.name, lambda rows: (images[rows], conditions[rows]), flip=flip, **place)
 
 
 def load_images(

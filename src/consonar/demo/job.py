@@ -81,19 +81,17 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Say) -> Path:
             write_json(out / "demo.json", stored)
         work, progress = Work(stored["steps"], stored["updates"], stored["samples"]), Progress(stored["seconds"], say)
         progress.skip("preparing")
-        progress.start("tokens", "of the training images")
-        make_tokens(out, "train", tokenizer)
-        progress.finish()
-        progress.start("reference", "tokens of all images")
-        target = encode_reference(reference, tokenizer)
-        progress.finish()
+        with progress.piece("tokens", "of the training images"):
+            make_tokens(out, "train", tokenizer)
+        with progress.piece("reference", "tokens of all images"):
+            target = encode_reference(reference, tokenizer)
         for name in PARTS:
             train_part(name, out, work, seed, progress)
         for name in PARTS:
             measure_part(name, out, work, seed, target, progress)
-        progress.start("page")
-        runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
-        write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji", opening=out / "opening.png")
+        with progress.piece("page"):
+            runs = [out / name for start in RUNS for name in (start, *(f"{start}-{post}" for post in POST_TRAINING))]
+            write_report(runs, page, title="Plain AR, reAR and VA-pi on OpenMoji", opening=out / "opening.png")
         say(f"done in {(time.monotonic() - began) / 60:.1f} minutes")
         return page
 
@@ -131,12 +129,11 @@ def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) 
         progress.skip(piece)
         return
     steps, unit = config.loop.steps, PARTS[name].unit
-    progress.start(piece, f"{steps} {unit}s")
-    train(
-        config, run, resume=(run / "config.json").exists(), quiet=True,
-        on_step=lambda step: progress.at(step / steps, f"{unit} {step} of {steps}"),
-    )  # fmt: skip
-    progress.finish()
+    with progress.piece(piece, f"{steps} {unit}s"):
+        train(
+            config, run, resume=(run / "config.json").exists(), quiet=True,
+            on_step=lambda step: progress.at(step / steps, f"{unit} {step} of {steps}"),
+        )  # fmt: skip
 
 
 def measure_part(name: str, out: Path, work: Work, seed: int, target: ReferenceSet, progress: Progress) -> None:
@@ -145,17 +142,16 @@ def measure_part(name: str, out: Path, work: Work, seed: int, target: ReferenceS
     if is_measured(out / name):
         progress.skip(piece)
         return
-    progress.start(piece, f"{rows} x {work.samples} samples")
     done = count()
     settings = RunSettings(
         temperatures=TEMPERATURES, match=[out / f"{name}-vapi"] if trained else (), num_samples=work.samples, seed=seed,
         reconstruct=trained, device=str(pick_device()),
     )  # fmt: skip
-    evaluate_run(
-        out / name, settings, reference=TOKENIZER, target=target, overwrite=True,
-        progress=lambda text: progress.at(next(done) / rows, text.removeprefix(f"{name}: ")),
-    )  # fmt: skip
-    progress.finish()
+    with progress.piece(piece, f"{rows} x {work.samples} samples"):
+        evaluate_run(
+            out / name, settings, reference=TOKENIZER, target=target, overwrite=True,
+            progress=lambda text: progress.at(next(done) / rows, text.removeprefix(f"{name}: ")),
+        )  # fmt: skip
 
 
 def make_plan(

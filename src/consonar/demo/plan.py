@@ -5,7 +5,8 @@ Runs of a comparison have the same seed, data order, steps and samples. The rest
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -194,7 +195,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.seconds, self.say, self.every, self.clock = dict(seconds), say, every, clock
-        self.done, self.piece = 0.0, ""
+        self.done, self.current = 0.0, ""
         self.began = self.said = clock()
 
     def skip(self, piece: str) -> None:
@@ -202,22 +203,23 @@ class Progress:
         self.done += self.seconds[piece]
         self.began -= self.seconds[piece]
 
-    def start(self, piece: str, detail: str = "") -> None:
-        self.piece = piece
+    @contextmanager
+    def piece(self, name: str, detail: str = "") -> Iterator[None]:
+        """Around the piece that is done now."""
+        self.current = name
         self._line(0.0, detail)
+        yield
+        self.done += self.seconds[name]
 
     def at(self, share: float, detail: str) -> None:
         """This share, 0 to 1, of the piece is done; a line at most `every` seconds."""
         if self.clock() - self.said >= self.every:
             self._line(share, detail)
 
-    def finish(self) -> None:
-        self.done += self.seconds[self.piece]
-
     def _line(self, share: float, detail: str) -> None:
-        done, total = self.done + share * self.seconds[self.piece], sum(self.seconds.values())
+        done, total = self.done + share * self.seconds[self.current], sum(self.seconds.values())
         spent = self.clock() - self.began
         whole = (spent + total - done) / 60
         self.said = self.clock()
-        text = f"{self.piece}: {detail}" if detail else self.piece
+        text = f"{self.current}: {detail}" if detail else self.current
         self.say(f"[{done / total:4.0%}, {spent / 60:.0f} of {whole:.0f} min] {text}".replace("%", " %", 1))

@@ -17,7 +17,7 @@ from consonar.components import load_generator, load_tokenizer, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe
-from consonar.data.loader import PictureBatches, Place, TokenBatches, image_batches
+from consonar.data.loader import ImageBatches, Place, TokenBatches, image_batches
 from consonar.data.picture_files import save_grid
 from consonar.data.sources import Part, choices, open_source
 from consonar.data.tokens import TokenStore
@@ -289,7 +289,7 @@ def preview_samples(model: Generator, tokenizer: Tokenizer, path: Path) -> None:
     save_grid(sample(model, tokenizer, labels).images, path, columns=8)
 
 
-def preview_reconstructions(tokenizer: Tokenizer, validation: PictureBatches, world: World, path: Path) -> None:
+def preview_reconstructions(tokenizer: Tokenizer, validation: ImageBatches, world: World, path: Path) -> None:
     rows = torch.linspace(0, validation.num_items - 1, min(PREVIEW_IMAGES, validation.num_items)).long()
     images = to_device(validation.read(rows), world.device).images
     pairs = torch.stack([images, tokenizer.decode(tokenizer.encode(images))], 1).flatten(0, 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.components import save_generator
-from consonar.data.loader import PictureBatches
+from consonar.data.loader import ImageBatches
 from consonar.errors import UserError, reading
 from consonar.files.readers import check_archive, read_json
 from consonar.files.weights import check_plain, check_weights, load_weights
@@ -126,7 +126,7 @@ class KeepBest:
     """
 
     model: Generator
-    validation: PictureBatches
+    validation: ImageBatches
     tokenizer: Tokenizer
     num_samples: int
     folder: Path
