@@ -53,7 +53,7 @@ RUN = TrainConfig(
 )  # fmt: skip
 # What the CPU waits for in a step (of two micro-batches), and how often.
 LOOP = ("number", "training/loop.py:update")
-"""Whether loss and gradient are finite, and whether the weights are that the step made."""
+"""Whether loss and gradient are finite."""
 REWARDS = ("number", "training/rewards.py:check_finite")
 """Whether the rewards are, once for each time that they are measured."""
 SAMPLING = ("number", "sampling/sample.py:sample_tokens")
@@ -66,8 +66,8 @@ def waits_of(config) -> dict[tuple[str, str], int]:
     if isinstance(config, PolicyConfig):
         free, updates = config.rollout == "free", config.inner_epochs
         once = free or updates > 1 or config.estimator == "reinforce"  # else measured in every micro-batch
-        return {LOOP: 2 * updates, REWARDS: 1 if once else 2} | ({SAMPLING: 1} if free else {})
-    return {LOOP: 2} | ({REVIVAL: 1} if getattr(config, "revive_after", 0) else {})
+        return {LOOP: updates, REWARDS: 1 if once else 2} | ({SAMPLING: 1} if free else {})
+    return {LOOP: 1} | ({REVIVAL: 1} if getattr(config, "revive_after", 0) else {})
 
 
 def make_batch() -> EncodedBatch:

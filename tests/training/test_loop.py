@@ -211,17 +211,32 @@ class Diverging(torch.optim.AdamW):
             self.param_groups[0]["params"][0].data.view(-1)[0] = torch.inf
 
 
-def test_a_step_that_makes_weights_that_are_not_finite_stops_the_run_before_they_are_kept(
-    make_config, tmp_path, monkeypatch
+LOOKS = ("log_every", "save_every", "validate_every", "sample_every")
+"""What looks at the weights of a step."""
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_step_that_makes_weights_that_are_not_finite_stops_the_run_before_they_are_looked_at(
+    look, make_config, tmp_path, monkeypatch
 ):
-    config = make_config(loop={"steps": 2, "save_every": 1})
+    config = make_config(loop={"steps": 3, **dict.fromkeys(LOOKS, 9), look: 1})
     monkeypatch.setattr(torch.optim, "AdamW", Diverging)
-    with pytest.raises(NonFiniteLoss, match=r"step 1: loss \d.*weights of norm inf; lower optim\.lr") as caught:
+    with pytest.raises(NonFiniteLoss, match=r"step 1: the step made weights of norm inf; lower optim\.lr") as caught:
         train(config, tmp_path / "run", quiet=True)
-    (saved,) = list_resume(tmp_path / "run" / "checkpoints")
-    assert str(saved) in str(caught.value) and load_resume(saved)["step"] == 1
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
-    assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run").glob("samples/*"))
+    saved = list_resume(tmp_path / "run" / "checkpoints")
+    assert [load_resume(path)["step"] for path in saved] == ([1] if look == "save_every" else [])
+    assert str(saved[-1] if saved else "no checkpoint") in str(caught.value)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl") if look in ("log_every", "validate_every") else []
+    assert {line["step"] for line in lines} == ({1} if lines else set())
+    assert not (tmp_path / "run" / "samples" / "step_000002.png").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_nothing_looks_at_stop_the_run_by_the_loss_that_they_give(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", Diverging)
+    with pytest.raises(NonFiniteLoss, match=r"step 2: loss (nan|inf)"):
+        train(make_config(loop={"steps": 9, "log_every": 9}), tmp_path / "run", quiet=True)
+    assert not list_resume(tmp_path / "run" / "checkpoints")
 
 
 def test_a_validation_that_is_not_finite_stops_the_run_before_the_model_is_exported(make_config, tmp_path, monkeypatch):

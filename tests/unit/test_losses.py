@@ -2,8 +2,12 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from consonar.training import losses
 from consonar.training.losses import codebook_alignment_loss, entropy, next_token_accuracy, next_token_loss
+from consonar.training.policy_gradient import token_log_probs
 
 
 def test_next_token_loss_of_known_distributions():
@@ -41,3 +45,51 @@ def test_alignment_gives_codes_no_gradient(rng):
     codebook_alignment_loss(predicted, codes, keep).backward()
     assert codes.grad is None
     assert torch.equal(predicted.grad.abs().sum(-1) > 0, keep)
+
+
+class Float32(TorchDispatchMode):
+    """The most numbers that one float32 tensor had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+OF_LOGITS = {
+    "next_token_loss": lambda logits, tokens: next_token_loss(logits, tokens),
+    "token_log_probs": lambda logits, tokens: token_log_probs(logits, torch.stack([tokens, tokens.flip(1)], 1), 0.7),
+    "entropy": lambda logits, tokens: entropy(logits.detach()),
+}
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_logits_in_bf16_have_no_float32_copy_and_the_numbers_of_one(name, rng, monkeypatch):
+    """Of 12 rows of 40 logits, 2 at a time."""
+    monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", 80)
+    logits, tokens = torch.randn(3, 4, 40, generator=rng).mul(3).bfloat16(), torch.randint(40, (3, 4), generator=rng)
+    of_bf16, of_float32 = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    found = {}
+    for given in (of_bf16, of_float32):
+        with Float32() as seen:
+            result = found[given] = OF_LOGITS[name](given, tokens)
+            if result.requires_grad:
+                (result.sum() * 1.5).backward()
+        assert (seen.most < logits.numel()) == (given is of_bf16)
+    assert found[of_bf16].dtype == torch.float32
+    torch.testing.assert_close(found[of_bf16], found[of_float32], rtol=1e-5, atol=1e-6)
+    if name != "entropy":
+        torch.testing.assert_close(of_bf16.grad, of_float32.grad.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+def test_the_gradient_of_rows_in_turn_is_exact(rng, monkeypatch):
+    """Against finite differences and PyTorch's own in float64; tokens may repeat in a place."""
+    monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", 14)
+    logits = torch.randn(5, 7, generator=rng, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[0, 3], [6, 6], [1, 2], [5, 0], [4, 4]])
+    ours = losses.RowwiseLogProbs.apply(logits, tokens, 0.7)
+    torch.testing.assert_close(ours, F.log_softmax(logits / 0.7, -1).gather(-1, tokens))
+    assert torch.autograd.gradcheck(lambda x: losses.RowwiseLogProbs.apply(x, tokens, 0.7), logits)

@@ -66,6 +66,15 @@ def test_moving_average():
     assert average["num_batches_tracked"].item() == 7  # integers are copied
 
 
+def test_moving_average_is_that_of_each_weight_alone(tokenizer):
+    for model in trainees(tokenizer):
+        average = {key: torch.rand_like(value, dtype=torch.float32) for key, value in model.state_dict().items()}
+        floats = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+        expected = {key: torch.lerp(average[key], value, 1 - 0.9) for key, value in floats.items()}
+        update_average(average, model, 0.9)
+        assert all(torch.equal(average[key], value) for key, value in expected.items())
+
+
 WRONG = {
     "lr": 0.0, "min_lr": 5.0, "warmup_steps": -1, "beta1": 1.0, "beta2": -0.1, "max_grad_norm": 0.0,
     "weight_decay": -1.0,

@@ -46,13 +46,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if (
-            HAS_ONEDNN
+            not torch.compiler.is_compiling()  # first: a compiled graph asks nothing else, about modes least of all
+            and HAS_ONEDNN
             and torch.is_inference_mode_enabled()
             and x.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32
             and weight.numel() >= SMALLEST_WEIGHT
             and x.numel() > 0
-            and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
             and prefers_onednn(x.numel() // x.shape[-1], *weight.shape)
         ):
@@ -102,9 +102,9 @@ class Attention(CausalAttention):
 
     def unmasked(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         if (
-            q.device.type == "cpu"
+            not torch.compiler.is_compiling()
+            and q.device.type == "cpu"
             and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
             and prefers_plain_attention(q.shape[2], q.shape[3], q.dtype, dropout)
         ):
             return plain_attention(q, k, v, dropout)
@@ -143,9 +143,10 @@ def drop(x: Tensor, p: float) -> Tensor:
     """
     if p == 0:
         return x
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < SMALLEST_DROPOUT:
+        return F.dropout(x, p)
     threshold = round(p * 2**16)
-    worth = x.device.type == "cpu" and x.numel() >= SMALLEST_DROPOUT and not torch.compiler.is_compiling()
-    if not worth or not 0 < threshold < 2**16 or not timing.ours("dropout", None):
+    if not 0 < threshold < 2**16 or not timing.ours("dropout", None):
         return F.dropout(x, p)
     bits = torch.empty(-(x.numel() // -4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= threshold - 2**15

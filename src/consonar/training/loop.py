@@ -64,8 +64,9 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
     Steps are those of the optimiser; an objective may want several on each batch, which then end together. Ends before
     that, with all that the end does, when the objective finds a breach (`state.stopped`), and with nothing but a
     checkpoint once a signal is caught (several processes: at the next line of metrics). Raises `NonFiniteLoss` in the
-    step that makes such a number, before its weights are saved; the last checkpoint stays. Where it was the loss or its
-    gradient, the weights are those before the step.
+    step whose loss or gradient is such a number, and leaves the weights that were before it; for weights that a step
+    made before they are logged, saved, measured or shown, at the latest by the loss that they give. The last checkpoint
+    stays.
     """
     state, loop, updates = run.state, run.config.loop, run.config.objective.updates
     autocast_dtype = precision.pick_precision(loop.precision, run.world.device)
@@ -108,15 +109,11 @@ def update(run: Running, model: nn.Module, prepared: object, autocast_dtype: tor
         for key, value in {"loss": loss, **terms}.items():
             sums[key] = sums.get(key, 0) + value.detach().float() / len(parts)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-    if not torch.isfinite(norm + sums["loss"]):
+    if not torch.isfinite(norm + sums["loss"]):  # the one number of a step that is waited for
         state.optimizer.zero_grad(set_to_none=True)
         raise non_finite(step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}", run.folder)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    size = torch.nn.utils.get_total_norm(model.parameters())
-    if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
-        found = f"loss {float(sums['loss'])}, but the step made weights of norm {float(size)}"
-        raise non_finite(step, found, run.folder)
     state.step = step + 1
     if state.average is not None:
         update_average(state.average, state.model, config.loop.ema_decay)
@@ -143,6 +140,12 @@ class Running:
     @property
     def ends(self) -> bool:
         return self.state.step == self.config.loop.steps or bool(self.state.stopped)
+
+    def check_weights(self) -> None:
+        """Raises `NonFiniteLoss` for weights that are not finite; called before anything is made of those of a step."""
+        size = torch.nn.utils.get_total_norm(self.state.model.parameters())
+        if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
+            raise non_finite(self.state.step - 1, f"the step made weights of norm {float(size)}", self.folder)
 
     @property
     def picture(self) -> Path:
@@ -178,6 +181,7 @@ class Running:
         state.interrupted = bool(self.caught) and self.world.size == 1  # several processes agree in the next line
         if not self.due(loop.log_every) and not self.ends:
             return
+        self.check_weights()
         values = {key: float(value) for key, value in terms.items()} | {INTERRUPTED: float(bool(self.caught))}
         values = distributed.mean_over_ranks(values, self.world)
         state.interrupted = values.pop(INTERRUPTED) > 0
@@ -191,11 +195,13 @@ class Running:
         """Validation and a picture where they are due; a breach that validation finds is `state.stopped`, and saved."""
         state, loop = self.state, self.config.loop
         if self.due(loop.validate_every) or self.ends:
+            self.check_weights()
             breach = self.validate()
             if breach and not state.stopped:
                 state.stopped = breach
                 self.save()
         if self.due(loop.sample_every) or self.ends:
+            self.check_weights()
             self.preview()
 
     def validate(self) -> str | None:
@@ -228,6 +234,7 @@ class Running:
 
     def save(self) -> None:
         """A resume checkpoint."""
+        self.check_weights()
         if self.world.is_main:
             folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
             timing.keep_for_run(self.folder / KERNELS)

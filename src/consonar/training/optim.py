@@ -93,8 +93,9 @@ def adamw_ways() -> tuple[Way, Way]:
 @torch.no_grad()
 def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights, in place; integer entries are copied."""
-    for key, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[key].lerp_(value, 1 - decay)
-        else:
-            average[key].copy_(value)
+    pairs = [(average[key], value) for key, value in model.state_dict().items()]
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([kept for kept, _ in floats], [value for _, value in floats], 1 - decay)
+    for kept, value in pairs:
+        if not kept.is_floating_point():
+            kept.copy_(value)

@@ -22,6 +22,7 @@ from torch import Tensor
 from consonar.float32 import in_float32
 from consonar.records import to_device
 from consonar.seeding import choose
+from consonar.training import losses
 
 Estimator = Literal["grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce"]
 TIE = 1e-6
@@ -37,11 +38,9 @@ def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> 
     return actions
 
 
-@in_float32
 def token_log_probs(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi of each drawn token: (B, G, N) <- logits (B, N, V), actions (B, G, N). In float32."""
-    log_probs = (logits / temperature).log_softmax(-1)
-    return log_probs.gather(-1, actions.transpose(1, 2)).transpose(1, 2)
+    return losses.log_probs(logits, actions.transpose(1, 2), temperature).transpose(1, 2)
 
 
 @in_float32

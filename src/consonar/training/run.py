@@ -10,6 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import nn
+
 from consonar import distributed, memory
 from consonar.config_io import to_dict
 from consonar.cpu import timing
@@ -167,9 +170,23 @@ def start_state(config: TrainConfig, built: Built, world: World) -> State:
     trainee = built.trainee.to(world.device)
     if config.loop.compile:
         for part in trainee.parts_to_compile():
-            part.compile()  # in place: keys of the state dict do not change
+            compile_for_training(part)
     average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
     return State(trainee, build_optimizer(trainee, config.optim), average)
+
+
+def compile_for_training(part: nn.Module, **settings: Any) -> None:
+    """Compiles a module in place, with the `settings` of `torch.compile`; keys of the state dict do not change.
+
+    Its graph is that of a training pass. Without gradient (sampling, validation) it runs as it is written: those passes
+    have other shapes and modes, and each would be compiled anew.
+    """
+    part.compile(**settings)
+    compiled, written = part._compiled_call_impl, part._call_impl
+    assert compiled is not None  # by `compile`
+    part._compiled_call_impl = lambda *given, **named: (compiled if torch.is_grad_enabled() else written)(
+        *given, **named
+    )
 
 
 def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None:

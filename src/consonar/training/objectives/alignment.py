@@ -228,7 +228,7 @@ class Alignment:
             encoded = self.encode(batch)
             tokens = encoded.tokens
             with self.autocast():
-                logits = model(tokens, batch.condition).logits.float()
+                logits = model(tokens, batch.condition).logits
             rng = generator(self.seed, "validation", sum(count for count, _ in measured))
             uniforms = uniform(rng, len(tokens), 1, tokens.shape[1], dtype=torch.float64)
             drawn = policy.draw_actions(logits, uniforms)[:, 0]

@@ -163,7 +163,7 @@ class Autoregressive(Objective[TokenBatch, NoisyTokens]):
         """Teacher-forced cross-entropy (nats), accuracy and entropy on a clean context with the true class."""
         measured = []
         for batch in batches:
-            logits = model(batch.tokens, batch.condition).logits.float()
+            logits = model(batch.tokens, batch.condition).logits
             values = {
                 "cross_entropy": losses.next_token_loss(logits, batch.tokens),
                 "accuracy": losses.next_token_accuracy(logits, batch.tokens),
