@@ -55,10 +55,7 @@ def read_settings(
 
 
 def read_tokenizer(folder: Path, num_tokens: int | None = None) -> TokenizerModule:
-    """The tokenizer of a model folder, frozen, in evaluation mode, on the CPU.
-
-    `num_tokens`: for images of so many tokens, where its architecture takes any image size (see `tokenizers.resized`).
-    """
+    """The tokenizer of a model folder, as `components.load_tokenizer` returns it."""
     name, _, settings, tokenizer_class = read_settings(folder, "tokenizer", TOKENIZERS)
     if num_tokens is not None:
         settings = resized(settings, num_tokens)

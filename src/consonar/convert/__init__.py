@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ from consonar.files.weights import (
 from consonar.files.writers import write_atomically, write_json
 from consonar.generators import GENERATORS
 from consonar.json_types import Json, JsonMap
-from consonar.model_folders import read_settings, read_tokenizer, shipped_or_folder
+from consonar.model_folders import from_anywhere, read_settings, read_tokenizer, shipped_or_folder
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, TokenizerModule
 from consonar.types import Generator, Grid, Kind, ModelConfig
@@ -187,8 +186,8 @@ def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Js
             raise UserError(
                 f"--tokenizer: {tokenizer} has {key} {getattr(loaded, key)}, the generator {getattr(found.module, key)}"
             )
-    name = str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer
-    origin = Origin(tokenizer=name, tokenizer_fingerprint=loaded.fingerprint)
+    place = from_anywhere("tokenizer", tokenizer)
+    origin = Origin(tokenizer=place, tokenizer_fingerprint=loaded.fingerprint)
     return {"component": "generator", **to_dict(origin)}
 
 
@@ -227,7 +226,7 @@ def to_official(folder: Path, out: Path) -> str:
     if out.suffix == ".safetensors":
         save_tensors(out, state)
     else:
-        payload: dict[str, Any] = state
+        payload: Mapping[str, object] = state
         for key in reversed(parts[-1][2]):
             payload = {key: payload}
         write_atomically(out, lambda path: torch.save(payload, path))

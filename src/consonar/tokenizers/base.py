@@ -130,7 +130,9 @@ class CodebookTokenizer(nn.Module, ABC):
     def _check_images(self, images: Tensor) -> None:
         """Raises `UserError` for what is no batch of images in [-1, 1], reconstructions and resampled ones included."""
         own = next(self.parameters()).dtype
-        if getattr(images, "dtype", None) != own and not is_cast(images):
+        floating = isinstance(images, Tensor) and images.is_floating_point()
+        is_cast = floating and torch.is_autocast_enabled(images.device.type)  # to the numbers of the weights
+        if getattr(images, "dtype", None) != own and not is_cast:
             raise UserError(f"{self.name}: {described(images)}; images are a tensor of {own} in [-1, 1]")
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
@@ -143,11 +145,6 @@ class CodebookTokenizer(nn.Module, ABC):
             least, most = (float(end) for end in given.detach().aminmax())  # both NaN where one number is
             if not (low <= least and most <= high):
                 raise UserError(f"{self.name}: {what} from {least:g} to {most:g}; give them {words}")
-
-
-def is_cast(images: object) -> bool:
-    """Whether autocast makes these numbers those of the weights."""
-    return isinstance(images, Tensor) and images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
 
 
 def described(given: object) -> str:

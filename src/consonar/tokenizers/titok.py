@@ -49,17 +49,15 @@ class TiTokConfig(vit.ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pixel_decoder is None:
-            return
-        if self.pixel_decoder.image_size != self.image_size:
+        pixels = self.pixel_decoder
+        if pixels and pixels.image_size != self.image_size:
             raise UserError(
-                f"model.pixel_decoder.image_size: {self.pixel_decoder.image_size} is not the image_size "
-                f"{self.image_size}"
+                f"model.pixel_decoder.image_size: {pixels.image_size} is not the image_size {self.image_size}"
             )
-        if self.pixel_decoder.downsampling != self.decoder.patch_size:
+        if pixels and pixels.downsampling != self.decoder.patch_size:
             raise UserError(
-                f"model.decoder.patch_size: {self.decoder.patch_size} is not the {self.pixel_decoder.downsampling} "
-                "pixels per code of pixel_decoder (2 to the number of its channel_multipliers less one)"
+                f"model.decoder.patch_size: {self.decoder.patch_size} is not the {pixels.downsampling} pixels per code "
+                "of pixel_decoder (2 to the number of its channel_multipliers less one)"
             )
 
 

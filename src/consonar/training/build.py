@@ -146,10 +146,9 @@ RUNS: dict[str, Callable[[TrainConfig, World, Place, Path], Built]] = {
 
 def make_objective(config: TrainConfig, world: World, *models: object, **settings: object) -> Objective[Any, Any]:
     """The objective of the run's method, from what its kind of run gives beside what all do."""
-    objective: Objective[Any, Any] = method_of_config(config.objective).objective(
+    return method_of_config(config.objective).objective(
         config.objective, *models, total_steps=config.loop.steps, seed=config.seed, world=world, **settings
     )
-    return objective
 
 
 def start_of(config: TrainConfig, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:

@@ -35,7 +35,7 @@ NETWORK = "efficientnet-lite0"
 METRIC = f"FD({NETWORK}) validation"
 
 
-def save_resume(folder: Path, step: int, payload: Mapping[str, Any], keep: int) -> Path:
+def save_resume(folder: Path, step: int, payload: Mapping[str, object], keep: int) -> Path:
     """Writes `folder/step_XXXXXXXX.pt` and removes all but the last `keep` of them."""
     path = folder / f"step_{step:08d}.pt"
     write_atomically(
@@ -79,7 +79,7 @@ class State:
     interrupted: bool = False
     """Whether training ended early, after a checkpoint, because it was asked to."""
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> dict[str, object]:
         states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         return states | {"average": self.average, "stopped": self.stopped}
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from consonar.data.bad_images import POLICIES
 from consonar.data.transforms import VIEWS
@@ -98,7 +98,7 @@ class LoopConfig(Options):
     """Copies of the metrics: tensorboard, wandb, trackio."""
 
 
-def trainable_models() -> dict[str, type[Any]]:
+def trainable_models() -> dict[str, type[ModelConfig]]:
     """The configurations of what can be trained, by what files call them."""
     tokenizers = {kind: row.config for kind, row in TOKENIZERS.items() if row.trainable}
     return {kind: row.config for kind, row in GENERATORS.items()} | tokenizers

@@ -12,7 +12,7 @@ a text vocabulary that ends before it, the last one), images of 384 pixels (576 
 alone, without a language model, has the language model of the released Janus-Pro of its width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -50,6 +50,13 @@ class Layout:
 
     def is_unused(self, key: str) -> bool:
         return key.startswith((*self.unused, self.tokenizer)) or key.endswith("rotary_emb.inv_freq")
+
+
+def renamed(parts: Iterable[tuple[str, str]], key: str) -> str:
+    """The key with every part of the pairs replaced by the other one."""
+    for old, new in parts:
+        key = key.replace(old, new)
+    return key
 
 
 def with_prefix(prefixes: Mapping[str, str], key: str) -> str:
@@ -157,21 +164,13 @@ def tokenizer_record(layout: Layout) -> Official:
     """The record of LlamaGen's tokenizer, under this layout's prefix and names."""
 
     def to_llamagen(state: Mapping[str, Value]) -> dict[str, Value]:
-        renamed = {}
-        for key, value in state.items():
-            key = key.removeprefix(layout.tokenizer)
-            for theirs, llamagen in layout.blocks.items():
-                key = key.replace(theirs, llamagen)
-            renamed[key] = value
-        return renamed
+        pairs = layout.blocks.items()
+        return {renamed(pairs, key.removeprefix(layout.tokenizer)): value for key, value in state.items()}
 
     def to_official(ours: State, unused: State, config: VQConfig) -> State:
-        renamed = {}
-        for key, value in LLAMAGEN_VQ.to_official(ours, unused, config).items():
-            for theirs, llamagen in layout.blocks.items():
-                key = key.replace(llamagen, theirs)
-            renamed[layout.tokenizer + key] = value
-        return renamed
+        pairs = [(llamagen, theirs) for theirs, llamagen in layout.blocks.items()]
+        official = LLAMAGEN_VQ.to_official(ours, unused, config)
+        return {layout.tokenizer + renamed(pairs, key): value for key, value in official.items()}
 
     return Official(
         f"{layout.name} VQ tokenizer",

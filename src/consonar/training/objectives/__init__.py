@@ -20,6 +20,7 @@ from consonar.training.objectives.controls import (
 )
 from consonar.training.objectives.policy import FreePolicy, PolicyConfig, TeacherForcedPolicy
 from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig
+from consonar.types import Objective
 
 Settings = JsonMap
 """A configuration of an objective as a plain dict, as `config.json` of a run has it."""
@@ -32,8 +33,8 @@ class Method:
     name: str
     """What reports call it."""
     config: type[ObjectiveConfig]
-    objective: Callable[..., Any]
-    """Its `types.Objective`, from the configuration and what the kind of run gives (`training.build`)."""
+    objective: Callable[..., Objective[Any, Any]]
+    """From the configuration and what the kind of run gives (`training.build`)."""
     run: Literal["generator", "post-training", "tokenizer"]
     """From tokens; from images and a start model; a tokenizer from images."""
     about: str = ""
