@@ -71,10 +71,7 @@ def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed
 
 
 def check_repeats(args: Sequence[str]) -> None:
-    """Raises `UserError` for an option that is given twice, a switch on and off included.
-
-    The parser would take the last and say nothing.
-    """
+    """Raises `UserError` for an option given twice, a switch on and off included: the parser would take the last."""
     given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
     options = [re.sub(r"^(--(?:.*\.)?)no-", r"\1", word) for word in given]
     for index, option in enumerate(options):

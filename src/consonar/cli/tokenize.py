@@ -120,9 +120,7 @@ def write_store(name: str, source: ImageSource, model: Tokenizer, path: Path, vi
 
 
 def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str) -> bool:
-    """Whether a finished store at `path` is what tokenising these would make: its metadata and labels, and the images
-    where they have a hash.
-    """
+    """Whether a finished store at `path` is what tokenising these would make: metadata, labels, images by hash."""
     if not (path / METADATA_FILE).is_file():
         return False
     store = TokenStore.open(path)

@@ -37,10 +37,7 @@ class Options:
 
 
 def command(args: Sequence[str]) -> None:
-    """Beside the options of the configuration, those in `SHORT`, and `--objective.rewards NAME=WEIGHT,...`.
-
-    The latter replaces the rewards, whatever they are called.
-    """
+    """Beside the options of the configuration: `SHORT`, and `--objective.rewards NAME=WEIGHT,...`, all rewards anew."""
     if not args or args[0].startswith("-"):
         if {"-h", "--help"} & set(args):
             print("usage: consonar train RECIPE|FILE.yaml --out DIR [options]\n\nrecipes: " + ", ".join(RECIPES))

@@ -1,9 +1,5 @@
 """Where images come from: a table of the kinds of sources, `open_source`, which reads what `--data` names, and sources
-made of others: some rows of one, and what becomes of its labels.
-
-Every image is decoded completely and converted to RGB (`picture_files.read_image`) when it is read; one that is no
-image or is cut short stops with its name.
-"""
+made of others: some rows of one, and what becomes of its labels."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence

@@ -97,10 +97,7 @@ def run_demo(out: Path, *, minutes: float, seed: int, say: Say) -> Path:
 
 
 def draw_opening(path: Path, device: torch.device, say: Say) -> float | None:
-    """A grid of the shipped generator's pictures, one row per class, of the first seeds: the seconds of drawing it.
-
-    None: it was there.
-    """
+    """A grid of the shipped generator's pictures, one row per class: the seconds of drawing it; None: it was there."""
     if path.exists():
         return None
     generator, names = load_generator(OPENING).to(device), read_origin(OPENING).class_names or ()
@@ -182,10 +179,9 @@ def make_plan(
 def measure_machine(
     folder: Path, out: Path, reference: ReferenceSet, tokenizer: Tokenizer, seed: int
 ) -> tuple[plan.Rates, tuple[int, int]]:
-    """Rates of everything the job does, from little of it in `folder`, which is removed.
-
-    And how many images there are to train on and to validate with. Only the validation images are encoded and seen by
-    the feature network here, in the place of the training images too.
+    """Rates of everything the job does, from little of it in `folder`, which is removed, and how many images there are
+    to train on and to validate with. Only the validation images are encoded and seen by the feature network here, in
+    the place of the training images too.
     """
     shutil.rmtree(folder, ignore_errors=True)
     device = str(pick_device())

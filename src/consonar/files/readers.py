@@ -121,10 +121,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def check_archive(path: Path) -> None:
-    """Reads a zip archive once. Raises ValueError where a part is not what its checksum says: a flipped bit.
-
-    PyTorch reads its archives without looking.
-    """
+    """Raises ValueError where a part of a zip archive is not what its checksum says: PyTorch reads without looking."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is another")
