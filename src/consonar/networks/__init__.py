@@ -13,7 +13,7 @@ from torch import Tensor
 from consonar.errors import check_choice
 from consonar.networks import efficientnet, lpips
 from consonar.networks.base import LayerDistance
-from consonar.networks.inception import load_inception
+from consonar.networks.inception import FRONT_ENDS, load_inception
 
 
 @runtime_checkable
@@ -58,8 +58,7 @@ PERCEPTUAL_DISTANCES: dict[str, PerceptualDistance] = {
 }
 FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
     "efficientnet-lite0": efficientnet.EfficientNetLite0Features,
-    "inception": partial(load_inception, "inception"),
-    "inception-pytorch-fid": partial(load_inception, "inception-pytorch-fid"),
+    **{name: partial(load_inception, name) for name in FRONT_ENDS},
 }
 """Name to the network on a device."""
 

@@ -44,29 +44,27 @@ WEIGHTS = WeightFile(
 )
 
 
-class ConvNorm(nn.Module):
-    """Convolution without bias, BatchNorm, ReLU: (B, C, H, W) -> (B, `width`, H / stride, W / stride)."""
-
-    def __init__(self, channels: int, width: int, kernel: tuple[int, int], stride: int, padding: tuple[int, int]):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return functional.relu(self.bn(self.conv(hidden)), inplace=True)
-
-
 class Conv(NamedTuple):
-    """One convolution of a branch. With stride 1 the size is kept, with stride 2 nothing is padded."""
+    """One convolution. With stride 1 the size is kept, with stride 2 or where not `padded` nothing is padded."""
 
     width: int
     rows: int = 1
     columns: int = 1
     stride: int = 1
+    padded: bool = True
 
-    def build(self, channels: int) -> ConvNorm:
-        padding = (self.rows // 2, self.columns // 2) if self.stride == 1 else (0, 0)
-        return ConvNorm(channels, self.width, (self.rows, self.columns), self.stride, padding)
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, BatchNorm, ReLU: (B, C, H, W) -> (B, width, H / stride, W / stride)."""
+
+    def __init__(self, channels: int, form: Conv):
+        super().__init__()
+        padding = (form.rows // 2, form.columns // 2) if form.padded and form.stride == 1 else (0, 0)
+        self.conv = nn.Conv2d(channels, form.width, (form.rows, form.columns), form.stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(form.width, eps=1e-3)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.relu(self.bn(self.conv(hidden)), inplace=True)
 
 
 Branches = dict[str, list[Conv | list[Conv]]]
@@ -96,7 +94,7 @@ class Mixed(nn.Module):
             convs = step if isinstance(step, list) else [step]
             layers = [f"{key}a", f"{key}b"] if len(convs) > 1 else [key]
             for layer, conv in zip(layers, convs, strict=True):
-                self.add_module(layer, conv.build(channels))
+                self.add_module(layer, ConvNorm(channels, conv))
             channels = sum(conv.width for conv in convs)
             branch.append(layers)
         return branch
@@ -158,8 +156,6 @@ REDUCE_TO_8: Branches = {
 class InceptionOutputs(NamedTuple):
     """What one pass gives."""
 
-    maps: tuple[Tensor, Tensor, Tensor]
-    """(B, 64, 73, 73) and (B, 192, 35, 35) after the pools of the stem, (B, 768, 17, 17) before the 8 x 8 blocks."""
     spatial: Tensor
     """(B, 2023): places first, then channels, as ADM flattens them."""
     pool3: Tensor
@@ -171,11 +167,11 @@ class InceptionV3(Frozen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, (3, 3), 2, (0, 0))
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, (3, 3), 1, (0, 0))
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, (3, 3), 1, (1, 1))
-        self.Conv2d_3b_1x1 = ConvNorm(64, 80, (1, 1), 1, (0, 0))
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, (3, 3), 1, (0, 0))
+        self.Conv2d_1a_3x3 = ConvNorm(3, Conv(32, 3, 3, 2))
+        self.Conv2d_2a_3x3 = ConvNorm(32, Conv(32, 3, 3, padded=False))
+        self.Conv2d_2b_3x3 = ConvNorm(32, Conv(64, 3, 3))
+        self.Conv2d_3b_1x1 = ConvNorm(64, Conv(80))
+        self.Conv2d_4a_3x3 = ConvNorm(80, Conv(192, 3, 3, padded=False))
         self.Mixed_5b = block_35(192, 32)
         self.Mixed_5c = block_35(256, 64)
         self.Mixed_5d = block_35(288, 64)
@@ -192,14 +188,13 @@ class InceptionV3(Frozen):
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> InceptionOutputs:
-        first = halving_pool(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels))))
-        second = halving_pool(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(first)))
-        hidden = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(second))))
+        hidden = halving_pool(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels))))
+        hidden = halving_pool(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(hidden)))
+        hidden = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden))))
         hidden = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(hidden)))
         spatial = hidden[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # the block begins with its branch1x1
-        third = self.Mixed_6e(hidden)
-        pool3 = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(third))).mean((2, 3))
-        return InceptionOutputs((first, second, third), spatial, pool3)
+        pool3 = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(hidden)))).mean((2, 3))
+        return InceptionOutputs(spatial, pool3)
 
     def logits(self, pool3: Tensor, *, bias: bool = False) -> Tensor:
         """(B, 1008) from `pool3` (B, 2048); the Inception score takes them without the bias."""
@@ -261,7 +256,7 @@ class InceptionFeatures:
         """Features (B, 2048), spatial features (B, 2023) and class probabilities (B, 1008), float32."""
         parts = []
         for piece in pieces(images, self.device):
-            _, spatial, pool3 = self.network(channels_last(self.front_end(piece)))
+            spatial, pool3 = self.network(channels_last(self.front_end(piece)))
             parts.append((pool3, spatial, self.network.logits(pool3).softmax(1)))
         features, spatial, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, spatial, probabilities

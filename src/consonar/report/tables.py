@@ -6,14 +6,15 @@ is no difference. The spread covers drawing again, never training again.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from consonar.evaluation.results import Measurement
-from consonar.json_types import JsonMap
+from consonar.json_types import Json
 from consonar.metrics import in_order, metric_of
 from consonar.report.charts import curve_charts
 from consonar.report.records import ResultRow, Run, control_of, find_matched, listed, measured_start, measurement_text
+from consonar.training.origins import flat
 
 Entry = tuple[Run, ResultRow]
 
@@ -157,14 +158,14 @@ def training_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def compared(runs: Sequence[Run], records: Sequence[JsonMap]) -> list[dict[str, Any]]:
+def compared(runs: Sequence[Run], records: Sequence[Json]) -> list[dict[str, Any]]:
     """A record of each run: what differs between runs and what is the same, [{"title", "headings", "rows"}].
 
     A row is (dotted key, values), a value for each heading.
     """
-    flat = [flatten(record) for record in records]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, [one.get(key, "not set") for one in flat]) for key in keys]
+    texts = [{key: text_of(value) for key, value in flat(record, "")} for record in records]
+    keys = dict.fromkeys(key for one in texts for key in one)
+    rows = [(key, [one.get(key, "not set") for one in texts]) for key in keys]
     differs = [(key, values) for key, values in rows if len(set(values)) > 1]
     same = [(key, values[:1]) for key, values in rows if len(set(values)) == 1]
     tables = (
@@ -174,12 +175,6 @@ def compared(runs: Sequence[Run], records: Sequence[JsonMap]) -> list[dict[str, 
     return [{"title": title, "headings": headings, "rows": rows} for title, headings, rows in tables if rows]
 
 
-def flatten(config: JsonMap, prefix: str = "") -> dict[str, str]:
-    """{"loop": {"steps": 900}} -> {"loop.steps": "900"}: leaves as JSON, lists whole."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return flat
+def text_of(value: object) -> str:
+    """A text as it is; else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
