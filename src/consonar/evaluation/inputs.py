@@ -58,10 +58,8 @@ class SampleSet:
     image_size: int
     sha256: str
     """Of the file, or of the names and bytes of a folder's files."""
-    labels: Tensor | None = None
     tokens: Tensor | None = None
-    seeds: Tensor | None = None
-    """Labels (S,), tokens (S, N) and seeds (S,) are int64."""
+    """(S, N) int64."""
     settings: Json | None = None
     """Of the sampler."""
 
@@ -90,32 +88,32 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
     """Samples from an .npz or a folder of picture files.
 
     .npz: uint8 images (S, H, H, 3) as `images` or `arr_0` (ADM); optional `labels` or `arr_1` (S,), `tokens` (S, N),
-    `seeds` (S,), and the sampler's `settings` as a JSON string. Raises UserError for a missing or damaged file, arrays
-    of other shapes, or images that are not square. `bad`: what is done about files of a folder that cannot be read.
+    `seeds` (S,), integers, and the sampler's `settings` as a JSON string. Raises UserError for a missing or damaged
+    file, other arrays, or images that are not square. `bad`: what is done about files of a folder that cannot be read.
     """
     path = Path(path)
     if path.is_dir():
         images, shape, sha256 = folder_image_set(path, bad)
         return SampleSet(images, shape[0], _square(path, shape), sha256)
     images, shape = npz_image_set(path)
-    extra: Json = {}
-    names = {"labels": "labels", "arr_1": "labels", "tokens": "tokens", "seeds": "seeds"}
-    arrays = read_npz(path, (*names, "settings"))
+    arrays = read_npz(path, ("labels", "arr_1", "tokens", "seeds", "settings"))
     one_of(path, arrays, "labels", "arr_1")
-    for key in names.keys() & arrays.keys():
-        array, ndim = arrays[key], 2 if key == "tokens" else 1
+    text = arrays.pop("settings", None)
+    for key, array in arrays.items():
+        ndim = 2 if key == "tokens" else 1
         if array.dtype.kind not in "iu" or array.ndim != ndim or len(array) != shape[0]:
             expected = f"expected {ndim}-d integers for {shape[0]} images"
             raise UserError(f"{path}: {key} is {array.dtype} {array.shape}; {expected}")
         if key == "tokens" and array.size and (array.min() < 0 or array.max() >= 2**31):
             raise UserError(f"{path}: tokens from {array.min()} to {array.max()}; a tokenizer counts its codes from 0")
-        extra[names[key]] = torch.from_numpy(array.astype(np.int64))
-    if "settings" in arrays:
-        with reading(f"{path}: settings", "valid JSON"):
-            extra["settings"] = parse_json(str(arrays["settings"]))
-        if not isinstance(extra["settings"], dict):
-            raise UserError(f"{path}: settings are a {type(extra['settings']).__name__}, expected a JSON object")
-    return SampleSet(images, shape[0], _square(path, shape), file_sha256(path), **extra)
+    tokens = torch.from_numpy(arrays["tokens"].astype(np.int64)) if "tokens" in arrays else None
+    with reading(f"{path}: settings", "valid JSON"):
+        settings = {} if text is None else parse_json(str(text))
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: settings are a {type(settings).__name__}, expected a JSON object")
+    return SampleSet(
+        images, shape[0], _square(path, shape), file_sha256(path), tokens, None if text is None else settings
+    )
 
 
 def open_reference(
