@@ -10,7 +10,7 @@ from consonar.errors import UserError
 from consonar.networks import lpips
 from consonar.networks.discriminator import PatchDiscriminator, save_discriminator
 from consonar.networks.lpips import VGG16Features
-from consonar.training.rewards import PLACED_REWARDS, REWARDS, PlacedReward, build_rewards
+from consonar.training.rewards import PLACED_REWARDS, REWARDS, PlacedReward, Resources, build_rewards
 from consonar.types import Grid
 
 SIDE = 32
@@ -27,13 +27,8 @@ def build(tmp_path_factory):
         torch.save(VGG16Features().state_dict(), folder / "vgg16.pth")
         save_discriminator(PatchDiscriminator(8), folder / "discriminator")
         patch.setattr(lpips, "WEIGHTS", replace(lpips.WEIGHTS, sha256_prefix=""))
-        yield lambda weights, **options: build_rewards(
-            weights,
-            device="cpu",
-            lpips_weights=str(folder / "vgg16.pth"),
-            discriminator=str(folder / "discriminator"),
-            **options,
-        )
+        files = Resources(torch.device("cpu"), None, str(folder / "vgg16.pth"), str(folder / "discriminator"))
+        yield lambda weights, dtype=None, **options: build_rewards(weights, replace(files, dtype=dtype), **options)
     (folder / "vgg16.pth").unlink()
 
 
@@ -54,6 +49,23 @@ def perturbations(originals, rng):
         "inverted": -originals,
         "another image": originals.roll(1, 0),
     }
+
+
+@pytest.mark.parametrize("name", PLACED_REWARDS)
+def test_a_run_in_bf16_ranks_the_draws_of_a_picture_as_one_in_float32(name, build, originals, rng):
+    """Blocks of the picture replaced, as draws replace tokens. Only LPIPS multiplies in bf16: what that moves is under
+    2 % of the spread within a group, and under 1 % of the reward."""
+    blocks = torch.rand(5, 8, 3, 8, 8, generator=rng) * 1.8 - 0.9
+    kept = torch.rand(5, 8, 1, 8, 8, generator=rng) < 0.8
+    small = torch.where(kept, originals[:, None, :, ::4, ::4], blocks)
+    images = small.repeat_interleave(4, 3).repeat_interleave(4, 4).flatten(0, 1)
+    exact, found = (rated(build({name: 1.0}, dtype=dtype), images, originals)[0] for dtype in (None, torch.bfloat16))
+    assert found.dtype == torch.float32 and torch.equal(found, exact) == (name != "lpips")
+    moved = (found - exact).view(5, 8)
+    spread = exact.view(5, 8).std(1).mean()
+    assert (moved - moved.mean(1, keepdim=True)).std() < 0.02 * spread and (
+        moved.abs() < 0.01 * exact.abs().view(5, 8)
+    ).all()
 
 
 def test_the_table_is_complete():

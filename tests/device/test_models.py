@@ -22,7 +22,7 @@ from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
-from consonar.training.rewards import build_rewards
+from consonar.training.rewards import Resources, build_rewards
 from consonar.types import ImageBatch, Tokenizer
 
 CUDA = torch.device("cuda", 0)
@@ -140,8 +140,8 @@ def test_rewards_measure_as_on_the_cpu(cuda, rng) -> None:
     names = dict.fromkeys(("mse", "l1", "psnr", "ssim", "efficientnet-lite0", "embedding"), 1.0)
     originals, images = torch.rand(2, 3, 32, 32, generator=rng), torch.rand(4, 3, 32, 32, generator=rng)
     batch = ImageBatch(originals, torch.zeros(2, dtype=torch.int64))
-    here = build_rewards(names, device="cpu", chunk=2).measure(images, batch)[1]
+    here = build_rewards(names, Resources(torch.device("cpu")), chunk=2).measure(images, batch)[1]
     with torch.autocast("cuda", torch.bfloat16):
-        there = build_rewards(names, device=CUDA, chunk=2).measure(images.to(CUDA), to_device(batch, CUDA))[1]
+        there = build_rewards(names, Resources(CUDA), chunk=2).measure(images.to(CUDA), to_device(batch, CUDA))[1]
     for name in names:
         torch.testing.assert_close(here[name], there[name].cpu(), rtol=1e-3, atol=1e-5)

@@ -1,6 +1,7 @@
 """Rewards in closed form, their weighted sum, a user's own, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from rounding import assert_rounding
 
 from consonar.errors import UserError
 from consonar.networks.discriminator import PatchDiscriminator, load_discriminator, save_discriminator
-from consonar.training.rewards import PlacedReward, Rewards, build_rewards, check_rewards, squared_errors
+from consonar.training.rewards import PlacedReward, Resources, Rewards, build_rewards, check_rewards, squared_errors
 from consonar.types import Grid, ImageBatch, TextCondition
+
+ON_CPU = Resources(torch.device("cpu"))
 
 
 def constant(*values: float) -> torch.Tensor:
@@ -19,7 +22,7 @@ def constant(*values: float) -> torch.Tensor:
 
 
 def measured(name: str, images, originals):
-    return rated(build_rewards({name: 1.0}, device="cpu"), images, originals)[0].tolist()
+    return rated(build_rewards({name: 1.0}, ON_CPU), images, originals)[0].tolist()
 
 
 def refused(call, *arguments, **options) -> str:
@@ -57,7 +60,7 @@ def test_half_precision_is_measured_in_full():
 
 
 def test_the_total_is_the_weighted_sum_and_a_weight_of_0_only_watches():
-    rewards = build_rewards({"mse": 2.0, "l1": 0.5, "psnr": 0.0}, device="cpu")
+    rewards = build_rewards({"mse": 2.0, "l1": 0.5, "psnr": 0.0}, ON_CPU)
     images, originals = constant(0.5, 1.0), constant(0.0, -1.0)
     total, values, maps = rated(rewards, images, originals, Grid(2, 4))
     assert list(values) == ["mse", "l1", "psnr"]
@@ -93,10 +96,10 @@ def test_groups_of_images_share_an_original(rng):
 
     weights = {"mse": 1.0, "l1": 1.0, "psnr": 0.0, "efficientnet-lite0": 0.5}
     for chunk in (1, 5, 100):
-        rewards = build_rewards(weights, device="cpu", chunk=chunk)
+        rewards = build_rewards(weights, ON_CPU, chunk=chunk)
         rewards = Rewards({**rewards.functions, "own": labelled}, {**weights, "own": 0.0}, chunk=chunk)
         total, values, maps = rewards.measure(images, ImageBatch(originals, labels), grid=Grid(4, 4))
-        alone = build_rewards(weights, device="cpu")
+        alone = build_rewards(weights, ON_CPU)
         expected, expected_values, expected_maps = rated(alone, images, repeated, Grid(4, 4))
         assert_rounding(total, expected, 4000)  # EfficientNet's convolutions
         for name in weights:
@@ -105,12 +108,12 @@ def test_groups_of_images_share_an_original(rng):
         assert values["own"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
     images[9] = torch.nan
     with pytest.raises(UserError, match="'mse': returned nan for image 9 of the batch"):
-        rated(build_rewards({"mse": 1.0}, device="cpu", chunk=5), images, originals)
+        rated(build_rewards({"mse": 1.0}, ON_CPU, chunk=5), images, originals)
 
 
 def test_the_precision_of_the_update_does_not_reach_the_rewards(rng):
     images, originals = torch.rand(2, 2, 3, 32, 32, generator=rng)
-    rewards = build_rewards({"mse": 1.0, "efficientnet-lite0": 1.0}, device="cpu")
+    rewards = build_rewards({"mse": 1.0, "efficientnet-lite0": 1.0}, ON_CPU)
     expected = rated(rewards, images, originals, Grid(4, 4))
     with torch.autocast("cpu", torch.bfloat16):
         total, values, maps = rated(rewards, images, originals, Grid(4, 4))
@@ -138,7 +141,7 @@ def own_module(tmp_path, monkeypatch):
 
 def test_a_users_own_reward_by_dotted_path(own_module):
     name = f"{own_module}:brightness"
-    rewards = build_rewards({"mse": 1.0, name: 4.0}, device="cpu")
+    rewards = build_rewards({"mse": 1.0, name: 4.0}, ON_CPU)
     total, values, _ = rated(rewards, constant(0.5), constant(0.25))
     assert values[name].tolist() == [-0.25] and total.tolist() == pytest.approx([-1 - 0.0625])
 
@@ -155,7 +158,7 @@ def test_a_users_own_reward_may_have_a_place():
 def test_what_a_reward_returns_is_checked(own_module):
     def call(function, count=3):
         images = constant(1.0, 1.0, *[-1.0] * (count - 2))
-        rated(build_rewards({f"{own_module}:{function}": 1.0}, device="cpu", chunk=2), images, images)
+        rated(build_rewards({f"{own_module}:{function}": 1.0}, ON_CPU, chunk=2), images, images)
 
     message = refused(call, "shapeless")
     assert f"'{own_module}:shapeless'" in message and "returned shape (), expected (2,), one per image" in message
@@ -206,12 +209,12 @@ def test_a_reward_that_raises_is_one_line_with_its_name_and_error(own_module):
     ):
         rewards = Rewards({"own": function}, {"own": 1.0})
         assert refused(rated, rewards, constant(0.0), constant(0.0)).startswith(expected)
-    assert "raised SyntaxError: " in refused(build_rewards, {f"{own_module}_unfinished:f": 1.0}, device="cpu")
+    assert "raised SyntaxError: " in refused(build_rewards, {f"{own_module}_unfinished:f": 1.0}, ON_CPU)
 
 
 def test_dotted_paths_to_nowhere_are_refused(own_module):
     def build(name):
-        return refused(build_rewards, {name: 1.0}, device="cpu")
+        return refused(build_rewards, {name: 1.0}, ON_CPU)
 
     message = build(f"{own_module}_x:brightness")
     assert f"No module named '{own_module}_x'" in message and "PYTHONPATH" in message
@@ -239,7 +242,7 @@ def test_names_and_weights_are_checked_before_anything_is_loaded(own_module):
 
 
 def test_images_too_small_for_a_network_are_refused():
-    rewards = build_rewards({"efficientnet-lite0": 1.0}, device="cpu")
+    rewards = build_rewards({"efficientnet-lite0": 1.0}, ON_CPU)
     message = refused(rated, rewards, constant(0.0), constant(0.0))
     assert "'efficientnet-lite0' reads images of 32 px or more, not of 16" in message
     assert refused(rated, rewards, constant(0.0), constant(0.0), Grid(2, 2)) == message
@@ -255,7 +258,7 @@ def test_a_discriminator_is_stored_and_read(tmp_path, rng):
         with torch.no_grad():
             assert_rounding(loaded(images), discriminator(images), 1000)
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-        rewards = build_rewards({"patch-discriminator": 1.0}, device="cpu", discriminator=str(tmp_path / folder))
+        rewards = build_rewards({"patch-discriminator": 1.0}, replace(ON_CPU, discriminator=str(tmp_path / folder)))
         assert_rounding(rated(rewards, images, -images)[0], loaded(images).mean((1, 2, 3)), 1000)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import safetensors.torch
 import torch
@@ -89,6 +89,9 @@ class LayerDistance(Frozen, ABC):
 
     name: str
     weights_sha256: str
+    bears_bf16: ClassVar[bool] = False
+    """Whether its network may multiply in bf16 where draws of one picture are ranked: what that moves is small beside
+    what sets them apart (a test)."""
 
     @abstractmethod
     def layers(self, images: Tensor) -> list[Tensor]:
@@ -102,18 +105,20 @@ class LayerDistance(Frozen, ABC):
         return torch.stack([layer.mean((1, 2)) for layer in self.maps(images, originals)]).sum(0)
 
     @in_float32
-    def maps(self, images: Tensor, originals: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor, originals: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Per layer, where two images differ: (B * G, h, w) <- images (B * G, 3, H, W), originals (B, 3, H, W).
 
-        The G images of one original follow each other. In float32, the network too: the features of like images differ
-        by less than the rounding of bf16.
+        The G images of one original follow each other. In float32, the network too where it does not bear the `dtype`
+        of fewer bits: the features of like images differ by less than the rounding of bf16.
         """
         group = len(images) // len(originals)
-        with torch.no_grad():
-            target = self.layers(originals)
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None and self.bears_bf16):
+            found = self.layers(images)
+            with torch.no_grad():
+                target = self.layers(originals)
         return [
             self.difference(index, a, b.repeat_interleave(group, 0) if group > 1 else b)
-            for index, (a, b) in enumerate(zip(self.layers(images), target, strict=True))
+            for index, (a, b) in enumerate(zip(found, target, strict=True))
         ]
 
 

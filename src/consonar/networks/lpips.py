@@ -94,7 +94,7 @@ def weighted_difference(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 class LPIPS(LayerDistance):
     """LPIPS v0.1 (VGG16); images have `SMALLEST_INPUT` pixels a side or more, and are not resized here."""
 
-    name = "lpips"
+    name, bears_bf16 = "lpips", True
 
     def __init__(self, trunk: VGG16Features, weights_sha256: str):
         """`trunk` holds its weights already (`load_lpips`); `weights_sha256` is that of their file, for reports."""

@@ -59,6 +59,8 @@ class Resources:
     """What rewards are made from: the device of networks, and the files of `AlignmentConfig`."""
 
     device: torch.device
+    dtype: torch.dtype | None = None
+    """Of the run's autocast, for networks that bear it."""
     lpips_weights: str | None = None
     discriminator: str | None = None
 
@@ -91,7 +93,8 @@ def ssim(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
 
 def perceptual(name: str, resources: Resources) -> Reward:
     """Minus one of `PERCEPTUAL_DISTANCES`, at the images' own size."""
-    return PlacedReward(PERCEPTUAL_DISTANCES[name].load(resources.lpips_weights).to(resources.device).maps)
+    distance = PERCEPTUAL_DISTANCES[name].load(resources.lpips_weights).to(resources.device)
+    return PlacedReward(partial(distance.maps, dtype=resources.dtype))
 
 
 def embedding(resources: Resources) -> Reward:
@@ -150,7 +153,8 @@ class Rewards:
         assert not rest, "the same number of images for each row of the batch"
         step = max(1, self.chunk // group)
         parts = []
-        # In float32 even inside an update in bf16: samples of one image differ by less than bf16 would leave.
+        # In float32 even inside an update in bf16: samples of one image may differ by less than bf16 would leave. The
+        # chunks wait for each other: each fills the device, so another stream would add nothing but its memory.
         with torch.autocast(images.device.type, enabled=False):
             for start in range(0, len(batch.images), step):
                 rows = records.rows(batch, slice(start, start + step))
@@ -282,18 +286,10 @@ def check_rewards(weights: Mapping[str, float], *, discriminator: str | None) ->
         )
 
 
-def build_rewards(
-    weights: Mapping[str, float],
-    *,
-    device: torch.device | str,
-    lpips_weights: str | None = None,
-    discriminator: str | None = None,
-    chunk: int = 32,
-) -> Rewards:
+def build_rewards(weights: Mapping[str, float], resources: Resources, *, chunk: int = 32) -> Rewards:
     """Rewards by name, from `REWARDS` or a user's own by dotted path; a weight of 0 is measured and does not count.
 
     `weights` are as `check_rewards` wants them. Raises `UserError` for files or functions that are missing.
     """
-    resources = Resources(torch.device(device), lpips_weights, discriminator)
     functions = {name: REWARDS[name](resources) if name in REWARDS else import_reward(name) for name in weights}
     return Rewards(functions, weights, chunk=chunk)

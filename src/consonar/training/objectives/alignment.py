@@ -23,7 +23,7 @@ from consonar.seeding import generator, uniform
 from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy
 from consonar.training.objectives.base import ObjectiveConfig, drop_classes, means
-from consonar.training.rewards import build_rewards, check_rewards
+from consonar.training.rewards import Resources, build_rewards, check_rewards
 from consonar.training.trainee import Trainee
 from consonar.types import Condition, EncodedBatch, Generator, ImageBatch, Tokenizer
 
@@ -161,10 +161,8 @@ class Alignment:
     ):
         self.config, self.tokenizer, self.prior, self.world, self.probe = config, tokenizer, prior, world, probe
         self.total_steps, self.seed, self.autocast_dtype = total_steps, seed, autocast_dtype
-        self.rewards = build_rewards(
-            config.rewards, device=world.device, lpips_weights=config.lpips_weights,
-            discriminator=config.discriminator, chunk=config.chunk,
-        )  # fmt: skip
+        resources = Resources(world.device, autocast_dtype, config.lpips_weights, config.discriminator)
+        self.rewards = build_rewards(config.rewards, resources, chunk=config.chunk)
         self.rewards.check_size(tokenizer.image_size)
 
     def autocast(self) -> torch.autocast:
