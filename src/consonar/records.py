@@ -7,7 +7,7 @@ are drawn by `consonar.seeding`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def map_tensors(function: Callable[..., Tensor], record: Record, *others: Record
     if isinstance(record, Tensor):
         return cast(Record, function(record, *others))
     if isinstance(record, dict):
-        tables = cast(tuple[dict[Any, Any], ...], others)
+        tables = cast(tuple[dict[object, object], ...], others)
         return cast(Record, {k: map_tensors(function, v, *(table[k] for table in tables)) for k, v in record.items()})
     if not dataclasses.is_dataclass(record) or isinstance(record, type):
         return record

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def read_weights(path: Path, entry: str | None = None) -> Weights:
     return without_prefix(read_shards(path))
 
 
-def read_file(path: Path) -> Mapping[str, Any]:
+def read_file(path: Path) -> Mapping[str, object]:
     """What one file holds: tensors by key, or for a PyTorch file whatever was saved."""
     found = what_it_is(path)
     if found == ".safetensors":
@@ -131,7 +131,7 @@ def what_it_is(path: Path) -> str:
     return "neither .safetensors nor anything that PyTorch saves"
 
 
-def read_torch(path: Path, *, mapped: bool) -> Mapping[str, Any]:
+def read_torch(path: Path, *, mapped: bool) -> Mapping[str, object]:
     """What `torch.save` put into a file, tensors mapped if the format allows; executes nothing."""
     try:
         # Arguments of a training run; a Namespace is a record without behaviour.
@@ -156,21 +156,21 @@ def read_torch(path: Path, *, mapped: bool) -> Mapping[str, Any]:
     return payload
 
 
-def unwrap(payload: Mapping[str, Any], path: Path, entry: str | None) -> Weights:
+def unwrap(payload: Mapping[str, object], path: Path, entry: str | None) -> Weights:
     """The state dict in a file: the file itself, or one entry of a training checkpoint."""
     names: tuple[str, ...] = ()
     ignored: list[str] = []
     if entry is not None and not holds_tensors(payload.get(entry)):
         raise unknown(f"{path}: --entry", entry, [key for key in payload if holds_tensors(payload[key])])
     while True:
-        inside = [name for name in ENTRIES if holds_tensors(payload.get(name))]
-        name = entry or (inside[0] if inside else None)
+        inside = {name: part for name in ((entry,) if entry else ENTRIES) if holds_tensors(part := payload.get(name))}
+        name = next(iter(inside), None)
         if name is None:
             break
         if len(names) == DEEPEST:
             raise UserError(f"{path}: over {DEEPEST} entries in each other, or one that holds itself: {name}")
         ignored += [str(key) for key in payload if key != name]
-        names, payload, entry = (*names, name), payload[name], None
+        names, payload, entry = (*names, name), inside[name], None
     found = {key: value for key, value in payload.items() if isinstance(value, Tensor)}
     check_plain(found, str(path))
     tensors = {key: own_storage(value) for key, value in found.items()}
@@ -181,7 +181,7 @@ def unwrap(payload: Mapping[str, Any], path: Path, entry: str | None) -> Weights
     return Weights(tensors, (), names, tuple(ignored))
 
 
-def holds_tensors(value: object, depth: int = 0) -> bool:
+def holds_tensors(value: object, depth: int = 0) -> TypeGuard[Mapping[str, object]]:
     """Whether it is a table with tensors in it, or in one of the entries of it."""
     return isinstance(value, Mapping) and any(
         isinstance(item, Tensor) or (key in ENTRIES and depth < DEEPEST and holds_tensors(item, depth + 1))
