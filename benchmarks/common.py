@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from consonar.evaluation.results import library_versions, machine_name
+from consonar.distributed import machine_name
+from consonar.evaluation.results import library_versions
 
 RESULTS = Path(__file__).parent / "results"
 

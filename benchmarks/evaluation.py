@@ -110,7 +110,8 @@ def describe_machine() -> dict:
     import scipy
     import torch
 
-    from consonar.evaluation.results import library_versions, machine_name
+    from consonar.distributed import machine_name
+    from consonar.evaluation.results import library_versions
 
     versions = {**library_versions(), "scipy": scipy.__version__}
     return {"machine": machine_name("cpu"), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}

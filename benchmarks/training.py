@@ -16,7 +16,7 @@ from consonar.components import load_tokenizer
 from consonar.cpu import timing
 from consonar.distributed import pick_device
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
-from consonar.precision import pick_precision
+from consonar.precision import autocast_type, pick_precision
 from consonar.seeding import generator as seeded
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
@@ -41,7 +41,7 @@ def make_step(
     optimizer = build_optimizer(model, OptimConfig())
     tokens = torch.randint(tokenizer.vocab_size, (args.batch_size, tokenizer.num_tokens), generator=seeded(0, "tokens"))
     batch = TokenBatch(tokens.to(device), torch.arange(args.batch_size, device=device) % 10)
-    dtype = pick_precision(precision, device)
+    dtype = autocast_type(pick_precision(precision, device, "precision", "training"))
 
     def step() -> None:
         prepared = objective.prepare(model, batch, 1)
@@ -106,7 +106,7 @@ def main() -> None:
         "dropout, PyTorch's / ours": round(ratio(seconds, "plain AR dropout, PyTorch's", "plain AR dropout, ours"), 2),
         "AdamW one by one / fused": round(ratio(seconds, "plain AR AdamW one by one", "plain AR fused AdamW"), 2),
         "chosen on this machine": timing.kept_answers(),
-        "auto precision": str(pick_precision("auto", pick_device("auto"))),
+        "auto precision": pick_precision("auto", pick_device("auto"), "precision", "training"),
         "seconds": seconds,
     }
     config = {"preset": args.preset, "layers": args.layers, "batch_size": args.batch_size, "head_width": head_width}

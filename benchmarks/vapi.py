@@ -23,7 +23,7 @@ from torch import Tensor
 from consonar.components import load_tokenizer
 from consonar.distributed import World, pick_device
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
-from consonar.precision import pick_precision
+from consonar.precision import autocast_type, pick_precision
 from consonar.seeding import generator as seeded
 from consonar.training import losses
 from consonar.training import policy_gradient as policy
@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, model: LlamaGenGenerator, tokenizer: Tokenizer, config: PolicyConfig, pictures: int):
         self.device = pick_device("auto")
-        self.dtype = pick_precision("auto", self.device)
+        self.dtype = autocast_type(pick_precision("auto", self.device, "precision", "training"))
         self.model = AlignmentTrainee(model).to(self.device).train()
         self.prior = copy.deepcopy(model).requires_grad_(False).to(self.device)
         self.objective = TeacherForcedPolicy(

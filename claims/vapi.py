@@ -24,8 +24,9 @@ from consonar.components import load_tokenizer
 from consonar.cpu import hold_memory
 from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
+from consonar.distributed import machine_name
 from consonar.evaluation.inputs import encode_reference, open_reference
-from consonar.evaluation.results import is_measured, library_versions, machine_name, read_results
+from consonar.evaluation.results import is_measured, library_versions, read_results
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.files.writers import file_sha256, write_atomically
 from consonar.recipes import find_recipe

@@ -15,7 +15,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from consonar.networks.discriminator import PatchDiscriminator, save_discriminat
 from consonar.networks.efficientnet import EfficientNetLite0Features, PerceptualDistance
 from consonar.networks.inception import FRONT_ENDS, InceptionFeatures, InceptionV3
 from consonar.networks.lpips import LPIPS, VGG16Features
+from consonar.precision import multiplying
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
@@ -257,8 +258,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="only cases whose names contain one")
     args = parser.parse_args(arguments)
     tried, failed = 0, []
-    with pretended_cuda() if os.environ.get("PRETEND") else nullcontext():
+    with ExitStack() as stack:
+        if os.environ.get("PRETEND"):
+            stack.enter_context(pretended_cuda())
         device = pick_device("cuda")
+        stack.enter_context(multiplying("fp32", device))
         for group in args.groups or GROUPS:
             for case_name, case in GROUPS[group]():
                 name = f"{group}: {case_name}"

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -39,6 +39,7 @@ from consonar.generators.base import GeneratorConfig
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
 from consonar.generators.rear import REAR_PRESETS
 from consonar.networks.lpips import LPIPS, VGG16Features
+from consonar.precision import multiplying, with_weights
 from consonar.recipes.published import PLAIN, REGULARISED
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
@@ -163,24 +164,21 @@ def sampling(
 
 
 def decoding(mode: str, bench: Bench) -> dict[str, Any]:
-    """128 pictures of 256 px by MaskGIT's decoder. `mode`: tf32, ieee, bf16, or bf16 in channels last."""
+    """128 pictures of 256 px by MaskGIT's decoder. `mode`: tf32, ieee, bf16 weights, or those with channels last, as
+    sampling has them."""
     config = MaskGITConfig(base_channels=32, image_size=32) if bench.toy else MaskGITConfig()
     tokenizer = bench.made(MaskGITTokenizer, config)
-    if mode.endswith("channels last"):
-        tokenizer = tokenizer.to(memory_format=torch.channels_last)
+    if mode.startswith("bf16"):
+        tokenizer = with_weights(tokenizer, "bf16", bench.device) if mode != "bf16" else tokenizer.to(BF16)
     pictures = 1 if bench.toy else 128
     tokens = torch.randint(config.vocab_size, (pictures, tokenizer.num_tokens), device=bench.device)
 
     @torch.inference_mode()
     def run() -> None:
-        with torch.autocast("cuda", BF16, enabled=mode.startswith("bf16")):
-            tokenizer.decode(tokens)
+        tokenizer.decode(tokens)
 
-    torch.backends.cudnn.allow_tf32 = mode == "tf32"
-    try:
+    with multiplying("tf32" if mode == "tf32" else "fp32", bench.device):
         return bench.measured(run, pictures, operations=operations_of(run))
-    finally:
-        torch.backends.cudnn.allow_tf32 = False
 
 
 def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, bench: Bench) -> Callable[[], None]:
@@ -287,8 +285,11 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 def main() -> None:
     folder, seconds = Path(os.environ.get("OUT", ".")), float(os.environ.get("SECONDS_LEFT", 200))
-    with pretended_cuda() if os.environ.get("PRETEND") else nullcontext():
+    with ExitStack() as stack:
+        if os.environ.get("PRETEND"):
+            stack.enter_context(pretended_cuda())
         bench = Bench(pick_device("cuda"), folder, seconds, toy=bool(os.environ.get("TOY")))
+        stack.enter_context(multiplying("fp32", bench.device))
         for name, run in STAGES.items():
             bench.stage(name, run)
     if bench.failed:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar, cast
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from consonar.cpu.timing import processor
 from consonar.errors import UserError, check_choice
 from consonar.seeding import rows_of_rank
 
@@ -42,8 +44,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 def pick_device(name: str = "auto", key: str = "loop.device") -> torch.device:
     """`auto` is CUDA when there is one, else the CPU. Raises `UserError`, about `key`, for a device that is not there.
 
-    On CUDA, float32 then means float32: cuDNN's convolutions would otherwise run in TF32, with 10 bits of precision,
-    and give 3 in 100 pictures another token than the CPU does. Speed is what bf16 is for.
+    What it multiplies in is decided by `consonar.precision`.
     """
     check_choice(key, name, DEVICES)
     has_cuda = torch.cuda.is_available()
@@ -51,8 +52,35 @@ def pick_device(name: str = "auto", key: str = "loop.device") -> torch.device:
         raise UserError(f"{key}: 'cuda', but PyTorch sees no CUDA device; choices: auto, cpu")
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def beside(device: torch.device, *read: torch.Tensor) -> Iterator[None]:
+    """What is asked of a CUDA device inside begins when what was asked before is done, and runs while it does what is
+    asked after; it may read the tensors `read`, and its own. On a CPU it is done at once."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    for tensor in read:
+        tensor.record_stream(stream)  # its memory is not given to others before that
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: the memory of what runs in it is kept for it."""
+    return torch.cuda.Stream(device)
+
+
+def machine_name(device: torch.device | str) -> str:
+    """The accelerator's name, or the processor's for the CPU."""
+    if torch.device(device).type != "cpu":
+        return str(torch.get_device_module(device).get_device_name(device))
+    return processor()
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""Arithmetic that stays in float32 inside an update in bf16: searches, distances, losses, whose terms nearly cancel."""
+"""Arithmetic that is float32 whatever a job multiplies in: searches, distances, losses, whose terms nearly cancel.
+
+Fewer bits come from three sides: autocast, tensors that have them (weights in bf16), and on CUDA the TF32 that float32
+products and convolutions may be rounded to (10 bits; cuDNN's default for convolutions).
+"""
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,20 +18,65 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` outside of the autocast of its first tensor's device, with float32 in the place of fewer bits."""
+    """`function` under `exact` of its first tensor's device, with float32 in the place of tensors of fewer bits."""
 
     @functools.wraps(function)
-    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
-        kind = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device.type
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
         # Any: what types the arguments have together (P) is not known of each.
         raised: Any = [raise_precision(value) for value in args]
         named: Any = {key: raise_precision(value) for key, value in kwargs.items()}
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with exact(device):
             return function(*raised, **named)
 
-    return exact
+    return inside
 
 
 def raise_precision(value: Any) -> Any:
     """float32 for a tensor with fewer bits, and anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.dtype in LOW else value
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 tensors on `device` are float32: no autocast, no TF32."""
+    with tf32(False, device), without_autocast(device):
+        yield
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    if not torch.amp.is_autocast_available(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def tf32(allowed: bool, device: torch.device) -> Iterator[None]:
+    """Inside, float32 products and convolutions on CUDA are TF32 or not; after it as before. Of the whole process."""
+    backends: Any = torch.backends  # Any: PyTorch declares no attributes of what is in there
+    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    before = [part.fp32_precision for part in parts] if device.type == "cuda" else []
+    if all((precision == "tf32") == allowed for precision in before[:3]):
+        yield
+        return
+    try:
+        level = torch.get_float32_matmul_precision()
+    except RuntimeError:  # where both interfaces were used before, PyTorch does not say
+        level = "high" if before[0] == "tf32" else "highest"
+    wanted = "tf32" if allowed else "ieee"
+    try:
+        set_float32("high" if allowed else "highest", allowed, (wanted, wanted, wanted, "ieee"), parts)
+        yield
+    finally:
+        set_float32(level, "tf32" in before[1:3], before, parts)
+
+
+def set_float32(level: str, convolutions: bool, precisions: Sequence[str], parts: Sequence[Any]) -> None:
+    """By PyTorch's older interface and by its newer one: torch.compile reads the older, and fails where they differ."""
+    torch.set_float32_matmul_precision(level)
+    torch.backends.cudnn.allow_tf32 = convolutions
+    for part, precision in zip(parts, precisions, strict=True):
+        part.fp32_precision = precision

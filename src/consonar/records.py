@@ -6,8 +6,8 @@ are drawn by `consonar.seeding`.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,9 +22,42 @@ def device_of(model: object) -> torch.device:
 
 
 def to_device(record: Record, device: torch.device) -> Record:
-    """The record with all tensors in it on `device`; the CPU waits for no copy to an accelerator."""
-    waits = device.type == "cpu"  # what is read on the CPU has to be there
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=not waits), record)
+    """The record with all tensors in it on `device`; the CPU waits for no copy to an accelerator, which needs pages of
+    memory that stay where they are."""
+    if device.type == "cpu":  # what is read there has to be there
+        return map_tensors(lambda tensor: tensor.to(device), record)
+    return map_tensors(
+        lambda tensor: (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True), record
+    )
+
+
+class Fetched(Generic[Record]):
+    """A record on its way to the CPU: asked for when this is made, and waited for, it alone, by `here`."""
+
+    def __init__(self, record: Record) -> None:
+        device = first_tensor(record).device
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.record = map_tensors(lambda tensor: tensor.to("cpu", non_blocking=self.copied is not None), record)
+        if self.copied is not None:
+            self.copied.record(torch.cuda.current_stream(device))
+
+    def here(self) -> Record:
+        """The record on the CPU."""
+        if self.copied is None:
+            return self.record
+        self.copied.synchronize()
+        return map_tensors(torch.clone, self.record)  # out of the pinned memory that the next copies go to
+
+
+def one_ahead(asked: Iterable[Fetched[Record]]) -> Iterator[Record]:
+    """The records in turn, each waited for when the next one has been asked for, so that the device is never idle."""
+    before: Fetched[Record] | None = None
+    for fetched in asked:
+        if before is not None:
+            yield before.here()
+        before = fetched
+    if before is not None:
+        yield before.here()
 
 
 def map_tensors(function: Callable[..., Tensor], record: Record, *others: Record) -> Record:

@@ -175,6 +175,17 @@ def test_guided_samples_are_the_most_likely_tokens_of_the_guided_logits(model, c
     assert torch.equal(guided.argmax(-1)[clear], tokens[clear])
 
 
+def test_bf16_weights_sample(model, condition, tokens):
+    """With a cache that has them too, and logits that are off by their rounding."""
+    exact, _ = model(tokens, condition)
+    model.bfloat16()
+    assert model.new_cache(2).data.dtype == torch.bfloat16
+    logits, _ = model(tokens, condition)
+    assert logits.dtype == torch.bfloat16 and (logits.float() - exact).norm() < 0.05 * exact.norm()
+    drawn, entropy = sample_tokens(model, condition, range(3), SamplerConfig(guidance_scale=2.0))
+    assert drawn.shape == tokens.shape and entropy.dtype == torch.float32 and entropy.min() > 0
+
+
 def test_taps_do_not_change_logits(model, condition, tokens):
     plain, none = model(tokens, condition)
     tapped, taps = model(tokens, condition, tap_layers=(0, model.num_layers - 1))

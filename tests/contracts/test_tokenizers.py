@@ -120,6 +120,20 @@ def test_fingerprint(model, tmp_path):
     )
 
 
+def test_bf16_weights_search_and_give_float32(model, images):
+    """The nearest of float32 codes to what the networks say; pictures in float32, off by the rounding of bf16."""
+    tokens, decoded = model.encode(images), model.decode(model.encode(images))
+    model.bfloat16()
+    assert model.dtype == torch.bfloat16 and model.codebook.dtype == torch.float32
+    vectors = model.vectors(images)
+    distances = torch.cdist(vectors.double(), model.codebook.double())
+    chosen = distances.gather(1, model.encode(images).flatten()[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distances.amin(1), rtol=1e-5, atol=1e-6)
+    assert vectors.dtype == torch.float32 and (model.encode(images) == tokens).float().mean() > 0.5
+    low = model.decode(tokens)
+    assert low.dtype == torch.float32 and 0 < (low - decoded).abs().mean() < 0.05
+
+
 def test_loaded_tokenizers_are_frozen(model):
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -220,8 +220,10 @@ def count(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], c
     """Adds this operation to `LOG`, if it waits or copies."""
     first = is_pretended(args[0]) if args else False
     if name == "_to_copy" and first != claimed:
-        if first:
+        if first and not kwargs.get("non_blocking"):
             LOG.waits["to the CPU", where()] += 1
+        elif first:
+            LOG.copies["to the CPU", where()] += 1
         else:
             LOG.copies["to the device", where()] += 1
             if not kwargs.get("non_blocking"):
@@ -249,6 +251,26 @@ class PretendedGenerator(torch.Generator):
         super().manual_seed(seed ^ DEVICE_SEED_BIT)
         DEVICE_SEEDS.add(self.initial_seed())
         return self
+
+
+class PretendedStream:
+    """One in which everything is done at once, as in all of them here."""
+
+    def __init__(self, device: Any = None) -> None: ...
+
+    def wait_stream(self, other: PretendedStream) -> None: ...
+
+
+STREAM = PretendedStream()
+
+
+class PretendedEvent:
+    """What was asked for before it is here once it was waited for."""
+
+    def record(self, stream: PretendedStream) -> None: ...
+
+    def synchronize(self) -> None:
+        LOG.waits["event", where()] += 1
 
 
 class GeneratorClass(type):
@@ -297,10 +319,15 @@ def pretended_cuda() -> Iterator[Log]:
             "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "synchronize": None,
             "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 0,
             "memory_allocated": 2**30,
-            "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+            "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_tf32_supported": True,
+            "mem_get_info": (2**30, 2**31), "current_stream": STREAM, "stream": nullcontext(),
         }  # fmt: skip
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *args, answer=answer, **settings: answer)
+        patch.setattr(torch.cuda, "Stream", PretendedStream)
+        patch.setattr(torch.cuda, "Event", PretendedEvent)
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         patch.setattr(torch.Tensor, "to", move)
         patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **settings: move(tensor, CUDA))
         patch.setattr(torch.autocast, "__init__", cast)

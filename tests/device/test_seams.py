@@ -17,7 +17,8 @@ from consonar.types import TextCondition, TokenBatch
 SOURCE = Path(consonar.__file__).parent
 SEAMS = {
     r"torch\.(rand|randint|randperm|bernoulli|multinomial)\(|torch\.Generator\(|\.\w+_\(.*generator=": "seeding.py",
-    r"cuda\.is_available\(|allow_tf32|fp32_precision": "distributed.py",
+    r"cuda\.is_available\(": "distributed.py",
+    r"allow_tf32|fp32_precision|matmul_precision\(": "float32.py",
 }
 
 
@@ -32,11 +33,10 @@ def found(pattern: str, line: str) -> bool:
     return bool(re.search(pattern, line)) and "nn.init." not in line
 
 
-def test_float32_is_float32_on_the_device(cuda, monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert pick_device("cpu") == torch.device("cpu") and torch.backends.cudnn.allow_tf32
-    assert pick_device() == torch.device("cuda", 0)
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+def test_the_device_is_picked_and_the_process_is_left_as_it_is(cuda) -> None:
+    assert torch.backends.cudnn.allow_tf32  # PyTorch's default
+    assert pick_device("cpu") == torch.device("cpu") and pick_device() == torch.device("cuda", 0)
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_record_moves_whole_and_without_waiting(cuda) -> None:

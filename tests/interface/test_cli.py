@@ -103,8 +103,8 @@ def test_an_interrupted_sampling_job_goes_on(trained: Path, tmp_path: Path, monk
         jobs.run_job(job, tmp_path / "cut.npz", shard_size=2, progress=stop_after_two)
     assert not (tmp_path / "cut.npz").exists()
     drawn: list[int] = []
-    original = jobs.sample
-    monkeypatch.setattr(jobs, "sample", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
+    original = jobs.draw
+    monkeypatch.setattr(jobs, "draw", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
     resumed = jobs.run_job(job, tmp_path / "cut.npz", shard_size=2)
     assert drawn == [2]
     with np.load(whole) as a, np.load(resumed) as b:

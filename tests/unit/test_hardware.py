@@ -170,9 +170,10 @@ def test_bf16_is_automatic_only_where_it_is_native_and_faster(monkeypatch):
         for faster in (True, False):
             monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda native=native: native)
             with timing.forced("bf16", faster):
-                expected = torch.bfloat16 if native and faster else None
-                assert precision.pick_precision("auto", cpu) is expected
-    assert precision.pick_precision("bf16", cpu) is torch.bfloat16
+                expected = "bf16" if native and faster else "fp32"
+                assert precision.pick_precision("auto", cpu, "key", "training") == expected
+                assert precision.pick_precision("auto", cpu, "key", "sampling") == "fp32"
+    assert precision.pick_precision("bf16", cpu, "key", "training") == "bf16"
 
 
 def test_bf16_waits_longer_for_a_quiet_moment_than_a_kernel_does(clock, monkeypatch):
@@ -191,7 +192,7 @@ def test_bf16_waits_longer_for_a_quiet_moment_than_a_kernel_does(clock, monkeypa
     monkeypatch.setattr(precision, "autocast_ways", ways)
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
     assert not timing.ours("a", ways)
-    assert precision.pick_precision("auto", torch.device("cpu")) is torch.bfloat16
+    assert precision.pick_precision("auto", torch.device("cpu"), "key", "training") == "bf16"
 
 
 def test_the_words_for_a_machine_hold_what_changes_speeds(monkeypatch):

@@ -53,8 +53,8 @@ def content(path):
 @pytest.fixture
 def counted(monkeypatch):
     """How many images each call of the sampler drew."""
-    drawn, original = [], jobs.sample
-    monkeypatch.setattr(jobs, "sample", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
+    drawn, original = [], jobs.draw
+    monkeypatch.setattr(jobs, "draw", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
     return drawn
 
 

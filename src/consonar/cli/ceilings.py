@@ -20,7 +20,7 @@ from consonar.cpu.kernels import tune
 from consonar.distributed import World
 from consonar.generators import build_generator
 from consonar.generators.rear import REAR_PRESETS, ReARConfig
-from consonar.precision import pick_precision
+from consonar.precision import autocast_type, pick_precision, with_weights
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.training.checkpoints import State
@@ -128,7 +128,8 @@ def drawn_on(device: torch.device, make: Callable[[Any], Any], config: object) -
 def benchmark(device: torch.device, size: Size | None = None) -> Iterator[tuple[str, str]]:
     """(what, in words) as `doctor` prints them: the ceilings, then the works with their share."""
     size = size or SIZES[device.type]
-    dtype = pick_precision("auto", device) or torch.float32
+    dtype = autocast_type(pick_precision("auto", device, "precision", "training")) or torch.float32
+    drawn_in = pick_precision("auto", device, "precision", "sampling")
     moved = copy_rate(device, size.copied)
     rates = {kind: product_rate(device, size.product, kind) for kind in {torch.float32, dtype}}
     words = ", ".join(f"{rate / 1e12:,.2f} TFLOP/s in {name_of(kind)}" for kind, rate in rates.items())
@@ -143,7 +144,7 @@ def benchmark(device: torch.device, size: Size | None = None) -> Iterator[tuple[
 
     shape = size.generator
     yield "reached", f"of the ceiling; {shape.num_layers} layers of width {shape.width}, {size.tokenizer.image_size} px"
-    kind = dtype if device.type == "cuda" else torch.float32
+    kind = autocast_type(drawn_in) or torch.float32
     generator = tune(drawn_on(device, build_generator, shape)).to(kind)
     labels = torch.arange(size.rows, device=device)
     weights = sum(parameter.numel() for parameter in generator.blocks.parameters())
@@ -158,9 +159,11 @@ def benchmark(device: torch.device, size: Size | None = None) -> Iterator[tuple[
     tokenizer, side = drawn_on(device, MaskGITTokenizer, size.tokenizer), size.tokenizer.image_size
     tokens = torch.randint(tokenizer.vocab_size, (size.pictures, tokenizer.num_tokens), device=device)
     images = torch.rand(size.pictures, 3, side, side, device=device) * 2 - 1
-    for what, run in (("decoded", lambda: tokenizer.decode(tokens)), ("encoded", lambda: tokenizer.encode(images))):
-        run = torch.inference_mode()(run)
-        yield line(f"a picture {what}", run, size.pictures, operations_of(run), torch.float32)
+    decoder = with_weights(tokenizer, drawn_in, device)
+    decode = torch.inference_mode()(lambda: decoder.decode(tokens))
+    yield line("a picture decoded", decode, size.pictures, operations_of(decode), kind)
+    encode = torch.inference_mode()(lambda: tokenizer.encode(images))
+    yield line("a picture encoded", encode, size.pictures, operations_of(encode), torch.float32)
     step = training_step(drawn_on(device, build_generator, shape), size.step_rows, device, dtype)
     yield line(f"a training step of {size.step_rows} rows", step, 1, operations_of(step), dtype)
 

@@ -36,9 +36,11 @@ class Options:
 
 def command(options: Options) -> None:
     lines = textwrap.TextWrapper(80, subsequent_indent=" " * LABEL, break_long_words=False, break_on_hyphens=False)
-    for label, text in chain(findings(), benchmark(distributed.pick_device()) if options.benchmark else ()):
-        lines.initial_indent = f"{label:{LABEL}}"
-        say(lines.fill(text))
+    device = distributed.pick_device()
+    with precision.multiplying("fp32", device):
+        for label, text in chain(findings(), benchmark(device) if options.benchmark else ()):
+            lines.initial_indent = f"{label:{LABEL}}"
+            say(lines.fill(text))
 
 
 def findings() -> Iterator[tuple[str, str]]:
@@ -75,7 +77,7 @@ def devices() -> Iterator[tuple[str, str]]:
 def chosen_kernels() -> Iterator[tuple[str, str]]:
     """Precision and kernels, and why."""
     device = distributed.pick_device("auto")
-    dtype = precision.pick_precision("auto", device)
+    chosen = precision.pick_precision("auto", device, "precision", "training")
     mode, answers = kernels_mode(), timing.kept_answers()
     if device.type != "cpu":
         why = "PyTorch knows of the device"
@@ -85,13 +87,15 @@ def chosen_kernels() -> Iterator[tuple[str, str]]:
         why = f"CONSONAR_KERNELS={mode}"
     else:
         why = f"bf16 has {answers['bf16']:.2f} times the speed of float32" if "bf16" in answers else UNMEASURED
-    yield "precision", f"loop.precision auto is {'bf16' if dtype is torch.bfloat16 else 'fp32'}: {why}"
+    yield "precision", f"loop.precision auto is {chosen}: {why}"
+    drawn = precision.pick_precision("auto", device, "precision", "sampling")
+    yield "", f"sample --precision auto is {drawn}; tokenize and evaluate are fp32 unless told"
     if mode != "measured":
         yield "kernels", f"all {'ours' if mode == 'ours' else 'of PyTorch'}: CONSONAR_KERNELS={mode}"
         return
     timing.ours("adamw", adamw_ways)
     for length in (64, 256, 1024):
-        kernels.prefers_plain_attention(length, 64, dtype or torch.float32)
+        kernels.prefers_plain_attention(length, 64, precision.autocast_type(chosen) or torch.float32)
     for rows in (2, 16) if kernels.HAS_ONEDNN else ():
         kernels.prefers_onednn(rows, 2304, 768)
     answers = timing.kept_answers()

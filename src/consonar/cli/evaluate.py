@@ -26,6 +26,7 @@ from consonar.evaluation.settings import EvaluationSettings
 from consonar.model_folders import SHIPPED
 from consonar.options import default
 from consonar.origin import Origin
+from consonar.precision import pick_precision
 from consonar.seeding import check_seed
 
 
@@ -56,6 +57,8 @@ class Options:
     """Of a run's first sample, and of the parts."""
     batch_size: int = 64
     """Images per call of a network."""
+    precision: str = "fp32"
+    """What the networks multiply in, those of a run that draw included: fp32, tf32 or bf16; docs/gpu.md."""
     device: str = "auto"
     """auto, cpu or cuda."""
     bad: BadImageGroup
@@ -65,6 +68,7 @@ class Options:
 
 def command(options: Options) -> None:
     place, out, device = options.samples, options.out, str(pick_device(options.device, "--device"))
+    pick_precision(options.precision, torch.device(device), "--precision", "measuring")
     is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
     listing = out and out.with_name(f"{out.name}-bad-images.txt")
     bad = options.bad.policy(place / "bad-images-evaluation.txt" if is_run else listing)
@@ -107,7 +111,7 @@ def measure_tokenizer(options: Options, device: str, bad: BadImages) -> None:
     check_read(options, unread, "where samples of a generator are measured")
     metrics = evaluate_tokenizer(
         options.samples, reference=options.reference, feature_network=options.feature_network, device=device,
-        overwrite=options.overwrite, bad=bad,
+        precision=options.precision, overwrite=options.overwrite, bad=bad,
     )  # fmt: skip
     print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(options.samples))
 
@@ -121,6 +125,7 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
     settings = RunSettings(
         temperatures=temperatures, match=options.match, num_samples=options.num_samples,
         draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
+        precision=options.precision,
     )  # fmt: skip
     content = evaluate_run(
         options.samples, settings, reference=options.reference, feature_network=options.feature_network,
@@ -153,10 +158,13 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
         if tokenizer is not None or settings.get("tokenizer_fingerprint") in (None, codec.fingerprint):
             check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
             check_tokens(samples.tokens.numpy(), codec.vocab_size, codec.name, str(path))
-            target = encode_reference(target, codec)  # else it is another's of that name
+            target = encode_reference(target, codec, precision=options.precision)  # else it is another's of that name
     if target.about:
         say(f"reference: {target.about}")
-    measured = EvaluationSettings(draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device)
+    measured = EvaluationSettings(
+        draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
+        precision=options.precision,
+    )  # fmt: skip
     with counting("evaluate") as count:
         results = evaluate(
             samples, target, measured, feature_network=options.feature_network,

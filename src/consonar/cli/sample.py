@@ -17,6 +17,7 @@ from consonar.components import load_generator, load_own_tokenizer, load_tokeniz
 from consonar.distributed import pick_device
 from consonar.errors import unknown
 from consonar.origin import same_text
+from consonar.precision import pick_precision
 from consonar.sampling.job import Job, balanced_labels, check_count, run_job
 from consonar.sampling.sample import SamplerConfig
 
@@ -39,6 +40,8 @@ class Options:
     """Seed of the first image; image i has seed + i."""
     batch_size: int = 64
     """Images drawn together; by rounding it can change a token now and then (docs/sampling.md)."""
+    precision: str = "auto"
+    """auto (bf16 on a GPU that has it, else fp32), fp32, tf32 or bf16; docs/gpu.md."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -46,12 +49,16 @@ class Options:
 def command(options: Options) -> None:
     check_name(options.out)
     device = pick_device(options.device, "--device")
-    model = load_generator(options.generator).to(device)
+    precision = pick_precision(options.precision, device, "--precision", "sampling")
+    model = load_generator(options.generator)
     own = load_own_tokenizer(options.generator) if options.tokenizer is None else None
-    codec = (own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)).to(device)
+    codec = own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)
     origin = read_origin(options.generator)
     labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
-    job = Job(model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin)
+    job = Job(
+        model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin,
+        precision=precision, device=device,
+    )  # fmt: skip
     smaller = f"lower --batch-size ({options.batch_size})"
     with counting("sample") as count, memory.explained(smaller, device):
         run_job(job, options.out, batch_size=options.batch_size, progress=lambda done: count(done, len(labels)))

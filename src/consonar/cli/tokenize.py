@@ -18,7 +18,8 @@ from consonar.data.transforms import IMAGE_SIDE, VIEWS
 from consonar.distributed import pick_device
 from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
-from consonar.sampling.sample import check_batch_size
+from consonar.precision import pick_precision
+from consonar.sampling.checks import check_batch_size
 from consonar.tokenizers import TokenizerModule
 from consonar.types import ImageSource, Tokenizer
 
@@ -45,6 +46,8 @@ class Options:
     kept."""
     batch_size: int = 64
     """Crops per call of the encoder."""
+    precision: str = "fp32"
+    """fp32, tf32 or bf16, in which pictures get other tokens now and then; docs/gpu.md."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -54,6 +57,7 @@ def command(options: Options) -> None:
     check_name(out)
     bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
     device = pick_device(options.device, "--device")
+    precision = pick_precision(options.precision, device, "--precision", "measuring")
     check_batch_size(options.batch_size, "--batch-size")
     check_choice("--views", views, VIEWS)
     if options.split not in (None, "train") and views not in ("center_flip", "center"):
@@ -79,7 +83,7 @@ def command(options: Options) -> None:
         if bad.note:
             bad.write()
     # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
-    ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name])]
+    ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name], precision)]
     if taken and (ours != taken or len(taken) == len(sources)):
         changed = "" if len(taken) == len(sources) else ", and not of these images, labels and options"
         raise UserError(f"--out: {stores[taken[0]]} exists{changed}; choose another folder")
@@ -88,7 +92,7 @@ def command(options: Options) -> None:
             say(f"{name}: is there already: {stores[name]}")
             continue
         with memory.explained(f"lower --batch-size ({options.batch_size})", device):
-            write_store(name, source, model, stores[name], kinds[name], options.batch_size)
+            write_store(name, source, model, stores[name], kinds[name], options.batch_size, precision)
     if bad.note:
         say(bad.note)
         bad.write()  # of a stream it is known now
@@ -106,26 +110,31 @@ def tokenizer_for(name: str, image_size: int | None) -> TokenizerModule:
     return model
 
 
-def write_store(name: str, source: ImageSource, model: Tokenizer, path: Path, views: str, batch_size: int) -> None:
+def write_store(
+    name: str, source: ImageSource, model: Tokenizer, path: Path, views: str, batch_size: int, precision: str
+) -> None:
     """Tokenises the images of split `name` into `path`, and says what was found."""
     known = known_labels(source) is not None
     if known:
         say(f"{name}: {describe(source)}")
     with counting(f"tokenize {name}") as count:
-        store = write_token_store(path, source, model, views=views, batch_size=batch_size, progress=count)
+        store = write_token_store(
+            path, source, model, views=views, batch_size=batch_size, precision=precision, progress=count
+        )
     shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
     say(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
     if note := other_files(source):
         say(f"{name}: not read: {note}")
 
 
-def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str) -> bool:
+def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str, precision: str) -> bool:
     """Whether a finished store at `path` is what tokenising these would make: metadata, labels, images by hash."""
     if not (path / METADATA_FILE).is_file():
         return False
     store = TokenStore.open(path)
-    wanted = (tokenizer.fingerprint, views, source.name, source.class_names)
-    if (store.fingerprint, store.metadata.views, store.source, store.class_names) != wanted:
+    wanted = (tokenizer.fingerprint, views, precision, source.name, source.class_names)
+    made = store.metadata.precision or "fp32"  # older versions had no other
+    if (store.fingerprint, store.metadata.views, made, store.source, store.class_names) != wanted:
         return False
     if isinstance(source, Sized) and len(source) != len(store):
         return False

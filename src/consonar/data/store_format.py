@@ -1,7 +1,9 @@
 """What the two files of a token store must hold. Arrow follows damaged offsets anywhere, so these are checked, too."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +46,8 @@ class StoreMetadata:
     """See `ContentHash`."""
     views: str | None = None
     """One of `transforms.VIEWS`, or imported."""
+    precision: str | None = None
+    """What the tokenizer multiplied in."""
     source: str
     """Name of the images, or the file that the tokens were imported from."""
     source_sha256: str | None = None
@@ -112,6 +116,17 @@ def check_buffers(table: pa.Table, *large: str) -> None:
     for name in table.column_names:
         for chunk in table.column(name).chunks:
             chunk.validate(full=name not in large)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, needed: int) -> Iterator[None]:
+    """Turn a failure to write the store `path` into a `UserError` that says how much room it needs (bytes) and has."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
+        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

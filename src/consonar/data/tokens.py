@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ from consonar.data.store_format import (
     StoreMetadata,
     check_rows,
     check_tokens,
+    disk_errors,
     read_metadata,
     token_dtype,
 )  # fmt: skip
@@ -42,7 +44,8 @@ from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import home_expanded
 from consonar.options import Range
 from consonar.origin import Origin, check, of_tokenizer
-from consonar.records import device_of, to_device
+from consonar.precision import multiplying, pick_precision, with_weights
+from consonar.records import Fetched, device_of, one_ahead, to_device
 from consonar.types import ImageRecord, ImageSource, Tokenizer
 
 ROWS_PER_BLOCK = 1024
@@ -105,17 +108,6 @@ class StoreWriter:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, needed: int) -> Iterator[None]:
-    """Turn a failure to write the store `path` into a `UserError` that says how much room it needs (bytes) and has."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
-        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error
-
-
-@contextlib.contextmanager
 def new_store(
     path: str | Path,
     tokenizer: Tokenizer,
@@ -125,15 +117,16 @@ def new_store(
     views: str,
     source: str,
     source_sha256: str | None = None,
+    precision: str | None = None,
     imported_from: str | None = None,
     expected_items: int = 0,
 ) -> Iterator[StoreWriter]:
     """A writer whose rows are the store at `path` once the `with` block has ended without an exception.
 
-    `views`, `source`, `source_sha256` and, of converted data, `imported_from` go into the metadata. All is written to
-    a hidden folder beside `path`, renamed at the end, removed on any exception or interrupt (what a killed process
-    left: at the next call). Raises `UserError` when `path` exists, when another process writes it, when the disk has
-    too little room for `expected_items` or runs full, and when nothing was written.
+    `views`, `source`, `source_sha256`, `precision` and, of converted data, `imported_from` go into the metadata. All is
+    written to a hidden folder beside `path`, renamed at the end, removed on any exception or interrupt (what a killed
+    process left: at the next call). Raises `UserError` when `path` exists, when another process writes it, when the
+    disk has too little room for `expected_items` or runs full, and when nothing was written.
     """
     path = home_expanded(path)
     if is_taken(path):
@@ -153,9 +146,9 @@ def new_store(
         metadata = StoreMetadata(
             consonar_version=consonar.__version__, tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint,
             content_sha256=writer.content.hexdigest(), views=views, source=source, source_sha256=source_sha256,
-            imported_from=imported_from, vocab_size=tokenizer.vocab_size, num_tokens=tokenizer.num_tokens,
-            num_views=num_views, counts=Counts(**writer.counts), num_classes=writer.num_classes,
-            class_names=class_names,
+            precision=precision, imported_from=imported_from, vocab_size=tokenizer.vocab_size,
+            num_tokens=tokenizer.num_tokens, num_views=num_views, counts=Counts(**writer.counts),
+            num_classes=writer.num_classes, class_names=class_names,
         )  # fmt: skip
         with disk_errors(path, writer.counts["items"] * bytes_per_item):
             writer.arrow.close()
@@ -256,17 +249,22 @@ def write_token_store(
     views: str = "center",
     batch_size: int = 64,
     num_workers: int = 0,
+    precision: str = "fp32",
     progress: Callable[[int, int | None], None] | None = None,
 ) -> TokenStore:
     """Tokenise every image of `source` and return the store, opened.
 
     `views`: which crops of each image (`VIEWS`), square, `tokenizer.image_size` pixels. `tokenizer`, on any device,
-    gets about `batch_size` crops at a time, while `num_workers` threads (0: one per CPU core) decode the next ones.
-    `progress(done, total)` is called after each of these calls with numbers of images; total is None when the source
-    does not know it. Raises `UserError` as `new_store` and the source do.
+    gets about `batch_size` crops at a time, while `num_workers` threads (0: one per CPU core) decode the next ones, and
+    multiplies in `precision` (one of `precision.CHOICES`). `progress(done, total)` is called after each of these calls
+    with numbers of images; total is None when the source does not know it. Raises `UserError` as `new_store` and the
+    source do.
     """
     check_choice("views", views, VIEWS)
     Range(1).check("batch_size", batch_size)
+    device = device_of(tokenizer)
+    precision = pick_precision(precision, device, "precision", "measuring")
+    encoder = with_weights(tokenizer, precision, device)
     total = len(source) if isinstance(source, Sized) else None
 
     def prepare(record: ImageRecord) -> tuple[np.ndarray, int | None, str | None, str]:
@@ -277,15 +275,19 @@ def write_token_store(
     items = prefetch(source, prepare, num_workers=num_workers, depth=3 * images_per_call)
     store = new_store(
         path, tokenizer, VIEWS[views], source.class_names, views=views, source=source.name,
-        source_sha256=getattr(source, "content_hash", None), expected_items=total or 0,
+        source_sha256=getattr(source, "content_hash", None), precision=precision, expected_items=total or 0,
     )  # fmt: skip
-    with contextlib.closing(items), store as writer, torch.inference_mode():
+
+    def encoded() -> Iterator[Fetched[dict[str, Any]]]:
         while batch := list(islice(items, images_per_call)):
             crops, labels, captions, names = zip(*batch, strict=True)
-            pixels = to_device(torch.from_numpy(np.stack(crops)), device_of(tokenizer))
-            pixels = pixels.flatten(0, 1)  # (images * views, H, W, 3) uint8
-            tokens = tokenizer.encode(from_uint8(pixels))  # (images * views, N)
-            writer.write(tokens.cpu().numpy().reshape(len(batch), VIEWS[views], -1), labels, captions, names)
+            pixels = to_device(torch.from_numpy(np.stack(crops)), device)
+            tokens = encoder.encode(from_uint8(pixels.flatten(0, 1)))  # (images * views, N)
+            yield Fetched({"tokens": tokens.unflatten(0, pixels.shape[:2]), "about": (labels, captions, names)})
+
+    with contextlib.closing(items), store as writer, torch.inference_mode(), multiplying(precision, device):
+        for done in one_ahead(encoded()):
+            writer.write(done["tokens"].numpy(), *done["about"])
             if progress is not None:
                 progress(writer.counts["items"], total)
     return TokenStore.open(path)

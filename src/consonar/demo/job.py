@@ -188,7 +188,9 @@ def measure_machine(
     held_out, lap = reference.images["validation"], laps()
     target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
     seen, encoding = len((target.tokens or {})["validation"]), lap() / 2
-    cached_features(load_feature_network("efficientnet-lite0", device), held_out, EvaluationSettings())
+    settings = EvaluationSettings(device=device)
+    with settings.multiplying():
+        cached_features(load_feature_network("efficientnet-lite0", device), held_out, settings)
     images = plan.ImageRate(encoding / seen, lap() / seen)
     make_tokens(out, "validation", tokenizer)
     training: dict[str, plan.TrainingRate] = {}

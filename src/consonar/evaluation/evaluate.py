@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.distributed import machine_name
 from consonar.evaluation.features import FeatureSet, ImagesDone, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
-from consonar.evaluation.results import Evaluation, Measurement, library_versions, machine_name
+from consonar.evaluation.results import Evaluation, Measurement, library_versions
 from consonar.evaluation.sample_metrics import PreparedReference, copy_rates, measure
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate
@@ -55,7 +56,8 @@ def evaluate(
     network = feature_network
     if isinstance(network, str):
         network = load_feature_network(network, settings.device)
-    return compare(samples, PreparedReference(reference, network, settings, progress), settings, progress)
+    with settings.multiplying():
+        return compare(samples, PreparedReference(reference, network, settings, progress), settings, progress)
 
 
 def compare(

@@ -153,9 +153,9 @@ def cached_features(
 ) -> FeatureSet:
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
-    The key hashes the pixels (so the size, too), the network's name, weights and kind, and where not all vectors are
-    kept how many and the seed; reading the images once for it costs little beside the network. A file that cannot be
-    written is left out with a line on stderr. Raises UserError when a cached file cannot be read: delete it.
+    The key hashes the pixels (so the size, too), the network's name, weights and kind, the precision, and where not all
+    vectors are kept how many and the seed; reading the images once for it costs little beside the network. A file that
+    cannot be written is left out with a line on stderr. Raises UserError when a cached file cannot be read: delete it.
     """
     digest, count = hashlib.sha256(), 0
     for batch in images.stream(settings.batch_size):
@@ -163,6 +163,7 @@ def cached_features(
         digest.update(np.ascontiguousarray(batch).data)
         count += len(batch)
     content, kind = digest.hexdigest(), "/spatial" if isinstance(network, ScoringNetwork) else ""
+    kind += "" if settings.precision == "fp32" else f"/{settings.precision}"
     max_rows = settings.max_neighbours_images
     kept = f"{max_rows} by {settings.seed}" if count > max_rows else "all"
     parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"

@@ -28,6 +28,7 @@ from consonar.files.readers import npz_keys, npz_member, parse_json, read_npz
 from consonar.files.writers import file_sha256
 from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
+from consonar.precision import multiplying, pick_precision
 from consonar.records import device_of, to_device
 from consonar.types import ImageSource, Tokenizer
 
@@ -271,12 +272,17 @@ def check_tokenizer(samples: SampleSet, used: Origin) -> None:
     check("tokenizer", used, theirs, samples.images.name, "name the tokenizer that the samples were drawn with")
 
 
-def encode_reference(reference: ReferenceSet, tokenizer: Tokenizer, *, batch_size: int = 64) -> ReferenceSet:
+def encode_reference(
+    reference: ReferenceSet, tokenizer: Tokenizer, *, batch_size: int = 64, precision: str = "fp32"
+) -> ReferenceSet:
     """The reference with the tokens of its images, for the copy rate in tokens; the tokenizer must be the samples'."""
-    tokens = {
-        name: torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in images.stream(batch_size)])
-        for name, images in reference.images.items()
-    }
+    device = device_of(tokenizer)
+    chosen = pick_precision(precision, device, "precision", "measuring")
+    with multiplying(chosen, device, autocast=True):
+        tokens = {
+            name: torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in images.stream(batch_size)])
+            for name, images in reference.images.items()
+        }
     return replace(reference, tokens=tokens, origin=of_tokenizer(tokenizer))
 
 

@@ -22,6 +22,7 @@ from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
 from consonar.networks import FeatureNetwork, load_feature_network
+from consonar.precision import multiplying, pick_precision
 from consonar.sampling.job import write_npz
 from consonar.tokenizers import quantizer
 from consonar.types import Tokenizer
@@ -92,6 +93,7 @@ def evaluate_tokenizer(
     reference: str,
     feature_network: str = "efficientnet-lite0",
     device: str = "cpu",
+    precision: str = "fp32",
     overwrite: bool = False,
     bad: BadImages | None = None,
 ) -> dict[str, float]:
@@ -99,6 +101,8 @@ def evaluate_tokenizer(
 
     Raises `UserError` where the run has been measured, unless `overwrite`.
     """
+    place = torch.device(device)
+    chosen = pick_precision(precision, place, "precision", "measuring")
     if (run / RECONSTRUCTION).exists() and not overwrite:
         raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
     sha256 = weights_sha256(run)
@@ -108,8 +112,9 @@ def evaluate_tokenizer(
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
     network = load_feature_network(feature_network, device)
-    with replacing(run) as staged:
-        return measure_reconstruction(staged, tokenizer, measured, network, checkpoint_sha256=sha256)
+    with replacing(run) as staged, multiplying(chosen, place, autocast=True):
+        origin = {"checkpoint_sha256": sha256, "precision": chosen}
+        return measure_reconstruction(staged, tokenizer, measured, network, **origin)
 
 
 def measure_reconstruction(

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from consonar import __version__
-from consonar.cpu.timing import processor
 from consonar.errors import UserError
 from consonar.files.readers import plain_name, read_json
 from consonar.files.writers import file_sha256, write_json
@@ -36,13 +35,6 @@ def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers depend on."""
     python, numpy = platform.python_version(), np.__version__
     return {"python": python, "torch": torch.__version__, "numpy": numpy, "consonar": __version__}
-
-
-def machine_name(device: str) -> str:
-    """The accelerator's name, or the processor's for `cpu`."""
-    if torch.device(device).type != "cpu":
-        return str(torch.get_device_module(device).get_device_name(device))
-    return processor()
 
 
 def check_place(path: Path, *, overwrite: bool, key: str) -> None:

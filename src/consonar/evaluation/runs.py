@@ -101,15 +101,15 @@ def evaluate_run(
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = Sharpness(reference, run.tokenizer, settings.batch_size, run.origin, bad)
-    samplers = samplers_of(settings, sharpness, run.generator)
-    target = target_of(run, reference, target, settings.batch_size, bad)
-    prepared = PreparedReference(target, network, settings)  # what is wrong is found before hours of sampling
-    progress(f"reference: {target.about}")
-    entropies, unavailable = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers]), {}
-    if isinstance(entropies, str):
-        progress(f"{ENTROPY}: not measured ({entropies})")
-        entropies, unavailable = {}, {ENTROPY: entropies}
-    with replacing(folder) as staged:
+    with replacing(folder) as staged, settings.multiplying():
+        samplers = samplers_of(settings, sharpness, run.generator)
+        target = target_of(run, reference, target, settings, bad)
+        prepared = PreparedReference(target, network, settings)  # what is wrong is found before hours of sampling
+        progress(f"reference: {target.about}")
+        entropies, unavailable = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers]), {}
+        if isinstance(entropies, str):
+            progress(f"{ENTROPY}: not measured ({entropies})")
+            entropies, unavailable = {}, {ENTROPY: entropies}
         rows = []
         for sampler, matched in samplers.items():
             progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
@@ -131,7 +131,9 @@ def evaluate_run(
             "machine": results.machine,
         }
         if settings.reconstruct and "validation" in target.images:
-            measure_reconstruction(staged, run.tokenizer, target.images["validation"], network)
+            measure_reconstruction(
+                staged, run.tokenizer, target.images["validation"], network, precision=settings.precision
+            )
         write_json(staged / RESULTS, content)
     return content
 
@@ -145,13 +147,13 @@ def samplers_of(settings: RunSettings, sharpness: Sharpness, generator: Generato
 
 
 def target_of(
-    run: FinishedRun, reference: str, target: ReferenceSet | None, batch_size: int, bad: BadImages | None
+    run: FinishedRun, reference: str, target: ReferenceSet | None, settings: RunSettings, bad: BadImages | None
 ) -> ReferenceSet:
     """The reference in the tokens of the run's tokenizer: `target`, checked to be that, or opened and encoded here."""
     tokenizer = run.tokenizer
     if target is None:
         target = open_reference(reference, tokenizer.image_size, bad=bad)
-        return encode_reference(target, tokenizer, batch_size=batch_size)
+        return encode_reference(target, tokenizer, batch_size=settings.batch_size, precision=settings.precision)
     if target.name != reference or target.origin is None:
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
     check("target", target.origin, run.origin, str(run.folder), "encode it anew", parts=("tokenizer",))
@@ -165,7 +167,7 @@ def measure_row(
     labels = balanced_labels(settings.num_samples, run.generator.num_classes)
     job = Job(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
-        origin=run.origin,
+        origin=run.origin, precision=settings.precision,
     )  # fmt: skip
     # In the digits that tell a temperature from every other, 1 rather than 1.0.
     name = f"samples_t{repr(float(sampler.temperature)).removesuffix('.0')}.npz"

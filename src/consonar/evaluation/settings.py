@@ -1,10 +1,14 @@
 """How samples are measured: what the functions of this folder share."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
+
 from consonar.errors import UserError
 from consonar.options import Count, Range, check_options
+from consonar.precision import multiplying, pick_precision
 from consonar.seeding import check_seed
 
 
@@ -22,6 +26,8 @@ class EvaluationSettings:
     """Images per call of a network."""
     device: str = "cpu"
     """Where a network runs that is given by its name."""
+    precision: str = "fp32"
+    """What networks multiply in, one of `precision.CHOICES`; statistics and distances are float32 or better."""
     draws: int = 1
     """Disjoint parts of equal size whose spread is reported; 1: none is."""
     seed: int = 0
@@ -29,10 +35,16 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         check_options(self, "")
+        chosen = pick_precision(self.precision, torch.device(self.device), "precision", "measuring")
+        object.__setattr__(self, "precision", chosen)
         check_seed(self.seed, "seed")
         if self.max_neighbours_images <= self.num_neighbours:
             needed = f"{self.num_neighbours} neighbours need more"
             raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
+
+    def multiplying(self) -> AbstractContextManager[None]:
+        """Around what is measured."""
+        return multiplying(self.precision, torch.device(self.device), autocast=True)
 
     def check_parts(self, count: int, what: str) -> None:
         """Raises `UserError` where so many images, called `what`, cannot be measured in `draws` parts."""

@@ -29,7 +29,10 @@ from consonar.files.weights import component_fingerprint
 from consonar.files.writers import write_atomically, write_json
 from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
-from consonar.sampling.sample import SamplerConfig, check_batch_size, check_condition, check_fit, sample
+from consonar.precision import pick_precision, with_weights
+from consonar.records import device_of
+from consonar.sampling.checks import check_batch_size, check_condition
+from consonar.sampling.sample import SamplerConfig, check_fit, draw
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
 
@@ -50,8 +53,9 @@ PLACES = ("generator", "tokenizer", "origin")
 class Job:
     """What is drawn: image i is of class labels[i], (n,) int64, and has the seed `seed` + i, from 0 to 2^63 - 1.
 
-    The generator is called `source`, and `origin` is what it was made of. Raises `UserError` for a seed outside that
-    range, wrong classes, a tokenizer that does not fit, and one that `origin` does not name.
+    The generator is called `source`, and `origin` is what it was made of. `device`: where both models are moved to;
+    None: where the generator is. `precision` is one of `precision.CHOICES`. Raises `UserError` for a seed outside that
+    range, wrong classes, a tokenizer that does not fit, one that `origin` does not name, and another precision.
     """
 
     def __init__(
@@ -64,14 +68,18 @@ class Job:
         sampler: SamplerConfig,
         source: str,
         origin: Origin | None = None,
+        precision: str = "auto",
+        device: torch.device | None = None,
     ) -> None:
         check_seed(seed, "seed", len(labels))
+        device = device or device_of(generator)
+        self.precision = pick_precision(precision, device, "precision", "sampling")
         check_fit(generator, tokenizer, sampler)
         used, origin = of_tokenizer(tokenizer), origin or Origin()
         remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
         check("tokenizer", used, origin, source, remedy)
         check_condition(labels, generator)
-        self.generator, self.tokenizer, self.sampler = generator, tokenizer, sampler
+        self.sampler = sampler
         self.labels, self.seeds = labels, range(seed, seed + len(labels))
         self.settings: Json = {  # everything the result depends on, written beside it
             "generator": source,
@@ -83,8 +91,12 @@ class Job:
             "seed": seed,
             "num_samples": len(labels),
             "labels_sha256": component_fingerprint({}, {"labels": labels}),
+            "precision": self.precision,
             "torch": torch.__version__,
         }
+        # By now hashed as they came.
+        self.generator = with_weights(generator, self.precision, device)
+        self.tokenizer = with_weights(tokenizer, self.precision, device)
 
 
 def check_count(num_samples: int, key: str, seed: int = 0) -> None:
@@ -141,9 +153,7 @@ def run_job(
         for path, rows in shards:
             labels, seeds = job.labels[rows], job.seeds[rows]
             if not is_whole(path, labels, seeds):
-                drawn = sample(
-                    job.generator, job.tokenizer, labels, seeds=seeds, config=job.sampler, batch_size=batch_size
-                )
+                drawn = draw(job.generator, job.tokenizer, labels, seeds, job.sampler, batch_size, job.precision)
                 arrays = {
                     "arr_0": to_uint8(drawn.images).numpy(),
                     "labels": labels.numpy(),
@@ -167,7 +177,7 @@ def claim(folder: Path, job: Job, restart: bool) -> None:
     record, change = folder / "job.json", ""
     if record.exists():
         try:
-            before = read_json(record)
+            before = {"precision": "fp32"} | read_json(record)  # older versions had no other
             now = json.loads(json.dumps(job.settings))  # tuples are lists in JSON
             changed = [key for key in {**now, **before} if key not in PLACES and now.get(key) != before.get(key)]
             change = f"another {', '.join(changed)}" if changed else ""

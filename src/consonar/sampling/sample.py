@@ -7,21 +7,23 @@ order, as in LlamaGen's sampler.
 """
 
 import math
-import numbers
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consonar import records
+from consonar.distributed import beside
 from consonar.errors import UserError
 from consonar.options import LARGEST, SMALLEST, CountOrZero, NotNegative, Options, Positive, Range, ReadOnlyWith
 from consonar.origin import check, of_tokenizer
-from consonar.records import device_of, to_device
+from consonar.precision import multiplying, pick_precision, with_weights
+from consonar.records import Fetched, device_of, one_ahead, to_device
+from consonar.sampling.checks import check_batch_size, check_condition, class_ids
+from consonar.sampling.pictures import decoded, evaluating, images_at_once
 from consonar.seeding import check_seed, choose, uniform
 from consonar.seeding import generator as seeded
 from consonar.types import Condition, Generator, PromptCondition, TextCondition, Tokenizer
@@ -71,6 +73,8 @@ class Samples:
     images: Tensor
     tokens: Tensor
     entropy: Tensor
+    precision: str = "fp32"
+    """What they were drawn and decoded in."""
 
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -209,12 +213,14 @@ def sample(
     seeds: Sequence[int] | None = None,
     config: SamplerConfig | None = None,
     batch_size: int = 64,
+    precision: str = "auto",
 ) -> Samples:
     """Images for conditions (class ids (B,) int64, or captions), row b from `seeds[b]`.
 
     Drawn in batches of `batch_size` on the generator's device, which the tokenizer shares; returned on the CPU.
-    Raises `UserError` for conditions that the generator does not have, a tokenizer that does not fit it or that it was
-    not trained with, or a batch size below 1. Models are in evaluation mode inside.
+    `precision`: one of `precision.CHOICES`; models of other weights are copied. Raises `UserError` for conditions that
+    the generator does not have, a tokenizer that does not fit it or that it was not trained with, or a batch size below
+    1. Models are in evaluation mode inside.
     """
     if not isinstance(condition, TextCondition | PromptCondition):
         condition = class_ids(condition)
@@ -231,45 +237,37 @@ def sample(
     check_condition(condition, generator)
     if not 0 < count == len(seeds):
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions; give one each, and at least one")
-    parts = []
-    with evaluating(generator, tokenizer):
-        for start in range(0, count, batch_size):
-            rows = to_device(records.rows(condition, slice(start, start + batch_size)), device_of(generator))
+    device = device_of(generator)
+    chosen = pick_precision(precision, device, "precision", "sampling")
+    models = with_weights(generator, chosen, device), with_weights(tokenizer, chosen, device)
+    return draw(*models, condition, seeds, config, batch_size, chosen)
+
+
+@torch.inference_mode()
+def draw(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    condition: Condition,
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    batch_size: int,
+    precision: str,
+) -> Samples:
+    """`sample` of what was checked, by models with the weights of the precision."""
+    device = device_of(generator)
+
+    def batches() -> Iterator[Fetched[Samples]]:
+        at_once = 0
+        for start in range(0, len(seeds), batch_size):
+            rows = to_device(records.rows(condition, slice(start, start + batch_size)), device)
             tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config)
-            images = tokenizer.decode(tokens).clamp(-1, 1)
-            parts.append((images.float().cpu(), tokens.cpu(), entropy.cpu()))
-    return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            at_once = at_once or images_at_once(tokenizer, tokens)
+            with beside(device, tokens, entropy):
+                drawn = Fetched(Samples(decoded(tokenizer, tokens, at_once), tokens, entropy, precision))
+            yield drawn
 
-
-@contextmanager
-def evaluating(*models: object) -> Iterator[None]:
-    """Models in evaluation mode, without dropout; after it every part is in the mode that it was in."""
-    modules = [model for model in models if isinstance(model, nn.Module)]
-    training = [part for module in modules for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def class_ids(classes: Sequence[int] | Tensor) -> Tensor:
-    """(B,) int64 of whole numbers; `UserError` for anything else, of which a part would be cut off."""
-    try:
-        given = torch.as_tensor(classes)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"classes: {error}; give one class id for each image") from error
-    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-    if given.ndim != 1 or (len(given) and not whole):
-        raise UserError(f"classes: {given.dtype} of shape {tuple(given.shape)}; give one class id for each image")
-    return given.long()
-
-
-def check_batch_size(batch_size: int, key: str = "batch_size") -> None:
-    if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
-        raise UserError(f"{key}: {batch_size!r} is not a number of images, 1 or more")
+    with multiplying(precision, device), evaluating(generator, tokenizer):
+        return records.concatenate(*one_ahead(batches()))
 
 
 def check_fit(generator: Generator, tokenizer: Tokenizer, config: SamplerConfig) -> None:
@@ -283,15 +281,3 @@ def check_fit(generator: Generator, tokenizer: Tokenizer, config: SamplerConfig)
             raise UserError(f"tokenizer: {tokenizer.name} has {key} {theirs}, the generator was trained with {ours}")
     if (end := config.guidance_interval or 0) >= generator.num_tokens:
         raise UserError(f"guidance_interval: {end} is not in [0, {generator.num_tokens - 1}]; {NO_INTERVAL}")
-
-
-def check_condition(condition: Condition, generator: Generator) -> None:
-    """Raises `UserError` for class ids that the generator does not have, and captions where it takes class ids."""
-    choices = f"0..{generator.num_classes - 1}"
-    if not isinstance(condition, Tensor):
-        if generator.num_classes:
-            raise UserError(f"condition: a {type(condition).__name__}, but this generator takes class ids {choices}")
-    elif generator.num_classes == 0:
-        raise UserError("classes: this generator has none; it takes captions (`TextCondition`, `PromptCondition`)")
-    elif len(wrong := condition[(condition < 0) | (condition >= generator.num_classes)]):
-        raise UserError(f"classes: {int(wrong[0])} is not a class of this generator; choices: {choices}")

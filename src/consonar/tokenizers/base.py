@@ -4,7 +4,9 @@ Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `H`, `W` pixels.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from consonar.config_io import to_dict
 from consonar.data.transforms import ImageSize
 from consonar.errors import UserError
 from consonar.files.weights import component_fingerprint
+from consonar.float32 import LOW
 from consonar.options import Count
 from consonar.tokenizers import quantizer
 from consonar.types import Grid, ModelConfig
@@ -53,6 +56,15 @@ class Codebook(nn.Module):
         bound = 1.0 / vocab_size if bound is None else bound
         self.embedding.weight.data.uniform_(-bound, bound)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `bfloat16` and the like do, but that codes stay float32: rounded ones are nearest to others."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in LOW else moved
+
+        return super()._apply(kept, recurse)
+
 
 class CodebookTokenizer(nn.Module, ABC):
     """A tokenizer as a module; follows `consonar.types.Tokenizer`. Subclasses give `latents` and `pixels`."""
@@ -79,6 +91,11 @@ class CodebookTokenizer(nn.Module, ABC):
         """Images in the networks' range, not clamped: (B, 3, H, W) <- (B, N, C)."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks' weights. Pictures and codes are float32 whatever it is."""
+        return next(self.decoder.parameters()).dtype
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and the weights."""
         return component_fingerprint(to_dict(self.config), self.state_dict())
@@ -92,7 +109,8 @@ class CodebookTokenizer(nn.Module, ABC):
     def vectors(self, images: Tensor) -> Tensor:
         """What is compared with the codes: (B*N, C) float32 <- (B, 3, H, W)."""
         self._check_images(images)
-        vectors = self.latents((images + 1) / 2 if self.unit_range else images).float().flatten(0, 1)
+        images = ((images + 1) / 2 if self.unit_range else images).to(self.dtype)
+        vectors = self.latents(images).float().flatten(0, 1)
         return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
 
     def search(self, vectors: Tensor) -> Tensor:
@@ -115,7 +133,7 @@ class CodebookTokenizer(nn.Module, ABC):
         if codes.shape[1] != self.num_tokens:
             # A transformer would broadcast one token to all positions without an error.
             raise UserError(f"{self.name}: {codes.shape[1]} tokens per image, this tokenizer decodes {self.num_tokens}")
-        images = self.pixels(codes).float()
+        images = self.pixels(codes.to(self.dtype)).float()
         return 2 * images - 1 if self.unit_range else images
 
     def forward(self, images: Tensor) -> VQOutput:
@@ -129,10 +147,10 @@ class CodebookTokenizer(nn.Module, ABC):
 
     def _check_images(self, images: Tensor) -> None:
         """Raises `UserError` for what is no batch of images in [-1, 1], reconstructions and resampled ones included."""
-        own = next(self.parameters()).dtype
+        own = torch.float32 if self.dtype in LOW else self.dtype
         floating = isinstance(images, Tensor) and images.is_floating_point()
         is_cast = floating and torch.is_autocast_enabled(images.device.type)  # to the numbers of the weights
-        if getattr(images, "dtype", None) != own and not is_cast:
+        if getattr(images, "dtype", None) not in (own, self.dtype) and not is_cast:
             raise UserError(f"{self.name}: {described(images)}; images are a tensor of {own} in [-1, 1]")
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:

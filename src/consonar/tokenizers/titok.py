@@ -106,5 +106,6 @@ class TiTokTokenizer(vit.ViTTokenizer):
         decoded = self.decoder(codes)
         if self.config.pixel_decoder is None:
             return decoded
-        latents = torch.einsum("bkhw,kz->bzhw", decoded.softmax(1), self.pixel_quantize.embedding.weight)
-        return self.pixel_decoder(latents)
+        weights = decoded.float().softmax(1)
+        latents = torch.einsum("bkhw,kz->bzhw", weights, self.pixel_quantize.embedding.weight)
+        return self.pixel_decoder(latents.to(self.dtype))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consonar import precision
 from consonar.components import load_generator, load_tokenizer, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import other_files
@@ -27,6 +26,7 @@ from consonar.files.readers import home_expanded
 from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.origin import Origin, check
+from consonar.precision import autocast_type, pick_precision
 from consonar.records import to_device
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
@@ -104,7 +104,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
         return to_device(next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES)), world.device).images
 
     prior = load_generator(init).to(world.device) if config.objective.needs_prior else None
-    dtype = precision.pick_precision(config.loop.precision, world.device)
+    dtype = autocast_type(pick_precision(config.loop.precision, world.device, "loop.precision", "training"))
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
     built = Built(AlignmentTrainee(model), objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)

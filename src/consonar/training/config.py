@@ -11,7 +11,7 @@ from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.rear import ReARConfig
 from consonar.options import Count, CountOrZero, Divides, OneOf, Options, Range, ReadOnlyWith, ShareBelowOne, check_left
-from consonar.precision import PRECISIONS
+from consonar.precision import CHOICES
 from consonar.tokenizers import TOKENIZERS
 from consonar.training.objectives import kinds, method_of_config
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
@@ -88,8 +88,8 @@ class LoopConfig(Options):
     with the lowest one is kept in best/. 0: none."""
     ema_decay: ShareBelowOne = 0.0
     """Decay of the moving average of weights that is validated and exported; 0: none."""
-    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
-    """auto (bf16 where the hardware has it), fp32 or bf16; parameters stay float32."""
+    precision: Annotated[str, OneOf(CHOICES)] = "auto"
+    """auto (bf16 where the hardware has it), fp32, tf32 or bf16; parameters stay float32."""
     device: Annotated[str, OneOf(DEVICES)] = "auto"
     """auto, cpu or cuda."""
     compile: bool = False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
+from consonar.float32 import exact
 from consonar.records import to_device
 from consonar.seeding import integers, permutation
 from consonar.types import Grid, Tokenizer
@@ -129,6 +130,6 @@ def spatial_credit(maps: Tensor, influence: Influence | None, grid: Grid) -> Ten
     assert cells.shape[1] == grid.rows * grid.columns
     prefix = cells.mean(1, keepdim=True).expand(-1, grid.prefix)
     if influence is not None:
-        with torch.autocast(cells.device.type, enabled=False):  # bf16 would round away what sets cells apart
+        with exact(cells.device):  # bf16 would round away what sets cells apart
             cells = cells @ to_device(influence.matrix(grid), cells.device).to(cells.dtype).T
     return torch.cat([prefix, cells], 1)

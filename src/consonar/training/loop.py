@@ -69,16 +69,17 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
     stays.
     """
     state, loop, updates = run.state, run.config.loop, run.config.objective.updates
-    autocast_dtype = precision.pick_precision(loop.precision, run.world.device)
+    multiplied_in = precision.pick_precision(loop.precision, run.world.device, "loop.precision", "training")
     model = distributed.wrap(state.model, run.world)
     last = min(loop.steps, stop_at or loop.steps)
     model.train()
     run.begin()
     while state.step < last and not state.stopped:
         batch = to_device(run.built.batches.batch(state.step // updates), run.world.device)
-        prepared = run.built.objective.prepare(state.model, batch, state.step)
-        for _ in range(min(updates, loop.steps - state.step)):
-            terms = update(run, model, prepared, autocast_dtype)
+        with precision.multiplying(multiplied_in, run.world.device):
+            prepared = run.built.objective.prepare(state.model, batch, state.step)
+            for _ in range(min(updates, loop.steps - state.step)):
+                terms = update(run, model, prepared, precision.autocast_type(multiplied_in))
         run.tracker.advance(state.step)
         run.log(terms)
         # Before all that is optional: what fails below costs no step.

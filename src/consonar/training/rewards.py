@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from consonar import records
 from consonar.errors import UserError, is_out_of_memory, unknown
+from consonar.float32 import exact
 from consonar.metrics import pixels
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import load_discriminator
@@ -155,7 +156,7 @@ class Rewards:
         parts = []
         # In float32 even inside an update in bf16: samples of one image may differ by less than bf16 would leave. The
         # chunks wait for each other: each fills the device, so another stream would add nothing but its memory.
-        with torch.autocast(images.device.type, enabled=False):
+        with exact(images.device):
             for start in range(0, len(batch.images), step):
                 rows = records.rows(batch, slice(start, start + step))
                 parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid))

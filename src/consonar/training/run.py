@@ -23,6 +23,7 @@ from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import finish_save, is_component
 from consonar.files.writers import write_json
 from consonar.options import is_whole
+from consonar.precision import multiplying, pick_precision
 from consonar.training.build import build
 from consonar.training.checkpoints import State, list_resume, load_resume
 from consonar.training.config import TrainConfig
@@ -32,6 +33,7 @@ from consonar.training.optim import build_optimizer
 from consonar.training.origins import FILE, check_same_origin, comparable, resolve_start
 from consonar.training.tracking import Tracker, check_sinks
 
+SESSIONS = "sessions.json"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 
@@ -56,7 +58,8 @@ def train(
     if stop_at is not None and not (is_whole(stop_at) and stop_at >= 1):
         raise UserError(f"--stop-at: {stop_at} is not a step, 1 or more")
     out = Path(out)
-    with distributed.joined(config.loop.device) as world:
+    # Float32 beside the steps, which `loop.precision` is of.
+    with distributed.joined(config.loop.device) as world, multiplying("fp32", world.device):
         batch_size = batch_of_process(config, world)
         config = with_validation(resolve_start(config))
         check_sinks(config.loop.trackers)
@@ -71,6 +74,7 @@ def train(
             state = start_state(config, built, world)
             note = restore(state, out, world, config.objective.updates) if resume else None
             describe(config, built, out, world)
+            add_session(config, state.step, out, world)
             enabled = world.is_main
             tracker = Tracker(out, config, resume_step=state.step, enabled=enabled, quiet=quiet, on_step=on_step)
             for line in built.about:
@@ -198,6 +202,18 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
         write_json(out / FILE, to_dict(built.origin))
         if built.bad is not None:
             built.bad.write()
+
+
+def add_session(config: TrainConfig, step: int, out: Path, world: World) -> None:
+    """Adds to sessions.json what the run is calculated on, and in what precision, from this step on."""
+    chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
+    session = {
+        "step": step, "precision": chosen, "machine": distributed.machine_name(world.device), "processes": world.size,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    if world.is_main:
+        before = read_json(out / SESSIONS)["sessions"] if (out / SESSIONS).exists() else []
+        write_json(out / SESSIONS, {"sessions": [*(one for one in before if one["step"] < step), session]})
 
 
 def export(built: Built, state: State, out: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from consonar.distributed import World
 from consonar.errors import UserError
+from consonar.float32 import exact
 from consonar.options import Count, NotNegative, Options, Range, ReadOnlyWith, Share
 from consonar.seeding import generator, uniform
 from consonar.training import losses, noise
@@ -177,7 +178,9 @@ class Alignment:
 
     def encode(self, batch: ImageBatch) -> EncodedBatch:
         """The batch with its tokens."""
-        return EncodedBatch(batch.images, batch.condition, batch.indices, tokens=self.tokenizer.encode(batch.images))
+        with exact(batch.images.device):
+            tokens = self.tokenizer.encode(batch.images)
+        return EncodedBatch(batch.images, batch.condition, batch.indices, tokens=tokens)
 
     @torch.no_grad()
     def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:
@@ -195,7 +198,7 @@ class Alignment:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (n, 3, H, W) of tokens (n, N), not clamped, in chunks and in float32 whatever the update runs in."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with exact(tokens.device):
             return torch.cat([self.tokenizer.decode(part) for part in tokens.split(self.config.chunk)])
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.errors import UserError
+from consonar.float32 import exact
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.options import Divisor, NotNegative, ReadOnlyWith
 from consonar.seeding import derive_seed, exponential, generator_of
@@ -124,7 +125,7 @@ class StraightThrough(Alignment):
         """Pixel and perceptual loss through the frozen decoder, and cross-entropy on the true tokens."""
         images, tokens = prepared.batch.images, prepared.batch.tokens
         logits = model(prepared.context, prepared.condition).logits
-        with torch.autocast(logits.device.type, enabled=False):
+        with exact(logits.device):
             noisy = logits.float() + gumbel_noise(prepared.seeds, logits)
             chosen = straight_through(noisy, self.config.gumbel_temperature)  # (B, N, V)
             decoded = self.tokenizer.decode_embeddings(chosen @ self.codes)

@@ -1,0 +1,50 @@
+"""From tokens to pictures: as many at once as fit, and on CUDA while the tokens of the next batch are drawn."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from consonar.types import Tokenizer
+
+LIVE_MAPS = 6
+"""Tensors as large as the largest one that a layer of a decoder makes, for which there must be room: an estimate."""
+
+
+def images_at_once(tokenizer: Tokenizer, tokens: Tensor) -> int:
+    """How many images of tokens (B, N) one call of the decoder makes: on CUDA what half of the free memory holds, by
+    the decoder's largest map of one of them; elsewhere all."""
+    if tokens.device.type != "cuda" or not isinstance(tokenizer, nn.Module):
+        return len(tokens)
+    sizes = [1]
+
+    def see(module: nn.Module, inputs: object, output: object) -> None:
+        sizes.append(output.nbytes if isinstance(output, Tensor) else 0)
+
+    with ExitStack() as hooks:
+        for module in tokenizer.modules():
+            hooks.enter_context(module.register_forward_hook(see))
+        tokenizer.decode(tokens[:1])
+    free, _ = torch.cuda.mem_get_info(tokens.device)
+    return max(1, free // 2 // (LIVE_MAPS * max(sizes)))
+
+
+def decoded(tokenizer: Tokenizer, tokens: Tensor, at_once: int) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] of tokens (B, N)."""
+    parts = [tokenizer.decode(part).float().clamp(-1, 1) for part in tokens.split(at_once)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def evaluating(*models: object) -> Iterator[None]:
+    """Models in evaluation mode, without dropout; after it every part is in the mode that it was in."""
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
