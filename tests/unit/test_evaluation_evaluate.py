@@ -160,7 +160,7 @@ def test_the_results_file(tmp_path, data):
     assert content["seed"] == 5 and content["num_samples"] == 30
     assert content["config"] == {
         "num_neighbours": 3, "max_neighbours_images": 10_000, "copy_quantile": 0.0, "batch_size": 64,
-        "device": "cpu", "draws": 2,
+        "device": "cpu", "precision": "fp32", "draws": 2,
     }  # fmt: skip
     assert content["versions"].keys() == {"python", "torch", "numpy", "consonar"}
     assert content["copies"]["features"] == {"threshold": results.copies["features"].threshold, "quantile": 0.0}
