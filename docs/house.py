@@ -47,7 +47,8 @@ ABOUT = {
     "components": "models by name", "convert": "released files, both ways",
     "model_folders": "models on disk", "generators": "token models", "tokenizers": "images to tokens and back",
     "networks": "what judges pictures", "metrics": "formulas over numbers", "data": "images, tokens, batches",
-    "distributed": "processes and devices", "precision": "what jobs multiply in", "cpu": "what is faster on this processor",
+    "distributed": "processes and devices", "precision": "what jobs multiply in",
+    "cpu": "what is faster on this processor",
 }  # fmt: skip
 """What each room is for, in the figure."""
 LATER: dict[tuple[str, str], str] = {}

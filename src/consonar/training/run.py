@@ -17,7 +17,7 @@ from consonar import distributed, memory
 from consonar.config_io import to_dict
 from consonar.cpu import timing
 from consonar.distributed import World
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
 from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import finish_save, is_component
@@ -212,8 +212,12 @@ def add_session(config: TrainConfig, step: int, out: Path, world: World) -> None
         "torch": torch.__version__,
     }  # fmt: skip
     if world.is_main:
-        before = read_json(out / SESSIONS)["sessions"] if (out / SESSIONS).exists() else []
-        write_json(out / SESSIONS, {"sessions": [*(one for one in before if one["step"] < step), session]})
+        path, before = out / SESSIONS, []
+        if path.exists():
+            known = read_json(path, "remove it")
+            with reading(path, "the sessions of a run", "remove it"):
+                before = [one for one in known["sessions"] if one["step"] < step]
+        write_json(path, {"sessions": [*before, session]})
 
 
 def export(built: Built, state: State, out: Path) -> None:
