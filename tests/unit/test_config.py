@@ -132,7 +132,7 @@ MISTAKES = {
     "empty": ("", r"expected a table of keys, got NoneType"),
     "date": ("base: ar-openmoji\nseed: 2026-01-01", r"neither number, text, list nor table of such"),
     "device": ("base: ar-openmoji\nloop: {device: gpu}", r"loop\.device: unknown 'gpu' .*: auto, cpu, cuda"),
-    "precision": ("base: ar-openmoji\nloop: {precision: fp16}", r"loop\.precision: unknown 'fp16' .*auto, fp32, tf32, bf16"),
+    "precision": ("base: ar-openmoji\nloop: {precision: fp16}", r"loop\.precision: unknown 'fp16' .*fp32, tf32, bf16"),
 }  # fmt: skip
 
 
