@@ -189,6 +189,8 @@ class Generator(Weights, Protocol):
     """P: hidden states at P + i read token i, those at P + i - 1 predict it."""
     origin: Origin | None
     """What it was made of and with, where it was loaded."""
+    recompute_every: int
+    """Activation checkpointing: of which blocks training keeps the input alone, each so many-th; 0: of none."""
 
     def __call__(
         self, context: Tensor, condition: Condition, *, cache: Cache | None = None, tap_layers: tuple[int, ...] = ()

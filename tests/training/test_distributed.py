@@ -51,7 +51,9 @@ def configs(make_config, tokenizer, picture_folder):
         perceptual_weight=0, discriminator_weight=0.1, discriminator_start=2, revive_after=0
     )
     return {
-        "generator": make_config(objective=objective, loop={"steps": 4, "accumulation": 2}),
+        "generator": make_config(
+            objective=objective, loop={"steps": 4, "accumulation": 2, "activation_checkpointing": 1}
+        ),
         "nearest": make_config(objective=nearest, loop={"steps": 4}),
         "tokenizer": make_config(
             recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config, objective=reconstruction,

@@ -15,6 +15,7 @@ from conftest import TINY_VQ, picture
 from consonar.components import save_tokenizer
 from consonar.errors import UserError
 from consonar.files.weights import component_config, component_fingerprint, map_tensors
+from consonar.generators import base
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training import run as runs
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
@@ -28,7 +29,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "loop": {
         "steps": 4, "batch_size": 4, "accumulation": 2, "log_every": 2, "validate_every": 1, "sample_every": 1,
         "save_every": 1, "keep_checkpoints": 1, "fd_samples": 8, "ema_decay": 0.5, "precision": "bf16",
-        "device": "cuda", "compile": True, "trackers": ("nothing",),
+        "device": "cuda", "compile": True, "activation_checkpointing": 1, "trackers": ("nothing",),
     },
     "optim": {
         "lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 1, "beta1": 0.5, "beta2": 0.5, "weight_decay": 0.9,
@@ -106,7 +107,8 @@ def observe(tmp_path, monkeypatch):
         calls: list[str] = []
         loss = Autoregressive.loss
         monkeypatch.setattr(Autoregressive, "loss", lambda *given: calls.append("loss") or loss(*given))
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda part: calls.append("compiled"))
+        monkeypatch.setattr(runs, "compile_for_training", lambda part: calls.append("compiled"))
+        monkeypatch.setattr(base, "checkpoint", lambda *given, **_: calls.append("checkpoint") or given[0](*given[1:]))
         try:
             run = runs.train(config, tmp_path / "observed", quiet=True)
         except UserError as error:

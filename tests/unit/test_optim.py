@@ -68,7 +68,7 @@ def test_moving_average():
 
 def test_moving_average_is_that_of_each_weight_alone(tokenizer):
     for model in trainees(tokenizer):
-        average = {key: torch.rand_like(value, dtype=torch.float32) for key, value in model.state_dict().items()}
+        average = {key: torch.ones_like(value) for key, value in model.state_dict().items()}
         floats = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
         expected = {key: torch.lerp(average[key], value, 1 - 0.9) for key, value in floats.items()}
         update_average(average, model, 0.9)

@@ -9,7 +9,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from consonar.attention import KVCache
 from consonar.errors import UserError
@@ -71,6 +73,7 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
 
     origin: Origin | None = None
     blocks: nn.ModuleList
+    recompute_every = 0
 
     def __init__(self, config: GeneratorConfig, num_classes: int):
         super().__init__()
@@ -109,9 +112,12 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
         self, x: Tensor, needed: object, mask: Tensor | None, cache: KVCache | None, tap_layers: tuple[int, ...]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """x (B, n, D) after all blocks, and after those of `tap_layers`; the cache has read it then."""
-        taps = {}
+        taps, trains = {}, torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
-            x = self.run_block(block, x, needed, mask, cache, layer)
+            if trains and self.recompute_every and layer % self.recompute_every == 0:
+                x = checkpoint(self.run_block, block, x, needed, mask, cache, layer, use_reentrant=False)
+            else:
+                x = self.run_block(block, x, needed, mask, cache, layer)
             if layer in tap_layers:
                 taps[layer] = x
         if cache is not None:

@@ -161,6 +161,7 @@ def start_of(config: TrainConfig, shape: GeneratorConfig, tokenizer: Tokenizer) 
             f"model.kind: {shape.kind!r} is conditioned on text, and `train` reads classes; use the objectives with "
             "your own batches of TextCondition or PromptCondition"
         )
+    model.recompute_every = config.loop.activation_checkpointing
     return model
 
 

@@ -93,7 +93,10 @@ class LoopConfig(Options):
     device: Annotated[str, OneOf(DEVICES)] = "auto"
     """auto, cpu or cuda."""
     compile: bool = False
-    """Compile the generator's blocks."""
+    """Compile the generator's blocks, or a tokenizer's networks: one graph, of training steps."""
+    activation_checkpointing: CountOrZero = 0
+    """Less memory for one more forward pass: of every so many-th block training keeps the input alone and calculates
+    the rest again for the gradient. 1: all blocks; 2: every second one; 0: none."""
     trackers: tuple[str, ...] = ()
     """Copies of the metrics: tensorboard, wandb, trackio."""
 
@@ -108,7 +111,7 @@ READ_IN = {
     ("generator",): ("data.tokens", "data.validation_tokens", "data.views"),
     ("post-training", "tokenizer"): ("data.images", "data.flip", "data.validation_split", "data.bad_images"),
     ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
-    ("generator", "post-training"): ("init", "tokenizer"),
+    ("generator", "post-training"): ("init", "tokenizer", "loop.activation_checkpointing"),
 }
 """Options that only these kinds of run read."""
 
