@@ -175,7 +175,7 @@ def start_state(config: TrainConfig, built: Built, world: World) -> State:
     """The trainee on its device, compiled where that is wanted, with its optimizer and moving average."""
     trainee = built.trainee.to(world.device)
     if config.loop.compile:
-        low = pick_precision(config.loop.precision, world.device) == torch.bfloat16
+        low = pick_precision(config.loop.precision, world.device, "loop.precision", "training") == "bf16"
         if config.run == "tokenizer" and world.device.type == "cpu" and low:  # as of PyTorch 2.13; seen, not understood
             raise UserError(
                 "loop.compile: PyTorch's compiler loses gradients of a tokenizer's convolutions in bf16 on a CPU; set "
