@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 
 from consonar.errors import UserError
+from consonar.metrics import distribution
 from consonar.metrics.distribution import (
     InceptionScore,
     Moments,
@@ -32,13 +33,39 @@ def moments_of(*chunks):
     return moments
 
 
-def test_moments_equal_numpy_however_the_stream_is_cut(rng):
+@pytest.mark.parametrize("block", [1, 7, 2048])
+def test_moments_equal_numpy_however_the_stream_is_cut(rng, block, monkeypatch):
+    monkeypatch.setattr(distribution, "BLOCK", block)
     features = torch.randn(101, 7, generator=rng, dtype=torch.float64) * 3 + 5
-    for sizes in ([101], [1] * 101, [50, 0, 51], [3, 98]):
+    for sizes in ([101], [1] * 101, [50, 0, 51], [3, 98], [7] * 14 + [3]):
         moments = moments_of(*features.split(sizes))
         assert moments.count == 101
         assert np.allclose(moments.mean, features.mean(0), rtol=1e-13)
         assert np.allclose(moments.cov, np.cov(features.numpy(), rowvar=False), rtol=1e-11)
+
+
+def test_moments_can_be_read_and_kept_on_the_way(rng, monkeypatch):
+    monkeypatch.setattr(distribution, "BLOCK", 16)
+    features = torch.randn(90, 5, generator=rng)
+    first, second = features.double()[:50], features.double()
+    moments = moments_of(*features[:50].split(9))
+    mean, cov = moments.mean, moments.cov
+    again = Moments.restored(moments.state())
+    for each in (moments, again):
+        for chunk in features[50:].split(11):
+            each.update(chunk)
+        assert each.count == 90 and torch.allclose(each.mean, second.mean(0), rtol=1e-13)
+        assert torch.allclose(each.cov, second.T.cov(), rtol=1e-11)
+    # What was read before does not change.
+    assert torch.allclose(mean, first.mean(0), rtol=1e-13) and torch.allclose(cov, first.T.cov(), rtol=1e-11)
+
+
+def test_moments_do_not_depend_on_later_changes_of_what_they_were_given(rng):
+    features = torch.randn(20, 3, generator=rng)
+    given = features.clone()
+    moments = moments_of(given)
+    given.zero_()
+    assert torch.allclose(moments.mean, features.double().mean(0), rtol=1e-13)
 
 
 def test_moments_are_stable_under_a_large_offset(rng):

@@ -6,7 +6,7 @@ Shapes: `B` batch, `F` features. Images are uint8 (B, H, W, 3) numpy arrays unti
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,10 +171,11 @@ def cached_features(
     if path.exists():
         remedy = "delete it, it is made again"
         known = read_npz(path, remedy=remedy)
+        spatial = {key.removeprefix("spatial_"): known[key] for key in known if key.startswith("spatial_")}
         with reading(f"feature cache: {path}", "features", remedy):
             return FeatureSet(
-                moments=_read_moments(known, ""),
-                spatial=_read_moments(known, "spatial_") if "spatial_mean" in known else None,
+                moments=Moments.restored(known),
+                spatial=Moments.restored(spatial) if spatial else None,
                 rows=torch.from_numpy(known["rows"]),
                 indices=torch.from_numpy(known["indices"]),
                 content=content,
@@ -183,13 +184,6 @@ def cached_features(
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
     for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
         if moments is not None:
-            arrays |= {f"{prefix}{key}": np.asarray(value) for key, value in vars(moments).items()}
+            arrays |= {f"{prefix}{key}": value for key, value in moments.state().items()}
     keep(path, lambda file: np.savez(file, **arrays))
     return replace(features, content=content)
-
-
-def _read_moments(arrays: Mapping[str, np.ndarray], prefix: str) -> Moments:
-    moments = Moments(len(arrays[f"{prefix}mean"]))
-    moments.count = int(arrays[f"{prefix}count"])
-    moments.mean, moments.scatter = (torch.from_numpy(arrays[f"{prefix}{key}"]) for key in ("mean", "scatter"))
-    return moments

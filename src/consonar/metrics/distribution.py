@@ -14,7 +14,9 @@ Shapes: `S` samples, `R` reference images, `F` features. Everything is on the CP
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from consonar.errors import UserError
 from consonar.float32 import in_float32
 from consonar.seeding import permutation
 
+BLOCK = 2048
+"""Rows of features that are multiplied at a time."""
 EPSILON = torch.finfo(torch.float64).eps
 EIGENVALUE_TOLERANCE = 1e-6
 """Eigenvalues of a covariance down to -1e-6 times the largest count as rounding (float32 storage) and become 0."""
@@ -30,36 +34,71 @@ EIGENVALUE_TOLERANCE = 1e-6
 class Moments:
     """Mean and covariance of a stream of feature vectors in float64; its size depends on F only.
 
-    Each chunk is centred on its own mean before it is added (Chan et al. 1979), so large means do not cancel.
+    Rows wait until there are about `BLOCK` of them: for fewer, the matrix that they are added to is what costs. Each
+    block is centred on its own mean before it is added (Chan et al. 1979), so large means do not cancel.
     """
 
     def __init__(self, num_features: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(num_features, dtype=torch.float64)  # (F,)
-        self.scatter = torch.zeros(num_features, num_features, dtype=torch.float64)  # (F, F) sum of centred products
+        self.count = self._waiting = 0
+        self._mean = np.zeros(num_features)  # (F,)
+        self._scatter = np.zeros((num_features, num_features))  # (F, F) sum of centred products
+        self._block = np.empty((BLOCK + 1, num_features))  # the rows that wait, and room for one more
 
     def update(self, features: Tensor) -> None:
         """Add the rows of `features` (B, F). Raises ValueError for another width or values that are not finite."""
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features have shape {tuple(features.shape)}, expected (B, {len(self.mean)})")
-        if not features.isfinite().all():
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
+            raise ValueError(f"features have shape {tuple(features.shape)}, expected (B, {len(self._mean)})")
+        # By numpy, in one thread: for so few numbers the threads of torch wait longer for each other than they work.
+        array = features.detach().to("cpu", torch.promote_types(features.dtype, torch.float32)).numpy()
+        if not np.isfinite(array).all():
             raise ValueError("features hold values that are not finite")
-        if len(features) == 0:
+        for start in range(0, len(array), BLOCK):
+            rows = array[start : start + BLOCK]
+            if self._waiting + len(rows) > BLOCK:
+                self._merge()
+            self._block[self._waiting : self._waiting + len(rows)] = rows
+            self._waiting += len(rows)
+            self.count += len(rows)
+
+    def _merge(self) -> None:
+        rows, before = self._block[: self._waiting], self.count - self._waiting
+        if len(rows) == 0:
             return
-        features = features.to("cpu", torch.float64)
-        mean, total = features.mean(0), self.count + len(features)
-        delta = mean - self.mean
-        between = delta * (self.count * len(features) / total) ** 0.5  # the row that the distance of the means adds
-        self.mean, self.count = self.mean + delta * (len(features) / total), total
-        rows = torch.cat([features - mean, between[None]])
-        self.scatter.addmm_(rows.T, rows)  # in place: the matrix is larger than what is added to it
+        mean = rows.mean(0)
+        delta = mean - self._mean
+        rows -= mean
+        self._block[len(rows)] = delta * (before * len(rows) / self.count) ** 0.5  # what the distance of the means adds
+        centred = self._block[: len(rows) + 1]
+        product = centred.T @ centred  # by numpy, which of such a product calculates one half
+        product += self._scatter
+        self._scatter = product
+        self._mean = self._mean + delta * (len(rows) / self.count)
+        self._waiting = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """(F,) float64."""
+        self._merge()
+        return torch.from_numpy(self._mean)
 
     @property
     def cov(self) -> Tensor:
         """(F, F) float64 covariance with ddof = 1. Raises ValueError for fewer than two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, there are {self.count}")
-        return self.scatter / (self.count - 1)
+        self._merge()
+        return torch.from_numpy(self._scatter / (self.count - 1))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `restored` makes equal ones of: `count` (), `mean` (F,) and `scatter` (F, F), sums of products."""
+        self._merge()
+        return {"count": np.array(self.count), "mean": self._mean, "scatter": self._scatter}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, np.ndarray]) -> Moments:
+        moments = cls(len(state["mean"]))
+        moments.count, moments._mean, moments._scatter = int(state["count"]), state["mean"], state["scatter"]
+        return moments
 
 
 def symmetric_root(cov: Tensor) -> Tensor:
