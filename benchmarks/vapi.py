@@ -87,7 +87,7 @@ class Bench:
         rollout = self.objective.prepare(self.model, self.batch, 0)
         with torch.no_grad(), self.autocast():
             logits = self.model(rollout.context, rollout.condition).logits
-        drawn = self.objective.draw(self.model, logits, rollout)
+        drawn = self.objective.reward(self.model, self.objective.look(logits, rollout).drawn, rollout.batch)
         old = policy.token_log_probs(logits, drawn.actions).flatten(0, 1)
         actions, advantages = drawn.actions.flatten(0, 1), drawn.advantages.flatten(0, 1)
         rows = torch.arange(len(logits), device=self.device).repeat_interleave(drawn.actions.shape[1])

@@ -60,11 +60,15 @@ def permutation(rng: torch.Generator, count: int) -> torch.Tensor:
 
 def choose(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Draws by inverse transform: (B, G) int64 <- logits (B, V), uniforms (B, G) in [0, 1)."""
-    # In float64: with a large V the sum stays exact.
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return in_proportion(logits.double().softmax(-1), uniforms)
+
+
+def in_proportion(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws by inverse transform: (B, G) int64 <- weights (B, V), of any sum, uniforms (B, G) in [0, 1)."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)  # with a large V the sum stays exact
     # `right`: a draw of exactly 0 must not fall on a token of probability 0.
     thresholds = (uniforms.double() * cumulative[:, -1:]).contiguous()
-    return torch.searchsorted(cumulative, thresholds, right=True).clamp_max_(logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, thresholds, right=True).clamp_max_(weights.shape[-1] - 1)
 
 
 def rows_of_rank(draw: Callable[[int], torch.Tensor], num_rows: int, rank: int, world_size: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 from rounding import assert_rounding
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from consonar import records
 from consonar.distributed import World
@@ -134,7 +135,8 @@ def test_shared_context_equals_one_pass_for_each_sample(name, make, batch):
     group = config.group_size
     rows = torch.arange(4).repeat_interleave(group)
     with torch.no_grad():
-        drawn = objective.draw(trainee, trainee(rollout.context, rollout.condition).logits, rollout)
+        seen = objective.look(trainee(rollout.context, rollout.condition).logits, rollout)
+        drawn = objective.reward(trainee, seen.drawn, rollout.batch)
         prior = objective.prior(rollout.context[rows], rollout.condition[rows])[0]
     actions = drawn.actions.flatten(0, 1)[:, None]  # (B * G, 1, N)
     logits = trainee(rollout.context[rows], rollout.condition[rows]).logits  # (B * G, N, V)
@@ -144,7 +146,7 @@ def test_shared_context_equals_one_pass_for_each_sample(name, make, batch):
     loss = policy.clipped_policy_loss(ratio, advantages, config.clip_range, config.clip_high).mean()
     loss = loss + config.ce_weight * losses.next_token_loss(logits, rollout.batch.tokens[rows])
     if config.kl == "exact":
-        divergence = policy.kl_exact(logits / config.temperature, prior / config.temperature).mean()
+        divergence = policy.kl_exact(logits, prior, config.temperature).mean()
     else:
         divergence = policy.kl_k3(log_probs, policy.token_log_probs(prior, actions, config.temperature)).mean()
     loss = loss + config.kl_weight * divergence
@@ -152,6 +154,49 @@ def test_shared_context_equals_one_pass_for_each_sample(name, make, batch):
     repeated = torch.cat([p.grad.flatten() for p in trainee.parameters()])
     assert_rounding(ours, loss, SUMMANDS)
     assert_rounding(shared, repeated, SUMMANDS)
+
+
+class LikeLogits(TorchDispatchMode):
+    """How many new tensors have as many numbers as the logits, with the codes innermost."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        is_new = not any(returned.alias_info for returned in func._schema.returns)
+        if is_new and isinstance(result, torch.Tensor) and result.numel() == self.numbers and result.shape[-1] == 32:
+            self.count += 1
+        return result
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vapi", "epochs", "tokens", "gspo", "kl", "exact kl", "free"])
+def test_draws_loss_and_entropy_make_nothing_like_the_logits_but_their_gradient(name, dtype, make, batch, monkeypatch):
+    """However many rows: what they share of one pass is made of 5 rows at a time, and so is the gradient."""
+    monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", 5 * 32)
+    objective, trainee = make(CASES[name], autocast_dtype=dtype)
+    prepared = objective.prepare(trainee, batch, 0)
+    context, condition = prepared.context, prepared.condition
+    if name == "free":
+        context, condition = prepared.drawn.actions.flatten(0, 1), records.repeat(condition, VAPI.group_size)
+    numbers = context.numel() * 32
+
+    def counted(function):
+        with LikeLogits(numbers) as seen, objective.autocast():
+            result = function()
+        return result, seen.count
+
+    logits, own = counted(lambda: trainee(context, condition).logits)
+    gradient = torch.ones_like(logits)
+    _, own_back = counted(lambda: logits.backward(gradient))
+    _, of_prior = counted(lambda: objective.prior_logits(context, condition)) if CASES[name].kl_weight else (None, 0)
+    (loss, _), made = counted(lambda: objective.loss(trainee, prepared, 0))
+    _, back = counted(lambda: loss.backward())
+    assert made == own + of_prior
+    # The gradients of cross-entropy and of the exact KL arrive by roads of their own where the temperature is not 1.
+    assert back == own_back + (5 if name == "exact kl" else 1)
 
 
 @pytest.mark.parametrize("group", [2, 16])

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from consonar.seeding import choose
 from consonar.training import losses
 from consonar.training.losses import codebook_alignment_loss, entropy, next_token_accuracy, next_token_loss
 from consonar.training.policy_gradient import token_log_probs
@@ -90,6 +91,21 @@ def test_the_gradient_of_rows_in_turn_is_exact(rng, monkeypatch):
     monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", 14)
     logits = torch.randn(5, 7, generator=rng, dtype=torch.float64, requires_grad=True)
     tokens = torch.tensor([[0, 3], [6, 6], [1, 2], [5, 0], [4, 4]])
-    ours = losses.RowwiseLogProbs.apply(logits, tokens, 0.7)
+    ours = losses.log_probs(logits[None], tokens[None], 0.7)[0]
     torch.testing.assert_close(ours, F.log_softmax(logits / 0.7, -1).gather(-1, tokens))
-    assert torch.autograd.gradcheck(lambda x: losses.RowwiseLogProbs.apply(x, tokens, 0.7), logits)
+    assert torch.autograd.gradcheck(lambda x: losses.log_probs(x[None], tokens[None], 0.7), logits)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_one_pass_finds_what_the_formulas_find_alone(temperature, rng, monkeypatch):
+    """Draws by the same numbers, entropy, and log pi of any tokens; whatever rows are looked at together."""
+    logits, numbers = torch.randn(3, 4, 40, generator=rng) * 3, torch.rand(3, 6, 4, generator=rng, dtype=torch.float64)
+    drawn = choose((logits.double() / temperature).flatten(0, 1), numbers.transpose(1, 2).flatten(0, 1)).view(3, 4, 6)
+    log_probs = (logits / temperature).log_softmax(-1).gather(-1, drawn)
+    for at_once in (1, 200, 2**24):
+        monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", at_once)
+        seen = losses.look(logits, temperature, numbers)
+        assert torch.equal(seen.drawn, drawn.transpose(1, 2))
+        torch.testing.assert_close(seen.entropy, entropy(logits / temperature))
+        torch.testing.assert_close(seen.log_probs(seen.drawn), log_probs.transpose(1, 2))
+    assert losses.look(logits).drawn.shape == (3, 0, 4)

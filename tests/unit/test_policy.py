@@ -14,11 +14,11 @@ from consonar.training import policy_gradient as policy
 def test_draws_follow_the_distribution(rng):
     logits = torch.tensor([[[0.0, 1.0, 2.0], [3.0, -30.0, 0.0]]])  # (1, 2, 3)
     uniforms = torch.rand(1, 40_000, 2, generator=rng, dtype=torch.float64)
-    actions = policy.draw_actions(logits, uniforms)
+    actions = losses.look(logits, uniforms=uniforms).drawn
     for token in range(2):
         share = torch.bincount(actions[0, :, token], minlength=3) / 40_000
         torch.testing.assert_close(share, logits[0, token].softmax(-1), atol=0.01, rtol=0)
-    colder = policy.draw_actions(logits, uniforms, 0.5)
+    colder = losses.look(logits, 0.5, uniforms).drawn
     share = torch.bincount(colder[0, :, 0], minlength=3) / 40_000
     torch.testing.assert_close(share, (logits[0, 0] / 0.5).softmax(-1), atol=0.01, rtol=0)
 
@@ -26,11 +26,11 @@ def test_draws_follow_the_distribution(rng):
 def test_a_draw_depends_on_its_own_numbers_alone(rng):
     logits = torch.randn(3, 5, 7, generator=rng)
     uniforms = torch.rand(3, 4, 5, generator=rng, dtype=torch.float64)
-    whole = policy.draw_actions(logits, uniforms)
-    assert torch.equal(whole[1:2, 2:3], policy.draw_actions(logits[1:2], uniforms[1:2, 2:3]))
-    assert policy.draw_actions(logits, torch.zeros_like(uniforms)).max() == 0
+    whole = losses.look(logits, uniforms=uniforms).drawn
+    assert torch.equal(whole[1:2, 2:3], losses.look(logits[1:2], uniforms=uniforms[1:2, 2:3]).drawn)
+    assert losses.look(logits, uniforms=torch.zeros_like(uniforms)).drawn.max() == 0
     nearly_one = torch.full_like(uniforms, 1 - 2**-53)
-    assert policy.draw_actions(logits, nearly_one).min() == 6
+    assert losses.look(logits, uniforms=nearly_one).drawn.min() == 6
 
 
 def test_log_probs_are_those_of_the_drawn_tokens(rng):
@@ -151,7 +151,7 @@ def test_the_expected_policy_gradient_is_that_of_the_expected_reward(rng):
     values = torch.tensor([1.0, -2.0, 0.5])
     expected = torch.autograd.grad((logits.softmax(-1) * values).sum(), logits)[0]
     uniforms = torch.rand(1, 200_000, 1, generator=rng, dtype=torch.float64)
-    actions = policy.draw_actions(logits.detach(), uniforms)
+    actions = losses.look(logits.detach(), uniforms=uniforms).drawn
     log_probs = policy.token_log_probs(logits, actions)
     advantages = policy.group_advantages(values[actions[..., 0]], "rloo", clamp=0)[..., None]
     ratio = policy.probability_ratio(log_probs, log_probs.detach())
@@ -183,7 +183,7 @@ def test_k3_estimates_the_exact_divergence(rng):
     p, q = logits.double().softmax(-1), prior.double().softmax(-1)
     torch.testing.assert_close(exact.double(), (p * (p / q).log()).sum(-1))
     uniforms = torch.rand(1, 200_000, 2, generator=rng, dtype=torch.float64)
-    actions = policy.draw_actions(logits, uniforms)
+    actions = losses.look(logits, uniforms=uniforms).drawn
     estimate = policy.kl_k3(policy.token_log_probs(logits, actions), policy.token_log_probs(prior, actions))
     assert (estimate >= 0).all()
     torch.testing.assert_close(estimate.mean(1), exact, rtol=0.03, atol=0)

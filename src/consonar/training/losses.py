@@ -4,6 +4,7 @@ float32, whatever the update runs in; of logits in bf16 some rows at a time, so 
 Letters: `B` batch, `N` tokens, `V` codes, `C` code width, `K` tokens looked at in each place.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,46 +13,90 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from consonar.float32 import LOW, in_float32, raise_precision
+from consonar.seeding import in_proportion
 
 NUMBERS_AT_ONCE = 2**24
 """Logits that are float32 at one time: 64 MB."""
 
 
 class RowwiseLogProbs(torch.autograd.Function):
-    """log softmax(logits / temperature)[tokens]: (R, K) float32 <- logits (R, V), tokens (R, K).
+    """log softmax(logits / temperature)[tokens]: (R, K) float32 <- logits (R, V), tokens (R, K), and the logarithms
+    of the sums, `total` (R, 1).
 
     For the gradient, which is one tensor like the logits, no more is kept than these and R numbers.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        totals = [(raise_precision(rows) / temperature).logsumexp(-1) for rows in logits.split(rows_at_once(logits))]
-        total = torch.cat(totals)[:, None]
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, total: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(logits, tokens, total)
         ctx.temperature = temperature
         return raise_precision(logits.gather(-1, tokens)) / temperature - total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         logits, tokens, total = ctx.saved_tensors
-        gradient, result, count = gradient / ctx.temperature, torch.empty_like(logits), rows_at_once(logits)
-        parts = zip(*(x.split(count) for x in (result, logits, tokens, total, gradient)), strict=True)
+        gradient, result, size = gradient / ctx.temperature, torch.empty_like(logits), logits.shape[-1]
+        parts = zip(*(some_rows(x, size) for x in (result, logits, tokens, total, gradient)), strict=True)
         for piece, rows, chosen, sums, wanted in parts:
             moved = (raise_precision(rows) / ctx.temperature).sub_(sums).exp_().mul_(-wanted.sum(-1, keepdim=True))
             piece.copy_(moved.scatter_add_(-1, chosen, wanted))
-        return result, None, None
+        return result, None, None, None
 
 
-def rows_at_once(logits: Tensor) -> int:
-    return max(1, NUMBERS_AT_ONCE // logits.shape[-1])
+def some_rows(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """The rows in parts, so many that logits of `size` codes beside them are at most `NUMBERS_AT_ONCE`."""
+    return rows.split(max(1, NUMBERS_AT_ONCE // size))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass over logits (B, N, V) finds of softmax(logits / temperature)."""
+
+    logits: Tensor
+    temperature: float
+    total: Tensor
+    """(B * N, 1) float32: the logarithm of the sum, which log pi of any token follows from."""
+    entropy: Tensor
+    """(B, N) float32, nats."""
+    drawn: Tensor
+    """(B, K, N) int64: tokens drawn by the K numbers of each place."""
+
+    def log_probs(self, tokens: Tensor) -> Tensor:
+        """log pi of the given tokens, with a gradient: (B, K, N) float32 <- (B, K, N)."""
+        rows, chosen = self.logits.flatten(0, 1), tokens.transpose(1, 2)
+        found: Tensor = RowwiseLogProbs.apply(rows, chosen.flatten(0, 1), self.total, self.temperature)
+        return found.view(chosen.shape).transpose(1, 2)
+
+
+@torch.no_grad()
+def look(logits: Tensor, temperature: float = 1.0, uniforms: Tensor | None = None) -> Seen:
+    """The pass that losses, draws and entropy share; `uniforms` (B, K, N) in [0, 1) are what tokens are drawn by."""
+    (count, length, size), numbers = logits.shape, logits.new_empty(0) if uniforms is None else uniforms
+    numbers = numbers.view(count, -1, length).transpose(1, 2)  # (B, N, K)
+    parts = logits.flatten(0, 1), numbers.flatten(0, 1)
+    found = []
+    for rows, of_rows in zip(*(some_rows(x, size) for x in parts), strict=True):
+        scaled = raise_precision(rows) / temperature
+        total, drawn = scaled.logsumexp(-1, keepdim=True), scaled.new_empty(len(rows), 0, dtype=torch.int64)
+        if uniforms is not None:  # in float64, so that a draw does not depend on how the sum was rounded
+            drawn = in_proportion(scaled.double().sub_(total).exp_(), of_rows)
+        log_probs = scaled.sub_(total)
+        found.append((total, -log_probs.exp().mul_(log_probs).sum(-1), drawn))
+    total, entropy, drawn = (torch.cat(column) for column in zip(*found, strict=True))
+    drawn = drawn.view(numbers.shape).transpose(1, 2).contiguous()
+    return Seen(logits, temperature, total, entropy.view(count, length), drawn)
 
 
 def log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi of the given tokens: (B, N, K) float32 <- logits (B, N, V), tokens (B, N, K)."""
-    if logits.dtype not in LOW:
-        return (logits / temperature).log_softmax(-1).gather(-1, tokens)
-    found: Tensor = RowwiseLogProbs.apply(logits.flatten(0, 1), tokens.flatten(0, 1), temperature)
+    rows = logits.flatten(0, 1)
+    with torch.no_grad():
+        parts = [
+            (raise_precision(part) / temperature).logsumexp(-1, keepdim=True)
+            for part in some_rows(rows, rows.shape[-1])
+        ]
+    found: Tensor = RowwiseLogProbs.apply(rows, tokens.flatten(0, 1), torch.cat(parts), temperature)
     return found.view(tokens.shape)
 
 
@@ -76,7 +121,7 @@ def next_token_accuracy(logits: Tensor, tokens: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of each next-token distribution in nats: (B, N) float32 <- (B, N, V)."""
     rows = logits.flatten(0, 1)
-    parts = rows.split(rows_at_once(logits)) if logits.dtype in LOW else [rows]
+    parts = some_rows(rows, rows.shape[-1]) if logits.dtype in LOW else [rows]
     known = (raise_precision(part).log_softmax(-1) for part in parts)
     return torch.cat([-(part.exp() * part).sum(-1) for part in known]).view(logits.shape[:-1])
 

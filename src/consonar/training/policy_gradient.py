@@ -1,7 +1,7 @@
 """Group-relative policy gradient on tokens drawn under teacher forcing (VA-pi, arXiv 2512.19680). Pure functions.
 
-All `G` samples of an image are drawn from the same logits, so everything here gathers from one (B, N, V) tensor: the
-generator runs once per image, whatever G is. Estimators, with the source of each:
+All `G` samples of an image are drawn from the same logits, in one pass over them (`losses.look`): the generator runs
+once per image, whatever G is. Estimators, with the source of each:
 - `grpo` (arXiv 2402.03300): reward minus group mean, over the group's unbiased standard deviation.
 - `dr_grpo` (arXiv 2503.20783): reward minus group mean.
 - `rloo` (arXiv 2402.14740): reward minus the mean of the other samples.
@@ -18,24 +18,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from consonar.float32 import in_float32
-from consonar.records import to_device
-from consonar.seeding import choose
 from consonar.training import losses
 
 Estimator = Literal["grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce"]
 TIE = 1e-6
 """Rewards of one image that differ by less than this share of its largest are equal: float32 leaves 6e-8 of each number
 that is summed, and a standard deviation of such differences would make advantages of any size from them."""
-
-
-def draw_actions(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-    """G independent draws of every token by inverse transform: (B, G, N) <- logits (B, N, V), uniforms (B, G, N)."""
-    actions = torch.empty(uniforms.shape, dtype=torch.int64, device=logits.device)
-    for image, numbers in enumerate(to_device(uniforms, logits.device)):  # one image at a time: float64 over V is large
-        actions[image] = choose(logits[image].double() / temperature, numbers.t()).t()
-    return actions
 
 
 def token_log_probs(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> Tensor:
@@ -116,11 +107,22 @@ def kl_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-@in_float32
-def kl_exact(logits: Tensor, prior_logits: Tensor) -> Tensor:
-    """KL(pi || prior) over the vocabulary, in nats: (B, N) <- two (B, N, V). In float32."""
-    log_probs, prior_log_probs = logits.log_softmax(-1), prior_logits.log_softmax(-1)
-    return (log_probs.exp() * (log_probs - prior_log_probs)).sum(-1)
+def kl_exact(logits: Tensor, prior_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(pi || prior) over the vocabulary, in nats: (B, N) float32 <- two (B, N, V).
+
+    Some rows at a time, whose float32 numbers are made again for the gradient.
+    """
+
+    @in_float32
+    def of_rows(logits: Tensor, prior_logits: Tensor) -> Tensor:
+        log_probs, prior = ((rows / temperature).log_softmax(-1) for rows in (logits, prior_logits))
+        return (log_probs.exp() * (log_probs - prior)).sum(-1)
+
+    both = (losses.some_rows(rows.flatten(0, 1), rows.shape[-1]) for rows in (logits, prior_logits))
+    parts = [
+        checkpoint(of_rows, *rows, use_reentrant=False, preserve_rng_state=False) for rows in zip(*both, strict=True)
+    ]
+    return torch.cat(parts).view(logits.shape[:2])
 
 
 def code_similarity_targets(codebook: Tensor, tau: float) -> Tensor:

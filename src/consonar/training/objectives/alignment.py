@@ -20,6 +20,7 @@ from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.float32 import exact
 from consonar.options import Count, NotNegative, Options, Range, ReadOnlyWith, Share
+from consonar.records import to_device
 from consonar.seeding import generator, uniform
 from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy
@@ -203,11 +204,11 @@ class Alignment:
 
     @torch.no_grad()
     def prior_logits(self, context: Tensor, condition: Condition) -> Tensor:
-        """(B, N, V) of the start model on this context (B, N)."""
+        """(B, N, V) of the start model on this context (B, N), in what the update runs in."""
         assert self.prior is not None, "kept where a KL is wanted (`AlignmentConfig.needs_prior`)"
         with self.autocast():
             logits, _ = self.prior(context, condition)
-        return logits.float()
+        return logits
 
     def state(self, step: int) -> dict[str, float]:
         """What the log shows beside the terms."""
@@ -232,12 +233,12 @@ class Alignment:
                 logits = model(tokens, batch.condition).logits
             rng = generator(self.seed, "validation", sum(count for count, _ in measured))
             uniforms = uniform(rng, len(tokens), 1, tokens.shape[1], dtype=torch.float64)
-            drawn = policy.draw_actions(logits, uniforms)[:, 0]
-            total, parts, _ = self.rewards.measure(self.decode(drawn), encoded)
+            seen = losses.look(logits, uniforms=to_device(uniforms, logits.device))
+            total, parts, _ = self.rewards.measure(self.decode(seen.drawn[:, 0]), encoded)
             values = {
                 "cross_entropy": losses.next_token_loss(logits, tokens),
                 "accuracy": losses.next_token_accuracy(logits, tokens),
-                "entropy": losses.entropy(logits).mean(),
+                "entropy": seen.entropy.mean(),
                 "reward": total.mean(),
             }
             values |= {f"reward_{name}": part.mean() for name, part in parts.items()}

@@ -37,7 +37,6 @@ INFLUENCE_POSITIONS = 64
 """At how many positions of each probe image the decoder's receptive field is measured."""
 DAPO_CLIP_HIGH = 0.28
 
-
 FREE = ReadOnlyWith(lambda given: given.rollout == "free", "{}rollout 'free'")
 EPOCHS = ReadOnlyWith(lambda given: given.inner_epochs > 1, "{}inner_epochs over 1: until then every ratio is 1")
 KL = ReadOnlyWith(lambda given: given.kl_weight > 0, "{}kl_weight over 0")
@@ -155,6 +154,7 @@ class PolicyGradient(Alignment):
             tokens, rng = self.tokenizer.encode(self.probe()), generator(self.seed, "influence")
             self.influence = measure_influence(self.tokenizer, tokens, num_positions=INFLUENCE_POSITIONS, rng=rng)
 
+    @torch.no_grad()
     def reward(self, trainee: AlignmentTrainee, actions: Tensor, batch: EncodedBatch) -> Drawn:
         """What actions (B, G, N) drawn for the images of `batch` are worth."""
         group = actions.shape[1]
@@ -185,38 +185,40 @@ class PolicyGradient(Alignment):
         trainee.num_baseline_updates += 1
         return before if self.config.credit == "token" else before[:1]
 
-    def log_probs(self, logits: Tensor, actions: Tensor) -> Tensor:
-        """log pi of each drawn token: (B, G, N) <- actions (B, G, N), logits (B, N, V) for all G or (B * G, N, V)."""
-        of_row = actions.view(len(logits), -1, actions.shape[-1])
-        return policy.token_log_probs(logits, of_row, self.config.temperature).view(actions.shape)
-
     def policy_loss(
-        self, logits: Tensor, drawn: Drawn, context: Tensor, condition: Condition, tokens: Tensor | None = None
+        self, seen: losses.Seen, drawn: Drawn, context: Tensor, condition: Condition, tokens: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped loss of logits on (context, condition), and its regularisers: KL, and cross-entropy on `tokens`.
 
-        The terms also say what was shown of the draws, and how far the ratio has moved.
+        `seen` is of these logits at the temperature of the draws. The terms also say what was shown of the draws, and
+        how far the ratio has moved.
         """
-        config, actions = self.config, drawn.actions
-        log_probs = self.log_probs(logits, actions)
+        config, actions, plain = self.config, drawn.actions, seen
+        if config.temperature != 1:
+            plain = losses.look(seen.logits)  # what cross-entropy and entropy are of
+        of_row = actions.view(len(seen.logits), -1, actions.shape[-1])  # (B, G, N), or (B * G, 1, N) of free rollouts
+        found = seen.log_probs(of_row if tokens is None else torch.cat([of_row, tokens[:, None]], 1))
+        log_probs = found[:, : of_row.shape[1]].reshape(actions.shape)
         old = log_probs.detach() if drawn.old_log_probs is None else drawn.old_log_probs
         ratio = policy.probability_ratio(log_probs, old, whole_sequence=config.estimator == "gspo")
         terms = {key: value.mean() for key, value in drawn.shown.items()}
         loss = policy.clipped_policy_loss(ratio, drawn.advantages, config.clip_range, config.clip_high)
         total = terms["policy"] = loss.mean()
         with torch.no_grad():
-            terms["entropy"] = losses.entropy(logits).mean()
+            terms["entropy"] = plain.entropy.mean()
             terms["ratio_deviation"] = (ratio - 1).abs().max()
             terms["clip_fraction"] = policy.clip_fraction(ratio, config.clip_range, config.clip_high)
         if tokens is not None:
-            terms["cross_entropy"] = losses.next_token_loss(logits, tokens)
+            true = found[:, -1] if plain is seen else plain.log_probs(tokens[:, None])
+            terms["cross_entropy"] = -true.mean()
             total = total + config.ce_weight * terms["cross_entropy"]
         if config.kl_weight > 0:
             prior = self.prior_logits(context, condition)
             if config.kl == "exact":
-                kl = policy.kl_exact(logits.float() / config.temperature, prior / config.temperature)
+                kl = policy.kl_exact(seen.logits, prior, config.temperature)
             else:
-                kl = policy.kl_k3(log_probs, self.log_probs(prior, actions))
+                of_prior = policy.token_log_probs(prior, of_row, config.temperature)
+                kl = policy.kl_k3(log_probs, of_prior.view(actions.shape))
             terms["kl"] = kl.mean()
             total = total + config.kl_weight * terms["kl"]
         return total, terms
@@ -241,23 +243,21 @@ class TeacherForcedPolicy(PolicyGradient):
         if self.config.updates == 1 and self.config.estimator != "reinforce":
             return prepared
         with self.autocast():
-            logits = model(forced.context, forced.condition).logits
-        drawn = self.draw(model, logits, prepared)
+            seen = self.look(model(forced.context, forced.condition).logits, prepared)
+        drawn = self.reward(model, seen.drawn, forced.batch)
         if self.config.updates > 1:
-            drawn = replace(drawn, old_log_probs=self.log_probs(logits, drawn.actions))
+            drawn = replace(drawn, old_log_probs=seen.log_probs(seen.drawn))
         return replace(prepared, drawn=drawn)
 
-    @torch.no_grad()
-    def draw(self, trainee: AlignmentTrainee, logits: Tensor, prepared: PolicyForced) -> Drawn:
-        """Sequences drawn from logits (B, N, V)."""
-        actions = policy.draw_actions(logits, prepared.uniforms, self.config.temperature)
-        return self.reward(trainee, actions, prepared.batch)
+    def look(self, logits: Tensor, prepared: PolicyForced) -> losses.Seen:
+        """The pass over logits (B, N, V) in which sequences are drawn from them, unless they were before."""
+        return losses.look(logits, self.config.temperature, None if prepared.drawn else prepared.uniforms)
 
     def loss(self, model: AlignmentTrainee, prepared: PolicyForced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss from one pass over the images' contexts, whatever G is; with its regularisers."""
-        logits = model(prepared.context, prepared.condition).logits
-        drawn = prepared.drawn or self.draw(distributed.unwrap(model), logits.detach(), prepared)
-        return self.policy_loss(logits, drawn, prepared.context, prepared.condition, prepared.batch.tokens)
+        seen = self.look(model(prepared.context, prepared.condition).logits, prepared)
+        drawn = prepared.drawn or self.reward(distributed.unwrap(model), seen.drawn, prepared.batch)
+        return self.policy_loss(seen, drawn, prepared.context, prepared.condition, prepared.batch.tokens)
 
 
 @dataclass(frozen=True)
@@ -286,11 +286,13 @@ class FreePolicy(PolicyGradient):
         if self.config.updates > 1:
             with self.autocast():
                 logits = model(actions.flatten(0, 1), repeated).logits
-            drawn = replace(drawn, old_log_probs=self.log_probs(logits, actions))
+            old = policy.token_log_probs(logits, actions.flatten(0, 1)[:, None], self.config.temperature)
+            drawn = replace(drawn, old_log_probs=old.view(actions.shape))
         return FreeRollout(**vars(forced), drawn=drawn)
 
     def loss(self, model: AlignmentTrainee, prepared: FreeRollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss from a pass over each drawn sequence, with KL to the start model."""
         context = prepared.drawn.actions.flatten(0, 1)
         condition = records.repeat(prepared.condition, self.config.group_size)
-        return self.policy_loss(model(context, condition).logits, prepared.drawn, context, condition)
+        seen = losses.look(model(context, condition).logits, self.config.temperature)
+        return self.policy_loss(seen, prepared.drawn, context, condition)
