@@ -1,4 +1,4 @@
-"""Not enough memory: where it went, by part, and what to change. Noted on the error, for whoever shows that."""
+"""Memory: what is free; and when it is not enough, where it went, by part, and what to change, noted on the error."""
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,6 +47,12 @@ def bytes_in_use(device: torch.device) -> int:
     status = Path("/proc/self/status")
     told = status.read_text().splitlines() if status.exists() else []
     return sum(int(text.split()[1]) * 1024 for text in told if text.startswith("VmRSS"))
+
+
+def bytes_free(device: torch.device) -> int:
+    """Of a GPU's memory, what tensors may still take: what is nobody's, and what PyTorch keeps for such."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def parts_in_use(device: torch.device) -> dict[str, int]:

@@ -318,7 +318,7 @@ def pretended_cuda() -> Iterator[Log]:
             "current_device": 0, "_is_in_bad_fork": False, "get_device_name": "a pretended device", "_lazy_init": None,
             "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "synchronize": None,
             "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 0,
-            "memory_allocated": 2**30,
+            "memory_allocated": 2**30, "memory_reserved": 2**30,
             "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_tf32_supported": True,
             "mem_get_info": (2**30, 2**31), "current_stream": STREAM, "stream": nullcontext(),
         }  # fmt: skip

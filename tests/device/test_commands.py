@@ -142,7 +142,7 @@ def test_a_run_without_memory_says_where_it_went_and_what_to_change(cuda, root: 
     assert [part.strip() for part in parts] == [
         "weights", "optimizer", "frozen models", "moving average", "activations and the rest",
     ]  # fmt: skip
-    assert line.endswith("; raise loop.accumulation (1) or lower objective.chunk (64) or lower loop.batch_size (4)")
+    assert line.endswith("; raise loop.accumulation (1) or set objective.chunk (0) to 8 or lower loop.batch_size (4)")
 
 
 def test_a_tokenizer_is_trained_and_measured(cuda, root: Path) -> None:

@@ -155,3 +155,23 @@ def test_no_token_is_waited_for(cuda, sampler, tiny_generator) -> None:
         sample_tokens(model, condition, range(3), sampler, num_tokens=length)
         counts.append((dict(cuda.waits), dict(cuda.copies)))
     assert counts[0] == counts[1] == ({SAMPLING: 1}, {("to the device", "records.py:<lambda>"): 1})
+
+
+@pytest.mark.parametrize(("free", "chunk"), [(2**40, 12), (2 * 3 * 6 * 8192, 2), (1, 1)])
+def test_pictures_are_judged_by_as_many_as_memory_holds(free, chunk, cuda, monkeypatch) -> None:
+    """Half of what is free holds all, 3 or none of 12: powers of two of it at once, recorded, and the same terms."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**41))
+    sizes, decode = [], VQTokenizer.decode
+    monkeypatch.setattr(
+        VQTokenizer, "decode", lambda model, tokens: (sizes.append(len(tokens)), decode(model, tokens))[1]
+    )
+    objective, trainee = build(VAPI, CUDA, None)
+    batch = to_device(make_batch(), CUDA)
+    prepared = objective.prepare(trainee, ImageBatch(batch.images, batch.condition), 0)
+    _, terms = objective.loss(trainee, prepared, 0)
+    assert sizes[0] == 1 and max(sizes[1:]) == chunk and sum(sizes[1:]) == 12
+    assert min(objective.state(0)["chunk"], 12) == chunk
+    objective, trainee = build(replace(VAPI, chunk=5), CUDA, None)
+    expected = objective.loss(trainee, objective.prepare(trainee, ImageBatch(batch.images, batch.condition), 0), 0)[1]
+    for key, value in terms.items():
+        assert value.item() == pytest.approx(expected[key].item(), rel=1e-4, abs=1e-5), key

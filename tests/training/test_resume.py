@@ -119,6 +119,18 @@ def test_a_finished_run_can_be_resumed_and_does_nothing(generator_config, tmp_pa
     assert before == ((run / "metrics.jsonl").read_text(), (run / "model" / "model.safetensors").read_bytes())
 
 
+def test_a_run_that_had_too_little_memory_goes_on_with_other_settings_of_it(generator_config, tmp_path):
+    """More micro-batches and recomputed activations: the same run but for rounding."""
+    config = replace(generator_config, model=replace(generator_config.model, dropout=0.0))
+    whole = train(config, tmp_path / "whole", quiet=True)
+    train(config, tmp_path / "run", stop_at=1, quiet=True)
+    loop = replace(config.loop, accumulation=2 * config.loop.accumulation, activation_checkpointing=1)
+    run = train(replace(config, loop=loop), tmp_path / "run", resume=True, quiet=True)
+    ours, theirs = (load_resume(list_resume(each / "checkpoints")[-1])["model"] for each in (run, whole))
+    assert all(torch.allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-4) for key in ours)
+    assert json.loads((run / "config.json").read_text())["loop"]["accumulation"] == loop.accumulation
+
+
 def test_folders_that_are_refused(generator_config, tmp_path):
     run = train(generator_config, tmp_path / "run", stop_at=1, quiet=True)
     files = sorted(run.rglob("*"))

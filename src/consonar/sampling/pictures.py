@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from consonar import memory
 from consonar.types import Tokenizer
 
 LIVE_MAPS = 6
@@ -17,17 +18,22 @@ def images_at_once(tokenizer: Tokenizer, tokens: Tensor) -> int:
     the decoder's largest map of one of them; elsewhere all."""
     if tokens.device.type != "cuda" or not isinstance(tokenizer, nn.Module):
         return len(tokens)
+    return max(1, memory.bytes_free(tokens.device) // 2 // bytes_of_image(tokenizer, tokens[:1]))
+
+
+def bytes_of_image(tokenizer: Tokenizer, tokens: Tensor) -> int:
+    """Memory that decoding takes for each image, by the decoder's largest map for tokens (1, N); next to none for what
+    is no module of PyTorch's, which does not say."""
     sizes = [1]
 
     def see(module: nn.Module, inputs: object, output: object) -> None:
         sizes.append(output.nbytes if isinstance(output, Tensor) else 0)
 
     with ExitStack() as hooks:
-        for module in tokenizer.modules():
+        for module in tokenizer.modules() if isinstance(tokenizer, nn.Module) else ():
             hooks.enter_context(module.register_forward_hook(see))
-        tokenizer.decode(tokens[:1])
-    free, _ = torch.cuda.mem_get_info(tokens.device)
-    return max(1, free // 2 // (LIVE_MAPS * max(sizes)))
+        tokenizer.decode(tokens)
+    return LIVE_MAPS * max(sizes)
 
 
 def decoded(tokenizer: Tokenizer, tokens: Tensor, at_once: int) -> Tensor:

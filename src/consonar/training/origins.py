@@ -28,6 +28,9 @@ PLACES = {
     "data.validation_tokens": "validation_sha256",
 }
 """Options that say where a thing lies, and the hash that says what it is."""
+OF_MEMORY = {"loop.accumulation", "loop.activation_checkpointing", "objective.chunk"}
+"""Options that change what memory a run takes, and its numbers by rounding (and by which numbers dropout draws): a run
+that had too little of it goes on with others."""
 
 
 def resolve_start(config: TrainConfig) -> TrainConfig:
@@ -105,10 +108,10 @@ def read_run_origin(run: Path) -> Origin:
 
 
 def comparable(config: Json, run: Path) -> dict[str, object]:
-    """A run's settings by dotted key, without the places of what its origin.json knows by content."""
+    """A run's settings by dotted key, without the places of what its origin.json knows by content, and `OF_MEMORY`."""
     origin = read_run_origin(run)
-    known = {key for key, name in PLACES.items() if getattr(origin, name) is not None}
-    return {key: value for key, value in flat(config, "") if key not in known}
+    left_out = OF_MEMORY | {key for key, name in PLACES.items() if getattr(origin, name) is not None}
+    return {key: value for key, value in flat(config, "") if key not in left_out}
 
 
 def flat(table: Json, prefix: str) -> Iterator[tuple[str, object]]:

@@ -125,6 +125,10 @@ PLACED_REWARDS = ("mse", "l1", "lpips", "efficientnet-lite0")
 """Those that say where in the image they were lost; a user's own does when it is a `PlacedReward`."""
 
 
+Measured = tuple[Tensor, dict[str, Tensor], Tensor | None]
+"""See `Rewards.measure`."""
+
+
 class Rewards:
     """Named rewards and their weights, measured together: sum_k w_k r_k."""
 
@@ -134,9 +138,7 @@ class Rewards:
         self.functions, self.weights, self.chunk = dict(functions), dict(weights), chunk
 
     @torch.no_grad()
-    def measure(
-        self, images: Tensor, batch: ImageBatch, *, grid: Grid | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    def measure(self, images: Tensor, batch: ImageBatch, *, grid: Grid | None = None) -> Measured:
         """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
 
         `images` (B * G, 3, H, W) in [-1, 1], the G made from row b of `batch` one after the other, so that networks see

@@ -99,8 +99,8 @@ def smaller(config: TrainConfig) -> str:
         ways.append(f"raise loop.accumulation ({loop.accumulation})")
     if config.run != "tokenizer" and loop.activation_checkpointing != 1:
         ways.append(f"set loop.activation_checkpointing ({loop.activation_checkpointing}) to 1")
-    if isinstance(objective, AlignmentConfig) and objective.chunk > 1:
-        ways.append(f"lower objective.chunk ({objective.chunk})")
+    if isinstance(objective, AlignmentConfig) and objective.chunk != 1:
+        ways.append(f"lower objective.chunk ({objective.chunk})" if objective.chunk else "set objective.chunk (0) to 8")
     ways.append(f"lower loop.batch_size ({loop.batch_size})")
     if config.run != "post-training":
         ways.append("make the model smaller (model.*)")

@@ -16,18 +16,23 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from consonar import memory
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.float32 import exact
-from consonar.options import Count, NotNegative, Options, Range, ReadOnlyWith, Share
+from consonar.options import CountOrZero, NotNegative, Options, Range, ReadOnlyWith, Share
 from consonar.records import to_device
+from consonar.sampling.pictures import bytes_of_image
 from consonar.seeding import generator, uniform
 from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy
 from consonar.training.objectives.base import ObjectiveConfig, drop_classes, means
-from consonar.training.rewards import Resources, build_rewards, check_rewards
+from consonar.training.rewards import Measured, Resources, build_rewards, check_rewards
 from consonar.training.trainee import Trainee
-from consonar.types import Condition, EncodedBatch, Generator, ImageBatch, Tokenizer
+from consonar.types import Condition, EncodedBatch, Generator, Grid, ImageBatch, Tokenizer
+
+CHUNK = 64
+"""Images decoded and rewarded at once where memory does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +93,8 @@ class AlignmentConfig(ObjectiveConfig):
     """VGG16 weights for the reward lpips: a file or hf:owner/repository/file; None: vgg16-397923af.pth in the cache."""
     discriminator: Annotated[str | None, DISCRIMINATOR] = None
     """Folder of a discriminator, for the reward patch-discriminator."""
-    chunk: Count = 64
-    """Images decoded and rewarded at once; bounds memory."""
+    chunk: CountOrZero = 0
+    """Images decoded and rewarded at once; bounds memory. 0: on a GPU what half of the free memory holds, else 64."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """When to stop early."""
 
@@ -164,7 +169,8 @@ class Alignment:
         self.config, self.tokenizer, self.prior, self.world, self.probe = config, tokenizer, prior, world, probe
         self.total_steps, self.seed, self.autocast_dtype = total_steps, seed, autocast_dtype
         resources = Resources(world.device, autocast_dtype, config.lpips_weights, config.discriminator)
-        self.rewards = build_rewards(config.rewards, resources, chunk=config.chunk)
+        self.rewards = build_rewards(config.rewards, resources, chunk=config.chunk or CHUNK)
+        self.bytes_of_image = 0  # measured when the first are decoded
         self.rewards.check_size(tokenizer.image_size)
 
     def autocast(self) -> torch.autocast:
@@ -197,10 +203,19 @@ class Alignment:
         return Forced(encoded, context, condition)
 
     @torch.no_grad()
+    def judge(self, tokens: Tensor, batch: EncodedBatch, grid: Grid | None = None) -> Measured:
+        """What `Rewards.measure` finds of the images of tokens (B * G, N), G for each row of the batch."""
+        if self.config.chunk == 0 and tokens.device.type == "cuda":
+            self.bytes_of_image = self.bytes_of_image or bytes_of_image(self.tokenizer, tokens[:1])
+            fitting = memory.bytes_free(tokens.device) // 2 // self.bytes_of_image
+            self.rewards.chunk = 1 << max(0, fitting.bit_length() - 1)  # a power of two, so that it seldom changes
+        return self.rewards.measure(self.decode(tokens), batch, grid=grid)
+
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (n, 3, H, W) of tokens (n, N), not clamped, in chunks and in float32 whatever the update runs in."""
         with exact(tokens.device):
-            return torch.cat([self.tokenizer.decode(part) for part in tokens.split(self.config.chunk)])
+            return torch.cat([self.tokenizer.decode(part) for part in tokens.split(self.rewards.chunk)])
 
     @torch.no_grad()
     def prior_logits(self, context: Tensor, condition: Condition) -> Tensor:
@@ -212,7 +227,7 @@ class Alignment:
 
     def state(self, step: int) -> dict[str, float]:
         """What the log shows beside the terms."""
-        return {"noise_rate": self.noise_rate(step)}
+        return {"noise_rate": self.noise_rate(step), "chunk": self.rewards.chunk}
 
     def breach(self, values: Mapping[str, float]) -> str | None:
         """Why the run should stop here; see `GuardConfig`."""
@@ -234,7 +249,7 @@ class Alignment:
             rng = generator(self.seed, "validation", sum(count for count, _ in measured))
             uniforms = uniform(rng, len(tokens), 1, tokens.shape[1], dtype=torch.float64)
             seen = losses.look(logits, uniforms=to_device(uniforms, logits.device))
-            total, parts, _ = self.rewards.measure(self.decode(seen.drawn[:, 0]), encoded)
+            total, parts, _ = self.judge(seen.drawn[:, 0], encoded)
             values = {
                 "cross_entropy": losses.next_token_loss(logits, tokens),
                 "accuracy": losses.next_token_accuracy(logits, tokens),

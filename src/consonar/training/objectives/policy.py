@@ -158,8 +158,7 @@ class PolicyGradient(Alignment):
     def reward(self, trainee: AlignmentTrainee, actions: Tensor, batch: EncodedBatch) -> Drawn:
         """What actions (B, G, N) drawn for the images of `batch` are worth."""
         group = actions.shape[1]
-        images = self.decode(actions.flatten(0, 1))  # (B * G, 3, H, W)
-        total, parts, maps = self.rewards.measure(images, batch, grid=self.grid)
+        total, parts, maps = self.judge(actions.flatten(0, 1), batch, self.grid)
         rewards = total.view(-1, group, 1)
         if self.grid is not None and maps is not None:
             rewards = spatial_credit(maps, self.influence, self.grid).unflatten(0, (-1, group))  # (B, G, N)
