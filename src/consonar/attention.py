@@ -4,7 +4,7 @@ Letters: `B` batch, `n` new positions, `T` positions read so far with them, `P` 
 of one head, `D` width of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,27 +18,69 @@ class KVCache:
 
     The generator writes with `update` once per layer and calls `advance` once per forward pass. Allocating once instead
     of concatenating at every step avoids copying the whole prefix N times.
+
+    How many were read is either known to the CPU (`read`), or to the device alone (`place`): then a token is read by
+    the same operations on the same memory wherever it stands, which is what a captured graph replays.
     """
 
     data: Tensor
     """(layers, 2, B, key heads, most positions, E)."""
-    length: int = 0
-    """How many positions were read."""
+    read: int = 0
+    """How many positions were read before `place` was set."""
+    place: Tensor | None = None
+    """(1,) int64 on the device: the position of the one token that is read next."""
+    reach: int = 0
+    """How many positions are attended to where `place` is set; those behind it are masked."""
+    tables: Sequence[Tensor] = ()
+    """What a generator reads at every position and has made ahead, kept here as long as a graph may read it."""
+    first: int = -1
+    """The position of the first row of `tables`, where they have only some positions."""
+
+    @property
+    def length(self) -> int:
+        """How many positions were read. An error in a graph, which would hold the number of its first token."""
+        assert self.place is None, "cache.length is asked for where the device alone knows it: see `KVCache.places`"
+        return self.read
+
+    def restart(self) -> None:
+        """Nothing is read; the memory stays."""
+        self.read, self.place, self.first = 0, None, -1
+
+    def keep(self, tables: Iterable[Tensor]) -> None:
+        """Makes these the `tables`, in the memory of those before, which had as many rows or more."""
+        if not self.tables:
+            self.tables = list(tables)
+            return
+        for kept, new in zip(self.tables, tables, strict=True):
+            kept[: len(new)] = new
+
+    def places(self, count: int) -> slice | Tensor:
+        """Where the next `count` positions stand in a table of all."""
+        if self.place is not None:
+            return self.place
+        end, most = self.read + count, self.data.shape[4]
+        assert end <= most, f"cache of {most} positions asked to hold {end}"
+        return slice(self.read, end)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, _: object = None) -> tuple[Tensor, Tensor]:
         """Stores (B, heads, n, E) behind what is there and returns everything up to and including it.
 
         Called as transformers' attention (`generators.janus`) calls its own caches.
         """
-        end = self.length + keys.shape[2]
-        most = self.data.shape[4]
-        assert end <= most, f"cache of {most} positions asked to hold {end}"
-        self.data[layer, 0, :, :, self.length : end] = keys
-        self.data[layer, 1, :, :, self.length : end] = values
+        if self.place is not None:
+            for kept, new in zip(self.data[layer], (keys, values), strict=True):
+                kept.index_copy_(2, self.place, new.to(kept.dtype))
+            return self.data[layer, 0, :, :, : self.reach], self.data[layer, 1, :, :, : self.reach]
+        end = self.read + keys.shape[2]
+        self.data[layer, 0, :, :, self.read : end] = keys
+        self.data[layer, 1, :, :, self.read : end] = values
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
 
     def advance(self, count: int) -> None:
-        self.length += count
+        if self.place is not None:
+            self.place += count
+        else:
+            self.read += count
 
 
 class CausalAttention(nn.Module):
@@ -54,13 +96,18 @@ class CausalAttention(nn.Module):
         """
         if cache is not None:
             k, v = cache.update(k, v, layer)
-        if k.shape[1] != q.shape[1]:  # grouped queries: neighbouring heads share keys
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        shape, num_key_heads = q.shape, k.shape[1]
+        if num_key_heads != q.shape[1] and cache is not None and q.shape[2] == 1:
+            q = q.reshape(
+                len(q), num_key_heads, -1, q.shape[-1]
+            )  # heads that share keys: queries of one head, no copies
+        elif num_key_heads != q.shape[1]:  # grouped queries: neighbouring heads share keys
+            k, v = (x.repeat_interleave(q.shape[1] // num_key_heads, 1) for x in (k, v))
         if cache is None and mask is None:
             mixed = self.unmasked(q, k, v, dropout)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.view(shape).transpose(1, 2).flatten(2)
 
     def unmasked(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Of whole sequences without padding: all (B, H, n, E)."""
@@ -99,19 +146,32 @@ class NormedAttention(nn.Module):
         return self.proj(mixed)
 
 
-def attention_mask(
-    num_queries: int, num_keys: int, kept: Tensor | None, *, cached: bool, device: torch.device
-) -> Tensor | None:
+def attention_mask(num_queries: int, kept: Tensor | None, cache: KVCache | None, device: torch.device) -> Tensor | None:
     """Which of T keys the last n positions may read, (n, T) or (B, 1, n, T) bool; None: `CausalAttention` knows.
 
     `kept` (B, P or T) is False at padding of the condition: nothing reads it but the padded position itself (a row that
-    may read nothing has no softmax).
+    may read nothing has no softmax). Where the device alone knows the position, 0 and -inf in the type of the cache.
     """
+    if cache is not None and cache.place is not None:
+        return mask_up_to(cache.place, cache.reach, kept, cache.data.dtype)
+    num_keys = num_queries + (cache.read if cache is not None else 0)
     if kept is None:
-        if not cached or num_queries == 1:  # the last position reads everything
+        if cache is None or num_queries == 1:  # the last position reads everything
             return None
         return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
     places = torch.arange(num_keys, device=device)
     queries = places[num_keys - num_queries :, None]
     visible = F.pad(kept, (0, num_keys - kept.shape[1]), value=True)[:, None]  # (B, 1, T)
     return ((places <= queries) & visible | (places == queries))[:, None]
+
+
+def mask_up_to(place: Tensor, reach: int, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of the token at `place` (1,), (1, reach) or (B, 1, 1, reach); see above.
+
+    Numbers, not bool: made once for all layers. Rows of the memory are of a multiple of 8, which kernels ask for.
+    """
+    places = torch.arange(-(reach // -8) * 8, device=place.device)
+    visible = (places <= place)[None]
+    if kept is not None:
+        visible = visible & F.pad(kept, (0, len(places) - kept.shape[1]), value=True)[:, None, None]
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[..., :reach]

@@ -86,3 +86,8 @@ def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = 
         else:
             fault = f"not {what}, damaged or cut short ({f'{kind_of_error}: {error}'[:LONGEST_CAUSE]})"
         raise kind(f"{where}: {fault}{remedy and f'; {remedy}'}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What it is and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

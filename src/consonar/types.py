@@ -172,7 +172,8 @@ class Weights(Protocol):
 class Cache(Protocol):
     """Keys and values of the tokens read so far; made by `Generator.new_cache`, owned by the caller."""
 
-    length: int
+    @property
+    def length(self) -> int: ...
 
 
 @runtime_checkable

@@ -105,7 +105,7 @@ def run_logits(
     found = {"logits_eval_full": whole, "logits_train": trained, "logits_eval_uncond": unconditional}
     if "train_mask" in golden.arrays:
         length = hidden.shape[1]
-        mask = attention_mask(length, length, masked.mask, cached=False, device=tokens.device)
+        mask = attention_mask(length, masked.mask, None, tokens.device)
         found["train_mask"] = mask.to(torch.uint8)
     found["loss_train"] = next_token_loss(trained, tokens)
     if "loss_train_valid" in golden.arrays:

@@ -102,7 +102,7 @@ KEPT = torch.tensor([[False, True], [True, True], [False, False]])
 
 
 def test_the_mask_hides_padding_from_everybody_but_itself():
-    mask = attention_mask(4, 4, KEPT, cached=False, device=CPU)
+    mask = attention_mask(4, KEPT, None, CPU)
     assert mask.shape == (3, 1, 4, 4)
     for row in range(3):
         for query in range(4):
@@ -114,8 +114,8 @@ def test_the_mask_hides_padding_from_everybody_but_itself():
 @pytest.mark.parametrize("kept", [None, KEPT])
 @pytest.mark.parametrize("num_queries", [1, 3, 5])
 def test_a_cached_mask_is_the_last_rows_of_the_whole(kept, num_queries):
-    mask = attention_mask(num_queries, 5, kept, cached=True, device=CPU)
-    whole = attention_mask(5, 5, KEPT if kept is not None else torch.ones(3, 2).bool(), cached=False, device=CPU)
+    mask = attention_mask(num_queries, kept, KVCache(torch.empty(0), 5 - num_queries), CPU)
+    whole = attention_mask(5, KEPT if kept is not None else torch.ones(3, 2).bool(), None, CPU)
     if mask is None:  # the last position reads everything
         assert kept is None and num_queries == 1
         mask = torch.ones(1, 5).bool()
@@ -123,7 +123,7 @@ def test_a_cached_mask_is_the_last_rows_of_the_whole(kept, num_queries):
 
 
 def test_nothing_is_masked_where_attention_is_plainly_causal():
-    assert attention_mask(5, 5, None, cached=False, device=CPU) is None
+    assert attention_mask(5, None, None, CPU) is None
 
 
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
@@ -138,7 +138,7 @@ def test_attention_through_the_cache_equals_attention_without(num_key_heads, rng
     cache, start = KVCache(torch.zeros(1, 2, 3, num_key_heads, 6, 8)), 0
     for piece in (2, 1, 3):
         new = slice(start, start + piece)
-        mask = attention_mask(piece, start + piece, None, cached=True, device=CPU)
+        mask = attention_mask(piece, None, cache, CPU)
         mixed = CausalAttention()(
             q[:, :, new], k[:, :, new], v[:, :, new], mask=mask, cache=cache, layer=0, dropout=0.0
         )
@@ -149,7 +149,7 @@ def test_attention_through_the_cache_equals_attention_without(num_key_heads, rng
 
 def test_dropout_acts_on_attention_weights(rng):
     q, k = torch.randn(2, 1, 1, 6, 4, generator=rng)
-    mask, ones = attention_mask(6, 6, torch.ones(1, 1).bool(), cached=False, device=CPU), torch.ones(1, 1, 6, 4)
+    mask, ones = attention_mask(6, torch.ones(1, 1).bool(), None, CPU), torch.ones(1, 1, 6, 4)
     for given in (None, mask):
         kept = CausalAttention()(q, k, ones, mask=given, cache=None, layer=0, dropout=0.0)
         torch.testing.assert_close(kept, torch.ones(1, 6, 4))

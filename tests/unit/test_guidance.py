@@ -4,16 +4,17 @@ from typing import get_args
 import pytest
 import torch
 
-from consonar.sampling.sample import GuidanceSchedule, guided_logits, power_cosine_scale, scale_at
+from consonar.sampling.decoder import guided_logits
+from consonar.sampling.sample import GuidanceSchedule, power_cosine_scale, scale_at
 
 N = 16
 
 
 def test_guided_logits():
     conditional, unconditional = torch.tensor([[2.0, -1]]), torch.tensor([[1.0, 1]])
-    assert torch.equal(guided_logits(conditional, unconditional, 0), unconditional)
-    assert torch.equal(guided_logits(conditional, unconditional, 1), conditional)
-    assert torch.equal(guided_logits(conditional, unconditional, 3), torch.tensor([[4.0, -5]]))
+    assert torch.equal(guided_logits(conditional, unconditional, torch.tensor(0.0)), unconditional)
+    assert torch.equal(guided_logits(conditional, unconditional, torch.tensor(1.0)), conditional)
+    assert torch.equal(guided_logits(conditional, unconditional, torch.tensor(3.0)), torch.tensor([[4.0, -5]]))
 
 
 def test_power_cosine():
@@ -42,7 +43,7 @@ def test_vapi_counts_from_the_second_token_and_guides_the_first_fully():
 
 def test_scale_one_is_the_conditional_model_to_the_last_bit():
     conditional, unconditional = torch.tensor([[0.1, 1e-8]]), torch.tensor([[-1e6, 3.3]])
-    assert torch.equal(guided_logits(conditional, unconditional, 1.0), conditional)
+    assert torch.equal(guided_logits(conditional, unconditional, torch.tensor(1.0)), conditional)
 
 
 @pytest.mark.parametrize("schedule", get_args(GuidanceSchedule))

@@ -156,7 +156,7 @@ def test_a_sample_does_not_depend_on_its_batch(name, tiny_generator):
 def test_the_number_of_pictures_does_not_choose_the_arithmetic_of_rear(num_classes, tiny_generator):
     """Few classes are always projected once each, many once for each picture; in training the batch decides."""
     generator, rows = tiny_generator(num_classes=num_classes), []
-    generator.blocks[0].adaLN_modulation.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    generator.blocks[0].adaLN_modulation.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
     for count in (1, 2, 50):
         sample_tokens(generator, torch.arange(count) % 3, range(count), SamplerConfig(), num_tokens=1)
     assert rows == ([4, 4, 4] if num_classes == 3 else [1, 2, 50])

@@ -96,9 +96,17 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
         """(B, n, V) <- (B, n, D)."""
 
     def new_cache(self, batch_size: int) -> KVCache:
+        """In the type that attention multiplies in: under autocast that of autocast."""
         heads, head_dim = self.config.num_key_heads, self.width // self.config.num_heads
         shape = (self.num_layers, 2, batch_size, heads, self.prefix_length + self.num_tokens, head_dim)
-        return KVCache(next(self.parameters()).new_zeros(shape))
+        weight = next(self.parameters())
+        kind = weight.device.type
+        low = torch.is_autocast_enabled(kind) if torch.amp.is_autocast_available(kind) else False
+        return KVCache(weight.new_zeros(shape, dtype=torch.get_autocast_dtype(kind) if low else weight.dtype))
+
+    def look_ahead(self, condition: Given, cache: KVCache, place: int) -> None:
+        """Called before the token at `place` is read where the device alone knows the place: makes what does not depend
+        on tokens (`KVCache.tables`), for as many positions as pay, in the memory where it was made before."""
 
     def forward(
         self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()

@@ -93,8 +93,8 @@ JANUS_PRESETS = {
 
 
 def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, T, head_dim) float32 for positions (B, T); halves, not neighbours, are the rotary pairs."""
-    angles = rotary_angles(positions, head_dim // 2, base).repeat(1, 1, 2)
+    """Cosine and sine (T, head_dim) float32 for positions (T,); halves, not neighbours, are the rotary pairs."""
+    angles = rotary_angles(positions, head_dim // 2, base).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -208,7 +208,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
 
         Raises `UserError` for a condition that is no prompt, too long, or not padded on the left.
         """
-        reads_prompt = cache is None or cache.length == 0
+        reads_prompt = cache is None or cache.read == 0
         if reads_prompt:
             self._check(condition)
         spare = self.prefix_length - condition.tokens.shape[1]
@@ -216,19 +216,30 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
         x = self.generation_aligner(self.generation_embeddings(context)).to(self.language_model.norm.weight.dtype)
         if reads_prompt:
             x = torch.cat([self.language_model.embed_tokens(condition.tokens), x], 1)
-        if cache is not None and cache.length == 0:
-            cache.advance(spare)  # positions of the longest prompt that this one leaves unused; masked
-        start = cache.length if cache is not None else 0
-        end = start + x.shape[1]
-        valid = F.pad(condition.mask, (spare if cache is not None else 0, 0), value=False)
-        valid = F.pad(valid, (0, end - valid.shape[1]), value=True)  # (B, T)
-        mask = attention_mask(end - start, end, valid, cached=cache is not None, device=x.device)
-        positions = (valid.cumsum(1) - 1).clamp_min(0)[:, start:]  # of padding: 0, where nobody looks
-        tables = rotary(positions, self.width // self.config.num_heads, self.config.rope_base)
-        x, taps = self.run_blocks(x, tuple(table.to(x.dtype) for table in tables), mask, cache, tap_layers)
+        kept, count = condition.mask, x.shape[1]
+        if cache is None:
+            positions, *turns = self.tables(kept)
+            positions = positions[:, :count]
+        else:
+            kept = F.pad(kept, (spare, 0), value=False)
+            if reads_prompt:
+                cache.keep(self.tables(kept))
+                cache.advance(spare)  # positions of the longest prompt that this one leaves unused; masked
+            positions, *turns = cache.tables
+            positions = positions[:, cache.places(count)]
+        turns = [F.embedding(positions, turn).to(x.dtype) for turn in turns]
+        mask = attention_mask(count, kept, cache, x.device)
+        x, taps = self.run_blocks(x, tuple(turns), mask, cache, tap_layers)
         if reads_prompt:
             taps = {layer: F.pad(tap, (0, 0, spare, 0)) for layer, tap in taps.items()}
         return x, taps
+
+    def tables(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions of the rows (B, T) int64, 0 at padding, where nobody looks; cosine and sine (T, width of a head) of
+        each; T is as many as `kept` (B, P or L) and the image's tokens."""
+        positions = (F.pad(kept, (0, self.num_tokens), value=True).cumsum(1) - 1).clamp_min(0)
+        every = torch.arange(positions.shape[1], device=kept.device)
+        return positions, *rotary(every, self.width // self.config.num_heads, self.config.rope_base)
 
     def run_block(
         self, block: nn.Module, x: Tensor, needed: object, mask: Tensor | None, cache: KVCache | None, layer: int

@@ -13,6 +13,7 @@ Letters: `B` batch, `N` tokens, `V` codes, `D` width, `L` = N + 2 positions.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -30,6 +31,8 @@ from consonar.options import Count, CountOrZero, Depth, Divides, Positive, Share
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
 # Up to here projecting every class costs little next to a batch of pictures.
 FEW_CLASSES = 32
+# While sampling, AdaLN is projected for so many positions at once, fewer where that were more rows than so many.
+MOST_AHEAD, MOST_ROWS_AHEAD = 16, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +75,27 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(x + shift, x, scale)
 
 
+def positions_ahead(num_rows: int) -> int:
+    """For how many positions AdaLN is projected at once while sampling, see `MOST_AHEAD`."""
+    return max(1, min(MOST_AHEAD, MOST_ROWS_AHEAD // num_rows))
+
+
 @dataclass(frozen=True)
 class Condition:
     """What AdaLN reads at every position: `vectors` (R, L, D), and which of them belongs to each image.
 
     With few classes there is one row per class, so that the projections, a third of the model's arithmetic, run once
-    per class; `rows` (B,) then says which. None: row b is image b.
+    per class; `rows` (B,) then says which. None: row b is image b. Or, in the place of `vectors`, what the projections
+    of all blocks and the head made of them ahead, (R, L, 6 D) and the last (R, L, 2 D).
     """
 
-    vectors: Tensor
-    rows: Tensor | None = None
+    rows: Tensor | None
+    vectors: Tensor | None = None
+    projected: Sequence[Tensor] = ()
 
-    def project(self, projection: nn.Module) -> Tensor:
-        """(B, L, n D) <- projection of D to n D."""
-        projected = projection(self.vectors)
+    def project(self, projection: nn.Module, layer: int) -> Tensor:
+        """(B, L, n D) <- projection of D to n D, of a block or the head (-1)."""
+        projected = self.projected[layer] if self.vectors is None else projection(self.vectors)
         if self.rows is None:
             return projected
         return F.embedding(self.rows, projected.flatten(1)).unflatten(1, projected.shape[1:])
@@ -110,7 +120,9 @@ class Block(nn.Module):
         self, x: Tensor, condition: Condition, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.project(self.adaLN_modulation).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.project(self.adaLN_modulation, layer).chunk(
+            6, dim=-1
+        )
         x = x + gate_a * self.dropout(self.attn(modulate(self.norm1(x), shift_a, scale_a), mask, cache, layer))
         return x + gate_m * self.dropout(self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
@@ -122,7 +134,7 @@ class HeadModulation(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        scale, shift = condition.project(self.adaLN_modulation).chunk(2, dim=-1)
+        scale, shift = condition.project(self.adaLN_modulation, -1).chunk(2, dim=-1)
         return modulate(self.norm_final(x), shift, scale)
 
 
@@ -165,22 +177,58 @@ class ReARGenerator(CausalGenerator[Tensor]):
         self, context: Tensor, condition: Tensor, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Of the classes `condition` (B,) int64, `num_classes` = the null class."""
-        start = cache.length if cache is not None else 0
-        condition_embedding = self.embeddings(condition + self.vocab_size + 1).unsqueeze(1)  # (B, 1, D)
         x = self.embeddings(context)
-        if start == 0:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), condition_embedding, x], 1)
-        end = start + x.shape[1]
-        places = torch.arange(start, end, device=x.device)
-        predicts = (places >= 1) & (places <= self.num_tokens)  # token t at position t + 1, by row t + 2
-        target = self.target_aware_pos_embed[:, start + 1 : end + 1] * predicts.to(x.dtype)[:, None]
-        x = x + self.pos_embed[:, start:end] + target
-        rows = None
-        # While sampling the model decides and not the batch, so that a picture is rounded alike in any batch.
-        few = self.num_classes < FEW_CLASSES if cache is not None else self.num_classes + 1 < len(condition)
-        if few:
-            rows, condition_embedding = condition, self.embeddings.weight[self.vocab_size + 1 :].unsqueeze(1)
-        step = Condition(F.silu(condition_embedding + self.timesteps_embeddings[:, start:end]), rows)
-        mask = attention_mask(end - start, end, None, cached=cache is not None, device=x.device)
+        if cache is None or cache.read == 0:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed_classes(condition)[:, None], x], 1)
+        count = x.shape[1]
+        places = cache.places(count) if cache is not None else slice(0, count)
+        target = self.target_aware_pos_embed[:, 1:][:, places]  # token t at position t + 1, by row t + 2
+        if isinstance(places, slice) and not 1 <= places.start < places.stop <= self.num_tokens + 1:
+            numbers = torch.arange(places.start, places.stop, device=x.device)[:, None]
+            target = target * ((numbers >= 1) & (numbers <= self.num_tokens)).to(x.dtype)
+        x = x + self.pos_embed[:, places] + target
+        step = self.condition_at(places, condition, cache)
+        mask = attention_mask(count, None, cache, x.device)
         x, taps = self.run_blocks(x, step, mask, cache, tap_layers)
         return self.adaln_before_head(x, step), taps
+
+    def embed_classes(self, classes: Tensor) -> Tensor:
+        """(B, D) <- (B,)."""
+        return self.embeddings(classes + self.vocab_size + 1)
+
+    def few(self, classes: Tensor, sampling: bool) -> bool:
+        """Whether AdaLN is projected for every class, not for every image."""
+        # While sampling the model decides and not the batch, so that a picture is rounded alike in any batch.
+        return self.num_classes < FEW_CLASSES if sampling else self.num_classes + 1 < len(classes)
+
+    def vectors(self, classes: Tensor, few: bool) -> Tensor:
+        """(R, D): of all classes, or of those of the images."""
+        return self.embeddings.weight[self.vocab_size + 1 :] if few else self.embed_classes(classes)
+
+    def condition_at(self, places: slice | Tensor, classes: Tensor, cache: KVCache | None) -> Condition:
+        """For the positions of `places`, see `KVCache.places`."""
+        few = self.few(classes, sampling=cache is not None)
+        rows = classes if few else None
+        piece = positions_ahead(self.num_classes + 1 if few else len(classes))
+        if cache is not None and isinstance(places, Tensor):  # rows of one table of all positions and classes or images
+            rows = torch.arange(len(classes), device=classes.device) if rows is None else rows
+            rows = rows + places % piece * cache.tables[0].shape[1]
+            return Condition(rows, projected=[table.flatten(0, 1)[:, None] for table in cache.tables])
+        assert isinstance(places, slice)
+        if cache is not None and places.start % piece + places.stop - places.start <= piece:
+            self.look_ahead(classes, cache, places.start)
+            here = slice(places.start - cache.first, places.stop - cache.first)
+            return Condition(rows, projected=[table[here].transpose(0, 1) for table in cache.tables])
+        steps = self.timesteps_embeddings[:, places]
+        return Condition(rows, F.silu(self.vectors(classes, few)[:, None] + steps))
+
+    def look_ahead(self, condition: Tensor, cache: KVCache, place: int) -> None:
+        """Projects AdaLN for some positions at once: its weights, a third of the model, are then read once for all."""
+        vectors = self.vectors(condition, self.few(condition, sampling=True))
+        piece = positions_ahead(len(vectors))
+        first = place // piece * piece
+        if first != cache.first:
+            steps = self.timesteps_embeddings[0, first : min(first + piece, self.num_tokens + 2), None]
+            vectors = F.silu(vectors + steps)  # (positions, R, D)
+            cache.keep(module.adaLN_modulation(vectors) for module in [*self.blocks, self.adaln_before_head])
+            cache.first = first

@@ -179,14 +179,17 @@ class RotaryGenerator(CausalGenerator[Given]):
     def hidden_states(
         self, context: Tensor, condition: Given, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        start = cache.length if cache is not None else 0
         x = self.embed_tokens(context)
-        if start == 0:
+        if cache is None or cache.read == 0:
             x = torch.cat([self.embed_condition(condition), x], 1)
         x = self.token_dropout(x)
-        end, length = start + x.shape[1], self.prefix_length + self.num_tokens
-        assert end <= length, f"generator of {length} positions asked to hold {end}"
-        kept = self.kept_positions(condition)
-        mask = attention_mask(end - start, end, kept, cached=cache is not None, device=x.device)
-        x, taps = self.run_blocks(x, self.rotary_table(x.device)[start:end], mask, cache, tap_layers)
+        count, table = x.shape[1], self.rotary_table(x.device)
+        assert count <= len(table), f"generator of {len(table)} positions asked to hold {count}"
+        if cache is None:
+            table = table[:count]
+        else:
+            cache.tables = cache.tables or (table,)
+            table = cache.tables[0][cache.places(count)]
+        mask = attention_mask(count, self.kept_positions(condition), cache, x.device)
+        x, taps = self.run_blocks(x, table, mask, cache, tap_layers)
         return self.norm(x), taps

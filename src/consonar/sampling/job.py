@@ -32,7 +32,7 @@ from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import pick_precision, with_weights
 from consonar.records import device_of
 from consonar.sampling.checks import check_batch_size, check_condition
-from consonar.sampling.sample import SamplerConfig, check_fit, draw
+from consonar.sampling.sample import SamplerConfig, check_fit, decoder_of, draw
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
 
@@ -146,6 +146,7 @@ def run_job(
         (folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))
         for start in range(0, len(job.labels), shard_size)
     ]
+    decoder = decoder_of(job.generator, job.sampler)
     with hold(folder):
         if out.exists():
             raise UserError(f"--out: {out} exists: another process has made it meanwhile; choose another name")
@@ -153,7 +154,7 @@ def run_job(
         for path, rows in shards:
             labels, seeds = job.labels[rows], job.seeds[rows]
             if not is_whole(path, labels, seeds):
-                drawn = draw(job.generator, job.tokenizer, labels, seeds, job.sampler, batch_size, job.precision)
+                drawn = draw(decoder, job.tokenizer, labels, seeds, batch_size, job.precision)
                 arrays = {
                     "arr_0": to_uint8(drawn.images).numpy(),
                     "labels": labels.numpy(),

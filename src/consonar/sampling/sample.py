@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -23,6 +24,7 @@ from consonar.origin import check, of_tokenizer
 from consonar.precision import multiplying, pick_precision, with_weights
 from consonar.records import Fetched, device_of, one_ahead, to_device
 from consonar.sampling.checks import check_batch_size, check_condition, class_ids
+from consonar.sampling.decoder import Decoder
 from consonar.sampling.pictures import decoded, evaluating, images_at_once
 from consonar.seeding import check_seed, choose, uniform
 from consonar.seeding import generator as seeded
@@ -75,13 +77,6 @@ class Samples:
     entropy: Tensor
     precision: str = "fp32"
     """What they were drawn and decoded in."""
-
-
-def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """unconditional + scale (conditional - unconditional); scale 1 is the conditional model (Ho & Salimans 2022)."""
-    if scale == 1:  # exactly, where the sum would be off by rounding
-        return conditional
-    return unconditional + scale * (conditional - unconditional)
 
 
 def power_cosine_scale(scale: float, power: float, position: int, num_tokens: int) -> float:
@@ -151,7 +146,25 @@ def plain_seeds(seeds: Sequence[int]) -> list[int]:
     return plain
 
 
-@torch.inference_mode()
+def draw_tokens(logits: Tensor, draws: Tensor, config: SamplerConfig) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) of guided logits (B, V) by numbers (B, 1) in [0, 1), and the entropy (B,) of their distribution."""
+    if config.temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
+    logits = filter_logits(logits / config.temperature, config.top_k, config.top_p)
+    return choose(logits, draws)[:, 0], torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def decoder_of(
+    generator: Generator, config: SamplerConfig, *, num_tokens: int | None = None, graphs: bool = True
+) -> Decoder:
+    """What draws batches with these settings; `num_tokens` as in `sample_tokens`, `graphs` as in `Decoder`."""
+    length = generator.num_tokens if num_tokens is None else num_tokens
+    if not 1 <= length <= generator.num_tokens:
+        raise UserError(f"num_tokens: {num_tokens} is not between 1 and the generator's {generator.num_tokens}")
+    scales = [config.scale(i, length) for i in range(length)]
+    return Decoder(generator, scales, partial(draw_tokens, config=config), graphs=graphs)
+
+
 def sample_tokens(
     generator: Generator,
     condition: Condition,
@@ -167,41 +180,19 @@ def sample_tokens(
     ones, which are also all that the guidance schedule knows of. `on_token(position, tokens)` is called after each
     token. Raises `UserError` for logits that are not finite.
     """
-    count, device = records.num_rows(condition), records.first_tensor(condition).device
-    if len(seeds) != count:
+    return draw_batch(decoder_of(generator, config, num_tokens=num_tokens), condition, seeds, on_token)
+
+
+def draw_batch(
+    decoder: Decoder,
+    condition: Condition,
+    seeds: Sequence[int],
+    on_token: Callable[[int, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `sample_tokens`, by a decoder that may keep its graphs."""
+    if len(seeds) != (count := records.num_rows(condition)):
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions")
-    length = generator.num_tokens if num_tokens is None else num_tokens
-    if not 1 <= length <= generator.num_tokens:
-        raise UserError(f"num_tokens: {num_tokens} is not between 1 and the generator's {generator.num_tokens}")
-    scales = [config.scale(i, length) for i in range(length)]
-    guided = any(scale != 1 for scale in scales)
-    rows: Condition = records.concatenate(condition, generator.null_condition(condition)) if guided else condition
-    num_rows = records.num_rows(rows)
-    cache = generator.new_cache(num_rows)
-    draws = to_device(uniforms(seeds, length), device)
-    tokens = torch.empty(count, length, dtype=torch.int64, device=device)
-    entropy = torch.zeros(count, device=device)
-    new = torch.empty(num_rows, 0, dtype=torch.int64, device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    for position in range(length):
-        logits, _ = generator(new, rows, cache=cache)
-        logits = logits[:, -1].float()
-        if guided:
-            logits = guided_logits(logits[:count], logits[count:], scales[position])
-        finite &= logits.isfinite().all()  # asked after the last token: asking here would wait for the device
-        if config.temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            logits = filter_logits(logits / config.temperature, config.top_k, config.top_p)
-            token = choose(logits, draws[:, position : position + 1])[:, 0]
-            entropy += torch.special.entr(logits.softmax(-1)).sum(-1) / length
-        tokens[:, position] = token
-        if on_token:
-            on_token(position, tokens)
-        new = (torch.cat([token, token]) if guided else token)[:, None]
-    if not finite:
-        raise UserError("generator: its logits are not finite; its weights are damaged, or its training diverged")
-    return tokens, entropy
+    return decoder(condition, uniforms(seeds, len(decoder.scales)), on_token)
 
 
 @torch.inference_mode()
@@ -240,33 +231,27 @@ def sample(
     device = device_of(generator)
     chosen = pick_precision(precision, device, "precision", "sampling")
     models = with_weights(generator, chosen, device), with_weights(tokenizer, chosen, device)
-    return draw(*models, condition, seeds, config, batch_size, chosen)
+    return draw(decoder_of(models[0], config), models[1], condition, seeds, batch_size, chosen)
 
 
 @torch.inference_mode()
 def draw(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    condition: Condition,
-    seeds: Sequence[int],
-    config: SamplerConfig,
-    batch_size: int,
-    precision: str,
+    decoder: Decoder, tokenizer: Tokenizer, condition: Condition, seeds: Sequence[int], batch_size: int, precision: str
 ) -> Samples:
     """`sample` of what was checked, by models with the weights of the precision."""
-    device = device_of(generator)
+    device = device_of(decoder.generator)
 
     def batches() -> Iterator[Fetched[Samples]]:
         at_once = 0
         for start in range(0, len(seeds), batch_size):
             rows = to_device(records.rows(condition, slice(start, start + batch_size)), device)
-            tokens, entropy = sample_tokens(generator, rows, seeds[start : start + batch_size], config)
+            tokens, entropy = draw_batch(decoder, rows, seeds[start : start + batch_size])
             at_once = at_once or images_at_once(tokenizer, tokens)
             with beside(device, tokens, entropy):
                 drawn = Fetched(Samples(decoded(tokenizer, tokens, at_once), tokens, entropy, precision))
             yield drawn
 
-    with multiplying(precision, device), evaluating(generator, tokenizer):
+    with multiplying(precision, device), evaluating(decoder.generator, tokenizer):
         return records.concatenate(*one_ahead(batches()))
 
 

@@ -20,7 +20,7 @@ from consonar.cpu import timing
 from consonar.data.bad_images import BadImages
 from consonar.data.loader import Batches
 from consonar.distributed import World
-from consonar.errors import NonFiniteLoss
+from consonar.errors import NonFiniteLoss, one_line
 from consonar.origin import Origin
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
@@ -241,10 +241,6 @@ class Running:
             timing.keep_for_run(self.folder / KERNELS)
             payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
             save_resume(folder, self.state.step, payload, keep)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def non_finite(step: int, found: str, folder: Path) -> NonFiniteLoss:
