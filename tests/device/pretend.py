@@ -2,7 +2,8 @@
 
 They raise where a CUDA run would: tensors of two devices in one operation, a random generator of the other device,
 `numpy()` of a tensor on the device, products of integers. Waits for the device and copies to it are counted by the line
-of this library that asked for them. Kernels, memory, several processes and compiled graphs are not pretended.
+of this library that asked for them, and so are launches. Kernels, memory, several processes and compiled graphs are not
+pretended; CUDA graphs are (`device.graphs`).
 
 PyTorch itself takes these tensors for CPU tensors whose device has an index: what autograd makes for itself on "the
 same device" is asked for on cpu:0, which nobody else asks for, and becomes a pretended tensor too.
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,15 +33,25 @@ INTEGER_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot"}
 
 
 class Log:
-    """`waits` and `copies`: how often the CPU waited for the device or copied to it, by (kind, file:function)."""
+    """`waits` and `copies`: how often the CPU waited for the device or copied to it, by (kind, file:function).
+
+    `launches`: what it asked the device to do, by the name of the operation; a graph is one.
+    """
 
     def __init__(self) -> None:
         self.waits: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
+        self.launches: Counter[str] = Counter()
 
     def clear(self) -> None:
         self.waits.clear()
         self.copies.clear()
+        self.launches.clear()
+
+    def wait(self, kind: str) -> None:
+        if graphs.STATE.tape is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {kind}, at {where()}")
+        self.waits[kind, where()] += 1
 
 
 LOG = Log()
@@ -97,7 +109,7 @@ class PretendedTensor(torch.Tensor):
         return self.numpy()
 
     def tolist(self) -> Any:
-        LOG.waits["tolist", where()] += 1
+        LOG.wait("tolist")
         return plain(self.detach()).tolist()
 
     def data_ptr(self) -> int:
@@ -153,8 +165,20 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     with torch.inference_mode(False), torch.no_grad():
-        result = func(*map(plain, args), **{key: plain(value) for key, value in kwargs.items()})
+        result = compute(func, tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
     return claim(func, args, kwargs, result) if claimed else result
+
+
+def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On the CPU; counted, or in a capture noted."""
+    if (tape := graphs.STATE.tape) is not None:
+        tape.prepare(func, args, kwargs)
+    result = func(*args, **kwargs)
+    if tape is not None:
+        tape.note(func, args, kwargs, result)
+    elif graphs.is_launch(func, args, kwargs, result):
+        LOG.launches[func._opname] += 1
+    return result
 
 
 def flat(values: list[Any]) -> list[Any]:
@@ -221,25 +245,25 @@ def count(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], c
     first = is_pretended(args[0]) if args else False
     if name == "_to_copy" and first != claimed:
         if first and not kwargs.get("non_blocking"):
-            LOG.waits["to the CPU", where()] += 1
+            LOG.wait("to the CPU")
         elif first:
             LOG.copies["to the CPU", where()] += 1
         else:
             LOG.copies["to the device", where()] += 1
             if not kwargs.get("non_blocking"):
-                LOG.waits["copy to the device", where()] += 1
+                LOG.wait("copy to the device")
     elif name == "copy_" and first != is_pretended(args[1]):
-        LOG.waits["copy to the device" if first else "to the CPU", where()] += 1
+        LOG.wait("copy to the device" if first else "to the CPU")
     elif name in ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_") and first:
         for index in args[1]:
             if index is not None and not is_pretended(index):
-                LOG.waits["index from the CPU", where()] += 1
+                LOG.wait("index from the CPU")
             elif index is not None and index.dtype in (torch.bool, torch.uint8):
-                LOG.waits["mask as index", where()] += 1
+                LOG.wait("mask as index")
     elif first and (name in WAITS or name == "_local_scalar_dense"):
-        LOG.waits["number" if name == "_local_scalar_dense" else name, where()] += 1
+        LOG.wait("number" if name == "_local_scalar_dense" else name)
     elif first and name == "repeat_interleave" and func._overloadname == "Tensor" and not kwargs.get("output_size"):
-        LOG.waits[name, where()] += 1
+        LOG.wait(name)
 
 
 class PretendedGenerator(torch.Generator):
@@ -321,6 +345,7 @@ def pretended_cuda() -> Iterator[Log]:
             "memory_allocated": 2**30, "memory_reserved": 2**30,
             "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_tf32_supported": True,
             "mem_get_info": (2**30, 2**31), "current_stream": STREAM, "stream": nullcontext(),
+            "graph_pool_handle": (0, 1),
         }  # fmt: skip
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *args, answer=answer, **settings: answer)
@@ -328,6 +353,10 @@ def pretended_cuda() -> Iterator[Log]:
         patch.setattr(torch.cuda, "Event", PretendedEvent)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        for name, pretended_one in (("CUDAGraph", graphs.Graph), ("graph", graphs.capture)):
+            patch.setattr(torch.cuda, name, pretended_one)
+        patch.setattr(graphs.STATE, "made", [])
+        patch.setattr(graphs.STATE, "replayed", lambda: LOG.launches.update(["graph"]))
         patch.setattr(torch.Tensor, "to", move)
         patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **settings: move(tensor, CUDA))
         patch.setattr(torch.autocast, "__init__", cast)

@@ -123,10 +123,11 @@ class Batch:
                 if reach in self.replays:
                     continue
                 self.cache.reach, graph = reach, torch.cuda.CUDAGraph()
-                for _ in range(WARM_UPS):
+                for run in range(WARM_UPS + 1):
+                    if run:
+                        self.step(self.new)
                     self.place.fill_(place)
                     self.position.fill_(position)
-                    self.step(self.new)
                 # Work of other threads, such as a reader's or NCCL's, may go on.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self.step(self.new)

@@ -1,0 +1,116 @@
+"""CUDA graphs on the pretended device: a capture notes the operations and leaves no trace of their results; a replay
+does the same operations on the same memory, so that what Python decided at the capture stays decided.
+
+Refused as CUDA refuses it: whatever waits for the device during a capture; the end of a capture that failed fails too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Those among the values, also in lists."""
+    if isinstance(values, list | tuple):
+        return [leaf for value in values for leaf in tensors_in(value)]
+    return [values] if isinstance(values, Tensor) else []
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tensors_in([given.get(name) for name in changed])
+
+
+def is_launch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether the device does something: not for views and for memory that is only taken."""
+    if written(func, args, kwargs):
+        return True
+    known = {storage_of(tensor) for tensor in tensors_in([*args, *kwargs.values()])}
+    made = [tensor for tensor in tensors_in(result) if storage_of(tensor) not in known]
+    return bool(made) and not func._opname.startswith(("empty", "new_empty"))
+
+
+class Tape:
+    """What a capture notes: operations with their tensors on the CPU, and what was in memory before."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.launches = 0
+        self.born: set[int] = set()
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for tensor in written(func, args, kwargs):
+            if storage_of(tensor) not in self.born | self.before.keys():
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self.before[storage_of(tensor)] = whole, whole.clone()
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        known = {storage_of(tensor) for tensor in tensors_in([*args, *kwargs.values()])}
+        self.born |= {storage_of(tensor) for tensor in tensors_in(result)} - known - self.before.keys()
+        self.operations.append((func, args, kwargs, result))
+        self.launches += is_launch(func, args, kwargs, result)
+
+    def undo(self) -> None:
+        for whole, saved in self.before.values():
+            whole.copy_(saved)
+
+
+class Graph:
+    """torch.cuda.CUDAGraph."""
+
+    def __init__(self) -> None:
+        self.tape: Tape | None = None
+        self.replays = 0
+
+    def replay(self) -> None:
+        assert self.tape is not None, "a graph without a capture"
+        self.replays += 1
+        STATE.replayed()
+        with torch._C._DisableTorchDispatch(), torch.inference_mode(False), torch.no_grad():
+            for func, args, kwargs, result in self.tape.operations:
+                for old, new in zip(tensors_in(result), tensors_in([func(*args, **kwargs)]), strict=True):
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class State:
+    """The tape of the capture that is under way, and all graphs that were made."""
+
+    tape: Tape | None = None
+    replayed: Any = staticmethod(lambda: None)
+
+    def __init__(self) -> None:
+        self.made: list[Graph] = []
+
+
+STATE = State()
+
+
+@contextmanager
+def capture(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+    """torch.cuda.graph."""
+    assert STATE.tape is None, "a capture inside of another"
+    assert capture_error_mode in ("global", "thread_local", "relaxed")
+    STATE.tape = tape = Tape()
+    try:
+        yield
+    except BaseException:
+        STATE.tape = None
+        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+    STATE.tape = None
+    with torch._C._DisableTorchDispatch(), torch.inference_mode(False), torch.no_grad():
+        tape.undo()
+    graph.tape = tape
+    STATE.made.append(graph)

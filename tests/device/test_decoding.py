@@ -1,0 +1,237 @@
+"""Decoding with one graph a token: the tokens of the CPU, by a step that is captured once and waits for nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_tiny_generator
+from contracts.test_generators import KINDS, LLAMAGEN, make_condition, make_generator
+from device import graphs
+from device.test_models import CUDA, SAMPLERS
+from torch._dynamo.testing import CompileCounter
+
+from consonar import records
+from consonar.attention import KVCache
+from consonar.generators.llamagen import LlamaGenGenerator
+from consonar.records import to_device
+from consonar.sampling import decoder as decoding
+from consonar.sampling.decoder import Batch
+from consonar.sampling.sample import decoder_of, draw_batch, sample_tokens
+from consonar.seeding import generator as seeded
+
+GUIDED = SAMPLERS["guided"]
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    if request.param == "janus":
+        pytest.importorskip("transformers")
+    return make_generator(request.param)
+
+
+@pytest.fixture
+def condition(model, rng):
+    return make_condition(model, rng)
+
+
+@pytest.fixture(autouse=True)
+def several_lengths(monkeypatch):
+    """Keys are read up to multiples of 8, so that a batch of 16 tokens has several graphs; nothing falls back."""
+    monkeypatch.setattr(decoding, "BUCKET", 8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sampling goes on")
+        yield
+
+
+@pytest.fixture
+def without_capture(monkeypatch):
+    """The step of a graph, called: a CPU samples as if only a device knew the position."""
+
+    def capture(batch: Batch, pool: object) -> None:
+        def step_of(reach: int) -> None:
+            batch.cache.reach = reach
+            batch.step(batch.new)
+
+        first = batch.cache.length
+        for place in range(first, first + batch.length - 1):
+            reach = batch.expect(place)
+            batch.replays[reach] = partial(step_of, reach)
+
+    monkeypatch.setattr(Batch, "capture", capture)
+    monkeypatch.setattr(decoding.Decoder, "can_capture", lambda self, batch: batch.length > 1)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_step_whose_position_is_the_devices_draws_the_same(model, condition, sampler, without_capture) -> None:
+    expected, entropy = draw_batch(decoder_of(model, sampler, graphs=False), condition, range(3))
+    decoder = decoder_of(model, sampler)
+    for _ in range(2):  # the second batch finds the memory of the first
+        tokens, spread = draw_batch(decoder, condition, range(3))
+        assert torch.equal(tokens, expected) and len(decoder.batches) == 1
+        torch.testing.assert_close(spread, entropy)
+    (batch,) = decoder.batches.values()
+    assert len(batch.replays) > 1
+    short, _ = sample_tokens(model, condition, range(3), sampler, num_tokens=1)
+    torch.testing.assert_close(short[:, 0], expected[:, 0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_graphs_draw_the_tokens_of_the_cpu(cuda, model, condition, sampler) -> None:
+    """Also where a last batch is shorter, and other conditions and seeds come in the same shape."""
+    decoder = decoder_of(copy.deepcopy(model).to(CUDA), sampler)
+    order, pair = torch.tensor([2, 0, 1]), slice(0, 2)
+    batches = [
+        (condition, range(3)),
+        (records.rows(condition, order), range(3, 6)),
+        (records.rows(condition, pair), [7, 8]),
+    ]
+    captures = []
+    for given, seeds in [*batches, batches[0]]:
+        expected, entropy = sample_tokens(model, given, seeds, sampler)
+        tokens, spread = draw_batch(decoder, to_device(given, CUDA), seeds)
+        assert torch.equal(tokens.cpu(), expected)
+        torch.testing.assert_close(spread.cpu(), entropy)
+        captures.append(len(graphs.STATE.made))
+    assert captures[0] == captures[1] < captures[2] == captures[3]  # once for each shape
+
+
+def test_a_graph_reads_the_weights_of_today(cuda, tiny_generator) -> None:
+    model, other = tiny_generator().to(CUDA), tiny_generator(seed=1)
+    decoder, classes = decoder_of(model, GUIDED), torch.arange(3)
+    draw_batch(decoder, classes.to(CUDA), range(3))
+    made = len(graphs.STATE.made)
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            ours.copy_(theirs.to(CUDA))
+    tokens, _ = draw_batch(decoder, classes.to(CUDA), range(3))
+    assert torch.equal(tokens.cpu(), sample_tokens(other, classes, range(3), GUIDED)[0])
+    assert len(graphs.STATE.made) == made
+
+
+def test_heads_that_share_keys_and_more_classes_than_few(cuda, tiny_generator) -> None:
+    shared = LlamaGenGenerator(replace(LLAMAGEN, num_kv_heads=2))
+    shared.reset_parameters(seeded(0, "shared"))
+    torch.nn.init.normal_(shared.output.weight, generator=seeded(0, "output"))
+    for model in (shared.eval(), tiny_generator(num_classes=40)):
+        expected, _ = sample_tokens(model, torch.arange(3), range(3), GUIDED)
+        tokens, _ = sample_tokens(copy.deepcopy(model).to(CUDA), torch.arange(3).to(CUDA), range(3), GUIDED)
+        assert torch.equal(tokens.cpu(), expected) and graphs.STATE.made
+
+
+MOST_OPERATIONS = {"rear": 21, "llamagen": 32, "alitok-ar": 50, "janus": 42}
+"""Of one block for one token: every operation is time, in a graph as well."""
+MOST_OTHERS = 52
+"""Before and after the blocks: what goes in, logits, guidance, the draw, and its entropy."""
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_launches_and_waits_of_a_token(cuda, model, condition, graph) -> None:
+    """A token is one launch, without a graph one for each operation. None waits for the device."""
+    model, condition = model.to(CUDA), to_device(condition, CUDA)
+    launches, waits = [], []
+    for length in (4, 12):
+        decoder = decoder_of(model, GUIDED, num_tokens=length, graphs=graph)
+        draw_batch(decoder, condition, range(3))  # captures
+        cuda.clear()
+        draw_batch(decoder, condition, range(3))
+        launches.append(sum(cuda.launches.values()))
+        waits.append(dict(cuda.waits))
+    assert waits[0] == waits[1]
+    most = MOST_OTHERS + MOST_OPERATIONS[model.config.kind] * model.num_layers
+    if graph:
+        assert cuda.launches["graph"] == 11 and launches[1] - launches[0] == 8
+        assert all(made.tape.launches <= most for made in graphs.STATE.made)
+    else:
+        assert not graphs.STATE.made and 8 < launches[1] - launches[0] <= 8 * most
+
+
+def test_what_does_not_depend_on_tokens_is_made_for_many_positions_at_once(cuda) -> None:
+    """In 62 tokens reAR's AdaLN is projected four times, and a graph holds none of it."""
+    model = make_tiny_generator(num_tokens=62).to(CUDA)
+    decoder, calls = decoder_of(model, GUIDED), []
+    draw_batch(decoder, torch.arange(3).to(CUDA), range(3))
+    made = len(graphs.STATE.made)
+    model.blocks[1].adaLN_modulation.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    draw_batch(decoder, torch.arange(3).to(CUDA), range(3))
+    assert calls == [(16, 4, 6 * 32)] * 4 and made == len(graphs.STATE.made) > 1
+
+
+def waiting_block(model) -> None:
+    """Makes the model ask the device for a number at every token."""
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: output * float(output.isfinite().all()))
+
+
+def unknown_place(model) -> None:
+    """Makes it ask the cache how many positions were read."""
+
+    def ask(module, inputs, output) -> None:
+        assert next(value for value in inputs if isinstance(value, KVCache)).length >= 0
+
+    model.blocks[0].register_forward_hook(ask)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(waiting_block, "not permitted when stream is capturing"), (unknown_place, "cache.length is asked for")],
+)
+def test_a_failed_capture_is_said_and_costs_no_token(cuda, tiny_generator, spoil, reason) -> None:
+    here = tiny_generator()
+    there = copy.deepcopy(here).to(CUDA)
+    spoil(there)
+    decoder = decoder_of(there, GUIDED)
+    for count in (3, 2):  # said once, not tried again
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tokens, _ = draw_batch(decoder, torch.arange(count).to(CUDA), range(count))
+        assert torch.equal(tokens.cpu(), sample_tokens(here, torch.arange(count), range(count), GUIDED)[0])
+        assert len(said) == (count == 3)
+        for warning in said:
+            assert "sampling goes on without CUDA graphs" in str(warning.message) and reason in str(warning.message)
+            assert "\n" not in str(warning.message)
+    assert not decoder.batches
+
+
+class Foreign:
+    """A generator of one's own: what `types.Generator` asks, and a cache of another kind."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.vocab_size, self.num_tokens = inner, inner.vocab_size, inner.num_tokens
+        self.null_condition = inner.null_condition
+
+    def new_cache(self, batch_size: int) -> SimpleNamespace:
+        return SimpleNamespace(length=0, read=torch.empty(batch_size, 0, dtype=torch.int64, device=CUDA))
+
+    def __call__(self, context, condition, *, cache=None, tap_layers=()):
+        cache.read = torch.cat([cache.read, context], 1)
+        cache.length = cache.read.shape[1]
+        logits, _ = self.inner(cache.read, condition, cache=self.inner.new_cache(len(condition)))
+        return logits, {}
+
+
+def test_a_generator_with_a_cache_of_its_own_needs_no_graph(cuda, tiny_generator) -> None:
+    here = tiny_generator()
+    tokens, _ = sample_tokens(Foreign(copy.deepcopy(here).to(CUDA)), torch.arange(3).to(CUDA), range(3), GUIDED)
+    assert torch.equal(tokens.cpu(), sample_tokens(here, torch.arange(3), range(3), GUIDED)[0])
+    assert not graphs.STATE.made
+
+
+def test_compiled_blocks_sample_without_compiling(tiny_generator) -> None:
+    plain, counter = tiny_generator(), CompileCounter()
+    compiled = copy.deepcopy(plain).train()
+    for block in compiled.blocks:
+        block.compile(backend=counter)
+    tokens, classes = torch.zeros(3, 16, dtype=torch.int64), torch.arange(3)
+    compiled(tokens, classes)
+    made = counter.frame_count
+    assert made
+    drawn, _ = sample_tokens(compiled.eval(), classes, range(3), GUIDED)
+    assert torch.equal(drawn, sample_tokens(plain, classes, range(3), GUIDED)[0])
+    compiled.train()(tokens, classes)
+    assert counter.frame_count == made
