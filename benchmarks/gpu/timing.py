@@ -41,7 +41,7 @@ from consonar.generators.rear import REAR_PRESETS
 from consonar.networks.lpips import LPIPS, VGG16Features
 from consonar.precision import multiplying, with_weights
 from consonar.recipes.published import PLAIN, REGULARISED
-from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.checkpoints import State
@@ -143,23 +143,28 @@ def machine(bench: Bench) -> dict[str, Any]:
 
 def sampling(
     preset: GeneratorConfig, vocab_size: int, side: int, rows: int, dtype: torch.dtype,
-    backends: Sequence[SDPBackend], bench: Bench,
+    backends: Sequence[SDPBackend], graphs: bool, bench: Bench,
 ) -> dict[str, Any]:  # fmt: skip
-    """Guided tokens of `rows` images. The floor: the blocks' weights and the cache of all rows, read once a token."""
+    """Guided tokens of `rows` images. The floor: the blocks' weights and the cache of all rows, read once a token.
+
+    `graphs`: one launch a token, captured in the first call; `captured` says how many there are (0: none was made).
+    """
     config = bench.sized(preset, vocab_size, side)
     rows = 2 if bench.toy else rows
     model = bench.made(build_generator, config).to(dtype)
     labels = torch.arange(rows, device=bench.device)
+    decoder = decoder_of(model, SamplerConfig(guidance_scale=2.0), graphs=graphs)
 
     def run() -> None:
         with sdpa_kernel(list(backends)) if backends else nullcontext():
-            sample_tokens(model, labels, range(rows), SamplerConfig(guidance_scale=2.0))
+            draw_batch(decoder, labels, range(rows))
 
     figures = bench.measured(run, rows, rounds=2)
     weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
     cache = model.new_cache(2 * rows).data.nbytes / 2  # filled to a half in the mean
     floor = config.num_tokens * (weights + cache) / bench.bytes_per_second
     per_token = 1e3 * figures["seconds"] / config.num_tokens
+    figures["captured"] = sum(len(batch.replays) for batch in decoder.batches.values())
     return {**figures, "ms_per_token": per_token, "floor_s": floor, "share_of_floor": floor / figures["seconds"]}
 
 
@@ -263,20 +268,21 @@ S, L = ((REAR_PRESETS[name], 1024, 16) for name in "SL")
 XL, XXL = ((LLAMAGEN_PRESETS[name], RELEASED_VQ.vocab_size, 24) for name in ("XL", "XXL"))
 STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "machine": machine,
-    "sample reAR-S, 128 rows, float32": partial(sampling, *S, 128, torch.float32, ()),
-    "sample reAR-S, 128 rows, bf16": partial(sampling, *S, 128, BF16, ()),
-    "sample reAR-S, 128 rows, bf16, flash first": partial(sampling, *S, 128, BF16, FLASH_FIRST),
+    "sample reAR-S, 128 rows, float32": partial(sampling, *S, 128, torch.float32, (), True),
+    "sample reAR-S, 128 rows, bf16": partial(sampling, *S, 128, BF16, (), True),
+    "sample reAR-S, 128 rows, bf16, no graph": partial(sampling, *S, 128, BF16, (), False),
+    "sample reAR-S, 128 rows, bf16, flash first": partial(sampling, *S, 128, BF16, FLASH_FIRST, True),
     **{f"decode MaskGIT, {mode}": partial(decoding, mode) for mode in ("ieee", "tf32", "bf16", "bf16, channels last")},
     "train reAR-S, 128 rows": partial(training, *S, 128, REGULARISED, False),
     "train reAR-S, 128 rows, plain AR": partial(training, *S, 128, PLAIN, False),
     "VA-pi LlamaGen-XL, 8 pictures of 384 px, G 8": partial(vapi, *XL, 8, 8),
-    "sample LlamaGen-XL, 32 rows of 576 tokens, bf16": partial(sampling, *XL, 32, BF16, ()),
+    "sample LlamaGen-XL, 32 rows of 576 tokens, bf16": partial(sampling, *XL, 32, BF16, (), True),
     "train LlamaGen-XL, 8 rows of 576 tokens, plain AR": partial(training, *XL, 8, PLAIN, False),
     "LlamaGen-XL, 32 rows, against RAR's and LlamaGen's samplers": partial(published_llamagen, *XL, 32),
     "VA-pi LlamaGen-XL against the released step": partial(published_vapi, XL[0], RELEASED_VQ, 24, 8, 8),
     "reAR-S, 16 rows, against no cache": partial(published_rear, *S, 16),
     "train reAR-L, 64 rows": partial(training, *L, 64, REGULARISED, False),
-    "sample reAR-L, 128 rows, bf16": partial(sampling, *L, 128, BF16, ()),
+    "sample reAR-L, 128 rows, bf16": partial(sampling, *L, 128, BF16, (), True),
     "train reAR-S, 128 rows, compiled": partial(training, *S, 128, REGULARISED, True),
     "VA-pi LlamaGen-XXL, 8 pictures of 384 px, G 8": partial(vapi, *XXL, 8, 8),
 }

@@ -14,7 +14,6 @@ from conftest import make_tiny_generator
 from contracts.test_generators import KINDS, LLAMAGEN, make_condition, make_generator
 from device import graphs
 from device.test_models import CUDA, SAMPLERS
-from torch._dynamo.testing import CompileCounter
 
 from consonar import records
 from consonar.attention import KVCache
@@ -220,18 +219,3 @@ def test_a_generator_with_a_cache_of_its_own_needs_no_graph(cuda, tiny_generator
     tokens, _ = sample_tokens(Foreign(copy.deepcopy(here).to(CUDA)), torch.arange(3).to(CUDA), range(3), GUIDED)
     assert torch.equal(tokens.cpu(), sample_tokens(here, torch.arange(3), range(3), GUIDED)[0])
     assert not graphs.STATE.made
-
-
-def test_compiled_blocks_sample_without_compiling(tiny_generator) -> None:
-    plain, counter = tiny_generator(), CompileCounter()
-    compiled = copy.deepcopy(plain).train()
-    for block in compiled.blocks:
-        block.compile(backend=counter)
-    tokens, classes = torch.zeros(3, 16, dtype=torch.int64), torch.arange(3)
-    compiled(tokens, classes)
-    made = counter.frame_count
-    assert made
-    drawn, _ = sample_tokens(compiled.eval(), classes, range(3), GUIDED)
-    assert torch.equal(drawn, sample_tokens(plain, classes, range(3), GUIDED)[0])
-    compiled.train()(tokens, classes)
-    assert counter.frame_count == made

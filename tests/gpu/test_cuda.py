@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from contracts.test_generators import KINDS, make_condition, make_generator
+from device.test_models import SAMPLERS
 
+from consonar import records
 from consonar.components import load_generator
 from consonar.distributed import pick_device
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, folder_image_set
-from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.records import to_device
+from consonar.sampling import decoder as decoding
+from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch, sample_tokens
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import gumbel_noise
@@ -52,6 +59,41 @@ def test_samples_on_cuda_equal_those_of_the_cpu(tiny_generator) -> None:
     expected, _ = sample_tokens(generator, labels, range(3), config)
     actual, _ = sample_tokens(generator.cuda(), labels.cuda(), range(3), config)
     assert (actual.cpu() == expected).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_graphs_draw_the_tokens_of_the_same_step_without(kind, sampler, rng, monkeypatch) -> None:
+    """Of all kinds, with several lengths of keys and a shorter last batch; a capture that fails is an error here."""
+    if kind == "janus":
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(decoding, "BUCKET", 8)
+    model = make_generator(kind)
+    condition = to_device(make_condition(model, rng), torch.device("cuda", 0))
+    model = model.cuda()
+    captured, eager = decoder_of(model, sampler), decoder_of(model, sampler, graphs=False)
+    batches = [(condition, range(3)), (records.rows(condition, slice(0, 2)), [7, 8]), (condition, range(3, 6))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given, seeds in batches:
+            (tokens, entropy), (expected, spread) = (draw_batch(one, given, seeds) for one in (captured, eager))
+            assert torch.equal(tokens, expected)
+            torch.testing.assert_close(entropy, spread)
+    assert len(captured.batches) == 2 and all(len(batch.replays) > 1 for batch in captured.batches.values())
+    assert not eager.batches
+
+
+def test_a_capture_that_fails_leaves_the_device_as_it_was(tiny_generator) -> None:
+    here, config = tiny_generator(), SamplerConfig(temperature=0.0)
+    there, classes = copy.deepcopy(here).cuda(), torch.arange(3)
+    hook = there.blocks[0].register_forward_hook(lambda module, inputs, output: output * float(output.isfinite().all()))
+    stream = torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="sampling goes on without CUDA graphs"):
+        tokens, _ = sample_tokens(there, classes.cuda(), range(3), config)
+    expected, _ = sample_tokens(here, classes, range(3), config)
+    assert torch.equal(tokens.cpu(), expected) and torch.cuda.current_stream() == stream
+    hook.remove()
+    assert torch.equal(sample_tokens(there, classes.cuda(), range(3), config)[0].cpu(), expected)
 
 
 def test_resume_on_cuda(make_config, tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ token: one graph for each such length. Elsewhere the same step is called, and th
 Letters: `B` images, `R` rows: B, or under guidance 2 B with the null conditions last, `N` tokens, `V` codes.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -159,10 +157,9 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Tokens (B, N), and (B,) the mean entropy of what they were drawn from; see `sample.sample_tokens`."""
         uniforms = records.to_device(uniforms, records.first_tensor(condition).device)
-        with as_written():
-            batch = self.batch_of(condition, uniforms)
-            batch.begin(condition, uniforms)
-            batch.finish(on_token)
+        batch = self.batch_of(condition, uniforms)
+        batch.begin(condition, uniforms)
+        batch.finish(on_token)
         return batch.tokens.clone(), batch.entropy.clone()
 
     def batch_of(self, condition: Condition, uniforms: Tensor) -> Batch:
@@ -188,10 +185,3 @@ class Decoder:
         """Not a generator with a cache of its own, nor one token."""
         ours = isinstance(self.generator, CausalGenerator) and isinstance(batch.cache, KVCache)
         return ours and batch.tokens.is_cuda and batch.length > 1
-
-
-def as_written() -> AbstractContextManager[object]:
-    """Without `torch.compile`: blocks were compiled for the shapes of training, and every position would be another."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
