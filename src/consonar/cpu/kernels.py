@@ -123,7 +123,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     """Causal softmax(q k^T / sqrt(dim)) v in plain products, all (B, heads, L, dim)."""
     length = q.shape[2]
     future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(future, (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     weights = drop(scores.softmax(-1, dtype=q.dtype), dropout)
     return (weights @ v.flatten(0, 1)).view_as(q)
 

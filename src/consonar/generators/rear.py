@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +70,25 @@ REAR_PRESETS = {
 }
 
 
+class Modulation(torch.autograd.Function):
+    """x * (1 + scale) + shift, all of one shape, and its gradient in as few passes over memory as there are products:
+    of what `addcmul` does by itself for a gradient, a third multiplies by 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return torch.addcmul(x + shift, x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return torch.addcmul(gradient, gradient, scale), gradient, gradient * x
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift (DiT, Peebles & Xie 2023)."""
-    return torch.addcmul(x + shift, x, scale)
+    """x * (1 + scale) + shift (DiT, Peebles & Xie 2023), in the type of the projections: it is the next one's input."""
+    modulated: Tensor = Modulation.apply(x.to(shift.dtype), shift, scale)
+    return modulated
 
 
 def positions_ahead(num_rows: int) -> int:

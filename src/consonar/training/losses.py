@@ -30,7 +30,7 @@ class RowwiseLogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, total: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(logits, tokens, total)
         ctx.temperature = temperature
-        return raise_precision(logits.gather(-1, tokens)) / temperature - total
+        return tempered(logits.gather(-1, tokens), temperature) - total
 
     @staticmethod
     @once_differentiable
@@ -39,9 +39,15 @@ class RowwiseLogProbs(torch.autograd.Function):
         gradient, result, size = gradient / ctx.temperature, torch.empty_like(logits), logits.shape[-1]
         parts = zip(*(some_rows(x, size) for x in (result, logits, tokens, total, gradient)), strict=True)
         for piece, rows, chosen, sums, wanted in parts:
-            moved = (raise_precision(rows) / ctx.temperature).sub_(sums).exp_().mul_(-wanted.sum(-1, keepdim=True))
+            moved = (tempered(rows, ctx.temperature) - sums).exp_().mul_(-wanted.sum(-1, keepdim=True))
             piece.copy_(moved.scatter_add_(-1, chosen, wanted))
         return result, None, None, None
+
+
+def tempered(rows: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature, in float32 or more; where that is 1 they may be the given ones."""
+    raised: Tensor = raise_precision(rows)
+    return raised if temperature == 1 else raised / temperature
 
 
 def some_rows(rows: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -92,10 +98,7 @@ def log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tenso
     """log pi of the given tokens: (B, N, K) float32 <- logits (B, N, V), tokens (B, N, K)."""
     rows = logits.flatten(0, 1)
     with torch.no_grad():
-        parts = [
-            (raise_precision(part) / temperature).logsumexp(-1, keepdim=True)
-            for part in some_rows(rows, rows.shape[-1])
-        ]
+        parts = [tempered(part, temperature).logsumexp(-1, keepdim=True) for part in some_rows(rows, rows.shape[-1])]
     found: Tensor = RowwiseLogProbs.apply(rows, tokens.flatten(0, 1), torch.cat(parts), temperature)
     return found.view(tokens.shape)
 
