@@ -42,7 +42,7 @@ class Moments:
         self.count = self._waiting = 0
         self._mean = np.zeros(num_features)  # (F,)
         self._scatter = np.zeros((num_features, num_features))  # (F, F) sum of centred products
-        self._block = np.empty((BLOCK + 1, num_features))  # the rows that wait, and room for one more
+        self._block = np.empty((0, num_features))  # (BLOCK + 1, F), the rows that wait and room for one more
 
     def update(self, features: Tensor) -> None:
         """Add the rows of `features` (B, F). Raises ValueError for another width or values that are not finite."""
@@ -52,6 +52,8 @@ class Moments:
         array = features.detach().to("cpu", torch.promote_types(features.dtype, torch.float32)).numpy()
         if not np.isfinite(array).all():
             raise ValueError("features hold values that are not finite")
+        if len(self._block) == 0:
+            self._block = np.empty((BLOCK + 1, len(self._mean)))
         for start in range(0, len(array), BLOCK):
             rows = array[start : start + BLOCK]
             if self._waiting + len(rows) > BLOCK:
@@ -75,10 +77,15 @@ class Moments:
         self._mean = self._mean + delta * (len(rows) / self.count)
         self._waiting = 0
 
+    def _finish(self) -> None:
+        """Merges what waits; who reads is mostly done with the stream, so the memory of the rows goes back."""
+        self._merge()
+        self._block = self._block[:0].copy()
+
     @property
     def mean(self) -> Tensor:
         """(F,) float64."""
-        self._merge()
+        self._finish()
         return torch.from_numpy(self._mean)
 
     @property
@@ -86,12 +93,12 @@ class Moments:
         """(F, F) float64 covariance with ddof = 1. Raises ValueError for fewer than two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, there are {self.count}")
-        self._merge()
+        self._finish()
         return torch.from_numpy(self._scatter / (self.count - 1))
 
     def state(self) -> dict[str, np.ndarray]:
         """What `restored` makes equal ones of: `count` (), `mean` (F,) and `scatter` (F, F), sums of products."""
-        self._merge()
+        self._finish()
         return {"count": np.array(self.count), "mean": self._mean, "scatter": self._scatter}
 
     @classmethod
