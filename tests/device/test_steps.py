@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,3 +177,32 @@ def test_pictures_are_judged_by_as_many_as_memory_holds(free, chunk, cuda, monke
     expected = objective.loss(trainee, objective.prepare(trainee, ImageBatch(batch.images, batch.condition), 0), 0)[1]
     for key, value in terms.items():
         assert value.item() == pytest.approx(expected[key].item(), rel=1e-4, abs=1e-5), key
+
+
+def launched(function: Callable[..., object], *given: object) -> int:
+    """How often the device was asked to do something."""
+    LOG.clear()
+    function(*given)
+    return LOG.launches.total()
+
+
+def own_launches(config: PolicyConfig, count: int) -> int:
+    """Of the loss of `count` images, beside the models' passes, decoding and rewards."""
+    objective, trainee = build(config, CUDA, None)
+    batch = to_device(make_batch(), CUDA)
+    prepared = objective.prepare(trainee, ImageBatch(batch.images[:count], batch.condition[:count]), 1)
+    objective.loss(trainee, prepared, 1)  # in the first, memory is measured
+    whole = launched(objective.loss, trainee, prepared, 1)
+    whole -= launched(trainee, prepared.context, prepared.condition) * (2 if config.kl_weight else 1)
+    whole -= launched(objective.decode, prepared.context)
+    return whole - launched(objective.rewards.measure, objective.decode(prepared.context), prepared.batch)
+
+
+MOST_LAUNCHES = {"vapi": 110, "kl": 125, "exact kl": 140, "tokens": 125, "smooth": 125}
+"""Of draws, advantages, losses and what is logged."""
+
+
+@pytest.mark.parametrize("name", MOST_LAUNCHES)
+def test_launches_of_a_loss_do_not_grow_with_draws_and_images(name, cuda) -> None:
+    counts = {own_launches(replace(CASES[name], group_size=group), count) for group, count in ((3, 4), (12, 4), (3, 2))}
+    assert len(counts) == 1 and max(counts) <= MOST_LAUNCHES[name]
