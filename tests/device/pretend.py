@@ -29,6 +29,8 @@ MAY_MIX = {"copy_", "_to_copy", "index", "_unsafe_index", "index_put", "index_pu
 """Operations that take tensors of both devices; the last four only indices (and each of those is a copy)."""
 WAITS = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero"}
 """Operations whose result has a shape, or is a number, that the CPU has to know."""
+ON_THE_CPU = {torch.ops.aten.mm.dtype: lambda one, two, dtype: one.to(dtype) @ two.to(dtype)}
+"""What takes the place of operations that a CPU does not have."""
 INTEGER_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot"}
 
 
@@ -165,7 +167,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     with torch.inference_mode(False), torch.no_grad():
-        result = compute(func, tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
+        result = compute(ON_THE_CPU.get(func, func), tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
     return claim(func, args, kwargs, result) if claimed else result
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
+from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.generators.rotary import rotary_angles
 from consonar.options import SMALLEST, Count, CountOrZero, Depth, Divides, Positive, Range
@@ -161,7 +162,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
     language_model: Any  # transformers' `LlamaModel`; the package is optional
     generation_embeddings: nn.Module
     generation_aligner: nn.Module
-    generation_head: nn.Module
+    generation_head: Any  # transformers' `JanusVQVAEHead`
 
     def __init__(self, config: JanusConfig):
         super().__init__(config, num_classes=0)
@@ -194,7 +195,8 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
         return replace(condition, tokens=tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.generation_head(self.language_model.norm(hidden))
+        head = self.generation_head
+        return product_in_float32(head.vision_head, head.activation_fn(head.proj_out(self.language_model.norm(hidden))))
 
     def hidden_states(
         self,

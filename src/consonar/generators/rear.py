@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from consonar.attention import KVCache, NormedAttention, attention_mask
 from consonar.errors import UserError
+from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.options import Count, CountOrZero, Depth, Divides, Positive, ShareBelowOne
 
@@ -187,7 +188,7 @@ class ReARGenerator(CausalGenerator[Tensor]):
         return torch.full_like(condition, self.num_classes)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden)
+        return product_in_float32(self.lm_head, hidden)
 
     def hidden_states(
         self, context: Tensor, condition: Tensor, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from consonar.attention import KVCache, attention_mask
 from consonar.errors import UserError
+from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig, Given
 from consonar.options import SMALLEST, Count, CountOrZero, Depth, Divides, Positive, Range, ReadOnlyWith, ShareBelowOne
 from consonar.types import Grid
@@ -169,7 +170,7 @@ class RotaryGenerator(CausalGenerator[Given]):
         nn.init.zeros_(self.output.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.output(hidden)
+        return product_in_float32(self.output, hidden)
 
     def rotary_table(self, device: torch.device) -> Tensor:
         """(P + N, head width / 2, 2) of this shape."""
