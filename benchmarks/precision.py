@@ -1,9 +1,9 @@
 """What bf16 changes in samples: the shipped generator on common random numbers, in float32 and in bf16, on the CPU.
 
-Every image is drawn twice from the same class and seed. A token that falls otherwise changes all tokens after it, so the
-share of tokens that differ is large where that of single draws, under equal contexts, is small; the images are then
-other ones of the same distribution, and the Fréchet distance says whether it is the same. Its own scatter is that of
-two sets of float32 samples of other seeds. Run: python benchmarks/precision.py
+Every image is drawn twice from the same class and seed. A token that falls otherwise changes all tokens after it, so
+the share of tokens that differ is large where that of single draws, under equal contexts, is small; the images are then
+other ones, and the Fréchet distance says whether of the same distribution. Its own scatter is that of two sets of
+float32 samples of other seeds. Run: python benchmarks/precision.py
 """
 
 from __future__ import annotations

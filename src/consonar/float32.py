@@ -73,20 +73,25 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def tf32(allowed: bool, device: torch.device) -> Iterator[None]:
-    """Inside, float32 products and convolutions on CUDA are TF32 or not; after it as before. Of the whole process."""
+    """Inside, float32 products and convolutions on CUDA are TF32 or not; after it as before. Of the whole process.
+
+    On a CPU they are float32, where `torch.set_float32_matmul_precision` may have given them fewer bits.
+    """
     backends: Any = torch.backends  # Any: PyTorch declares no attributes of what is in there
-    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
-    before = [part.fp32_precision for part in parts] if device.type == "cuda" else []
-    if all((precision == "tf32") == allowed for precision in before[:3]):
+    parts = (
+        backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv,
+    )  # fmt: skip
+    before, on_cuda = [part.fp32_precision for part in parts], device.type == "cuda"
+    if all((bits in ("tf32", "bf16")) == (allowed and on_cuda) for bits in (before[:3] if on_cuda else before[3:])):
         yield
         return
     try:
         level = torch.get_float32_matmul_precision()
     except RuntimeError:  # where both interfaces were used before, PyTorch does not say
         level = "high" if before[0] == "tf32" else "highest"
-    wanted = "tf32" if allowed else "ieee"
+    wanted = ["tf32" if allowed else "ieee"] * 3 + ["ieee"] * 2
     try:
-        set_float32("high" if allowed else "highest", allowed, (wanted, wanted, wanted, "ieee"), parts)
+        set_float32("high" if allowed else "highest", allowed, wanted, parts)
         yield
     finally:
         set_float32(level, "tf32" in before[1:3], before, parts)

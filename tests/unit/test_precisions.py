@@ -25,7 +25,9 @@ LABELS = torch.tensor([0, 1, 2, 0])
 def flags():
     """What PyTorch may round float32 products to: of products, of convolutions, on the CPU, and the older answer."""
     backends = torch.backends
-    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    parts = (
+        backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv,
+    )  # fmt: skip
     return [part.fp32_precision for part in parts], torch.get_float32_matmul_precision()
 
 
@@ -43,12 +45,13 @@ def test_tf32_is_as_a_job_wants_it_inside_and_as_it_was_after(level, monkeypatch
                 assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
                 assert flags()[0][:3] == ["tf32" if allowed else "ieee"] * 3
                 with exact(CUDA):
-                    assert flags() == (["ieee"] * 4, "highest")
+                    assert flags() == (["ieee"] * 5, "highest")
                 assert torch.backends.cudnn.allow_tf32 is allowed
                 raise KeyError
             assert flags() == found
         with precision.multiplying("fp32", CPU):
-            assert flags() == found  # of a job on the CPU nothing of it is read
+            assert not {"tf32", "bf16"} & set(flags()[0][3:])
+        assert flags() == found
     finally:
         torch.set_float32_matmul_precision(before[1])
         torch.backends.mkldnn.matmul.fp32_precision = before[0][3]

@@ -57,6 +57,7 @@ def test_results_whose_model_was_not_kept_are_shown(runs, tmp_path):
     ({"feature_network": {"name": "efficientnet-lite0", "sha256": "b"}}, "with another feature network"),
     ({"_num_samples": 512}, "they are of 512 samples, those of 2,048, and a Fréchet distance depends on that"),
     ({"config": {"num_neighbours": 3, "draws": 4}}, "with other draws"),
+    ({"config": {"num_neighbours": 3, "draws": 2, "precision": "bf16"}}, "with other precision"),
 ])  # fmt: skip
 def test_numbers_that_were_measured_otherwise_are_not_compared(runs, entries, why):
     alike = {
@@ -66,6 +67,7 @@ def test_numbers_that_were_measured_otherwise_are_not_compared(runs, entries, wh
     }
     for run in runs:
         change(run, **alike)
+    change(runs[0], config=alike["config"] | {"precision": "fp32"})  # which older versions had without a word
     assert all(run.results.rows for run in load_runs(runs))
     change(runs[1], **entries)
     first, second = load_runs(runs)

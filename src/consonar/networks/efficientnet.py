@@ -43,7 +43,7 @@ class EfficientNetLite0(Frozen):
         self.network: Any = fold_batch_norms(network.eval()).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network._swish(self.network._conv_head(self.stages(images)[-1])).mean((2, 3))
+        return self.network._swish(self.network._conv_head(self.stages(images)[-1])).float().mean((2, 3))
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The five stage maps alone (the head is half of the weights and not needed for the distance)."""
@@ -141,4 +141,4 @@ class EfficientNetLite0Features:
         for piece in pieces(images, self.device):
             resized = functional.interpolate(piece, size=(224, 224), mode="bilinear", antialias=True)
             pooled.append(self.backbone(channels_last(resized)))
-        return torch.cat(pooled).float()
+        return torch.cat(pooled)

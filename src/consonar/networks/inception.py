@@ -193,7 +193,7 @@ class InceptionV3(Frozen):
         hidden = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden))))
         hidden = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(hidden)))
         spatial = hidden[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # the block begins with its branch1x1
-        pool3 = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(hidden)))).mean((2, 3))
+        pool3 = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(hidden)))).float().mean((2, 3))
         return InceptionOutputs(spatial, pool3)
 
     def logits(self, pool3: Tensor, *, bias: bool = False) -> Tensor:

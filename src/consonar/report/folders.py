@@ -24,7 +24,7 @@ from consonar.training.tracking import read_metrics
 MAX_RUNS = 8
 COMPONENTS = ("model", "best")
 """Folders inside a run that another run can start from."""
-SETTINGS = ("num_neighbours", "max_neighbours_images", "copy_quantile", "draws")
+SETTINGS = ("num_neighbours", "max_neighbours_images", "copy_quantile", "draws", "precision")
 """Options of `evaluate` that a number depends on."""
 
 
@@ -179,7 +179,8 @@ def difference(results: Results, others: Results) -> str | None:
     if counts[0] != counts[1]:
         here, there = (listed([f"{count:,}" for count in one]) for one in counts)
         return f"they are of {here} samples, those of {there}, and a Fréchet distance depends on that"
-    options = [one["config"] if isinstance(one.get("config"), Mapping) else {} for one in (ours, theirs)]
+    given = [one["config"] if isinstance(one.get("config"), Mapping) else {} for one in (ours, theirs)]
+    options = [{"precision": "fp32", **one} for one in given]  # older versions had no other
     changed = [key for key in SETTINGS if options[0].get(key) != options[1].get(key)]
     return f"they were measured with other {listed(changed)}" if changed else None
 
