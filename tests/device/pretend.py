@@ -167,7 +167,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     with torch.inference_mode(False), torch.no_grad():
-        result = compute(ON_THE_CPU.get(func, func), tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
+        call = ON_THE_CPU.get(func, func)
+        result = compute(call, tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
     return claim(func, args, kwargs, result) if claimed else result
 
 

@@ -22,6 +22,8 @@ from consonar.generators import build_generator
 from consonar.generators.rear import REAR_PRESETS, ReARConfig
 from consonar.precision import autocast_type, pick_precision, with_weights
 from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.seeding import generator as seeded
+from consonar.seeding import integers, uniform
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.training.checkpoints import State
 from consonar.training.config import LoopConfig, TrainConfig
@@ -157,8 +159,9 @@ def benchmark(device: torch.device, size: Size | None = None) -> Iterator[tuple[
         size.tokens, 2 * weights * 2 * size.rows * size.tokens, kind, size.tokens * (weights * kind.itemsize + cache),
     )  # fmt: skip
     tokenizer, side = drawn_on(device, MaskGITTokenizer, size.tokenizer), size.tokenizer.image_size
-    tokens = torch.randint(tokenizer.vocab_size, (size.pictures, tokenizer.num_tokens), device=device)
-    images = torch.rand(size.pictures, 3, side, side, device=device) * 2 - 1
+    rng = seeded(0, "doctor", device=device)
+    tokens = integers(rng, 0, tokenizer.vocab_size, size.pictures, tokenizer.num_tokens)
+    images = uniform(rng, size.pictures, 3, side, side) * 2 - 1
     decoder = with_weights(tokenizer, drawn_in, device)
     decode = torch.inference_mode()(lambda: decoder.decode(tokens))
     yield line("a picture decoded", decode, size.pictures, operations_of(decode), kind)
@@ -182,7 +185,7 @@ def training_step(generator: Any, rows: int, device: torch.device, dtype: torch.
     objective = method_of_config(config).objective(config, None, total_steps=1000, seed=0, world=world)
     trainee = Trainee(generator, ()).to(device).train()
     state = State(trainee, build_optimizer(trainee, settings.optim))
-    tokens = torch.randint(generator.vocab_size, (rows, generator.num_tokens), device=device)
+    tokens = integers(seeded(0, "doctor", device=device), 0, generator.vocab_size, rows, generator.num_tokens)
     batch: Any = TokenBatch(tokens, torch.arange(rows, device=device))
     tracker = Tracker(Path("none"), settings, enabled=False)
     run = Running(settings, Built(trainee, objective, batch), state, tracker, Path("none"), world)
