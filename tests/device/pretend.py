@@ -29,8 +29,6 @@ MAY_MIX = {"copy_", "_to_copy", "index", "_unsafe_index", "index_put", "index_pu
 """Operations that take tensors of both devices; the last four only indices (and each of those is a copy)."""
 WAITS = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero"}
 """Operations whose result has a shape, or is a number, that the CPU has to know."""
-ON_THE_CPU = {torch.ops.aten.mm.dtype: lambda one, two, dtype: one.to(dtype) @ two.to(dtype)}
-"""What takes the place of operations that a CPU does not have."""
 INTEGER_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot"}
 
 
@@ -167,8 +165,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     with torch.inference_mode(False), torch.no_grad():
-        call = ON_THE_CPU.get(func, func)
-        result = compute(call, tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
+        result = compute(func, tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
     return claim(func, args, kwargs, result) if claimed else result
 
 
@@ -318,7 +315,7 @@ class AnyGenerator(metaclass=GeneratorClass):
 def pretended_cuda() -> Iterator[Log]:
     """PyTorch as on a machine with one CUDA device, for this thread; what was waited for and copied, from zero."""
     with pytest.MonkeyPatch.context() as patch:
-        to, autocast = torch.Tensor.to, torch.autocast.__init__
+        to, mm, autocast = torch.Tensor.to, torch.mm, torch.autocast.__init__
 
         def indexed(device: Any) -> Any:
             """With an index: without one, PyTorch asks the driver for it."""
@@ -332,6 +329,10 @@ def pretended_cuda() -> Iterator[Log]:
                 if dtypes <= {tensor.dtype}:
                     return tensor  # PyTorch takes cpu:0 for another device and would copy
             return to(tensor, *args, **settings)
+
+        def multiply(one: Tensor, two: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+            """A CPU does not have products of bf16 that are float32."""
+            return mm(one, two) if out_dtype is None else mm(one.to(out_dtype), two.to(out_dtype))
 
         def cast(context: torch.autocast, device_type: str, *args: Any, **settings: Any) -> None:
             autocast(context, "cpu" if device_type == "cuda" else device_type, *args, **settings)
@@ -360,6 +361,7 @@ def pretended_cuda() -> Iterator[Log]:
             patch.setattr(torch.cuda, name, pretended_one)
         patch.setattr(graphs.STATE, "made", [])
         patch.setattr(graphs.STATE, "replayed", lambda: LOG.launches.update(["graph"]))
+        patch.setattr(torch, "mm", multiply)
         patch.setattr(torch.Tensor, "to", move)
         patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **settings: move(tensor, CUDA))
         patch.setattr(torch.autocast, "__init__", cast)

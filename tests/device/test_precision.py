@@ -19,7 +19,7 @@ from consonar.sampling.sample import SamplerConfig, sample
 from consonar.training.run import train
 
 CUDA = torch.device("cuda", 0)
-FINITE = ("number", "sampling/sample.py:sample_tokens")
+FINITE = ("number", "sampling/decoder.py:finish")
 HERE = ("event", "records.py:here")
 LABELS = torch.arange(12) % 3
 
