@@ -48,9 +48,8 @@ class Batch:
         self.uniforms = torch.empty(count, self.length, dtype=torch.float64, device=device)
         self.tokens = torch.empty(count, self.length, dtype=torch.int64, device=device)
         self.new = torch.empty(num_rows, 1, dtype=torch.int64, device=device)  # the last token of every row
-        self.position, self.place = torch.zeros(
-            2, 1, dtype=torch.int64, device=device
-        )  # of the next token; in the cache
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the token that is drawn next
+        self.place = torch.zeros_like(self.position)  # in the cache, of the token before
         self.entropy = torch.empty(count, device=device)
         self.finite = torch.empty((), dtype=torch.bool, device=device)
         self.replays: dict[int, Callable[[], None]] = {}
@@ -91,7 +90,8 @@ class Batch:
         first = self.cache.length
         for position in range(self.length):
             if position and self.replays:
-                self.replays[self.expect(first + position - 1)]()
+                self.expect(first + position - 1)
+                self.replays[self.reach(first + position - 1)]()
             elif position:
                 self.step(self.new)
             if on_token:
@@ -99,12 +99,16 @@ class Batch:
         if not self.finite:
             raise UserError("generator: its logits are not finite; its weights are damaged, or its training diverged")
 
-    def expect(self, place: int) -> int:
-        """Prepares a step that reads the token at `place` of the cache, and says how many keys it attends to."""
+    def expect(self, place: int) -> None:
+        """Prepares a step that reads the token at `place` of the cache, which then is the device's to know."""
         assert isinstance(self.generator, CausalGenerator) and isinstance(self.cache, KVCache)
         if self.cache.place is None:
             self.cache.place = self.place.fill_(place)
         self.generator.look_ahead(self.rows, self.cache, place)
+
+    def reach(self, place: int) -> int:
+        """How many keys that step attends to."""
+        assert isinstance(self.cache, KVCache)
         return min((place // BUCKET + 1) * BUCKET, self.cache.data.shape[4])
 
     # Any: PyTorch has no public name for the type of a pool.
@@ -114,23 +118,30 @@ class Batch:
         first = self.cache.length
         stream, current = capture_stream(self.tokens.device), torch.cuda.current_stream(self.tokens.device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for position in range(1, self.length):
-                place = first + position - 1
-                reach = self.expect(place)
-                if reach in self.replays:
-                    continue
-                self.cache.reach, graph = reach, torch.cuda.CUDAGraph()
-                for run in range(WARM_UPS + 1):
-                    if run:
-                        self.step(self.new)
-                    self.place.fill_(place)
-                    self.position.fill_(position)
-                # Work of other threads, such as a reader's or NCCL's, may go on.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self.step(self.new)
-                self.replays[reach] = graph.replay
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for position in range(1, self.length):
+                    if (reach := self.reach(first + position - 1)) not in self.replays:
+                        self.replays[reach] = self.captured(position, first + position - 1, reach, pool, stream)
+        finally:
+            current.wait_stream(stream)
+
+    def captured(
+        self, position: int, place: int, reach: int, pool: Any, stream: torch.cuda.Stream
+    ) -> Callable[[], None]:
+        """The graph of the step that attends to `reach` keys, warmed up at a place that has so many."""
+        assert isinstance(self.cache, KVCache)
+        self.expect(place)
+        self.cache.reach, graph = reach, torch.cuda.CUDAGraph()
+        for run in range(WARM_UPS + 1):
+            if run:
+                self.step(self.new)
+            self.place.fill_(place)
+            self.position.fill_(position)
+        # Work of other threads, such as a reader's or NCCL's, may go on.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.step(self.new)
+        return graph.replay
 
 
 @lru_cache
@@ -148,7 +159,7 @@ class Decoder:
 
     def __init__(self, generator: Generator, scales: Sequence[float], draw: Draw, *, graphs: bool = True):
         self.generator, self.scales, self.draw, self.graphs = generator, scales, draw, graphs
-        self.batches: dict[tuple[tuple[int, ...], ...], Batch] = {}
+        self.batches: dict[tuple[object, ...], Batch] = {}
         self.pool: Any = None
 
     @torch.inference_mode()
@@ -164,9 +175,9 @@ class Decoder:
 
     def batch_of(self, condition: Condition, uniforms: Tensor) -> Batch:
         """Its memory: that of the last batch of this shape where there are graphs, else new."""
-        shapes: list[tuple[int, ...]] = []
-        records.map_tensors(lambda tensor: shapes.append(tuple(tensor.shape)) or tensor, condition)  # type: ignore[func-returns-value]
-        if (known := self.batches.get(tuple(shapes))) is not None:
+        kinds: list[object] = []
+        records.map_tensors(lambda tensor: kinds.append((tensor.shape, tensor.dtype)) or tensor, condition)  # type: ignore[func-returns-value]
+        if (known := self.batches.get(tuple(kinds))) is not None:
             return known
         batch = Batch(self.generator, condition, self.scales, self.draw)
         if self.graphs and self.can_capture(batch):
@@ -174,11 +185,12 @@ class Decoder:
             try:
                 self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
                 batch.capture(self.pool)
-                self.batches[tuple(shapes)] = batch
+                self.batches[tuple(kinds)] = batch
             except Exception as error:  # whatever it is: the same tokens are drawn without
                 self.graphs, batch.replays = False, {}
-                reason = error.__context__ or error  # the end of a failed capture fails as well
-                warnings.warn(f"sampling goes on without CUDA graphs, slower: {one_line(reason)}", stacklevel=2)
+                # The end of a failed capture fails as well.
+                reasons = [one_line(one) for one in (error.__context__, error) if one is not None]
+                warnings.warn(f"sampling goes on without CUDA graphs, slower: {'; '.join(reasons)}", stacklevel=2)
         return batch
 
     def can_capture(self, batch: Batch) -> bool:
