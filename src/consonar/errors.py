@@ -8,12 +8,10 @@ from difflib import get_close_matches
 LONGEST_CAUSE = 200
 """Characters kept of what a parser said."""
 OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "Storage size calculation overflowed",
-    "out of memory",
-)
-"""What PyTorch says of a tensor that does not fit, on a CPU and on a GPU."""
+    "can't allocate memory", "Cannot allocate memory", "Storage size calculation overflowed", "out of memory",
+    "STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""What PyTorch and CUDA's libraries say where memory does not suffice."""
 
 
 def printable(text: object) -> str:

@@ -41,7 +41,13 @@ def test_each_tensor_is_counted_once_in_its_part():
 
 
 def test_errors_for_want_of_memory_are_told_from_others():
-    for error in (MemoryError(), OSError(errno.ENOMEM, "?"), RuntimeError("CUDA out of memory. Tried"), absurd()):
+    for error in (
+        MemoryError(),
+        OSError(errno.ENOMEM, "?"),
+        RuntimeError("CUDA out of memory. Tried"),
+        absurd(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):
         assert is_out_of_memory(error)
     for error in (RuntimeError("shapes do not match"), OSError(errno.ENOSPC, "?"), ValueError()):
         assert not is_out_of_memory(error)

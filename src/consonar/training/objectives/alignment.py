@@ -206,7 +206,8 @@ class Alignment:
     def judge(self, tokens: Tensor, batch: EncodedBatch, grid: Grid | None = None) -> Measured:
         """What `Rewards.measure` finds of the images of tokens (B * G, N), G for each row of the batch."""
         if self.config.chunk == 0 and tokens.device.type == "cuda":
-            self.bytes_of_image = self.bytes_of_image or bytes_of_image(self.tokenizer, tokens[:1])
+            with exact(tokens.device):
+                self.bytes_of_image = self.bytes_of_image or bytes_of_image(self.tokenizer, tokens[:1])
             fitting = memory.bytes_free(tokens.device) // 2 // self.bytes_of_image
             self.rewards.chunk = 1 << max(0, fitting.bit_length() - 1)  # a power of two, so that it seldom changes
         return self.rewards.measure(self.decode(tokens), batch, grid=grid)
