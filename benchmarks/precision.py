@@ -99,7 +99,7 @@ def decoded_apart(tokenizer: Tokenizer, tokens: Tensor) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1024, help="of each part and precision")
+    parser.add_argument("--images", type=int, default=192, help="of each part and precision")
     parser.add_argument("--parts", type=int, default=3)
     args = parser.parse_args()
     generator, tokenizer = load_generator(NAME), load_own_tokenizer(NAME)

@@ -16,9 +16,10 @@ from consonar import records
 from consonar.components import load_generator
 from consonar.distributed import pick_device
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, folder_image_set
+from consonar.precision import with_weights
 from consonar.records import to_device
 from consonar.sampling import decoder as decoding
-from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch, sample_tokens
+from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch, sample, sample_tokens
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import gumbel_noise
@@ -94,6 +95,26 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was(tiny_generator) -> Non
     assert torch.equal(tokens.cpu(), expected) and torch.cuda.current_stream() == stream
     hook.remove()
     assert torch.equal(sample_tokens(there, classes.cuda(), range(3), config)[0].cpu(), expected)
+
+
+def test_samples_are_decoded_beside_the_next_tokens(tiny_generator, tokenizer) -> None:
+    """The pictures are those of tokens drawn and decoded one batch after the other; in bf16 they are drawn as well."""
+    models, labels = (tiny_generator().cuda(), tokenizer.cuda()), torch.arange(24) % 3
+    whole = sample(*models, labels, batch_size=24, precision="fp32")
+    parts = sample(*models, labels, batch_size=4, precision="fp32")
+    same = (whole.tokens == parts.tokens).all(1)
+    assert same.float().mean() > 0.9 and (whole.images[same] - parts.images[same]).abs().max() < 1e-3
+    low = sample(*models, labels, batch_size=4)
+    assert low.precision == "bf16" and low.images.isfinite().all() and low.entropy.min() > 0
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # PyTorch's default
+
+
+def test_logits_of_bf16_weights_are_float32(tiny_generator) -> None:
+    model, labels = tiny_generator().cuda(), torch.arange(3).cuda()
+    tokens = torch.zeros(3, 16, dtype=torch.int64).cuda()
+    with torch.no_grad():
+        exact, low = model(tokens, labels)[0], with_weights(model, "bf16", torch.device("cuda", 0))(tokens, labels)[0]
+    assert low.dtype == torch.float32 and (low - exact).norm() < 0.05 * exact.norm()
 
 
 def test_resume_on_cuda(make_config, tmp_path: Path) -> None:

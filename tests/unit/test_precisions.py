@@ -7,7 +7,7 @@ import torch
 from conftest import Pictures
 from torch.nn import functional as F
 
-from consonar import precision
+from consonar import cli, precision
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
@@ -16,6 +16,7 @@ from consonar.evaluation.settings import EvaluationSettings
 from consonar.float32 import exact, tf32
 from consonar.sampling import job as jobs
 from consonar.sampling.sample import SamplerConfig, sample
+from consonar.training.run import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -184,3 +185,27 @@ def test_reference_features_of_one_precision_do_not_serve_another(picture_folder
     with pytest.raises(UserError, match="precision: 'tf32'"):
         EvaluationSettings(precision="tf32")
     assert EvaluationSettings(precision="auto").precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "openmoji", "--precision", "tf32", "--device", "cpu", "--out", "a.png"],
+        ["tokenize", "--tokenizer", "openmoji-64", "--data", "openmoji", "--precision", "tf32", "--device", "cpu",
+         "--out", "a"],
+        ["evaluate", "a.npz", "--reference", "openmoji-64", "--precision", "tf32", "--device", "cpu"],
+    ],
+)  # fmt: skip
+def test_commands_refuse_what_the_device_has_not_before_they_begin(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "--precision: 'tf32' is of CUDA devices" in lines[0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_refuses_what_the_device_has_not(make_config, tmp_path):
+    with pytest.raises(UserError, match=r"^loop\.precision: 'tf32' is of CUDA devices"):
+        train(make_config(loop={"precision": "tf32"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

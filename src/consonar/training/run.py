@@ -60,6 +60,7 @@ def train(
     out = Path(out)
     # Float32 beside the steps, which `loop.precision` is of.
     with distributed.joined(config.loop.device) as world, multiplying("fp32", world.device):
+        chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
         batch_size = batch_of_process(config, world)
         config = with_validation(resolve_start(config))
         check_sinks(config.loop.trackers)
@@ -74,7 +75,7 @@ def train(
             state = start_state(config, built, world)
             note = restore(state, out, world, config.objective.updates) if resume else None
             describe(config, built, out, world)
-            add_session(config, state.step, out, world)
+            add_session(chosen, state.step, out, world)
             enabled = world.is_main
             tracker = Tracker(out, config, resume_step=state.step, enabled=enabled, quiet=quiet, on_step=on_step)
             for line in built.about:
@@ -212,12 +213,11 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
             built.bad.write()
 
 
-def add_session(config: TrainConfig, step: int, out: Path, world: World) -> None:
+def add_session(precision: str, step: int, out: Path, world: World) -> None:
     """Adds to sessions.json what the run is calculated on, and in what precision, from this step on."""
-    chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
     session = {
-        "step": step, "precision": chosen, "machine": distributed.machine_name(world.device), "processes": world.size,
-        "torch": torch.__version__,
+        "step": step, "precision": precision, "machine": distributed.machine_name(world.device),
+        "processes": world.size, "torch": torch.__version__,
     }  # fmt: skip
     if world.is_main:
         path, before = out / SESSIONS, []
