@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from conftest import TINY_VQ, make_tiny_generator
 from contracts.test_alignment import CASES, VAPI
 from contracts.test_objectives import CONSISTENCY, RECONSTRUCTION
-from device.pretend import LOG
+from device.pretend import LOG, Log
 from torch import nn
 
 from consonar.distributed import World
@@ -62,6 +63,11 @@ SAMPLING = ("number", "sampling/decoder.py:finish")
 REVIVAL = ("nonzero", "training/objectives/reconstruction.py:_revive")
 """Which codes are dead."""
 
+LAUNCHES = {"consistency": 800, "policy": 1600, "cross_entropy": 650, "straight_through": 1100, "reconstruction": 1750}
+"""What the device is asked to do in one update of two micro-batches, of two layers, in float32: at most so much."""
+CASTS = 1.35
+"""How many times as much in bf16."""
+
 
 def waits_of(config) -> dict[tuple[str, str], int]:
     if isinstance(config, PolicyConfig):
@@ -97,8 +103,8 @@ def build(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype | No
 
 def take_steps(
     config: ObjectiveConfig, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[list[dict[str, float]], dict[tuple[str, str], int], dict[str, float]]:
-    """The terms of two steps as the loop takes them, in two micro-batches; what the second waited for; a validation."""
+) -> tuple[list[dict[str, float]], Log, dict[str, float]]:
+    """The terms of two steps as the loop takes them, in two micro-batches; the log of the second; a validation."""
     objective, trainee = build(config, device, dtype)
     average = {key: value.clone() for key, value in trainee.state_dict().items()}
     state = State(trainee, build_optimizer(trainee, RUN.optim), average)
@@ -114,17 +120,20 @@ def take_steps(
         prepared = objective.prepare(trainee, to_device(data, device), step)
         for _ in range(config.updates):
             terms.append(update(run, trainee, prepared, dtype))
-    waits = dict(LOG.waits)
+    seen = copy.deepcopy(LOG)
     with torch.inference_mode():
         measured = objective.validate(trainee.eval(), iter([to_device(data, device)]))
-    return [{key: float(value) for key, value in row.items()} for row in terms], waits, measured
+    return [{key: float(value) for key, value in row.items()} for row in terms], seen, measured
 
 
 @pytest.mark.parametrize("name", CASES_BY_NAME)
 def test_a_step_has_the_terms_of_the_cpu_and_waits_for_what_is_named(name, cuda) -> None:
     config = CASES_BY_NAME[name]
-    terms, waits, measured = take_steps(config, CUDA)
-    assert waits == waits_of(config)
+    terms, seen, measured = take_steps(config, CUDA)
+    assert seen.waits == waits_of(config)
+    assert seen.launches.total() <= LAUNCHES[config.kind] * config.updates
+    once = {"_fused_adamw_": 2, "_foreach_lerp_": 1, "lerp_": 0}  # whatever the number of weights; AdamW of each group
+    assert {name: seen.launches[name] for name in once} == {k: count * config.updates for k, count in once.items()}
     expected, _, known = take_steps(config, CPU)
     if not isinstance(config, StraightThroughConfig):  # its noise is drawn on the device, where numbers are others
         for ours, theirs in zip(terms, expected, strict=True):
@@ -135,8 +144,10 @@ def test_a_step_has_the_terms_of_the_cpu_and_waits_for_what_is_named(name, cuda)
 @pytest.mark.parametrize("name", IN_BF16)
 def test_steps_in_bf16(name, cuda) -> None:
     config = CASES_BY_NAME[name]
-    terms, waits, _ = take_steps(config, CUDA, torch.bfloat16)
-    assert waits == waits_of(config) and all(math.isfinite(value) for row in terms for value in row.values())
+    terms, seen, _ = take_steps(config, CUDA, torch.bfloat16)
+    assert seen.waits == waits_of(config)
+    assert seen.launches.total() <= CASTS * LAUNCHES[config.kind] * config.updates
+    assert all(math.isfinite(value) for row in terms for value in row.values())
 
 
 @pytest.mark.parametrize(
