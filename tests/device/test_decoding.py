@@ -21,6 +21,7 @@ from consonar.generators.llamagen import LlamaGenGenerator
 from consonar.records import to_device
 from consonar.sampling import decoder as decoding
 from consonar.sampling.decoder import Batch
+from consonar.sampling.job import Job, run_job
 from consonar.sampling.sample import decoder_of, draw_batch, sample_tokens
 from consonar.seeding import generator as seeded
 
@@ -219,3 +220,28 @@ def test_a_generator_with_a_cache_of_its_own_needs_no_graph(cuda, tiny_generator
     tokens, _ = sample_tokens(Foreign(copy.deepcopy(here).to(CUDA)), torch.arange(3).to(CUDA), range(3), GUIDED)
     assert torch.equal(tokens.cpu(), sample_tokens(here, torch.arange(3), range(3), GUIDED)[0])
     assert not graphs.STATE.made
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_is_captured_as_well(cuda, model, condition, autocast) -> None:
+    """By weights, as samples are drawn on a device, and by autocast, as a rollout is; the cache has the type."""
+    there, condition = model.to(CUDA, torch.float32 if autocast else torch.bfloat16), to_device(condition, CUDA)
+    drawn = []
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        for graph in (True, False):
+            drawn.append(draw_batch(decoder_of(there, GUIDED, graphs=graph), condition, range(3))[0])
+    assert graphs.STATE.made and drawn[0].shape == (3, 16)
+    assert torch.equal(*(tokens[:, 0] for tokens in drawn))  # of the prefix: the same calculation
+    if not autocast:
+        assert there.new_cache(1).data.dtype == torch.bfloat16
+
+
+def test_a_job_captures_once_for_all_its_shards(cuda, tokenizer, tiny_generator, tmp_path) -> None:
+    """Four full batches in two shards, and a shorter one in a third."""
+    model = tiny_generator(vocab_size=tokenizer.vocab_size, num_tokens=tokenizer.num_tokens)
+    job = Job(
+        model.to(CUDA), tokenizer.to(CUDA), torch.arange(9) % 3, seed=0, sampler=GUIDED, source="x", precision="fp32"
+    )
+    run_job(job, tmp_path / "out.npz", batch_size=2, shard_size=4)
+    lengths = len({min((place // 8 + 1) * 8, tokenizer.num_tokens + 2) for place in range(2, tokenizer.num_tokens + 1)})
+    assert len(graphs.STATE.made) == 2 * lengths
