@@ -77,7 +77,7 @@ METRICS = (
     Metric("num_images", "images measured"),
     Metric("ratio_deviation", "largest deviation of the probability ratio from 1"),
     Metric("clip_fraction", "clipped ratios", "share"),
-    *(Metric(name, drawn=False) for name in ("policy", "loss", "grad_norm", "learning_rate", "noise_rate")),
+    *(Metric(name, drawn=False) for name in ("policy", "loss", "grad_norm", "learning_rate", "noise_rate", "chunk")),
 )  # fmt: skip
 """In the order of columns and charts."""
 
