@@ -241,11 +241,11 @@ class ReARGenerator(CausalGenerator[Tensor]):
 
     def look_ahead(self, condition: Tensor, cache: KVCache, place: int) -> None:
         """Projects AdaLN for some positions at once: its weights, a third of the model, are then read once for all."""
-        vectors = self.vectors(condition, self.few(condition, sampling=True))
-        piece = positions_ahead(len(vectors))
+        few = self.few(condition, sampling=True)
+        piece = positions_ahead(self.num_classes + 1 if few else len(condition))
         first = place // piece * piece
         if first != cache.first:
             steps = self.timesteps_embeddings[0, first : min(first + piece, self.num_tokens + 2), None]
-            vectors = F.silu(vectors + steps)  # (positions, R, D)
+            vectors = F.silu(self.vectors(condition, few) + steps)  # (positions, R, D)
             cache.keep(module.adaLN_modulation(vectors) for module in [*self.blocks, self.adaln_before_head])
             cache.first = first
