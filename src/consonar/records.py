@@ -26,9 +26,13 @@ def to_device(record: Record, device: torch.device) -> Record:
     memory that stay where they are."""
     if device.type == "cpu":  # what is read there has to be there
         return map_tensors(lambda tensor: tensor.to(device), record)
-    return map_tensors(
-        lambda tensor: (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True), record
-    )
+    return map_tensors(lambda tensor: pinned(tensor).to(device, non_blocking=True), record)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A copy in such pages, of a tensor that is on the CPU; one that is elsewhere as it is."""
+    # Not `pin_memory`, which fails where numbers share memory, as those of an expanded tensor do.
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor) if tensor.is_cpu else tensor
 
 
 class Fetched(Generic[Record]):

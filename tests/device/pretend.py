@@ -144,6 +144,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operation: checked as CUDA would check it, run on the CPU, its result claimed where CUDA would have it."""
     if func is torch.ops.prim.device.default:
         return STAND_IN
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
     leaves = flat([*args, *kwargs.values()])
     inside = [leaf for leaf in leaves if is_pretended(leaf)]
     wanted = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
@@ -162,8 +164,6 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._opname
     check_devices(name, func, [leaf for leaf in leaves if isinstance(leaf, Tensor)], args)
     count(name, func, args, kwargs, claimed)
-    if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
     with torch.inference_mode(False), torch.no_grad():
         result = compute(func, tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
     return claim(func, args, kwargs, result) if claimed else result
@@ -355,7 +355,6 @@ def pretended_cuda() -> Iterator[Log]:
             patch.setattr(torch.cuda, name, lambda *args, answer=answer, **settings: answer)
         patch.setattr(torch.cuda, "Stream", PretendedStream)
         patch.setattr(torch.cuda, "Event", PretendedEvent)
-        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         for name, pretended_one in (("CUDAGraph", graphs.Graph), ("graph", graphs.capture)):
             patch.setattr(torch.cuda, name, pretended_one)

@@ -46,6 +46,8 @@ def test_a_record_moves_whole_and_without_waiting(cuda) -> None:
     assert moved["batch"].tokens.is_cuda and moved["batch"].condition.mask.is_cuda
     assert moved["kept"] == 3 and moved["batch"].indices is None and not cuda.waits
     assert to_device(SamplerConfig(), torch.device("cuda", 0)) == SamplerConfig()
+    expanded = to_device(torch.ones(1, 3).expand(2, 3), torch.device("cuda", 0))
+    assert expanded.is_cuda and expanded.shape == (2, 3) and not cuda.waits
     back = to_device(moved, torch.device("cpu"))
     assert not back["batch"].tokens.is_cuda and cuda.waits  # what is read on the CPU is there
 

@@ -39,6 +39,7 @@ from consonar.report import write_report
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.checkpoints import load_resume, save_resume
 from consonar.training.origins import FILE, read_run_origin
+from consonar.training.run import sessions_before
 from consonar.training.tracking import read_metrics
 from consonar.types import ImageRecord
 
@@ -227,6 +228,10 @@ def make_run_origin(folder: Path) -> None:
     write_json(folder / FILE, to_dict(origin))
 
 
+def make_sessions(folder: Path) -> None:
+    write_json(folder / "sessions.json", {"sessions": [{"step": 0, "precision": "bf16"}, {"step": 9}]})
+
+
 def make_class_file(folder: Path) -> None:
     (folder / "classes.txt").write_text("cat\ndog\n")
 
@@ -311,6 +316,7 @@ FORMATS = {
     "demo": Format("demo/demo.json", make_demo, read_demo),
     "bad images": Format("bad.txt", make_listing, read_listing),
     "run origin": Format("origin.json", make_run_origin, read_run_origin),
+    "sessions": Format("sessions.json", make_sessions, lambda folder: sessions_before(5, folder / "sessions.json")),
     "class file": Format("classes.txt", make_class_file, lambda folder: read_class_file(folder / "classes.txt")),
     "source": Format("source.json", make_source, lambda folder: read_source(folder / "source.json")),
 }

@@ -22,6 +22,7 @@ from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import finish_save, is_component
 from consonar.files.writers import write_json
+from consonar.json_types import Json
 from consonar.options import is_whole
 from consonar.precision import multiplying, pick_precision
 from consonar.training.build import build
@@ -220,12 +221,14 @@ def add_session(precision: str, step: int, out: Path, world: World) -> None:
         "processes": world.size, "torch": torch.__version__,
     }  # fmt: skip
     if world.is_main:
-        path, before = out / SESSIONS, []
-        if path.exists():
-            known = read_json(path, "remove it")
-            with reading(path, "the sessions of a run", "remove it"):
-                before = [one for one in known["sessions"] if one["step"] < step]
-        write_json(path, {"sessions": [*before, session]})
+        write_json(out / SESSIONS, {"sessions": [*sessions_before(step, out / SESSIONS), session]})
+
+
+def sessions_before(step: int, path: Path) -> list[Json]:
+    """Those of a sessions.json that began before a step; none where older versions wrote none."""
+    known = read_json(path, "remove it") if path.exists() else {"sessions": []}
+    with reading(path, "the sessions of a run", "remove it"):
+        return [session for session in known["sessions"] if session["step"] < step]
 
 
 def export(built: Built, state: State, out: Path) -> None:
