@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from consonar.attention import CausalAttention, KVCache, attention_mask, rotate
+from consonar.generators.rear import modulate
 from consonar.generators.rotary import RMSNorm, SwiGLU, rotary_table, swiglu_width
 from consonar.types import Grid
 
@@ -155,3 +156,20 @@ def test_dropout_acts_on_attention_weights(rng):
         torch.testing.assert_close(kept, torch.ones(1, 6, 4))
         dropped = CausalAttention()(q, k, ones, mask=given, cache=None, layer=0, dropout=0.5)
         assert not torch.isclose(dropped, kept).all()
+
+
+def test_modulation_is_its_formula_with_its_gradient(rng):
+    x, shift, scale = (torch.randn(2, 3, 4, generator=rng, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    torch.testing.assert_close(modulate(x, shift, scale), x * (1 + scale) + shift)
+    assert torch.autograd.gradcheck(modulate, (x, shift, scale))
+
+
+def test_modulation_under_autocast_is_in_the_type_of_the_projections_and_keeps_their_gradients(rng):
+    x, shift, scale = (torch.randn(2, 3, 4, generator=rng) for _ in range(3))
+    given = [x.requires_grad_(), shift.bfloat16().requires_grad_(), scale.bfloat16().requires_grad_()]
+    result = modulate(*given)
+    assert result.dtype == torch.bfloat16
+    result.float().sum().backward()
+    assert [part.grad.dtype for part in given] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(x.grad, 1 + given[2].detach().float(), rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(given[2].grad, x.detach().bfloat16())
