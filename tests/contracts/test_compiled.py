@@ -95,6 +95,8 @@ def test_a_run_that_validates_and_shows_pictures_compiles_nothing_anew(
     name, run_configs, counter, tmp_path, monkeypatch
 ):
     graphs, config = run_configs[name]
+    if name == "tokenizer" and counter.backend == "inductor":
+        pytest.skip("its convolutions take minutes to compile")
     monkeypatch.setattr(runs, "compile_for_training", lambda part: compile_for_training(part, backend=counter))
     lines = read_metrics(train(config, tmp_path / "run", quiet=True) / "metrics.jsonl")
     assert counter.frame_count == graphs
