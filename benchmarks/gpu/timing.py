@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent))
 from versus import published_llamagen, published_rear, published_vapi
 
-from consonar.cli.ceilings import copy_rate, operations_of, product_rate
+from consonar.cli.ceilings import copy_rate, operations_of, product_rate, weights_read
 from consonar.distributed import World, pick_device
 from consonar.evaluation.results import library_versions
 from consonar.generators import build_generator
@@ -160,7 +160,7 @@ def sampling(
             draw_batch(decoder, labels, range(rows))
 
     figures = bench.measured(run, rows, rounds=2)
-    weights = sum(parameter.nbytes for parameter in model.blocks.parameters())
+    weights = weights_read(model, 2 * rows) * dtype.itemsize
     cache = model.new_cache(2 * rows).data.nbytes / 2  # filled to a half in the mean
     floor = config.num_tokens * (weights + cache) / bench.bytes_per_second
     per_token = 1e3 * figures["seconds"] / config.num_tokens

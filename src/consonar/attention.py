@@ -98,16 +98,15 @@ class CausalAttention(nn.Module):
             k, v = cache.update(k, v, layer)
         shape, num_key_heads = q.shape, k.shape[1]
         if num_key_heads != q.shape[1] and cache is not None and q.shape[2] == 1:
-            q = q.reshape(
-                len(q), num_key_heads, -1, q.shape[-1]
-            )  # heads that share keys: queries of one head, no copies
+            q = q.reshape(len(q), num_key_heads, -1, q.shape[-1])  # heads that share keys: queries of one, no copies
         elif num_key_heads != q.shape[1]:  # grouped queries: neighbouring heads share keys
             k, v = (x.repeat_interleave(q.shape[1] // num_key_heads, 1) for x in (k, v))
         if cache is None and mask is None:
             mixed = self.unmasked(q, k, v, dropout)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return mixed.view(shape).transpose(1, 2).flatten(2)
+        # CUDA's kernels give positions outside heads, in which grouped heads cannot be viewed apart.
+        return mixed.reshape(shape).transpose(1, 2).flatten(2)
 
     def unmasked(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Of whole sequences without padding: all (B, H, n, E)."""

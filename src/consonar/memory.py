@@ -64,7 +64,9 @@ def parts_in_use(device: torch.device) -> dict[str, int]:
     # `type`, not `isinstance`: what stands for another object would be asked for it, and may be gone.
     modules = [found for found in alive if issubclass(type(found), nn.Module)]
     optimizers = [found for found in alive if issubclass(type(found), torch.optim.Optimizer)]
-    held = [w for module in modules for w in (*module._parameters.values(), *module._buffers.values())]
+    # One that is being made, as where memory ends, has none of these yet.
+    kept = [vars(module).get(kind, {}) for module in modules for kind in ("_parameters", "_buffers")]
+    held = [w for named in kept for w in named.values()]
     weights = [w for w in held if w is not None]
     trained = {id(w) for optimizer in optimizers for group in optimizer.param_groups for w in group["params"]}
     states = [entry for optimizer in optimizers for entry in optimizer.state.values()]

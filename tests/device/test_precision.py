@@ -145,6 +145,7 @@ def test_steps_are_in_the_precision_of_the_run_and_the_rest_in_float32(
     assert rounded(seen) == {expected}
     train(config, tmp_path / "run", resume=True, quiet=True)
     assert rounded(seen) == {expected, EXACT, LOW}  # validation; the picture at the end is of samples
+    train(config, tmp_path / "run", resume=True, quiet=True)  # is done: no session of its own
     sessions = json.loads((tmp_path / "run" / "sessions.json").read_text())["sessions"]
     chosen = "bf16" if name == "auto" else name
     assert [(one["step"], one["precision"], one["machine"]) for one in sessions] == [

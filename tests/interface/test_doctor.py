@@ -12,6 +12,7 @@ from consonar import cli, precision
 from consonar.cli import ceilings
 from consonar.cli.doctor import optional_packages
 from consonar.cpu import timing
+from consonar.generators import build_generator
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 
@@ -122,3 +123,11 @@ def test_the_benchmark_is_read_by_no_other_command(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["recipes", "--benchmark"])
     assert stop.value.code == 2 and "--benchmark" in capsys.readouterr().err
+
+
+def test_weights_that_are_read_once_for_several_tokens_count_so():
+    """A block is 12 width^2 without AdaLN, whose 6 are read once for 16 tokens of a few rows, for one of many."""
+    blocks = build_generator(ReARConfig(width=64, num_layers=1, num_heads=2).sized(16, 64, 1000))
+    for rows, tokens in ((8, 16), (512, 2), (4096, 1)):
+        found = ceilings.weights_read(blocks, rows) / 64**2
+        assert found == pytest.approx(12 + 6 / tokens, abs=0.4)  # biases and norms

@@ -1,6 +1,10 @@
 """Products and attention in PyTorch's way and in ours: the same numbers up to rounding, whichever was chosen."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +154,26 @@ def test_both_ways_run_when_they_are_timed(make):
         for way in ways:
             way()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_first_asked_in_a_checkpointed_block_is_measured_there(tmp_path: Path) -> None:
+    """It asked for itself again, behind its own lock, for ever; hence a process of its own."""
+    script = """
+import torch
+from torch.utils.checkpoint import checkpoint
+from consonar.cpu.kernels import prefers_plain_attention
+asked = []
+def block(x):
+    asked.append(prefers_plain_attention(16, 8, torch.float32))
+    return x.sin()
+x = torch.ones(3, requires_grad=True)
+checkpoint(block, x, use_reentrant=False).sum().backward()
+print(len(asked), len(set(asked)))
+"""
+    settings = os.environ | {"CONSONAR_CACHE": str(tmp_path), "CONSONAR_KERNELS": "measured"}
+    ran = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, timeout=100)
+    assert ran.stdout.split() == ["2", "1"], ran.stderr
+    assert (
+        "attention, 16 positions of 8 in float32" in (tmp_path / "kernels.json").read_text()
+        or (tmp_path / "kernels-busy.json").exists()
+    )

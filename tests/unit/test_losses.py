@@ -109,3 +109,11 @@ def test_one_pass_finds_what_the_formulas_find_alone(temperature, rng, monkeypat
         torch.testing.assert_close(seen.entropy, entropy(logits / temperature))
         torch.testing.assert_close(seen.log_probs(seen.drawn), log_probs.transpose(1, 2))
     assert losses.look(logits).drawn.shape == (3, 0, 4)
+
+
+def test_a_look_draws_and_measures_alike_in_float64(rng):
+    logits, uniforms = torch.randn(2, 3, 7, generator=rng), torch.rand(2, 4, 3, generator=rng, dtype=torch.float64)
+    plain, double = (losses.look(x, uniforms=uniforms) for x in (logits, logits.double()))
+    assert torch.equal(plain.drawn, double.drawn)
+    torch.testing.assert_close(plain.entropy.double(), double.entropy.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(double.entropy, torch.distributions.Categorical(logits=logits.double()).entropy())

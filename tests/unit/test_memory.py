@@ -95,3 +95,10 @@ def test_a_command_that_has_too_little_memory_ends_in_one_line(tmp_path: Path) -
 def test_a_file_that_memory_does_not_suffice_for_is_not_called_damaged() -> None:
     with pytest.raises(UserError, match="as weights: it asks for more memory than there is"), reading("f", "weights"):
         raise RuntimeError("unable to mmap 11519680 bytes from file <f>: Cannot allocate memory (12)")
+
+
+def test_a_model_that_is_being_made_hides_no_error() -> None:
+    unmade = nn.Linear.__new__(nn.Linear)
+    with pytest.raises(MemoryError) as caught, memory.explained("make it smaller", torch.device("cpu")):
+        raise MemoryError
+    assert "make it smaller" in caught.value.__notes__[0] and "_parameters" not in vars(unmade)

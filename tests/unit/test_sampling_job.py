@@ -119,6 +119,15 @@ def test_a_shard_that_goes_while_the_output_is_made_leaves_no_output(draw, tmp_p
     assert len(np.load(draw())["arr_0"]) == COUNT
 
 
+def test_a_job_of_another_precision_is_told_how_it_goes_on(draw, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        draw(stop=4)
+    record = next(tmp_path.glob("*.parts")) / "job.json"
+    record.write_text(record.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
+    with pytest.raises(UserError, match=r"another job \(another precision: --precision bf16 goes on\); remove it or"):
+        draw()
+
+
 def test_another_job_is_refused_by_what_differs_or_begins_anew(draw, counted, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         draw(stop=4)

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from consonar.cpu.kernels import tune
 from consonar.distributed import World
 from consonar.generators import build_generator
-from consonar.generators.rear import REAR_PRESETS, ReARConfig
+from consonar.generators.rear import REAR_PRESETS, ReARConfig, positions_ahead
 from consonar.precision import autocast_type, pick_precision, with_weights
-from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch
 from consonar.seeding import generator as seeded
 from consonar.seeding import integers, uniform
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
@@ -33,7 +33,7 @@ from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.optim import OptimConfig, build_optimizer
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
-from consonar.types import TokenBatch
+from consonar.types import Generator, TokenBatch
 
 Call = Callable[[], object]
 SECONDS = 4.0
@@ -117,6 +117,12 @@ def operations_of(run: Call) -> int:
     return counter.get_total_flops()
 
 
+def weights_read(generator: Generator, rows: int) -> float:
+    """How many numbers of its blocks' weights a token of so many rows reads; AdaLN's are read once for some tokens."""
+    named = generator.blocks.named_parameters()
+    return sum(one.numel() / (positions_ahead(rows) if "adaLN" in name else 1) for name, one in named)
+
+
 def drawn_on(device: torch.device, make: Callable[[Any], Any], config: object) -> Any:
     """A model in evaluation mode whose weights are drawn on the device: a CPU takes its time with a billion."""
     with torch.device("meta"):
@@ -150,13 +156,12 @@ def benchmark(device: torch.device, size: Size | None = None) -> Iterator[tuple[
     generator = tune(drawn_on(device, build_generator, shape)).to(kind)
     labels = torch.arange(size.rows, device=device)
     weights = sum(parameter.numel() for parameter in generator.blocks.parameters())
+    read = weights_read(generator, 2 * size.rows) * kind.itemsize
     cache = generator.new_cache(2 * size.rows).data.nbytes * size.tokens // (2 * shape.num_tokens)  # on average
+    sampler = decoder_of(generator, SamplerConfig(guidance_scale=2.0), num_tokens=size.tokens)  # captures once
     yield line(
-        f"a token of {size.rows} guided rows",
-        lambda: sample_tokens(
-            generator, labels, range(size.rows), SamplerConfig(guidance_scale=2.0), num_tokens=size.tokens
-        ),
-        size.tokens, 2 * weights * 2 * size.rows * size.tokens, kind, size.tokens * (weights * kind.itemsize + cache),
+        f"a token of {size.rows} guided rows", lambda: draw_batch(sampler, labels, range(size.rows)), size.tokens,
+        2 * weights * 2 * size.rows * size.tokens, kind, int(size.tokens * (read + cache)),
     )  # fmt: skip
     tokenizer, side = drawn_on(device, MaskGITTokenizer, size.tokenizer), size.tokenizer.image_size
     rng = seeded(0, "doctor", device=device)

@@ -126,7 +126,9 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
             busy = _read(folder / "kernels-busy.json")
             if abs(time.time() - busy.setdefault(key, {}).get(choice, 0.0)) < AGAIN:
                 return 1.0
-            measured = time_ratio(*ways(), patience)
+            # In a checkpointed block PyTorch would calculate that anew for the gradients in here, and ask again.
+            with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+                measured = time_ratio(*ways(), patience)
             if measured is None:
                 busy[key][choice] = time.time()
                 write_json(folder / "kernels-busy.json", busy)

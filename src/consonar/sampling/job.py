@@ -182,6 +182,8 @@ def claim(folder: Path, job: Job, restart: bool) -> None:
             now = json.loads(json.dumps(job.settings))  # tuples are lists in JSON
             changed = [key for key in {**now, **before} if key not in PLACES and now.get(key) != before.get(key)]
             change = f"another {', '.join(changed)}" if changed else ""
+            if changed == ["precision"]:
+                change += f": --precision {before['precision']} goes on"
         except UserError:
             change = "its job.json is damaged"
     elif not is_unused(folder):

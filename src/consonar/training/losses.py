@@ -86,7 +86,7 @@ def look(logits: Tensor, temperature: float = 1.0, uniforms: Tensor | None = Non
         scaled = raise_precision(rows) / temperature
         total, drawn = scaled.logsumexp(-1, keepdim=True), scaled.new_empty(len(rows), 0, dtype=torch.int64)
         if uniforms is not None:  # in float64, so that a draw does not depend on how the sum was rounded
-            drawn = in_proportion(scaled.double().sub_(total).exp_(), of_rows)
+            drawn = in_proportion(scaled.to(torch.float64, copy=True).sub_(total).exp_(), of_rows)
         log_probs = scaled.sub_(total)
         found.append((total, -log_probs.exp().mul_(log_probs).sum(-1), drawn))
     total, entropy, drawn = (torch.cat(column) for column in zip(*found, strict=True))

@@ -76,7 +76,8 @@ def train(
             state = start_state(config, built, world)
             note = restore(state, out, world, config.objective.updates) if resume else None
             describe(config, built, out, world)
-            add_session(chosen, state.step, out, world)
+            if state.step < config.loop.steps and not state.stopped:
+                add_session(chosen, state.step, out, world)
             enabled = world.is_main
             tracker = Tracker(out, config, resume_step=state.step, enabled=enabled, quiet=quiet, on_step=on_step)
             for line in built.about:
