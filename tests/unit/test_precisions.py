@@ -137,7 +137,7 @@ def test_a_job_records_its_precision_and_another_is_another_job(tiny_generator, 
 
     with pytest.raises(KeyboardInterrupt):
         run("bf16", stop=2)
-    with pytest.raises(UserError, match=r"another job \(another precision\)"):
+    with pytest.raises(UserError, match=r"another job \(another precision: --precision bf16 goes on\)"):
         run("auto")
     settings = run("bf16")
     assert settings["precision"] == "bf16"
