@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from consonar.distributed import machine_name
 from consonar.evaluation.results import library_versions
+from consonar.types import Objective
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,3 +56,22 @@ def write_result(name: str, config: dict[str, Any], seed: int, figures: dict[str
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def optimiser_step(
+    model: nn.Module, objective: Objective[Any, Any], optimizer: torch.optim.Optimizer, batch: Any,
+    dtype: torch.dtype | None,
+) -> Callable[[], None]:  # fmt: skip
+    """A whole step as a callable: preparation, forward (under autocast with a dtype), backward, clipping, update."""
+    device = next(model.parameters()).device.type
+
+    def step() -> None:
+        prepared = objective.prepare(model, batch, 1)
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            loss, _ = objective.loss(model, prepared, 1)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

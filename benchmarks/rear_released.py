@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
-from common import interleaved, ratio, write_result
+from common import interleaved, optimiser_step, ratio, write_result
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -94,14 +94,7 @@ def make_step(args: argparse.Namespace, classes: int, released: bool) -> tuple[C
     batch = TokenBatch(tokens.to(device), torch.arange(args.batch_size, device=device) * 7 % classes)
     dtype = autocast_type(pick_precision("auto", device, "precision", "training"))
 
-    def step() -> None:
-        prepared = objective.prepare(model, batch, 1)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss, _ = objective.loss(model, prepared, 1)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    step = optimiser_step(model, objective, optimizer, batch, dtype)
 
     def loss_of_start() -> float:
         model.eval()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import interleaved, ratio, write_result
+from common import interleaved, optimiser_step, ratio, write_result
 
 from consonar.components import load_tokenizer
 from consonar.cpu import timing
@@ -43,16 +43,7 @@ def make_step(
     batch = TokenBatch(tokens.to(device), torch.arange(args.batch_size, device=device) % 10)
     dtype = autocast_type(pick_precision(precision, device, "precision", "training"))
 
-    def step() -> None:
-        prepared = objective.prepare(model, batch, 1)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss, _ = objective.loss(model, prepared, 1)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return optimiser_step(model, objective, optimizer, batch, dtype)
 
 
 def main() -> None:

@@ -145,6 +145,8 @@ def test_the_results_file(tmp_path, data):
     results = evaluate(
         tmp_path / "samples.npz", tmp_path / "data", EvaluationSettings(draws=2, seed=5), feature_network=Quadrants()
     )
+    named = evaluate(tmp_path / "samples.npz", tmp_path / "data", feature_network=Quadrants(), draws=2, seed=5)
+    assert named.metrics == results.metrics
     results.to_json(path)
     content = json.loads(path.read_text())
     assert content["schema"] == 1

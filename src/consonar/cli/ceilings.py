@@ -133,9 +133,9 @@ def drawn_on(device: torch.device, make: Callable[[Any], Any], config: object) -
     return model.eval()
 
 
-def benchmark(device: torch.device, size: Size | None = None) -> Iterator[tuple[str, str]]:
+def benchmark(device: torch.device) -> Iterator[tuple[str, str]]:
     """(what, in words) as `doctor` prints them: the ceilings, then the works with their share."""
-    size = size or SIZES[device.type]
+    size = SIZES[device.type]
     dtype = autocast_type(pick_precision("auto", device, "precision", "training")) or torch.float32
     drawn_in = pick_precision("auto", device, "precision", "sampling")
     moved = copy_rate(device, size.copied)

@@ -4,6 +4,7 @@ There is no iterator state: `batch(step)` depends on (seed, step, data) alone, s
 uninterrupted one would have read, and W ranks together read what one rank with a W times larger batch would.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -59,7 +60,7 @@ class Place(TypedDict):
     world_size: NotRequired[int]
 
 
-class Batches(Generic[Item]):
+class Batches(ABC, Generic[Item]):
     """Batches of `num_items` numbered items; `batch(step)` is reproducible from (seed, step), see `batch_rows`.
 
     `batch_size` is per rank. Raises `UserError`, which names `where` they come from, for no items and for a batch size
@@ -75,9 +76,9 @@ class Batches(Generic[Item]):
         self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
         self.rank, self.world_size = rank, world_size
 
+    @abstractmethod
     def read(self, rows: Tensor) -> Item:
         """The items `rows` (B,) as they are held."""
-        raise NotImplementedError
 
     def batch(self, step: int) -> Item:
         """For one optimiser step of this rank."""

@@ -8,9 +8,10 @@ distance is biased upwards for few samples, so parts compare among themselves on
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import stdev
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,15 +40,16 @@ def evaluate(
     *,
     feature_network: str | FeatureNetwork = "efficientnet-lite0",
     progress: ImagesDone | None = None,
+    **options: Any,  # of the types of the fields, which are checked when they are set
 ) -> Evaluation:
     """Measure `samples` against `reference` by the metrics of `SAMPLE_METRICS`; docs/evaluation.md says what they mean.
 
-    Means and covariances run over all images; precision, recall and the
-    feature copy rate over `max_neighbours_images` of each set, drawn by `seed` and the pixels, so that the order of a
-    set changes nothing. `progress` gets a set's name and the number of images done. Raises UserError for wrong input or
+    Means and covariances run over all images; precision, recall and the feature copy rate over `max_neighbours_images`
+    of each set, drawn by `seed` and the pixels, so that the order of a set changes nothing. `options` are fields of the
+    settings by name. `progress` gets a set's name and the number of images done. Raises UserError for wrong input or
     too few samples.
     """
-    settings = settings or EvaluationSettings()
+    settings = replace(settings or EvaluationSettings(), **options)
     samples = samples if isinstance(samples, SampleSet) else load_samples(samples)
     settings.check_parts(samples.count, samples.images.name)
     reference = reference if isinstance(reference, ReferenceSet) else open_reference(reference, samples.image_size)

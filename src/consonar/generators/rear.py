@@ -137,9 +137,8 @@ class Block(nn.Module):
         self, x: Tensor, condition: Condition, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.project(self.adaLN_modulation, layer).chunk(
-            6, dim=-1
-        )
+        projected = condition.project(self.adaLN_modulation, layer)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = projected.chunk(6, dim=-1)
         x = x + gate_a * self.dropout(self.attn(modulate(self.norm1(x), shift_a, scale_a), mask, cache, layer))
         return x + gate_m * self.dropout(self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 

@@ -149,7 +149,7 @@ class KeepBest:
     def distance(self) -> float:
         """That of the samples of the generator as it is now."""
         labels = balanced_labels(self.num_samples, max(1, self.model.num_classes))
-        images = sample(self.model, self.tokenizer, labels, batch_size=self.batch_size).images
+        images = sample(self.model, self.tokenizer, labels, batch_size=self.batch_size, precision="fp32").images
         found = self.moments(images.split(self.batch_size))
         return frechet_distance(found.mean, found.cov, self.target.mean, self.target.cov)
 

@@ -81,6 +81,8 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
             for _ in range(min(updates, loop.steps - state.step)):
                 terms = update(run, model, prepared, precision.autocast_type(multiplied_in))
         run.tracker.advance(state.step)
+        if run.looks:
+            run.check_weights()
         run.log(terms)
         # Before all that is optional: what fails below costs no step.
         if run.due(loop.save_every) or state.step >= last or state.stopped or state.interrupted:
@@ -142,6 +144,12 @@ class Running:
     def ends(self) -> bool:
         return self.state.step == self.config.loop.steps or bool(self.state.stopped)
 
+    @property
+    def looks(self) -> bool:
+        """Whether weights are logged, measured or shown at this step."""
+        loop = self.config.loop
+        return self.ends or any(self.due(every) for every in (loop.log_every, loop.validate_every, loop.sample_every))
+
     def check_weights(self) -> None:
         """Raises `NonFiniteLoss` for weights that are not finite; called before anything is made of those of a step."""
         size = torch.nn.utils.get_total_norm(self.state.model.parameters())
@@ -182,7 +190,6 @@ class Running:
         state.interrupted = bool(self.caught) and self.world.size == 1  # several processes agree in the next line
         if not self.due(loop.log_every) and not self.ends:
             return
-        self.check_weights()
         values = {key: float(value) for key, value in terms.items()} | {INTERRUPTED: float(bool(self.caught))}
         values = distributed.mean_over_ranks(values, self.world)
         state.interrupted = values.pop(INTERRUPTED) > 0
@@ -196,13 +203,11 @@ class Running:
         """Validation and a picture where they are due; a breach that validation finds is `state.stopped`, and saved."""
         state, loop = self.state, self.config.loop
         if self.due(loop.validate_every) or self.ends:
-            self.check_weights()
             breach = self.validate()
             if breach and not state.stopped:
                 state.stopped = breach
                 self.save()
         if self.due(loop.sample_every) or self.ends:
-            self.check_weights()
             self.preview()
 
     def validate(self) -> str | None:
