@@ -14,16 +14,13 @@ from consonar.demo.plan import (
     DRAWING,
     LEAST_STEPS,
     SUSTAINED,
-    EvaluationRate,
-    ImageRate,
-    Part,
+    VALIDATIONS,
     Progress,
-    Rates,
-    TrainingRate,
+    Rate,
     Work,
-    evaluation_rate,
     first_guess,
     most_work,
+    rate_through,
     seconds_of,
     training_rate,
     work_for,
@@ -33,34 +30,33 @@ from consonar.files.lock import hold
 from consonar.files.weights import save_component
 
 TRAINING = {
-    "plain-ar": TrainingRate(2.0, 0.7, 1.5),
-    "rear": TrainingRate(2.0, 0.8, 1.5),
-    "ce": TrainingRate(5.0, 0.9, 4.0),
-    "vapi": TrainingRate(6.0, 1.4, 4.0),
+    "plain-ar": Rate(2.0 + VALIDATIONS["step"] * 1.5, 0.7),
+    "rear": Rate(2.0 + VALIDATIONS["step"] * 1.5, 0.8),
+    "ce": Rate(5.0 + VALIDATIONS["update"] * 4.0, 0.9),
+    "vapi": Rate(6.0 + VALIDATIONS["update"] * 4.0, 1.4),
 }
-MEASURING = EvaluationRate(1.0, 3.0, 0.05)
-ENCODING = ImageRate(encode=0.002, features=0.01)
-IMAGES = (3906, 364)
+OTHERS = {
+    "tokens": Rate(2 * 3906 * 0.002), "reference": Rate((3906 + 364) * 0.002), "features": Rate(3906 * 0.01),
+    "measuring": Rate(1.0), "row": Rate(3.0, 0.05),
+}  # fmt: skip
 
 
-def rates(slower: float = 1.0) -> Rates:
-    training = {k: TrainingRate(*(slower * v for v in vars(rate).values())) for k, rate in TRAINING.items()}
-    return Rates(ENCODING, training, MEASURING)
+def rates(slower: float = 1.0) -> dict[str, Rate]:
+    return {k: Rate(slower * rate.fixed, slower * rate.each) for k, rate in TRAINING.items()} | OTHERS
 
 
 def cost(work: Work, slower: float = 1.0) -> float:
-    return sum(seconds_of(work, rates(slower), demo.PARTS, IMAGES).values())
+    return sum(seconds_of(work, rates(slower)).values())
 
 
 def test_the_seconds_of_a_job_are_those_of_its_pieces() -> None:
-    parts = {"a": Part("plain-ar", "step", 3), "a-vapi": Part("vapi", "update", 2)}
-    seconds = seconds_of(Work(100, 20, 64), rates(), parts, (1000, 50))
+    seconds = seconds_of(Work(100, 20, 64), rates(), {"a": "plain-ar", "a-vapi": "vapi"})
     assert seconds == {
-        "tokens": pytest.approx(SUSTAINED * (2 * 1000 * 0.002)),
-        "reference": pytest.approx(SUSTAINED * (1050 * 0.002)),
+        "tokens": pytest.approx(SUSTAINED * (2 * 3906 * 0.002)),
+        "reference": pytest.approx(SUSTAINED * ((3906 + 364) * 0.002)),
         "training a": pytest.approx(SUSTAINED * (2 + 100 * 0.7 + 8 * 1.5)),
         "training a-vapi": pytest.approx(SUSTAINED * (6 + 20 * 1.4 + 3 * 4.0)),
-        "measuring a": pytest.approx(SUSTAINED * (1 + 3 * (3 + 64 * 0.05) + 1000 * 0.01)),
+        "measuring a": pytest.approx(SUSTAINED * (1 + 3 * (3 + 64 * 0.05) + 3906 * 0.01)),
         "measuring a-vapi": pytest.approx(SUSTAINED * (1 + 2 * (3 + 64 * 0.05))),
         "page": 10.0,
     }
@@ -69,16 +65,16 @@ def test_the_seconds_of_a_job_are_those_of_its_pieces() -> None:
 @pytest.mark.parametrize("minutes", [12, 18, 60, 600])
 @pytest.mark.parametrize("slower", [0.1, 1, 3])
 def test_the_work_fills_the_minutes(minutes: float, slower: float) -> None:
-    work = most_work(60 * minutes, lambda work: cost(work, slower))
+    work = most_work(60 * minutes, rates(slower))
     one_more = work_for(work.steps + 1)
     assert work == work_for(work.steps) and cost(work, slower) <= 60 * minutes < cost(one_more, slower)
 
 
 def test_a_slower_machine_does_less_and_never_less_than_the_least() -> None:
-    fast, slow = (most_work(900, lambda work, s=s: cost(work, s)) for s in (1, 2))
+    fast, slow = (most_work(900, rates(slower)) for slower in (1, 2))
     assert fast.steps > slow.steps > LEAST_STEPS and fast.updates > slow.updates
     for seconds in (1.0, 0.0, -50.0):
-        assert most_work(seconds, cost) == work_for(LEAST_STEPS)
+        assert most_work(seconds, rates()) == work_for(LEAST_STEPS)
 
 
 def test_rates_are_read_from_a_run_that_logged_every_step() -> None:
@@ -86,14 +82,14 @@ def test_rates_are_read_from_a_run_that_logged_every_step() -> None:
     lines += [{"step": i, "time": t, "train/loss": 1.0} for i, t in ((1, 5.0), (2, 6.0), (3, 7.5), (4, 8.5))]
     lines += [{"step": 4, "time": 10.5, "validation/loss": 1.0}]
     # four steps of a second and two validations of two leave four of sixteen
-    assert training_rate(lines, 12.0) == TrainingRate(4.0, 1.0, 2.0)
-    assert training_rate(lines, 12.0, share=0.25) == TrainingRate(4.0, 1.0, 8.0)  # of a quarter of the images
-    assert training_rate([{**line, "time": 0.0} for line in lines], 0.0).step > 0
+    assert training_rate(lines, 12.0, validations=0) == Rate(4.0, 1.0)
+    assert training_rate(lines, 12.0, validations=3) == Rate(4.0 + 3 * 2.0, 1.0)
+    assert training_rate([{**line, "time": 0.0} for line in lines], 0.0, validations=1).each > 0
 
 
 def test_rates_of_measuring_are_a_line_through_two_rows() -> None:
-    assert evaluation_rate(1.0, (32, 5.0), (96, 11.4)) == EvaluationRate(1.0, pytest.approx(1.8), pytest.approx(0.1))
-    assert evaluation_rate(1.0, (32, 5.0), (96, 4.0)).sample == 0  # a machine that was busy meanwhile
+    assert rate_through((32, 5.0), (96, 11.4)) == Rate(pytest.approx(1.8), pytest.approx(0.1))
+    assert rate_through((32, 5.0), (96, 4.0)).each == 0  # a machine that was busy meanwhile
 
 
 def test_progress_is_that_of_the_whole_job() -> None:
@@ -140,7 +136,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     for name, value in {
         "train": train, "evaluate_run": evaluate_run,
-        "measure_machine": lambda *places: (rates(noted.slower), IMAGES),
+        "measure_machine": lambda *places: rates(noted.slower),
         "draw_opening": lambda path, device, say: say(f"{path}: pictures") or noted.slower * DRAWING,
         "make_tokens": lambda *places: None,
         "open_reference": lambda *spec: None, "encode_reference": lambda *reference: None,

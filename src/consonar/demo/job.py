@@ -22,7 +22,7 @@ from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import write_token_store
 from consonar.demo import plan
-from consonar.demo.plan import PARTS, POST_TRAINING, RUNS, TEMPERATURES, Progress, Say, Work, config_of
+from consonar.demo.plan import PARTS, POST_TRAINING, RUNS, TEMPERATURES, Progress, Rate, Say, Work, config_of
 from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
@@ -125,7 +125,7 @@ def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) 
     if is_component(run / "model"):
         progress.skip(piece)
         return
-    steps, unit = config.loop.steps, PARTS[name].unit
+    steps, unit = config.loop.steps, plan.unit_of(PARTS[name])
     with progress.piece(piece, f"{steps} {unit}s"):
         train(
             config, run, resume=(run / "config.json").exists(), quiet=True,
@@ -135,7 +135,7 @@ def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) 
 
 def measure_part(name: str, out: Path, work: Work, seed: int, target: ReferenceSet, progress: Progress) -> None:
     """Samples and measures one run at every temperature."""
-    piece, trained, rows = f"measuring {name}", name in RUNS, PARTS[name].rows
+    piece, trained, rows = f"measuring {name}", name in RUNS, plan.rows_of(PARTS[name])
     if is_measured(out / name):
         progress.skip(piece)
         return
@@ -157,60 +157,55 @@ def make_plan(
     """Measures this machine, says how long the whole job takes, and returns what demo.json keeps of it."""
     say("measuring this machine: some steps of every kind")
     minutes = settings["minutes"]
-    rates, images = measure_machine(out / ".measure", out, reference, tokenizer, settings["seed"])
-
-    def seconds(work: Work) -> dict[str, float]:
-        return plan.seconds_of(work, rates, PARTS, images)
-
+    rates = measure_machine(out / ".measure", out, reference, tokenizer, settings["seed"])
     spent = time.monotonic() - began
-    work = plan.most_work(60 * minutes - spent, lambda work: sum(seconds(work).values()))
-    planned = {"preparing": spent, **seconds(work)}
+    work = plan.most_work(60 * minutes - spent, rates)
+    planned = {"preparing": spent, **plan.seconds_of(work, rates)}
     whole = sum(planned.values()) / 60
-    speed = ", ".join(f"{kind} {rate.step:.2g}" for kind, rate in rates.training.items())
-    say(f"seconds per step here: {speed}; per sample: {rates.measuring.sample:.2g}")
+    speed = ", ".join(f"{kind} {rates[kind].each:.2g}" for kind in (*RUNS, *POST_TRAINING))
+    say(f"seconds per step here: {speed}; per sample: {rates['row'].each:.2g}")
     short = f", the least there is: {minutes:g} are too few" if whole > minutes * 1.05 else ""
     say(
         f"the whole takes about {whole:.0f} minutes here{short}: {work.steps} steps for {' and '.join(RUNS)}, "
         f"{work.updates} updates for each post-training run, {work.samples} samples per row"
     )
-    return {**asdict(work), "seconds": planned, "rates": asdict(rates)}
+    return {**asdict(work), "seconds": planned, "rates": {kind: asdict(rate) for kind, rate in rates.items()}}
 
 
 def measure_machine(
     folder: Path, out: Path, reference: ReferenceSet, tokenizer: Tokenizer, seed: int
-) -> tuple[plan.Rates, tuple[int, int]]:
-    """Rates of everything the job does, from little of it in `folder`, which is removed, and how many images there are
-    to train on and to validate with. Only the validation images are encoded and seen by the feature network here, in
-    the place of the training images too.
-    """
+) -> dict[str, Rate]:
+    """Rates of everything the job does, from little of it in `folder`, which is removed. Only the validation images are
+    encoded and seen by the feature network here, in the place of the training images too."""
     shutil.rmtree(folder, ignore_errors=True)
-    device = str(pick_device())
+    device, total = str(pick_device()), len(OpenMoji("train", tokenizer.image_size))
     held_out, lap = reference.images["validation"], laps()
     target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
     seen, encoding = len((target.tokens or {})["validation"]), lap() / 2
     settings = EvaluationSettings(device=device)
     with settings.multiplying():
         cached_features(load_feature_network("efficientnet-lite0", device), held_out, settings)
-    images = plan.ImageRate(encoding / seen, lap() / seen)
+    # The training tokens are of two views, the reference's of one.
+    images = {"tokens": 2 * total * encoding, "reference": (total + seen) * encoding, "features": total * lap()}
+    rates = {piece: Rate(seconds / seen) for piece, seconds in images.items()}
     make_tokens(out, "validation", tokenizer)
-    training: dict[str, plan.TrainingRate] = {}
-    for name, part in PARTS.items():
-        if part.kind not in training:
+    for name, kind in PARTS.items():
+        if kind not in rates:
             config = config_of(name, out, Work(PROBE_STEPS, PROBE_STEPS, 0), seed)
-            training[part.kind] = measure_training(folder, config, PROBE_ITEMS / seen)
-    few, many = (
+            rates[kind] = measure_training(folder, config, plan.VALIDATIONS[plan.unit_of(kind)] * seen / PROBE_ITEMS)
+    (_, few), (setup, many) = (
         measure_evaluation(
             folder, target, RunSettings(num_samples=samples, seed=seed, reconstruct=False, device=device)
         )
         for samples in PROBE_SAMPLES
     )
     shutil.rmtree(folder)
-    measuring = plan.evaluation_rate(many[0], *zip(PROBE_SAMPLES, (few[1], many[1]), strict=True))
-    return plan.Rates(images, training, measuring), (len(OpenMoji("train", tokenizer.image_size)), seen)
+    row = plan.rate_through(*zip(PROBE_SAMPLES, (few, many), strict=True))
+    return {**rates, "measuring": Rate(setup), "row": row}
 
 
-def measure_training(folder: Path, config: TrainConfig, share: float) -> plan.TrainingRate:
-    """The rate of a kind of run, from its first steps; `share`: of the validation images, what `PROBE_ITEMS` are."""
+def measure_training(folder: Path, config: TrainConfig, validations: float) -> Rate:
+    """The rate of runs with so many `validations` (on `PROBE_ITEMS`), from the first steps of one."""
     tokens = f"{config.data.tokens}-validation" if config.data.tokens else None
     config = replace(
         config,
@@ -220,7 +215,7 @@ def measure_training(folder: Path, config: TrainConfig, share: float) -> plan.Tr
     )
     out, lap = folder / str(config.recipe), laps()
     train(config, out, quiet=True)
-    return plan.training_rate(read_metrics(out / "metrics.jsonl"), lap(), share)
+    return plan.training_rate(read_metrics(out / "metrics.jsonl"), lap(), validations)
 
 
 def measure_evaluation(folder: Path, target: ReferenceSet, settings: RunSettings) -> tuple[float, float]:

@@ -39,45 +39,20 @@ DRAWING, MEASURING, LEAST = 5.0, 42.0, 275.0
 
 
 @dataclass(frozen=True)
-class TrainingRate:
-    """Seconds of one kind of run."""
+class Rate:
+    """Seconds of a kind of work, as measured of this machine: `fixed`, and `each` for every unit of it."""
 
-    setup: float
-    """From the call to the first step, and from the last one to the exported model."""
-    step: float
-    """One step, or one update; over 0."""
-    validation: float
+    fixed: float
+    each: float = 0.0
 
-
-@dataclass(frozen=True)
-class EvaluationRate:
-    """Seconds of measuring a run."""
-
-    setup: float
-    row: float
-    """What a row of results takes whatever the number of samples."""
-    sample: float
-    """Drawing one sample and its features."""
+    def of(self, count: int) -> float:
+        """Of so many units."""
+        return self.fixed + count * self.each
 
 
-@dataclass(frozen=True)
-class ImageRate:
-    """Seconds of what is done once with every image of the data."""
-
-    encode: float
-    """Reading it and encoding it into tokens."""
-    features: float
-    """Reading it and its features."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What was measured of this machine."""
-
-    images: ImageRate
-    training: Mapping[str, TrainingRate]
-    """By kind of run."""
-    measuring: EvaluationRate
+Rates = Mapping[str, Rate]
+"""Of each kind of run by its steps or updates; `measuring` a run, beside each `row` of results by its samples; and once
+for all runs `tokens`, `reference` and `features` of the images."""
 
 
 @dataclass(frozen=True)
@@ -90,28 +65,25 @@ class Work:
     """Drawn per row of results."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One run of the job."""
-
-    kind: str
-    """What its rate was measured under."""
-    unit: Literal["step", "update"]
-    rows: int
-    """Of its results."""
+PARTS = {name: name for name in RUNS} | {f"{start}-{kind}": kind for start in RUNS for kind in POST_TRAINING}
+"""The runs of the job by name, and the kind of each, which its rate is measured under."""
 
 
-# A run that others start from has one row more, at the temperature of equal entropy.
-PARTS = {name: Part(name, "step", len(TEMPERATURES) + 1) for name in RUNS} | {
-    f"{start}-{name}": Part(name, "update", len(TEMPERATURES)) for start in RUNS for name in POST_TRAINING
-}
+def unit_of(kind: str) -> Literal["step", "update"]:
+    """What a run of this kind counts."""
+    return "step" if kind in RUNS else "update"
+
+
+def rows_of(kind: str) -> int:
+    """Rows of its results: what others start from has one more, at the temperature of equal entropy."""
+    return len(TEMPERATURES) + (kind in RUNS)
 
 
 def config_of(name: str, out: Path, work: Work, seed: int) -> TrainConfig:
     """The configuration of one of `PARTS`: its recipe at the demo's budget."""
-    kind, steps = PARTS[name].kind, work.steps
-    if PARTS[name].unit == "step":
-        recipe = RUNS[name]()
+    kind, steps = PARTS[name], work.steps
+    if kind in RUNS:
+        recipe = RUNS[kind]()
         loop = replace(
             recipe.loop, steps=steps, validate_every=max(1, steps // 8), sample_every=0, save_every=max(1, steps // 4)
         )
@@ -121,25 +93,22 @@ def config_of(name: str, out: Path, work: Work, seed: int) -> TrainConfig:
     return replace(recipe, recipe=name, seed=seed, init=str(out / name.removesuffix(f"-{kind}")), loop=loop)
 
 
-def training_rate(metrics: Sequence[JsonMap], seconds: float, share: float = 1.0) -> TrainingRate:
-    """The rate of a run of `seconds` that logged every step (the lines of its metrics.jsonl, in their order).
-
-    Its validations measured this `share` of the validation images, over 0.
-    """
+def training_rate(metrics: Sequence[JsonMap], seconds: float, validations: float) -> Rate:
+    """The rate of runs with so many `validations`, from one of `seconds` that logged every step (the lines of its
+    metrics.jsonl, in their order); a step takes over 0."""
     steps = [line["time"] for line in metrics if "train/loss" in line]
     spans = zip(metrics, pairwise([0.0, *(line["time"] for line in metrics)]), strict=True)
-    validations = [after - before for line, (before, after) in spans if "train/loss" not in line]
+    measured = [after - before for line, (before, after) in spans if "train/loss" not in line]
     # The clock of metrics.jsonl counts 0.001.
     step = max(median_high(later - earlier for earlier, later in pairwise(steps)), 1e-4)
-    validation = min(validations)
-    setup = max(seconds - len(steps) * step - len(validations) * validation, 0.0)
-    return TrainingRate(setup, step, validation / share)
+    setup = max(seconds - len(steps) * step - len(measured) * min(measured), 0.0)
+    return Rate(setup + validations * min(measured), step)
 
 
-def evaluation_rate(setup: float, few: tuple[int, float], many: tuple[int, float]) -> EvaluationRate:
-    """The rate from two rows, each (samples, seconds)."""
-    sample = max((many[1] - few[1]) / (many[0] - few[0]), 0.0)
-    return EvaluationRate(setup, max(few[1] - few[0] * sample, 0.0), sample)
+def rate_through(few: tuple[int, float], many: tuple[int, float]) -> Rate:
+    """The rate from two measurements, each (units, seconds)."""
+    each = max((many[1] - few[1]) / (many[0] - few[0]), 0.0)
+    return Rate(max(few[1] - few[0] * each, 0.0), each)
 
 
 def work_for(steps: int) -> Work:
@@ -148,28 +117,26 @@ def work_for(steps: int) -> Work:
     return Work(steps, max(LEAST_UPDATES, round(steps * UPDATES_PER_STEP)), samples)
 
 
-def seconds_of(work: Work, rates: Rates, parts: Mapping[str, Part], images: tuple[int, int]) -> dict[str, float]:
+def seconds_of(work: Work, rates: Rates, parts: Mapping[str, str] = PARTS) -> dict[str, float]:
     """Seconds of every piece of the job by name, in order: all runs are trained, then all are measured.
 
-    `images`: how many there are to train on and to validate with. The training tokens are of two views, the
-    reference's of one; the first run that is measured makes the features of the training images, the others read them.
+    The first run that is measured makes the features of the training images, the others read them.
     """
-    train, validation = images
-    pieces = {"tokens": 2 * train * rates.images.encode, "reference": (train + validation) * rates.images.encode}
-    for name, part in parts.items():
-        rate, count = rates.training[part.kind], work.steps if part.unit == "step" else work.updates
-        pieces[f"training {name}"] = rate.setup + count * rate.step + VALIDATIONS[part.unit] * rate.validation
-    row, features = rates.measuring.row + work.samples * rates.measuring.sample, train * rates.images.features
-    for name, part in parts.items():
-        pieces[f"measuring {name}"] = rates.measuring.setup + part.rows * row + features
+    pieces, features = {piece: rates[piece].fixed for piece in ("tokens", "reference")}, rates["features"].fixed
+    for name, kind in parts.items():
+        pieces[f"training {name}"] = rates[kind].of(work.steps if kind in RUNS else work.updates)
+    for name, kind in parts.items():
+        rows = rows_of(kind) * rates["row"].of(work.samples)
+        pieces[f"measuring {name}"] = rates["measuring"].fixed + rows + features
         features = 0.0
     return {piece: SUSTAINED * seconds for piece, seconds in pieces.items()} | {"page": PAGE_SECONDS}
 
 
-def most_work(seconds: float, cost: Callable[[Work], float]) -> Work:
-    """The most work whose `cost` in seconds fits into `seconds`; the least there is where nothing fits."""
+def most_work(seconds: float, rates: Rates) -> Work:
+    """The most work that takes no more than `seconds`; the least there is where nothing fits."""
     more = range(LEAST_STEPS + 1, MOST_STEPS)
-    return work_for(LEAST_STEPS + bisect_right(more, seconds, key=lambda steps: cost(work_for(steps))))
+    fitting = bisect_right(more, seconds, key=lambda steps: sum(seconds_of(work_for(steps), rates).values()))
+    return work_for(LEAST_STEPS + fitting)
 
 
 def first_guess(drawing: float, minutes: float) -> str:
