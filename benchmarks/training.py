@@ -17,6 +17,7 @@ from consonar.cpu import timing
 from consonar.distributed import pick_device
 from consonar.generators.rear import REAR_PRESETS, ReARGenerator
 from consonar.precision import autocast_type, pick_precision
+from consonar.seeding import draw_weights
 from consonar.seeding import generator as seeded
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
@@ -35,7 +36,7 @@ def make_step(
     shape = replace(shape, num_layers=args.layers or shape.num_layers, dropout=dropout)
     model = Trainee(ReARGenerator(shape), objective_config.head_specs(shape.num_layers, tokenizer.code_dim))
     model.generator.reset_parameters(seeded(0, "benchmark"))
-    model.reset_heads(seeded(0, "benchmark_heads"))
+    draw_weights(model.heads, rng=seeded(0, "benchmark_heads"))
     model.to(device).train()
     objective = Autoregressive(objective_config, tokenizer, total_steps=1000, seed=0)
     optimizer = build_optimizer(model, OptimConfig())

@@ -19,7 +19,7 @@ from consonar.hub import PREFIX, Wanted, read_name, released_file
 from consonar.model_folders import read_settings, read_tokenizer, shipped_or_folder
 from consonar.options import is_whole
 from consonar.origin import Origin, check, check_distinct
-from consonar.tokenizers import TokenizerModule
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Generator, Weights
 
 
@@ -29,7 +29,7 @@ def save_generator(generator: Generator, folder: Path, origin: Origin, *, dtype:
     save_component(folder, config, stored(generator, dtype))
 
 
-def save_tokenizer(tokenizer: TokenizerModule, folder: Path, *, dtype: str = "float32") -> None:
+def save_tokenizer(tokenizer: CodebookTokenizer, folder: Path, *, dtype: str = "float32") -> None:
     """Writes a model folder; `dtype` float16 halves the file (the fingerprint is that of the rounded weights)."""
     config = {"component": "tokenizer", "name": tokenizer.name, **to_dict(tokenizer.config)}
     save_component(folder, config, stored(tokenizer, dtype))
@@ -80,7 +80,7 @@ def load_generator(path: str | Path) -> Generator:
     return generator
 
 
-def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -> TokenizerModule:
+def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -> CodebookTokenizer:
     """A frozen tokenizer in evaluation mode on the CPU: a name (`openmoji-64`), a run, a model folder, a released file.
 
     `num_tokens`: for images of so many tokens, where its architecture takes any image size (see `tokenizers.resized`).
@@ -91,7 +91,7 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
     return read_tokenizer(model_folder(name_or_path, "tokenizer"), num_tokens)
 
 
-def load_own_tokenizer(path: str | Path) -> TokenizerModule:
+def load_own_tokenizer(path: str | Path) -> CodebookTokenizer:
     """The tokenizer that a stored generator was trained with, frozen, on the CPU. `UserError` when it is not there or
     its weights have changed since: other codes would decode to noise."""
     _, origin, settings, _ = read_settings(model_folder(path), "generator", GENERATORS)

@@ -12,7 +12,8 @@ from consonar.config_io import from_dict
 from consonar.errors import UserError, unknown
 from consonar.files.weights import component_config, load_module, released
 from consonar.origin import Origin
-from consonar.tokenizers import TOKENIZERS, TokenizerModule, resized
+from consonar.tokenizers import TOKENIZERS, resized
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Kind, ModelConfig
 
 SHIPPED = {"generator": ("openmoji",), "tokenizer": ("openmoji-64", "openmoji-64-f4")}
@@ -54,7 +55,7 @@ def read_settings(
     return name, from_dict(made, where, Origin), from_dict(config, where, kinds[kind].config), kinds[kind].model
 
 
-def read_tokenizer(folder: Path, num_tokens: int | None = None) -> TokenizerModule:
+def read_tokenizer(folder: Path, num_tokens: int | None = None) -> CodebookTokenizer:
     """The tokenizer of a model folder, as `components.load_tokenizer` returns it."""
     name, _, settings, tokenizer_class = read_settings(folder, "tokenizer", TOKENIZERS)
     if num_tokens is not None:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from consonar.errors import UserError
 from consonar.options import is_whole
@@ -56,6 +57,18 @@ def integers(rng: torch.Generator, low: int, high: int, *shape: int) -> torch.Te
 def permutation(rng: torch.Generator, count: int) -> torch.Tensor:
     """0 .. `count` - 1 in a random order, int64."""
     return torch.randperm(count, generator=rng, device=rng.device)
+
+
+@torch.no_grad()
+def draw_weights(
+    model: nn.Module, draw: Callable[..., object] = nn.init.trunc_normal_, rng: torch.Generator | None = None
+) -> None:
+    """By `draw`, of std 0.02, the weights of linear layers, convolutions and embeddings; their biases are 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            draw(module.weight, std=0.02, generator=rng)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def choose(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from consonar.distributed import World
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.seeding import draw_weights
 from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.checkpoints import State
@@ -93,7 +94,7 @@ def build(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype | No
         return method.objective(config, **settings), trainee.to(device).train()
     if method.run == "generator":
         trainee = Trainee(make_tiny_generator(), config.head_specs(2, tokenizer.code_dim))
-        trainee.reset_heads(seeded(0, "heads"))
+        draw_weights(trainee.heads, rng=seeded(0, "heads"))
         return method.objective(config, tokenizer, **settings), trainee.to(device).train()
     prior = make_tiny_generator(seed=1).requires_grad_(False).to(device)
     settings |= {"autocast_dtype": dtype, "probe": lambda: make_batch().images.to(device)}

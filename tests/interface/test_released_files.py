@@ -10,7 +10,7 @@ from unit.released_models import CASES, released
 
 from consonar import cli
 from consonar.components import load_tokenizer, read_origin
-from consonar.convert.layouts.llamagen import GENERATOR as OFFICIAL
+from consonar.convert.layouts.generators import LLAMAGEN as OFFICIAL
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS, resized

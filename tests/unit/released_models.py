@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from consonar.convert.layouts import alitok, janus, llamagen, rear, tokenizers
+from consonar.convert.layouts import generators, janus, tokenizers
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
@@ -32,13 +32,13 @@ JANUS = JanusConfig(
     width=128, num_layers=2, num_heads=1, mlp_width=48, text_vocab_size=100003, code_dim=4, head_width=24,
     vocab_size=16, num_tokens=576,
 )  # fmt: skip
-USED = {llamagen.CODE_USAGE: torch.arange(9.0)}
-HEADS = {key: torch.randn(3, generator=seeded(0, key)) for head in rear.HEADS for key in sorted(head)}
+USED = {tokenizers.CODE_USAGE: torch.arange(9.0)}
+HEADS = {key: torch.randn(3, generator=seeded(0, key)) for head in generators.HEADS for key in sorted(head)}
 REAR = ReARConfig(width=32, num_layers=2, num_heads=4, vocab_size=16, num_tokens=4, num_classes=3)
 KV_CACHE = {"layers.1.attention.kv_cache.k_cache": torch.zeros(2, 1, 5, 64)}
 # Record, our configuration, and what the released file holds besides.
 CASES = {
-    "vq": (llamagen.TOKENIZER, VQ, USED),
+    "vq": (tokenizers.LLAMAGEN, VQ, USED),
     "maskgit": (tokenizers.MASKGIT, MaskGITConfig(**CONV), {}),
     "vqgan+": (tokenizers.VQGAN_PLUS, VQGANPlusConfig(**CONV), {}),
     "maskbit": (tokenizers.VQGAN_PLUS, VQGANPlusConfig(**CONV, quantizer="lookup-free"), {}),
@@ -48,18 +48,18 @@ CASES = {
     "titok, pixels": (
         tokenizers.TITOK, TiTokConfig(**VIT, num_tokens=3, pixel_decoder=None, l2_normalize=False), {}
     ),
-    "alitok": (alitok.TOKENIZER, AliTokConfig(**VIT), {}),
-    "rear": (rear.OFFICIAL, REAR, HEADS),
-    "rar": (rear.OFFICIAL, REAR, {}),
-    "llamagen, classes": (llamagen.GENERATOR, LLAMAGEN, {}),
+    "alitok": (tokenizers.ALITOK, AliTokConfig(**VIT), {}),
+    "rear": (generators.REAR, REAR, HEADS),
+    "rar": (generators.REAR, REAR, {}),
+    "llamagen, classes": (generators.LLAMAGEN, LLAMAGEN, {}),
     "llamagen, captions, sampled from": (
-        llamagen.GENERATOR,
+        generators.LLAMAGEN,
         LlamaGenConfig(**ROTARY, num_heads=1, num_tokens=256, condition="text", num_condition_tokens=4, caption_dim=6,
                        grid=Grid(16, 16)),
         KV_CACHE,
     ),
     "alitok-ar": (
-        alitok.GENERATOR,
+        generators.ALITOK,
         AliTokARConfig(**ROTARY, num_heads=4, num_tokens=273, num_classes=3, grid=Grid(16, 16, prefix=17)), {},
     ),
     "janus": (janus.OFFICIALS[0], JANUS, {"language_model.lm_head.weight": torch.ones(2), "aligner.a": torch.ones(1)}),

@@ -10,7 +10,7 @@ from manifests import manifest, released_shapes
 from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
-from consonar.convert.layouts.alitok import GENERATOR as OFFICIAL
+from consonar.convert.layouts.generators import ALITOK as OFFICIAL
 from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.generators.alitok import ALITOK_PRESETS, AliTokARConfig, AliTokARGenerator

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from consonar.components import load_generator, save_generator
 from consonar.config_io import from_dict, to_dict
-from consonar.convert.layouts.llamagen import GENERATOR as OFFICIAL
+from consonar.convert.layouts.generators import LLAMAGEN as OFFICIAL
 from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.generators.llamagen import LLAMAGEN_PRESETS, LlamaGenConfig, LlamaGenGenerator

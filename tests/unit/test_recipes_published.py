@@ -50,7 +50,7 @@ def trainee_of(config: TrainConfig) -> Trainee:
     """What the recipe trains with its own tokenizer and 1000 classes, without memory."""
     shapes = released_shapes(TOKENIZERS[config.tokenizer])
     official = recognise(shapes, config.tokenizer)
-    tokenizer = build(official.component, official.config(shapes), "tokenizer")
+    tokenizer = build(official.component, official.config(shapes))
     shape = config.model.sized(tokenizer.vocab_size, tokenizer.num_tokens, 1000, grid=tokenizer.grid)
     with torch.device("meta"):
         model = build_generator(shape)

@@ -9,8 +9,8 @@ from manifests import released_shapes
 from rounding import assert_rounding
 
 from consonar.config_io import from_dict, to_dict
-from consonar.convert.layouts.alitok import TOKENIZER as OFFICIAL
 from consonar.convert.layouts.official import shapes_of
+from consonar.convert.layouts.tokenizers import ALITOK as OFFICIAL
 from consonar.errors import UserError
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig

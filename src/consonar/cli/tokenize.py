@@ -20,7 +20,7 @@ from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
 from consonar.precision import pick_precision
 from consonar.sampling.checks import check_batch_size
-from consonar.tokenizers import TokenizerModule
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import ImageSource, Tokenizer
 
 
@@ -98,7 +98,7 @@ def command(options: Options) -> None:
         bad.write()  # of a stream it is known now
 
 
-def tokenizer_for(name: str, image_size: int | None) -> TokenizerModule:
+def tokenizer_for(name: str, image_size: int | None) -> CodebookTokenizer:
     """The tokenizer for images of `image_size` pixels (None: its own); `UserError` where it takes none such."""
     if image_size is not None:
         IMAGE_SIDE.check("--image-size", image_size)

@@ -15,7 +15,7 @@ import torch
 
 from consonar.config_io import from_dict, to_dict
 from consonar.convert.containers import TORCH_ENDINGS, Weights, read_weights
-from consonar.convert.layouts import OFFICIALS, llamagen
+from consonar.convert.layouts import OFFICIALS, generators
 from consonar.convert.layouts.janus import split_parts
 from consonar.convert.layouts.official import Official, Shapes, State, shapes_of
 from consonar.data.transforms import IMAGE_SIDE
@@ -36,23 +36,28 @@ from consonar.generators import GENERATORS
 from consonar.json_types import Json, JsonMap
 from consonar.model_folders import from_anywhere, read_settings, read_tokenizer, shipped_or_folder
 from consonar.origin import Origin
-from consonar.tokenizers import TOKENIZERS, TokenizerModule
+from consonar.tokenizers import TOKENIZERS
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Generator, Grid, Kind, ModelConfig
 
 SOURCE, UNUSED = "source.json", "unused.safetensors"
-
-
+KINDS: dict[str, Mapping[str, Kind[ModelConfig, Generator | CodebookTokenizer]]] = {
+    "tokenizer": TOKENIZERS, "generator": GENERATORS,
+}  # fmt: skip
 # Reduction of the tokenizers that LlamaGen's released generators were trained with.
 LLAMAGEN_REDUCTION = 16
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a state dict is: the record, our configuration, and our module on the meta device."""
+    """What a state dict is: the record, our configuration, our module on the meta device, and our tensors."""
 
     official: Official
     config: ModelConfig
-    module: Generator | TokenizerModule
+    module: Generator | CodebookTokenizer
+    ours: State
+    unused: State
+    """What the way back needs as well."""
 
 
 @dataclass(frozen=True)
@@ -91,27 +96,27 @@ def convert(
     notes, halves = weights.notes, split_parts(weights.tensors)
     if len(halves) == 1:
         named = re.search(r"(?<!\d)(384|512)(?!\d)", path.name)
-        if named and image_size is None and llamagen.GENERATOR.recognises(shapes_of(weights.tensors)):
+        if named and image_size is None and generators.LLAMAGEN.recognises(shapes_of(weights.tensors)):
             image_size = int(named[1])
             told = f"for images of {image_size} pixels, because the file's name says so (--image-size says another)"
             notes = [told, *notes]
         found = examine(weights.tensors, str(path), image_size=image_size, settings=settings)
         if tokenizer is not None and found.official.component == "tokenizer":
             raise UserError("--tokenizer: for generators alone; leave --tokenizer away")
-        parts = {"": (found, weights.tensors)}
+        parts = {"": found}
     else:
         if image_size is not None or tokenizer is not None:
             raise UserError(f"--image-size, --tokenizer: {path} has a tokenizer of its own; leave them away")
         tokenizer = str((to / "tokenizer").resolve())
         # The tokenizer first, because the generator's config.json names it.
         parts = {
-            part: (examine(halves[part], f"{path} ({part})", settings=changes), halves[part])
+            part: examine(halves[part], f"{path} ({part})", settings=changes)
             for part, changes in (("tokenizer", None), ("generator", settings))
         }
     with folder_at_once(to) as partial:
         return [
-            write(partial / part, to / part, found, state, about(found, to / part, tokenizer, partial), weights, notes)
-            for part, (found, state) in parts.items()
+            write(partial / part, to / part, found, about(found, to / part, tokenizer, partial), weights, notes)
+            for part, found in parts.items()
         ]
 
 
@@ -126,32 +131,30 @@ def recognise(shapes: Shapes, where: str) -> Official:
     return found[0]
 
 
-def build(component: str, config: ModelConfig, name: str) -> Generator | TokenizerModule:
+def build(component: str, config: ModelConfig) -> Generator | CodebookTokenizer:
     """The tokenizer or generator of a configuration, on the meta device: keys and shapes, no memory."""
     with torch.device("meta"):
-        if component == "tokenizer":
-            return TOKENIZERS[config.kind].model(config, name=name)
-        return GENERATORS[config.kind].model(config)
+        return KINDS[component][config.kind].model(config)
 
 
 def examine(state: State, where: str, *, image_size: int | None = None, settings: JsonMap | None = None) -> Found:
     """What a state dict is. Reads shapes and types alone; `UserError` for unknown or missing keys, or other shapes."""
-    meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
-    official = recognise(shapes_of(meta), where)
+    shapes = shapes_of(state)
+    official = recognise(shapes, where)
     try:
-        config = official.config(shapes_of(meta))
+        config = official.config(shapes)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         cause = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{where}: looks like {official.name}, but {cause}") from error
     changes = {**(sized(config, image_size, where) if image_size is not None else {}), **(settings or {})}
     if changes:
         config = from_dict({**to_dict(config), **changes}, where, type(config))
-    ours, unused = official.to_ours(meta, config)
-    module = build(official.component, config, "converted")
+    ours, unused = official.to_ours(state, config)
+    module = build(official.component, config)
     check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
     back = official.to_official(ours, unused, config)
-    assert shapes_of(back) == shapes_of(meta), f"{official.name}: the way back changes keys or shapes"
-    return Found(official, config, module)
+    assert shapes_of(back) == shapes, f"{official.name}: the way back changes keys or shapes"
+    return Found(official, config, module, ours, unused)
 
 
 def sized(config: ModelConfig, image_size: int, where: str) -> Json:
@@ -173,38 +176,31 @@ def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Js
     `final` is where the folder will be. A tokenizer from the same file was just written into `partial`; `tokenizer` is
     then where it will be.
     """
-    beside = partial / "tokenizer"
     if found.official.component == "tokenizer":
-        name = final.name if final.name != "tokenizer" else final.parent.name
-        return {"component": "tokenizer", "name": name}
-    if tokenizer is None or tokenizer.startswith("hf:"):
-        return {"component": "generator", **to_dict(Origin(tokenizer=tokenizer))}
-    folder = beside if beside.is_dir() else shipped_or_folder("tokenizer", tokenizer)
-    loaded = read_tokenizer(folder, found.module.num_tokens)
-    for key in ("vocab_size", "num_tokens"):
-        if getattr(loaded, key) != getattr(found.module, key):
-            raise UserError(
-                f"--tokenizer: {tokenizer} has {key} {getattr(loaded, key)}, the generator {getattr(found.module, key)}"
-            )
-    place = from_anywhere("tokenizer", tokenizer)
-    origin = Origin(tokenizer=place, tokenizer_fingerprint=loaded.fingerprint)
+        return {"component": "tokenizer", "name": final.name if final.name != "tokenizer" else final.parent.name}
+    origin = Origin(tokenizer=tokenizer)
+    if tokenizer is not None and not tokenizer.startswith("hf:"):
+        beside = partial / "tokenizer"
+        folder = beside if beside.is_dir() else shipped_or_folder("tokenizer", tokenizer)
+        loaded = read_tokenizer(folder, found.module.num_tokens)
+        for key in ("vocab_size", "num_tokens"):
+            theirs, ours = getattr(loaded, key), getattr(found.module, key)
+            if theirs != ours:
+                raise UserError(f"--tokenizer: {tokenizer} has {key} {theirs}, the generator {ours}")
+        origin = Origin(tokenizer=from_anywhere("tokenizer", tokenizer), tokenizer_fingerprint=loaded.fingerprint)
     return {"component": "generator", **to_dict(origin)}
 
 
-def write(
-    folder: Path, final: Path, found: Found, state: State, head: JsonMap, weights: Weights, notes: list[str]
-) -> Converted:
+def write(folder: Path, final: Path, found: Found, head: JsonMap, weights: Weights, notes: list[str]) -> Converted:
     """Writes the component folder that will be `final`, and says what is in it."""
-    official = found.official
-    ours, unused = official.to_ours(state, found.config)
-    check_finite(ours, str(weights.files[0]))
-    save_component(folder, {**head, **to_dict(found.config)}, ours)
-    if unused:
-        save_tensors(folder / UNUSED, unused)
-        held = ", ".join(list(unused)[:2])
-        notes = [*notes, f"set aside for the way back: {len(unused)} tensors ({held} ...)"]
-    write_json(folder / SOURCE, {"recognised_as": official.name, **weights.source})
-    return Converted(official, found.config, found.module, final, tuple(notes))
+    check_finite(found.ours, str(weights.files[0]))
+    save_component(folder, {**head, **to_dict(found.config)}, found.ours)
+    if found.unused:
+        save_tensors(folder / UNUSED, found.unused)
+        held = ", ".join(list(found.unused)[:2])
+        notes = [*notes, f"set aside for the way back: {len(found.unused)} tensors ({held} ...)"]
+    write_json(folder / SOURCE, {"recognised_as": found.official.name, **weights.source})
+    return Converted(**vars(found), folder=final, notes=tuple(notes))
 
 
 def to_official(folder: Path, out: Path) -> str:
@@ -236,10 +232,9 @@ def to_official(folder: Path, out: Path) -> str:
 def official_state(folder: Path) -> tuple[str, State, list[str]]:
     """Architecture, released state dict and entry of one component folder."""
     component = str(component_config(folder).get("component"))
-    tables: dict[str, Mapping[str, Kind[ModelConfig, object]]] = {"tokenizer": TOKENIZERS, "generator": GENERATORS}
-    if component not in tables:
+    if component not in KINDS:
         raise UserError(f"{folder}: not a folder of a tokenizer or generator (component in config.json)")
-    _, _, config, _ = read_settings(folder, component, tables[component])
+    _, _, config, _ = read_settings(folder, component, KINDS[component])
     ours = map_tensors(folder / "model.safetensors")
     unused = map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
     if (folder / SOURCE).is_file():

@@ -27,6 +27,7 @@ from consonar.errors import UserError
 from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.options import Count, CountOrZero, Depth, Divides, Positive, ShareBelowOne
+from consonar.seeding import draw_weights
 
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
@@ -175,11 +176,7 @@ class ReARGenerator(CausalGenerator[Tensor]):
         """Truncated normals of std 0.02; biases 0; AdaLN projections 0, so that every block starts as the identity."""
         for parameter in (self.cls_token, self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
             nn.init.trunc_normal_(parameter, std=0.02, generator=rng)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=rng)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        draw_weights(self, rng=rng)
         for module in [*self.blocks, self.adaln_before_head]:
             nn.init.zeros_(module.adaLN_modulation[1].weight)
 

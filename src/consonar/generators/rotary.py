@@ -26,6 +26,7 @@ from consonar.errors import UserError
 from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig, Given
 from consonar.options import SMALLEST, Count, CountOrZero, Depth, Divides, Positive, Range, ReadOnlyWith, ShareBelowOne
+from consonar.seeding import draw_weights
 from consonar.types import Grid
 
 Heads = Annotated[Count, Divides("width", 4, into="heads of a multiple of 4")]
@@ -160,11 +161,8 @@ class RotaryGenerator(CausalGenerator[Given]):
     @torch.no_grad()
     def reset_parameters(self, rng: torch.Generator | None = None) -> None:
         """Normals of std 0.02; norms 1; biases and the output 0, so that the first prediction is uniform."""
+        draw_weights(self, nn.init.normal_, rng)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02, generator=rng)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
         nn.init.zeros_(self.output.weight)

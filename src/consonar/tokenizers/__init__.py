@@ -2,34 +2,17 @@
 
 import math
 from dataclasses import replace
-from typing import Protocol
-
-from torch import Tensor
 
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.tokenizers.conv import ConvConfig
 from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
-from consonar.types import Kind, ModelConfig, Tokenizer, Weights
+from consonar.types import Kind, ModelConfig
 
-
-class TokenizerModule(Tokenizer, Weights, Protocol):
-    """A tokenizer that is a module: what `components.load_tokenizer` returns."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """What it was made from."""
-        ...
-
-    @property
-    def codebook(self) -> Tensor:
-        """(V, C): the codes as the decoder receives them."""
-        ...
-
-
-TOKENIZERS: dict[str, Kind[ModelConfig, TokenizerModule]] = {
+TOKENIZERS: dict[str, Kind[ModelConfig, CodebookTokenizer]] = {
     "vq": Kind(VQConfig, VQTokenizer, trainable=True),
     "maskgit-vq": Kind(MaskGITConfig, MaskGITTokenizer, trainable=True),
     "vqgan-plus": Kind(VQGANPlusConfig, VQGANPlusTokenizer),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar.options import Count, CountOrZero
+from consonar.seeding import draw_weights
 from consonar.tokenizers import vit
 from consonar.tokenizers.base import Codebook, as_grid
 from consonar.types import Grid
@@ -67,4 +68,4 @@ class AliTokTokenizer(vit.ViTTokenizer):
         encoder = vit.Encoder(config, config.grid.num_tokens, packed=False, class_token=False, scrambled=False)
         super().__init__(config, name, config.grid, encoder, AliTokDecoder(config), l2_normalize=False)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
-        self.apply(vit.initialise)
+        draw_weights(self)

@@ -13,6 +13,7 @@ Letters: `B` batch, `N` tokens (raster order), `V` vocabulary, `C` code width, `
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -123,54 +124,46 @@ def level(blocks: Blocks | None, channels_in: int, channels_out: int, count: int
     return nn.Sequential(OrderedDict({blocks: row})) if blocks else row
 
 
-def middle(blocks: Blocks, channels: int, count: int, groups: int) -> nn.Sequential:
-    return level(None if blocks == "block" else blocks, channels, channels, count, groups)
+def network(conv_in: nn.Conv2d, inner: Mapping[str, nn.Module], groups: int, conv_out: nn.Conv2d) -> nn.Sequential:
+    """What encoders and decoders are: the inner parts, under their names, between two convolutions."""
+    norm = normalization(conv_out.in_channels, groups)
+    return nn.Sequential(OrderedDict(conv_in=conv_in, **inner, norm_out=norm, silu=nn.SiLU(), conv_out=conv_out))
 
 
-class ConvEncoder(nn.Module):
-    """(B, C, h, w) <- (B, 3, H, W) in [0, 1]. `strided`: convolutions halve the resolution, else means of 2 x 2."""
-
-    def __init__(self, config: ConvConfig, blocks: Blocks, *, strided: bool):
-        super().__init__()
-        widths, count, groups = config.widths, config.num_res_blocks, config.num_groups
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1, bias=False)
-        self.down = nn.Sequential()
-        for index, (width_in, width_out) in enumerate(pairwise([config.base_channels, *widths])):
-            self.down.append(level(blocks, width_in, width_out, count, groups))
-            if index < len(widths) - 1:
-                name, change = ("down_conv", HalvingConv(width_out)) if strided else ("pool", nn.AvgPool2d(2))
-                self.down[index].add_module(name, change)
-        self.mid = middle(blocks, widths[-1], count, groups)
-        self.norm_out = normalization(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
+class Backwards(nn.Sequential):
+    """Parts that are stored the other way round than they run."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.mid(self.down(self.conv_in(x))))))
+        for part in reversed(self):
+            x = part(x)
+        return x
 
 
-class ConvDecoder(nn.Module):
+def conv_encoder(config: ConvConfig, blocks: Blocks, *, strided: bool) -> nn.Sequential:
+    """(B, C, h, w) <- (B, 3, H, W) in [0, 1]. `strided`: convolutions halve the resolution, else means of 2 x 2."""
+    widths, count, groups, down = config.widths, config.num_res_blocks, config.num_groups, nn.Sequential()
+    conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1, bias=False)
+    for index, (width_in, width_out) in enumerate(pairwise([config.base_channels, *widths])):
+        down.append(level(blocks, width_in, width_out, count, groups))
+        if index < len(widths) - 1:
+            name, change = ("down_conv", HalvingConv(width_out)) if strided else ("pool", nn.AvgPool2d(2))
+            down[index].add_module(name, change)
+    mid = level(None if blocks == "block" else blocks, widths[-1], widths[-1], count, groups)
+    return network(conv_in, {"down": down, "mid": mid}, groups, nn.Conv2d(widths[-1], config.code_dim, 1))
+
+
+def conv_decoder(config: ConvConfig, blocks: Blocks, count: int) -> nn.Sequential:
     """(B, 3, H, W) in [0, 1], not clamped <- (B, C, h, w), with `count` residual blocks a level. MaskGIT's levels are
     stored from full to lowest resolution."""
-
-    def __init__(self, config: ConvConfig, blocks: Blocks, count: int):
-        super().__init__()
-        widths, groups = config.widths[::-1], config.num_groups
-        self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
-        self.mid = middle(blocks, widths[0], count, groups)
-        steps = list(pairwise([widths[0], *widths]))
-        self.up, self.backwards = nn.ModuleList(), blocks == "block"
-        for width_in, width_out in reversed(steps) if self.backwards else steps:
-            self.up.append(level(blocks, width_in, width_out, count, groups))
-            if len(self.up) != (1 if self.backwards else len(steps)):  # all but full resolution
-                self.up[-1].add_module("upsample_conv", DoublingConv(width_out))
-        self.norm_out = normalization(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for step in reversed(self.up) if self.backwards else self.up:
-            x = step(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+    widths, groups, backwards = config.widths[::-1], config.num_groups, blocks == "block"
+    conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
+    mid = level(None if backwards else blocks, widths[0], widths[0], count, groups)
+    steps, up = list(pairwise([widths[0], *widths])), Backwards() if backwards else nn.Sequential()
+    for width_in, width_out in reversed(steps) if backwards else steps:
+        up.append(level(blocks, width_in, width_out, count, groups))
+        if len(up) != (1 if backwards else len(steps)):  # all but full resolution
+            up[-1].add_module("upsample_conv", DoublingConv(width_out))
+    return network(conv_in, {"mid": mid, "up": up}, groups, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
 
 class ConvTokenizer(CodebookTokenizer):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from consonar.tokenizers.base import Codebook
-from consonar.tokenizers.conv import ConvConfig, ConvDecoder, ConvEncoder, ConvTokenizer
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, conv_decoder, conv_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,6 @@ class MaskGITConfig(ConvConfig):
 class MaskGITTokenizer(ConvTokenizer):
     def __init__(self, config: MaskGITConfig, name: str = "maskgit-vq"):
         super().__init__(config, name)
-        self.encoder = ConvEncoder(config, "block", strided=False)
-        self.decoder = ConvDecoder(config, "block", config.num_res_blocks)
+        self.encoder = conv_encoder(config, "block", strided=False)
+        self.decoder = conv_decoder(config, "block", config.num_res_blocks)
         self.quantize = Codebook(config.vocab_size, config.code_dim)

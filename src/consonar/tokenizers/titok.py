@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from consonar.errors import UserError
 from consonar.options import Count
+from consonar.seeding import draw_weights
 from consonar.tokenizers import vit
 from consonar.tokenizers.base import Codebook, as_grid
-from consonar.tokenizers.conv import ConvDecoder
+from consonar.tokenizers.conv import conv_decoder
 from consonar.tokenizers.maskgit import MaskGITConfig
 
 RELEASED_PIXEL_DECODER = MaskGITConfig()
@@ -96,11 +97,11 @@ class TiTokTokenizer(vit.ViTTokenizer):
         first_form = config.pixel_decoder is not None
         encoder = vit.Encoder(config, config.num_tokens, packed=True, class_token=True, scrambled=first_form)
         super().__init__(config, name, None, encoder, TiTokDecoder(config), config.l2_normalize)
-        self.apply(vit.initialise)
+        draw_weights(self)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         if config.pixel_decoder is not None:
             self.pixel_quantize = Codebook(config.pixel_decoder.vocab_size, config.pixel_decoder.code_dim)
-            self.pixel_decoder = ConvDecoder(config.pixel_decoder, "block", config.pixel_decoder.num_res_blocks)
+            self.pixel_decoder = conv_decoder(config.pixel_decoder, "block", config.pixel_decoder.num_res_blocks)
 
     def pixels(self, codes: Tensor) -> Tensor:
         decoded = self.decoder(codes)

@@ -155,14 +155,6 @@ def learned_table(rows: int, width: int) -> nn.Parameter:
     return nn.Parameter(width**-0.5 * torch.randn(rows, width))
 
 
-def initialise(module: nn.Module) -> None:
-    """For `Module.apply`: the released code's draw of linear, convolution and embedding weights."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
 def patches_to_image(x: Tensor, patch_size: int) -> Tensor:
     """(B, 3, h*P, w*P) <- (B, P*P*3, h, w), channels ordered (row, column, colour)."""
     patches = x.unflatten(1, (patch_size, patch_size, 3))  # (B, P, P, 3, h, w)

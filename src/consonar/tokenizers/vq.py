@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from consonar.data.transforms import ImageSize
 from consonar.options import Count
+from consonar.tokenizers import conv
 from consonar.tokenizers.base import Codebook, as_grid, as_row
-from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, DoublingConv, HalvingConv, ResidualBlock, normalization
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQConfig(ConvConfig):
+class VQConfig(conv.ConvConfig):
     """Shape of a convolutional VQ tokenizer; the defaults are the one for OpenMoji at 64 px."""
 
     kind: Literal["vq"] = "vq"
@@ -48,7 +48,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = normalization(channels, groups)
+        self.norm = conv.normalization(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ class Level(nn.Module):
     ):
         super().__init__()
         widths = [channels_in] + [channels_out] * num_blocks
-        self.res = nn.ModuleList(ResidualBlock(a, b, groups, drops_input=False) for a, b in pairwise(widths))
+        self.res = nn.ModuleList(conv.ResidualBlock(a, b, groups, drops_input=False) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(SpatialAttention(channels_out, groups) for _ in range(num_blocks if attend else 0))
         self.change = change
         if change:
-            conv = HalvingConv(channels_out) if change == "downsample" else DoublingConv(channels_out)
-            self.add_module(change, nn.Sequential(OrderedDict(conv=conv)))
+            kind = conv.HalvingConv if change == "downsample" else conv.DoublingConv
+            self.add_module(change, nn.Sequential(OrderedDict(conv=kind(channels_out))))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.res):
@@ -83,9 +83,9 @@ class Level(nn.Module):
 
 def middle(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(channels, channels, groups, drops_input=False),
+        conv.ResidualBlock(channels, channels, groups, drops_input=False),
         SpatialAttention(channels, groups),
-        ResidualBlock(channels, channels, groups, drops_input=False),
+        conv.ResidualBlock(channels, channels, groups, drops_input=False),
     )
 
 
@@ -99,40 +99,28 @@ def levels(widths: Sequence[int], num_blocks: int, groups: int, change: Change) 
     ))  # fmt: skip
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        widths = [config.base_channels, *config.widths]
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
-        self.conv_blocks = levels(widths, config.num_res_blocks, config.num_groups, "downsample")
-        self.mid = middle(widths[-1], config.num_groups)
-        self.norm_out = normalization(widths[-1], config.num_groups)
-        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.mid(self.conv_blocks(self.conv_in(x))))))
+def encoder(config: VQConfig) -> nn.Sequential:
+    widths, groups = [config.base_channels, *config.widths], config.num_groups
+    conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+    blocks = levels(widths, config.num_res_blocks, groups, "downsample")
+    inner = {"conv_blocks": blocks, "mid": middle(widths[-1], groups)}
+    return conv.network(conv_in, inner, groups, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
 
 
-class Decoder(nn.Module):
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        widths = [config.widths[-1], *reversed(config.widths)]
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = middle(widths[0], config.num_groups)
-        self.conv_blocks = levels(widths, config.num_res_blocks + 1, config.num_groups, "upsample")
-        self.norm_out = normalization(widths[-1], config.num_groups)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.conv_blocks(self.mid(self.conv_in(x))))))
+def decoder(config: VQConfig) -> nn.Sequential:
+    widths, groups = [config.widths[-1], *reversed(config.widths)], config.num_groups
+    conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+    mid = middle(widths[0], groups)
+    inner = {"mid": mid, "conv_blocks": levels(widths, config.num_res_blocks + 1, groups, "upsample")}
+    return conv.network(conv_in, inner, groups, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
 
-class VQTokenizer(ConvTokenizer):
+class VQTokenizer(conv.ConvTokenizer):
     unit_range = False
 
     def __init__(self, config: VQConfig, name: str = "vq"):
         super().__init__(config, name, l2_normalize=config.l2_normalize)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = encoder(config), decoder(config)
         self.quantize = Codebook(config.vocab_size, config.code_dim, bound=1.0)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)

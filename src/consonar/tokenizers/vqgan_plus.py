@@ -18,7 +18,7 @@ from torch import Tensor
 from consonar.errors import UserError
 from consonar.options import Count, ReadOnlyWith
 from consonar.tokenizers.base import Codebook
-from consonar.tokenizers.conv import ConvConfig, ConvDecoder, ConvEncoder, ConvTokenizer
+from consonar.tokenizers.conv import ConvConfig, ConvTokenizer, conv_decoder, conv_encoder
 
 CODEBOOK = ReadOnlyWith(lambda given: given.quantizer == "lookup", "{}quantizer 'lookup': lookup-free codes are signs")
 
@@ -66,8 +66,8 @@ class VQGANPlusTokenizer(ConvTokenizer):
     def __init__(self, config: VQGANPlusConfig, name: str = "vqgan-plus"):
         super().__init__(config, name, l2_normalize=config.l2_normalize)
         blocks = config.num_res_blocks if config.num_decoder_blocks is None else config.num_decoder_blocks
-        self.encoder = ConvEncoder(config, "res_blocks", strided=config.downsample == "convolution")
-        self.decoder = ConvDecoder(config, "res_blocks", blocks)
+        self.encoder = conv_encoder(config, "res_blocks", strided=config.downsample == "convolution")
+        self.decoder = conv_decoder(config, "res_blocks", blocks)
         self.lookup_free = config.quantizer == "lookup-free"
         if not self.lookup_free:
             self.quantize = Codebook(config.vocab_size, config.code_dim)

@@ -30,9 +30,9 @@ from consonar.precision import autocast_type, pick_precision
 from consonar.records import to_device
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
-from consonar.seeding import derive_seed, generator, permutation
+from consonar.seeding import derive_seed, draw_weights, generator, permutation
 from consonar.tokenizers import TOKENIZERS
-from consonar.tokenizers.base import Codebook, CodebookTokenizer
+from consonar.tokenizers.base import Codebook
 from consonar.training.checkpoints import KeepBest
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
@@ -72,7 +72,7 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     shape = shape.sized(store.vocab_size, store.num_tokens, max(1, store.num_classes), grid=tokenizer.grid)
     model = start_of(config, shape, tokenizer)
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
-    trainee.reset_heads(generator(config.seed, "init_heads"))
+    draw_weights(trainee.heads, rng=generator(config.seed, "init_heads"))  # of their own: they never move its start
     objective = make_objective(config, world, tokenizer)
     built = Built(trainee, objective, TokenBatches(store, **place), about=(store.describe(),))
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)
@@ -122,8 +122,6 @@ def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     shape = config.model
     assert shape is not None  # its configuration is not valid without
     tokenizer = TOKENIZERS[shape.kind].model(shape, name=out.absolute().name)
-    if not isinstance(tokenizer, CodebookTokenizer):
-        raise UserError(f"model.kind: {shape.kind!r} has no codebook to train")
     pictures = open_pictures(config, tokenizer.image_size, out)
     assert pictures.held_out is not None  # `open_pictures` holds some out
     trainee = TokenizerTrainee(tokenizer, discriminator=config.objective.has_discriminator)

@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from consonar.components import save_generator
@@ -58,14 +57,6 @@ class Trainee(nn.Module):
                     f"but the generator has layers 0..{generator.num_layers - 1}"
                 )
         self.heads = nn.ModuleDict({spec.name: alignment_head(generator.width, spec) for spec in heads})
-
-    @torch.no_grad()
-    def reset_heads(self, rng: torch.Generator) -> None:
-        """Truncated normals of std 0.02, biases 0, drawn from `rng` (so heads never move the generator's start)."""
-        for module in self.heads.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=rng)
-                nn.init.zeros_(module.bias)
 
     def forward(self, context: Tensor, condition: Condition) -> Prediction:
         layers = tuple(spec.layer for spec in self.specs)

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from consonar.convert.layouts.llamagen import TOKENIZER as LLAMAGEN_VQ
-from consonar.convert.layouts.llamagen import tokenizer_config as llamagen_vq_config
 from consonar.convert.layouts.official import Official, Shapes, State, has, num_indices, set_aside
+from consonar.convert.layouts.tokenizers import LLAMAGEN as LLAMAGEN_VQ
+from consonar.convert.layouts.tokenizers import llamagen_config as llamagen_vq_config
 from consonar.errors import UserError
 from consonar.generators.janus import JANUS_PRESETS, PAD_TOKEN, JanusConfig
 from consonar.tokenizers.vq import VQConfig

@@ -1,9 +1,13 @@
-"""Released files of tokenizers without a generator: MaskGIT's (`maskgit-vqgan-imagenet-f16-256.bin`), VQGAN+ (MaskBit's
-`ConvVQModel`, reAR's `VQPlus`; arXiv 2409.16211) and TiTok (arXiv 2406.07550). Our keys are theirs.
+"""Released files of tokenizers: LlamaGen's VQ (arXiv 2406.06525; `vq_ds16_c2i.pt`, `vq_ds8_c2i.pt`, `vq_ds16_t2i.pt`),
+MaskGIT's (`maskgit-vqgan-imagenet-f16-256.bin`), VQGAN+ (MaskBit's `ConvVQModel`, reAR's `VQPlus`; arXiv 2409.16211),
+TiTok (arXiv 2406.07550) and AliTok (arXiv 2506.05289; `AliTok.pth`). Our keys are theirs, but for LlamaGen's log of
+code usage, a buffer, which is set aside.
 
-What files do not tell, as published: 32 groups; of the first two, images of 256 pixels; whether codes are normalised:
-those of TiTok's first form alone. VQGAN+'s constant tables of the lookup-free quantiser are set aside, and written anew
-on the way back. Not read: MaskBit's copy of MaskGIT's tokenizer, whose decoder is stored the other way round.
+What files do not tell, as published: 32 groups; of convolutional ones, images of 256 pixels (they read any multiple of
+their reduction; `image_size` of `convert` says another); heads of the transformers; whether codes are normalised: those
+of LlamaGen and of TiTok's first form are. VQGAN+'s constant tables of the lookup-free quantiser are set aside, and
+written anew on the way back. Not read: MaskBit's copy of MaskGIT's tokenizer, whose decoder is stored the other way
+round.
 """
 
 import math
@@ -12,11 +16,28 @@ import torch
 
 from consonar.convert.layouts import official
 from consonar.convert.layouts.official import Official, Shapes, State, has, multipliers, num_indices
+from consonar.tokenizers.alitok import AliTokConfig
 from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
+from consonar.tokenizers.vq import VQConfig
 from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, sign_codes
 
 CODEBOOK, TABLE, WEIGHTS = "quantize.embedding.weight", "quantize.codebook", "quantize.bits_to_indices"
+CODE_USAGE = "quantize.codebook_used"
+
+
+def llamagen_config(shapes: Shapes) -> VQConfig:
+    base = shapes["encoder.conv_in.weight"][0]
+    vocab_size, code_dim = shapes[CODEBOOK]
+    return VQConfig(
+        image_size=256,
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+        base_channels=base,
+        channel_multipliers=multipliers(shapes, "encoder.conv_blocks.", "res.0.conv1.weight", base),
+        num_res_blocks=num_indices(shapes, "encoder.conv_blocks.0.res."),
+        latent_channels=shapes["encoder.conv_out.weight"][0],
+    )
 
 
 def maskgit_config(shapes: Shapes) -> MaskGITConfig:
@@ -94,6 +115,31 @@ def titok_config(shapes: Shapes) -> TiTokConfig:
     )
 
 
+def alitok_config(shapes: Shapes) -> AliTokConfig:
+    num_encoder_patches = shapes["encoder.positional_embedding"][0]
+    image_size = math.isqrt(num_encoder_patches) * shapes["encoder.patch_embed.weight"][-1]
+    decoder_patch_size = math.isqrt(shapes["decoder.ffn.0.weight"][0] // 3)
+    num_decoder_patches = (image_size // decoder_patch_size) ** 2
+    vocab_size, code_dim = shapes[CODEBOOK]
+    return AliTokConfig(
+        image_size=image_size,
+        vocab_size=vocab_size,
+        code_dim=code_dim,
+        num_prefix_tokens=shapes["latent_tokens"][0] - num_decoder_patches,
+        num_buffer_tokens=shapes["decoder.class_embedding"][0],
+        encoder=official.transformer(shapes, "encoder", image_size, num_encoder_patches),
+        decoder=official.transformer(shapes, "decoder", image_size, num_decoder_patches),
+    )
+
+
+LLAMAGEN = Official(
+    "LlamaGen VQ tokenizer",
+    "tokenizer",
+    has("encoder.conv_blocks.0.res.0.norm1.weight", CODEBOOK, "quant_conv.weight",
+        "post_quant_conv.weight"),
+    llamagen_config,
+    official.set_aside(lambda key: key == CODE_USAGE),
+)  # fmt: skip
 # VQGAN of taming-transformers shares the names of the levels, but not those of the middle.
 MASKGIT = Official(
     "MaskGIT-VQGAN tokenizer",
@@ -117,4 +163,14 @@ TITOK = Official(
     has("latent_tokens", "encoder.class_embedding", "decoder.mask_token", CODEBOOK,
         without=("decoder.text_guidance",)),
     titok_config,
+)  # fmt: skip
+# Learned latents, and an encoder without a class token or TiTok's mask token.
+ALITOK = Official(
+    "AliTok tokenizer",
+    "tokenizer",
+    has(
+        "latent_tokens", "decoder.class_embedding", "encoder.patch_embed.weight", CODEBOOK,
+        without=("encoder.class_embedding", "decoder.mask_token"),
+    ),
+    alitok_config,
 )  # fmt: skip
