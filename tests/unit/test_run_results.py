@@ -92,13 +92,13 @@ def test_a_failure_replaces_nothing_and_a_killed_one_leaves_nothing(tmp_path):
     for name in ("samples_t1.npz", "mine.npz"):
         (tmp_path / name).write_text("old")
     before = files(tmp_path)
-    with pytest.raises(ValueError, match="stop"), replacing(tmp_path) as staged:
+    with pytest.raises(ValueError, match="stop"), replacing(tmp_path, "results.json", overwrite=True) as staged:
         (staged / "results.json").write_text("{}")
         raise ValueError("stop")
     assert files(tmp_path) == before
     (tmp_path / ".evaluation.partial").mkdir()
     (tmp_path / ".evaluation.partial" / "samples_t9.npz").write_text("of a process that was killed")
-    with replacing(tmp_path) as staged:
+    with replacing(tmp_path, "results.json", overwrite=True) as staged:
         (staged / "results.json").write_text('{"rows": []}')
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.npz", "results.json"]
 

@@ -17,7 +17,6 @@ from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.evaluation.inputs import ImageSet, as_input, open_reference
 from consonar.evaluation.results import RECONSTRUCTION, replacing
-from consonar.files.lock import holds_first_argument
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
@@ -86,7 +85,6 @@ def reconstruction_metrics(
     return metrics
 
 
-@holds_first_argument
 def evaluate_tokenizer(
     run: Path,
     *,
@@ -103,8 +101,6 @@ def evaluate_tokenizer(
     """
     place = torch.device(device)
     chosen = pick_precision(precision, place, "precision", "measuring")
-    if (run / RECONSTRUCTION).exists() and not overwrite:
-        raise UserError(f"{run / RECONSTRUCTION} exists; add --overwrite to measure again")
     sha256 = weights_sha256(run)
     tokenizer = load_tokenizer(model_folder(run)).to(device)
     images = open_reference(reference, tokenizer.image_size, bad=bad).images
@@ -112,7 +108,8 @@ def evaluate_tokenizer(
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
     network = load_feature_network(feature_network, device)
-    with replacing(run) as staged, multiplying(chosen, place, autocast=True):
+    saved = replacing(run, RECONSTRUCTION, overwrite=overwrite)
+    with saved as staged, multiplying(chosen, place, autocast=True):
         origin = {"checkpoint_sha256": sha256, "precision": chosen}
         return measure_reconstruction(staged, tokenizer, measured, network, **origin)
 

@@ -14,6 +14,7 @@ import torch
 
 from consonar import __version__
 from consonar.errors import UserError
+from consonar.files.lock import hold
 from consonar.files.readers import plain_name, read_json
 from consonar.files.writers import file_sha256, write_json
 from consonar.json_types import Json, JsonMap
@@ -111,25 +112,30 @@ def origin_of_numbers(results: Evaluation) -> Json:
 
 
 @contextmanager
-def replacing(run: Path) -> Iterator[Path]:
+def replacing(run: Path, record: str, *, overwrite: bool) -> Iterator[Path]:
     """A folder to fill; when the block ends well its files take the places of those of the same names in `run`.
 
     Until then all that was there stays, and so it does when the block fails. The .json files, which say what the others
-    are, come last, and pictures that only the results before knew are removed.
+    are, come last, and pictures that only the results before knew are removed. Other processes are kept out of the run.
+    Raises `UserError` where one is at it, and where the file `record` is there, unless `overwrite`.
     """
-    staged, before = run / STAGED, sample_files(run)
-    shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
-    staged.mkdir()
-    try:
-        yield staged
-        for path in sorted(staged.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-            path.replace(run / path.name)
-        for name in before - sample_files(run):
-            (run / name).unlink(missing_ok=True)
-        for path in run.glob(".samples_t*"):  # drawn by a killed process, at temperatures that are not asked for now
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with hold(run):
+        if (run / record).exists() and not overwrite:
+            of = " of weights that have changed since" if record == RESULTS and not is_measured(run) else ""
+            raise UserError(f"{run / record} exists{of}; add --overwrite to measure again")
+        staged, before = run / STAGED, sample_files(run)
+        shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
+        staged.mkdir()
+        try:
+            yield staged
+            for path in sorted(staged.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
+                path.replace(run / path.name)
+            for name in before - sample_files(run):
+                (run / name).unlink(missing_ok=True)
+            for path in run.glob(".samples_t*"):  # drawn by a killed process, at temperatures not asked for now
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def sample_files(run: Path) -> set[str]:

@@ -19,10 +19,9 @@ from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
-from consonar.evaluation.results import RESULTS, Evaluation, Measurement, is_measured, origin_of_numbers, replacing
+from consonar.evaluation.results import RESULTS, Evaluation, Measurement, origin_of_numbers, replacing
 from consonar.evaluation.sample_metrics import PreparedReference
 from consonar.evaluation.settings import EvaluationSettings
-from consonar.files.lock import holds_first_argument
 from consonar.files.readers import read_npz
 from consonar.files.writers import file_sha256, write_atomically, write_json
 from consonar.json_types import Json
@@ -75,7 +74,6 @@ class FinishedRun:
         self.generator, self.tokenizer = load_generator(folder).to(device), load_own_tokenizer(folder).to(device)
 
 
-@holds_first_argument
 def evaluate_run(
     folder: Path,
     settings: RunSettings,
@@ -95,13 +93,10 @@ def evaluate_run(
     stays until all is measured. `progress` gets what is being done, in words. Raises `UserError` for a run that is not
     finished, and when results exist, unless `overwrite`.
     """
-    if (folder / RESULTS).exists() and not overwrite:
-        of = "" if is_measured(folder) else " of weights that have changed since"
-        raise UserError(f"{folder / RESULTS} exists{of}; add --overwrite to measure again")
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = Sharpness(reference, run.tokenizer, settings.batch_size, run.origin, bad)
-    with replacing(folder) as staged, settings.multiplying():
+    with replacing(folder, RESULTS, overwrite=overwrite) as staged, settings.multiplying():
         samplers = samplers_of(settings, sharpness, run.generator)
         target = target_of(run, reference, target, settings, bad)
         prepared = PreparedReference(target, network, settings)  # what is wrong is found before hours of sampling

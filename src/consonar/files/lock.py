@@ -6,18 +6,17 @@ has to support locks (NFSv4 does). Where there are none, and on systems without 
 """
 
 import errno
-import functools
 import itertools
 import json
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Concatenate, ParamSpec, TypeVar
+from typing import IO
 
 from consonar.errors import UserError
 
@@ -30,8 +29,6 @@ LOCK_FILE = ".lock"
 PARTIAL = ".*.partial"
 """What a file or folder is called while it is written."""
 MAX_TRIES = 1000
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @contextmanager
@@ -161,19 +158,6 @@ def folder_at_once(to: Path) -> Iterator[Path]:
             unfinished.rename(to)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-
-def holds_first_argument(function: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
-    """The function, holding the folder that is its first argument (when there is one) while it runs."""
-
-    @functools.wraps(function)
-    def held(folder: Path, *args: P.args, **keywords: P.kwargs) -> T:
-        if not folder.is_dir():
-            return function(folder, *args, **keywords)  # which says that it is missing
-        with hold(folder):
-            return function(folder, *args, **keywords)
-
-    return held  # type: ignore[return-value]  # mypy takes the name of the first argument for a part of its type
 
 
 def is_unused(folder: Path) -> bool:
