@@ -5,7 +5,8 @@ import re
 import torch
 from golden import Golden
 
-from consonar.metrics.distribution import InceptionScore, Moments, frechet_distance, neighbour_radii, precision_recall
+from consonar.metrics.distribution import InceptionScore, Moments, frechet_distance
+from consonar.metrics.neighbours import neighbour_radii, precision_recall
 
 NUM_NEIGHBOURS = 3
 # The json's rtol of the Fréchet distance and the Inception score; `compare` is relative above 1.
@@ -29,7 +30,7 @@ def run(golden: Golden) -> None:
         golden.skip(key, "an input")
     for key in golden.meta["arrays"]:
         if key.endswith("_f16"):
-            golden.skip(key, "ADM's float16 rounding; ours takes distances in the precision of the features")
+            golden.skip(key, "ADM's float16 rounding; ours takes distances in float64")
     compare_moments(golden, ref, sample)
     compare_neighbours(golden, ref, sample)
     for key in golden.meta["arrays"]:

@@ -12,10 +12,12 @@ from torch.nn import functional
 
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.features import extract_features
+from consonar.evaluation.features import drawn_places, extract_features
 from consonar.evaluation.inputs import ImageSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.settings import EvaluationSettings
-from consonar.metrics.distribution import Moments, frechet_distance, precision_recall
+from consonar.metrics.distribution import Moments, frechet_distance
+from consonar.metrics.kernels import kernel_distance
+from consonar.metrics.neighbours import density_coverage, precision_recall
 
 
 class Quadrants:
@@ -85,13 +87,19 @@ def test_metrics_against_a_split_folder(tmp_path, data):
         tmp_path / "samples.npz", tmp_path / "data", EvaluationSettings(batch_size=7), feature_network=Quadrants()
     )
     values = {name: metric.value for name, metric in results.metrics.items()}
-    precision, recall = precision_recall(features_of(data["train"]), features_of(data["samples"]))
+    train, validation, samples = (features_of(data[name]) for name in ("train", "validation", "samples"))
+    precision, recall = precision_recall(train, samples)
+    density, coverage = density_coverage(train, samples)
     assert values.pop("copy rate (features)") >= 5 / 30
     assert values == {
         "FD(quadrants) train": pytest.approx(distance(data["train"], data["samples"]), rel=1e-5),
         "FD(quadrants) validation": pytest.approx(distance(data["validation"], data["samples"]), rel=1e-5),
+        "KID(quadrants) train": pytest.approx(kernel_distance(train, samples), rel=1e-4),
+        "KID(quadrants) validation": pytest.approx(kernel_distance(validation, samples), rel=1e-4),
         "precision": precision,
         "recall": recall,
+        "density": density,
+        "coverage": coverage,
     }
     copies = results.copies["features"]
     assert copies.is_copy[:5].all() and copies.indices[:5].tolist() == [10, 11, 12, 13, 14]
@@ -127,13 +135,15 @@ def test_the_spread_is_taken_over_disjoint_parts(tmp_path, data):
     other = evaluate(
         tmp_path / "samples.npz", tmp_path / "data", EvaluationSettings(batch_size=8, draws=3, seed=2), **options
     )
-    assert {k: m.value for k, m in drawn.metrics.items()} == {k: m.value for k, m in single.metrics.items()}
+    # The values are those of all samples; the seed changes the order in which kernels are summed, and no more.
+    expected = {k: pytest.approx(m.value, rel=1e-9) for k, m in single.metrics.items()}
+    assert {k: m.value for k, m in drawn.metrics.items()} == expected
     assert drawn.metrics == again.metrics != other.metrics
     # The spread of the copy rate, from its definition: the parts have 10 images each.
     from consonar.metrics.distribution import random_parts
-    from consonar.seeding import generator
 
-    part_of = random_parts(30, 3, generator(1, "evaluation", "parts"))
+    places, _ = drawn_places(npz_like(data["samples"]), EvaluationSettings(seed=1))
+    part_of = random_parts(places, 3)
     shares = [drawn.copies["features"].is_copy[part_of == part].double().mean() for part in range(3)]
     assert drawn.metrics["copy rate (features)"].spread == pytest.approx(float(torch.stack(shares).std()))
     distances = [distance(data["train"], data["samples"][(part_of == part).numpy()]) for part in range(3)]
@@ -161,8 +171,8 @@ def test_the_results_file(tmp_path, data):
     assert content["feature_network"] == {"name": "quadrants", "sha256": "q" * 64}
     assert content["seed"] == 5 and content["num_samples"] == 30
     assert content["config"] == {
-        "num_neighbours": 3, "max_neighbours_images": 10_000, "copy_quantile": 0.0, "batch_size": 64,
-        "device": "cpu", "precision": "fp32", "draws": 2,
+        "metrics": [], "num_neighbours": 3, "density_neighbours": 5, "max_neighbours_images": 10_000,
+        "copy_quantile": 0.0, "batch_size": 64, "device": "cpu", "precision": "fp32", "draws": 2,
     }  # fmt: skip
     assert content["versions"].keys() == {"python", "torch", "numpy", "consonar"}
     assert content["copies"]["features"] == {"threshold": results.copies["features"].threshold, "quantile": 0.0}
@@ -179,7 +189,8 @@ def test_the_results_file(tmp_path, data):
 def test_an_npz_reference_is_one_set(tmp_path, data):
     np.savez(tmp_path / "reference.npz", arr_0=data["train"])
     results = evaluate(tmp_path / "samples.npz", tmp_path / "reference.npz", feature_network=Quadrants())
-    assert results.metrics.keys() == {"FD(quadrants)", "precision", "recall"}
+    kept = {"FD(quadrants)", "KID(quadrants)", "precision", "recall", "density", "coverage"}
+    assert results.metrics.keys() == kept
     assert results.metrics["FD(quadrants)"].value == pytest.approx(distance(data["train"], data["samples"]), rel=1e-5)
     assert results.num_reference == {"reference": 40} and results.noise_floor == {}
     assert set(results.unavailable) == {"copy rate (features)", "copy rate (tokens)"}

@@ -7,8 +7,8 @@ from PIL import Image
 
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
-from consonar.evaluation import inputs
-from consonar.evaluation.inputs import ImageSet
+from consonar.evaluation import image_sets as inputs
+from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.networks import load_feature_network
 from consonar.networks.efficientnet import load_efficientnet_lite0

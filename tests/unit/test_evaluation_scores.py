@@ -7,9 +7,10 @@ from torch.nn import functional
 
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
+from consonar.evaluation.features import drawn_places
+from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.distribution import InceptionScore, frechet_distance, random_parts
-from consonar.seeding import generator
 
 
 class Scored:
@@ -71,21 +72,22 @@ def test_a_network_with_scores_adds_two_metrics(tmp_path, files):
     reference, samples = (outputs_of(files[name]) for name in ("reference", "samples"))
     arguments = tmp_path / "samples.npz", tmp_path / "reference.npz"
     results = evaluate(*arguments, EvaluationSettings(batch_size=7), feature_network=Scored())
-    assert results.metrics.keys() == {"FD(scored)", "sFD(scored)", "IS(scored)", "precision", "recall"}
+    of_images = {"FD(scored)", "KID(scored)", "precision", "recall", "density", "coverage"}
+    assert results.metrics.keys() == {"sFD(scored)", "IS(scored)"} | of_images
     assert results.metrics["FD(scored)"].value == pytest.approx(distance(reference[0], samples[0]), rel=1e-5)
     assert results.metrics["sFD(scored)"].value == pytest.approx(distance(reference[1], samples[1]), rel=1e-5)
     assert results.metrics["IS(scored)"].value == pytest.approx(inception_score(samples[2]), rel=1e-6) != 1
     # The second call reads the reference from the cache; a plain network of that name does not find this entry.
     assert evaluate(*arguments, EvaluationSettings(batch_size=7), feature_network=Scored()).metrics == results.metrics
     plain = evaluate(*arguments, EvaluationSettings(batch_size=7), feature_network=Plain())
-    assert plain.metrics.keys() == {"FD(scored)", "precision", "recall"}
+    assert plain.metrics.keys() == of_images
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
 
 
 def test_their_spread_is_taken_over_the_same_parts(tmp_path, files):
     settings = EvaluationSettings(draws=2, seed=3, batch_size=9)
     results = evaluate(tmp_path / "samples.npz", tmp_path / "reference.npz", settings, feature_network=Scored())
-    part_of = random_parts(40, 2, generator(3, "evaluation", "parts"))
+    part_of = random_parts(drawn_places(load_samples(tmp_path / "samples.npz").images, settings)[0], 2)
     _, spatial, probabilities = outputs_of(files["samples"])
     scores = [inception_score(probabilities[part_of == part]) for part in range(2)]
     assert results.metrics["IS(scored)"].spread == pytest.approx(np.std(scores, ddof=1), rel=1e-4)
@@ -137,6 +139,7 @@ def test_statistics_without_images(tmp_path, files):
     np.savez(tmp_path / "other.npz", **known | {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)})
     results = evaluate(tmp_path / "samples.npz", tmp_path / "both.npz", feature_network=Scored())
     assert results.metrics.keys() == {"FD(scored)", "sFD(scored)", "IS(scored)"}
+    assert results.unavailable["KID(scored)"] == "the reference holds statistics, no images"
     results = evaluate(tmp_path / "samples.npz", tmp_path / "pooled.npz", feature_network=Scored())
     assert results.metrics.keys() == {"FD(scored)", "IS(scored)"}
     assert results.unavailable["sFD(scored)"] == "the reference's statistics have no mu_s and sigma_s"

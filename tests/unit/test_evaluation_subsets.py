@@ -6,7 +6,7 @@ import torch
 
 from consonar.data.loader import ImageBatches
 from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.features import RowDraw, extract_features
+from consonar.evaluation.features import drawn_places, extract_features
 from consonar.evaluation.inputs import ImageSet, ReferenceSet, SampleSet
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.sampling.job import balanced_labels
@@ -94,9 +94,8 @@ def test_equal_pictures_are_drawn_as_often_as_they_occur():
     images[:500, 0, 0, :2] = np.stack(np.divmod(np.arange(500), 256), 1) + 1  # 500 different ones, 500 equal ones
     shares = []
     for seed in range(20):
-        drawn = RowDraw(100, seed)
-        drawn.update(images, torch.zeros(1000, 1))
-        shares.append(float((drawn.result(1)[1] < 500).double().mean()))
+        places, _ = drawn_places(in_memory(images), EvaluationSettings(seed=seed))
+        shares.append(float((places[:500] < 100).double().sum() / 100))
     assert 0.45 < np.mean(shares) < 0.55 and np.std(shares) < 0.1
 
 

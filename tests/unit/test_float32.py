@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from consonar.components import load_tokenizer
 from consonar.evaluation import reconstruction
 from consonar.float32 import in_float32
-from consonar.metrics import copying
-from consonar.metrics import distribution as statistics
+from consonar.metrics import copying, neighbours
 from consonar.networks import lpips
 from consonar.networks.efficientnet import PerceptualDistance
 from consonar.networks.lpips import VGG16Features, load_lpips
@@ -63,7 +62,7 @@ FORMULAS = {
     "nearest_code": (quantizer.nearest_code, A, B),
     "codebook_loss": (quantizer.codebook_loss, A, A + 0.01),
     "commitment_loss": (quantizer.commitment_loss, A, A + 0.01),
-    "distances of features": (statistics.squared_distances, A, B),
+    "distances of features": (neighbours.squared_distances, A, B),
     "cosine distances": (copying._cosine_distances, A, B),
     "psnr": (reconstruction.psnr, IMAGES, IMAGES + 0.01),
     "ssim": (reconstruction.ssim, IMAGES, IMAGES + 0.01),

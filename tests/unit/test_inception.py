@@ -18,7 +18,7 @@ from rounding import assert_rounding
 from consonar import cli
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
-from consonar.evaluation.inputs import ImageSet
+from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.networks import inception, load_feature_network
 from consonar.networks.inception import InceptionFeatures, InceptionV3, load_inception, resize_from_corner
@@ -121,7 +121,7 @@ def test_a_stream_of_images_gives_moments_of_all_outputs():
         network,
         stream,
         EvaluationSettings(batch_size=2, max_neighbours_images=3, num_neighbours=1),
-        torch.tensor([0, 1, 0, 1, -1]),
+        part_of=torch.tensor([0, 1, 0, 1, -1]),
     )
     features, spatial, probabilities = (part.double() for part in network.outputs(pictures(5)))
     torch.testing.assert_close(found.moments.mean, features.mean(0), rtol=1e-4, atol=1e-5)

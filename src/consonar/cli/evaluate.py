@@ -20,9 +20,10 @@ from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import evaluate_tokenizer
-from consonar.evaluation.results import Measurement, check_place
+from consonar.evaluation.results import RECONSTRUCTION, Measurement, check_place
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.evaluation.settings import EvaluationSettings
+from consonar.files.readers import read_json
 from consonar.model_folders import SHIPPED
 from consonar.options import default
 from consonar.origin import Origin
@@ -38,8 +39,11 @@ class Options:
     reference: str
     """openmoji-64, an .npz of images or statistics, a folder, hf:owner/name."""
     feature_network: str = "efficientnet-lite0"
-    """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity) or inception-pytorch-fid;
-    the Inception weights are a file that you bring (docs/evaluation.md)."""
+    """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity), inception-pytorch-fid, or
+    dinov2:FOLDER, clip:FOLDER; the weights of all but the first you bring (docs/evaluation.md)."""
+    metrics: str = ""
+    """Of samples and runs: what is calculated, e.g. fd,kid,precision,recall,density,coverage (default: all but
+    fd-infinity and fd-per-class)."""
     out: Path | None = None
     """Where to write the results of samples (JSON)."""
     tokenizer: str | None = None
@@ -106,14 +110,19 @@ def check_read(options: Options, unread: Sequence[str], why: str) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
 
 
+def chosen_metrics(options: Options) -> tuple[str, ...]:
+    return tuple(word.strip() for word in options.metrics.split(",")) if options.metrics else ()
+
+
 def measure_tokenizer(options: Options, device: str, bad: BadImages) -> None:
-    unread = ("temperatures", "match", "num_samples", "draws", "seed", "batch_size")
+    unread = ("metrics", "temperatures", "match", "num_samples", "draws", "seed", "batch_size")
     check_read(options, unread, "where samples of a generator are measured")
     metrics = evaluate_tokenizer(
         options.samples, reference=options.reference, feature_network=options.feature_network, device=device,
         precision=options.precision, overwrite=options.overwrite, bad=bad,
     )  # fmt: skip
     print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(options.samples))
+    say(read_json(options.samples / RECONSTRUCTION)["origin"]["protocol"])
 
 
 def measure_generator(options: Options, device: str, bad: BadImages) -> None:
@@ -125,7 +134,7 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
     settings = RunSettings(
         temperatures=temperatures, match=options.match, num_samples=options.num_samples,
         draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
-        precision=options.precision,
+        precision=options.precision, metrics=chosen_metrics(options),
     )  # fmt: skip
     content = evaluate_run(
         options.samples, settings, reference=options.reference, feature_network=options.feature_network,
@@ -134,7 +143,7 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
     for row in content["rows"]:
         metrics = {name: Measurement(**found) for name, found in row["metrics"].items()}
         print_metrics(metrics, f"temperature {row['temperature']:g}")
-    for remark in content["remarks"]:
+    for remark in (content["protocol"], *content["remarks"]):
         say(remark)
     say(f"results: {options.samples / 'results.json'}")
 
@@ -163,7 +172,7 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
         say(f"reference: {target.about}")
     measured = EvaluationSettings(
         draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
-        precision=options.precision,
+        precision=options.precision, metrics=chosen_metrics(options),
     )  # fmt: skip
     with counting("evaluate") as count:
         results = evaluate(
@@ -171,6 +180,7 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
             progress=lambda name, done: count(done, None),
         )  # fmt: skip
     print_metrics(results.metrics, str(path))
+    say(results.protocol)
     for metric, reason in results.unavailable.items():
         say(f"{metric}: not measured ({reason})")
     for remark in results.remarks:
@@ -181,7 +191,9 @@ def measure_samples(options: Options, device: str, bad: BadImages) -> None:
 
 
 def print_metrics(metrics: Mapping[str, Measurement], title: str) -> None:
-    table = Table("metric", "value", "spread", title=title, title_justify="left")
+    extra = ["spread", *(["error"] if any(found.error is not None for found in metrics.values()) else [])]
+    table = Table("metric", "value", *extra, title=title, title_justify="left")
     for name, found in metrics.items():
-        table.add_row(name, f"{found.value:.4g}", "" if found.spread is None else f"{found.spread:.2g}")
+        numbers = [getattr(found, column) for column in extra]
+        table.add_row(name, f"{found.value:.4g}", *("" if one is None else f"{one:.2g}" for one in numbers))
     Console(highlight=False).print(table)

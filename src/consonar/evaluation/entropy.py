@@ -17,7 +17,8 @@ from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.labels import check_label
 from consonar.data.sources import at_size, open_source, relabelled
 from consonar.errors import MissingSplit, UserError
-from consonar.evaluation.inputs import as_input, cropped
+from consonar.evaluation.image_sets import cropped
+from consonar.evaluation.inputs import as_input
 from consonar.origin import Origin, check, class_difference, of_tokenizer, same_text
 from consonar.records import device_of, to_device
 from consonar.training import losses

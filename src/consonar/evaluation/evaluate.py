@@ -1,4 +1,4 @@
-"""Samples against a reference: Fréchet distances, precision, recall, Inception score and copy rates.
+"""Samples against a reference by the metrics of `SAMPLE_METRICS`.
 
 The formulas and their papers are in `consonar.metrics`. Deviations from the ADM protocol: another feature network by
 default (`feature_network="inception"` is ADM's), and an uncertainty: with `draws` > 1 the samples are split at random
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from consonar.distributed import machine_name
-from consonar.evaluation.features import FeatureSet, ImagesDone, extract_features
+from consonar.evaluation.features import FeatureSet, ImagesDone, drawn_places, extract_features
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
-from consonar.evaluation.results import Evaluation, Measurement, library_versions
-from consonar.evaluation.sample_metrics import PreparedReference, copy_rates, measure
+from consonar.evaluation.reference import PreparedReference
+from consonar.evaluation.results import Evaluation, library_versions
+from consonar.evaluation.sample_metrics import check_metrics, copy_rates, measure
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
+from consonar.metrics.frechet import check_classes
 from consonar.networks import FeatureNetwork, load_feature_network
 from consonar.origin import Origin
-from consonar.seeding import derive_seed, generator
+from consonar.seeding import derive_seed
 
 ENOUGH = 10
 """Samples for each feature from which on the bias of a Fréchet distance is not mentioned."""
@@ -44,12 +46,13 @@ def evaluate(
 ) -> Evaluation:
     """Measure `samples` against `reference` by the metrics of `SAMPLE_METRICS`; docs/evaluation.md says what they mean.
 
-    Means and covariances run over all images; precision, recall and the feature copy rate over `max_neighbours_images`
-    of each set, drawn by `seed` and the pixels, so that the order of a set changes nothing. `options` are fields of the
-    settings by name. `progress` gets a set's name and the number of images done. Raises UserError for wrong input or
-    too few samples.
+    Means and covariances run over all images; what compares single ones over `max_neighbours_images` of each set. They,
+    the parts and the splits are drawn by `seed` and the pixels, so that the order of a set changes nothing. `options`
+    are fields of the settings by name. `progress` gets a set's name and the number of images done. Raises UserError for
+    wrong input or too few samples.
     """
     settings = replace(settings or EvaluationSettings(), **options)
+    check_metrics(settings)
     samples = samples if isinstance(samples, SampleSet) else load_samples(samples)
     settings.check_parts(samples.count, samples.images.name)
     reference = reference if isinstance(reference, ReferenceSet) else open_reference(reference, samples.image_size)
@@ -67,16 +70,26 @@ def compare(
 ) -> Evaluation:
     """`evaluate` of samples that were checked, against a reference that was prepared with the same settings."""
     network, seed = reference.network, settings.seed
-    part_of = random_parts(samples.count, settings.draws, generator(seed, "evaluation", "parts"))  # (S,)
-    in_parts = part_of if settings.draws > 1 else torch.full_like(part_of, -1)
-    found = extract_features(network, samples.images, settings, in_parts, progress)
-    rates = copy_rates(samples, found, reference, settings.copy_quantile)
+    if settings.wants("fd-per-class") and samples.labels is not None:
+        for labels in reference.labels.values():
+            check_classes(labels, samples.labels)
+    places, _ = drawn_places(samples.images, settings)  # (S,)
+    part_of = random_parts(places, settings.draws)
+    found = extract_features(
+        network, samples.images, settings, places, max_rows=settings.kept_samples,
+        part_of=part_of if settings.draws > 1 else torch.full_like(part_of, -1), progress=progress,
+    )  # fmt: skip
+    rates = copy_rates(samples, found, reference, settings)
     copies = {kind: copied for kind, copied in rates.items() if isinstance(copied, CopyRate)}
-    (values, unavailable), *parts = measure(found, reference, rates, part_of)
-    spreads = {name: stdev(part[name] for part, _ in parts) for name in values} if parts else {}
+    (values, unavailable), *parts = measure(samples, found, reference, rates, part_of)
+    spreads = {
+        name: stdev(part[name].value for part, _ in parts)
+        for name in values
+        if parts and all(name in part for part, _ in parts)
+    }
     sets = reference.features.items()
     return Evaluation(
-        metrics={name: Measurement(value, spreads.get(name)) for name, value in values.items()},
+        metrics={name: replace(value, spread=spreads.get(name)) for name, value in values.items()},
         unavailable=unavailable,
         remarks=tuple(remarks(found, reference, copies, seed)),
         noise_floor=reference.noise_floor,
@@ -87,6 +100,7 @@ def compare(
         samples={"name": samples.images.name, "sha256": samples.sha256, "settings": samples.settings},
         reference=reference.given.name,
         feature_network={"name": network.name, "sha256": network.weights_sha256},
+        protocol=protocol(found, reference),
         seed=seed,
         config={one.name: getattr(settings, one.name) for one in fields(EvaluationSettings) if one.name != "seed"},
         machine=machine_name(settings.device),
@@ -94,27 +108,40 @@ def compare(
     )
 
 
+def protocol(found: FeatureSet, reference: PreparedReference) -> str:
+    """What the numbers are of: how many samples, whose features, against what of the reference."""
+    given, most = reference.given, reference.settings.max_neighbours_images
+    counts = {name: features.moments.count for name, features in reference.features.items()}
+    known = [f"{count:,} images as {name}" for name, count in counts.items()]
+    known = ["statistics of the file for FD and sFD", *known] if given.statistics else known
+    some = f"; single images of {most:,} drawn" if max([found.moments.count, *counts.values()]) > most else ""
+    return f"{found.moments.count:,} samples, {reference.network.name}, against {given.name}: {', '.join(known)}{some}"
+
+
 def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], seed: int) -> Iterator[str]:
     """What must be known to read the numbers, one line each: the bias of few images, copies that are not seen."""
     network, known, count = reference.network, reference.features, found.moments.count
     few, of_features = ENOUGH * network.num_features, f"{network.num_features:,} features"
-    if count < few:
-        name, (_, _, root) = next(iter(reference.target.gaussians.items()))
+    gaussians = reference.target.gaussians
+    if count < few and gaussians:
+        name, (_, _, root) = next(iter(gaussians.items()))
         perfect = distance_of_draws(root, count, derive_seed(seed, "draws"))
         yield (
             f"FD({network.name}) is biased upwards by few samples: {count:,} draws from the Gaussian of the {name} set "
             f"itself ({of_features}) score {perfect:.3g}; compare it at equal numbers of samples only"
         )
     sizes = [(name, features.moments.count) for name, features in known.items()]
-    if small := [f"{name} {size:,}" for name, size in sizes if size < few]:
+    own = reference.given.statistics is not None  # then how few images there are does not matter
+    if gaussians and not own and (small := [f"{name} {size:,}" for name, size in sizes if size < few]):
         yield (
             f"FD({network.name}) is biased upwards by few images of the reference, too ({', '.join(small)}, "
             f"{of_features}); compare it at equal references only"
         )
     train = known.get("train")
-    if train is not None and "validation" in known and len(train.rows) < train.moments.count:
+    most = reference.settings.max_neighbours_images
+    if "features" in copies and train is not None and most < train.moments.count:
         yield (
-            f"copy rate (features) looks at {len(train.rows):,} of {train.moments.count:,} training images: copies of "
+            f"copy rate (features) looks at {most:,} of {train.moments.count:,} training images: copies of "
             "the others are not seen (max_neighbours_images says how many)"
         )
     for kind, copied in copies.items():

@@ -4,7 +4,6 @@ Shapes: `B` batch, `F` features. Images are uint8 (B, H, W, 3) numpy arrays unti
 """
 
 import hashlib
-import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +14,14 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError, reading
-from consonar.evaluation.inputs import ImageSet, as_input
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inputs import as_input
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_npz
 from consonar.files.writers import cache_dir, keep
 from consonar.metrics.distribution import InceptionScore, Moments
 from consonar.networks import FeatureNetwork, ScoringNetwork
-from consonar.seeding import derive_seed, generator
+from consonar.seeding import derive_seed
 
 CACHE_VERSION = 2
 """Of the feature cache: entries of other versions are not found."""
@@ -52,89 +52,94 @@ class FeatureSet(Statistics):
     """What is kept of a set of images: statistics of all, single vectors of some."""
 
     rows: Tensor
-    """(min(count, max_rows), F) float32: the features of images drawn from all, for neighbours."""
+    """(R, F) float32: the features of images drawn from all, in the order of the set."""
     indices: Tensor
-    """(min(count, max_rows),) int64, rising: which images of the set these are."""
+    """(R,) int64, rising: which images of the set these are."""
+    places: Tensor
+    """(count,) int64: the place of every image in the drawn order (`drawn_places`)."""
     content: str = ""
     """Of a reference: the SHA-256 of its pixels and their size, however it is cut into batches."""
     parts: tuple[Statistics, ...] = ()
     """Of disjoint parts, when they were asked for."""
 
+    def first(self, count: int) -> "FeatureSet":
+        """With no more than `count` vectors, the first of the drawn order."""
+        kept = self.places[self.indices] < count
+        return replace(self, rows=self.rows[kept], indices=self.indices[kept])
 
-class RowDraw:
-    """Keeps the feature vectors of `max_rows` pictures of a stream, drawn with `seed`; of a shorter stream all.
+    @property
+    def drawn(self) -> Tensor:
+        """The vectors (R, F) in the drawn order."""
+        return self.rows[self.places[self.indices].argsort()]
 
-    No order of the stream changes the subset: every picture gets a number from its pixels and the seed, and the
-    smallest stay ("bottom-k sampling"). The first ones of a sorted set would be those of its first classes. Equal
-    pictures are told apart by how many came before. Beside the vectors it holds 100 bytes for each picture seen.
+
+def drawn_places(images: ImageSet, settings: EvaluationSettings) -> tuple[Tensor, str]:
+    """The place of every image in an order that is drawn by `seed` and the pixels, (count,); the SHA-256 of the pixels.
+
+    No order of the set changes which images come first: of a sorted set the first ones would be those of a few classes.
+    Equal pictures are told apart by how many came before. Holds 100 bytes an image while it reads.
     """
-
-    def __init__(self, max_rows: int, seed: int) -> None:
-        self.max_rows, self.seed, self.count = max_rows, seed.to_bytes(8, "big", signed=True), 0
-        self.seen: Counter[bytes] = Counter()
-        self.kept: list[tuple[int, int, Tensor]] = []
-        """A heap of (number less than 0, row in the stream, vector (F,)): the first one has the largest number."""
-
-    def update(self, images: np.ndarray, vectors: Tensor) -> None:
-        """Adds pictures, uint8 (B, H, W, 3), and their features (B, F)."""
-        for image, vector in zip(images, vectors, strict=True):
-            content = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
-            copy = self.seen[content].to_bytes(8, "big")
-            self.seen[content] += 1
-            number = int.from_bytes(hashlib.blake2b(content + copy, digest_size=8, key=self.seed).digest(), "big")
-            if len(self.kept) < self.max_rows:
-                heapq.heappush(self.kept, (-number, self.count, vector.clone()))
-            elif -number > self.kept[0][0]:
-                heapq.heapreplace(self.kept, (-number, self.count, vector.clone()))
-            self.count += 1
-
-    def result(self, num_features: int) -> tuple[Tensor, Tensor]:
-        """The vectors (R, F) float32 and their rows in the stream (R,) int64, rising."""
-        kept = sorted(self.kept, key=lambda entry: entry[1])
-        rows = torch.tensor([row for _, row, _ in kept], dtype=torch.int64)
-        return (torch.stack([vector for *_, vector in kept]) if kept else torch.zeros(0, num_features)), rows
+    digest, seen, numbers = hashlib.sha256(), Counter[bytes](), list[int]()
+    key = derive_seed(settings.seed, "rows").to_bytes(8, "big", signed=True)
+    for batch in images.stream(settings.batch_size):
+        digest.update(b"" if numbers else repr(batch.shape[1:]).encode())
+        for image in map(np.ascontiguousarray, batch):
+            digest.update(image.data)
+            content = hashlib.blake2b(image.data, digest_size=16).digest()
+            copy = seen[content].to_bytes(8, "big")
+            seen[content] += 1
+            numbers.append(int.from_bytes(hashlib.blake2b(content + copy, digest_size=8, key=key).digest(), "big"))
+    order = np.argsort(np.array(numbers, np.uint64))
+    return torch.from_numpy(order).argsort(), digest.hexdigest()
 
 
 def extract_features(
     network: FeatureNetwork,
     images: ImageSet,
     settings: EvaluationSettings,
+    places: Tensor | None = None,
+    *,
+    max_rows: int | None = None,
     part_of: Tensor | None = None,
     progress: ImagesDone | None = None,
 ) -> FeatureSet:
-    """Features of a set of images; keeps the moments of all, and the vectors of `max_neighbours_images`, drawn.
+    """Features of a set of images; keeps the moments of all, and the vectors of those at the first `max_rows` `places`.
 
-    Of a `ScoringNetwork` also the moments of the spatial features. `part_of` (count,) int64 says which part every
-    image is in (-1: in none), and asks for all of that of each part as well and for the Inception score, over splits
-    drawn by the seed. `progress` gets the set's name and the number of images done so far. Raises UserError when the
-    network gives another shape than it declares, or values that are not finite.
+    `places` (count,) are those of `drawn_places`, None: found here; `max_rows` None: `max_neighbours_images`. Of a
+    `ScoringNetwork` also the moments of the spatial features. `part_of` (count,) int64 says which part every image is
+    in (-1: in none), and asks for all of that of each part as well and for the Inception score. `progress` gets the
+    set's name and the number of images done so far. Raises UserError when the network gives another shape than it
+    declares, or values that are not finite.
     """
+    places = drawn_places(images, settings)[0] if places is None else places
     scoring = network if isinstance(network, ScoringNetwork) else None
     widths = (network.num_features, scoring.num_spatial) if scoring else (network.num_features,)
-    sizes = [] if part_of is None else [len(part_of), *torch.bincount(part_of[part_of >= 0]).tolist()]
-    rngs = [generator(settings.seed, "splits", i) for i in range(len(sizes))]
-    scores = [InceptionScore.drawn(*drawn) if scoring else None for drawn in zip(sizes, rngs, strict=True)]
-    spatial = scoring.num_spatial if scoring else None
+    members = [] if part_of is None else [part_of == part for part in range(int(part_of.max()) + 1)]
     whole, *parts = [
-        Statistics(Moments(network.num_features), Moments(spatial) if spatial else None, score)
-        for score in scores or [None]
+        Statistics(
+            Moments(network.num_features),
+            Moments(scoring.num_spatial) if scoring else None,
+            InceptionScore.drawn(places[rows]) if scoring and part_of is not None else None,
+        )
+        for rows in (torch.ones_like(places, dtype=torch.bool), *members)
     ]
-    drawn = RowDraw(settings.max_neighbours_images, derive_seed(settings.seed, "rows"))
+    kept, rows = places < (settings.max_neighbours_images if max_rows is None else max_rows), []
     for batch in images.stream(settings.batch_size):
         inputs, first = as_input(batch, network), whole.moments.count
         outputs: tuple[Tensor, ...] = scoring.outputs(inputs) if scoring else (network(inputs),)
         outputs = tuple(output.to("cpu", torch.float32) for output in outputs)
         for output, width in zip(outputs, widths, strict=False):
             check_features(output, (len(batch), width), network.name, images.name, first)
-        drawn.update(batch, outputs[0])
+        here = slice(first, first + len(batch))
+        rows.append(outputs[0][kept[here]])
         whole.update(outputs)
-        members = None if part_of is None else part_of[first : first + len(batch)]  # (B,)
-        for index, part in enumerate(parts):
-            part.update([output[members == index] for output in outputs])
+        for part, rows_of_part in zip(parts, members, strict=True):
+            part.update([output[rows_of_part[here]] for output in outputs])
         if progress:
             progress(images.name, whole.moments.count)
-    rows, indices = drawn.result(network.num_features)
-    return FeatureSet(**vars(whole), rows=rows, indices=indices, parts=tuple(parts))
+    vectors = torch.cat(rows) if rows else torch.zeros(0, network.num_features)
+    indices = kept.nonzero()[:, 0]
+    return FeatureSet(**vars(whole), rows=vectors, indices=indices, places=places, parts=tuple(parts))
 
 
 def check_features(features: Tensor, shape: tuple[int, int], network: str, name: str, first: int) -> None:
@@ -149,7 +154,12 @@ def check_features(features: Tensor, shape: tuple[int, int], network: str, name:
 
 
 def cached_features(
-    network: FeatureNetwork, images: ImageSet, settings: EvaluationSettings, progress: ImagesDone | None = None
+    network: FeatureNetwork,
+    images: ImageSet,
+    settings: EvaluationSettings,
+    progress: ImagesDone | None = None,
+    *,
+    max_rows: int | None = None,
 ) -> FeatureSet:
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
@@ -157,15 +167,11 @@ def cached_features(
     vectors are kept how many and the seed; reading the images once for it costs little beside the network. A file that
     cannot be written is left out with a line on stderr. Raises UserError when a cached file cannot be read: delete it.
     """
-    digest, count = hashlib.sha256(), 0
-    for batch in images.stream(settings.batch_size):
-        digest.update(repr(batch.shape[1:]).encode() if count == 0 else b"")
-        digest.update(np.ascontiguousarray(batch).data)
-        count += len(batch)
-    content, kind = digest.hexdigest(), "/spatial" if isinstance(network, ScoringNetwork) else ""
+    places, content = drawn_places(images, settings)
+    kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
     kind += "" if settings.precision == "fp32" else f"/{settings.precision}"
-    max_rows = settings.max_neighbours_images
-    kept = f"{max_rows} by {settings.seed}" if count > max_rows else "all"
+    max_rows = settings.max_neighbours_images if max_rows is None else max_rows
+    kept = f"{max_rows} by {settings.seed}" if len(places) > max_rows else "all"
     parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"
     path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
     if path.exists():
@@ -178,9 +184,10 @@ def cached_features(
                 spatial=Moments.restored(spatial) if spatial else None,
                 rows=torch.from_numpy(known["rows"]),
                 indices=torch.from_numpy(known["indices"]),
+                places=places,
                 content=content,
             )
-    features = extract_features(network, images, settings, progress=progress)
+    features = extract_features(network, images, settings, places, max_rows=max_rows, progress=progress)
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
     for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
         if moments is not None:

@@ -4,50 +4,35 @@ Shapes: `B` batch, `S` samples, `T` images of a reference, `N` tokens, `F` featu
 arrays, always of one size in a set, and are never held as floats.
 """
 
-import hashlib
-import itertools
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from consonar.cpu.kernels import channels_last
-from consonar.data.bad_images import BadImages, leave_out, readable_rows
+from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.labels import describe
-from consonar.data.picture_files import IMAGE_ENDINGS, find_pictures, read_image
 from consonar.data.sources import at_size, find_source, open_source
-from consonar.data.transforms import center_crop, from_uint8
-from consonar.errors import BadImage, UserError, reading
-from consonar.files.readers import npz_keys, npz_member, parse_json, read_npz
+from consonar.data.transforms import from_uint8
+from consonar.errors import UserError, reading
+from consonar.evaluation.image_sets import (
+    NEEDED,
+    ImageSet,
+    check_integers,
+    folder_image_set,
+    npz_image_set,
+    one_of,
+    source_image_set,
+)  # fmt: skip
+from consonar.files.readers import npz_keys, parse_json, read_npz
 from consonar.files.writers import file_sha256
 from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import multiplying, pick_precision
 from consonar.records import device_of, to_device
-from consonar.types import ImageSource, Tokenizer
-
-NEEDED = "give an .npz or a folder of images"
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A set of images of one size that can be streamed more than once."""
-
-    name: str
-    stream: Callable[[int], Iterator[np.ndarray]]
-    """Batch size -> uint8 (B, H, W, 3) arrays, always in the same order; the last one may be short."""
-
-    def pick(self, rows: Tensor) -> np.ndarray:
-        """The images at `rows` (n,), in that order, for which all are walked through: uint8 (n, H, W, 3)."""
-        wanted, images = set(rows.tolist()), itertools.chain.from_iterable(self.stream(256))
-        found = {row: image for row, image in enumerate(images) if row in wanted}
-        return np.stack([found[row] for row in rows.tolist()])
+from consonar.types import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,6 +46,8 @@ class SampleSet:
     """Of the file, or of the names and bytes of a folder's files."""
     tokens: Tensor | None = None
     """(S, N) int64."""
+    labels: Tensor | None = None
+    """(S,) int64."""
     settings: Json | None = None
     """Of the sampler."""
 
@@ -98,13 +85,10 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
         return SampleSet(images, shape[0], _square(path, shape), sha256)
     images, shape = npz_image_set(path)
     arrays = read_npz(path, ("labels", "arr_1", "tokens", "seeds", "settings"))
-    one_of(path, arrays, "labels", "arr_1")
+    of_labels = one_of(path, arrays, "labels", "arr_1")
     text = arrays.pop("settings", None)
     for key, array in arrays.items():
-        ndim = 2 if key == "tokens" else 1
-        if array.dtype.kind not in "iu" or array.ndim != ndim or len(array) != shape[0]:
-            expected = f"expected {ndim}-d integers for {shape[0]} images"
-            raise UserError(f"{path}: {key} is {array.dtype} {array.shape}; {expected}")
+        check_integers(path, key, array, shape[0])
         if key == "tokens" and array.size and (array.min() < 0 or array.max() >= 2**31):
             raise UserError(f"{path}: tokens from {array.min()} to {array.max()}; a tokenizer counts its codes from 0")
     tokens = torch.from_numpy(arrays["tokens"].astype(np.int64)) if "tokens" in arrays else None
@@ -112,9 +96,9 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
         settings = {} if text is None else parse_json(str(text))
     if not isinstance(settings, dict):
         raise UserError(f"{path}: settings are a {type(settings).__name__}, expected a JSON object")
-    return SampleSet(
-        images, shape[0], _square(path, shape), file_sha256(path), tokens, None if text is None else settings
-    )
+    labels = None if of_labels is None else torch.from_numpy(arrays[of_labels].astype(np.int64))
+    given = None if text is None else settings
+    return SampleSet(images, shape[0], _square(path, shape), file_sha256(path), tokens, labels, given)
 
 
 def open_reference(
@@ -168,38 +152,6 @@ def _square(path: Path, shape: tuple[int, ...]) -> int:
     return shape[1]
 
 
-def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
-    """The uint8 array `images` or `arr_0` (count, H, W, 3) of an .npz, read batch by batch, and its shape.
-
-    `np.load` would hold the whole array (10 GB for 50,000 images of 256 px). Raises UserError for a file without such
-    an array and, while streaming, for a damaged one.
-    """
-    keys = npz_keys(path, NEEDED)
-    key = one_of(path, keys, "images", "arr_0")
-    if key is None:
-        raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys) or 'no array'}")
-    with npz_member(path, key) as array:
-        shape, dtype = array.shape, array.dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or array.fortran_order or 0 in shape:
-            raise UserError(f"{path}: {key} is {dtype} {shape}; expected uint8 (count, height, width, 3) in C order")
-
-    def stream(batch_size: int) -> Iterator[np.ndarray]:
-        with npz_member(path, key) as array:
-            for start in range(0, shape[0], batch_size):
-                batch_shape = (min(batch_size, shape[0] - start), *shape[1:])
-                yield np.frombuffer(array.file.read(math.prod(batch_shape)), np.uint8).reshape(batch_shape)
-
-    return ImageSet(str(path), stream), shape
-
-
-def one_of(path: Path, keys: Iterable[str], *names: str) -> str | None:
-    """Which of the names of one array an .npz has; UserError for several, one of which would win unsaid."""
-    found = [name for name in names if name in keys]
-    if len(found) > 1:
-        raise UserError(f"{path}: holds {' and '.join(found)}, which are names of one array; keep one of them")
-    return found[0] if found else None
-
-
 def npz_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
     """Mean (F,) and covariance (F, F), finite floating-point numbers, of an .npz. Raises UserError for others."""
     arrays = read_npz(path, (mean, cov))
@@ -211,57 +163,6 @@ def npz_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
         shapes = f"{mean} has shape {shape}, {cov} {arrays[cov].shape}"
         raise UserError(f"{path}: {shapes}; expected (F,) and (F, F)")
     return torch.from_numpy(arrays[mean].astype(np.float64)), torch.from_numpy(arrays[cov].astype(np.float64))
-
-
-def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageSet, tuple[int, ...], str]:
-    """The pictures below `folder` (`find_pictures`) by path, the shape (count, H, W, 3), and a SHA-256 of it all.
-
-    Raises UserError for an empty folder and, while streaming, for an image that cannot be read or whose size differs
-    from the first one's.
-    """
-    found = find_pictures(folder)
-    files = found.files
-    if not files:
-        beside = f" beside {found.note}" if found.note else ""
-        raise UserError(f"{folder}: no images{beside}; looked for files ending in {', '.join(IMAGE_ENDINGS)}")
-    if bad is not None and bad.skips:
-        readable = readable_rows(lambda row: read_image(files[row], str(files[row])), len(files), bad, "samples")
-        files = [files[row] for row in readable]
-    width, height = read_image(files[0], str(files[0])).size
-    digest = hashlib.sha256()
-    for file in files:
-        with reading(file, "an image", kind=BadImage):
-            content = file_sha256(file)
-        digest.update(os.fsencode(file.relative_to(folder)) + f"\0{content}\n".encode())
-
-    def read(path: Path) -> np.ndarray:
-        image = read_image(path, str(path))
-        if image.size != (width, height):
-            raise UserError(f"{path}: {image.size[0]} x {image.size[1]} px; the first has {width} x {height} px")
-        return np.asarray(image)
-
-    return stacked(str(folder), lambda: map(read, files)), (len(files), height, width, 3), digest.hexdigest()
-
-
-def source_image_set(source: ImageSource, image_size: int) -> ImageSet:
-    """The images of `source`, `cropped` to `image_size` px."""
-    return stacked(source.name, lambda: (cropped(record.image, image_size) for record in source))
-
-
-def cropped(image: Image.Image, image_size: int) -> np.ndarray:
-    """uint8 (S, S, 3): the picture itself if it has that size, else its ADM centre crop."""
-    return np.asarray(image if image.size == (image_size, image_size) else center_crop(image, image_size))
-
-
-def stacked(name: str, images: Callable[[], Iterator[np.ndarray]]) -> ImageSet:
-    """The set of what `images` gives one by one, each time that it is called."""
-
-    def stream(batch_size: int) -> Iterator[np.ndarray]:
-        remaining = images()
-        while batch := list(itertools.islice(remaining, batch_size)):
-            yield np.stack(batch)
-
-    return ImageSet(name, stream)
 
 
 def check_tokenizer(samples: SampleSet, used: Origin) -> None:

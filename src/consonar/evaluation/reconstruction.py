@@ -15,7 +15,8 @@ from consonar.components import load_tokenizer, model_folder, weights_sha256
 from consonar.data.bad_images import BadImages
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
-from consonar.evaluation.inputs import ImageSet, as_input, open_reference
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inputs import as_input, open_reference
 from consonar.evaluation.results import RECONSTRUCTION, replacing
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
@@ -131,7 +132,12 @@ def measure_reconstruction(
         "names": np.array([f"{images.name} {i}" for i in rows]),
     }
     write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
-    origin |= {"images": images.name, "tokenizer_fingerprint": tokenizer.fingerprint}
+    against = f"reconstructions by {tokenizer.name} against their originals in {images.name}"
+    origin |= {
+        "protocol": f"{count:,} {against}, {network.name}",
+        "images": images.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }
     origin |= {"feature_network_sha256": network.weights_sha256}
     write_json(folder / RECONSTRUCTION, {**metrics, "origin": origin})
     return metrics

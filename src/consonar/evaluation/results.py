@@ -26,10 +26,19 @@ STAGED = ".evaluation.partial"
 
 @dataclass(frozen=True)
 class Measurement:
-    """A value over all samples; `spread` is its standard deviation over `draws` disjoint parts (None for one draw)."""
+    """A value over all samples."""
 
     value: float
     spread: float | None = None
+    """Its standard deviation over `draws` disjoint parts; None for one draw."""
+    error: float | None = None
+    """Standard error of the value, of metrics that know one."""
+    classes: dict[str, float] | None = None
+    """By label, of a metric that is a mean over classes."""
+
+    def record(self) -> Json:
+        """For a file: without what there is not, but the spread."""
+        return {name: found for name, found in asdict(self).items() if name in ("value", "spread") or found is not None}
 
 
 def library_versions() -> dict[str, str]:
@@ -81,6 +90,8 @@ class Evaluation:
     """Name and SHA-256 of the file, and the sampler's settings when it holds them."""
     reference: str
     feature_network: dict[str, str]
+    protocol: str
+    """What the numbers are of, in one line: how many samples, whose features, against what of the reference."""
     seed: int
     config: Json
     machine: str
@@ -93,6 +104,7 @@ class Evaluation:
         path = Path(path)
         check_place(path, overwrite=overwrite, key="results")
         content = asdict(replace(self, copies={}))
+        content["metrics"] = {name: found.record() for name, found in self.metrics.items()}
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
         write_json(path, content, allow_nan=False)
 
@@ -105,6 +117,7 @@ def origin_of_numbers(results: Evaluation) -> Json:
         "feature_network": results.feature_network,
         "reference": {"name": results.reference, **sizes, **hashes},
         "noise_floor": {key: {"value": value} for key, value in results.noise_floor.items()},
+        "protocol": results.protocol,
         "remarks": results.remarks,
         "config": results.config,
         "versions": results.versions,

@@ -5,7 +5,7 @@ curve. All rows of all runs share classes and seeds (common random numbers).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
+from consonar.evaluation.reference import PreparedReference
 from consonar.evaluation.results import RESULTS, Evaluation, Measurement, origin_of_numbers, replacing
-from consonar.evaluation.sample_metrics import PreparedReference
+from consonar.evaluation.sample_metrics import check_metrics
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_npz
 from consonar.files.writers import file_sha256, write_atomically, write_json
@@ -58,6 +59,9 @@ class RunSettings(EvaluationSettings):
         check_count(self.num_samples, "num_samples", self.seed)
         super().__post_init__()
         self.check_parts(self.num_samples, "num_samples")
+        check_metrics(self)
+        if not self.wants("fd"):
+            raise UserError(f"metrics: {', '.join(self.metrics)}; the rows of a run are ranked by fd, add it")
         for temperature in self.temperatures:
             self.at(temperature)
 
@@ -110,7 +114,7 @@ def evaluate_run(
             progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
             row, results = measure_row(run, sampler, prepared, settings, staged)
             if sampler.temperature in entropies:
-                row["metrics"][ENTROPY] = asdict(Measurement(entropies[sampler.temperature]))
+                row["metrics"][ENTROPY] = Measurement(entropies[sampler.temperature]).record()
             matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(other)} for other in matched]
             rows += [row | match for match in matches or [{}]]
         content = {
@@ -177,7 +181,7 @@ def measure_row(
     row = {
         **to_dict(sampler),
         "num_samples": results.num_samples,
-        "metrics": {name: asdict(measurement) for name, measurement in metrics.items()},
+        "metrics": {name: found.record() for name, found in metrics.items()},
         "copies": {kind: {"threshold": copies.threshold} for kind, copies in results.copies.items()},
         "samples": kept.name,
         "seed": settings.seed,

@@ -1,4 +1,4 @@
-"""The metrics of samples: a table of functions, and what they are given: samples, and the reference made ready.
+"""The metrics of samples: a table of functions, and what they are given.
 
 A new metric is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS` for its heading on the page.
 """
@@ -6,82 +6,20 @@ A new metric is a row in `SAMPLE_METRICS`, and one in `consonar.metrics.METRICS`
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from statistics import fmean
 
 from torch import Tensor
 
-from consonar.errors import UserError
-from consonar.evaluation.features import FeatureSet, ImagesDone, Statistics, cached_features
-from consonar.evaluation.inputs import ReferenceSet, SampleSet
+from consonar.errors import check_choice
+from consonar.evaluation.features import FeatureSet, Statistics
+from consonar.evaluation.inputs import SampleSet
+from consonar.evaluation.reference import PreparedReference
+from consonar.evaluation.results import Measurement
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
-from consonar.metrics.distribution import Target
-from consonar.networks import FeatureNetwork, ScoringNetwork
-
-LARGEST = 1e30
-"""Of the numbers of a Gaussian: the product of two covariances is calculated with."""
-
-
-class PreparedReference:
-    """What samples are compared with, in the features of one network: calculated once for any number of samples.
-
-    `features` (`cached_features`) are those of each set of images by its name; `target` is for FD, precision and
-    recall, `spatial` for sFD, None where the network or given statistics have none. `UserError` for too few images.
-    """
-
-    def __init__(
-        self,
-        given: ReferenceSet,
-        network: FeatureNetwork,
-        settings: EvaluationSettings,
-        progress: ImagesDone | None = None,
-    ) -> None:
-        self.given, self.network, k = given, network, settings.num_neighbours
-        self.features = {
-            name: cached_features(network, images, settings, progress) for name, images in given.images.items()
-        }
-        for name, found in self.features.items():
-            held_out = name == "validation"
-            need, use = (2, "a covariance") if held_out else (k + 1, f"precision and recall of {k} neighbours")
-            if (count := found.moments.count) < need:
-                raise UserError(f"reference {given.name}: {count} image(s) as {name}; {use} needs {need} or more")
-        near = self.features.get("train") or self.features.get("reference")
-        gaussians = {name: (found.moments.mean, found.moments.cov) for name, found in self.features.items()}
-        gaussians |= given_gaussian(given, given.statistics, network.name, network.num_features)
-        self.target = Target(gaussians, near.rows if near else None, k)
-        self.spatial: Target | None = None
-        if isinstance(network, ScoringNetwork) and (given.spatial_statistics or not given.statistics):
-            spatial = {name: (kept.mean, kept.cov) for name, found in self.features.items() if (kept := found.spatial)}
-            what = f"{network.name} (spatial)"
-            spatial |= given_gaussian(given, given.spatial_statistics, what, network.num_spatial)
-            self.spatial = Target(spatial)
-
-    @property
-    def noise_floor(self) -> dict[str, float]:
-        """By metric, the Fréchet distances between the sets of the reference: what real images reach."""
-        return {
-            f"{kind}({self.network.name}) {name}": value
-            for kind, target in (("FD", self.target), ("sFD", self.spatial))
-            if target is not None
-            for name, value in target.noise_floor().items()
-        }
-
-
-def given_gaussian(
-    reference: ReferenceSet, statistics: tuple[Tensor, Tensor] | None, network: str, num_features: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The Gaussian that the reference brings instead of images; UserError for what is not one of this network."""
-    if statistics is None:
-        return {}
-    (mean, cov), where = statistics, f"reference {reference.name}"
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-        swapped = "; are the two exchanged?" if mean.ndim == 2 and cov.ndim == 1 else ""
-        shapes = f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)}"
-        raise UserError(f"{where}: {shapes}; expected (F,) and (F, F){swapped}")
-    if len(mean) != num_features:
-        raise UserError(f"{where}: {len(mean)} features, {network} has {num_features}")
-    if not (mean.abs().max() <= LARGEST and cov.abs().max() <= LARGEST):
-        raise UserError(f"{where}: its mean or covariance holds NaN or numbers over {LARGEST:g}; make it again")
-    return {"reference": statistics}
+from consonar.metrics.frechet import SUBSETS, class_distances, frechet_distance_at_infinity
+from consonar.metrics.kernels import kernel_distance, kernel_distance_error
+from consonar.metrics.neighbours import density_coverage, precision_recall
 
 
 @dataclass(frozen=True)
@@ -91,17 +29,34 @@ class Measured:
     reference: PreparedReference
     samples: Statistics
     rows: Tensor
-    """(R, F) float32: the features of these samples, or of so many that were drawn from them."""
+    """(R, F) float32: the features of these samples, or of so many that were drawn from them, in a random order."""
     copies: dict[str, Tensor | str]
     """`features` and `tokens`: which of them are copies, (R,) or (S,) bool; or why that is not known."""
+    every: FeatureSet | None = None
+    """Of all samples, and where a metric asks for that with every vector; None for a part."""
+    labels: Tensor | None = None
+    """Of all samples, (S,)."""
 
     @cached_property
-    def precision_recall(self) -> tuple[float, float] | None:
-        """Against the reference's vectors; None where it has none."""
-        return self.reference.target.precision_recall(self.rows)
+    def precision_recall(self) -> tuple[float, float] | str:
+        """Against the reference's vectors; or why there is none."""
+        return self.of_neighbours(precision_recall, self.reference.settings.num_neighbours)
+
+    @cached_property
+    def density_coverage(self) -> tuple[float, float] | str:
+        return self.of_neighbours(density_coverage, self.reference.settings.density_neighbours)
+
+    def of_neighbours(self, metric: Callable[..., tuple[float, float]], k: int) -> tuple[float, float] | str:
+        known = self.reference.neighbours
+        if known is None:
+            alone = "has validation images alone" if self.reference.given.images else "holds statistics, no images"
+            return f"the reference {alone}"
+        if k not in self.reference.radii:
+            return f"{k} neighbours need {k + 1} images of the reference or more"
+        return metric(known, self.rows, k, reference_radii=self.reference.radii[k])
 
 
-SampleMetric = Callable[[Measured], float | str | None]
+SampleMetric = Callable[[Measured], float | Measurement | str | None]
 """The value, or in words why there is none; None: the question does not arise, with this network or reference."""
 
 
@@ -116,11 +71,46 @@ def spatial_distance_to(name: str, measured: Measured) -> float | str | None:
     return None if spatial is None or name != "reference" else "the reference's statistics have no mu_s and sigma_s"
 
 
-def precision_or_recall(index: int, measured: Measured) -> float | str:
-    if measured.precision_recall is not None:
-        return measured.precision_recall[index]
-    alone = "has validation images alone" if measured.reference.given.images else "holds statistics, no images"
-    return f"the reference {alone}"
+def distance_at_infinity_to(name: str, measured: Measured) -> Measurement | str | None:
+    gaussian, every = measured.reference.target.gaussians.get(name), measured.every
+    if gaussian is None or every is None:
+        return None
+    if every.moments.count < 2 * SUBSETS[-1]:
+        return f"{every.moments.count} samples are too few for a line through {len(SUBSETS)} numbers of them"
+    mean, cov, root = gaussian
+    value, error = frechet_distance_at_infinity(mean, cov, every.drawn, root=root)
+    return Measurement(value, error=error)
+
+
+def distance_per_class_to(name: str, measured: Measured) -> Measurement | str | None:
+    reference, every = measured.reference, measured.every
+    if every is None or name not in reference.features:
+        return no_images(name, reference) if every else None
+    if measured.labels is None or name not in reference.labels:
+        return f"the {'samples carry' if measured.labels is None else 'reference carries'} no labels"
+    known = reference.features[name]
+    of_classes = class_distances(known.rows, reference.labels[name], every.rows, measured.labels)
+    return Measurement(fmean(of_classes.values()), classes={str(label): one for label, one in of_classes.items()})
+
+
+def kernel_distance_to(name: str, measured: Measured) -> Measurement | str | None:
+    reference = measured.reference
+    if name not in reference.features:
+        return no_images(name, reference)
+    known = reference.vectors[name]
+    value = kernel_distance(known, measured.rows, reference_mean=reference.kernel_mean(name))
+    return Measurement(value, error=kernel_distance_error(known, measured.rows) if measured.every else None)
+
+
+def no_images(name: str, reference: PreparedReference) -> str | None:
+    """Why a metric of single images to this set is missing; None where there is no such set."""
+    return "the reference holds statistics, no images" if name == "reference" and not reference.given.images else None
+
+
+def one_of(name: str, index: int, measured: Measured) -> float | str:
+    """A number of a pair that is calculated at once."""
+    pair: tuple[float, float] | str = getattr(measured, name)
+    return pair if isinstance(pair, str) else pair[index]
 
 
 def copy_rate(kind: str, measured: Measured) -> float | str:
@@ -128,53 +118,87 @@ def copy_rate(kind: str, measured: Measured) -> float | str:
     return copies if isinstance(copies, str) else float(copies.double().mean())
 
 
+def to_each(
+    template: str, distance: Callable[[str, Measured], float | Measurement | str | None]
+) -> dict[str, SampleMetric]:
+    """The rows of a distance to each set of the reference."""
+    endings = {"train": " train", "validation": " validation", "reference": ""}
+    return {f"{template}{ending}": partial(distance, name) for name, ending in endings.items()}
+
+
 SAMPLE_METRICS: dict[str, SampleMetric] = {
-    "FD({network}) train": partial(frechet_distance_to, "train"),
-    "FD({network}) validation": partial(frechet_distance_to, "validation"),
-    "FD({network})": partial(frechet_distance_to, "reference"),
-    "sFD({network}) train": partial(spatial_distance_to, "train"),
-    "sFD({network}) validation": partial(spatial_distance_to, "validation"),
-    "sFD({network})": partial(spatial_distance_to, "reference"),
+    **to_each("FD({network})", frechet_distance_to),
+    **to_each("FD-infinity({network})", distance_at_infinity_to),
+    **to_each("FD per class({network})", distance_per_class_to),
+    **to_each("sFD({network})", spatial_distance_to),
+    **to_each("KID({network})", kernel_distance_to),
     "IS({network})": lambda measured: measured.samples.scores.value if measured.samples.scores else None,
-    "precision": partial(precision_or_recall, 0),
-    "recall": partial(precision_or_recall, 1),
+    "precision": partial(one_of, "precision_recall", 0),
+    "recall": partial(one_of, "precision_recall", 1),
+    "density": partial(one_of, "density_coverage", 0),
+    "coverage": partial(one_of, "density_coverage", 1),
     "copy rate (features)": partial(copy_rate, "features"),
     "copy rate (tokens)": partial(copy_rate, "tokens"),
 }
 """By name, in which {network} stands for that of the feature network; in the order of results.json."""
 
 
+def key_of(template: str) -> str:
+    """What a user writes for a metric and those of its family: fd, copy-rate, ..."""
+    return template.partition("(")[0].strip().lower().replace(" ", "-")
+
+
+def check_metrics(settings: EvaluationSettings) -> None:
+    """Raises `UserError` for metrics that are not in the table."""
+    for metric in settings.metrics:
+        check_choice("metrics", metric, dict.fromkeys(map(key_of, SAMPLE_METRICS)))
+
+
 def measure(
-    found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate | str], part_of: Tensor
-) -> Iterator[tuple[dict[str, float], dict[str, str]]]:
+    samples: SampleSet,
+    found: FeatureSet,
+    reference: PreparedReference,
+    copies: dict[str, CopyRate | str],
+    part_of: Tensor,
+) -> Iterator[tuple[dict[str, Measurement], dict[str, str]]]:
     """The metrics of all samples, then of each part (`part_of` of `extract_features`); and why others are missing."""
-    for index, samples in enumerate((found, *found.parts), start=-1):
+    settings = reference.settings
+    some = found.first(settings.max_neighbours_images)
+    vectors, of_vectors = some.drawn, part_of[some.indices][some.places[some.indices].argsort()]
+    for index, statistics in enumerate((found, *found.parts), start=-1):
         members = part_of == index if index >= 0 else part_of >= -1  # (S,)
         of_members = {
             kind: copied if isinstance(copied, str) else copied.is_copy[members[copied.rows]]
             for kind, copied in copies.items()
         }
-        measured = Measured(reference, samples, found.rows[members[found.indices]], of_members)
-        values: dict[str, float] = {}
+        rows = vectors if index < 0 else vectors[of_vectors == index]
+        whole = found if index < 0 else None
+        measured = Measured(reference, statistics, rows, of_members, whole, samples.labels)
+        values: dict[str, Measurement] = {}
         unavailable: dict[str, str] = {}
         for template, metric in SAMPLE_METRICS.items():
+            if not settings.wants(key_of(template)):
+                continue
             name, value = template.format(network=reference.network.name), metric(measured)
             if isinstance(value, str):
                 unavailable[name] = value
             elif value is not None:
-                values[name] = value
+                values[name] = value if isinstance(value, Measurement) else Measurement(value)
         yield values, unavailable
 
 
 def copy_rates(
-    samples: SampleSet, found: FeatureSet, reference: PreparedReference, quantile: float
+    samples: SampleSet, found: FeatureSet, reference: PreparedReference, settings: EvaluationSettings
 ) -> dict[str, CopyRate | str]:
-    """The copy rates in `features` and `tokens`, or why one cannot be measured."""
+    """The copy rates in `features` and `tokens`, or why one cannot be measured; none where they are not wanted."""
     known, tokens = reference.features, reference.given.tokens
+    if not settings.wants("copy-rate"):
+        return {}
     if not {"train", "validation"} <= known.keys():
         return dict.fromkeys(("features", "tokens"), "the reference has no train and validation images")
-    train = known["train"]
-    near = copy_rate_features(found.rows, train.rows, known["validation"].rows, quantile=quantile)
+    quantile, most = settings.copy_quantile, settings.max_neighbours_images
+    found, train, validation = (kept.first(most) for kept in (found, known["train"], known["validation"]))
+    near = copy_rate_features(found.rows, train.rows, validation.rows, quantile=quantile)
     in_features = replace(near, indices=train.indices[near.indices], rows=found.indices)
     if samples.tokens is None or tokens is None:
         bare = "samples carry" if samples.tokens is None else "reference carries"

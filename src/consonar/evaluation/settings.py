@@ -1,5 +1,6 @@
 """How samples are measured: what the functions of this folder share."""
 
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,13 +12,21 @@ from consonar.options import Count, Range, check_options
 from consonar.precision import multiplying, pick_precision
 from consonar.seeding import check_seed
 
+ON_REQUEST = ("fd-infinity", "fd-per-class")
+"""Metrics for which every vector is kept, 4 bytes a feature and image: calculated where they are named."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """How samples are measured. Raises `UserError` for settings with which nothing can be."""
 
+    metrics: tuple[str, ...] = ()
+    """Which are calculated, by their keys (`sample_metrics.key_of`): fd, kid, copy-rate, ...; none: all but those of
+    `ON_REQUEST`."""
     num_neighbours: Count = 3
     """k of improved precision and recall (Kynkäänniemi et al. 2019)."""
+    density_neighbours: Count = 5
+    """k of density and coverage (Naeem et al. 2020)."""
     max_neighbours_images: int = 10_000
     """Images of a set that are compared with each other, drawn by `seed` and the pixels."""
     copy_quantile: Annotated[float, Range(0, 1, note="0 is the minimum")] = 0.0
@@ -42,6 +51,20 @@ class EvaluationSettings:
             needed = f"{self.num_neighbours} neighbours need more"
             raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
 
+    def wants(self, *keys: str) -> bool:
+        """Whether any of the metrics with these keys is to be calculated."""
+        return any(key in self.metrics if self.metrics else key not in ON_REQUEST for key in keys)
+
+    @property
+    def kept_samples(self) -> int:
+        """Samples whose vectors are kept."""
+        return sys.maxsize if self.wants(*ON_REQUEST) else self.max_neighbours_images
+
+    @property
+    def kept_references(self) -> int:
+        """Images of each set of the reference whose vectors are kept."""
+        return sys.maxsize if self.wants("fd-per-class") else self.max_neighbours_images
+
     def multiplying(self) -> AbstractContextManager[None]:
         """Around what is measured."""
         return multiplying(self.precision, torch.device(self.device), autocast=True)
@@ -50,5 +73,5 @@ class EvaluationSettings:
         """Raises `UserError` where so many images, called `what`, cannot be measured in `draws` parts."""
         if self.draws < 1:
             raise UserError(f"draws: {self.draws}; choose 1 or more")
-        if count // self.draws <= self.num_neighbours:
+        if min(count, self.max_neighbours_images) // self.draws <= self.num_neighbours:
             raise UserError(f"{what}: {count} images; each of {self.draws} draws needs over {self.num_neighbours}")

@@ -36,10 +36,18 @@ METRICS = (
         meaning="is the Fréchet distance between the features of samples and of real pictures, seen ones (train) and "
         "held-out ones (validation)",
     ),
+    Metric(
+        "FD-infinity(", direction=-1,
+        meaning="is that distance for infinitely many samples: where a line over 1 / number of samples ends",
+    ),
+    Metric("FD per class(", direction=-1, meaning="is the mean of the distances within single classes"),
     Metric("sFD(", direction=-1),
+    Metric("KID(", direction=-1, meaning="is without the bias of few samples, so it is below 0 at times"),
     Metric("IS(", direction=1),
     Metric("precision", direction=1, meaning="is the share of samples that look real"),
     Metric("recall", direction=1, meaning="is the share of real variety that samples cover"),
+    Metric("density", direction=1, meaning="is how crowded with real pictures the places of samples are, about 1"),
+    Metric("coverage", direction=1, meaning="is the share of real pictures that have a sample beside them"),
     Metric(
         "copy rate (", unit="%", direction=-1,
         meaning="is the share of samples nearer to a training picture than any held-out picture is: the larger, the "

@@ -1,12 +1,11 @@
-"""Statistics of feature vectors: streaming moments, Fréchet distance, precision and recall, Inception score.
+"""Statistics of feature vectors: streaming moments, Fréchet distance, Inception score.
 
-Sources: Heusel et al. 2017 (arXiv 1706.08500, Eq. 6: Fréchet distance), Kynkäänniemi et al. 2019 (arXiv 1904.06991,
-Eq. 1-3: improved precision and recall), Salimans et al. 2016 (arXiv 1606.03498: Inception score), Chan et al. 1979
-(merging of means and scatter matrices). The protocol is that of the ADM evaluator (guided-diffusion).
+Sources: Heusel et al. 2017 (arXiv 1706.08500, Eq. 6: Fréchet distance), Salimans et al. 2016 (arXiv 1606.03498:
+Inception score), Chan et al. 1979 (merging of means and scatter matrices). The protocol is that of the ADM evaluator
+(guided-diffusion).
 
-Deviations from ADM: the trace of the matrix square root comes from a symmetric eigen-decomposition, not from a general
-one (same value, much faster, and no imaginary part for a singular covariance); distances are taken in the precision of
-the features, never in float16 (which moves precision and recall by about 0.005).
+Deviation from ADM: the trace of the matrix square root comes from a symmetric eigen-decomposition, not from a general
+one (same value, much faster, and no imaginary part for a singular covariance).
 
 Shapes: `S` samples, `R` reference images, `F` features. Everything is on the CPU.
 """
@@ -21,8 +20,6 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.float32 import in_float32
-from consonar.seeding import permutation
 
 BLOCK = 2048
 """Rows of features that are multiplied at a time."""
@@ -168,61 +165,12 @@ def _clipped(values: Tensor) -> Tensor:
     return values.clamp(min=0)
 
 
-@in_float32
-def squared_distances(left: Tensor, right: Tensor) -> Tensor:
-    """(L, R) squared Euclidean distances of the rows of (L, F) and (R, F), in their precision, never below 0."""
-    products = left @ right.T
-    return (left.square().sum(1)[:, None] - 2 * products + right.square().sum(1)[None, :]).clamp_(min=0)
-
-
-def neighbour_radii(features: Tensor, k: int = 3, block: int = 1024) -> Tensor:
-    """(R,) squared distance of every row of (R, F) to its k-th nearest other row (Kynkäänniemi et al. 2019, Eq. 1).
-
-    Memory is that of `block` x R distances. Raises UserError unless 1 <= k < R.
-    """
-    if not 1 <= k < len(features):
-        raise UserError(f"num_neighbours: {k} of {len(features)} images; choose 1 to {len(features) - 1}")
-    radii = []
-    for start in range(0, len(features), block):
-        distances = squared_distances(features[start : start + block], features)  # (block, R)
-        rows = torch.arange(len(distances))
-        distances[rows, start + rows] = torch.inf  # a row is not its own neighbour
-        radii.append(distances.topk(k, largest=False).values[:, -1])
-    return torch.cat(radii)
-
-
-def precision_recall(
-    reference: Tensor, samples: Tensor, k: int = 3, block: int = 1024, *, reference_radii: Tensor | None = None
-) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 2-3), both in [0, 1], higher is better.
-
-    Precision is the share of `samples` (S, F) inside the union of balls around the `reference` rows (R, F), each with
-    the distance to its k-th nearest other row as radius (`reference_radii` where the caller has them); recall the same
-    with the roles exchanged. Distances are squared, a point on the border counts, both inputs have one float type
-    (float32 or float64), as in ADM. Memory is that of `block` x max(R, S) distances. Raises UserError when a set has no
-    more than k rows.
-    """
-    inner = neighbour_radii(reference, k, block) if reference_radii is None else reference_radii  # (R,)
-    sample_radii = neighbour_radii(samples, k, block)  # (S,)
-    num_inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool)
-    for start in range(0, len(samples), block):
-        distances = squared_distances(samples[start : start + block], reference)  # (block, R)
-        num_inside += int((distances <= inner).any(1).sum())
-        covered |= (distances <= sample_radii[start : start + block, None]).any(0)
-    return num_inside / len(samples), float(covered.double().mean())
-
-
 class Target:
-    """A reference, prepared: matrix roots and radii are calculated once, however many sets of samples are compared.
+    """Gaussians of a reference, (mean (F,), covariance (F, F)) by the name of the set, with their matrix roots, which
+    are calculated once, however many sets of samples are compared. Raises UserError as `symmetric_root` does."""
 
-    `gaussians` are (mean (F,), covariance (F, F)) by the name of the set; `rows` (R, F), where they are known, the
-    vectors for precision and recall with `k` neighbours. Raises UserError as `symmetric_root` and `neighbour_radii` do.
-    """
-
-    def __init__(self, gaussians: dict[str, tuple[Tensor, Tensor]], rows: Tensor | None = None, k: int = 3) -> None:
+    def __init__(self, gaussians: dict[str, tuple[Tensor, Tensor]]) -> None:
         self.gaussians = {name: (mean, cov, symmetric_root(cov)) for name, (mean, cov) in gaussians.items()}
-        self.rows, self.k = rows, k
-        self.radii = None if rows is None else neighbour_radii(rows, k)
 
     def distance(self, name: str, moments: Moments) -> float | None:
         """`frechet_distance` of the samples with these moments to a set; None where there is none of this name."""
@@ -238,10 +186,6 @@ class Target:
         (mean1, cov1, root), (mean2, cov2, _) = self.gaussians["train"], self.gaussians["validation"]
         return {"validation vs train": frechet_distance(mean1, cov1, mean2, cov2, root1=root)}
 
-    def precision_recall(self, rows: Tensor) -> tuple[float, float] | None:
-        """`precision_recall` of the samples (S, F); None when the reference has no vectors."""
-        return None if self.rows is None else precision_recall(self.rows, rows, self.k, reference_radii=self.radii)
-
 
 class InceptionScore:
     """Inception score (Salimans et al. 2016) of a stream of class probabilities; its size depends on the classes only.
@@ -255,11 +199,9 @@ class InceptionScore:
         """By split: number of rows, sum of p(y|x), sum of p(y|x) log p(y|x)."""
 
     @classmethod
-    def drawn(cls, count: int, rng: torch.Generator, split_size: int = 5000) -> InceptionScore:
-        """Over `count` rows in random splits: rows that are sorted by class do not make splits of a few classes."""
-        split_of = torch.empty(count, dtype=torch.int64)
-        split_of[permutation(rng, count)] = torch.arange(count) // split_size
-        return cls(split_of)
+    def drawn(cls, places: Tensor, split_size: int = 5000) -> InceptionScore:
+        """Over rows at these `places` (rows,) of a drawn order, all different: splits are of neighbours in it."""
+        return cls(places.argsort().argsort() // split_size)
 
     def update(self, probabilities: Tensor) -> None:
         """Add rows (B, num_classes), each of which sums to one."""
@@ -290,11 +232,9 @@ class InceptionScore:
         return sum(scores) / len(scores)
 
 
-def random_parts(count: int, num_parts: int, rng: torch.Generator) -> Tensor:
-    """(count,) int64: which of `num_parts` disjoint equal parts an item is in; -1: in none. UserError for no part."""
+def random_parts(places: Tensor, num_parts: int) -> Tensor:
+    """(count,) int64: which of `num_parts` disjoint equal parts an item is in, by its place (count,) in a drawn order;
+    -1: in none. The first items of the order are in all parts alike. UserError for no part."""
     if num_parts < 1:
         raise UserError(f"draws: {num_parts}; choose 1 or more")
-    size = count // num_parts
-    parts = torch.full((count,), -1, dtype=torch.int64)
-    parts[permutation(rng, count)[: size * num_parts]] = torch.arange(num_parts).repeat_interleave(size)
-    return parts
+    return (places % num_parts).where(places < len(places) // num_parts * num_parts, -1)

@@ -14,6 +14,7 @@ from consonar.errors import check_choice
 from consonar.networks import efficientnet, lpips
 from consonar.networks.base import LayerDistance
 from consonar.networks.inception import FRONT_ENDS, load_inception
+from consonar.networks.vision_transformers import KINDS, load_vision_transformer
 
 
 @runtime_checkable
@@ -60,10 +61,12 @@ FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
     "efficientnet-lite0": efficientnet.EfficientNetLite0Features,
     **{name: partial(load_inception, name) for name in FRONT_ENDS},
 }
-"""Name to the network on a device."""
+"""Name to the network on a device. One of `vision_transformers.KINDS` is named with its place, as dinov2:FOLDER."""
 
 
 def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
     """The feature network called `name` on `device`; UserError for another name, or where its weights are missing."""
-    check_choice("feature_network", name, FEATURE_NETWORKS)
+    if ":" in name and name.partition(":")[0] in KINDS:
+        return load_vision_transformer(name, device)
+    check_choice("feature_network", name, [*FEATURE_NETWORKS, *(f"{kind}:FOLDER" for kind in KINDS)])
     return FEATURE_NETWORKS[name](device)

@@ -1,0 +1,122 @@
+"""The reference that samples are compared with, made ready for any number of them.
+
+Shapes: `R` images of a set, `F` features.
+"""
+
+from functools import cache, cached_property
+
+from torch import Tensor
+
+from consonar.errors import UserError
+from consonar.evaluation.features import ImagesDone, cached_features
+from consonar.evaluation.inputs import ReferenceSet
+from consonar.evaluation.settings import EvaluationSettings
+from consonar.metrics.distribution import Moments, Target
+from consonar.metrics.kernels import kernel_mean
+from consonar.metrics.neighbours import neighbour_radii
+from consonar.networks import FeatureNetwork, ScoringNetwork
+
+LARGEST = 1e30
+"""Of the numbers of a Gaussian: the product of two covariances is calculated with."""
+
+
+class PreparedReference:
+    """What samples are compared with, in the features of one network: calculated once for any number of samples.
+
+    `features` (`cached_features`) are those of each set of images by its name; `target` is for FD, `spatial` for sFD,
+    None where the network or given statistics have none. `UserError` for too few images, and for statistics that are
+    not of this network.
+    """
+
+    def __init__(
+        self,
+        given: ReferenceSet,
+        network: FeatureNetwork,
+        settings: EvaluationSettings,
+        progress: ImagesDone | None = None,
+    ) -> None:
+        self.given, self.network, self.settings, k = given, network, settings, settings.num_neighbours
+        keep = settings.kept_references
+        self.features = {
+            name: cached_features(network, images, settings, progress, max_rows=keep)
+            for name, images in given.images.items()
+        }
+        for name, found in self.features.items():
+            held_out = name == "validation" or not settings.wants("precision", "recall")
+            need, use = (2, "a covariance") if held_out else (k + 1, f"precision and recall of {k} neighbours")
+            if (count := found.moments.count) < need:
+                raise UserError(f"reference {given.name}: {count} image(s) as {name}; {use} needs {need} or more")
+        own = given_gaussian(given, given.statistics, network.name, network.num_features)
+        gaussians = {name: (found.moments.mean, found.moments.cov) for name, found in self.features.items()}
+        if own and self.features:
+            check_own_statistics(given.name, own["reference"], self.features["reference"].moments)
+        self.target = Target(gaussians | own if settings.wants("fd", "fd-infinity") else {})
+        self.spatial: Target | None = None
+        if isinstance(network, ScoringNetwork) and (given.spatial_statistics or not given.statistics):
+            spatial = {name: (kept.mean, kept.cov) for name, found in self.features.items() if (kept := found.spatial)}
+            what = f"{network.name} (spatial)"
+            spatial |= given_gaussian(given, given.spatial_statistics, what, network.num_spatial)
+            self.spatial = Target(spatial if settings.wants("sfd") else {})
+        self.kernel_mean = cache(lambda name: kernel_mean(self.vectors[name]))
+
+    @cached_property
+    def vectors(self) -> dict[str, Tensor]:
+        """Of each set of images those (R, F) that samples are compared with one by one, in a drawn order."""
+        most = self.settings.max_neighbours_images
+        return {name: found.drawn[:most] for name, found in self.features.items()}
+
+    @property
+    def neighbours(self) -> Tensor | None:
+        """The vectors for precision, recall, density and coverage; None where there are none."""
+        return self.vectors.get("train", self.vectors.get("reference"))
+
+    @cached_property
+    def radii(self) -> dict[int, Tensor]:
+        """By k, the squared distance of each of `neighbours` to its k-th nearest (R,); of sets with more than k."""
+        rows = self.neighbours
+        wanted = {self.settings.num_neighbours, self.settings.density_neighbours}
+        return {} if rows is None else {k: neighbour_radii(rows, k) for k in wanted if k < len(rows)}
+
+    @cached_property
+    def labels(self) -> dict[str, Tensor]:
+        """Of the images of each set that has them, (count,)."""
+        found = {name: images.labels() for name, images in self.given.images.items()}
+        return {name: labels for name, labels in found.items() if labels is not None}
+
+    @property
+    def noise_floor(self) -> dict[str, float]:
+        """By metric, the Fréchet distances between the sets of the reference: what real images reach."""
+        return {
+            f"{kind}({self.network.name}) {name}": value
+            for kind, target in (("FD", self.target), ("sFD", self.spatial))
+            if target is not None
+            for name, value in target.noise_floor().items()
+        }
+
+
+def given_gaussian(
+    reference: ReferenceSet, statistics: tuple[Tensor, Tensor] | None, network: str, num_features: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The Gaussian that the reference brings instead of images; UserError for what is not one of this network."""
+    if statistics is None:
+        return {}
+    (mean, cov), where = statistics, f"reference {reference.name}"
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        swapped = "; are the two exchanged?" if mean.ndim == 2 and cov.ndim == 1 else ""
+        shapes = f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)}"
+        raise UserError(f"{where}: {shapes}; expected (F,) and (F, F){swapped}")
+    if len(mean) != num_features:
+        raise UserError(f"{where}: {len(mean)} features, {network} has {num_features}")
+    if not (mean.abs().max() <= LARGEST and cov.abs().max() <= LARGEST):
+        raise UserError(f"{where}: its mean or covariance holds NaN or numbers over {LARGEST:g}; make it again")
+    return {"reference": statistics}
+
+
+def check_own_statistics(name: str, own: tuple[Tensor, Tensor], of_images: Moments) -> None:
+    """Raises `UserError` where statistics and images of one file are too far apart to be of one data and network."""
+    gap, spread = float((own[0] - of_images.mean).square().sum()), float(own[1].trace())
+    if gap > max(0.25, 9 / of_images.count) * spread:  # of one data set 1 / count is expected
+        raise UserError(
+            f"reference {name}: its statistics are not of its images: squared distance of the means {gap:.3g} at a "
+            f"variance of {spread:.3g}; are they of another feature network?"
+        )

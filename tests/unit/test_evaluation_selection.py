@@ -1,0 +1,170 @@
+"""Which metrics are calculated, and what they are of: chosen by name, in any order of the files, and recorded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from consonar import cli, networks
+from consonar.errors import UserError
+from consonar.evaluation.evaluate import evaluate
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.inputs import ReferenceSet, SampleSet
+from consonar.evaluation.runs import RunSettings
+from consonar.evaluation.sample_metrics import key_of
+from consonar.evaluation.settings import EvaluationSettings
+from consonar.metrics.distribution import Moments, frechet_distance
+
+ALL = ("fd", "fd-infinity", "fd-per-class", "sfd", "kid", "is", "precision", "recall", "density", "coverage",
+       "copy-rate")  # fmt: skip
+
+
+class Quarters:
+    """Means of quarters, of rows as spatial features, and classes by brightness; inputs are rounded as by a network."""
+
+    name, weights_sha256, num_features, num_spatial = "quarters", "s" * 64, 12, 6
+
+    def __call__(self, images):
+        return self.outputs(images)[0]
+
+    def outputs(self, images):
+        features = functional.adaptive_avg_pool2d(images, 2).flatten(1) * (1 + 1e-7 * len(images)) + 3
+        return features, images.mean(3)[:, :, :2].flatten(1), (4 * images.mean((2, 3))).softmax(1)
+
+
+@pytest.fixture(autouse=True)
+def setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+
+
+def pictures(count, seed):
+    """Of three classes, one after the other, the last ones brighter; some occur twice."""
+    rng, labels = np.random.default_rng(seed), np.arange(count) * 3 // count
+    images = rng.integers(0, 150, (count, 4, 4, 3)) + 50 * labels[:, None, None, None]
+    images[1] = images[0]
+    return images.astype(np.uint8), labels
+
+
+def in_memory(images, labels):
+    labels = torch.from_numpy(labels)
+    return ImageSet("memory", lambda size: (images[i : i + size] for i in range(0, len(images), size)), lambda: labels)
+
+
+def measured(order=None, metrics=ALL, **options):
+    """Metrics of 240 samples against 160 and 90 images, all in the file's order or another one."""
+    sets = [pictures(count, seed) for seed, count in enumerate((240, 160, 90))]
+    if order is not None:
+        drawn = [np.random.default_rng(order).permutation(len(labels)) for _, labels in sets]
+        sets = [(images[rows], labels[rows]) for (images, labels), rows in zip(sets, drawn, strict=True)]
+    (images, labels), *others = sets
+    known = dict(zip(("train", "validation"), (in_memory(*other) for other in others), strict=True))
+    given = SampleSet(in_memory(images, labels), len(images), 4, "0", labels=torch.from_numpy(labels))
+    settings = EvaluationSettings(metrics=metrics, **options)
+    return evaluate(given, ReferenceSet("known", known), settings, feature_network=Quarters())
+
+
+@pytest.mark.parametrize("most", [60, 10_000])
+def test_no_number_depends_on_the_order_of_files_or_on_batch_sizes(most, monkeypatch):
+    """Values, spreads over parts, errors, classes: all that is written."""
+    monkeypatch.setattr("consonar.metrics.kernels.SUBSET", 20)
+    monkeypatch.setattr("consonar.metrics.kernels.kernel_distance_error.__defaults__", (20,))
+    monkeypatch.setattr("consonar.metrics.distribution.InceptionScore.drawn.__func__.__defaults__", (50,))
+    options = {"draws": 3, "max_neighbours_images": most}
+    one, other = measured(**options), measured(order=5, batch_size=7, **options)
+    names = {"sFD(quarters) train", "IS(quarters)", "precision", "coverage", "copy rate (features)"}
+    names |= {f"{kind}(quarters) {name}" for kind in ("FD", "FD-infinity", "FD per class", "KID")
+              for name in ("train", "validation")}  # fmt: skip
+    assert names <= one.metrics.keys() == other.metrics.keys()
+    for name, found in one.metrics.items():
+        again = other.metrics[name]
+        assert again.value == pytest.approx(found.value, rel=1e-4, abs=1e-9), name
+        for part in ("spread", "error", "classes"):
+            expected = getattr(found, part)
+            assert getattr(again, part) == (expected and pytest.approx(expected, rel=1e-4, abs=1e-7)), (name, part)
+        assert found.spread is not None or name.startswith(("FD-infinity", "FD per class"))
+    for name in ("FD-infinity(quarters) train", "KID(quarters) train"):
+        assert one.metrics[name].error > 0
+    assert one.metrics["FD per class(quarters) train"].classes.keys() == {"0", "1", "2"}
+
+
+def test_the_default_is_all_that_keeps_no_more_than_some_vectors():
+    assert set(map(key_of, measured(metrics=()).metrics)) == set(ALL) - {"fd-infinity", "fd-per-class"}
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_a_metric_is_calculated_alone_with_the_value_that_it_has_among_others(key):
+    alone, among = measured(metrics=(key,)), measured()
+    names = {name for name in among.metrics if key_of(name) == key}
+    assert alone.metrics.keys() == names != set() and set(alone.unavailable) <= {"copy rate (tokens)"}
+    for name in names:
+        assert alone.metrics[name].value == pytest.approx(among.metrics[name].value, rel=1e-9)
+    assert bool(alone.noise_floor) == (key in ("fd", "fd-infinity", "sfd"))
+
+
+def test_a_distance_per_class_is_over_all_images_of_a_class():
+    """Also where no more than a few images are compared one by one."""
+    found = measured(max_neighbours_images=10).metrics["FD per class(quarters) train"]
+    (samples, ours), (train, theirs) = pictures(240, 0), pictures(160, 1)
+    sides = []
+    for images, labels in ((train, theirs), (samples, ours)):
+        moments = Moments(12)
+        moments.update(Quarters()(torch.from_numpy(images[labels == 1]).permute(0, 3, 1, 2).float() / 127.5 - 1))
+        sides += [moments.mean, moments.cov]
+    assert found.classes["1"] == pytest.approx(frechet_distance(*sides), rel=1e-3)
+    assert found.value == pytest.approx(np.mean(list(found.classes.values())), rel=1e-9)
+
+
+def test_metrics_are_chosen_on_the_command_line_and_their_protocol_is_said(tmp_path, capsys):
+    for name, seed in (("samples", 0), ("reference", 1)):
+        images, labels = pictures(60, seed)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images, arr_1=labels)
+    cli.main([
+        "evaluate", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "reference.npz"), "--metrics",
+        "fd-infinity, kid,fd-per-class", "--feature-network", "quarters", "--out", str(tmp_path / "results.json"),
+        "--device", "cpu",
+    ])  # fmt: skip
+    content, printed = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+    assert content["metrics"].keys() == {f"{kind}(quarters)" for kind in ("FD-infinity", "KID", "FD per class")}
+    assert content["config"]["metrics"] == ["fd-infinity", "kid", "fd-per-class"]
+    assert content["metrics"]["FD per class(quarters)"]["classes"].keys() == {"0", "1", "2"}
+    line = f"60 samples, quarters, against {tmp_path / 'reference.npz'}: 60 images as reference"
+    assert content["protocol"] == line and line in printed.replace("\n", "")
+    assert "error" in printed
+
+
+def with_labels(path, labels):
+    np.savez(path, arr_0=pictures(60, 0)[0], **({} if labels is None else {"labels": labels}))
+    return path
+
+
+def test_labels_that_are_missing_or_do_not_match_are_one_line(tmp_path):
+    three, two = np.arange(60) % 3, np.arange(60) % 2
+    settings = EvaluationSettings(metrics=("fd-per-class",))
+    samples, reference = tmp_path / "samples.npz", tmp_path / "reference.npz"
+    for ours, theirs, message in (
+        (three, two, "samples of 3 classes, a reference of 2; class 2 is on one side only"),
+        (np.r_[three[:-1], 3], np.r_[three[:-1], 3], "class 3 has 1 sample"),
+        (three, two.astype(float), r"labels is float64 \(60,\); expected 1-d integers for 60 images"),
+        (three, two[:5], r"labels is int64 \(5,\); expected 1-d integers for 60 images"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            evaluate(with_labels(samples, ours), with_labels(reference, theirs), settings, feature_network=Quarters())
+        assert "\n" not in str(caught.value)
+    for ours, theirs, who in ((None, three, "samples carry"), (three, None, "reference carries")):
+        found = evaluate(
+            with_labels(samples, ours), with_labels(reference, theirs), settings, feature_network=Quarters()
+        )
+        assert found.metrics == {} and found.unavailable == {"FD per class(quarters)": f"the {who} no labels"}
+
+
+def test_metrics_that_are_not_there_are_one_line():
+    with pytest.raises(UserError, match=r"metrics: unknown 'fid' \(did you mean.*choices: fd, fd-infinity"):
+        measured(metrics=("kid", "fid"))
+    with pytest.raises(UserError, match="metrics: unknown 'fid'"):
+        RunSettings(metrics=("fd", "fid"))
+    with pytest.raises(UserError, match="metrics: kid; the rows of a run are ranked by fd, add it"):
+        RunSettings(metrics=("kid",))
+    assert RunSettings(metrics=("kid", "fd")).wants("fd")
