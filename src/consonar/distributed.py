@@ -84,9 +84,12 @@ def machine_name(device: torch.device | str) -> str:
 
 
 @contextmanager
-def joined(device_name: str = "auto") -> Iterator[World]:
-    """Inside of it this process is one of those that torchrun describes (NCCL on CUDA, gloo elsewhere), or alone."""
-    device = pick_device(device_name)
+def joined(device_name: str = "auto", key: str = "loop.device") -> Iterator[World]:
+    """Inside of it this process is one of those that torchrun describes (NCCL on CUDA, gloo elsewhere), or alone.
+
+    Raises as `pick_device`.
+    """
+    device = pick_device(device_name, key)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield World(0, 1, device)
         return

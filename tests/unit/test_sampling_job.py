@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -28,15 +31,15 @@ def draw(tiny_generator, tokenizer, tmp_path):
     """Runs the job of six images (or with other settings) into tmp_path/name, in shards of `size`."""
     generator = tiny_generator()
 
-    def run(name="a.npz", size=2, stop=None, seed=0, source="run", origin=None, **options):
+    def run(name="a.npz", size=2, stop=None, seed=0, source="run", origin=None, progress=None, **options):
         labels, sampler = jobs.balanced_labels(COUNT, 3), SamplerConfig()
         job = jobs.Job(generator, tokenizer, labels, seed=seed, sampler=sampler, source=source, origin=origin)
 
-        def progress(done):
+        def stopped(done):
             if done == stop:
                 raise KeyboardInterrupt
 
-        return jobs.run_job(job, tmp_path / name, shard_size=size, progress=progress, **options)
+        return jobs.run_job(job, tmp_path / name, shard_size=size, progress=progress or stopped, **options)
 
     return run
 
@@ -171,10 +174,37 @@ def test_a_job_goes_on_when_its_generator_is_called_otherwise(draw, counted, tmp
     assert counted == [2]
 
 
-def test_one_process_draws_an_output(draw, tmp_path):
-    with hold(tmp_path / "a.npz.parts"), pytest.raises(UserError, match=rf"process {os.getpid()} on .* is writing it"):
-        draw()
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("ended", ["well", "before it drew"])
+def test_processes_share_a_job(ended, draw, counted, tmp_path):
+    """While another process is at the first shard its siblings are drawn; then it is there, or drawn as well."""
+    with pytest.raises(KeyboardInterrupt):
+        draw("b.npz", stop=2)
+    counted.clear()
+    first, messages = "shard_00000000_2", []
+    with ExitStack() as other:
+        other.enter_context(hold(tmp_path / "a.npz.parts" / first))
+        shutil.copy(tmp_path / "b.npz.parts" / "job.json", tmp_path / "a.npz.parts")
+
+        def progress(done):
+            messages.append((done, list(counted)))
+            if done == 4:
+                if ended == "well":
+                    shutil.copy(tmp_path / "b.npz.parts" / f"{first}.npz", tmp_path / "a.npz.parts")
+                other.close()
+
+        assert draw(progress=progress) == tmp_path / "a.npz"
+    last = [2, 2] if ended == "well" else [2, 2, 2]
+    assert messages == [(2, [2]), (4, [2, 2]), (6, last)]
+    assert content(tmp_path / "a.npz") == content(draw("b.npz"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+def test_who_comes_last_finds_the_output(draw, tmp_path, monkeypatch):
+    """Another process makes `out` of the last shards between two looks."""
+    made = draw("b.npz")
+    monkeypatch.setattr(jobs, "barrier", lambda world: made.rename(tmp_path / "a.npz"))
+    assert draw() == tmp_path / "a.npz"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 def test_the_record_knows_the_architecture(tokenizer):
@@ -216,9 +246,43 @@ cli.main(["sample", sys.argv[1], "--num-samples", "6", "--out", sys.argv[2]])
     killed = subprocess.run([*command, "kill", *places], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "a.npz").exists()
     parts = tmp_path / "a.npz.parts"
-    assert {".lock", "job.json", "shard_00000000_2.npz"} < {path.name for path in parts.iterdir()}
+    assert {"job.json", "shard_00000000_2.npz"} < {path.name for path in parts.iterdir()}
     done = subprocess.run([*command, "again", *places], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "a.npz") as arrays:
         assert arrays["seeds"].tolist() == list(range(6)) and json.loads(str(arrays["settings"]))["num_samples"] == 6
     assert not parts.exists()
+
+
+def test_torchrun_shares_a_job(tiny_generator, tokenizer, tokenizer_folder, tmp_path):
+    """Two ranks draw each shard once, both end well, and one says so."""
+    origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint)
+    save_generator(tiny_generator(), tmp_path / "model", origin)
+    program = """
+import sys
+from consonar import cli
+from consonar.sampling import job as jobs
+jobs.run_job.__kwdefaults__["shard_size"] = 1
+inner = jobs.write_npz
+def write(path, arrays):
+    print("drew", path.name[:15], flush=True)
+    inner(path, arrays)
+jobs.write_npz = write
+cli.main(["sample", sys.argv[1], "--num-samples", "6", "--out", sys.argv[2]])
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    command = [sys.executable, "-c", program, str(tmp_path / "model"), str(tmp_path / "a.npz")]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | world | {"RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    lines = [line for rank in ranks for line in rank.communicate(timeout=300)[0].splitlines()]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    drawn = [f"drew .shard_{index:08d}" for index in range(6)]
+    assert sorted(lines) == sorted([f"6 images: {tmp_path / 'a.npz'}", *drawn])
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["seeds"].tolist() == list(range(6))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "model"]

@@ -34,6 +34,8 @@ COMMANDS = {
     "doctor": "Show device, versions, kernels, packages, weights and cache: what a bug report needs.",
 }
 """What each does. Its module is imported when it is called, for PyTorch takes a second."""
+SHARED = ("train", "sample")
+"""Those that several processes of torchrun do together."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         hold_memory()
         check_choice("command", name, COMMANDS)
-        if name != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError(f"{name}: is for one process, only train is for several; leave torchrun away")
+        several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        if several and name not in SHARED:
+            raise UserError(f"{name}: is for one process; leave torchrun away, which is for {' and '.join(SHARED)}")
         module = import_module(f"consonar.cli.{name.replace('-', '_')}")
         if name == "train":  # its options are those of the recipe that is named first
             module.command(args)
@@ -99,10 +102,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[..., None]]:
-    """A progress callback (done, total): a bar on a terminal, silence elsewhere."""
+def counting(what: str, wanted: bool = True) -> Iterator[Callable[..., None]]:
+    """A progress callback (done, total): a bar on a terminal where it is `wanted`, silence elsewhere."""
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(console=console, disable=not (wanted and console.is_terminal), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total=None: progress.update(task, completed=done, total=total)
 

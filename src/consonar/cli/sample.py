@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import check_name
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
-from consonar.distributed import pick_device
+from consonar.distributed import joined
 from consonar.errors import unknown
 from consonar.origin import same_text
 from consonar.precision import pick_precision
@@ -48,21 +49,23 @@ class Options:
 
 def command(options: Options) -> None:
     check_name(options.out)
-    device = pick_device(options.device, "--device")
-    precision = pick_precision(options.precision, device, "--precision", "sampling")
-    model = load_generator(options.generator)
-    own = load_own_tokenizer(options.generator) if options.tokenizer is None else None
-    codec = own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)
-    origin = read_origin(options.generator)
-    labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
-    job = Job(
-        model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin,
-        precision=precision, device=device,
-    )  # fmt: skip
-    smaller = f"lower --batch-size ({options.batch_size})"
-    with counting("sample") as count, memory.explained(smaller, device):
-        run_job(job, options.out, batch_size=options.batch_size, progress=lambda done: count(done, len(labels)))
-    say(f"{len(labels)} images: {options.out}")
+    with joined(options.device, "--device") as world:
+        precision = pick_precision(options.precision, world.device, "--precision", "sampling")
+        model = load_generator(options.generator)
+        own = load_own_tokenizer(options.generator) if options.tokenizer is None else None
+        codec = own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)
+        origin = read_origin(options.generator)
+        labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
+        job = Job(
+            model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin,
+            precision=precision, device=world.device,
+        )  # fmt: skip
+        smaller = f"lower --batch-size ({options.batch_size})"
+        with counting("sample", world.is_main) as count, memory.explained(smaller, world.device):
+            progress = partial(count, total=len(labels))
+            run_job(job, options.out, batch_size=options.batch_size, progress=progress, world=world)
+        if world.is_main:
+            say(f"{len(labels)} images: {options.out}")
 
 
 def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Tensor:

@@ -31,11 +31,15 @@ PARTIAL = ".*.partial"
 MAX_TRIES = 1000
 
 
+class Held(UserError):
+    """Another process is at it."""
+
+
 @contextmanager
 def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keeps other processes out of `folder`, which is made where it is missing and removed again when it stays empty.
 
-    Raises `UserError` that names who holds it; with `wait`, waits for them instead.
+    Raises `Held` that names who holds it; with `wait`, waits for them instead.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
@@ -70,7 +74,7 @@ def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
             continue
         with file:
             if not _take(file, path, wait):
-                raise UserError(f"{path.parent}: {_holder(file)} is writing it; wait until that has ended, or end it")
+                raise Held(f"{path.parent}: {_holder(file)} is writing it; wait until that has ended, or end it")
             if _is_at(file, path):
                 yield file
                 return

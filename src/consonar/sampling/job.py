@@ -1,7 +1,7 @@
 """Sampling jobs: many images to a file or folder, in shards that survive an interruption.
 
 Shard k holds images k * shard_size .. and is a function of the settings alone, so a second call with the same settings
-skips the shards that are there and whole; one process works on an output at a time. What comes out: a picture (.png,
+skips the shards that are there and whole, and any number of processes share them. What comes out: a picture (.png,
 one grid), an .npz in ADM layout (`arr_0` uint8 (n, H, W, 3), plus labels, seeds, tokens, entropy and the settings), or
 a folder of PNG files.
 """
@@ -10,6 +10,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch import Tensor
 from consonar.config_io import to_dict
 from consonar.data.picture_files import IMAGE_ENDINGS, save_grid
 from consonar.data.transforms import from_uint8, to_uint8
+from consonar.distributed import ALONE, World, barrier
 from consonar.errors import UserError
-from consonar.files.lock import hold, is_unused
+from consonar.files.lock import Held, hold, is_unused
 from consonar.files.readers import read_json, read_npz
 from consonar.files.weights import component_fingerprint
 from consonar.files.writers import write_atomically, write_json
@@ -124,11 +126,13 @@ def run_job(
     shard_size: int = 512,
     progress: Callable[[int], None] | None = None,
     restart: bool = False,
+    world: World = ALONE,
 ) -> Path:
     """Draws the job into `out` (.png, .npz, or a folder) and returns it. `progress` gets the number of images done.
 
-    Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, when another process draws
-    it, and when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
+    Processes that call it with the same job share its shards, those of torchrun (`world`) as well as others; who ends
+    last makes `out` of them. Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, and
+    when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
     for key, count in (("num_samples", len(job.labels)), ("batch_size", batch_size), ("shard_size", shard_size)):
         check_batch_size(count, key)
@@ -146,30 +150,41 @@ def run_job(
         (folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))
         for start in range(0, len(job.labels), shard_size)
     ]
-    decoder = decoder_of(job.generator, job.sampler)
-    with hold(folder):
-        if out.exists():
-            raise UserError(f"--out: {out} exists: another process has made it meanwhile; choose another name")
-        claim(folder, job, restart)
-        for path, rows in shards:
+    decoder, left, done = decoder_of(job.generator, job.sampler), dict(shards), 0
+    barrier(world)  # nobody looks for `out` after another process has made it
+    for wait in (False, True):  # first what no other process draws, then what one did, which may have been ended
+        for path, rows in list(left.items()):
             labels, seeds = job.labels[rows], job.seeds[rows]
-            if not is_whole(path, labels, seeds):
-                drawn = draw(decoder, job.tokenizer, labels, seeds, batch_size, job.precision)
-                arrays = {
-                    "arr_0": to_uint8(drawn.images).numpy(),
-                    "labels": labels.numpy(),
-                    "seeds": np.array(seeds),
-                    "tokens": drawn.tokens.numpy(),
-                    "entropy": drawn.entropy.numpy(),
-                }
-                write_atomically(path, partial(write_npz, arrays=arrays))
+            with ExitStack() as drawing:
+                with hold(folder, wait=True):
+                    if out.exists():
+                        return out
+                    claim(folder, job, restart)
+                    try:
+                        drawing.enter_context(hold(path.with_suffix(""), wait=wait))
+                    except Held:
+                        continue
+                if not is_whole(path, labels, seeds):
+                    drawn = draw(decoder, job.tokenizer, labels, seeds, batch_size, job.precision)
+                    arrays = {
+                        "arr_0": to_uint8(drawn.images).numpy(),
+                        "labels": labels.numpy(),
+                        "seeds": np.array(seeds),
+                        "tokens": drawn.tokens.numpy(),
+                        "entropy": drawn.entropy.numpy(),
+                    }
+                    write_atomically(path, partial(write_npz, arrays=arrays))
+            del left[path]
+            done += len(labels)
             if progress:
-                progress(rows.start + len(labels))
-        try:
-            assemble(shards, job, out)
-        except (FileNotFoundError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}: changed while {out} was made of it; the same command goes on") from error
-        shutil.rmtree(folder)
+                progress(done)
+    with hold(folder, wait=True):
+        if not out.exists():
+            try:
+                assemble(shards, job, out)
+            except (FileNotFoundError, zipfile.BadZipFile) as error:
+                raise UserError(f"{folder}: changed while {out} was made of it; the same command goes on") from error
+            shutil.rmtree(folder)
     return out
 
 
