@@ -34,7 +34,7 @@ from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import pick_precision, with_weights
 from consonar.records import device_of
 from consonar.sampling.checks import check_batch_size, check_condition
-from consonar.sampling.sample import SamplerConfig, check_fit, decoder_of, draw
+from consonar.sampling.sample import SamplerConfig, Samples, check_fit, decoder_of, draw
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
 
@@ -134,17 +134,7 @@ def run_job(
     last makes `out` of them. Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, and
     when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
-    for key, count in (("num_samples", len(job.labels)), ("batch_size", batch_size), ("shard_size", shard_size)):
-        check_batch_size(count, key)
-    if out.exists():
-        raise UserError(f"--out: {out} exists; choose another name")
-    stem, dot, last = out.name.rpartition(".")
-    ending = (dot + last).lower()
-    if ending == ".png" and len(job.labels) > MAX_GRID_IMAGES:
-        many = f"{len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES})"
-        raise UserError(f"--out: {many}; use .npz or a folder")
-    if ending in OTHER_ENDINGS or (ending in (".png", ".npz") and not stem):
-        raise UserError(f"--out: samples are not written as {out.name}; choices: NAME.png, NAME.npz, or a folder")
+    check_place(job, out, batch_size, shard_size)
     folder = out.with_name(f"{out.name}.parts")
     shards = [
         (folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))
@@ -166,14 +156,7 @@ def run_job(
                         continue
                 if not is_whole(path, labels, seeds):
                     drawn = draw(decoder, job.tokenizer, labels, seeds, batch_size, job.precision)
-                    arrays = {
-                        "arr_0": to_uint8(drawn.images).numpy(),
-                        "labels": labels.numpy(),
-                        "seeds": np.array(seeds),
-                        "tokens": drawn.tokens.numpy(),
-                        "entropy": drawn.entropy.numpy(),
-                    }
-                    write_atomically(path, partial(write_npz, arrays=arrays))
+                    write_atomically(path, partial(write_npz, arrays=as_arrays(drawn, labels, seeds)))
             del left[path]
             done += len(labels)
             if progress:
@@ -186,6 +169,21 @@ def run_job(
                 raise UserError(f"{folder}: changed while {out} was made of it; the same command goes on") from error
             shutil.rmtree(folder)
     return out
+
+
+def check_place(job: Job, out: Path, batch_size: int, shard_size: int) -> None:
+    """Raises `UserError` for an output that exists or cannot be, for no images, and for a size below 1."""
+    for key, count in (("num_samples", len(job.labels)), ("batch_size", batch_size), ("shard_size", shard_size)):
+        check_batch_size(count, key)
+    if out.exists():
+        raise UserError(f"--out: {out} exists; choose another name")
+    stem, dot, last = out.name.rpartition(".")
+    ending = (dot + last).lower()
+    if ending == ".png" and len(job.labels) > MAX_GRID_IMAGES:
+        many = f"{len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES})"
+        raise UserError(f"--out: {many}; use .npz or a folder")
+    if ending in OTHER_ENDINGS or (ending in (".png", ".npz") and not stem):
+        raise UserError(f"--out: samples are not written as {out.name}; choices: NAME.png, NAME.npz, or a folder")
 
 
 def claim(folder: Path, job: Job, restart: bool) -> None:
@@ -222,6 +220,17 @@ def is_whole(path: Path, labels: Tensor, seeds: Sequence[int]) -> bool:
         return False
     complete = len(arrays) == len(keys) and all(array.shape[:1] == labels.shape for array in arrays.values())
     return complete and np.array_equal(arrays["labels"], labels.numpy()) and np.array_equal(arrays["seeds"], seeds)
+
+
+def as_arrays(drawn: Samples, labels: Tensor, seeds: Sequence[int]) -> dict[str, Any]:
+    """What a shard holds."""
+    return {
+        "arr_0": to_uint8(drawn.images).numpy(),
+        "labels": labels.numpy(),
+        "seeds": np.array(seeds),
+        "tokens": drawn.tokens.numpy(),
+        "entropy": drawn.entropy.numpy(),
+    }
 
 
 def write_npz(path: Path, arrays: dict[str, Any]) -> None:
