@@ -8,9 +8,8 @@ Every step that is finished is skipped when the demo is called again, so that an
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import torch
@@ -103,9 +102,9 @@ def draw_opening(path: Path, device: torch.device, say: Say) -> float | None:
     generator, names = load_generator(OPENING).to(device), read_origin(OPENING).class_names or ()
     tokenizer = load_own_tokenizer(OPENING).to(device)
     labels = [label for label in range(generator.num_classes) for _ in range(PER_CLASS)]
-    lap = laps()
+    began = time.monotonic()
     drawn = sample(generator, tokenizer, labels, config=OPENING_SAMPLER)
-    seconds = lap()
+    seconds = time.monotonic() - began
     save_grid(drawn.images, path, columns=PER_CLASS)
     say(f"{path}: drawn by the generator {OPENING!r} of the package; its rows: {', '.join(names)}")
     return seconds
@@ -179,14 +178,16 @@ def measure_machine(
     encoded and seen by the feature network here, in the place of the training images too."""
     shutil.rmtree(folder, ignore_errors=True)
     device, total = str(pick_device()), len(OpenMoji("train", tokenizer.image_size))
-    held_out, lap = reference.images["validation"], laps()
+    held_out, stamps = reference.images["validation"], [time.monotonic()]
     target = encode_reference(replace(reference, images=dict.fromkeys(("train", "validation"), held_out)), tokenizer)
-    seen, encoding = len((target.tokens or {})["validation"]), lap() / 2
+    stamps.append(time.monotonic())
     settings = EvaluationSettings(device=device)
     with settings.multiplying():
         cached_features(load_feature_network("efficientnet-lite0", device), held_out, settings)
+    stamps.append(time.monotonic())
+    seen, (twice, features) = len((target.tokens or {})["validation"]), [b - a for a, b in pairwise(stamps)]
     # The training tokens are of two views, the reference's of one.
-    images = {"tokens": 2 * total * encoding, "reference": (total + seen) * encoding, "features": total * lap()}
+    images = {"tokens": total * twice, "reference": (total + seen) * twice / 2, "features": total * features}
     rates = {piece: Rate(seconds / seen) for piece, seconds in images.items()}
     make_tokens(out, "validation", tokenizer)
     for name, kind in PARTS.items():
@@ -213,32 +214,19 @@ def measure_training(folder: Path, config: TrainConfig, validations: float) -> R
         data=replace(config.data, tokens=tokens, validation_tokens=tokens, validation_items=PROBE_ITEMS),
         loop=replace(config.loop, log_every=1, validate_every=0, save_every=0),
     )
-    out, lap = folder / str(config.recipe), laps()
+    out, began = folder / str(config.recipe), time.monotonic()
     train(config, out, quiet=True)
-    return plan.training_rate(read_metrics(out / "metrics.jsonl"), lap(), validations)
+    return plan.training_rate(read_metrics(out / "metrics.jsonl"), time.monotonic() - began, validations)
 
 
 def measure_evaluation(folder: Path, target: ReferenceSet, settings: RunSettings) -> tuple[float, float]:
     """Seconds of what measuring the first of the runs begins with, and of its row of results."""
-    stamps: list[float] = []
-    lap = laps()
+    stamps = [time.monotonic()]
     evaluate_run(
         folder / next(iter(RUNS)), settings, reference=TOKENIZER, target=target, overwrite=True,
-        progress=lambda _: stamps.append(lap()),
+        progress=lambda _: stamps.append(time.monotonic()),
     )  # fmt: skip
-    return stamps[0], lap()
-
-
-def laps() -> Callable[[], float]:
-    """A function that returns the seconds since its last call."""
-    last = time.monotonic()
-
-    def lap() -> float:
-        nonlocal last
-        before, last = last, time.monotonic()
-        return last - before
-
-    return lap
+    return stamps[1] - stamps[0], time.monotonic() - stamps[-1]
 
 
 def claim(out: Path, settings: Json) -> Json:

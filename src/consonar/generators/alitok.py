@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from consonar.attention import KVCache, NormedAttention
@@ -81,6 +80,3 @@ class AliTokARGenerator(RotaryGenerator[Tensor]):
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         return self.embeddings(condition + self.vocab_size + 1)[:, None]
-
-    def null_condition(self, condition: Tensor) -> Tensor:
-        return torch.full_like(condition, self.num_classes)

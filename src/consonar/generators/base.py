@@ -50,8 +50,8 @@ class GeneratorConfig(ModelConfig):
 
     @property
     def num_key_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_heads
+        """Heads of keys and values, for kinds that say so fewer than of queries."""
+        return getattr(self, "num_kv_heads", 0) or self.num_heads
 
     def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
         """This shape for given data, in the fields that it has; `UserError` when one was set to something else."""
@@ -67,8 +67,8 @@ class GeneratorConfig(ModelConfig):
 class CausalGenerator(nn.Module, ABC, Generic[Given]):
     """Follows `consonar.types.Generator`. `config` has all sizes set.
 
-    A subclass makes `blocks`, called with (x, whatever they need, mask, cache, layer), what goes in and out, the null
-    condition and `reset_parameters`.
+    A subclass makes `blocks`, called with (x, whatever they need, mask, cache, layer), what goes in and out,
+    `reset_parameters`, and where it is conditioned on something else than classes the null condition.
     """
 
     origin: Origin | None = None
@@ -94,6 +94,10 @@ class CausalGenerator(nn.Module, ABC, Generic[Given]):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, n, V) <- (B, n, D)."""
+
+    def null_condition(self, condition: Any) -> Any:  # of the subclass's kind; here of classes
+        """The null class, which is behind the others."""
+        return torch.full_like(condition, self.num_classes)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """In the type that attention multiplies in: under autocast that of autocast."""

@@ -82,10 +82,6 @@ class JanusConfig(GeneratorConfig):
         """P."""
         return self.max_prompt_tokens
 
-    @property
-    def num_key_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
 
 JANUS_PRESETS = {
     "1B": JanusConfig(),

@@ -60,10 +60,6 @@ class LlamaGenConfig(RotaryConfig):
     def prefix_length(self) -> int:
         return self.num_condition_tokens or {"class": 1, "text": 120}[self.condition]
 
-    @property
-    def num_key_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
 
 LLAMAGEN_PRESETS = {
     "B": LlamaGenConfig(width=768, num_layers=12, num_heads=12),
@@ -177,7 +173,7 @@ class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
     def null_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
         """The null class, or the null caption under the mask of the caption (so the released sampler does)."""
         if not isinstance(condition, TextCondition):
-            return torch.full_like(condition, self.num_classes)
+            return super().null_condition(condition)
         assert isinstance(self.cls_embedding, CaptionEmbedding)  # captions come to a generator of captions only
         null = self.cls_embedding.uncond_embedding.to(condition.features.dtype)
         return replace(condition, features=null.expand_as(condition.features))

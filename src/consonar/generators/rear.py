@@ -180,9 +180,6 @@ class ReARGenerator(CausalGenerator[Tensor]):
         for module in [*self.blocks, self.adaln_before_head]:
             nn.init.zeros_(module.adaLN_modulation[1].weight)
 
-    def null_condition(self, condition: Tensor) -> Tensor:
-        return torch.full_like(condition, self.num_classes)
-
     def logits(self, hidden: Tensor) -> Tensor:
         return product_in_float32(self.lm_head, hidden)
 

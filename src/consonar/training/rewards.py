@@ -233,35 +233,26 @@ def import_reward(path: str) -> Reward:
     return reward
 
 
-def checked(name: str, values: object, count: int) -> Tensor:
-    """`values` as float32 (count,); `UserError` names the reward and what it returned instead."""
-    if not isinstance(values, Tensor):
-        raise UserError(f"reward {name!r}: returned {type(values).__name__}, expected a tensor of shape ({count},)")
-    if values.shape != (count,):
-        raise UserError(f"reward {name!r}: returned shape {tuple(values.shape)}, expected ({count},), one per image")
-    return plain(name, values)
+def checked(name: str, value: object, count: int, *, of_places: bool = False) -> Tensor:
+    """`value` as float32 (count,), or with `of_places` a map (count, h, w); `UserError` says what was returned."""
+    what, expected = ("an error map of ", f"({count}, h, w)") if of_places else ("", f"({count},), one per image")
+    if not isinstance(value, Tensor):
+        raise UserError(f"reward {name!r}: returned {type(value).__name__}, expected a tensor of shape {expected}")
+    if value.ndim != (3 if of_places else 1) or len(value) != count or not value.numel():
+        raise UserError(f"reward {name!r}: returned {what}shape {tuple(value.shape)}, expected {expected}")
+    if value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+        raise UserError(
+            f"reward {name!r}: returned a tensor of {value.dtype}, {value.layout}, on {value.device}; expected real "
+            "numbers in a dense tensor that holds them"
+        )
+    return value.detach().float()
 
 
 def checked_maps(name: str, maps: object, count: int) -> list[Tensor]:
     """The maps of a reward with a place as float32 (count, h, w); `UserError` names the reward and what it returned."""
     if not isinstance(maps, list | tuple) or not maps or not all(isinstance(layer, Tensor) for layer in maps):
         raise UserError(f"reward {name!r}: returned {type(maps).__name__}, expected a list of one or more error maps")
-    for layer in maps:
-        if layer.ndim != 3 or len(layer) != count or not layer.numel():
-            raise UserError(
-                f"reward {name!r}: returned an error map of shape {tuple(layer.shape)}, expected ({count}, h, w)"
-            )
-    return [plain(name, layer) for layer in maps]
-
-
-def plain(name: str, values: Tensor) -> Tensor:
-    """`values` as float32; `UserError` where they are no real numbers, or not held as such."""
-    if values.is_complex() or values.layout != torch.strided or values.device.type == "meta":
-        raise UserError(
-            f"reward {name!r}: returned a tensor of {values.dtype}, {values.layout}, on {values.device}; expected real "
-            "numbers in a dense tensor that holds them"
-        )
-    return values.detach().float()
+    return [checked(name, layer, count, of_places=True) for layer in maps]
 
 
 def check_finite(values: Mapping[str, Tensor]) -> None:
