@@ -42,8 +42,8 @@ from consonar.networks.lpips import LPIPS, VGG16Features
 from consonar.precision import multiplying, with_weights
 from consonar.recipes.published import PLAIN, REGULARISED
 from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer
 from consonar.training.checkpoints import State
 from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.loop import Built, Running, update

@@ -8,10 +8,9 @@ from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer, VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.types import Tokenizer
 
 TINY_CONV = {

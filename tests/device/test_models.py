@@ -18,10 +18,9 @@ from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vq import VQTokenizer
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer, VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.training.rewards import Resources, build_rewards
 from consonar.types import ImageBatch, Tokenizer
 

@@ -19,10 +19,9 @@ from consonar.sampling.sample import SamplerConfig, sample
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
-from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
+from consonar.tokenizers.vqgan import MaskGITConfig, VQGANPlusConfig
 from consonar.training.config import DataConfig
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.alignment import AlignmentTrainee

@@ -14,7 +14,7 @@ from consonar.cli.doctor import optional_packages
 from consonar.cpu import timing
 from consonar.generators import build_generator
 from consonar.generators.rear import ReARConfig
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer
 
 
 @pytest.fixture(autouse=True)

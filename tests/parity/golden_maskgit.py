@@ -7,8 +7,7 @@ from fill import fill
 from golden import Golden
 
 from consonar.tokenizers import quantizer
-from consonar.tokenizers.conv import ConvTokenizer
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.vqgan import ConvTokenizer, MaskGITConfig, MaskGITTokenizer
 
 
 def matches(meta: dict) -> bool:

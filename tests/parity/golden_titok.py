@@ -7,9 +7,9 @@ from fill import fill
 from golden import Golden
 
 from consonar.tokenizers import quantizer
-from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig, ViTTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig
 
 PUBLISHED_SIZES = {
     "small": {"width": 512, "layers": 8, "heads": 8},

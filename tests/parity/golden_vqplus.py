@@ -6,7 +6,7 @@ from golden import Golden
 from golden_maskgit import as_map, compare_all, compare_search, to_unit
 
 from consonar.tokenizers import quantizer
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
+from consonar.tokenizers.vqgan import VQGANPlusConfig, VQGANPlusTokenizer
 
 
 def matches(meta: dict) -> bool:

@@ -14,11 +14,10 @@ from consonar.generators.rear import ReARConfig
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
-from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
+from consonar.tokenizers.vqgan import MaskGITConfig, VQGANPlusConfig
 from consonar.types import Grid
 
 CONV = {"vocab_size": 16, "code_dim": 4, "base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1}

@@ -20,11 +20,10 @@ from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.sampling.sample import SamplerConfig
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
-from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
+from consonar.tokenizers.vqgan import MaskGITConfig, VQGANPlusConfig
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives import kinds

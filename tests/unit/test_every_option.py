@@ -25,11 +25,10 @@ from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
-from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vq import VQConfig
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig
+from consonar.tokenizers.vqgan import MaskGITConfig, VQGANPlusConfig
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives import kinds, method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee, GuardConfig

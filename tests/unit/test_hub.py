@@ -22,7 +22,7 @@ from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.hub import PUBLISHED, read_name
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
+from consonar.tokenizers.vqgan import VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.types import Grid
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -12,8 +12,7 @@ from torch import nn
 from consonar.convert.layouts.official import shapes_of
 from consonar.convert.layouts.tokenizers import MASKGIT as OFFICIAL
 from consonar.errors import UserError
-from consonar.tokenizers.conv import ResidualBlock
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer, ResidualBlock
 
 TINY = MaskGITConfig(
     image_size=16, vocab_size=32, code_dim=4, base_channels=8, channel_multipliers=(1, 1, 2), num_res_blocks=1,

@@ -12,9 +12,9 @@ from consonar.config_io import from_dict, to_dict
 from consonar.convert.layouts.official import shapes_of
 from consonar.convert.layouts.tokenizers import TITOK as OFFICIAL
 from consonar.errors import UserError
-from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig, patches_to_image
+from consonar.tokenizers.vqgan import MaskGITConfig
 
 RELEASED = names("tokenizer_titok_*")
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}

@@ -13,7 +13,7 @@ from consonar.convert.layouts.official import shapes_of
 from consonar.convert.layouts.tokenizers import VQGAN_PLUS as OFFICIAL
 from consonar.errors import UserError
 from consonar.tokenizers import quantizer
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer, sign_codes, sign_tokens
+from consonar.tokenizers.vqgan import VQGANPlusConfig, VQGANPlusTokenizer, sign_codes, sign_tokens
 
 TINY = VQGANPlusConfig(
     image_size=16, vocab_size=32, code_dim=5, base_channels=8, channel_multipliers=(1, 1, 2), num_res_blocks=1,

@@ -24,7 +24,7 @@ from consonar.precision import autocast_type, pick_precision, with_weights
 from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch
 from consonar.seeding import generator as seeded
 from consonar.seeding import integers, uniform
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer
 from consonar.training.checkpoints import State
 from consonar.training.config import LoopConfig, TrainConfig
 from consonar.training.loop import Built, Running, update

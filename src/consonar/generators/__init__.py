@@ -1,18 +1,15 @@
 """The kinds of generators. A stored one is loaded by `consonar.components`."""
 
-from consonar.generators.alitok import AliTokARConfig, AliTokARGenerator
+from consonar.generators import alitok, janus, llamagen, rear
 from consonar.generators.base import GeneratorConfig
-from consonar.generators.janus import JanusConfig, JanusGenerator
-from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
-from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.types import Generator, Kind
 
 GENERATORS: dict[str, Kind[GeneratorConfig, Generator]] = {
-    "rear": Kind(ReARConfig, ReARGenerator),
-    "llamagen": Kind(LlamaGenConfig, LlamaGenGenerator),
-    "alitok-ar": Kind(AliTokARConfig, AliTokARGenerator),
+    "rear": Kind(rear.ReARConfig, rear.ReARGenerator),
+    "llamagen": Kind(llamagen.LlamaGenConfig, llamagen.LlamaGenGenerator),
+    "alitok-ar": Kind(alitok.AliTokARConfig, alitok.AliTokARGenerator),
     # Needs transformers, which is imported when one is built.
-    "janus": Kind(JanusConfig, JanusGenerator),
+    "janus": Kind(janus.JanusConfig, janus.JanusGenerator),
 }
 """The kinds, by what files call them."""
 

@@ -50,8 +50,8 @@ class GeneratorConfig(ModelConfig):
 
     @property
     def num_key_heads(self) -> int:
-        """Heads of keys and values, for kinds that say so fewer than of queries."""
-        return getattr(self, "num_kv_heads", 0) or self.num_heads
+        """Heads of keys and values."""
+        return self.num_heads
 
     def sized(self, vocab_size: int, num_tokens: int, num_classes: int, grid: Grid | None = None) -> Self:
         """This shape for given data, in the fields that it has; `UserError` when one was set to something else."""

@@ -82,6 +82,10 @@ class JanusConfig(GeneratorConfig):
         """P."""
         return self.max_prompt_tokens
 
+    @property
+    def num_key_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
 
 JANUS_PRESETS = {
     "1B": JanusConfig(),

@@ -60,6 +60,10 @@ class LlamaGenConfig(RotaryConfig):
     def prefix_length(self) -> int:
         return self.num_condition_tokens or {"class": 1, "text": 120}[self.condition]
 
+    @property
+    def num_key_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
 
 LLAMAGEN_PRESETS = {
     "B": LlamaGenConfig(width=768, num_layers=12, num_heads=12),

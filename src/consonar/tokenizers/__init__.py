@@ -3,21 +3,16 @@
 import math
 from dataclasses import replace
 
-from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
+from consonar.tokenizers import alitok, titok, vq, vqgan
 from consonar.tokenizers.base import CodebookTokenizer
-from consonar.tokenizers.conv import ConvConfig
-from consonar.tokenizers.maskgit import MaskGITConfig, MaskGITTokenizer
-from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
-from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, VQGANPlusTokenizer
 from consonar.types import Kind, ModelConfig
 
 TOKENIZERS: dict[str, Kind[ModelConfig, CodebookTokenizer]] = {
-    "vq": Kind(VQConfig, VQTokenizer, trainable=True),
-    "maskgit-vq": Kind(MaskGITConfig, MaskGITTokenizer, trainable=True),
-    "vqgan-plus": Kind(VQGANPlusConfig, VQGANPlusTokenizer),
-    "titok": Kind(TiTokConfig, TiTokTokenizer),
-    "alitok": Kind(AliTokConfig, AliTokTokenizer),
+    "vq": Kind(vq.VQConfig, vq.VQTokenizer, trainable=True),
+    "maskgit-vq": Kind(vqgan.MaskGITConfig, vqgan.MaskGITTokenizer, trainable=True),
+    "vqgan-plus": Kind(vqgan.VQGANPlusConfig, vqgan.VQGANPlusTokenizer),
+    "titok": Kind(titok.TiTokConfig, titok.TiTokTokenizer),
+    "alitok": Kind(alitok.AliTokConfig, alitok.AliTokTokenizer),
 }
 """The kinds, by what files call them."""
 
@@ -29,6 +24,6 @@ def resized(config: ModelConfig, num_tokens: int) -> ModelConfig:
     as they are, and so does one that no square image gives so many tokens.
     """
     side = math.isqrt(num_tokens)
-    if not isinstance(config, ConvConfig) or side * side != num_tokens:
+    if not isinstance(config, vqgan.ConvConfig) or side * side != num_tokens:
         return config
     return replace(config, image_size=side * config.downsampling)

@@ -27,8 +27,7 @@ from consonar.options import Count
 from consonar.seeding import draw_weights
 from consonar.tokenizers import vit
 from consonar.tokenizers.base import Codebook, as_grid
-from consonar.tokenizers.conv import conv_decoder
-from consonar.tokenizers.maskgit import MaskGITConfig
+from consonar.tokenizers.vqgan import MaskGITConfig, conv_decoder
 
 RELEASED_PIXEL_DECODER = MaskGITConfig()
 

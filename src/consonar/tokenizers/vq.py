@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from consonar.data.transforms import ImageSize
 from consonar.options import Count
-from consonar.tokenizers import conv
+from consonar.tokenizers import vqgan
 from consonar.tokenizers.base import Codebook, as_grid, as_row
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQConfig(conv.ConvConfig):
+class VQConfig(vqgan.ConvConfig):
     """Shape of a convolutional VQ tokenizer; the defaults are the one for OpenMoji at 64 px."""
 
     kind: Literal["vq"] = "vq"
@@ -48,7 +48,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = conv.normalization(channels, groups)
+        self.norm = vqgan.normalization(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,11 +66,11 @@ class Level(nn.Module):
     ):
         super().__init__()
         widths = [channels_in] + [channels_out] * num_blocks
-        self.res = nn.ModuleList(conv.ResidualBlock(a, b, groups, drops_input=False) for a, b in pairwise(widths))
+        self.res = nn.ModuleList(vqgan.ResidualBlock(a, b, groups, drops_input=False) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(SpatialAttention(channels_out, groups) for _ in range(num_blocks if attend else 0))
         self.change = change
         if change:
-            kind = conv.HalvingConv if change == "downsample" else conv.DoublingConv
+            kind = vqgan.HalvingConv if change == "downsample" else vqgan.DoublingConv
             self.add_module(change, nn.Sequential(OrderedDict(conv=kind(channels_out))))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ class Level(nn.Module):
 
 def middle(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        conv.ResidualBlock(channels, channels, groups, drops_input=False),
+        vqgan.ResidualBlock(channels, channels, groups, drops_input=False),
         SpatialAttention(channels, groups),
-        conv.ResidualBlock(channels, channels, groups, drops_input=False),
+        vqgan.ResidualBlock(channels, channels, groups, drops_input=False),
     )
 
 
@@ -104,7 +104,7 @@ def encoder(config: VQConfig) -> nn.Sequential:
     conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
     blocks = levels(widths, config.num_res_blocks, groups, "downsample")
     inner = {"conv_blocks": blocks, "mid": middle(widths[-1], groups)}
-    return conv.network(conv_in, inner, groups, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
+    return vqgan.network(conv_in, inner, groups, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
 
 
 def decoder(config: VQConfig) -> nn.Sequential:
@@ -112,10 +112,10 @@ def decoder(config: VQConfig) -> nn.Sequential:
     conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
     mid = middle(widths[0], groups)
     inner = {"mid": mid, "conv_blocks": levels(widths, config.num_res_blocks + 1, groups, "upsample")}
-    return conv.network(conv_in, inner, groups, nn.Conv2d(widths[-1], 3, 3, padding=1))
+    return vqgan.network(conv_in, inner, groups, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
 
-class VQTokenizer(conv.ConvTokenizer):
+class VQTokenizer(vqgan.ConvTokenizer):
     unit_range = False
 
     def __init__(self, config: VQConfig, name: str = "vq"):

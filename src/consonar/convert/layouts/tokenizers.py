@@ -17,10 +17,9 @@ import torch
 from consonar.convert.layouts import official
 from consonar.convert.layouts.official import Official, Shapes, State, has, multipliers, num_indices
 from consonar.tokenizers.alitok import AliTokConfig
-from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.titok import TiTokConfig
 from consonar.tokenizers.vq import VQConfig
-from consonar.tokenizers.vqgan_plus import VQGANPlusConfig, sign_codes
+from consonar.tokenizers.vqgan import MaskGITConfig, VQGANPlusConfig, sign_codes
 
 CODEBOOK, TABLE, WEIGHTS = "quantize.embedding.weight", "quantize.codebook", "quantize.bits_to_indices"
 CODE_USAGE = "quantize.codebook_used"

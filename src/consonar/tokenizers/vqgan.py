@@ -1,13 +1,22 @@
-"""What the convolutional tokenizers share: configuration, layers and layout; and the networks of MaskGIT's VQGAN and
-VQGAN+, which differ in how they halve the resolution and in names.
+"""VQGAN (arXiv 2012.09841) without attention: MaskGIT's tokenizer (arXiv 2202.04200), as reAR, RAR and TiTok use it,
+and VQGAN+ (MaskBit, arXiv 2409.16211), with a codebook or with the bits of lookup-free quantisation; and what all
+convolutional tokenizers share.
 
-Facts kept from the released code of the two (1d-tokenizer's `maskgit_vqgan.py`, MaskBit's `autoencoder.py`): networks
-work on pixels in [0, 1], so images change range at the border of the tokenizer; GroupNorm with eps 1e-6; residual
-blocks have no biases in their convolutions and, where the number of channels changes, their 1x1 shortcut is applied to
-the OUTPUT of the branch, so that the block's input is dropped; "same" padding, which for stride 2 is one row below and
-one column on the right.
+State-dict keys are those of the released files (`maskgit-vqgan-imagenet-f16-256.bin`; MaskBit's `ConvVQModel`, reAR's
+`VQPlus`). Facts kept from their code (1d-tokenizer's `maskgit_vqgan.py`, MaskBit's `autoencoder.py`): networks work on
+pixels in [0, 1], so images change range at the border of the tokenizer; GroupNorm with eps 1e-6; residual blocks have
+no biases in their convolutions and, where the number of channels changes, their 1x1 shortcut is applied to the OUTPUT
+of the branch, so that the block's input is dropped; "same" padding, which for stride 2 is one row below and one column
+on the right; nearest-neighbour upsampling and a convolution double the resolution.
 
-Deviation: released groups are always 32; here `num_groups` is a field, so that tiny models exist.
+MaskGIT's halves it by average pooling, its decoder's levels are stored from full to lowest resolution and run the other
+way, and its codes are not normalised. VQGAN+ halves it by stride-2 convolutions or by average pooling, its levels are
+stored in the order of execution, and its codes may be l2-normalised on both sides of the search. Lookup-free
+(MAGVIT-v2, arXiv 2310.05737): a code is the signs of the latents, in {-1, +1}, with 0 counted as -1; its token is the
+sum of 2^i over the positive channels i = 0, 1, ...
+
+Deviations: released groups are always 32; here `num_groups` is a field, so that tiny models exist. MaskGIT's `decode`
+clamps to [0, 1], ours leaves clamping to the caller. The constant tables of the lookup-free quantiser are no buffers.
 
 Letters: `B` batch, `N` tokens (raster order), `V` vocabulary, `C` code width, `h`, `w` token grid, `H`, `W` pixels.
 """
@@ -16,15 +25,18 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.errors import UserError
-from consonar.options import Count
-from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig, as_grid, as_row
+from consonar.options import Count, ReadOnlyWith
+from consonar.tokenizers.base import Codebook, CodebookTokenizer, TokenizerConfig, as_grid, as_row
 from consonar.types import Grid
+
+CODEBOOK = ReadOnlyWith(lambda given: given.quantizer == "lookup", "{}quantizer 'lookup': lookup-free codes are signs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,3 +191,82 @@ class ConvTokenizer(CodebookTokenizer):
 
     def pixels(self, codes: Tensor) -> Tensor:
         return self.decoder(as_grid(codes, self.side))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskGITConfig(ConvConfig):
+    """Shape of a MaskGIT-VQGAN tokenizer; the defaults are the released one."""
+
+    kind: Literal["maskgit-vq"] = "maskgit-vq"
+
+
+class MaskGITTokenizer(ConvTokenizer):
+    def __init__(self, config: MaskGITConfig, name: str = "maskgit-vq"):
+        super().__init__(config, name)
+        self.encoder = conv_encoder(config, "block", strided=False)
+        self.decoder = conv_decoder(config, "block", config.num_res_blocks)
+        self.quantize = Codebook(config.vocab_size, config.code_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANPlusConfig(ConvConfig):
+    """Shape of a VQGAN+ tokenizer; the defaults are the one that reAR uses."""
+
+    kind: Literal["vqgan-plus"] = "vqgan-plus"
+    vocab_size: Count = 4096
+    """Number of codes; 2 to the power of `code_dim` for lookup-free ones."""
+    code_dim: Count = 64
+    """Width of one code; its number of bits for lookup-free ones."""
+    quantizer: Literal["lookup", "lookup-free"] = "lookup"
+    """Codes from a learnt codebook, or all combinations of signs."""
+    l2_normalize: Annotated[bool, CODEBOOK] = False
+    """Search and decode unit-norm codes; for `lookup` only."""
+    downsample: Literal["convolution", "average"] = "convolution"
+    """What halves the resolution in the encoder: convolutions of stride 2, or the mean of 2 x 2 places."""
+    num_decoder_blocks: Count | None = None
+    """Residual blocks per level and in the middle of the decoder; None: `num_res_blocks`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantizer == "lookup-free" and self.vocab_size != 2**self.code_dim:
+            raise UserError(
+                f"model.vocab_size: {self.vocab_size}; lookup-free codes of {self.code_dim} bits (code_dim) are "
+                f"2 to the power of {self.code_dim}"
+            )
+
+
+def sign_codes(tokens: Tensor, num_bits: int) -> Tensor:
+    """(..., num_bits) float in {-1, +1} <- (...) int64; channel i is the bit of weight 2^i."""
+    bits = (tokens[..., None] >> torch.arange(num_bits, device=tokens.device)) & 1
+    return 2.0 * bits - 1.0
+
+
+def sign_tokens(vectors: Tensor) -> Tensor:
+    """(...) int64 <- (..., num_bits): the inverse of `sign_codes`, for any vectors; 0 counts as -1."""
+    weights = 2 ** torch.arange(vectors.shape[-1], device=vectors.device)
+    return ((vectors > 0) * weights).sum(-1)
+
+
+class VQGANPlusTokenizer(ConvTokenizer):
+    def __init__(self, config: VQGANPlusConfig, name: str = "vqgan-plus"):
+        super().__init__(config, name, l2_normalize=config.l2_normalize)
+        blocks = config.num_res_blocks if config.num_decoder_blocks is None else config.num_decoder_blocks
+        self.encoder = conv_encoder(config, "res_blocks", strided=config.downsample == "convolution")
+        self.decoder = conv_decoder(config, "res_blocks", blocks)
+        self.lookup_free = config.quantizer == "lookup-free"
+        if not self.lookup_free:
+            self.quantize = Codebook(config.vocab_size, config.code_dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        if self.lookup_free:
+            device = next(self.parameters()).device
+            return sign_codes(torch.arange(self.vocab_size, device=device), self.code_dim)
+        return super().codebook
+
+    def search(self, vectors: Tensor) -> Tensor:
+        return sign_tokens(vectors) if self.lookup_free else super().search(vectors)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        # Not by way of the table: it has 2^18 rows in the largest released model.
+        return sign_codes(tokens, self.code_dim) if self.lookup_free else super().embed(tokens)
