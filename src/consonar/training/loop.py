@@ -104,6 +104,7 @@ def update(run: Running, model: nn.Module, prepared: object, autocast_dtype: tor
         group["lr"] = learning_rate(step, config.loop.steps, config.optim)
     parts = split(prepared, config.loop.accumulation)
     sums: dict[str, Tensor] = {}
+    torch.clear_autocast_cache()  # what `prepare` cast has no gradient
     for index, part in enumerate(parts):
         with distributed.exchange_of_gradients(model, index == len(parts) - 1):
             with torch.autocast(run.world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
@@ -116,6 +117,7 @@ def update(run: Running, model: nn.Module, prepared: object, autocast_dtype: tor
         state.optimizer.zero_grad(set_to_none=True)
         raise non_finite(step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}", run.folder)
     state.optimizer.step()
+    torch.clear_autocast_cache()  # PyTorch does so at the end of the outermost context alone, which is around the run
     state.optimizer.zero_grad(set_to_none=True)
     state.step = step + 1
     if state.average is not None:
