@@ -60,5 +60,5 @@ clean:  ## remove what the targets above have made, but no runs
 results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the section of claims-vapi
 	$(BIN)/python docs/make_results.py runs/demo
 
-claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md (at most 90 minutes on 2 cores)
+claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md; finished runs are kept (6 minutes each on 2 cores)
 	$(BIN)/python claims/vapi.py --out runs/claims-vapi

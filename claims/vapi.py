@@ -1,19 +1,17 @@
 # ruff: noqa: E501  (the sentences of the page)
-"""What VA-pi does on OpenMoji, against its controls, over seeds: python claims/vapi.py [--out runs/claims-vapi].
+"""What VA-pi does on OpenMoji, against its controls, over seeds: python claims/vapi.py [--methods ce,vapi] [--seeds 3].
 
-One start model (plain AR, stopped where its validation cross-entropy is lowest), then for every seed the same number of
-updates on the same images with each method; frontiers of free-running samples for all. Every step that is finished is
-skipped when the command is called again. Writes claims/results/vapi.json and the section on VA-pi of docs/results.md;
-every number comes from result files.
+A start model (plain AR, stopped where its validation cross-entropy is lowest; for some rows reAR of as many steps), then
+for every seed the same number of updates on the same images with each method; frontiers of free-running samples for all.
+Every finished run leaves a small file in claims/results/vapi, and no run that has one is made again, on whatever machine:
+a few rows at a time fill the table. Writes the section on VA-pi of docs/results.md; every number comes from these files.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import re
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,7 +24,7 @@ from consonar.data.sources import open_source
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.distributed import machine_name
 from consonar.evaluation.inputs import encode_reference, open_reference
-from consonar.evaluation.results import is_measured, library_versions, read_results
+from consonar.evaluation.results import library_versions
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.files.writers import file_sha256, write_atomically
 from consonar.recipes import find_recipe
@@ -34,14 +32,41 @@ from consonar.training.config import TrainConfig
 from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS, RESULTS = Path(__file__).parents[1] / "docs", Path(__file__).parent / "results" / "vapi"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: a recipe with changes of its objective, from one of `STARTS`."""
+
+    recipe: str
+    title: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    start: str = "start"
+
+    @property
+    def control(self) -> str:
+        """The row of as many updates with cross-entropy alone from the same start."""
+        return "ce" if self.start == "start" else "rear-ce"
+
+
+STARTS = {"start": ("ar-openmoji", "start"), "rear-start": ("rear-openmoji", "reAR start")}
 METHODS = {
-    "ce": ("ce-openmoji", "CE control"),
-    "vapi": ("vapi-openmoji", "VA-pi"),
-    "spatial": ("vapi-spatial-openmoji", "VA-pi, spatial credit"),
-    "ste": ("ste-openmoji", "straight-through"),
+    "ce": Row("ce-openmoji", "CE control"),
+    "vapi": Row("vapi-openmoji", "VA-pi"),
+    "spatial": Row("vapi-spatial-openmoji", "VA-pi, spatial credit"),
+    "ste": Row("ste-openmoji", "straight-through"),
+    "held": Row("vapi-openmoji", "VA-pi, entropy held", {"entropy": "position"}),
+    "held-spatial": Row("isentropic-openmoji", "VA-pi, spatial credit, entropy held"),
+    "mean-spatial": Row("vapi-spatial-openmoji", "VA-pi, spatial credit, mean entropy held", {"entropy": "mean"}),
+    "sar": Row("sar-openmoji", "self-rollout without reward"),
+    "annealed": Row("vapi-openmoji", "VA-pi, xi from 0.5 to 0", {"context_noise": 0.5, "noise_schedule": "linear"}),
+    "rear-ce": Row("ce-openmoji", "reAR, CE control", start="rear-start"),
+    "rear-vapi": Row("vapi-openmoji", "reAR, VA-pi", start="rear-start"),
+    "rear-heads": Row("vapi-openmoji", "reAR, VA-pi, heads kept", {"embedding_weight": 1.0}, "rear-start"),
 }
-MATCHED = ("vapi", "spatial")
+MATCHED = ("vapi", "spatial", "held", "held-spatial")
+"""Rows at whose entropy the start model is measured as well."""
 START_STEPS = 240
 TEMPERATURES = (1.0, 0.8, 0.6)
 FD = "FD(efficientnet-lite0) validation"
@@ -49,92 +74,103 @@ ENTROPY = "entropy (teacher-forced)"
 EMPTY = "nearly empty (of the first 80)"
 COLUMNS = (FD, "precision", "recall", "copy rate (tokens)", EMPTY, ENTROPY)
 REWARDS = ("reward_mse", "reward_efficientnet-lite0")
+Result = dict[str, Any]
 
 
-def start_config(out: Path) -> TrainConfig:
-    """Plain AR up to where its validation cross-entropy is lowest: later it copies more than it learns."""
-    recipe = find_recipe("ar-openmoji")
-    loop = replace(recipe.loop, steps=START_STEPS, validate_every=60, sample_every=0, save_every=0)
-    return replace(recipe, data=replace(recipe.data, tokens=str(out / "tokens")), loop=loop)
-
-
-def method_config(name: str, out: Path, *, seed: int, steps: int) -> TrainConfig:
-    """The recipe of one method from the start model; nothing but the objective differs between methods."""
-    recipe = find_recipe(METHODS[name][0])
+def run_config(run: str, out: Path, steps: int) -> TrainConfig:
+    """That of a start or of METHOD-SEED. A start stops where its validation cross-entropy is lowest (later it copies
+    more than it learns); nothing but the objective differs between the methods from one start."""
+    if run in STARTS:
+        recipe = find_recipe(STARTS[run][0])
+        loop = replace(recipe.loop, steps=START_STEPS, validate_every=60, sample_every=0, save_every=0)
+        return replace(recipe, data=replace(recipe.data, tokens=str(out / "tokens")), loop=loop)
+    name, seed = run.rsplit("-", 1)
+    recipe, row = find_recipe(METHODS[name].recipe), METHODS[name]
     loop = replace(recipe.loop, steps=steps, validate_every=max(1, steps // 4), sample_every=0, save_every=0)
-    return replace(recipe, init=str(out / "start"), seed=seed, loop=loop)
+    objective = replace(recipe.objective, **row.changes)
+    return replace(recipe, init=str(out / row.start), seed=int(seed), loop=loop, objective=objective)
 
 
-def make_runs(out: Path, seeds: int, steps: int) -> None:
-    """Token stores, the start model, and every method at every seed."""
-    tokenizer = load_tokenizer("openmoji-64")
-    for split, folder, views in (("train", "tokens", "center_flip"), ("validation", "tokens-validation", "center")):
-        if not (out / folder).exists():
-            source = open_source("openmoji", split=split, image_size=tokenizer.image_size)
-            write_token_store(out / folder, source, tokenizer, views=views)
-    configs = {"start": start_config(out)}
-    configs |= {
-        f"{name}-{seed}": method_config(name, out, seed=seed, steps=steps) for seed in range(seeds) for name in METHODS
-    }
-    for run, config in configs.items():
-        if not (out / run / "model").exists():
-            started = time.monotonic()
-            train(config, out / run, resume=(out / run / "config.json").exists(), quiet=True)
-            print(f"trained {run}: {time.monotonic() - started:.0f} s", flush=True)
+class Study:
+    """Runs in a folder, and the files of those that are finished."""
 
+    def __init__(self, out: Path, results: Path, steps: int, samples: int):
+        self.out, self.results, self.steps, self.samples = out, results, steps, samples
+        self.settings = {"start_steps": START_STEPS, "steps": steps, "samples": samples}
+        self.tokenizer = load_tokenizer("openmoji-64")
+        self.target: Any = None  # encoded once: the runs share it
 
-def measure_runs(out: Path, seeds: int, samples: int) -> None:
-    """Frontiers; the start model also at the temperatures of the aligned models' entropies."""
-    target = None  # opened once: the runs share it
-    for run in ["start", *(f"{name}-{seed}" for seed in range(seeds) for name in METHODS)]:
-        if is_measured(out / run):
-            continue
-        started = time.monotonic()
-        match = [out / f"{name}-{seed}" for name in MATCHED for seed in range(seeds)] if run == "start" else []
-        target = target or encode_reference(open_reference("openmoji-64", 64), load_tokenizer("openmoji-64"))
-        settings = RunSettings(
-            reconstruct=False, temperatures=TEMPERATURES, match=match, num_samples=samples, batch_size=128
-        )
-        evaluate_run(out / run, settings, target=target, overwrite=True)
-        print(f"measured {run}: {time.monotonic() - started:.0f} s", flush=True)
+    def result(self, run: str) -> Result | None:
+        """What is known of a run; None for nothing, or of other settings."""
+        path = self.results / f"{run}.json"
+        known = json.loads(path.read_text()) if path.exists() else None
+        return known if known and known["settings"] == self.settings else None
 
+    def keep(self, run: str, result: Result) -> None:
+        self.results.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=1) + "\n"
+        write_atomically(self.results / f"{run}.json", lambda path: path.write_text(text))
 
-def validations(run: Path) -> list[dict[str, float]]:
-    return [line for line in read_metrics(run / "metrics.jsonl") if "validation/reward" in line]
+    def train(self, run: str) -> None:
+        """The run, unless it is there; before it the token stores and the model that it starts from."""
+        for split, folder, views in (("train", "tokens", "center_flip"), ("validation", "tokens-validation", "center")):
+            if not (self.out / folder).exists():
+                source = open_source("openmoji", split=split, image_size=self.tokenizer.image_size)
+                write_token_store(self.out / folder, source, self.tokenizer, views=views)
+        folder = self.out / run
+        if not (folder / "model").exists():
+            if run not in STARTS:
+                self.train(METHODS[run.rsplit("-", 1)[0]].start)
+            config = run_config(run, self.out, self.steps)
+            train(config, folder, resume=(folder / "config.json").exists(), quiet=True)
 
-
-def summarise(out: Path, seeds: int, steps: int, samples: int) -> dict[str, Any]:
-    """All numbers of the page, by method and seed."""
-    results = {path.parent.name: read_results(path.parent) for path in out.glob("*/results.json")}
-    summary: dict[str, Any] = {
-        "steps": steps, "seeds": seeds, "samples": samples, "temperatures": TEMPERATURES,
-        "machine": machine_name("cpu"), "versions": library_versions(),
-        "start_sha256": file_sha256(out / "start" / "model" / "model.safetensors"),
-        "feature_network": results["start"]["feature_network"], "tokenizer": results["start"]["tokenizer"],
-        "teacher_forced": {}, "frontier": {}, "patches": {},
-    }  # fmt: skip
-    store, tokenizer = TokenStore.open(out / "tokens-validation"), load_tokenizer("openmoji-64")
-    for name in METHODS:
-        lines = [validations(out / f"{name}-{seed}") for seed in range(seeds)]
-        keys = [key for key in lines[0][-1] if key.startswith("validation/")]
-        summary["teacher_forced"][name] = {
-            key.removeprefix("validation/"): [line[-1][key] for line in lines] for key in keys
-        }
-        summary["teacher_forced"]["start"] = {key.removeprefix("validation/"): lines[0][0][key] for key in keys}
-    for run, content in results.items():
-        summary["patches"][run] = patch_changes(out / run, store, tokenizer)
-        for row in content["rows"]:
-            row["metrics"][EMPTY] = {"value": empty_share(out / run / row["samples"]), "spread": None}
-        rows = [
-            {
-                "temperature": row["temperature"],
-                "matched_to": row.get("matched_to"),
-                **{key: row["metrics"][key] for key in COLUMNS},
-            }
-            for row in content["rows"]
+    def measure(self, run: str, **settings: Any) -> list[Result]:
+        """Rows of its frontier."""
+        self.target = self.target or encode_reference(open_reference("openmoji-64", 64), self.tokenizer)
+        wanted = RunSettings(reconstruct=False, num_samples=self.samples, batch_size=128, **settings)
+        rows = evaluate_run(self.out / run, wanted, target=self.target, overwrite=True)["rows"]
+        for row in rows:
+            empty = empty_share(self.out / run / row["samples"])
+            row["metrics"][EMPTY] = {"value": empty, "spread": None}
+        return [
+            {"temperature": row["temperature"], "matched_to": row.get("matched_to")}
+            | {key: row["metrics"][key] for key in COLUMNS}
+            for row in rows
         ]
-        summary["frontier"][run] = rows
-    return summary
+
+    def make(self, run: str) -> None:
+        """Trains and measures a run that has no file yet, and writes it."""
+        if self.result(run):
+            return
+        started = time.monotonic()
+        self.train(run)
+        start = self.out / (run if run in STARTS else METHODS[run.rsplit("-", 1)[0]].start)
+        lines = [line for line in read_metrics(self.out / run / "metrics.jsonl") if "validation/reward" in line]
+        found = [
+            {key.removeprefix("validation/"): v for key, v in line.items() if "validation/" in key} for line in lines
+        ]
+        store = TokenStore.open(self.out / "tokens-validation")
+        self.keep(run, {
+            "settings": self.settings, "machine": machine_name("cpu"), "versions": library_versions(),
+            "start_sha256": file_sha256(start / "model" / "model.safetensors"),
+            "before": found[0] if found else None, "teacher_forced": found[-1] if found else None,
+            "patches": patch_changes(self.out / run, store, self.tokenizer),
+            "frontier": self.measure(run, temperatures=TEMPERATURES),
+            "minutes": (time.monotonic() - started) / 60,
+        })  # fmt: skip
+        print(f"{run}: {time.monotonic() - started:.0f} s", flush=True)
+
+    def match(self, runs: list[str]) -> None:
+        """Measures the start also at the temperatures of the entropies of these runs, where they are in the folder."""
+        known = self.result("start")
+        assert known is not None  # made before
+        done = {row["matched_to"] for row in known["frontier"]}
+        missing = [self.out / run for run in runs if run not in done and (self.out / run / "model").exists()]
+        if missing and (self.out / "start" / "model").exists():
+            started = time.monotonic()
+            known["frontier"] += self.measure("start", temperatures=(), match=missing)
+            known["minutes"] += (time.monotonic() - started) / 60
+            self.keep("start", known)
 
 
 def cell(values: list[float], digits: int = 3) -> str:
@@ -142,16 +178,21 @@ def cell(values: list[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def page(summary: dict[str, Any], minutes: float) -> str:
-    """The section of docs/results.md, from the summary."""
-    seeds, forced, frontier = range(summary["seeds"]), summary["teacher_forced"], summary["frontier"]
+def page(results: dict[str, Result]) -> str:
+    """The section of docs/results.md, from the files by run; a method is over the seeds that it has."""
+    of = {name: [value for run, value in results.items() if run.rsplit("-", 1)[0] == name] for name in METHODS}
+    of = {name: runs for name, runs in of.items() if runs}
+    first, minutes = next(iter(of.values()))[0], sum(result["minutes"] for result in results.values())
+    starts = sorted({result["start_sha256"][:12] for result in results.values()})
+    machines = sorted({f"{result['machine']} (torch {result['versions']['torch']})" for result in results.values()})
+    counts = sorted({len(runs) for runs in of.values()})
     lines = [
         "## VA-pi on OpenMoji against its controls",
         "",
-        f"Made by `make claims-vapi` in {minutes:.0f} minutes on {summary['machine']} (torch {summary['versions']['torch']}); numbers in",
-        f"`claims/results/vapi.json`. One start model (plain AR, {START_STEPS} steps, weights {summary['start_sha256'][:12]}), then",
-        f"{summary['steps']} updates of 32 images with each method, {summary['seeds']} seeds, the same images in the same order for all methods of a",
-        f"seed. Samples: {summary['samples']} per row, the same classes and random numbers in every row. ± is the standard deviation over",
+        f"Made by `make claims-vapi` in {minutes:.0f} minutes on {' and '.join(machines)}; numbers in",
+        f"`claims/results/vapi`. One start model (plain AR, {START_STEPS} steps; weights {', '.join(starts)}), then",
+        f"{first['settings']['steps']} updates of 32 images with each method, {' or '.join(map(str, counts))} seeds, the same images in the same order for all methods of a",
+        f"seed. Samples: {first['settings']['samples']} per row, the same classes and random numbers in every row. ± is the standard deviation over",
         "seeds; for the start model, which is one, the spread over four disjoint parts of the samples.",
         "",
         "### Under teacher forcing, on held-out images",
@@ -161,29 +202,33 @@ def page(summary: dict[str, Any], minutes: float) -> str:
         "| model | reward | MSE | perceptual | cross-entropy | entropy | KL to start |",
         "|---|---|---|---|---|---|---|",
     ]
-    start = forced["start"]
-    lines.append(
-        f"| start | {start['reward']:.4f} | {-start['reward_mse']:.4f} | {-start['reward_efficientnet-lite0']:.4f} | "
-        f"{start['cross_entropy']:.3f} | {start['entropy']:.3f} | 0 |"
-    )
-    for name, (_, title) in METHODS.items():
-        values = forced[name]
-        error = {key: [-v for v in values[key]] for key in REWARDS}
+    shown = {start: title for start, (_, title) in STARTS.items() if any(METHODS[name].start == start for name in of)}
+    for start, title in shown.items():
+        before = next(runs[0]["before"] for name, runs in of.items() if METHODS[name].start == start)
         lines.append(
-            f"| {title} | {cell(values['reward'], 4)} | {cell(error['reward_mse'], 4)} | {cell(error['reward_efficientnet-lite0'], 4)} | "
-            f"{cell(values['cross_entropy'])} | {cell(values['entropy'])} | {cell(values['kl'])} |"
+            f"| {title} | {before['reward']:.4f} | {-before['reward_mse']:.4f} | {-before['reward_efficientnet-lite0']:.4f} | "
+            f"{before['cross_entropy']:.3f} | {before['entropy']:.3f} | 0 |"
+        )
+    forced = {name: [run["teacher_forced"] for run in runs] for name, runs in of.items()}
+    for name, values in forced.items():
+        row = {key: [value[key] for value in values] for key in ("reward", "cross_entropy", "entropy", "kl", *REWARDS)}
+        error = {key: [-v for v in row[key]] for key in REWARDS}
+        lines.append(
+            f"| {METHODS[name].title} | {cell(row['reward'], 4)} | {cell(error['reward_mse'], 4)} | {cell(error['reward_efficientnet-lite0'], 4)} | "
+            f"{cell(row['cross_entropy'])} | {cell(row['entropy'])} | {cell(row['kl'])} |"
         )
     lines += [
         "",
-        "Seeds in which a method is better than the CE control of the same seed:",
+        "Seeds in which a method is better than the CE control of the same seed and start:",
         "",
         "| method | MSE | perceptual |",
         "|---|---|---|",
     ]
-    for name, (_, title) in METHODS.items():
-        if name != "ce":
-            wins = [sum(forced[name][key][s] > forced["ce"][key][s] for s in seeds) for key in REWARDS]
-            lines.append(f"| {title} | {wins[0]} of {len(seeds)} | {wins[1]} of {len(seeds)} |")
+    for name, values in forced.items():
+        if METHODS[name].control in forced and METHODS[name].control != name:
+            pairs = list(zip(values, forced[METHODS[name].control], strict=False))
+            wins = [sum(ours[key] > control[key] for ours, control in pairs) for key in REWARDS]
+            lines.append(f"| {METHODS[name].title} | {wins[0]} of {len(pairs)} | {wins[1]} of {len(pairs)} |")
     lines += [
         "",
         "Drawn once more, patch by patch against the tokenizer's own reconstruction:",
@@ -191,9 +236,10 @@ def page(summary: dict[str, Any], minutes: float) -> str:
         "| model | drawn patches that turn blank | blank patches that do not stay so |",
         "|---|---|---|",
     ]
-    for name, title in (("start", "start"), *((name, title) for name, (_, title) in METHODS.items())):
-        runs = ["start"] if name == "start" else [f"{name}-{seed}" for seed in seeds]
-        changes = [[summary["patches"][run][key] for run in runs] for key in ("drawn to blank", "blank to drawn")]
+    groups = {title: [results[start]] for start, title in shown.items() if start in results}
+    groups |= {METHODS[name].title: runs for name, runs in of.items()}
+    for title, runs in groups.items():
+        changes = [[run["patches"][key] for run in runs] for key in ("drawn to blank", "blank to drawn")]
         lines.append(f"| {title} | " + " | ".join(cell(values) for values in changes) + " |")
     lines += [
         "",
@@ -202,27 +248,28 @@ def page(summary: dict[str, Any], minutes: float) -> str:
         "| model | temperature | " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * (len(COLUMNS) + 2),
     ]
-    for row in frontier["start"]:
-        if row["matched_to"] is None:
-            cells = [
-                f"{row[key]['value']:.3f}" + (f" ± {row[key]['spread']:.3f}" if row[key]["spread"] else "")
-                for key in COLUMNS
-            ]
-            lines.append(f"| start | {row['temperature']:g} | " + " | ".join(cells) + " |")
-    for name in MATCHED:
-        rows = [row for row in frontier["start"] if (row["matched_to"] or "").rsplit("-", 1)[0] == name]
-        if rows:
+    for start, title in shown.items():
+        frontier = results[start]["frontier"] if start in results else []
+        for row in frontier:
+            if row["matched_to"] is None:
+                cells = [
+                    f"{row[key]['value']:.3f}" + (f" ± {row[key]['spread']:.3f}" if row[key]["spread"] else "")
+                    for key in COLUMNS
+                ]
+                lines.append(f"| {title} | {row['temperature']:g} | " + " | ".join(cells) + " |")
+        for name in MATCHED:
+            rows = [row for row in frontier if (row["matched_to"] or "").rsplit("-", 1)[0] == name]
+            if rows:
+                cells = [cell([row[key]["value"] for row in rows]) for key in COLUMNS]
+                temperature = cell([row["temperature"] for row in rows])
+                lines.append(
+                    f"| {title} at the entropy of {METHODS[name].title} | {temperature} | " + " | ".join(cells) + " |"
+                )
+    for name, runs in of.items():
+        for index, temperature in enumerate(TEMPERATURES):
+            rows = [run["frontier"][index] for run in runs]
             cells = [cell([row[key]["value"] for row in rows]) for key in COLUMNS]
-            temperature = cell([row["temperature"] for row in rows])
-            lines.append(f"| start at the entropy of {METHODS[name][1]} | {temperature} | " + " | ".join(cells) + " |")
-    for name, (_, title) in METHODS.items():
-        for index, temperature in enumerate(summary["temperatures"]):
-            rows = [frontier[f"{name}-{seed}"][index] for seed in seeds]
-            lines.append(
-                f"| {title} | {temperature:g} | "
-                + " | ".join(cell([row[key]["value"] for row in rows]) for key in COLUMNS)
-                + " |"
-            )
+            lines.append(f"| {METHODS[name].title} | {temperature:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -238,24 +285,26 @@ def write_section(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/claims-vapi"))
+    parser.add_argument("--methods", default=",".join(METHODS), help="rows to make: " + ", ".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--samples", type=int, default=2560)
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "vapi.json")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if unknown := set(args.methods.split(",")) - set(METHODS):
+        parser.error(f"--methods: unknown {', '.join(sorted(unknown))}; choices: {', '.join(METHODS)}")
     hold_memory()
-    started = time.monotonic()
-    make_runs(args.out, args.seeds, args.steps)
-    measure_runs(args.out, args.seeds, args.samples)
-    clock = args.out / "minutes.json"  # summed over calls, since finished steps are skipped
-    minutes = (json.loads(clock.read_text()) if clock.exists() else 0) + (time.monotonic() - started) / 60
-    write_atomically(clock, lambda path: path.write_text(json.dumps(minutes)))
-    summary = summarise(args.out, args.seeds, args.steps, args.samples) | {"minutes": minutes}
-    text = json.dumps(summary, indent=1) + "\n"
-    write_atomically(args.results, lambda path: path.write_text(text))
-    write_section(args.page, page(summary, minutes))
-    print(f"{args.page}: {minutes:.0f} minutes", flush=True)
+    study = Study(args.out, args.results, args.steps, args.samples)
+    names = [name for name in METHODS if name in args.methods.split(",")]
+    for seed in range(args.seeds):  # whatever ends it, there is a table of fewer seeds
+        for run in [*dict.fromkeys(METHODS[name].start for name in names), *(f"{name}-{seed}" for name in names)]:
+            study.make(run)
+    if any(METHODS[name].start == "start" for name in names):
+        study.match([f"{name}-{seed}" for name in names if name in MATCHED for seed in range(args.seeds)])
+    runs = [*STARTS, *(f"{name}-{seed}" for name in METHODS for seed in range(args.seeds))]
+    write_section(args.page, page({run: known for run in runs if (known := study.result(run))}))
+    print(args.page, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import TINY_VQ
 from rounding import assert_rounding
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,10 +14,12 @@ from consonar import records
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.records import split
+from consonar.seeding import generator as seeded
 from consonar.training import losses
 from consonar.training import policy_gradient as policy
 from consonar.training.objectives import METHODS, method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee, GuardConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import (
     CrossEntropyConfig,
     StraightThroughConfig,
@@ -42,13 +45,21 @@ CASES = {
     "smooth": replace(VAPI, credit="token", smooth_credit=True),
     "reinforce tokens": replace(VAPI, estimator="reinforce", credit="token"),
     "epochs": replace(VAPI, inner_epochs=2),
+    "position": replace(VAPI, entropy="position", entropy_weight=0.7),
+    "mean": replace(VAPI, entropy="mean", context_noise=0.5, corruption="drawn"),
+    "held cold": replace(VAPI, entropy="position", temperature=0.8, credit="token", smooth_credit=True, kl_weight=0.1),
+    "held free": replace(VAPI, entropy="position", rollout="free", ce_weight=0.0),
+    "heads": replace(VAPI, embedding_weight=0.5, context_noise=0.3),
     "free": replace(VAPI, rollout="free", guidance_scale=2.0, kl_weight=0.1, ce_weight=0.0),
     "free epochs": replace(VAPI, rollout="free", inner_epochs=2, ce_weight=0.0),
     "ce": CrossEntropyConfig(rewards=REWARDS, context_noise=0.3),
     "soft": CrossEntropyConfig(rewards=REWARDS, target="soft", tau=0.5),
+    "sar": CrossEntropyConfig(rewards=REWARDS, context_noise=0.8, corruption="drawn", noise_schedule="linear"),
     "ste": StraightThroughConfig(rewards=REWARDS, perceptual_weight=0.0),
 }
 WORLD = World(0, 1, torch.device("cpu"))
+HEADS = AutoregressiveConfig(embedding_weight=0.5, head_width=16).head_specs(2, TINY_VQ.code_dim)
+"""Of the reAR run that `embedding_weight` goes on from."""
 
 
 @pytest.fixture
@@ -67,7 +78,9 @@ def make(tokenizer, tiny_generator, batch):
         objective = method_of_config(config).objective(
             config, tokenizer, prior, total_steps=10, seed=3, world=WORLD, **settings
         )
-        return objective, AlignmentTrainee(copy.deepcopy(start))
+        trainee = AlignmentTrainee(copy.deepcopy(start), HEADS if config.keeps_heads else ())
+        trainee.reset_heads(seeded(0, "heads"))
+        return objective, trainee
 
     return make
 
@@ -82,8 +95,9 @@ def test_every_objective_has_a_case():
 def weighted_terms(config, terms):
     """The loss as the sum of its named terms."""
     if isinstance(config, PolicyConfig):
-        prior = config.ce_weight * terms.get("cross_entropy", torch.zeros(()))
-        return terms["policy"] + prior + config.kl_weight * terms.get("kl", torch.zeros(()))
+        weights = {"cross_entropy": config.ce_weight, "kl": config.kl_weight, "entropy_penalty": config.entropy_weight}
+        weights |= dict.fromkeys(("align_current", "align_next"), config.embedding_weight)
+        return terms["policy"] + sum(weight * terms[key] for key, weight in weights.items() if key in terms)
     if isinstance(config, CrossEntropyConfig):
         return terms["soft_cross_entropy" if config.target == "soft" else "cross_entropy"]
     return config.mse_weight * terms["mse"] + config.ce_weight * terms["cross_entropy"]
@@ -172,14 +186,16 @@ class LikeLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", ["vapi", "epochs", "tokens", "gspo", "kl", "exact kl", "free"])
+@pytest.mark.parametrize(
+    "name", ["vapi", "epochs", "tokens", "gspo", "kl", "exact kl", "free", "position", "mean", "held free"]
+)
 def test_draws_loss_and_entropy_make_nothing_like_the_logits_but_their_gradient(name, dtype, make, batch, monkeypatch):
     """However many rows: what they share of one pass is made of 5 rows at a time, and so is the gradient."""
     monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", 5 * 32)
     objective, trainee = make(CASES[name], autocast_dtype=dtype)
     prepared = objective.prepare(trainee, batch, 0)
     context, condition = prepared.context, prepared.condition
-    if name == "free":
+    if CASES[name].rollout == "free":
         context, condition = prepared.drawn.actions.flatten(0, 1), records.repeat(condition, VAPI.group_size)
     numbers = context.numel() * 32
 
@@ -191,7 +207,7 @@ def test_draws_loss_and_entropy_make_nothing_like_the_logits_but_their_gradient(
     logits, own = counted(lambda: trainee(context, condition).logits)
     gradient = torch.ones_like(logits)
     _, own_back = counted(lambda: logits.backward(gradient))
-    _, of_prior = counted(lambda: objective.prior_logits(context, condition)) if CASES[name].kl_weight else (None, 0)
+    _, of_prior = counted(lambda: objective.prior_logits(context, condition)) if CASES[name].asks_prior else (None, 0)
     (loss, _), made = counted(lambda: objective.loss(trainee, prepared, 0))
     _, back = counted(lambda: loss.backward())
     assert made == own + of_prior
@@ -384,6 +400,41 @@ def test_validation_is_of_the_true_context_and_the_same_for_all(make, batch):
     assert objective.validate(trainee, iter([batch]))["kl"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["position", "held cold", "held free"])
+def test_entropy_is_held_at_the_start_models_in_the_same_context(name, make, batch):
+    """At the start model itself the penalty is 0 and moves nothing; away from it, it leads back."""
+    objective, trainee = make(replace(CASES[name], kl_weight=0.0))
+    rollout = objective.prepare(trainee, batch, 0)
+    objective.prior = copy.deepcopy(trainee.generator).requires_grad_(False)
+    _, terms = objective.loss(trainee, rollout, 0)
+    assert terms["entropy_penalty"] == terms["entropy_deviation"] == 0 and terms["entropy"] == terms["entropy_start"]
+    with torch.no_grad():
+        trainee.generator.lm_head.weight *= 1.5
+    optimizer, deviations = torch.optim.Adam(trainee.parameters(), lr=1e-3), []
+    for _ in range(8):
+        _, terms = objective.loss(trainee, rollout, 0)
+        deviations.append(terms["entropy_deviation"])
+        optimizer.zero_grad()
+        terms["entropy_penalty"].backward()
+        optimizer.step()
+    assert deviations[-1] < 0.8 * deviations[0]
+
+
+def test_a_drawn_context_is_of_the_model_under_the_true_one(make, batch):
+    """Each token drawn after true tokens alone: of a certain model its choice, whatever was drawn before it."""
+    objective, trainee = make(replace(CASES["sar"], context_noise=1.0, noise_schedule="constant"))
+    first, again, other = (objective.prepare(trainee, batch, step) for step in (0, 0, 1))
+    assert torch.equal(first.context, again.context) and not torch.equal(first.context, other.context)
+    assert torch.equal(first.batch.tokens, objective.encode(batch).tokens)
+    with torch.no_grad():
+        trainee.generator.lm_head.weight *= 1e4
+        certain = trainee(first.batch.tokens, batch.condition).logits.argmax(-1)
+    assert torch.equal(objective.prepare(trainee, batch, 0).context, certain)
+    half, _ = make(replace(CASES["sar"], context_noise=0.5, noise_schedule="constant"))
+    kept = (half.prepare(trainee, batch, 0).context == certain).float().mean()
+    assert 0.2 < kept < 0.8
+
+
 def test_the_guard_names_what_left_its_band():
     guard = GuardConfig(min_entropy=1.0, max_entropy=3.0, max_kl=0.5)
     assert guard.breach({"entropy": 2.0, "kl": 0.4, "loss": 9.0}) is None
@@ -410,6 +461,20 @@ MISTAKES = {
     "guided forcing": (
         lambda: PolicyConfig(guidance_scale=2.0),
         "objective.guidance_scale: 2.0 is read only with objective.rollout",
+    ),
+    "entropy": (lambda: PolicyConfig(entropy="place"), "objective.entropy: unknown 'place'"),
+    "weight of nothing": (
+        lambda: PolicyConfig(entropy_weight=2.0),
+        "objective.entropy_weight: 2.0 is read only with objective.entropy 'mean' or 'position'",
+    ),
+    "nothing held": (lambda: PolicyConfig(entropy="mean", entropy_weight=0.0), "objective.entropy_weight: 0.0"),
+    "free heads": (
+        lambda: PolicyConfig(rollout="free", ce_weight=0.0, embedding_weight=1.0),
+        "objective.embedding_weight: 1.0 is read only with objective.rollout 'teacher_forced'",
+    ),
+    "drawn from nothing": (
+        lambda: CrossEntropyConfig(corruption="drawn"),
+        "objective.corruption: 'drawn' is read only with objective.context_noise over 0",
     ),
     "empty band": (lambda: GuardConfig(min_entropy=3.0, max_entropy=2.0), "min_entropy: 3.0 is above objective.guard"),
     "kl unmeasured": (lambda: GuardConfig(max_kl=1.0, measure_kl=False), "objective.guard.measure_kl: False"),

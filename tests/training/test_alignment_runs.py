@@ -32,6 +32,7 @@ OBJECTIVES = {
     "vapi": VAPI,
     "reinforce": replace(VAPI, estimator="reinforce", class_dropout=0.2),
     "spatial": replace(VAPI, credit="token", smooth_credit=True, inner_epochs=2),
+    "held": replace(VAPI, entropy="position", credit="token", corruption="drawn"),
     "free": PolicyConfig(rewards=REWARDS, group_size=2, rollout="free", kl_weight=0.1, ce_weight=0.0),
     "soft": CrossEntropyConfig(rewards=REWARDS, target="soft"),
     "ste": StraightThroughConfig(rewards=REWARDS, perceptual_weight=0.0),
@@ -129,6 +130,41 @@ def test_rear_training_also_starts_from_init(make_config, start, tmp_path):
     assert all(torch.allclose(before[key], after[key], atol=1e-9) for key in before)
 
 
+def test_heads_of_a_rear_run_are_kept_and_trained_on(make, make_config, start, tmp_path):
+    """They come from the run's checkpoint, with its averaged weights where it averages, and go into no model."""
+    rear = AutoregressiveConfig(embedding_weight=0.5, heads="decode", head_width=16)
+    origin = train(make_config(objective=rear, loop={"steps": 2, "ema_decay": 0.5}), tmp_path / "rear", quiet=True)
+    config = make(
+        replace(VAPI, embedding_weight=0.25), init=str(origin), loop={"accumulation": 2},
+        optim={"lr": 1e-12, "min_lr": 0.0, "warmup_steps": 0},
+    )  # fmt: skip
+
+    def heads(run, part):
+        payload = load_resume(list_resume(run / "checkpoints")[-1])[part]
+        return {key: value for key, value in payload.items() if key.startswith("heads.")}
+
+    whole = train(config, tmp_path / "whole", quiet=True)
+    before, after = heads(origin, "average"), heads(whole, "model")
+    assert len(before) == 6 and before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], atol=1e-9) for key in before)
+    assert not any(key.startswith("heads.") for key in weights(whole))
+    lines = [line for line in read_metrics(whole / "metrics.jsonl") if "train/align_next" in line]
+    assert lines and "train/align_current" not in lines[0] and 0 < lines[0]["train/align_next"] < 2
+
+    config = replace(config, optim=replace(config.optim, lr=1e-3, min_lr=1e-3))
+    moved = train(config, tmp_path / "moved", quiet=True)
+    train(config, tmp_path / "parts", stop_at=2, quiet=True)
+    parts = train(config, tmp_path / "parts", resume=True, quiet=True)
+    assert not torch.equal(heads(moved, "model")["heads.next.0.weight"], after["heads.next.0.weight"])
+    one, two = (load_resume(list_resume(run / "checkpoints")[-1])["model"] for run in (moved, parts))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+    for init, message in ((start, "was trained without alignment heads"), (origin / "model", "start from the folder")):
+        with pytest.raises(UserError, match=message) as caught:
+            train(replace(config, init=str(init)), tmp_path / "refused", quiet=True)
+        assert "\n" not in str(caught.value) and "objective.embedding_weight" in str(caught.value)
+
+
 def test_the_guard_stops_the_run_and_keeps_its_model(make, tmp_path, capsys):
     config = make(replace(VAPI, guard=GuardConfig(max_entropy=0.5)))
     run = train(config, tmp_path / "run")
@@ -210,6 +246,7 @@ def test_two_processes_draw_and_learn_what_one_does(make, tmp_path):
         "reinforce": make(replace(OBJECTIVES["reinforce"], group_size=2), loop=steps),
         "vapi": make(replace(VAPI, class_dropout=0.5), loop=steps),
         "free": make(OBJECTIVES["free"], loop=steps),
+        "held": make(OBJECTIVES["held"], loop=steps),
         "ste": make(OBJECTIVES["ste"], loop=steps),
     }
     run_on_two(WORKER, configs, tmp_path)

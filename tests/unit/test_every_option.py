@@ -86,7 +86,12 @@ NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (AutoregressiveConfig, "mask_noised"): {**HEADS, "noise": NoiseConfig(schedule="constant")},
     **{(NoiseConfig, name): {"schedule": "truncated_linear"} for name in ("max_rate", "anneal_end", "corruption")},
     (NoiseConfig, "num_neighbours"): {"schedule": "constant", "corruption": "nearest"},
-    **{(kind, "noise_schedule"): {"context_noise": 0.5} for kind in kinds("post-training").values()},
+    **{
+        (kind, name): {"context_noise": 0.5}
+        for kind in kinds("post-training").values()
+        for name in ("noise_schedule", "corruption")
+    },
+    (PolicyConfig, "entropy_weight"): {"entropy": "position"},
     **{(kind, "lpips_weights"): {"rewards": {"lpips": 1.0}} for kind in kinds("post-training").values()},
     (PolicyConfig, "guidance_scale"): FREE,
     (PolicyConfig, "rollout"): {"ce_weight": 0.0},
@@ -235,7 +240,9 @@ def observe(tiny_generator, tokenizer):
         objective = method_of_config(config).objective(
             config, codec, prior, total_steps=10, seed=0, world=WORLD, probe=lambda: batch().images
         )
-        yield from updates(objective, AlignmentTrainee(tiny_generator()), batch(), (0, 5, 7))
+        heads = AutoregressiveConfig(**HEADS).head_specs(2, tokenizer.code_dim) if config.keeps_heads else ()
+        trainee = AlignmentTrainee(tiny_generator(), heads)
+        yield from updates(objective, trainee, batch(), (0, 5, 7))
         yield objective.validate(AlignmentTrainee(tiny_generator()), iter([batch()])), calls
         yield objective.breach({"entropy": 1.0, "kl": 1.0}), config.needs_prior
 

@@ -64,6 +64,7 @@ OF_LOGITS = {
     "next_token_loss": lambda logits, tokens: next_token_loss(logits, tokens),
     "token_log_probs": lambda logits, tokens: token_log_probs(logits, torch.stack([tokens, tokens.flip(1)], 1), 0.7),
     "entropy": lambda logits, tokens: entropy(logits.detach()),
+    "held entropy": lambda logits, tokens: losses.look(logits).with_gradient(tokens[:, None])[1].square(),
 }
 
 
@@ -94,6 +95,23 @@ def test_the_gradient_of_rows_in_turn_is_exact(rng, monkeypatch):
     ours = losses.log_probs(logits[None], tokens[None], 0.7)[0]
     torch.testing.assert_close(ours, F.log_softmax(logits / 0.7, -1).gather(-1, tokens))
     assert torch.autograd.gradcheck(lambda x: losses.log_probs(x[None], tokens[None], 0.7), logits)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_log_probs_and_entropy_share_an_exact_gradient(count, rng, monkeypatch):
+    """Against finite differences in float64, of both together, of either alone, and of entropy without tokens."""
+    monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", 14)
+    logits = torch.randn(1, 5, 7, generator=rng, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(7, (1, count, 5), generator=rng)
+
+    def both(x):
+        return losses.look(x, 0.7).with_gradient(tokens)
+
+    torch.testing.assert_close(both(logits)[1], entropy(logits / 0.7))
+    assert torch.autograd.gradcheck(lambda x: both(x)[1], logits)
+    assert torch.autograd.gradcheck(both, logits)
+    alone = torch.autograd.grad(both(logits)[1].square().sum(), logits)[0]
+    torch.testing.assert_close(alone, torch.autograd.grad(entropy(logits / 0.7).square().sum(), logits)[0])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -108,9 +108,22 @@ def vapi_spatial_openmoji() -> TrainConfig:
     return replace(vapi_openmoji(), recipe="vapi-spatial-openmoji", objective=objective)
 
 
+def isentropic_openmoji() -> TrainConfig:
+    """VA-pi that moves probability between codes and does not sharpen: `vapi-spatial-openmoji`, entropy held."""
+    start = vapi_spatial_openmoji()
+    objective = PolicyConfig(rewards=OPENMOJI_REWARDS, credit="token", smooth_credit=True, entropy="position")
+    return replace(start, recipe="isentropic-openmoji", objective=objective)
+
+
 def ce_openmoji() -> TrainConfig:
     """The control of `vapi-openmoji`: cross-entropy alone, same images, noise and steps."""
     return replace(vapi_openmoji(), recipe="ce-openmoji", objective=CrossEntropyConfig(rewards=OPENMOJI_REWARDS))
+
+
+def sar_openmoji() -> TrainConfig:
+    """Self-rollout: the true tokens after a draw of the model in the place of the context; otherwise `ce-openmoji`."""
+    objective = CrossEntropyConfig(rewards=OPENMOJI_REWARDS, context_noise=1.0, corruption="drawn")
+    return replace(vapi_openmoji(), recipe="sar-openmoji", objective=objective)
 
 
 def soft_openmoji() -> TrainConfig:

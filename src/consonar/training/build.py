@@ -39,7 +39,7 @@ from consonar.training.loop import Built
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
-from consonar.training.origins import load_start, origin_of
+from consonar.training.origins import load_start, origin_of, with_heads
 from consonar.training.trainee import Trainee
 from consonar.types import Generator, ImageSource, IndexedSource, Objective, Tokenizer
 
@@ -106,7 +106,8 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     prior = load_generator(init).to(world.device) if config.objective.needs_prior else None
     dtype = autocast_type(pick_precision(config.loop.precision, world.device, "loop.precision", "training"))
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
-    built = Built(AlignmentTrainee(model), objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
+    trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
+    built = Built(trainee, objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)
     if config.loop.fd_samples and pictures.held_out is None:
         raise UserError(f"loop.fd_samples: {data.images} has no validation images to compare with; set it to 0")

@@ -19,29 +19,41 @@ NUMBERS_AT_ONCE = 2**24
 """Logits that are float32 at one time: 64 MB."""
 
 
-class RowwiseLogProbs(torch.autograd.Function):
-    """log softmax(logits / temperature)[tokens]: (R, K) float32 <- logits (R, V), tokens (R, K), and the logarithms
-    of the sums, `total` (R, 1).
+class Rowwise(torch.autograd.Function):
+    """log softmax(logits / temperature)[tokens], (R, K) float32, and the entropy <- logits (R, V), tokens (R, K), and
+    what is known: the logarithms of the sums, `total` (R, 1), and the `entropy` (R, 1), or None, which is returned.
 
-    For the gradient, which is one tensor like the logits, no more is kept than these and R numbers.
+    For the gradient, which is one tensor like the logits, no more is kept than these: d log p_a / dz_k = [a = k] - p_k
+    and dH / dz_k = -p_k (log p_k + H), both over the temperature. What nothing depends on costs nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, total: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(logits, tokens, total)
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, total: Tensor, entropy: Tensor | None, temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, tokens, total, entropy)
         ctx.temperature = temperature
-        return tempered(logits.gather(-1, tokens), temperature) - total
+        found = tempered(logits.gather(-1, tokens), temperature) - total
+        return found, None if entropy is None else entropy.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, tokens, total = ctx.saved_tensors
-        gradient, result, size = gradient / ctx.temperature, torch.empty_like(logits), logits.shape[-1]
-        parts = zip(*(some_rows(x, size) for x in (result, logits, tokens, total, gradient)), strict=True)
-        for piece, rows, chosen, sums, wanted in parts:
-            moved = (tempered(rows, ctx.temperature) - sums).exp_().mul_(-wanted.sum(-1, keepdim=True))
-            piece.copy_(moved.scatter_add_(-1, chosen, wanted))
-        return result, None, None, None
+    def backward(ctx: Any, of_tokens: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, tokens, total, entropy = ctx.saved_tensors
+        wanted = total.new_zeros(tokens.shape) if of_tokens is None else of_tokens
+        result, columns = torch.empty_like(logits), [wanted / ctx.temperature]
+        if of_entropy is not None:
+            columns += [entropy, of_entropy / ctx.temperature]
+        columns = [result, logits, tokens, total, *columns]
+        for piece, rows, chosen, sums, wanted, *held in zip(
+            *(some_rows(x, logits.shape[-1]) for x in columns), strict=True
+        ):
+            log_probs, scale = tempered(rows, ctx.temperature) - sums, -wanted.sum(-1, keepdim=True)
+            if held:
+                scale = scale - held[1] * (log_probs + held[0])
+            piece.copy_(log_probs.exp_().mul_(scale).scatter_add_(-1, chosen, wanted))
+        return result, None, None, None, None
 
 
 def tempered(rows: Tensor, temperature: float) -> Tensor:
@@ -70,9 +82,14 @@ class Seen:
 
     def log_probs(self, tokens: Tensor) -> Tensor:
         """log pi of the given tokens, with a gradient: (B, K, N) float32 <- (B, K, N)."""
+        return self.with_gradient(tokens)[0]
+
+    def with_gradient(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi of the given tokens and the entropy, of one gradient: (B, K, N), (B, N) float32 <- (B, K, N)."""
         rows, chosen = self.logits.flatten(0, 1), tokens.transpose(1, 2)
-        found: Tensor = RowwiseLogProbs.apply(rows, chosen.flatten(0, 1), self.total, self.temperature)
-        return found.view(chosen.shape).transpose(1, 2)
+        known = self.entropy.view(-1, 1)
+        found, entropy = Rowwise.apply(rows, chosen.flatten(0, 1), self.total, known, self.temperature)
+        return found.view(chosen.shape).transpose(1, 2), entropy.view(self.entropy.shape)
 
 
 @torch.no_grad()
@@ -99,7 +116,7 @@ def log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tenso
     rows = logits.flatten(0, 1)
     with torch.no_grad():
         parts = [tempered(part, temperature).logsumexp(-1, keepdim=True) for part in some_rows(rows, rows.shape[-1])]
-    found: Tensor = RowwiseLogProbs.apply(rows, tokens.flatten(0, 1), torch.cat(parts), temperature)
+    found: Tensor = Rowwise.apply(rows, tokens.flatten(0, 1), torch.cat(parts), None, temperature)[0]
     return found.view(tokens.shape)
 
 

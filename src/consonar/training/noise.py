@@ -66,11 +66,13 @@ def corrupt_tokens(
     *,
     mask_token: int | None = None,
     neighbours: Tensor | None = None,
+    replacement: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replaces each token with probability rates[b]: context (B, N) and where it was replaced (B, N) bool.
 
-    By `mask_token`; or by one of the codes listed in `neighbours` (V, n) for it, all equally likely; or, without both,
-    by any code, the same one included. Draws from `rng` only; `rng.device` is where the draws happen.
+    By that in `replacement` (B, N); by `mask_token`; or by one of the codes listed in `neighbours` (V, n) for it, all
+    equally likely; or, without these, by any code, the same one included. Draws from `rng` only; `rng.device` is where
+    the draws happen.
     """
 
     def own(draw: Callable[[int], Tensor]) -> Tensor:
@@ -80,10 +82,10 @@ def corrupt_tokens(
     corrupted = own(lambda rows: uniform(rng, rows, length)) < to_device(rates, tokens.device)[:, None]
     if mask_token is not None:
         replacement = torch.full_like(tokens, mask_token)
-    elif neighbours is not None:
+    elif replacement is None and neighbours is not None:
         count = neighbours.shape[1]
         replacement = neighbours[tokens, own(lambda rows: integers(rng, 0, count, rows, length))]
-    else:
+    elif replacement is None:
         replacement = own(lambda rows: integers(rng, 0, vocab_size, rows, length))
     return torch.where(corrupted, replacement, tokens), corrupted
 

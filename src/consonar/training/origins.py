@@ -11,12 +11,15 @@ from consonar.components import load_generator, read_origin, weights_sha256
 from consonar.config_io import from_dict
 from consonar.errors import UserError
 from consonar.files.readers import read_json
+from consonar.files.weights import load_weights
 from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
 from consonar.model_folders import from_anywhere
 from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
+from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import TrainConfig
+from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.types import Generator, ModelConfig, Tokenizer
 
 FILE = "origin.json"
@@ -68,6 +71,29 @@ def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Gener
     generator = build_generator(shape)
     generator.load_state_dict(stored.state_dict(), assign=True)
     return generator.requires_grad_(True)
+
+
+def with_heads(init: str, generator: Generator, tokenizer: Tokenizer) -> AlignmentTrainee:
+    """The generator with the alignment heads of the run `init`, which are not in its model but in its last checkpoint.
+
+    With a moving average those of the average, as the model. Raises `UserError` for what is no run, for one without
+    checkpoints and for one that was trained without heads.
+    """
+    saved, path = list_resume(Path(init) / "checkpoints"), Path(init) / "config.json"
+    if not saved:
+        raise UserError(
+            f"objective.embedding_weight: alignment heads are kept in the checkpoints of a reAR run, and {init} has "
+            "none; start from the folder of such a run, or set it to 0"
+        )
+    objective = from_dict(read_json(path), str(path), TrainConfig).objective
+    trainee = AlignmentTrainee(generator, objective.head_specs(generator.num_layers, tokenizer.code_dim))
+    if not trainee.specs:
+        raise UserError(f"objective.embedding_weight: {init} was trained without alignment heads; set it to 0")
+    payload = load_resume(saved[-1])
+    weights = payload.get("average") or payload.get("model") or {}
+    heads = {key.removeprefix("heads."): value for key, value in weights.items() if key.startswith("heads.")}
+    load_weights(trainee.heads, heads, str(saved[-1]))
+    return trainee
 
 
 def check_same_shape(where: str, stored: ModelConfig, wanted: ModelConfig) -> None:

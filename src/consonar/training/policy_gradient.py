@@ -125,6 +125,19 @@ def kl_exact(logits: Tensor, prior_logits: Tensor, temperature: float = 1.0) -> 
     return torch.cat(parts).view(logits.shape[:2])
 
 
+@in_float32
+def entropy_penalty(entropy: Tensor, start: Tensor, *, of_mean: bool = False) -> Tensor:
+    """Mean of (H - H_start)^2 over all positions, or over the images of that of their mean: scalar <- two (B, N), nats.
+
+    Either way it does not depend on how a batch is cut. Where nothing else acts, a policy of expected reward r with c
+    times this ends at p proportional to exp(r / b), b = 2 c (H_start - H): the most reward that is to be had at its
+    entropy, which is short of the start's by b / (2 c), with a b for every position or, `of_mean`, one for an image.
+    With beta KL(p || q) it ends at q^(beta / (beta + b)) exp(r / (beta + b)).
+    """
+    deviation = entropy - start
+    return (deviation.mean(1) if of_mean else deviation).square().mean()
+
+
 def code_similarity_targets(codebook: Tensor, tau: float) -> Tensor:
     """softmax over k of -|Z[k] - Z[x]|^2 / tau, a row for each true token x: (V, V) <- codebook Z (V, C).
 

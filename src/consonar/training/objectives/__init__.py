@@ -18,7 +18,8 @@ from consonar.training.objectives.controls import (
     StraightThrough,
     StraightThroughConfig,
 )
-from consonar.training.objectives.policy import FreePolicy, PolicyConfig, TeacherForcedPolicy
+from consonar.training.objectives.free import FreePolicy
+from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
 from consonar.training.objectives.reconstruction import Reconstruction, ReconstructionConfig
 from consonar.types import Objective
 
@@ -62,7 +63,9 @@ def aligns_codes(settings: Settings) -> bool:
 
 def policy_details(settings: Settings) -> list[str]:
     estimator = settings["estimator"]
-    return [estimator] * (estimator != "grpo") + ["credit by place"] * (settings["credit"] == "token")
+    held = {"mean": ["mean entropy held"], "position": ["entropy held"]}.get(settings["entropy"], [])
+    heads = ["heads kept"] * (settings["embedding_weight"] > 0)
+    return [estimator] * (estimator != "grpo") + ["credit by place"] * (settings["credit"] == "token") + held + heads
 
 
 METHODS: list[Method] = [
@@ -101,6 +104,11 @@ METHODS: list[Method] = [
         name="soft targets", config=CrossEntropyConfig, objective=CrossEntropy, run="post-training",
         fits=lambda settings: settings["target"] == "soft",
         about="is cross-entropy in which codes that are near the true one count as well",
+    ),
+    Method(
+        name="self-rollout", config=CrossEntropyConfig, objective=CrossEntropy, run="post-training",
+        fits=lambda settings: settings["context_noise"] > 0 and settings["corruption"] == "drawn",
+        about="is cross-entropy on the true token after tokens that the model drew itself",
     ),
     Method(
         name="cross-entropy", config=CrossEntropyConfig, objective=CrossEntropy, run="post-training", is_control=True,

@@ -28,7 +28,7 @@ from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy
 from consonar.training.objectives.base import ObjectiveConfig, drop_classes, means
 from consonar.training.rewards import Measured, Resources, build_rewards, check_rewards
-from consonar.training.trainee import Trainee
+from consonar.training.trainee import HeadSpec, Trainee
 from consonar.types import Condition, EncodedBatch, Generator, Grid, ImageBatch, Tokenizer
 
 CHUNK = 64
@@ -82,9 +82,11 @@ class AlignmentConfig(ObjectiveConfig):
     """What all post-training objectives have."""
 
     context_noise: Share = 0.0
-    """xi: probability that a context token is replaced by any code."""
+    """xi: probability that a context token is replaced."""
     noise_schedule: Annotated[Literal["constant", "linear", "truncated_linear"], NOISE] = "constant"
     """How xi moves over training: constant, or down to 0 as reAR's schedules do."""
+    corruption: Annotated[Literal["uniform", "drawn"], NOISE] = "uniform"
+    """What replaces a token: any code, or what the model draws there under the true context."""
     class_dropout: Share = 0.0
     """Probability of training an image without its class, so that guidance keeps its null distribution."""
     rewards: dict[str, Annotated[float, Range()]] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
@@ -121,8 +123,8 @@ class AlignmentConfig(ObjectiveConfig):
 class AlignmentTrainee(Trainee):
     """A trained generator in post-training. Dropout stays off; the running reward of REINFORCE is kept with it."""
 
-    def __init__(self, model: Generator):
-        super().__init__(model)
+    def __init__(self, model: Generator, heads: tuple[HeadSpec, ...] = ()):
+        super().__init__(model, heads)
         self.register_buffer("reward_baseline", torch.zeros(model.num_tokens))
         self.register_buffer("num_baseline_updates", torch.zeros(()))
         self.reward_baseline: Tensor
@@ -199,8 +201,19 @@ class Alignment:
         context = tokens
         if rate > 0:
             rates, rng = torch.full((len(tokens),), rate), generator(self.seed, "noise", step, 0)
-            context, _ = noise.corrupt_tokens(tokens, rates, self.tokenizer.vocab_size, rng, self.world)
+            drawn = self.draw(model, tokens, condition, step) if self.config.corruption == "drawn" else None
+            vocab_size = self.tokenizer.vocab_size
+            context, _ = noise.corrupt_tokens(tokens, rates, vocab_size, rng, self.world, replacement=drawn)
         return Forced(encoded, context, condition)
+
+    @torch.no_grad()
+    def draw(self, model: AlignmentTrainee, tokens: Tensor, condition: Condition, step: int) -> Tensor:
+        """A token drawn by the model at every place under the true ones before it: (B, N) of (B, N)."""
+        with self.autocast():
+            logits = model(tokens, condition).logits
+        rng, shape = generator(self.seed, "context", step, 0), (1, tokens.shape[1])
+        uniforms = self.world.own_rows(lambda n: uniform(rng, n, *shape, dtype=torch.float64), len(tokens))
+        return losses.look(logits, uniforms=to_device(uniforms, logits.device)).drawn[:, 0]
 
     @torch.no_grad()
     def judge(self, tokens: Tensor, batch: EncodedBatch, grid: Grid | None = None) -> Measured:
@@ -238,8 +251,9 @@ class Alignment:
     def validate(self, model: AlignmentTrainee, batches: Iterator[ImageBatch]) -> dict[str, float]:
         """Under a clean context with the true class, on held-out images: means over all of them.
 
-        cross_entropy, entropy and kl (to the start model, exact) in nats per token; accuracy 0..1; reward and its parts
-        of one draw of every token, the same uniform numbers whatever the model is (common random numbers).
+        cross_entropy, entropy, kl (to the start model, exact) and entropy_deviation (of each token's entropy from the
+        start model's, without sign) in nats per token; accuracy 0..1; reward and its parts of one draw of every token,
+        the same uniform numbers whatever the model is (common random numbers).
         """
         measured: list[tuple[int, dict[str, Tensor]]] = []
         for batch in batches:
@@ -259,6 +273,8 @@ class Alignment:
             }
             values |= {f"reward_{name}": part.mean() for name, part in parts.items()}
             if self.prior is not None:
-                values["kl"] = policy.kl_exact(logits, self.prior_logits(tokens, batch.condition)).mean()
+                prior = self.prior_logits(tokens, batch.condition)
+                values["kl"] = policy.kl_exact(logits, prior).mean()
+                values["entropy_deviation"] = (seen.entropy - losses.look(prior).entropy).abs().mean()
             measured.append((len(tokens), values))
         return means(measured)

@@ -22,7 +22,7 @@ from consonar.options import Count, CountOrZero, NotNegative, ReadOnlyWith, Shar
 from consonar.seeding import generator
 from consonar.training import losses, noise
 from consonar.training.noise import NoiseConfig
-from consonar.training.objectives.base import ObjectiveConfig, codebook_of, drop_classes, means
+from consonar.training.objectives.base import ObjectiveConfig, alignment_terms, codebook_of, drop_classes, means
 from consonar.training.trainee import HeadSpec, Trainee
 from consonar.types import Condition, Objective, TokenBatch, Tokenizer
 
@@ -147,12 +147,10 @@ class Autoregressive(Objective[TokenBatch, NoisyTokens]):
         prediction = model(prepared.context, prepared.condition)
         total = cross_entropy = losses.next_token_loss(prediction.logits, prepared.tokens)
         terms = {"cross_entropy": cross_entropy}
-        if prediction.taps:
-            codes = self.tokenizer.embed(prepared.tokens)  # (B, N, C)
-            for name, predicted in prediction.taps.items():
-                keep = ~prepared.corrupted if name == "current" and self.config.mask_noised else None
-                terms[f"align_{name}"] = losses.codebook_alignment_loss(predicted, codes, keep)
-                total = total + self.config.embedding_weight * terms[f"align_{name}"]
+        keep = ~prepared.corrupted if self.config.mask_noised else None
+        for name, term in alignment_terms(prediction.taps, self.tokenizer, prepared.tokens, keep).items():
+            terms[name] = term
+            total = total + self.config.embedding_weight * term
         return total, terms
 
     def state(self, step: int) -> dict[str, float]:

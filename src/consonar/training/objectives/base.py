@@ -10,6 +10,7 @@ from consonar import records
 from consonar.distributed import World
 from consonar.options import Options
 from consonar.seeding import generator, uniform
+from consonar.training import losses
 from consonar.training.trainee import HeadSpec
 from consonar.types import Condition, Generator, ModelConfig, Tokenizer
 
@@ -30,6 +31,11 @@ class ObjectiveConfig(Options):
     @property
     def needs_prior(self) -> bool:
         """Whether the start model is kept in memory."""
+        return False
+
+    @property
+    def keeps_heads(self) -> bool:
+        """Whether the alignment heads of the run to start from are kept, and trained on."""
         return False
 
     @property
@@ -56,6 +62,20 @@ def drop_classes(model: Generator, condition: Condition, share: float, seed: int
     dropped = world.own_rows(lambda n: uniform(rng, n), records.num_rows(condition))
     keep = records.to_device(dropped >= share, records.first_tensor(condition).device)
     return records.select(keep, condition, model.null_condition(condition))
+
+
+def alignment_terms(
+    taps: Mapping[str, Tensor], tokenizer: Tokenizer, tokens: Tensor, keep: Tensor | None = None
+) -> dict[str, Tensor]:
+    """L_emb of each head by `align_` and its name, from what they predict, (B, N, C), of the codes of tokens (B, N).
+
+    `keep` is for the codes of the tokens that are read, see `losses.codebook_alignment_loss`.
+    """
+    codes = tokenizer.embed(tokens) if taps else tokens  # (B, N, C)
+    return {
+        f"align_{name}": losses.codebook_alignment_loss(predicted, codes, keep if name == "current" else None)
+        for name, predicted in taps.items()
+    }
 
 
 def codebook_of(tokenizer: Tokenizer, device: torch.device) -> Tensor:

@@ -4,14 +4,14 @@ Of every image, G token sequences are drawn from the logits of one pass over the
 frozen tokenizer and rewarded by their likeness to the image; the loss is the clipped policy loss on group-relative
 advantages + beta_ce cross-entropy on the true tokens + beta_kl KL to the start model.
 
-With `rollout="free"` it is AR-GRPO (arXiv 2508.06924): the G sequences of each condition are drawn freely, token by
-token, and are contexts of their own, so that an update passes over all B * G of them; there is no cross-entropy.
+With `rollout="free"` it is AR-GRPO (`free`).
 
 Deviations from VA-pi's code: the G samples share one pass (theirs repeats it for each); draw and update see the same
 distribution (theirs drops classes and units in one of the two), so with one inner epoch the ratio is exactly 1 and the
 draw reuses the update's own pass; no pass of the start model where no KL is wanted; filtering by top-k or top-p, which
 biases their ratio, is not offered. Beyond the article, off by default: exact KL, several inner epochs, other
-estimators, and credit by place (`credit="token"`).
+estimators, credit by place (`credit="token"`), the start model's entropy held (`entropy`), reAR's heads kept
+(`embedding_weight`).
 
 Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
 """
@@ -25,12 +25,12 @@ from torch import Tensor
 from consonar import distributed, records
 from consonar.errors import UserError
 from consonar.options import Count, Divisor, NotNegative, Positive, ReadOnlyWith, ShareBelowOne
-from consonar.sampling.sample import SamplerConfig, sample_tokens
-from consonar.seeding import derive_seed, generator, uniform
+from consonar.seeding import generator, uniform
 from consonar.training import losses
 from consonar.training import policy_gradient as policy
 from consonar.training.credit import Influence, measure_influence, spatial_credit, token_grid
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
+from consonar.training.objectives.base import alignment_terms
 from consonar.types import Condition, EncodedBatch, Grid, ImageBatch
 
 INFLUENCE_POSITIONS = 64
@@ -44,6 +44,8 @@ TOKEN_RATIO = ReadOnlyWith(
     lambda given: given.estimator != "gspo", "an {}estimator with a ratio for each token, so not 'gspo'"
 )
 TOKEN_CREDIT = ReadOnlyWith(lambda given: given.credit == "token", "{}credit 'token'")
+HELD = ReadOnlyWith(lambda given: given.entropy != "free", "{}entropy 'mean' or 'position'")
+FORCED = ReadOnlyWith(lambda given: given.rollout == "teacher_forced", "{}rollout 'teacher_forced'")
 BASELINE = ReadOnlyWith(lambda given: given.estimator == "reinforce", "{}estimator 'reinforce'")
 
 
@@ -74,6 +76,12 @@ class PolicyConfig(AlignmentConfig):
     """beta_kl, KL to the start model; the released text-to-image script has 0.01."""
     kl: Annotated[Literal["k3", "exact"], KL] = "k3"
     """Estimated at the drawn tokens, or summed over the vocabulary."""
+    entropy: Literal["free", "mean", "position"] = "free"
+    """Held at the start model's in the same context: not, its mean over an image, or that of every position."""
+    entropy_weight: Annotated[Positive, HELD] = 1.0
+    """Of the squared deviation in nats."""
+    embedding_weight: Annotated[NotNegative, FORCED] = 0.0
+    """lambda, codebook alignment by the heads of the reAR run that `init` is, which are kept and trained on."""
     inner_epochs: Count = 1
     """Updates on the same draws; over 1 the ratio leaves 1 and clipping matters."""
     credit: Annotated[Literal["sequence", "token"], TOKEN_RATIO] = "sequence"
@@ -105,7 +113,16 @@ class PolicyConfig(AlignmentConfig):
 
     @property
     def needs_prior(self) -> bool:
-        return super().needs_prior or self.kl_weight > 0
+        return super().needs_prior or self.asks_prior
+
+    @property
+    def asks_prior(self) -> bool:
+        """Whether the loss is of the start model's distributions as well."""
+        return self.kl_weight > 0 or self.entropy != "free"
+
+    @property
+    def keeps_heads(self) -> bool:
+        return self.embedding_weight > 0
 
     @property
     def clip_high(self) -> float:
@@ -187,17 +204,22 @@ class PolicyGradient(Alignment):
     def policy_loss(
         self, seen: losses.Seen, drawn: Drawn, context: Tensor, condition: Condition, tokens: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped loss of logits on (context, condition), and its regularisers: KL, and cross-entropy on `tokens`.
+        """The clipped loss of logits on (context, condition), and its regularisers: cross-entropy on `tokens`, and from
+        one pass of the start model the entropy held at its, and KL to it.
 
         `seen` is of these logits at the temperature of the draws. The terms also say what was shown of the draws, and
         how far the ratio has moved.
         """
         config, actions, plain = self.config, drawn.actions, seen
-        if config.temperature != 1:
-            plain = losses.look(seen.logits)  # what cross-entropy and entropy are of
         of_row = actions.view(len(seen.logits), -1, actions.shape[-1])  # (B, G, N), or (B * G, 1, N) of free rollouts
-        found = seen.log_probs(of_row if tokens is None else torch.cat([of_row, tokens[:, None]], 1))
-        log_probs = found[:, : of_row.shape[1]].reshape(actions.shape)
+        true = of_row[:, :0] if tokens is None else tokens[:, None]  # (B, 0 or 1, N)
+        if config.temperature == 1:
+            found, entropy = seen.with_gradient(torch.cat([of_row, true], 1))
+            log_probs, of_true = found.split([of_row.shape[1], true.shape[1]], 1)
+        else:
+            plain = losses.look(seen.logits)  # what cross-entropy and entropy are of
+            log_probs, (of_true, entropy) = seen.log_probs(of_row), plain.with_gradient(true)
+        log_probs = log_probs.reshape(actions.shape)
         old = log_probs.detach() if drawn.old_log_probs is None else drawn.old_log_probs
         ratio = policy.probability_ratio(log_probs, old, whole_sequence=config.estimator == "gspo")
         terms = {key: value.mean() for key, value in drawn.shown.items()}
@@ -208,11 +230,16 @@ class PolicyGradient(Alignment):
             terms["ratio_deviation"] = (ratio - 1).abs().max()
             terms["clip_fraction"] = policy.clip_fraction(ratio, config.clip_range, config.clip_high)
         if tokens is not None:
-            true = found[:, -1] if plain is seen else plain.log_probs(tokens[:, None])
-            terms["cross_entropy"] = -true.mean()
+            terms["cross_entropy"] = -of_true.mean()
             total = total + config.ce_weight * terms["cross_entropy"]
-        if config.kl_weight > 0:
+        if config.asks_prior:
             prior = self.prior_logits(context, condition)
+        if config.entropy != "free":
+            start = losses.look(prior).entropy
+            terms["entropy_start"], terms["entropy_deviation"] = start.mean(), (plain.entropy - start).abs().mean()
+            terms["entropy_penalty"] = policy.entropy_penalty(entropy, start, of_mean=config.entropy == "mean")
+            total = total + config.entropy_weight * terms["entropy_penalty"]
+        if config.kl_weight > 0:
             if config.kl == "exact":
                 kl = policy.kl_exact(seen.logits, prior, config.temperature)
             else:
@@ -254,44 +281,11 @@ class TeacherForcedPolicy(PolicyGradient):
 
     def loss(self, model: AlignmentTrainee, prepared: PolicyForced, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss from one pass over the images' contexts, whatever G is; with its regularisers."""
-        seen = self.look(model(prepared.context, prepared.condition).logits, prepared)
+        prediction = model(prepared.context, prepared.condition)
+        seen, tokens = self.look(prediction.logits, prepared), prepared.batch.tokens
         drawn = prepared.drawn or self.reward(distributed.unwrap(model), seen.drawn, prepared.batch)
-        return self.policy_loss(seen, drawn, prepared.context, prepared.condition, prepared.batch.tokens)
-
-
-@dataclass(frozen=True)
-class FreeRollout(Forced):
-    """With sequences that were drawn freely; the context is not read."""
-
-    drawn: Drawn
-
-
-class FreePolicy(PolicyGradient):
-    """AR-GRPO. Follows `consonar.types.Objective`."""
-
-    @torch.no_grad()
-    def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> FreeRollout:
-        """G free-running sequences of each condition, with guidance if so configured, and their advantages."""
-        forced = super().prepare(model, batch, step)
-        group, count = self.config.group_size, len(forced.batch.tokens)
-        repeated = records.repeat(forced.condition, group)
-        first = derive_seed(self.seed, "free", step, 0)
-        places = self.world.own_rows(lambda n: torch.arange(n * group).view(n, group), count).flatten().tolist()
-        sampler = SamplerConfig(temperature=self.config.temperature, guidance_scale=self.config.guidance_scale)
-        with self.autocast():
-            tokens, _ = sample_tokens(model.generator, repeated, [first + place for place in places], sampler)
-        actions = tokens.clone().view(count, group, -1)  # a clone: made in inference mode, it could not be trained on
-        drawn = self.reward(model, actions, forced.batch)
-        if self.config.updates > 1:
-            with self.autocast():
-                logits = model(actions.flatten(0, 1), repeated).logits
-            old = policy.token_log_probs(logits, actions.flatten(0, 1)[:, None], self.config.temperature)
-            drawn = replace(drawn, old_log_probs=old.view(actions.shape))
-        return FreeRollout(**vars(forced), drawn=drawn)
-
-    def loss(self, model: AlignmentTrainee, prepared: FreeRollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy loss from a pass over each drawn sequence, with KL to the start model."""
-        context = prepared.drawn.actions.flatten(0, 1)
-        condition = records.repeat(prepared.condition, self.config.group_size)
-        seen = losses.look(model(context, condition).logits, self.config.temperature)
-        return self.policy_loss(seen, prepared.drawn, context, condition)
+        total, terms = self.policy_loss(seen, drawn, prepared.context, prepared.condition, tokens)
+        for name, term in alignment_terms(prediction.taps, self.tokenizer, tokens).items():
+            terms[name] = term
+            total = total + self.config.embedding_weight * term
+        return total, terms
