@@ -65,7 +65,7 @@ SAMPLING = ("number", "sampling/decoder.py:finish")
 REVIVAL = ("nonzero", "training/objectives/reconstruction.py:_revive")
 """Which codes are dead."""
 
-LAUNCHES = {"consistency": 800, "policy": 1600, "cross_entropy": 700, "straight_through": 1100, "reconstruction": 1750}
+LAUNCHES = {"consistency": 800, "policy": 1750, "cross_entropy": 700, "straight_through": 1100, "reconstruction": 1750}
 """What the device is asked to do in one update of two micro-batches, of two layers, in float32: at most so much."""
 CASTS = 1.35
 """How many times as much in bf16."""
