@@ -18,6 +18,7 @@ from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import component_fingerprint
 from consonar.hub import read_name, released_file
+from consonar.json_types import JsonMap
 from consonar.networks.base import pieces
 
 
@@ -84,21 +85,25 @@ def load_vision_transformer(name: str, device: str = "cpu") -> VisionTransformer
     """
     kind_name, _, place = name.partition(":")
     kind, folder = KINDS[kind_name], home_expanded(place)
-    if not (place and folder.is_dir()):
+    if not folder.is_dir():
         if place.count("/") != 1 or place.startswith((".", "/", "~")):
             raise UserError(f"feature_network: {name}: no folder {folder}; name one, or OWNER/NAME of the hub")
         files = [released_file(read_name(f"hf:{place}/{file}")) for file in ("config.json", "model.safetensors")]
         if files[0].parent != files[1].parent:
             raise UserError(f"feature_network: {name}: put {files[0].name} and {files[1].name} into one folder")
         folder = files[0].parent
-    found = read_json(folder / "config.json").get("model_type")
-    check_choice(f"feature_network: {name}: model_type in config.json", found, kind.model_types)
+    config = read_json(folder / "config.json")
+    check_choice(f"feature_network: {name}: model_type in config.json", config.get("model_type"), kind.model_types)
     short = f"{kind_name}:{Path(place).name}"
-    return VisionTransformerFeatures(kind, short, read_network(kind, folder, name), device)
+    return VisionTransformerFeatures(kind, short, read_network(kind, folder, config, name), device)
 
 
-def read_network(kind: Kind, folder: Path, name: str) -> Any:
-    """The frozen network in a folder, float32 on the CPU. Touches no network, no random numbers, no settings."""
+def read_network(kind: Kind, folder: Path, config: JsonMap, name: str) -> Any:
+    """The frozen network in a folder, float32 on the CPU. Downloads nothing, and leaves random numbers as they are.
+
+    `config` is that of the folder: one of both halves of CLIP says there how wide embeddings are, which the half for
+    images alone would not read.
+    """
     try:
         import transformers
         from transformers.utils import logging
@@ -113,8 +118,9 @@ def read_network(kind: Kind, folder: Path, name: str) -> Any:
         where = f"feature_network: {name}: {folder}"
         with reading(where, "a network that transformers saved"), torch.random.fork_rng([]):
             network, info = getattr(transformers, kind.loader).from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True,
+                **({"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}),
+            )  # fmt: skip
     finally:
         logging.set_verbosity(level)
         if shown:
