@@ -1,5 +1,7 @@
 """Sets that are equal, few, constant, damaged or foreign: the right number, or one line."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -191,12 +193,59 @@ def test_statistics_that_are_not_of_this_network_are_one_line(arrays, message, t
     ({"labels": np.zeros(9, int), "arr_1": np.ones(9, int)}, "holds labels and arr_1"),
     ({"tokens": np.full((9, 4), -3)}, "tokens from -3 to -3; a tokenizer counts its codes from 0"),
     ({"tokens": np.full((9, 4), 2**40)}, "tokens from 1099511627776 to"),
+    ({"arr_0": noise(9, 0).astype(np.float32) * np.nan}, r"arr_0 is float32 .*; expected uint8"),
+    ({"arr_0": noise(9, 0)[..., :2]}, r"arr_0 is uint8 \(9, 4, 4, 2\); expected uint8 \(count"),
+    ({"arr_0": noise(9, 0)[:, :3]}, "images of 4 x 3 px; only square"),
+    ({"arr_0": noise(0, 0)}, r"arr_0 is uint8 \(0, 4, 4, 3\); expected uint8"),
+    ({"labels": np.arange(8)}, r"labels is int64 \(8,\); expected 1-d integers for 9 images"),
 ])  # fmt: skip
 def test_samples_that_say_two_things_or_nothing_are_refused(arrays, message, tmp_path):
     write_npz(tmp_path / "s.npz", {"arr_0": noise(9, 0)} | arrays)
     with pytest.raises(UserError, match=message) as caught:
         load_samples(tmp_path / "s.npz")
     assert "\n" not in str(caught.value)
+
+
+def test_statistics_are_no_samples(tmp_path):
+    write_npz(tmp_path / "s.npz", {"mu": MU, "sigma": SIGMA})
+    with pytest.raises(UserError, match="it holds mu, sigma; statistics are given as --reference"):
+        load_samples(tmp_path / "s.npz")
+
+
+def test_statistics_of_another_network_beside_images_are_seen(tmp_path):
+    """A file with images tells whose statistics it has; one of the same data and network passes."""
+    images = noise(60, 1)
+    moments = moments_of(Cells()(torch.from_numpy(noise(300, 2)).permute(0, 3, 1, 2).float() / 127.5 - 1))
+    mean, cov = moments.mean.numpy(), moments.cov.numpy()
+    given = SampleSet(in_memory(noise(30, 0)), 30, 4, "0")
+    for factor, offset, fits in ((1, 0, True), (1, 1, False), (-3, 2, False)):
+        write_npz(tmp_path / "s.npz", {"arr_0": images, "mu": factor * mean + offset, "sigma": factor**2 * cov})
+        if fits:
+            result = evaluate(given, open_reference(tmp_path / "s.npz", 4), feature_network=Cells())
+            # The distance is to the statistics: how few the images beside them are does not matter to it.
+            assert [line.split(" is ")[0] for line in result.remarks] == ["FD(cells)"] and "samples" in result.remarks[
+                0
+            ]
+            continue
+        with pytest.raises(UserError, match="statistics are not of its images.*another feature network") as caught:
+            evaluate(given, open_reference(tmp_path / "s.npz", 4), feature_network=Cells())
+        assert "\n" not in str(caught.value)
+
+
+def test_the_device_holds_a_batch_of_pictures_at_a_time():
+    """50,000 pictures of 256 px in batches of 64 are 50 MB there, in the place of 39 GB."""
+    alive, most = [], [0]
+
+    class Watched(Cells):
+        def __call__(self, images):
+            alive.append(weakref.ref(images))
+            most[0] = max(most[0], sum(len(one) for ref in alive if (one := ref()) is not None))
+            return super().__call__(images)
+
+    sets = {name: in_memory(noise(count, count), name) for name, count in (("train", 60), ("validation", 40))}
+    given = SampleSet(in_memory(noise(50, 0)), 50, 4, "0", labels=torch.arange(50) % 2)
+    evaluate(given, ReferenceSet("known", sets), EvaluationSettings(batch_size=8), feature_network=Watched())
+    assert most == [8] and len(alive) == 8 + 5 + 7
 
 
 def test_tokens_of_two_tokenizers_are_not_compared():

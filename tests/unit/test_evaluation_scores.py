@@ -1,10 +1,13 @@
 """sFID and the Inception score through `evaluate`, and references that bring statistics beside images, as ADM's do."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from consonar import cli, networks
 from consonar.errors import UserError
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.features import drawn_places
@@ -130,6 +133,31 @@ def test_statistics_beside_images_give_the_distances_and_images_the_neighbours(t
         assert results.metrics[name] == plain.metrics[name]
     assert results.num_reference == {"reference": 60}
     assert set(results.unavailable) == {"copy rate (features)", "copy rate (tokens)"}
+
+
+def test_a_file_in_the_layout_of_adms_reference_on_the_command_line(tmp_path, files, monkeypatch, capsys):
+    """Images, statistics of others under ADM's names and labels, as `VIRTUAL_imagenet256_labeled.npz` has them."""
+    monkeypatch.setitem(networks.FEATURE_NETWORKS, "inception", lambda device: Scored())
+    others = noise(200, 2)
+    labels = {"arr_1": np.arange(60) % 2}
+    np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=files["reference"], **labels, **statistics(others))
+    monkeypatch.chdir(tmp_path)
+    cli.main([
+        "evaluate", "samples.npz", "--reference", "VIRTUAL_imagenet256_labeled.npz", "--feature-network", "inception",
+        "--out", "results.json", "--device", "cpu",
+    ])  # fmt: skip
+    content, printed = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+    values = {name: found["value"] for name, found in content["metrics"].items()}
+    samples, known = outputs_of(files["samples"]), outputs_of(others)
+    assert values["FD(scored)"] == pytest.approx(distance(known[0], samples[0]), rel=1e-4)
+    assert values["sFD(scored)"] == pytest.approx(distance(known[1], samples[1]), rel=1e-4)
+    assert {"IS(scored)", "KID(scored)", "precision", "recall", "density", "coverage"} <= values.keys()
+    assert content["protocol"] == (
+        "40 samples, scored, against VIRTUAL_imagenet256_labeled.npz: statistics of the file for FD and sFD, "
+        "60 images as reference"
+    )
+    assert "40 samples, scored, against" in printed and "few images" not in printed
+    assert content["reference_sha256"].keys() == {"reference", "statistics"}
 
 
 def test_statistics_without_images(tmp_path, files):

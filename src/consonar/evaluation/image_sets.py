@@ -54,7 +54,8 @@ def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
     keys = npz_keys(path, NEEDED)
     key = one_of(path, keys, "images", "arr_0")
     if key is None:
-        raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys) or 'no array'}")
+        also = "; statistics are given as --reference" if "mu" in keys else ""
+        raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys) or 'no array'}{also}")
     with npz_member(path, key) as array:
         shape, dtype = array.shape, array.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or array.fortran_order or 0 in shape:
