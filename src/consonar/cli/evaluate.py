@@ -1,7 +1,8 @@
 """The command `evaluate`: of samples, or of a run, which is a generator that is sampled first or a tokenizer."""
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,14 +12,14 @@ from rich.table import Table
 
 from consonar import memory
 from consonar.cli import counting, say
-from consonar.cli.parsing import BadImageGroup
-from consonar.components import load_tokenizer, read_component_kind
+from consonar.cli.parsing import BadImageGroup, BadImageOptions
+from consonar.components import read_component_kind
 from consonar.data.bad_images import BadImages
-from consonar.data.store_format import check_tokens
 from consonar.distributed import pick_device
 from consonar.errors import UserError
-from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.inputs import check_tokenizer, encode_reference, load_samples, open_reference
+from consonar.evaluation.check import check_results
+from consonar.evaluation.evaluate import evaluate, open_target
+from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import RECONSTRUCTION, Measurement, check_place
 from consonar.evaluation.runs import RunSettings, evaluate_run
@@ -26,17 +27,16 @@ from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_json
 from consonar.model_folders import SHIPPED
 from consonar.options import default
-from consonar.origin import Origin
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    samples: tyro.conf.Positional[Path]
+    samples: tyro.conf.Positional[Path | None] = None
     """Samples, or a run folder: a generator is sampled, a tokenizer reconstructs the validation images; the results are
     written into the run, where `consonar report` finds them."""
-    reference: str
+    reference: str | None = None
     """openmoji-64, an .npz of images or statistics, a folder, hf:owner/name."""
     feature_network: str = "efficientnet-lite0"
     """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity), inception-pytorch-fid, or
@@ -66,12 +66,22 @@ class Options:
     device: str = "auto"
     """auto, cpu or cuda."""
     bad: BadImageGroup
+    check: Path | None = None
+    """A file of results: measure again what it records, and say whether it reproduces (status 1: it does not). SAMPLES,
+    --reference and --tokenizer then say where these lie now, if not where they lay."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace results that are there."""
 
 
 def command(options: Options) -> None:
-    place, out, device = options.samples, options.out, str(pick_device(options.device, "--device"))
+    device = str(pick_device(options.device, "--device"))
+    if options.check is not None:
+        check(options, options.check, device)
+        return
+    place, out = options.samples, options.out
+    if place is None or options.reference is None:
+        missing = "name samples, or a run folder" if place is None else "--reference: missing; name one"
+        raise UserError(f"evaluate: {missing}, or a file of results with --check")
     pick_precision(options.precision, torch.device(device), "--precision", "measuring")
     is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
     listing = out and out.with_name(f"{out.name}-bad-images.txt")
@@ -86,20 +96,46 @@ def command(options: Options) -> None:
     smaller = f"lower --batch-size ({options.batch_size})"
     if not is_run:
         with memory.explained(smaller, torch.device(device)):
-            measure_samples(options, device, bad)
+            measure_samples(options, place, options.reference, device, bad)
     elif out is not None:
         raise UserError("--out: the results of a run are written into its folder; leave --out away")
     elif options.tokenizer is not None:
         raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
     elif read_component_kind(place) == "tokenizer":
         with memory.explained("no setting takes less, another --device may have more", torch.device(device)):
-            measure_tokenizer(options, device, bad)
+            measure_tokenizer(options, place, options.reference, device, bad)
     else:
         with memory.explained(smaller, torch.device(device)):
-            measure_generator(options, device, bad)
+            measure_generator(options, place, options.reference, device, bad)
     if bad.note:
         say(bad.note)
         bad.write()
+
+
+def check(options: Options, path: Path, device: str) -> None:
+    """Whether the results in `path` reproduce; the process ends with status 1 where they do not."""
+    read = ("samples", "reference", "tokenizer", "device", "check", "bad")
+    unread = [item.name for item in fields(options) if item.name not in read]
+    check_read(options, unread, "without --check, which measures as it was measured")
+    if options.bad != BadImageOptions():
+        raise UserError("--bad-images: is read only without --check; leave it away")
+    with memory.explained("no setting takes less, another --device may have more", torch.device(device)):
+        found = check_results(
+            path, samples=options.samples, reference=options.reference, tokenizer=options.tokenizer, device=device,
+            progress=say,
+        )  # fmt: skip
+    table = Table("metric", "then", "now", "off by", "allowed", "", title=str(path), title_justify="left")
+    for one in found.numbers:
+        now, off = ("", "") if one.now is None else (f"{one.now:.6g}", f"{one.now - one.before:.2g}")
+        table.add_row(one.name, f"{one.before:.6g}", now, off, f"{one.allowed:.2g}", "" if one.holds else "differs")
+    Console(highlight=False).print(table)
+    for line in found.differs:
+        say(f"differs: {line}")
+    if not found.reproduced:
+        count = sum(not one.holds for one in found.numbers)
+        say(f"not reproduced: {count} of {len(found.numbers)} numbers differ ({found.tolerance})")
+        sys.exit(1)
+    say(f"reproduced: {found.tolerance}")
 
 
 def check_read(options: Options, unread: Sequence[str], why: str) -> None:
@@ -114,18 +150,18 @@ def chosen_metrics(options: Options) -> tuple[str, ...]:
     return tuple(word.strip() for word in options.metrics.split(",")) if options.metrics else ()
 
 
-def measure_tokenizer(options: Options, device: str, bad: BadImages) -> None:
+def measure_tokenizer(options: Options, place: Path, reference: str, device: str, bad: BadImages) -> None:
     unread = ("metrics", "temperatures", "match", "num_samples", "draws", "seed", "batch_size")
     check_read(options, unread, "where samples of a generator are measured")
     metrics = evaluate_tokenizer(
-        options.samples, reference=options.reference, feature_network=options.feature_network, device=device,
+        place, reference=reference, feature_network=options.feature_network, device=device,
         precision=options.precision, overwrite=options.overwrite, bad=bad,
     )  # fmt: skip
-    print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(options.samples))
-    say(read_json(options.samples / RECONSTRUCTION)["origin"]["protocol"])
+    print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(place))
+    say(read_json(place / RECONSTRUCTION)["origin"]["protocol"])
 
 
-def measure_generator(options: Options, device: str, bad: BadImages) -> None:
+def measure_generator(options: Options, place: Path, reference: str, device: str, bad: BadImages) -> None:
     try:
         temperatures = [float(word) for word in options.temperatures.split(",")]
     except ValueError as error:
@@ -137,7 +173,7 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
         precision=options.precision, metrics=chosen_metrics(options),
     )  # fmt: skip
     content = evaluate_run(
-        options.samples, settings, reference=options.reference, feature_network=options.feature_network,
+        place, settings, reference=reference, feature_network=options.feature_network,
         overwrite=options.overwrite, bad=bad, progress=say,
     )  # fmt: skip
     for row in content["rows"]:
@@ -145,41 +181,31 @@ def measure_generator(options: Options, device: str, bad: BadImages) -> None:
         print_metrics(metrics, f"temperature {row['temperature']:g}")
     for remark in (content["protocol"], *content["remarks"]):
         say(remark)
-    say(f"results: {options.samples / 'results.json'}")
+    say(f"results: {place / 'results.json'}")
 
 
-def measure_samples(options: Options, device: str, bad: BadImages) -> None:
+def measure_samples(options: Options, place: Path, reference: str, device: str, bad: BadImages) -> None:
     """A sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
-    path, out, tokenizer = options.samples, options.out, options.tokenizer
-    check_read(options, ("temperatures", "match", "num_samples"), f"with the run folder of a generator, not {path}")
+    out, tokenizer = options.out, options.tokenizer
+    check_read(options, ("temperatures", "match", "num_samples"), f"with the run folder of a generator, not {place}")
     check_read(options, ("overwrite",) if out is None else (), "with --out")
     check_seed(options.seed, "--seed")
     if out is not None:
         check_place(out, overwrite=options.overwrite, key="--out")
-    samples = load_samples(path, bad=bad)
-    if tokenizer is not None and samples.tokens is None:
-        raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {path} has none")
-    target = open_reference(options.reference, samples.image_size, bad=bad)
-    settings = samples.settings or {}
-    name = tokenizer or (named if (named := settings.get("tokenizer")) in SHIPPED["tokenizer"] else None)
-    if name is not None and samples.tokens is not None:
-        codec = load_tokenizer(name).to(device)
-        if tokenizer is not None or settings.get("tokenizer_fingerprint") in (None, codec.fingerprint):
-            check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
-            check_tokens(samples.tokens.numpy(), codec.vocab_size, codec.name, str(path))
-            target = encode_reference(target, codec, precision=options.precision)  # else it is another's of that name
-    if target.about:
-        say(f"reference: {target.about}")
     measured = EvaluationSettings(
         draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
         precision=options.precision, metrics=chosen_metrics(options),
     )  # fmt: skip
+    samples = load_samples(place, bad=bad)
+    target = open_target(samples, reference, tokenizer, measured, bad)
+    if target.about:
+        say(f"reference: {target.about}")
     with counting("evaluate") as count:
         results = evaluate(
             samples, target, measured, feature_network=options.feature_network,
             progress=lambda name, done: count(done, None),
         )  # fmt: skip
-    print_metrics(results.metrics, str(path))
+    print_metrics(results.metrics, str(place))
     say(results.protocol)
     for metric, reason in results.unavailable.items():
         say(f"{metric}: not measured ({reason})")

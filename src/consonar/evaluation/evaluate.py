@@ -17,16 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.components import load_tokenizer
+from consonar.data.bad_images import BadImages
+from consonar.data.store_format import check_tokens
 from consonar.distributed import machine_name
+from consonar.errors import UserError
 from consonar.evaluation.features import FeatureSet, ImagesDone, drawn_places, extract_features
-from consonar.evaluation.inputs import ReferenceSet, SampleSet, check_tokenizer, load_samples, open_reference
+from consonar.evaluation.inputs import (
+    ReferenceSet,
+    SampleSet,
+    check_tokenizer,
+    encode_reference,
+    load_samples,
+    open_reference,
+)
 from consonar.evaluation.reference import PreparedReference
 from consonar.evaluation.results import Evaluation, library_versions
 from consonar.evaluation.sample_metrics import check_metrics, copy_rates, measure
 from consonar.evaluation.settings import EvaluationSettings
+from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
 from consonar.metrics.frechet import check_classes
+from consonar.model_folders import SHIPPED
 from consonar.networks import FeatureNetwork, load_feature_network
 from consonar.origin import Origin
 from consonar.seeding import derive_seed
@@ -101,6 +114,7 @@ def compare(
         reference=reference.given.name,
         feature_network={"name": network.name, "sha256": network.weights_sha256},
         protocol=protocol(found, reference),
+        tokenizer=tokenizer_of(reference.given),
         seed=seed,
         config={one.name: getattr(settings, one.name) for one in fields(EvaluationSettings) if one.name != "seed"},
         machine=machine_name(settings.device),
@@ -116,6 +130,35 @@ def protocol(found: FeatureSet, reference: PreparedReference) -> str:
     known = ["statistics of the file for FD and sFD", *known] if given.statistics else known
     some = f"; single images of {most:,} drawn" if max([found.moments.count, *counts.values()]) > most else ""
     return f"{found.moments.count:,} samples, {reference.network.name}, against {given.name}: {', '.join(known)}{some}"
+
+
+def tokenizer_of(reference: ReferenceSet) -> Json:
+    """In whose tokens a reference is; empty: in none."""
+    origin = reference.origin or Origin()
+    return {"name": origin.tokenizer, "fingerprint": origin.tokenizer_fingerprint} if origin.tokenizer else {}
+
+
+def open_target(
+    samples: SampleSet, spec: str, tokenizer: str | None, settings: EvaluationSettings, bad: BadImages | None = None
+) -> ReferenceSet:
+    """The reference `spec` for samples; where these have tokens, in those of `tokenizer`, for the copy rate in them.
+
+    None: in those of the tokenizer that the samples name, when that is a shipped one. Raises `UserError` for a
+    tokenizer of samples without tokens, one that did not make them, and as `open_reference` does.
+    """
+    where = samples.images.name
+    if tokenizer is not None and samples.tokens is None:
+        raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {where} has none")
+    target, made = open_reference(spec, samples.image_size, bad=bad), samples.settings or {}
+    name = tokenizer or (named if (named := made.get("tokenizer")) in SHIPPED["tokenizer"] else None)
+    if name is None or samples.tokens is None:
+        return target
+    codec = load_tokenizer(name).to(settings.device)
+    if tokenizer is None and made.get("tokenizer_fingerprint") not in (None, codec.fingerprint):
+        return target  # another of that name made them
+    check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
+    check_tokens(samples.tokens.numpy(), codec.vocab_size, codec.name, where)
+    return encode_reference(target, codec, precision=settings.precision)
 
 
 def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], seed: int) -> Iterator[str]:

@@ -14,10 +14,11 @@ from torch import Tensor
 from consonar.components import load_tokenizer, model_folder, weights_sha256
 from consonar.data.bad_images import BadImages
 from consonar.data.transforms import to_uint8
+from consonar.distributed import machine_name
 from consonar.errors import UserError
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input, open_reference
-from consonar.evaluation.results import RECONSTRUCTION, replacing
+from consonar.evaluation.results import RECONSTRUCTION, library_versions, replacing
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
@@ -111,7 +112,8 @@ def evaluate_tokenizer(
     network = load_feature_network(feature_network, device)
     saved = replacing(run, RECONSTRUCTION, overwrite=overwrite)
     with saved as staged, multiplying(chosen, place, autocast=True):
-        origin = {"checkpoint_sha256": sha256, "precision": chosen}
+        origin = {"checkpoint_sha256": sha256, "precision": chosen, "reference": reference}
+        origin |= {"machine": machine_name(device), **library_versions()}
         return measure_reconstruction(staged, tokenizer, measured, network, **origin)
 
 

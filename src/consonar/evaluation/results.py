@@ -96,6 +96,8 @@ class Evaluation:
     config: Json
     machine: str
     versions: dict[str, str]
+    tokenizer: Json = field(default_factory=dict)
+    """Name and fingerprint of the one in whose tokens copies were counted; empty: they were not."""
     timestamp: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = 1
 

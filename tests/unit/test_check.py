@@ -1,0 +1,221 @@
+"""`evaluate --check`: a result is measured again, and says whether it reproduces and what differs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from torch.nn import functional
+
+from consonar import cli, networks
+from consonar.components import save_generator, save_tokenizer
+from consonar.errors import UserError
+from consonar.evaluation.check import Check, Compared, allowed, check_results
+from consonar.evaluation.evaluate import evaluate
+from consonar.evaluation.reconstruction import evaluate_tokenizer
+from consonar.evaluation.results import Measurement
+from consonar.evaluation.runs import RunSettings, evaluate_run
+from consonar.origin import Origin
+from consonar.sampling.job import Job, balanced_labels, run_job
+from consonar.sampling.sample import SamplerConfig
+
+
+class Quarters:
+    name, weights_sha256, num_features = "quarters", "q" * 64, 12
+
+    def __call__(self, images):
+        return functional.adaptive_avg_pool2d(images, 2).flatten(1).cpu()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_generator, tokenizer_folder, tokenizer):
+    origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint)
+    save_generator(tiny_generator(), tmp_path / "run" / "model", origin)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def measured(tmp_path, picture_folder):
+    """Results of twelve pictures in a file."""
+    images = np.stack([np.asarray(picture(index)) for index in range(200, 212)])
+    np.savez(tmp_path / "samples.npz", images=images)
+    results = evaluate("samples.npz", picture_folder, feature_network="quarters", draws=2, batch_size=5)
+    results.to_json(tmp_path / "results.json")
+    return tmp_path / "results.json"
+
+
+def changed(path, **changes):
+    """The file with other entries, by dotted path."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        table, *names = content, *key.split("/")
+        for name in names[:-1]:
+            table = table[int(name) if name.isdecimal() else name]
+        table[names[-1]] = value
+    path.write_text(json.dumps(content))
+    return path
+
+
+def status(*words):
+    """What the command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["evaluate", *map(str, words)])
+    return stopped.value.code
+
+
+def test_the_same_pictures_give_the_same_digits(measured, capsys):
+    before = measured.read_bytes()
+    cli.main(["evaluate", "--check", str(measured)])
+    assert capsys.readouterr().out.splitlines()[-1] == "reproduced: digit for digit"
+    assert measured.read_bytes() == before
+
+
+def test_a_number_that_is_not_what_is_measured_is_not_reproduced(measured, capsys):
+    value = json.loads(measured.read_text())["metrics"]["FD(quarters) validation"]["value"]
+    changed(measured, **{"metrics/FD(quarters) validation/value": value * 1.00005})
+    found = check_results(measured)
+    assert found.reproduced and found.tolerance.startswith("the same pictures, within 0.0001 of the value")
+    spread = json.loads(measured.read_text())["metrics"]["FD(quarters) validation"]["spread"]
+    changed(measured, **{"metrics/FD(quarters) validation/value": value + 0.02 * spread, "versions/torch": "1.0"})
+    assert status("--check", measured) == 1
+    said = capsys.readouterr().out
+    assert "not reproduced: 1 of" in said and f"differs: torch: 1.0 then, {torch.__version__} now" in said
+
+
+def test_other_pictures_of_that_name_are_told_and_not_reproduced(measured):
+    images = np.stack([np.asarray(picture(index)) for index in range(300, 312)])
+    np.savez("samples.npz", images=images)
+    found = check_results(measured)
+    assert not found.reproduced and any(line.startswith("samples: ") for line in found.differs)
+
+
+def test_samples_and_references_may_have_moved(measured, tmp_path, picture_folder):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "samples.npz").rename(tmp_path / "there" / "mine.npz")
+    with pytest.raises(UserError, match=r"samples.npz is not there; name the samples"):
+        check_results(measured)
+    shutil.copytree(picture_folder, "pictures")
+    changed(measured, reference="nowhere")
+    assert status("--check", measured, "there/mine.npz") == 2
+    cli.main(["evaluate", "there/mine.npz", "--reference", "pictures", "--check", str(measured)])
+    assert check_results(measured, samples=tmp_path / "there/mine.npz", reference="pictures").differs == []
+
+
+def test_results_of_older_versions_are_compared_by_what_they_record(measured):
+    content = json.loads(measured.read_text())
+    for key in ("tokenizer", "versions", "machine"):
+        del content[key]
+    del content["config"]["precision"]
+    measured.write_text(json.dumps(content))
+    assert check_results(measured).tolerance == "digit for digit"
+
+
+def test_samples_that_are_gone_are_drawn_again_as_they_were(run, tiny_generator, tokenizer, picture_folder, tmp_path):
+    generator = tiny_generator()
+    job = Job(
+        generator, tokenizer, balanced_labels(12, generator.num_classes), seed=3, source=str(run),
+        sampler=SamplerConfig(temperature=0.9), precision="fp32",
+    )  # fmt: skip
+    run_job(job, tmp_path / "drawn.npz")
+    results = evaluate("drawn.npz", picture_folder, feature_network="quarters", draws=2)
+    results.to_json("results.json")
+    (tmp_path / "drawn.npz").unlink()
+    said = []
+    found = check_results(tmp_path / "results.json", progress=said.append)
+    assert (
+        found.redrawn and found.reproduced and said[0].startswith("drawn.npz is gone: 12 samples are drawn again from")
+    )
+    changed(tmp_path / "results.json", **{"samples/settings/labels_sha256": "0"})
+    with pytest.raises(UserError, match="the classes of its images are not known"):
+        check_results(tmp_path / "results.json")
+
+
+def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tiny_generator):
+    settings = RunSettings(
+        num_samples=12, draws=2, temperatures=(1.0, 0.5), seed=4, reconstruct=False,
+        sampler=SamplerConfig(top_k=7),
+    )  # fmt: skip
+    evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    found = check_results(run / "results.json")
+    assert found.reproduced and found.redrawn and found.differs == []
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert {number.name.partition(": ")[0] for number in found.numbers} == {"temperature 1", "temperature 0.5"}
+    metric = "FD(quarters) validation"
+    entry = json.loads((run / "results.json").read_text())["rows"][1]["metrics"][metric]
+    changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 1.9 * entry["spread"]})
+    assert check_results(run / "results.json").reproduced
+    changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 2.1 * entry["spread"]})
+    assert [one.name for one in check_results(run / "results.json").numbers if not one.holds] == [
+        f"temperature 0.5: {metric}"
+    ]
+
+
+def test_a_cell_of_a_sweep_is_checked_by_its_run(run, picture_folder, tmp_path):
+    settings = RunSettings(num_samples=12, draws=2, reconstruct=False)
+    content = evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters")
+    (tmp_path / "results").mkdir()
+    result = {"asked": {}, "failure": None, "run": "../run", "results": json.loads(json.dumps(content))}
+    (tmp_path / "results" / "cell-0.json").write_text(json.dumps(result))
+    assert check_results(tmp_path / "results" / "cell-0.json").reproduced
+    (tmp_path / "results" / "cell-0.json").write_text(json.dumps(result | {"failure": "the loss is not finite"}))
+    with pytest.raises(UserError, match="records a run that failed"):
+        check_results(tmp_path / "results" / "cell-0.json")
+    (tmp_path / "results" / "cell-0.json").write_text(json.dumps(result | {"run": "../gone"}))
+    with pytest.raises(UserError, match=r"no trained model in .*gone; name the run"):
+        check_results(tmp_path / "results" / "cell-0.json")
+
+
+def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer, picture_folder):
+    save_tokenizer(tokenizer, tmp_path / "codec" / "model")
+    (tmp_path / "codec" / "config.json").write_text("{}")
+    evaluate_tokenizer(tmp_path / "codec", reference=str(picture_folder), feature_network="quarters")
+    found = check_results(tmp_path / "codec" / "reconstruction.json")
+    assert found.tolerance == "digit for digit" and found.differs == []
+    assert {"psnr", "rFD(quarters)", "usage"} <= {number.name for number in found.numbers}
+    changed(tmp_path / "codec" / "reconstruction.json", psnr=40.0, **{"origin/torch": "1.0"})
+    found = check_results(tmp_path / "codec" / "reconstruction.json")
+    assert not found.reproduced and found.differs == [f"torch: 1.0 then, {torch.__version__} now"]
+
+
+WRONG = (
+    "{}", "[]", "1", '{"rows": []}', '{"rows": [1]}', '{"rows": [{}]}', '{"metrics": {}}', '{"asked": {}}',
+    '{"metrics": {"FD": 1}, "samples": {"name": "x"}}', '{"metrics": {"FD": {"value": 1}}, "samples": 1}',
+    '{"metrics": {"FD": {"value": 1}}, "samples": {"name": "x"}, "config": []}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_a_file_that_holds_no_results_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "wrong.json").write_text(content)
+    assert status("--check", "wrong.json") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_options_that_the_record_has_are_refused(measured, capsys):
+    for words in (["--draws", "3"], ["--bad-images", "skip"], ["--feature-network", "inception"], ["--overwrite"]):
+        assert status("--check", measured, *words) == 2
+        assert "read only without --check" in capsys.readouterr().err
+    assert status() == 2 and status("samples.npz") == 2
+    assert "--reference: missing" in capsys.readouterr().err
+
+
+def test_how_far_a_number_may_be_off():
+    assert allowed("FD(x)", Measurement(100.0, 0.5), 1000, redrawn=False) == pytest.approx(0.01)
+    assert allowed("FD(x)", Measurement(0.5, 3.0), 1000, redrawn=False) == pytest.approx(0.03)
+    assert allowed("temperature 1: precision", Measurement(0.5), 1000, redrawn=False) == pytest.approx(0.002)
+    assert allowed("copy rate (features)", Measurement(0.0), 1000, redrawn=False) == pytest.approx(0.002)
+    assert allowed("FD(x)", Measurement(100.0, 3.0), 1000, redrawn=True) == pytest.approx(6.0)
+    assert allowed("entropy", Measurement(3.0), 1000, redrawn=True) == pytest.approx(0.03)
+    assert not Check([Compared("FD(x)", 1.0, None, 9.0)], redrawn=False, differs=[]).reproduced
