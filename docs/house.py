@@ -21,7 +21,7 @@ FIGURE = Path(__file__).parent / "images" / "house.svg"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "sweeps"),
     ("report",),
     ("evaluation", "recipes"),
     ("training",),
@@ -41,7 +41,8 @@ FLOORS = (
 )  # fmt: skip
 """From the roof down: a room (a folder, or a file at the root) may import those of the floors below its own."""
 ABOUT = {
-    "cli": "words to calls", "demo": "the main job on real data", "report": "the page about runs",
+    "cli": "words to calls", "demo": "the main job on real data", "sweeps": "studies over seeds",
+    "report": "the page about runs",
     "evaluation": "measures runs and samples", "recipes": "settings by name, from files",
     "training": "configuration, loop, methods", "sampling": "tokens one by one, jobs",
     "components": "models by name", "convert": "released files, both ways",

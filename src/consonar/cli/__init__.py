@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "Train a recipe or a YAML file: consonar train rear-openmoji --out runs/mine [--optim.lr 1e-4 ...].",
     "sample": "Draw images from a trained generator: consonar sample RUN --out samples.png|samples.npz|FOLDER.",
     "evaluate": "Measure samples (.npz or a folder of images), a trained generator over temperatures, or a tokenizer.",
+    "sweep": "Train and measure the rows of a file over seeds, and compare them: consonar sweep FILE.yaml --seeds 3.",
     "report": "Write one self-contained HTML page that compares runs.",
     "import-tokens": "Turn the token files of RAR (.jsonl) or LlamaGen (.npy folders) into a token store.",
     "convert": "Convert a released weight file into a model folder, or (--to-official) a model folder back.",

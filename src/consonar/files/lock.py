@@ -32,7 +32,11 @@ MAX_TRIES = 1000
 
 
 class Held(UserError):
-    """Another process is at it."""
+    """Another process holds `folder`."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder}: {holder} is writing it; wait until that has ended, or end it")
+        self.folder = folder
 
 
 @contextmanager
@@ -74,7 +78,7 @@ def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
             continue
         with file:
             if not _take(file, path, wait):
-                raise Held(f"{path.parent}: {_holder(file)} is writing it; wait until that has ended, or end it")
+                raise Held(path.parent, _holder(file))
             if _is_at(file, path):
                 yield file
                 return

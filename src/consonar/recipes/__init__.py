@@ -14,6 +14,7 @@ import yaml
 from consonar.config_io import from_dict, merge, to_dict
 from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import check_extent
+from consonar.json_types import Json
 from consonar.recipes import openmoji, published
 from consonar.training.config import TrainConfig
 
@@ -58,13 +59,19 @@ ConfigLoader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"
 ConfigLoader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?\d+[eE][-+]?\d+"), FIRST)
 
 
-def read_config(path: Path) -> TrainConfig:
-    """A YAML or JSON file of a `TrainConfig`, or of the changes to the recipe named under `base`."""
+def read_table(path: Path) -> Json:
+    """The table of keys that a YAML or JSON file holds."""
     with reading(path, "valid YAML"):
         values = yaml.load(path.read_text(encoding="utf-8"), ConfigLoader)
         check_extent(values)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a table of keys, got {type(values).__name__}")
+    return values
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A YAML or JSON file of a `TrainConfig`, or of the changes to the recipe named under `base`."""
+    values = read_table(path)
     if "base" in values:
         base = values.pop("base")
         if not isinstance(base, str):

@@ -21,7 +21,7 @@ from consonar.files.writers import write_atomically
 from consonar.json_types import Json
 from consonar.metrics import in_order, meanings, metric_of
 from consonar.report import images, tables
-from consonar.report.charts import LOOKS, frontier_charts
+from consonar.report.charts import frontier_charts, look_of
 from consonar.report.folders import MAX_RUNS, load_runs
 from consonar.report.records import Run, listed, start_text
 
@@ -44,27 +44,20 @@ def write_report(
         raise UserError(f"out {out}: already exists; choose another name, or overwrite it (--overwrite)")
     if out.exists() and b"<!doctype html>" not in out.read_bytes()[:100]:
         raise UserError(f"out {out}: exists and is no page, so it is not overwritten; choose another name")
-    html = render(load_runs(runs), title=title, opening=opening)
-    write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8", errors="backslashreplace"))
+    write_page(render(load_runs(runs), title=title, opening=opening), out)
     return out
 
 
 def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:
     """The page as one string of HTML; the same runs give the same string. `opening`: a picture of the shipped model."""
-    environment = Environment(
-        loader=PackageLoader("consonar.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     names = [run.name for run in runs]
     sheets, (settings, verdicts) = images.load_sheets(runs), tables.verdict_table(runs)
     samples, paired = images.sample_lines(runs, sheets)
     columns = in_order({name for run in runs for row in run.results.rows for name in row.metrics})
-    return environment.get_template("report.html.jinja").render(
+    return filled(
+        "report.html.jinja",
         title=title or (f"Run {names[0]}" if len(runs) == 1 else f"{listed(names)}, compared"),
         runs=runs,
-        looks=LOOKS,
-        metric_of=metric_of,
-        meanings=meanings,
         from_to=tables.from_to,
         legends=[", from ".join(filter(None, (run.method, start_text(run, runs)))) for run in runs],
         methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
@@ -86,6 +79,22 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         records=tables.compared(runs, [record_of(run, runs) for run in runs]),
         openmoji=uses_openmoji(runs),
     )
+
+
+def filled(template: str, *, runs: Sequence[Run], **values: object) -> str:
+    """A template with what `parts.html.jinja` asks for: every run has a look."""
+    environment = Environment(
+        loader=PackageLoader("consonar.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    looks = [look_of(index) for index in range(len(runs))]
+    named = {"runs": runs, "looks": looks, "metric_of": metric_of, "meanings": meanings}
+    return environment.get_template(template).render(**named, **values)
+
+
+def write_page(html: str, out: Path) -> None:
+    """Under a temporary name first, so that a failure leaves no half page; names of files need not be UTF-8."""
+    write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8", errors="backslashreplace"))
 
 
 def noise_floor(runs: Sequence[Run]) -> str:

@@ -91,6 +91,13 @@ STYLE: Any = {
 }
 
 
+def look_of(index: int) -> Look:
+    """The look of run `index` of a page: beyond as many as there are, colours again, with other markers and dashes."""
+    look, round_ = LOOKS[index % len(LOOKS)], index // len(LOOKS)
+    other = LOOKS[(index + round_) % len(LOOKS)]
+    return look._replace(marker=other.marker, shape=other.shape, dash=other.dash)
+
+
 def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], inches: tuple[float, float]) -> Markup:
     """An `<svg>` that scales with its box; charts of different titles and lines share no id."""
     import matplotlib
@@ -131,7 +138,7 @@ def curve_charts(runs: Mapping[int, Run], keys: Sequence[str]) -> list[Chart]:
     for key in [key for key in moved if metric_of(key).drawn] or [key for key in moved if key == "train/loss"]:
         lines = []
         for index, run in runs.items():
-            look, points, best = LOOKS[index], binned(run.series(key)), run.best_model
+            look, points, best = look_of(index), binned(run.series(key)), run.best_model
             kept = best["step"] if best and key == f"validation/{best['metric']}" else None
             if points:
                 lines.append(Line(look, points, [(*point, look.colour) for point in points if point[0] == kept], []))
@@ -171,12 +178,12 @@ def frontier_lines(run: Run, runs: Sequence[Run], right: str, up: str) -> list[L
     for row in sorted(run.results.rows, key=lambda row: row.temperature):
         x, y = value_of(row, right), value_of(row, up)
         if x and y:
-            line = lines.setdefault(row.sampler, Line(LOOKS[runs.index(run)], [], [], []))
+            line = lines.setdefault(row.sampler, Line(look_of(runs.index(run)), [], [], []))
             line.points.append((x.value, y.value))
             line.spreads.append(y.spread or 0.0)
             if row.matched_to:
                 other, _ = find_matched(row, run, runs)
-                colour = LOOKS[runs.index(other)].colour if other else RING_OF_OTHERS
+                colour = look_of(runs.index(other)).colour if other else RING_OF_OTHERS
                 line.rings.append((x.value, y.value, colour))
     return list(lines.values())
 

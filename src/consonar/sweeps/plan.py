@@ -1,0 +1,116 @@
+"""A sweep file becomes cells: runs with everything that they depend on, each checked before any work.
+
+A row is a recipe with options; a cell is a row at a seed. What a cell is asked to be is a nested table (`asked`), in
+which the cell that it starts from stands in the place of that run's folder. Two cells are the same where these tables
+are; a table of an older version has the defaults of options that are newer.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from consonar.config_io import from_dict, to_dict
+from consonar.evaluation.runs import RunSettings
+from consonar.json_types import Json, JsonMap
+from consonar.training.config import TrainConfig
+from consonar.training.origins import OF_MEMORY, flat
+
+OF_CELLS = ("device", "seed", "match")
+"""Settings of an evaluation that follow from the cell."""
+ELSEWHERE = OF_MEMORY | {"loop.device", "loop.trackers", "batch_size", "init"}
+"""What may differ between machines that work on one sweep."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """How every cell is measured."""
+
+    reference: str
+    feature_network: str
+    settings: RunSettings
+
+    def asked(self) -> Json:
+        """What a result says of it."""
+        settings = {key: value for key, value in to_dict(self.settings).items() if key not in OF_CELLS}
+        return {"reference": self.reference, "feature_network": self.feature_network, **settings}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    row: str
+    seed: int
+    config: TrainConfig
+    """With the folder of `start` as `init`."""
+    evaluated: Evaluated
+    start: "Cell | None" = None
+    match: tuple[str, ...] = ()
+    """Rows whose cells that start from this one are matched by it in entropy."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-{self.seed}"
+
+    def asked(self) -> Json:
+        """What this cell is, and was when its result was written."""
+        return {**self.trained(), "evaluate": self.evaluated.asked(), "match": list(self.match)}
+
+    def trained(self) -> Json:
+        """What its training is."""
+        start = self.start and {"cell": self.start.name, **self.start.trained()}
+        config = to_dict(self.config) | ({"init": self.start.name} if self.start else {})
+        return {"config": config, "start": start}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells, those that others start from before them, and one seed of all rows before the next."""
+
+    name: str
+    cells: dict[str, Cell]
+    rows: tuple[str, ...]
+    """As in the file."""
+    compare_with: str
+
+    def matched(self, cell: Cell) -> list[Cell]:
+        """The cells whose entropies `cell` is also measured at."""
+        return [other for other in self.cells.values() if other.row in cell.match and other.start is cell]
+
+
+def comparable(asked: JsonMap, where: str) -> dict[str, object]:
+    """What `Cell.asked` gave, now or in a file of an older version, by dotted key, without what is `ELSEWHERE`."""
+
+    def of_training(table: JsonMap, prefix: str) -> Iterator[tuple[str, object]]:
+        config = to_dict(from_dict(table["config"], where, TrainConfig))
+        left_out = ELSEWHERE if table["start"] else ELSEWHERE - {"init"}
+        yield from ((f"{prefix}{key}", value) for key, value in flat(config, "") if key not in left_out)
+        if table["start"]:
+            yield f"{prefix}start", table["start"]["cell"]
+            yield from of_training(table["start"], f"{prefix}start.")
+
+    measured = dict(asked["evaluate"])
+    named = {key: measured.pop(key) for key in ("reference", "feature_network")}
+    settings = {key: value for key, value in measured.items() if key not in ELSEWHERE}
+    settings = to_dict(from_dict(settings, where, RunSettings))
+    kept = {key: value for key, value in settings.items() if key not in (*OF_CELLS, *ELSEWHERE)}
+    found = dict(of_training(asked, "")) | dict(flat({**named, **kept, "match": asked["match"]}, "evaluate."))
+    return plain(found)
+
+
+def plain(table: Json) -> Json:
+    """As it would come from a file: tuples are lists in JSON."""
+    read: Json = json.loads(json.dumps(table))
+    return read
+
+
+def sha256_of(asked: JsonMap, where: str) -> str:
+    """Of what `comparable` compares."""
+    return hashlib.sha256(json.dumps(comparable(asked, where), sort_keys=True).encode()).hexdigest()
+
+
+def run_folder(out: Path, cell: Cell) -> Path:
+    """Where a cell is trained."""
+    return out / "runs" / cell.name

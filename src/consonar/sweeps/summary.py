@@ -1,0 +1,220 @@
+"""What the cells of a sweep say together: mean and deviation over seeds, and paired comparisons with one row.
+
+A comparison takes the difference at every seed that both rows have, so that what a seed does to both (order of the
+data, first weights, random numbers of sampling) leaves it. Its standard error is the deviation of these differences
+over the root of their number n; ahead or behind is what lies beyond the two-sided 95 % quantile of Student's t with
+n - 1 degrees of freedom times that. Nothing corrects for the number of comparisons.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import mean, stdev
+
+from consonar.evaluation.results import Measurement
+from consonar.json_types import Json, JsonMap
+from consonar.metrics import decides, in_order, metric_of
+from consonar.report.records import measurement_text
+from consonar.report.tables import UNMEASURED, Verdict
+from consonar.sweeps.plan import Sweep
+
+Values = Mapping[int, float]
+"""Seed: value."""
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; with more than these the last one is used."""
+BEST, EQUAL_ENTROPY, TRAINING = "each at its own best temperature", "at equal entropy", "training"
+
+
+def over_seeds(values: Values) -> Measurement:
+    """Mean and, of two or more, standard deviation."""
+    found = list(values.values())
+    return Measurement(mean(found), stdev(found) if len(found) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of the differences at the seeds that two rows share; `error` is its standard error (None for one seed)."""
+
+    value: float
+    error: float | None
+    count: int
+
+
+def paired(values: Values, base: Values) -> Difference | None:
+    """`values` less `base`, seed by seed; None where they share no seed."""
+    found = [values[seed] - base[seed] for seed in values if seed in base]
+    if not found:
+        return None
+    return Difference(mean(found), stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None, len(found))
+
+
+def judge(difference: Difference | None, direction: int) -> Verdict:
+    """Whether a difference is one; `direction` is -1 where lower is better."""
+    if difference is None:
+        return UNMEASURED
+    text = difference_text(difference)
+    if difference.error is None or not direction:
+        return Verdict("open" if direction else "", text)
+    bound = T_95[min(difference.count - 1, len(T_95)) - 1] * difference.error
+    gain = direction * difference.value
+    return Verdict("no difference" if abs(gain) <= bound else "ahead" if gain > 0 else "behind", text)
+
+
+def difference_text(difference: Difference, *, percent: bool = False) -> str:
+    """ "-3.1 ± 0.4 (n 3)"."""
+    sign = "+" if difference.value > 0 else "\u2212" if difference.value < 0 else ""
+    size = measurement_text(Measurement(abs(difference.value), difference.error), percent=percent)
+    return f"{sign}{size} (n\u00a0{difference.count})"
+
+
+@dataclass
+class Setting:
+    """Numbers of rows under one setting, in what they are compared."""
+
+    title: str
+    temperature: float | None = None
+    """Of all rows; None where they have their own."""
+    values: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    """Row: metric: seed: value."""
+    base: dict[str, str] = field(default_factory=dict)
+    """Row: what it is compared with."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Row: what else is said of it, as its temperature."""
+
+    @property
+    def columns(self) -> list[str]:
+        return in_order({metric for metrics in self.values.values() for metric in metrics})
+
+    def add(self, row: str, seed: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.values.setdefault(row, {}).setdefault(name, {})[seed] = value
+
+    def differences(self, row: str) -> dict[str, Difference]:
+        """Of a row to what it is compared with, by metric."""
+        other = self.values.get(self.base.get(row, ""), {})
+        pairs = {name: paired(values, other.get(name, {})) for name, values in self.values.get(row, {}).items()}
+        return {name: pair for name, pair in pairs.items() if pair}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that tables and charts are made of."""
+
+    sweep: Sweep
+    settings: list[Setting]
+    """Of every temperature, of the best ones, at equal entropy, and of training."""
+    deciding: str | None
+    """The metric by which rows are judged; None: nothing was measured."""
+    notes: list[str]
+
+    def verdicts(self) -> tuple[list[str], dict[str, list[Verdict]]]:
+        """Titles of the settings that were compared by `deciding`, and {row: a verdict for each}."""
+        measured = [one for one in self.settings if any(self.deciding in found for found in one.values.values())]
+        settings = sorted(measured, key=lambda one: one.temperature is not None)  # each at its best first
+        direction = metric_of(self.deciding).direction if self.deciding else 0
+        rows = {
+            row: [judge(one.differences(row).get(self.deciding or ""), direction) for one in settings]
+            for row in self.sweep.rows
+        }
+        compared = {row: found for row, found in rows.items() if any(one is not UNMEASURED for one in found)}
+        return [one.title for one in settings], compared
+
+
+def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
+    """The results of all cells, by name."""
+    scored = {name: one for name, one in results.items() if not one["failure"]}
+    rows = [line for one in scored.values() for line in one["results"]["rows"]]
+    deciding = deciding_metric(line["metrics"] for line in rows)
+    grid: dict[float, Setting] = {}
+    entropy, training = Setting(EQUAL_ENTROPY), Setting(TRAINING)
+    for name, result in scored.items():
+        row, seed = sweep.cells[name].row, sweep.cells[name].seed
+        training.add(row, seed, result["validation"])
+        for line in result["results"]["rows"]:
+            numbers, temperature = {key: one["value"] for key, one in line["metrics"].items()}, line["temperature"]
+            if trained := sweep.cells.get(line.get("matched_to") or ""):
+                at = f"{row} at the entropy of {trained.row}"
+                entropy.add(at, trained.seed, numbers | {"temperature": temperature})
+                entropy.base[trained.row] = at
+            if temperature in result["asked"]["evaluate"]["temperatures"]:
+                setting = grid.setdefault(temperature, Setting(f"at temperature {temperature:g}", temperature))
+                setting.add(row, seed, numbers)
+    for row in entropy.base:
+        entropy.values[row] = dict(grid[1.0].values.get(row, {})) if 1.0 in grid else {}
+    of_grid = [in_rows(grid[temperature], sweep) for temperature in sorted(grid, reverse=True)]
+    best = best_setting(sweep, grid, deciding)
+    for setting in (*of_grid, best, training):
+        setting.base = {row: sweep.compare_with for row in sweep.rows if row != sweep.compare_with}
+    shown = [*of_grid, *([best] if len(grid) > 1 else ()), entropy, in_rows(training, sweep)]
+    return Summary(sweep, [one for one in shown if one.values], deciding, notes_of(sweep, results))
+
+
+def in_rows(setting: Setting, sweep: Sweep) -> Setting:
+    """The setting with its rows in the order of the file."""
+    return replace(setting, values={row: setting.values[row] for row in sweep.rows if row in setting.values})
+
+
+def deciding_metric(rows: Iterable[Mapping[str, object]]) -> str | None:
+    """The Fréchet distance to held-out images; where there is none, the first Fréchet distance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return next(filter(decides, names), next((name for name in names if name.startswith("FD(")), None))
+
+
+def best_setting(sweep: Sweep, grid: Mapping[float, Setting], deciding: str | None) -> Setting:
+    """Every row at one temperature for all its seeds, that at which its mean is best."""
+    best = Setting(BEST)
+    for row in sweep.rows:
+        means = {
+            temperature: over_seeds(setting.values[row][deciding]).value
+            for temperature, setting in grid.items()
+            if deciding is not None and deciding in setting.values.get(row, {})
+        }
+        if means:
+            temperature = min(means, key=lambda one: means[one])
+            best.values[row] = grid[temperature].values[row]
+            best.notes[row] = f"temperature {temperature:g}"
+    return best
+
+
+def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
+    """What must be known to read the numbers, one sentence each."""
+    notes = [f"{name} failed: {one['failure']}." for name, one in results.items() if one["failure"]]
+    scored = {name: one for name, one in results.items() if not one["failure"]}
+    notes += [
+        f"{name} was stopped by its guard at step {one['stopped']['step']:,}: {one['stopped']['reason']}."
+        for name, one in scored.items()
+        if one["stopped"]
+    ]
+    for name, one in scored.items():
+        start = sweep.cells[name].start
+        if start and start.name in scored and scored[start.name]["weights"] != one["start_weights"]:
+            notes.append(f"{name} started from {start.name} trained again, to other weights than were measured.")
+    for what, values in (
+        ("machines", [one["results"]["machine"] for one in scored.values()]),
+        ("versions of torch", [one["versions"]["torch"] for one in scored.values()]),
+        ("references", [str(one["results"]["reference"]) for one in scored.values()]),
+    ):
+        if len(set(values)) > 1:
+            notes.append(f"The cells were run with different {what}: {', '.join(sorted(set(values)))}.")
+    remarks = dict.fromkeys(line for one in scored.values() for line in one["results"]["remarks"])
+    return notes + [f"{line}." for line in remarks]
+
+
+def value_cells(setting: Setting, row: str, columns: Sequence[str]) -> list[str]:
+    """ "61.2 ± 1.3" for each column; "–" where nothing was measured."""
+    found = setting.values.get(row, {})
+    return [
+        measurement_text(over_seeds(found[name]), percent=metric_of(name).unit == "%") if name in found else "–"
+        for name in columns
+    ]
+
+
+def difference_cells(setting: Setting, row: str, columns: Sequence[str]) -> list[str]:
+    """The differences of a row to what it is compared with, as text."""
+    found = setting.differences(row)
+    return [
+        difference_text(found[name], percent=metric_of(name).unit == "%") if name in found else "–" for name in columns
+    ]

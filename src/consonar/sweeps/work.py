@@ -1,0 +1,301 @@
+"""Cells are trained, measured and written down, one after the other, by as many processes as are called on the sweep.
+
+What is left of a finished cell is OUT/results/NAME.json: all that it was asked to be, and all that it scored. It is
+written once and whole; a cell that has one is done, on every machine that has the file. An unfinished run goes on from
+its last checkpoint; one that was measured when its process ended is measured again. A process holds the cell that it
+works on by a lock (`files.lock`), which ends with it; another goes to the next cell, and waits where there is none.
+
+A run whose loss is not finite is a result as well: it says so, and the others go on.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from consonar import memory
+from consonar.components import load_generator, load_tokenizer, read_origin
+from consonar.config_io import from_dict, to_dict
+from consonar.distributed import pick_device
+from consonar.errors import NonFiniteLoss, UserError, reading
+from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
+from consonar.evaluation.results import library_versions
+from consonar.evaluation.runs import evaluate_run
+from consonar.files.lock import Held, hold
+from consonar.files.readers import read_json
+from consonar.files.weights import component_fingerprint, is_component
+from consonar.files.writers import write_json
+from consonar.json_types import Json
+from consonar.networks import load_feature_network
+from consonar.sweeps.plan import Cell, Sweep, comparable, plain, run_folder, sha256_of
+from consonar.training.build import open_store
+from consonar.training.config import TrainConfig
+from consonar.training.origins import comparable as comparable_run
+from consonar.training.run import SESSIONS, train
+from consonar.training.tracking import read_metrics
+
+SCHEMA = 1
+REMEDY = "remove it to have the cell done anew, or choose another --out"
+FILLED = ("init", "tokenizer", "data.validation_tokens", "loop.device", "loop.trackers")
+"""Settings that a run fills in when it begins, or that may be others when it goes on."""
+Say = Callable[[str], None]
+
+
+@dataclass
+class Place:
+    """The folder of a sweep, and what its cells share."""
+
+    out: Path
+    sweep: Sweep
+    say: Say
+    targets: dict[tuple[str, str], ReferenceSet] = field(default_factory=dict)
+    """References in tokens, by their names and those of the tokenizers."""
+
+    def run(self, cell: Cell) -> Path:
+        return run_folder(self.out, cell)
+
+    def result(self, cell: Cell) -> Path:
+        return self.out / "results" / f"{cell.name}.json"
+
+    def lock(self, cell: Cell) -> Path:
+        """Whoever holds this folder works on the cell."""
+        return self.out / ".working" / cell.name
+
+    def is_trained(self, cell: Cell) -> bool:
+        return is_component(self.run(cell) / "model")
+
+
+def run_sweep(sweep: Sweep, out: Path, say: Say) -> dict[str, Json]:
+    """Does every cell that has no result yet, and returns the results of all by name.
+
+    Raises `UserError` before any work for results and runs in `out` that are of other cells, and for token stores,
+    references and feature networks that are missing.
+    """
+    place = Place(out, sweep, say)
+    waiting = [cell for cell in sweep.cells.values() if read_result(place, cell) is None]
+    check_begun(place)
+    check_inputs(waiting)
+    while waiting:
+        held: Held | None = None
+        for cell in list(waiting):
+            with ExitStack() as locks:
+                try:
+                    needed = hold_needed(place, cell, locks)
+                except Held as error:  # another process is at it; there are other cells
+                    held = held or error
+                    continue
+                if read_result(place, cell) is None:  # else done meanwhile
+                    done = len(sweep.cells) - len(waiting)
+                    say(f"{cell.name}: {done} of {len(sweep.cells)} cells are done")
+                    do_cell(place, cell, needed)
+            waiting.remove(cell)
+            held = None
+        if held is not None:
+            say(f"waiting: {held}")
+            with hold(held.folder, wait=True):
+                pass
+    return {name: read_json(place.result(cell)) for name, cell in sweep.cells.items()}
+
+
+def hold_needed(place: Place, cell: Cell, locks: ExitStack) -> list[Cell]:
+    """Holds the cell, and those that it needs and that are not trained, which are returned, what others start from
+    first. Raises `Held`.
+    """
+    needed: dict[str, Cell] = {}
+
+    def add(one: Cell) -> None:
+        if one.start and not place.is_trained(one):
+            add(one.start)
+        if not place.is_trained(one):
+            needed.setdefault(one.name, one)
+
+    for one in (cell, *place.sweep.matched(cell)):
+        add(one)
+    for one in {cell.name: cell, **needed}.values():
+        locks.enter_context(hold(place.lock(one)))
+    return [one for one in needed.values() if not place.is_trained(one)]
+
+
+def do_cell(place: Place, cell: Cell, needed: list[Cell]) -> None:
+    """Trains what is not trained, measures the cell, and writes its result."""
+    figures: Json = {"failure": None}
+    try:
+        for one in needed:
+            try:
+                train_cell(place, one)
+            except NonFiniteLoss:
+                if one not in lineage(cell):  # one that this is matched to: its own result will say so
+                    continue
+                raise
+        figures |= measure(place, cell)
+    except NonFiniteLoss as error:
+        place.say(f"{cell.name}: {error}")
+        figures["failure"] = str(error)
+    asked = cell.asked()
+    result = {
+        "schema": SCHEMA,
+        "sweep": place.sweep.name,
+        "row": cell.row,
+        "seed": cell.seed,
+        "config_sha256": sha256_of(asked, cell.name),
+        "asked": asked,
+        "matched": [other.name for other in place.sweep.matched(cell)],
+        "run": f"../runs/{cell.name}",
+        **figures,
+        "versions": library_versions(),
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(place.result(cell), result, allow_nan=False)
+
+
+def lineage(cell: Cell) -> list[Cell]:
+    """The cell, and what it starts from."""
+    return [cell, *(lineage(cell.start) if cell.start else ())]
+
+
+def train_cell(place: Place, cell: Cell) -> None:
+    """Trains a cell, or goes on with it. Raises `NonFiniteLoss`, at once where that is known of it."""
+    if failure := (read_result(place, cell) or {}).get("failure"):
+        raise NonFiniteLoss(failure)
+    run, steps = place.run(cell), cell.config.loop.steps
+    resume = (run / "config.json").exists()
+    place.say(f"{cell.name}: {'goes on with' if resume else 'trains for'} {steps} steps")
+    train(cell.config, run, resume=resume, quiet=True)
+
+
+def measure(place: Place, cell: Cell) -> Json:
+    """What a trained cell scores, and what it was made of."""
+    run, device = place.run(cell), pick_device(cell.config.loop.device)
+    match = [place.run(other) for other in place.sweep.matched(cell) if place.is_trained(other)]
+    settings = replace(cell.evaluated.settings, device=str(device), match=match)
+    with memory.explained(f"lower evaluate.batch_size ({settings.batch_size})", device):
+        content = evaluate_run(
+            run, settings, reference=cell.evaluated.reference, feature_network=cell.evaluated.feature_network,
+            target=target_of(place, cell, device), overwrite=True, progress=place.say,
+        )  # fmt: skip
+    lines = read_metrics(run / "metrics.jsonl")
+    validated = [line for line in lines if any(key.startswith("validation/") for key in line)]
+    last = validated[-1] if validated else {}
+    return {
+        "steps": lines[-1]["step"] if lines else 0,
+        "training_seconds": lines[-1].get("time") if lines else None,
+        "stopped": read_json(run / "stopped.json") if (run / "stopped.json").exists() else None,
+        "validation": {key: value for key, value in last.items() if key.startswith("validation/")},
+        "weights": fingerprint(run),
+        "start_weights": fingerprint(place.run(cell.start)) if cell.start else None,
+        "sessions": read_json(run / SESSIONS)["sessions"] if (run / SESSIONS).exists() else [],
+        "results": content,
+    }
+
+
+def fingerprint(run: Path) -> str:
+    """Of the weights themselves: equal for a run that was trained again to the same ones, unlike that of their file."""
+    return component_fingerprint({}, load_generator(run).state_dict())
+
+
+def target_of(place: Place, cell: Cell, device: torch.device) -> ReferenceSet:
+    """The reference in the tokens of the cell's tokenizer; opened and encoded once for all cells."""
+    tokenizer, reference, settings = tokenizer_of(cell), cell.evaluated.reference, cell.evaluated.settings
+    if (reference, tokenizer) not in place.targets:
+        codec = load_tokenizer(tokenizer).to(device)
+        opened = open_reference(reference, codec.image_size)
+        place.targets[reference, tokenizer] = encode_reference(
+            opened, codec, batch_size=settings.batch_size, precision=settings.precision
+        )
+    return place.targets[reference, tokenizer]
+
+
+def tokenizer_of(cell: Cell) -> str:
+    """The tokenizer of a cell: its own, or that of what it starts from."""
+    config = cell.config
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if cell.start is not None:
+        return tokenizer_of(cell.start)
+    named = read_origin(str(config.init)).tokenizer  # a generator has one of the three
+    if named is None:
+        raise UserError(f"{cell.name}: init: {config.init} does not say which tokenizer it goes with; add tokenizer")
+    return named
+
+
+def read_result(place: Place, cell: Cell) -> Json | None:
+    """The result of a cell; None where there is none, or it was measured before all that it is to be matched to was
+    asked for. `UserError` where the file is of another cell.
+    """
+    path = place.result(cell)
+    if not path.exists():
+        return None
+    content = read_json(path, REMEDY)
+    with reading(path, "a result of a sweep", REMEDY):
+        before, row, seed = comparable(content["asked"], str(path)), content["row"], content["seed"]
+        matched = set(content["matched"])
+    check_same(path, comparable(cell.asked(), cell.name), before)
+    if (row, seed) != (cell.row, cell.seed):
+        raise UserError(f"{path}: is of {row}-{seed}; {REMEDY}")
+    return content if matched.issuperset(other.name for other in place.sweep.matched(cell)) else None
+
+
+def check_same(path: Path, now: dict[str, object], before: dict[str, object]) -> None:
+    """Raises `UserError` for the first key in which what is asked for and what is there differ."""
+    for key in now | before:
+        if now.get(key) != before.get(key):
+            raise UserError(f"{path}: {key} is {before.get(key)!r} there and {now.get(key)!r} here; {REMEDY}")
+
+
+def check_begun(place: Place) -> None:
+    """Raises `UserError` where the run of a cell was begun with other settings than it has now."""
+    for cell in place.sweep.cells.values():
+        run = place.run(cell)
+        path = run / "config.json"
+        if path.exists():
+            begun, now = (
+                {key: value for key, value in comparable_run(plain(to_dict(config)), run).items() if key not in FILLED}
+                for config in (from_dict(read_json(path), str(path), TrainConfig), cell.config)
+            )
+            if cell.config.model is None or cell.config.run == "post-training":
+                begun = {key: value for key, value in begun.items() if key.partition(".")[0] != "model"}
+                now = {key: value for key, value in now.items() if key.partition(".")[0] != "model"}
+            check_same(run, now, begun)
+
+
+def check_inputs(cells: list[Cell]) -> None:
+    """Raises `UserError` for what the cells need and what is not there: token stores, models, references, networks."""
+    opened: set[tuple[str, ...]] = set()
+    for cell in cells:
+        config, evaluated, tokenizer = cell.config, cell.evaluated, tokenizer_of(cell)
+        device = str(pick_device(config.loop.device, "loop.device"))
+        if ("store", str(config.data.tokens), tokenizer) not in opened and config.run == "generator":
+            open_store(config.data.tokens, "data.tokens", tokenizer, config.data.views)
+        if ("reference", evaluated.reference, tokenizer) not in opened:
+            open_reference(evaluated.reference, load_tokenizer(tokenizer).image_size)
+        if ("network", evaluated.feature_network, device) not in opened:
+            load_feature_network(evaluated.feature_network, device)
+        opened |= {
+            ("store", str(config.data.tokens), tokenizer), ("reference", evaluated.reference, tokenizer),
+            ("network", evaluated.feature_network, device),
+        }  # fmt: skip
+
+
+def states(sweep: Sweep, out: Path) -> dict[str, str]:
+    """Every cell: done, failed, begun (and how far), held by whom, or to do. `UserError` as `run_sweep` raises."""
+    place = Place(out, sweep, lambda text: None)
+    check_begun(place)
+    found = {}
+    for name, cell in sweep.cells.items():
+        result, lines = read_result(place, cell), read_metrics(place.run(cell) / "metrics.jsonl")
+        if result is not None:
+            found[name] = "failed" if result["failure"] else "done"
+        elif place.is_trained(cell):
+            found[name] = "trained, not measured"
+        else:
+            found[name] = f"step {lines[-1]['step']} of {cell.config.loop.steps}" if lines else "to do"
+        if place.lock(cell).exists() and result is None:
+            try:
+                with hold(place.lock(cell)):
+                    pass
+            except Held as error:
+                found[name] += f"; {error}"
+    return found

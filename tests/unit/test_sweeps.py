@@ -1,0 +1,400 @@
+"""Sweeps: files to cells, cells to results that survive, results to tables."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import picture
+from scipy import stats
+from torch.nn import functional
+
+from consonar import cli, networks
+from consonar.errors import NonFiniteLoss, UserError
+from consonar.files.lock import hold
+from consonar.sweeps import work
+from consonar.sweeps.page import write_summary
+from consonar.sweeps.plan import comparable
+from consonar.sweeps.rows import read_sweep
+from consonar.sweeps.summary import T_95, Difference, judge, paired, summarise
+from consonar.sweeps.work import run_sweep, states
+
+QUIET = {
+    "loop.batch_size": 8, "loop.log_every": 1, "loop.precision": "fp32", "loop.device": "cpu", "loop.save_every": 1,
+    "loop.validate_every": 0, "loop.sample_every": 0, "optim.warmup_steps": 1,
+}  # fmt: skip
+
+
+class Quarters:
+    name, weights_sha256, num_features = "quarters", "q" * 64, 12
+
+    def __call__(self, images):
+        return functional.adaptive_avg_pool2d(images, 2).flatten(1).cpu()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory) -> Path:
+    """Pictures of the classes of the stores."""
+    root = tmp_path_factory.mktemp("classes")
+    for split, first, count in (("train", 0, 12), ("validation", 100, 6)):
+        for index in range(first, first + count):
+            (folder := root / split / "abc"[index % 3]).mkdir(parents=True, exist_ok=True)
+            picture(index).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def table(stores, tokenizer_folder, classes):
+    """Plain AR and reAR of a toy, and the first post-trained: 3 rows."""
+    train, validation = stores
+    tiny = {"kind": "rear", "width": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
+    toy = {"model": tiny, "tokenizer": str(tokenizer_folder), "data.tokens": str(train),
+           "data.validation_tokens": str(validation)}  # fmt: skip
+    return {
+        "seeds": 2,
+        "options": {**QUIET, "loop.steps": 2},
+        "rows": {
+            "plain": {"base": "ar-openmoji", "match": ["ce"], **toy},
+            "ce": {"base": "ce-openmoji", "init": {"cell": "plain"}, "data.images": str(classes),
+                   "objective.rewards": {"mse": 1.0}},
+            "rear": {"base": "ar-openmoji", "objective.noise.schedule": "linear", **toy},
+        },
+        "evaluate": {
+            "reference": str(classes), "feature_network": "quarters", "temperatures": [1], "draws": 2,
+            "num_samples": 12, "reconstruct": False,
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(table) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(table, sort_keys=False))
+        return path
+
+    return write
+
+
+def scores(results):
+    """What must not depend on where, when and in how many parts the cells were done."""
+    rows = {
+        name: [(row["temperature"], row.get("matched_to"), row["metrics"]) for row in one["results"]["rows"]]
+        for name, one in results.items()
+    }
+    keys = ("config_sha256", "validation", "weights", "start_weights", "steps", "failure")
+    return {name: ({key: one[key] for key in keys}, rows[name]) for name, one in results.items()}
+
+
+def test_a_sweep_is_done_once_and_goes_on_where_it_was_killed(table, write, tmp_path, monkeypatch, capsys):
+    del table["rows"]["rear"]
+    out, again = tmp_path / "out", tmp_path / "again"
+    sweep = read_sweep(write(table), out)
+    assert list(sweep.cells) == ["plain-0", "ce-0", "plain-1", "ce-1"]
+    whole = run_sweep(sweep, out, lambda text: None)
+    assert sorted(path.stem for path in (out / "results").iterdir()) == sorted(sweep.cells)
+    assert not (out / ".working").exists()
+    assert whole["ce-1"]["start_weights"] == whole["plain-1"]["weights"] != whole["plain-0"]["weights"]
+    assert [row.get("matched_to") for row in whole["plain-1"]["results"]["rows"]] == [None, "ce-1"]
+    assert [whole[f"ce-{seed}"]["results"]["rows"][0]["seed"] for seed in (0, 1)] == [0, 1]
+
+    # Killed in the middle of a run: its last checkpoint is gone on with, to the same numbers.
+    killed = read_sweep(write(table), again, 1)
+    trained, real = [], work.train
+
+    def kill(config, run, **options):
+        trained.append((run.name, options["resume"]))
+        if len(trained) == 2:  # ce-0, which plain-0 is measured at the entropy of
+            real(config, run, stop_at=1, **options)
+            raise KeyboardInterrupt
+        return real(config, run, **options)
+
+    monkeypatch.setattr(work, "train", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(killed, again, lambda text: None)
+    assert not (again / "results").exists()
+    command = ["sweep", str(tmp_path / "study.yaml"), "--out", str(again), "--seeds", "1"]
+    cli.main([*command, "--dry-run"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["plain-0: trained, not measured", "ce-0: step 1 of 2", "2 begun"]
+    resumed = run_sweep(killed, again, lambda text: None)
+    assert trained == [("plain-0", False), ("ce-0", False), ("ce-0", True)]
+    assert scores(resumed) == {name: one for name, one in scores(whole).items() if name.endswith("-0")}
+
+    # Results alone are enough on another machine: of what is there nothing is trained or measured.
+    monkeypatch.setattr(work, "do_cell", None)
+    (tmp_path / "elsewhere").mkdir()
+    (out / "results").rename(tmp_path / "elsewhere" / "results")
+    cli.main(["sweep", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "elsewhere")])
+    text, page = ((tmp_path / "elsewhere" / name).read_text() for name in ("sweep.md", "sweep.html"))
+    for row in ("plain", "ce", "ce − plain at the entropy of ce"):
+        assert f"| {row} |" in text and row in page
+    assert "(n\u00a02)" in text and page.count('<svg class="chart"') == 3 and "<script" not in page
+
+
+def test_a_start_is_trained_again_where_only_its_result_is_known(table, write, tmp_path):
+    table["rows"] = {name: table["rows"][name] for name in ("plain", "ce")}
+    table["rows"]["plain"] |= {"match": []}
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    first = run_sweep(read_sweep(write(table), out, 1), out, lambda text: None)
+    elsewhere.mkdir()
+    (out / "results").rename(elsewhere / "results")
+    (elsewhere / "results" / "ce-0.json").unlink()
+    said: list[str] = []
+    sweep = read_sweep(write(table), elsewhere, 1)
+    results = run_sweep(sweep, elsewhere, said.append)
+    assert "plain-0: trains for 2 steps" in said and not any("plain-0: 12 samples" in line for line in said)
+    assert scores(results) == scores(first) and not any(
+        "trained again" in note for note in summarise(sweep, results).notes
+    )
+    results["ce-0"]["start_weights"] = "others"
+    assert any("ce-0 started from plain-0 trained again" in note for note in summarise(sweep, results).notes)
+
+
+def test_what_differs_from_a_result_or_a_run_is_told_before_any_work(table, write, tmp_path, monkeypatch):
+    table["rows"] = {"plain": table["rows"]["plain"] | {"match": []}}
+    table["seeds"], out = 1, tmp_path / "out"
+    run_sweep(read_sweep(write(table), out), out, lambda text: None)
+    monkeypatch.setattr(work, "do_cell", None)
+    for change, words in (
+        ({"options": table["options"] | {"optim.lr": 0.5}}, "optim.lr is 0.001 there and 0.5 here"),
+        ({"evaluate": table["evaluate"] | {"num_samples": 13}}, "evaluate.num_samples is 12 there and 13 here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_sweep(read_sweep(write(table | change), out), out, lambda text: None)
+    run_sweep(read_sweep(write(table | {"options": table["options"] | {"loop.accumulation": 2}}), out), out, str)
+    (out / "results" / "plain-0.json").unlink()
+    with pytest.raises(UserError, match=r"runs/plain-0: optim.lr is 0.001 there and 0.5 here"):
+        run_sweep(read_sweep(write(table | {"options": table["options"] | {"optim.lr": 0.5}}), out), out, str)
+
+
+def test_a_result_of_an_older_version_has_the_defaults_of_newer_options(table, write, tmp_path):
+    cell = read_sweep(write(table), tmp_path).cells["ce-0"]
+    asked = json.loads(json.dumps(cell.asked()))
+    del (
+        asked["config"]["loop"]["compile"],
+        asked["start"]["config"]["loop"]["ema_decay"],
+        asked["evaluate"]["num_neighbours"],
+    )
+    assert comparable(asked, "file") == comparable(cell.asked(), "here")
+    asked["start"]["config"]["optim"]["lr"] = 0.5
+    assert comparable(asked, "file")["start.optim.lr"] == 0.5
+
+
+def test_a_loss_that_is_not_finite_is_a_result_and_the_others_go_on(table, write, tmp_path, monkeypatch):
+    table["seeds"], out, real = 1, tmp_path / "out", work.train
+
+    def diverges(config, run, **options):
+        if run.name == "ce-0":
+            raise NonFiniteLoss("the loss is not finite at step 1")
+        return real(config, run, **options)
+
+    monkeypatch.setattr(work, "train", diverges)
+    table["rows"]["rear"] = table["rows"]["ce"] | {"init": {"cell": "ce"}}
+    sweep = read_sweep(write(table), out)
+    results = run_sweep(sweep, out, lambda text: None)
+    failure = "the loss is not finite at step 1"
+    assert {name: one["failure"] for name, one in results.items()} == {
+        "plain-0": None,
+        "ce-0": failure,
+        "rear-0": failure,
+    }
+    assert f"ce-0 failed: {failure}." in summarise(sweep, results).notes and states(sweep, out)["ce-0"] == "failed"
+    write_summary(sweep, results, out)
+    assert failure in (out / "sweep.html").read_text()
+
+
+def work_alone(path, out, said):
+    networks.FEATURE_NETWORKS["quarters"] = lambda device: Quarters()
+    run_sweep(read_sweep(path, out), out, said.put)
+
+
+def test_two_processes_share_a_sweep(table, write, tmp_path):
+    table["rows"] = {"a": table["rows"]["rear"], "b": table["rows"]["rear"] | {"objective.noise.schedule": "uniform"}}
+    table["seeds"] = 1
+    path, out = write(table), tmp_path / "out"
+    context = multiprocessing.get_context("fork")
+    said = context.Queue()
+    processes = [context.Process(target=work_alone, args=(path, out, said)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    lines = []
+    while not said.empty():
+        lines.append(said.get())
+    trained = [line for line in lines if "trains for" in line]
+    assert len(trained) == 2 == len(set(trained)) and not any("goes on with" in line for line in lines)
+    assert len(list((out / "results").iterdir())) == 2
+
+
+def test_a_cell_that_another_process_holds_comes_last(table, write, tmp_path, monkeypatch):
+    table["rows"] = {"a": table["rows"]["rear"], "b": table["rows"]["rear"]}
+    table["seeds"], out = 1, tmp_path / "out"
+    sweep, done = read_sweep(write(table), out), []
+
+    def note(place, cell, needed):
+        done.append(cell.name)
+        work.write_json(place.result(cell), {"asked": cell.asked(), "row": cell.row, "seed": 0, "matched": []})
+
+    monkeypatch.setattr(work, "do_cell", note)
+    other = hold(out / ".working" / "a-0")
+    other.__enter__()
+    run_sweep(sweep, out, lambda text: text.startswith("waiting: ") and other.__exit__(None, None, None))
+    assert done == ["b-0", "a-0"]
+
+
+WRONG = {
+    "rows: {}": (lambda table: table | {"rows": {}}, "rows: none are given, and no grid"),
+    "unknown key": (lambda table: table | {"axes": {}}, r"axes: unknown 'axes'.*choices: base, seeds"),
+    "unknown option": (
+        lambda table: table | {"options": {"loop.stepz": 1}}, r"rows.plain: loop.stepz: unknown 'stepz' \(did you mean",
+    ),
+    "unknown section": (lambda table: table | {"options": {"lop.steps": 1}}, "lop: unknown .lop. .*did you mean"),
+    "wrong value": (lambda table: table | {"options": {"loop.steps": "many"}}, "loop.steps: .*got 'many'"),
+    "recipe": (lambda table: table | {"rows": {"a": {"base": "rear-openmojis"}}}, "rows.a: base: unknown .*did you"),
+    "no recipe": (lambda table: table | {"rows": {"a": {}}}, "rows.a: base: no recipe is named"),
+    "seed": (lambda table: table | {"options": {"seed": 3}}, "seed: 3; a sweep sets the seed"),
+    "seeds": (lambda table: table | {"seeds": 0}, "seeds: 0"),
+    "start": (
+        lambda table: table | {"rows": table["rows"] | {"ce": {"base": "ce-openmoji", "init": {"cell": "plan"}}}},
+        "rows.ce: init.cell: unknown 'plan' .*did you mean 'plain'",
+    ),
+    "start's seed": (
+        lambda table: table | {"rows": table["rows"] | {"ce": {"init": {"cell": "plain", "seed": 2}}}},
+        "rows.ce: init.seed: 'plain' has the seeds 0 to 1, not 2",
+    ),
+    "no start": (
+        lambda table: table | {"rows": {"ce": {"base": "ce-openmoji"}}}, "rows.ce: init: 'ce-openmoji' starts",
+    ),
+    "ring": (
+        lambda table: {"rows": {"a": {"base": "ce-openmoji", "init": {"cell": "a"}}}, "evaluate": {"reference": "x"}},
+        "rows.a: init: starts from itself",
+    ),
+    "match": (
+        lambda table: table | {"rows": table["rows"] | {"rear": table["rows"]["rear"] | {"match": ["ce"]}}},
+        "rows.rear.match: no cell of 'ce' starts from rear-0",
+    ),
+    "tokenizer": (
+        lambda table: table | {"options": {}, "rows": {"a": {"base": "tokenizer-openmoji-64"}}}, "trains a tokenizer",
+    ),
+    "compare_with": (lambda table: table | {"compare_with": "plan"}, "compare_with: unknown 'plan'"),
+    "reference": (lambda table: table | {"evaluate": {}}, "evaluate.reference: expected a name or path, got ''"),
+    "evaluate": (
+        lambda table: table | {"evaluate": {"reference": "x", "temperature": 1}}, "evaluate.temperature: unknown",
+    ),
+    "a device": (lambda table: table | {"evaluate": {"reference": "x", "device": "cpu"}}, "evaluate.device: unknown"),
+    "grid": (lambda table: table | {"grid": {"loop.steps": 3}}, "grid: no key has a list of values"),
+    "alike": (
+        lambda table: table | {"rows": {**table["rows"], "Plain": {}}}, "differs from .* in upper case only",
+    ),
+    "a path": (lambda table: table | {"rows": {"../a": {}}}, "rows.../a: names are of letters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_is_one_line_before_any_work(table, write, tmp_path, capsys, case):
+    change, words = WRONG[case]
+    with pytest.raises(UserError, match=words):
+        read_sweep(write(change(table)), tmp_path / "out")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["sweep", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_told_before_any_work(table, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "do_cell", None)
+    lost = {"data.tokens": "nowhere"}
+    for change, words in (
+        ({"rows": {"a": table["rows"]["rear"] | lost}}, "data.tokens: no token store at nowhere"),
+        ({"evaluate": table["evaluate"] | {"reference": "nowhere"}}, "nowhere"),
+        ({"evaluate": table["evaluate"] | {"feature_network": "fourths"}}, "feature_network: unknown 'fourths'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_sweep(read_sweep(write(table | change), tmp_path / "out"), tmp_path / "out", lambda text: None)
+
+
+def test_a_grid_is_every_combination_of_its_lists(table, write, tmp_path):
+    rear = {key: value for key, value in table["rows"]["rear"].items() if key != "objective.noise.schedule"}
+    table["grid"] = {**rear, "objective.noise.schedule": ["linear", "uniform"], "optim.lr": [0.1, 0.2]}
+    sweep = read_sweep(write(table), tmp_path, 1)
+    assert sweep.rows[3:] == tuple(f"schedule={s}+lr={lr}" for s in ("linear", "uniform") for lr in (0.1, 0.2))
+    config = sweep.cells["schedule=uniform+lr=0.1-0"].config
+    assert (config.objective.noise.schedule, config.optim.lr, config.loop.steps) == ("uniform", 0.1, 2)
+    table["grid"] = {
+        "base": ["ce-openmoji", "ste-openmoji"], "init": [{"cell": "plain", "seed": 0}, {"cell": "rear"}],
+        "data.images": "x", "objective.rewards": {"mse": 1.0},
+    }  # fmt: skip
+    cells = read_sweep(write(table), tmp_path).cells
+    assert (
+        cells["ste-openmoji+plain-1"].start is cells["plain-0"] and cells["ce-openmoji+rear-1"].start is cells["rear-1"]
+    )
+
+
+def test_differences_are_taken_seed_by_seed():
+    a, b = {0: 3.0, 1: 5.0, 2: 4.0, 7: 9.0}, {0: 1.0, 1: 2.0, 2: 3.0}
+    found = paired(a, b)
+    reference = stats.ttest_rel([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])
+    assert found == Difference(pytest.approx(2.0), pytest.approx(2.0 / reference.statistic), 3)
+    assert paired({0: 1.0}, {1: 1.0}) is None and paired({0: 1.0}, {0: 3.0}) == Difference(-2.0, None, 1)
+    for count, quantile in enumerate(T_95, start=1):
+        assert quantile == pytest.approx(stats.t.ppf(0.975, count), abs=5e-4)
+
+
+@pytest.mark.parametrize(("value", "direction", "word"), [
+    (4.30, -1, "no difference"), (4.31, -1, "behind"), (-4.31, -1, "ahead"), (4.31, 1, "ahead"),
+])  # fmt: skip
+def test_ahead_is_beyond_the_quantile_of_student(value, direction, word):
+    assert judge(Difference(value, 1.0, 3), direction).word == word
+    assert judge(Difference(value, None, 1), direction).word == "open" and judge(None, direction).word == "–"
+
+
+def scored(cell, values):
+    rows = [
+        {"temperature": t, "metrics": {"FD(q) validation": {"value": v, "spread": None}}} for t, v in values.items()
+    ]
+    results = {"rows": rows, "checkpoint_sha256": "0", "machine": "m", "reference": {}, "remarks": []}
+    asked = {"evaluate": {"temperatures": list(values)}}
+    validation = {"validation/cross_entropy": 1.0 + cell.seed}
+    return {"failure": None, "asked": asked, "validation": validation, "results": results,
+            "stopped": None, "weights": "w", "start_weights": "w", "versions": {"torch": "2"}}  # fmt: skip
+
+
+def test_the_best_temperature_is_one_for_all_seeds_of_a_row(table, write, tmp_path):
+    del table["rows"]["plain"]["match"]
+    sweep = read_sweep(write(table), tmp_path)
+    numbers = {
+        "plain": [{1.0: 9.0, 0.5: 5.0}, {1.0: 4.0, 0.5: 6.0}],
+        "rear": [{1.0: 3.0, 0.5: 4.0}, {1.0: 1.0, 0.5: 3.0}],
+    }
+    results = {
+        name: scored(cell, numbers.get(cell.row, numbers["plain"])[cell.seed]) for name, cell in sweep.cells.items()
+    }
+    summary = summarise(sweep, results)
+    best = next(setting for setting in summary.settings if setting.notes)
+    assert best.notes == {"plain": "temperature 0.5", "ce": "temperature 0.5", "rear": "temperature 1"}
+    assert best.values["plain"]["FD(q) validation"] == {0: 5.0, 1: 6.0}
+    assert best.differences("rear")["FD(q) validation"].value == -3.5
+    titles, verdicts = summary.verdicts()
+    assert titles == ["each at its own best temperature", "at temperature 1", "at temperature 0.5"]
+    assert [one.word for one in verdicts["rear"]] == ["no difference"] * 3 and "plain" not in verdicts
+    changed = replace(sweep, compare_with="rear")
+    assert summarise(changed, results).settings[0].differences("plain")["FD(q) validation"].value == 4.5
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_sweeps_of_the_repository_are_valid(file, tmp_path):
+    assert len(read_sweep(file, tmp_path).cells) >= 10
