@@ -40,8 +40,7 @@ from consonar.sampling.sample import SamplerConfig
 
 RELATIVE, OF_SPREAD, IMAGES = 1e-4, 0.01, 2
 SPREADS, WITHOUT_SPREAD = 2, 0.01
-COUNTS = ("precision", "recall", "density", "coverage")
-"""Metrics that count images, beside those in percent."""
+COUNTS = ("precision", "recall", "density", "coverage")  # and what is in percent
 Value = TypeVar("Value")
 
 
@@ -153,8 +152,8 @@ def check_results(
     with tempfile.TemporaryDirectory() as folder:
         now, redrawn = again(record, Path(folder))
     after = numbers_of(now)
-    count = min(int(record.content.get(key) or 10_000) for key in ("num_samples", "num_images"))
-    count = min([count, *(row["num_samples"] for row in record.content.get("rows", ()))])
+    sizes = [record.content, *record.content.get("rows", ())]
+    count = min(int(one.get(key) or 10_000) for one in sizes for key in ("num_samples", "num_images"))
     numbers = [
         Compared(name, found.value, after[name].value if name in after else None, allowed(name, found, count, redrawn))
         for name, found in before.items()
@@ -219,8 +218,7 @@ def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:
     samples = load_samples(place)
     codec = record.tokenizer
     if codec is None and "copy rate (tokens)" in record.content["metrics"]:
-        codec = (record.content.get("tokenizer") or samples.settings or {}).get("name")
-        codec = codec or (samples.settings or {}).get("tokenizer")
+        codec = (record.content.get("tokenizer") or {}).get("name") or (samples.settings or {}).get("tokenizer")
         if codec not in SHIPPED["tokenizer"] and not Path(str(codec)).is_dir():
             raise UserError(f"{record.path}: holds a copy rate in tokens of {codec!r}; say where it lies: --tokenizer")
     target = open_target(samples, record.target("reference"), codec, settings)

@@ -263,20 +263,13 @@ def check_begun(place: Place) -> None:
 
 def check_inputs(cells: list[Cell]) -> None:
     """Raises `UserError` for what the cells need and what is not there: token stores, models, references, networks."""
-    opened: set[tuple[str, ...]] = set()
-    for cell in cells:
-        config, evaluated, tokenizer = cell.config, cell.evaluated, tokenizer_of(cell)
-        device = str(pick_device(config.loop.device, "loop.device"))
-        if ("store", str(config.data.tokens), tokenizer) not in opened and config.run == "generator":
-            open_store(config.data.tokens, "data.tokens", tokenizer, config.data.views)
-        if ("reference", evaluated.reference, tokenizer) not in opened:
-            open_reference(evaluated.reference, load_tokenizer(tokenizer).image_size)
-        if ("network", evaluated.feature_network, device) not in opened:
-            load_feature_network(evaluated.feature_network, device)
-        opened |= {
-            ("store", str(config.data.tokens), tokenizer), ("reference", evaluated.reference, tokenizer),
-            ("network", evaluated.feature_network, device),
-        }  # fmt: skip
+    generators = [(cell.config.data, tokenizer_of(cell)) for cell in cells if cell.config.run == "generator"]
+    for tokens, views, tokenizer in {(data.tokens, data.views, tokenizer) for data, tokenizer in generators}:
+        open_store(tokens, "data.tokens", tokenizer, views)
+    for reference, tokenizer in {(cell.evaluated.reference, tokenizer_of(cell)) for cell in cells}:
+        open_reference(reference, load_tokenizer(tokenizer).image_size)
+    for network, device in {(cell.evaluated.feature_network, cell.config.loop.device) for cell in cells}:
+        load_feature_network(network, str(pick_device(device, "loop.device")))
 
 
 def states(sweep: Sweep, out: Path) -> dict[str, str]:
