@@ -11,7 +11,6 @@ from golden import Golden
 from consonar.networks.inception import (
     FRONT_ENDS,
     INPUT_SIZE,
-    InceptionOutputs,
     InceptionV3,
     half_pixel_pixels,
     resize_from_corner,
@@ -43,15 +42,15 @@ def option(golden: Golden, name: str) -> bool:
     return f"{name}=False" not in golden.meta["config"]["cls"].replace(" ", "")
 
 
-def outputs_and_maps(network: InceptionV3, pixels: torch.Tensor) -> tuple[InceptionOutputs, list[torch.Tensor]]:
-    """What the network gives, and what goes into the layers after the two pools of the stem and before 8 x 8 places."""
+def pool3_and_maps(network: InceptionV3, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The pooled features, and what goes into the layers after the two pools of the stem and before 8 x 8 places."""
     maps: list[torch.Tensor] = []
     layers = network.Conv2d_3b_1x1, network.Mixed_5b, network.Mixed_7a
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: maps.extend(inputs)) for layer in layers]
-    outputs = network(pixels)
+    pool3, _ = network(pixels)
     for hook in hooks:
         hook.remove()
-    return outputs, maps
+    return pool3, maps
 
 
 def run_pytorch_fid(golden: Golden) -> None:
@@ -61,11 +60,11 @@ def run_pytorch_fid(golden: Golden) -> None:
         suffix = suffix_of(golden, images.shape[-1])
         scaled = images * 2 - 1 if option(golden, "normalize_input") else images
         pixels = half_pixel_pixels(scaled) if option(golden, "resize_input") else scaled
-        outputs, maps = outputs_and_maps(network, pixels)
+        pool3, maps = pool3_and_maps(network, pixels)
         found = {f"block{index}_{suffix}": part for index, part in enumerate(maps)}
-        found |= {f"block3_{suffix}": outputs.pool3[:, :, None, None], f"pool3_{suffix}": outputs.pool3}
-        found[f"logits_{suffix}"] = network.logits(outputs.pool3, bias=True)
-        found[f"logits_unbiased_{suffix}"] = network.logits(outputs.pool3)
+        found |= {f"block3_{suffix}": pool3[:, :, None, None], f"pool3_{suffix}": pool3}
+        found[f"logits_{suffix}"] = network.logits(pool3, bias=True)
+        found[f"logits_unbiased_{suffix}"] = network.logits(pool3)
         if images.shape[-1] != INPUT_SIZE:  # the resize alone, before the scaling
             found["resized"] = half_pixel_pixels(images)
         for name in found.keys() & golden.meta["arrays"].keys():
@@ -79,11 +78,11 @@ def suffix_of(golden: Golden, size: int) -> str:
 
 def run_torch_fidelity(golden: Golden) -> None:
     network, pixels = filled(), pixels_of(golden)
-    outputs, maps = outputs_and_maps(network, FRONT_ENDS["inception"](pixels / 127.5 - 1))
+    pool3, maps = pool3_and_maps(network, FRONT_ENDS["inception"](pixels / 127.5 - 1))
     found = {name: maps[index].mean((2, 3)) for name, index in POOLED.items()}
-    found |= {"feat_2048": outputs.pool3, "resized": resize_from_corner(pixels, INPUT_SIZE)}
-    found["feat_logits"] = network.logits(outputs.pool3, bias=True)
-    found["feat_logits_unbiased"] = network.logits(outputs.pool3)
+    found |= {"feat_2048": pool3, "resized": resize_from_corner(pixels, INPUT_SIZE)}
+    found["feat_logits"] = network.logits(pool3, bias=True)
+    found["feat_logits_unbiased"] = network.logits(pool3)
     for name in found.keys() & golden.meta["arrays"].keys():
         golden.compare(name, found[name])
 

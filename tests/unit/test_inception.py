@@ -91,7 +91,7 @@ def test_the_front_ends_scale_as_their_sources():
 def test_the_spatial_features_are_seven_channels_of_the_first_branch():
     network, seen = filled(), []
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    spatial = network(inception.tensorflow_pixels(pictures(1))).spatial
+    _, spatial = network(inception.tensorflow_pixels(pictures(1)))
     hook.remove()
     assert spatial.shape == (1, InceptionFeatures.num_spatial) == (1, 2023)
     expected = seen[0][0, :7]  # (7, 17, 17)

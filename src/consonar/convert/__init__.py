@@ -20,17 +20,9 @@ from consonar.convert.layouts.janus import split_parts
 from consonar.convert.layouts.official import Official, Shapes, State, shapes_of
 from consonar.data.transforms import IMAGE_SIDE
 from consonar.errors import UserError, reading
+from consonar.files import weights as files
 from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import read_json
-from consonar.files.weights import (
-    check_finite,
-    check_weights,
-    component_config,
-    map_tensors,
-    released,
-    save_component,
-    save_tensors,
-)
 from consonar.files.writers import write_atomically, write_json
 from consonar.generators import GENERATORS
 from consonar.json_types import Json, JsonMap
@@ -151,7 +143,7 @@ def examine(state: State, where: str, *, image_size: int | None = None, settings
         config = from_dict({**to_dict(config), **changes}, where, type(config))
     ours, unused = official.to_ours(state, config)
     module = build(official.component, config)
-    check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
+    files.check_weights(module.state_dict(), ours, f"{where}: looks like {official.name}")
     back = official.to_official(ours, unused, config)
     assert shapes_of(back) == shapes, f"{official.name}: the way back changes keys or shapes"
     return Found(official, config, module, ours, unused)
@@ -193,10 +185,10 @@ def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Js
 
 def write(folder: Path, final: Path, found: Found, head: JsonMap, weights: Weights, notes: list[str]) -> Converted:
     """Writes the component folder that will be `final`, and says what is in it."""
-    check_finite(found.ours, str(weights.files[0]))
-    save_component(folder, {**head, **to_dict(found.config)}, found.ours)
+    files.check_finite(found.ours, str(weights.files[0]))
+    files.save_component(folder, {**head, **to_dict(found.config)}, found.ours)
     if found.unused:
-        save_tensors(folder / UNUSED, found.unused)
+        files.save_tensors(folder / UNUSED, found.unused)
         held = ", ".join(list(found.unused)[:2])
         notes = [*notes, f"set aside for the way back: {len(found.unused)} tensors ({held} ...)"]
     write_json(folder / SOURCE, {"recognised_as": found.official.name, **weights.source})
@@ -217,10 +209,10 @@ def to_official(folder: Path, out: Path) -> str:
             f"--to-official: {out} ends in {out.suffix!r}; choose .safetensors or {', '.join(TORCH_ENDINGS)}"
         )
     halves = [folder / part for part in ("generator", "tokenizer") if (folder / part / "config.json").is_file()]
-    parts = [official_state(half) for half in halves or [released(folder, "--to-official")]]
+    parts = [official_state(half) for half in halves or [files.released(folder, "--to-official")]]
     state = {key: value for _, tensors, _ in parts for key, value in tensors.items()}
     if out.suffix == ".safetensors":
-        save_tensors(out, state)
+        files.save_tensors(out, state)
     else:
         payload: Mapping[str, object] = state
         for key in reversed(parts[-1][2]):
@@ -231,12 +223,12 @@ def to_official(folder: Path, out: Path) -> str:
 
 def official_state(folder: Path) -> tuple[str, State, list[str]]:
     """Architecture, released state dict and entry of one component folder."""
-    component = str(component_config(folder).get("component"))
+    component = str(files.component_config(folder).get("component"))
     if component not in KINDS:
         raise UserError(f"{folder}: not a folder of a tokenizer or generator (component in config.json)")
     _, _, config, _ = read_settings(folder, component, KINDS[component])
-    ours = map_tensors(folder / "model.safetensors")
-    unused = map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
+    ours = files.map_tensors(folder / "model.safetensors")
+    unused = files.map_tensors(folder / UNUSED) if (folder / UNUSED).is_file() else {}
     if (folder / SOURCE).is_file():
         name, entry = read_source(folder / SOURCE)
         known = [official for official in OFFICIALS if official.name == name]

@@ -153,15 +153,6 @@ REDUCE_TO_8: Branches = {
 }
 
 
-class InceptionOutputs(NamedTuple):
-    """What one pass gives."""
-
-    spatial: Tensor
-    """(B, 2023): places first, then channels, as ADM flattens them."""
-    pool3: Tensor
-    """(B, 2048)."""
-
-
 class InceptionV3(Frozen):
     """Frozen network on pixels (B, 3, 299, 299) that a front end has scaled; state-dict keys of the published file."""
 
@@ -187,14 +178,15 @@ class InceptionV3(Frozen):
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
 
-    def forward(self, pixels: Tensor) -> InceptionOutputs:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`pool_3` (B, 2048), and spatial features (B, 2023): places first, then channels, as ADM flattens them."""
         hidden = halving_pool(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels))))
         hidden = halving_pool(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(hidden)))
         hidden = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden))))
         hidden = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(hidden)))
         spatial = hidden[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # the block begins with its branch1x1
         pool3 = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(hidden)))).float().mean((2, 3))
-        return InceptionOutputs(spatial, pool3)
+        return pool3, spatial
 
     def logits(self, pool3: Tensor, *, bias: bool = False) -> Tensor:
         """(B, 1008) from `pool3` (B, 2048); the Inception score takes them without the bias."""
@@ -256,7 +248,7 @@ class InceptionFeatures:
         """Features (B, 2048), spatial features (B, 2023) and class probabilities (B, 1008), float32."""
         parts = []
         for piece in pieces(images, self.device):
-            spatial, pool3 = self.network(channels_last(self.front_end(piece)))
+            pool3, spatial = self.network(channels_last(self.front_end(piece)))
             parts.append((pool3, spatial, self.network.logits(pool3).softmax(1)))
         features, spatial, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, spatial, probabilities

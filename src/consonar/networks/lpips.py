@@ -42,24 +42,21 @@ class VGG16Features(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        self.layer_ends: list[int] = []
         channels = 3
         for group in WIDTHS:
-            if layers:
-                layers.append(nn.MaxPool2d(2))
             for width in group:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = width
-            self.layer_ends.append(len(layers) - 1)
-        self.features = nn.Sequential(*layers)
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
 
     def forward(self, hidden: Tensor) -> list[Tensor]:
         maps = []
-        for index, layer in enumerate(self.features):
-            hidden = layer(hidden)
-            if index in self.layer_ends:
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
                 maps.append(hidden)
-        return maps
+            hidden = layer(hidden)
+        return [*maps, hidden]
 
 
 @in_float32
