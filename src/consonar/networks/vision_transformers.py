@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consonar.errors import UserError, check_choice, reading
+from consonar.errors import UserError, check_choice, needs, reading
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import component_fingerprint
 from consonar.hub import read_name, released_file
@@ -104,13 +104,9 @@ def read_network(kind: Kind, folder: Path, config: JsonMap, name: str) -> Any:
     `config` is that of the folder: one of both halves of CLIP says there how wide embeddings are, which the half for
     images alone would not read.
     """
-    try:
+    with needs(f"feature_network: {name}", "text"):
         import transformers
         from transformers.utils import logging
-    except ImportError as error:
-        raise UserError(
-            f"feature_network: {name}: needs transformers ({error}); install the extra: pip install 'consonar[text]'"
-        ) from error
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a file of CLIP has a text half, which it would list
     logging.disable_progress_bar()

@@ -66,14 +66,12 @@ class Resources:
     discriminator: str | None = None
 
 
-def squared_errors(images: Tensor, originals: Tensor) -> list[Tensor]:
-    """One map, the mean over channels: (B * G, H, W)."""
-    return [(images.unflatten(0, (len(originals), -1)) - originals[:, None]).square().mean(2).flatten(0, 1)]
+def pixel_errors(size: Callable[[Tensor], Tensor], images: Tensor, originals: Tensor) -> list[Tensor]:
+    """One map, the mean over channels of the `size` of differences: (B * G, H, W)."""
+    return [size(images.unflatten(0, (len(originals), -1)) - originals[:, None]).mean(2).flatten(0, 1)]
 
 
-def absolute_errors(images: Tensor, originals: Tensor) -> list[Tensor]:
-    """One map, the mean over channels: (B * G, H, W)."""
-    return [(images.unflatten(0, (len(originals), -1)) - originals[:, None]).abs().mean(2).flatten(0, 1)]
+squared_errors, absolute_errors = partial(pixel_errors, torch.square), partial(pixel_errors, torch.abs)
 
 
 def as_unit_range(images: Tensor) -> Tensor:
