@@ -35,8 +35,8 @@ FLOORS = (
     ("cpu", "generators"),
     # What everyone may use; among these the order is that of their own imports.
     (
-        "__init__", "attention", "config_io", "errors", "files", "float32", "hub", "json_types", "memory", "options",
-        "origin", "records", "seeding", "types",
+        "__init__", "attention", "compiling", "config_io", "errors", "files", "float32", "hub", "json_types", "memory",
+        "options", "origin", "records", "seeding", "types",
     ),
 )  # fmt: skip
 """From the roof down: a room (a folder, or a file at the root) may import those of the floors below its own."""

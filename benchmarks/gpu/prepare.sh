@@ -20,7 +20,7 @@ done
 
 [ -d .gpu/openmoji ] || "$PYTHON" - <<'PY'
 from pathlib import Path
-from consonar.data.images import open_source
+from consonar.data.sources import open_source
 for split in ("train", "validation"):
     source = open_source("openmoji", split=split, image_size=64)
     for number, record in enumerate(source):

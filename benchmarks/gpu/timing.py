@@ -29,9 +29,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from versus import published_llamagen, published_rear, published_vapi
+from versus import published_llamagen, published_rear, published_vapi, rollout
 
 from consonar.cli.ceilings import copy_rate, operations_of, product_rate, weights_read
+from consonar.compiling import compiled
 from consonar.distributed import World, pick_device
 from consonar.evaluation.results import library_versions
 from consonar.generators import build_generator
@@ -53,6 +54,7 @@ from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.optim import OptimConfig, build_optimizer
 from consonar.training.rewards import PlacedReward, Rewards, squared_errors
+from consonar.training.run import compile_for_training
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
 from consonar.types import Grid, ImageBatch, TokenBatch
@@ -168,22 +170,29 @@ def sampling(
     return {**figures, "ms_per_token": per_token, "floor_s": floor, "share_of_floor": floor / figures["seconds"]}
 
 
-def decoding(mode: str, bench: Bench) -> dict[str, Any]:
-    """128 pictures of 256 px by MaskGIT's decoder. `mode`: tf32, ieee, bf16 weights, or those with channels last, as
-    sampling has them."""
+def coding(mode: str, network: str, bench: Bench) -> dict[str, Any]:
+    """128 pictures of 256 px by MaskGIT's decoder (`network` pixels) or encoder (latents). `mode`: tf32, ieee, bf16
+    weights, or those with channels last, as sampling has them; ending in `compiled`, as --compile does it, of which
+    `compiled` says whether that worked."""
     config = MaskGITConfig(base_channels=32, image_size=32) if bench.toy else MaskGITConfig()
     tokenizer = bench.made(MaskGITTokenizer, config)
     if mode.startswith("bf16"):
         tokenizer = with_weights(tokenizer, "bf16", bench.device) if mode != "bf16" else tokenizer.to(BF16)
     pictures = 1 if bench.toy else 128
     tokens = torch.randint(config.vocab_size, (pictures, tokenizer.num_tokens), device=bench.device)
+    images = torch.rand(pictures, 3, config.image_size, config.image_size, device=bench.device) * 2 - 1
 
     @torch.inference_mode()
-    def run() -> None:
-        tokenizer.decode(tokens)
+    def run(codec: MaskGITTokenizer) -> None:
+        codec.decode(tokens) if network == "pixels" else codec.encode(images)
 
     with multiplying("tf32" if mode == "tf32" else "fp32", bench.device):
-        return bench.measured(run, pictures, operations=operations_of(run))
+        operations = operations_of(partial(run, tokenizer))
+        if "compiled" not in mode or bench.toy:
+            return bench.measured(partial(run, tokenizer), pictures, operations=operations)
+        own = compiled(tokenizer, network)
+        figures = bench.measured(partial(run, own), pictures, operations=operations)
+        return {**figures, "compiled": vars(own)[network].rows == pictures}
 
 
 def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, bench: Bench) -> Callable[[], None]:
@@ -204,7 +213,7 @@ def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, b
 
 
 def training(
-    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, config: ObjectiveConfig, compiled: bool,
+    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, config: ObjectiveConfig, compiles: bool,
     bench: Bench,
 ) -> dict[str, Any]:  # fmt: skip
     """A step on tokens."""
@@ -220,8 +229,8 @@ def training(
     batch = TokenBatch(tokens, torch.arange(rows, device=bench.device))
     step = step_of(trainee, objective, config, batch, bench)
     operations = operations_of(step)
-    for part in trainee.parts_to_compile() if compiled and not bench.toy else ():
-        part.compile()
+    for part in trainee.parts_to_compile() if compiles and not bench.toy else ():
+        compile_for_training(part)
     return bench.measured(step, rows, rounds=4, operations=operations)
 
 
@@ -265,6 +274,7 @@ def timed(owner: Any, name: str, bench: Bench) -> list[float]:
 
 
 S, L = ((REAR_PRESETS[name], 1024, 16) for name in "SL")
+LAST = "bf16, channels last"
 XL, XXL = ((LLAMAGEN_PRESETS[name], RELEASED_VQ.vocab_size, 24) for name in ("XL", "XXL"))
 STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "machine": machine,
@@ -272,7 +282,8 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "sample reAR-S, 128 rows, bf16": partial(sampling, *S, 128, BF16, (), True),
     "sample reAR-S, 128 rows, bf16, no graph": partial(sampling, *S, 128, BF16, (), False),
     "sample reAR-S, 128 rows, bf16, flash first": partial(sampling, *S, 128, BF16, FLASH_FIRST, True),
-    **{f"decode MaskGIT, {mode}": partial(decoding, mode) for mode in ("ieee", "tf32", "bf16", "bf16, channels last")},
+    **{f"decode MaskGIT, {mode}": partial(coding, mode, "pixels") for mode in ("ieee", "tf32", "bf16", LAST)},
+    "encode MaskGIT, ieee": partial(coding, "ieee", "latents"),
     "train reAR-S, 128 rows": partial(training, *S, 128, REGULARISED, False),
     "train reAR-S, 128 rows, plain AR": partial(training, *S, 128, PLAIN, False),
     "VA-pi LlamaGen-XL, 8 pictures of 384 px, G 8": partial(vapi, *XL, 8, 8),
@@ -281,10 +292,13 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "LlamaGen-XL, 32 rows, against RAR's and LlamaGen's samplers": partial(published_llamagen, *XL, 32),
     "VA-pi LlamaGen-XL against the released step": partial(published_vapi, XL[0], RELEASED_VQ, 24, 8, 8),
     "reAR-S, 16 rows, against no cache": partial(published_rear, *S, 16),
+    f"decode MaskGIT, {LAST}, compiled": partial(coding, f"{LAST}, compiled", "pixels"),
+    "rollout of AR-GRPO, LlamaGen-XL, 32 rows, against no graphs": partial(rollout, *XL, 32),
     "train reAR-L, 64 rows": partial(training, *L, 64, REGULARISED, False),
     "sample reAR-L, 128 rows, bf16": partial(sampling, *L, 128, BF16, (), True),
     "train reAR-S, 128 rows, compiled": partial(training, *S, 128, REGULARISED, True),
     "VA-pi LlamaGen-XXL, 8 pictures of 384 px, G 8": partial(vapi, *XXL, 8, 8),
+    "encode MaskGIT, ieee, compiled": partial(coding, "ieee, compiled", "latents"),
 }
 """In the order of what is worth most: the last ones may find no time left."""
 

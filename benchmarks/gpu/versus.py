@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from consonar.attention import rotate
 from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.generators.llamagen import LlamaGenGenerator
-from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch, sample_tokens
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.objectives.policy import PolicyConfig
 
@@ -112,6 +113,18 @@ class StaticSampler:
             tokens.append((unconditional + scale * (conditional - unconditional)).argmax(-1))
             x = model.embed_tokens(torch.cat([tokens[-1], tokens[-1]])[:, None])
         return torch.stack(tokens, 1)
+
+
+def rollout(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, bench: Any) -> dict[str, Any]:
+    """Free rollouts of post-training are drawn under autocast: graphs are captured for each, which costs time too."""
+    model = bench.made(build_generator, bench.sized(preset, vocab_size, side))
+    labels = torch.arange(rows, device=bench.device)
+
+    @torch.autocast(bench.device.type, BF16)
+    def run(graphs: bool) -> None:
+        draw_batch(decoder_of(model, SamplerConfig(), graphs=graphs), labels, range(rows))
+
+    return compare({"graphs": partial(run, True), "no graphs": partial(run, False)})
 
 
 def published_vapi(

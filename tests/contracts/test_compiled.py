@@ -1,19 +1,30 @@
-"""Compiled parts: one graph for all blocks of a generator of every kind, and none more whatever is done with it."""
+"""Compiled parts: one graph for all blocks of a generator of every kind, and none more whatever is done with it; one
+for what a tokenizer of every kind makes of a batch."""
 
 import shutil
+import warnings
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_VQ, picture
+from conftest import TINY_VQ, Pictures, picture
 from contracts.test_generators import KINDS, LENGTH, make_condition, make_generator
+from device.test_models import TOKENIZER_CASES, make_tokenizer
 from rounding import assert_rounding
 from torch._dynamo import reset
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from consonar import cli
+from consonar.compiling import compiled
+from consonar.components import save_generator
+from consonar.data.tokens import write_token_store
 from consonar.errors import UserError
 from consonar.generators.rear import ReARConfig
+from consonar.origin import of_tokenizer
+from consonar.sampling.job import Job, run_job
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.training import run as runs
 from consonar.training.config import DataConfig
@@ -108,3 +119,93 @@ def test_a_tokenizer_is_not_compiled_in_bf16_on_a_cpu(run_configs, tmp_path):
     config = run_configs["tokenizer"][1]
     with pytest.raises(UserError, match=r"^loop\.compile: .* set loop\.precision fp32"):
         train(replace(config, loop=replace(config.loop, precision="bf16")), tmp_path / "run", quiet=True)
+
+
+QUICK = pytest.param("eager", id="traced")  # the compiler's front end: graphs and their count
+NETWORKS = [name for name in TOKENIZER_CASES if name not in ("vqgan-plus, cosine", "vqgan-plus, signs")]
+"""Tokenizers that differ in more than the search."""
+
+
+@pytest.mark.parametrize("backend", [QUICK, INDUCTOR])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_tokenizer_makes_the_same_by_one_graph_for_its_batch(name, backend, rng):
+    """The fewer rows of a last batch are not compiled for, and the tokenizer that was given stays as it was."""
+    reset()
+    counter, written = CompileCounterWithBackend(backend), make_tokenizer(name)
+    images = torch.rand(5, 3, 16, 16, generator=rng) * 2 - 1
+    with torch.inference_mode():
+        tokens = written.encode(images)
+        for method, run, given in (("latents", "vectors", images), ("pixels", "decode", tokens)):
+            before, own = counter.frame_count, compiled(written, method, backend=counter, fullgraph=True)
+            for part in (given[:2], given[2:4], given[4:]):
+                assert_rounding(getattr(own, run)(part), getattr(written, run)(part), SUMMANDS)
+            assert counter.frame_count == before + 1 and method not in vars(written)
+    assert own.fingerprint == written.fingerprint
+
+
+def test_jobs_compile_once_and_find_the_same(tokenizer, tiny_generator, tmp_path, monkeypatch):
+    """Samples in two shards with a shorter last batch, and a store."""
+    reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    labels, found = torch.arange(9) % 3, []
+    for compile in (False, True):
+        job = Job(tiny_generator(), tokenizer, labels, seed=0, sampler=SAMPLER, source="run", compile=compile)
+        drawn = np.load(run_job(job, tmp_path / f"{compile}.npz", batch_size=2, shard_size=6))
+        store = write_token_store(
+            tmp_path / f"store {compile}", Pictures(9), tokenizer, batch_size=4, num_workers=1, compile=compile
+        )
+        found.append((drawn, store.read(torch.arange(9), torch.zeros(9, dtype=torch.int64))))
+        assert counter.frame_count == (2 if compile else 0)
+    (samples, tokens), (others, theirs) = found
+    assert np.array_equal(samples["tokens"], others["tokens"])
+    assert np.abs(samples["arr_0"].astype(int) - others["arr_0"]).max() <= 1  # a level
+    assert torch.equal(tokens, theirs)
+
+
+class Doubling:
+    """A model of one method."""
+
+    def twice(self, x):
+        return 2 * x
+
+
+def test_where_compiling_fails_that_is_said_once_and_costs_no_picture():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nis here")
+
+    own, batch = compiled(Doubling(), "twice", backend=broken), torch.ones(2, 3)
+    with pytest.warns(UserWarning, match=r"Doubling\.twice is not compiled, which is slower: .*no compiler is here"):
+        assert torch.equal(own.twice(batch), 2 * batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(own.twice(batch), 2 * batch)
+
+
+def test_memory_that_is_missing_is_no_fault_of_the_compiler():
+    def refuse(graph, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.62 GiB.")
+
+    with pytest.raises(Exception, match=r"out of memory"):
+        compiled(Doubling(), "twice", backend=refuse).twice(torch.ones(2, 3))
+    with pytest.raises(UserError, match=r"^compile: a Doubling has no method 'pixels'"):
+        compiled(Doubling(), "pixels")
+
+
+def test_the_commands_compile_where_they_are_asked_to(
+    tokenizer, tokenizer_folder, tiny_generator, picture_folder, tmp_path, monkeypatch
+):
+    asked: list[str] = []
+    for module in ("sampling.pictures", "data.tokens"):
+        monkeypatch.setattr(f"consonar.{module}.compiled", lambda model, name: asked.append(name) or model)
+    save_generator(
+        tiny_generator(), tmp_path / "model", replace(of_tokenizer(tokenizer), tokenizer=str(tokenizer_folder))
+    )
+    for more in ([], ["--compile"]):
+        common = ["--batch-size", "4", "--device", "cpu", *more]
+        cli.main(["sample", str(tmp_path / "model"), "--out", str(tmp_path / f"{len(more)}.npz"), *common])
+        out = str(tmp_path / f"store {len(more)}")
+        cli.main(
+            ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", str(picture_folder), "--out", out, *common]
+        )
+        assert asked == ["pixels", "latents", "latents"][: 3 * len(more)]

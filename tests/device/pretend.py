@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +287,7 @@ class PretendedStream:
 
 
 STREAM = PretendedStream()
+PROPERTIES = SimpleNamespace(name="a pretended device", total_memory=2**31, major=9, minor=0)
 
 
 class PretendedEvent:
@@ -349,7 +351,7 @@ def pretended_cuda() -> Iterator[Log]:
             "memory_allocated": 2**30, "memory_reserved": 2**30,
             "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_tf32_supported": True,
             "mem_get_info": (2**30, 2**31), "current_stream": STREAM, "stream": nullcontext(),
-            "graph_pool_handle": (0, 1),
+            "graph_pool_handle": (0, 1), "get_device_properties": PROPERTIES,
         }  # fmt: skip
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *args, answer=answer, **settings: answer)

@@ -15,8 +15,11 @@ from conftest import TINY_VQ, picture
 from device.pretend import pretended_cuda
 
 from consonar import cli
+from consonar.cli import ceilings
 from consonar.components import load_generator, save_tokenizer
 from consonar.data.tokens import TokenStore
+from consonar.generators.rear import ReARConfig
+from consonar.tokenizers.maskgit import MaskGITConfig
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training import policy_gradient as policy
 
@@ -166,3 +169,20 @@ def test_a_model_of_the_device_is_converted_back(cuda, root: Path, tmp_path: Pat
     cli.main(["convert", str(tmp_path / "rear.safetensors"), "--to", str(tmp_path / "rear")])
     before, after = (load_generator(folder).state_dict() for folder in (root / "rear", tmp_path / "rear"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_doctor_measures_the_device(cuda, capsys, monkeypatch) -> None:
+    toy = replace(
+        ceilings.SIZES["cuda"],
+        generator=ReARConfig(width=32, num_layers=1, num_heads=2).sized(16, 4, 3),
+        tokenizer=MaskGITConfig(base_channels=32, image_size=32),
+        rows=2, tokens=4, pictures=1, step_rows=2, copied=2**20, product=64,
+    )  # fmt: skip
+    monkeypatch.setattr(ceilings, "SIZES", {"cuda": toy})
+    monkeypatch.setattr(ceilings, "MOST_CALLS", 1)
+    cli.main(["doctor", "--benchmark"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a pretended device, 2 GB, compute capability 9.0" in told
+    for work in ("a token of 2 guided rows, bfloat16", "a picture decoded, bfloat16", "a picture encoded, float32",
+                 "a training step of 2 rows, bfloat16"):  # fmt: skip
+        assert work in told

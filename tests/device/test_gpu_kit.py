@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def test_every_way_of_timing_gives_a_line(timed, timing) -> None:
     assert {"encode_s", "decode_s", "measure_s"} <= alone[-1].keys()
     found = {key for line in ratios for key in line if " / " in key}
     others = ("no cache / ours", "growing cache / ours", "static cache, compiled / ours")
-    assert found == {*others, "released / shared context"}
+    assert found == {*others, "no graphs / graphs", "released / shared context"}
     assert all(share > 0.5 for line in ratios for share in line.get("equal_tokens", {}).values())  # bf16 rounds
 
 
@@ -173,5 +174,7 @@ def test_the_commands_of_the_real_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["prepare", "check", "real"])
-def test_shell_scripts_can_be_read(name) -> None:
+def test_shell_scripts_can_be_read_and_import_what_there_is(name) -> None:
     assert subprocess.run(["bash", "-n", KIT / f"{name}.sh"]).returncode == 0
+    for line in re.findall(r"^from consonar\S* import .*$", (KIT / f"{name}.sh").read_text(), re.MULTILINE):
+        exec(line, {})

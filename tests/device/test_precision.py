@@ -22,6 +22,8 @@ CUDA = torch.device("cuda", 0)
 FINITE = ("number", "sampling/decoder.py:finish")
 HERE = ("event", "records.py:here")
 LABELS = torch.arange(12) % 3
+MAP = pictures.LIVE_MAPS * 8 * 16 * 16 * 4
+"""Bytes that decoding a picture is taken to need: its largest map has 8 channels of 16 x 16 px in float32."""
 
 
 @pytest.fixture
@@ -78,29 +80,26 @@ def test_a_batch_of_samples_is_waited_for_twice(cuda, tiny_generator, tokenizer)
     assert torch.equal(drawn.tokens, expected.tokens)
 
 
-@pytest.mark.parametrize(("free", "calls"), [(2**30, [4]), (0, [1, 1, 1, 1])])
+@pytest.mark.parametrize(("free", "calls"), [(2**30, [5]), (3 * 2 * MAP, [3, 2]), (0, [1, 1, 1, 1, 1])])
 def test_as_many_pictures_are_decoded_at_once_as_fit(
     cuda, monkeypatch, tiny_generator, tokenizer, free: int, calls: list[int]
 ) -> None:
-    models, decode, sizes = (tiny_generator().to(CUDA), tokenizer.to(CUDA)), pictures.decoded, []
-    expected = sample(*models, LABELS[:4], precision="fp32")
+    """Of one size: five of which three or four fit are three and two."""
+    models, decode, sizes = (tiny_generator().to(CUDA), tokenizer.to(CUDA)), type(tokenizer).decode, []
+    expected = sample(*models, LABELS[:5], precision="fp32")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**31))
-
-    def counted(tokenizer, tokens, at_once):
-        sizes.extend(len(part) for part in tokens.split(at_once))
-        return decode(tokenizer, tokens, at_once)
-
-    monkeypatch.setattr("consonar.sampling.sample.decoded", counted)
-    drawn = sample(*models, LABELS[:4], precision="fp32")
-    assert sizes == calls
+    monkeypatch.setattr(
+        type(tokenizer), "decode", lambda model, tokens: (sizes.append(len(tokens)), decode(model, tokens))[1]
+    )
+    drawn = sample(*models, LABELS[:5], precision="fp32")
+    assert sizes == [1, *calls]  # the first for the room that it takes
     torch.testing.assert_close(drawn.images, expected.images, rtol=0, atol=1e-5)
 
 
 def test_the_largest_map_decides_how_many_fit(cuda, monkeypatch, tokenizer) -> None:
     on_device = tokenizer.to(CUDA)
     tokens = torch.zeros(9, 16, dtype=torch.int64).to(CUDA)
-    largest = 8 * 16 * 16 * 4  # 8 channels of 16 x 16 px, float32
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 5 * pictures.LIVE_MAPS * largest, 2**31))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 5 * MAP, 2**31))
     with torch.inference_mode():
         assert pictures.images_at_once(on_device, tokens) == 5
         assert pictures.images_at_once(tokenizer.to("cpu"), tokens.to("cpu")) == 9

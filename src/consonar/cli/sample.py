@@ -43,6 +43,8 @@ class Options:
     """Images drawn together; by rounding it can change a token now and then (docs/sampling.md)."""
     precision: str = "auto"
     """auto (bf16 on a GPU that has it, else fp32), fp32, tf32 or bf16; docs/gpu.md."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile the decoder, which takes about a minute: for many thousand images."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -58,7 +60,7 @@ def command(options: Options) -> None:
         labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
         job = Job(
             model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin,
-            precision=precision, device=world.device,
+            precision=precision, device=world.device, compile=options.compile,
         )  # fmt: skip
         smaller = f"lower --batch-size ({options.batch_size})"
         with counting("sample", world.is_main) as count, memory.explained(smaller, world.device):

@@ -4,6 +4,8 @@ from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup, check_name
@@ -48,6 +50,8 @@ class Options:
     """Crops per call of the encoder."""
     precision: str = "fp32"
     """fp32, tf32 or bf16, in which pictures get other tokens now and then; docs/gpu.md."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile the encoder, which takes about a minute: for many thousand images."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -92,7 +96,7 @@ def command(options: Options) -> None:
             say(f"{name}: is there already: {stores[name]}")
             continue
         with memory.explained(f"lower --batch-size ({options.batch_size})", device):
-            write_store(name, source, model, stores[name], kinds[name], options.batch_size, precision)
+            write_store(name, source, model, stores[name], kinds[name], options, precision)
     if bad.note:
         say(bad.note)
         bad.write()  # of a stream it is known now
@@ -111,7 +115,7 @@ def tokenizer_for(name: str, image_size: int | None) -> CodebookTokenizer:
 
 
 def write_store(
-    name: str, source: ImageSource, model: Tokenizer, path: Path, views: str, batch_size: int, precision: str
+    name: str, source: ImageSource, model: Tokenizer, path: Path, views: str, options: Options, precision: str
 ) -> None:
     """Tokenises the images of split `name` into `path`, and says what was found."""
     known = known_labels(source) is not None
@@ -119,8 +123,9 @@ def write_store(
         say(f"{name}: {describe(source)}")
     with counting(f"tokenize {name}") as count:
         store = write_token_store(
-            path, source, model, views=views, batch_size=batch_size, precision=precision, progress=count
-        )
+            path, source, model, views=views, batch_size=options.batch_size, precision=precision,
+            compile=options.compile, progress=count,
+        )  # fmt: skip
     shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
     say(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
     if note := other_files(source):

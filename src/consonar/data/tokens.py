@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import consonar
+from consonar.compiling import compiled
 from consonar.config_io import to_dict
 from consonar.data.labels import LABEL_REMEDY, MAX_CLASSES, check_label, data_line
 from consonar.data.picture_files import prefetch
@@ -250,21 +251,23 @@ def write_token_store(
     batch_size: int = 64,
     num_workers: int = 0,
     precision: str = "fp32",
+    compile: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> TokenStore:
     """Tokenise every image of `source` and return the store, opened.
 
     `views`: which crops of each image (`VIEWS`), square, `tokenizer.image_size` pixels. `tokenizer`, on any device,
     gets about `batch_size` crops at a time, while `num_workers` threads (0: one per CPU core) decode the next ones, and
-    multiplies in `precision` (one of `precision.CHOICES`). `progress(done, total)` is called after each of these calls
-    with numbers of images; total is None when the source does not know it. Raises `UserError` as `new_store` and the
-    source do.
+    multiplies in `precision` (one of `precision.CHOICES`); `compile` compiles its `latents`. `progress(done, total)` is
+    called after each of these calls with numbers of images; total is None when the source does not know it. Raises
+    `UserError` as `new_store` and the source do.
     """
     check_choice("views", views, VIEWS)
     Range(1).check("batch_size", batch_size)
     device = device_of(tokenizer)
     precision = pick_precision(precision, device, "precision", "measuring")
     encoder = with_weights(tokenizer, precision, device)
+    encoder = compiled(encoder, "latents") if compile else encoder
     total = len(source) if isinstance(source, Sized) else None
 
     def prepare(record: ImageRecord) -> tuple[np.ndarray, int | None, str | None, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from consonar import records
 from consonar.attention import KVCache
-from consonar.errors import UserError, one_line
+from consonar.errors import UserError, is_out_of_memory, one_line
 from consonar.generators.base import CausalGenerator
 from consonar.types import Condition, Generator
 
@@ -167,11 +167,16 @@ class Decoder:
         self, condition: Condition, uniforms: Tensor, on_token: Callable[[int, Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens (B, N), and (B,) the mean entropy of what they were drawn from; see `sample.sample_tokens`."""
-        uniforms = records.to_device(uniforms, records.first_tensor(condition).device)
+        count, device = records.num_rows(condition), records.first_tensor(condition).device
+        uniforms = records.to_device(uniforms, device)
+        if count < (most := max((len(batch.tokens) for batch in self.batches.values()), default=0)):
+            # A smaller batch has its last row repeated, and the graphs of the largest.
+            rows = torch.arange(most, device=device).clamp_max_(count - 1)
+            condition, uniforms = records.rows(condition, rows), uniforms[rows]
         batch = self.batch_of(condition, uniforms)
         batch.begin(condition, uniforms)
-        batch.finish(on_token)
-        return batch.tokens.clone(), batch.entropy.clone()
+        batch.finish(on_token and (lambda position, tokens: on_token(position, tokens[:count])))
+        return batch.tokens[:count].clone(), batch.entropy[:count].clone()
 
     def batch_of(self, condition: Condition, uniforms: Tensor) -> Batch:
         """Its memory: that of the last batch of this shape where there are graphs, else new."""
@@ -189,8 +194,11 @@ class Decoder:
             except Exception as error:  # whatever it is: the same tokens are drawn without
                 self.graphs, batch.replays = False, {}
                 # The end of a failed capture fails as well.
-                reasons = [one_line(one) for one in (error.__context__, error) if one is not None]
-                warnings.warn(f"sampling goes on without CUDA graphs, slower: {'; '.join(reasons)}", stacklevel=2)
+                reasons = [one for one in (error.__context__, error) if one is not None]
+                if lacking := next(filter(is_out_of_memory, reasons), None):  # of which who asked knows what to change
+                    raise lacking from None
+                told = "; ".join(map(one_line, reasons))
+                warnings.warn(f"sampling goes on without CUDA graphs, slower: {told}", stacklevel=2)
         return batch
 
     def can_capture(self, batch: Batch) -> bool:

@@ -34,6 +34,7 @@ from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import pick_precision, with_weights
 from consonar.records import device_of
 from consonar.sampling.checks import check_batch_size, check_condition
+from consonar.sampling.pictures import PictureDecoder
 from consonar.sampling.sample import SamplerConfig, Samples, check_fit, decoder_of, draw
 from consonar.seeding import check_seed
 from consonar.types import Generator, Tokenizer
@@ -56,8 +57,9 @@ class Job:
     """What is drawn: image i is of class labels[i], (n,) int64, and has the seed `seed` + i, from 0 to 2^63 - 1.
 
     The generator is called `source`, and `origin` is what it was made of. `device`: where both models are moved to;
-    None: where the generator is. `precision` is one of `precision.CHOICES`. Raises `UserError` for a seed outside that
-    range, wrong classes, a tokenizer that does not fit, one that `origin` does not name, and another precision.
+    None: where the generator is. `precision` is one of `precision.CHOICES`; `compile` compiles the decoder. Raises
+    `UserError` for a seed outside that range, wrong classes, a tokenizer that does not fit, one that `origin` does not
+    name, and another precision.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Job:
         origin: Origin | None = None,
         precision: str = "auto",
         device: torch.device | None = None,
+        compile: bool = False,
     ) -> None:
         check_seed(seed, "seed", len(labels))
         device = device or device_of(generator)
@@ -98,7 +101,7 @@ class Job:
         }
         # By now hashed as they came.
         self.generator = with_weights(generator, self.precision, device)
-        self.tokenizer = with_weights(tokenizer, self.precision, device)
+        self.pictures = PictureDecoder(with_weights(tokenizer, self.precision, device), compile=compile)
 
 
 def check_count(num_samples: int, key: str, seed: int = 0) -> None:
@@ -155,7 +158,7 @@ def run_job(
                     except Held:
                         continue
                 if not is_whole(path, labels, seeds):
-                    drawn = draw(decoder, job.tokenizer, labels, seeds, batch_size, job.precision)
+                    drawn = draw(decoder, job.pictures, labels, seeds, batch_size, job.precision)
                     write_atomically(path, partial(write_npz, arrays=as_arrays(drawn, labels, seeds)))
             del left[path]
             done += len(labels)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar import memory
+from consonar.compiling import compiled
 from consonar.types import Tokenizer
 
 LIVE_MAPS = 6
@@ -36,10 +37,22 @@ def bytes_of_image(tokenizer: Tokenizer, tokens: Tensor) -> int:
     return LIVE_MAPS * max(sizes)
 
 
-def decoded(tokenizer: Tokenizer, tokens: Tensor, at_once: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] of tokens (B, N)."""
-    parts = [tokenizer.decode(part).float().clamp(-1, 1) for part in tokens.split(at_once)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+class PictureDecoder:
+    """Decodes the batches of a job, in parts of one size as far as that goes; how large, the first batch decides.
+
+    `compile`: the network is compiled for parts of that size. Raises `UserError` for a tokenizer that has no `pixels`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, compile: bool = False):
+        self.tokenizer, self.at_once = tokenizer, 0
+        self.codec = compiled(tokenizer, "pixels") if compile else tokenizer
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of tokens (B, N)."""
+        self.at_once = self.at_once or images_at_once(self.tokenizer, tokens)
+        parts = tokens.chunk(-(-len(tokens) // self.at_once))
+        images = [self.codec.decode(part).float().clamp(-1, 1) for part in parts]
+        return torch.cat(images) if len(images) > 1 else images[0]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from consonar.precision import multiplying, pick_precision, with_weights
 from consonar.records import Fetched, device_of, one_ahead, to_device
 from consonar.sampling.checks import check_batch_size, check_condition, class_ids
 from consonar.sampling.decoder import Decoder
-from consonar.sampling.pictures import decoded, evaluating, images_at_once
+from consonar.sampling.pictures import PictureDecoder, evaluating
 from consonar.seeding import check_seed, choose, uniform
 from consonar.seeding import generator as seeded
 from consonar.types import Condition, Generator, PromptCondition, TextCondition, Tokenizer
@@ -231,27 +231,26 @@ def sample(
     device = device_of(generator)
     chosen = pick_precision(precision, device, "precision", "sampling")
     models = with_weights(generator, chosen, device), with_weights(tokenizer, chosen, device)
-    return draw(decoder_of(models[0], config), models[1], condition, seeds, batch_size, chosen)
+    return draw(decoder_of(models[0], config), PictureDecoder(models[1]), condition, seeds, batch_size, chosen)
 
 
 @torch.inference_mode()
 def draw(
-    decoder: Decoder, tokenizer: Tokenizer, condition: Condition, seeds: Sequence[int], batch_size: int, precision: str
-) -> Samples:
+    decoder: Decoder, pictures: PictureDecoder, condition: Condition, seeds: Sequence[int], batch_size: int,
+    precision: str,
+) -> Samples:  # fmt: skip
     """`sample` of what was checked, by models with the weights of the precision."""
     device = device_of(decoder.generator)
 
     def batches() -> Iterator[Fetched[Samples]]:
-        at_once = 0
         for start in range(0, len(seeds), batch_size):
             rows = to_device(records.rows(condition, slice(start, start + batch_size)), device)
             tokens, entropy = draw_batch(decoder, rows, seeds[start : start + batch_size])
-            at_once = at_once or images_at_once(tokenizer, tokens)
             with beside(device, tokens, entropy):
-                drawn = Fetched(Samples(decoded(tokenizer, tokens, at_once), tokens, entropy, precision))
+                drawn = Fetched(Samples(pictures(tokens), tokens, entropy, precision))
             yield drawn
 
-    with multiplying(precision, device), evaluating(decoder.generator, tokenizer):
+    with multiplying(precision, device), evaluating(decoder.generator, pictures.tokenizer):
         return records.concatenate(*one_ahead(batches()))
 
 

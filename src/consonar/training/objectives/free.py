@@ -4,7 +4,7 @@ their own, so that an update passes over all B * G of them; there is no cross-en
 Letters: `B` images, `G` samples of each, `N` tokens.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from consonar import records
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import derive_seed
 from consonar.training import losses
-from consonar.training import policy_gradient as policy
 from consonar.training.objectives.alignment import AlignmentTrainee, Forced
 from consonar.training.objectives.policy import Drawn, PolicyGradient
 from consonar.types import ImageBatch
@@ -41,13 +40,7 @@ class FreePolicy(PolicyGradient):
         with self.autocast():
             tokens, _ = sample_tokens(model.generator, repeated, [first + place for place in places], sampler)
         actions = tokens.clone().view(count, group, -1)  # a clone: made in inference mode, it could not be trained on
-        drawn = self.reward(model, actions, forced.batch)
-        if self.config.updates > 1:
-            with self.autocast():
-                logits = model(actions.flatten(0, 1), repeated).logits
-            old = policy.token_log_probs(logits, actions.flatten(0, 1)[:, None], self.config.temperature)
-            drawn = replace(drawn, old_log_probs=old.view(actions.shape))
-        return FreeRollout(**vars(forced), drawn=drawn)
+        return FreeRollout(**vars(forced), drawn=self.reward(model, actions, forced.batch))
 
     def loss(self, model: AlignmentTrainee, prepared: FreeRollout, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss from a pass over each drawn sequence, with KL to the start model."""

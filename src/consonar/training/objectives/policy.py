@@ -16,6 +16,7 @@ estimators, credit by place (`credit="token"`), the start model's entropy held (
 Letters: `B` images, `G` samples of each, `N` tokens, `V` codes.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -143,7 +144,7 @@ class Drawn:
     shown: dict[str, Tensor]
     """For the log: the rewards (B, G), their parts, and per group the spread and whether it is none (B, 1 or N)."""
     old_log_probs: Tensor | None = None
-    """(B, G, N) of the policy that drew, where that is not the one that is updated."""
+    """(B, G, N) of the first of several updates, which writes them in the place of NaN; None: there is one."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ class PolicyGradient(Alignment):
         spread, tied = policy.group_spread(rewards, sizes)  # (B, 1 or N) each
         shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
         shown = {key: value.view(-1, group) for key, value in shown.items()}
-        return Drawn(actions, advantages, {**shown, "reward_spread": spread, "reward_ties": tied.float()})
+        old = actions.new_full(actions.shape, math.nan, dtype=torch.float32) if self.config.updates > 1 else None
+        return Drawn(actions, advantages, {**shown, "reward_spread": spread, "reward_ties": tied.float()}, old)
 
     def update_baseline(self, trainee: AlignmentTrainee, rewards: Tensor) -> Tensor:
         """The running mean before this batch (its own mean at the very first), (N,) or a scalar; then updates it."""
@@ -220,7 +222,9 @@ class PolicyGradient(Alignment):
             plain = losses.look(seen.logits)  # what cross-entropy and entropy are of
             log_probs, (of_true, entropy) = seen.log_probs(of_row), plain.with_gradient(true)
         log_probs = log_probs.reshape(actions.shape)
-        old = log_probs.detach() if drawn.old_log_probs is None else drawn.old_log_probs
+        old = log_probs.detach()
+        if (kept := drawn.old_log_probs) is not None:  # of the first update's own pass: another rounds otherwise
+            old = kept.copy_(old.where(kept.isnan(), kept))
         ratio = policy.probability_ratio(log_probs, old, whole_sequence=config.estimator == "gspo")
         terms = {key: value.mean() for key, value in drawn.shown.items()}
         loss = policy.clipped_policy_loss(ratio, drawn.advantages, config.clip_range, config.clip_high)
@@ -270,10 +274,7 @@ class TeacherForcedPolicy(PolicyGradient):
             return prepared
         with self.autocast():
             seen = self.look(model(forced.context, forced.condition).logits, prepared)
-        drawn = self.reward(model, seen.drawn, forced.batch)
-        if self.config.updates > 1:
-            drawn = replace(drawn, old_log_probs=seen.log_probs(seen.drawn))
-        return replace(prepared, drawn=drawn)
+        return replace(prepared, drawn=self.reward(model, seen.drawn, forced.batch))
 
     def look(self, logits: Tensor, prepared: PolicyForced) -> losses.Seen:
         """The pass over logits (B, N, V) in which sequences are drawn from them, unless they were before."""

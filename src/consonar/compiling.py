@@ -1,0 +1,56 @@
+"""Networks compiled by PyTorch for a job of many pictures: it takes about a minute, which a few do not win back.
+
+Training compiles in place (`training.run.compile_for_training`), for its graph is that of a pass with a gradient.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from consonar.errors import UserError, is_out_of_memory, one_line
+
+Model = TypeVar("Model")
+LONGEST_REASON = 300
+"""Letters of an error that are shown: compilers write pages."""
+
+
+class Compiled:
+    """A function of a batch, compiled for as many rows as the first call has; others run as written.
+
+    So the fewer rows at the end of a job are not compiled for. Where compiling fails, which is said, all run as
+    written: what was no fault of the compiler's is raised by that.
+    """
+
+    def __init__(self, written: Callable[[Tensor], Tensor], what: str, **settings: Any):
+        self.written, self.what, self.rows = written, what, 0
+        self.compiled = torch.compile(written, dynamic=False, **settings)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.rows = self.rows or len(batch)
+        if len(batch) != self.rows:
+            return self.written(batch)
+        try:
+            return self.compiled(batch)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.rows = -1
+            reason = one_line(error)[:LONGEST_REASON]
+            warnings.warn(f"{self.what} is not compiled, which is slower: {reason}", stacklevel=2)
+            return self.written(batch)
+
+
+def compiled(model: Model, name: str, **settings: Any) -> Model:
+    """A copy of the model, of the very same weights, whose method `name` is `Compiled`; `settings` of `torch.compile`.
+
+    Raises `UserError` where there is no such method.
+    """
+    if not callable(written := getattr(model, name, None)):
+        raise UserError(f"compile: a {type(model).__name__} has no method {name!r} that could be compiled")
+    copied = copy.copy(model)
+    setattr(copied, name, Compiled(written, f"{type(model).__name__}.{name}", **settings))
+    return copied
