@@ -19,7 +19,7 @@ from consonar.cli import ceilings
 from consonar.components import load_generator, save_tokenizer
 from consonar.data.tokens import TokenStore
 from consonar.generators.rear import ReARConfig
-from consonar.tokenizers.maskgit import MaskGITConfig
+from consonar.tokenizers.vqgan import MaskGITConfig
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training import policy_gradient as policy
 
