@@ -19,8 +19,8 @@ from consonar.cli import ceilings
 from consonar.components import load_generator, save_tokenizer
 from consonar.data.tokens import TokenStore
 from consonar.generators.rear import ReARConfig
-from consonar.tokenizers.vqgan import MaskGITConfig
 from consonar.tokenizers.vq import VQTokenizer
+from consonar.tokenizers.vqgan import MaskGITConfig
 from consonar.training import policy_gradient as policy
 
 LOOP = {"steps": 2, "batch_size": 4, "log_every": 1, "precision": "bf16"}
