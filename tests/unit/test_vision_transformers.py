@@ -156,7 +156,7 @@ def test_what_is_no_such_network_is_one_line(models, tmp_path, monkeypatch, capf
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"needs transformers \(No module.*pip install 'consonar\[text\]'"):
+    with pytest.raises(UserError, match=r"No module.*pip install 'consonar\[text\]'"):
         load_feature_network(f"dinov2:{dinov2}")
 
 
