@@ -23,6 +23,7 @@ FLOORS = (
     ("cli",),
     ("demo", "sweeps"),
     ("report",),
+    ("diagnostics",),
     ("evaluation", "recipes"),
     ("training",),
     ("sampling",),
@@ -42,7 +43,7 @@ FLOORS = (
 """From the roof down: a room (a folder, or a file at the root) may import those of the floors below its own."""
 ABOUT = {
     "cli": "words to calls", "demo": "the main job on real data", "sweeps": "studies over seeds",
-    "report": "the page about runs",
+    "report": "pages: runs, diagnoses", "diagnostics": "what goes wrong, where",
     "evaluation": "measures runs and samples", "recipes": "settings by name, from files",
     "training": "configuration, loop, methods", "sampling": "tokens one by one, jobs",
     "components": "models by name", "convert": "released files, both ways",

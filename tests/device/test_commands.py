@@ -96,6 +96,16 @@ def test_samples_of_a_run_are_drawn_and_measured(cuda, root: Path, tmp_path: Pat
     assert (tmp_path / "grid.png").is_file()
 
 
+def test_a_run_is_diagnosed(cuda, root: Path, tmp_path: Path) -> None:
+    cli.main(
+        ["diagnose", str(root / "rear"), "--data", str(root / "pictures" / "train"), "--num-images", "8",
+         "--parts", "exposure,embedding,layers", "--guidance-scale", "2",
+         "--out", str(tmp_path / "page.html")]
+    )  # fmt: skip
+    content = json.loads((tmp_path / "page.json").read_text())
+    assert len(content["parts"]) == 3 and content["provenance"]["machine"] == "a pretended device"
+
+
 def test_a_run_is_measured_over_temperatures_and_matched(cuda, root: Path) -> None:
     run = root / "rear"
     cli.main(

@@ -27,6 +27,7 @@ COMMANDS = {
     "sample": "Draw images from a trained generator: consonar sample RUN --out samples.png|samples.npz|FOLDER.",
     "evaluate": "Measure samples (.npz or a folder of images), a trained generator over temperatures, or a tokenizer.",
     "sweep": "Train and measure the rows of a file over seeds, and compare them: consonar sweep FILE.yaml --seeds 3.",
+    "diagnose": "Show on one page what a generator and its tokenizer get wrong together, and where, with intervals.",
     "report": "Write one self-contained HTML page that compares runs.",
     "import-tokens": "Turn the token files of RAR (.jsonl) or LlamaGen (.npy folders) into a token store.",
     "convert": "Convert a released weight file into a model folder, or (--to-official) a model folder back.",

@@ -37,15 +37,19 @@ def write_report(
     no half page. Raises `UserError` for a wrong number of runs, a missing or broken run folder, and an `out` that
     exists (unless `overwrite`).
     """
-    out = Path(out)
+    check_page(out := Path(out), overwrite=overwrite)
+    write_page(render(load_runs(runs), title=title, opening=opening), out)
+    return out
+
+
+def check_page(out: Path, *, overwrite: bool) -> None:
+    """Raises `UserError` where a page cannot be written, or would replace anything but a page."""
     if out.is_dir():
         raise UserError(f"out {out}: is a folder; name a file, for example {out / 'report.html'}")
     if out.exists() and not overwrite:
         raise UserError(f"out {out}: already exists; choose another name, or overwrite it (--overwrite)")
     if out.exists() and b"<!doctype html>" not in out.read_bytes()[:100]:
         raise UserError(f"out {out}: exists and is no page, so it is not overwritten; choose another name")
-    write_page(render(load_runs(runs), title=title, opening=opening), out)
-    return out
 
 
 def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:

@@ -34,8 +34,8 @@ class Line(NamedTuple):
     points: list[tuple[float, float]]
     rings: list[tuple[float, float, str]]
     """Hollow circles: x, y, colour."""
-    spreads: list[float]
-    """Half the height of a bar at each point; empty: there are none."""
+    spreads: list[tuple[float, float]]
+    """How far a bar goes down and up from each point; empty: there are none."""
 
 
 class Chart(NamedTuple):
@@ -98,8 +98,13 @@ def look_of(index: int) -> Look:
     return look._replace(marker=other.marker, shape=other.shape, dash=other.dash)
 
 
-def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], inches: tuple[float, float]) -> Markup:
-    """An `<svg>` that scales with its box; charts of different titles and lines share no id."""
+def svg_chart(
+    lines: Sequence[Line], title: str, axes_labels: tuple[str, str], inches: tuple[float, float], scale: str = "linear"
+) -> Markup:
+    """An `<svg>` that scales with its box; charts of different titles and lines share no id.
+
+    Bars of a line without markers are a band. `scale` is that of the axis to the right, `linear` or `log`.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -108,12 +113,17 @@ def svg_chart(lines: Sequence[Line], title: str, axes_labels: tuple[str, str], i
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{title} {lines[0].look.colour}"}):
         figure = Figure(figsize=inches, layout="constrained")
         axes = figure.add_subplot(xlabel=axes_labels[0], ylabel=axes_labels[1])
+        axes.set_xscale(scale)
         for look, points, rings, spreads in lines:
+            marked, bars = len(points) <= MAX_MARKERS, [*zip(*spreads, strict=True)] or None
+            across, up = [x for x, _ in points], [y for _, y in points]
             axes.errorbar(
-                [x for x, _ in points], [y for _, y in points], yerr=spreads or None,
-                color=look.colour, linestyle=look.dash,
-                marker=look.marker if len(points) <= MAX_MARKERS else "", elinewidth=1.0, capsize=2.5,
+                across, up, yerr=bars if marked else None, color=look.colour, linestyle=look.dash,
+                marker=look.marker if marked else "", elinewidth=1.0, capsize=2.5,
             )  # fmt: skip
+            if bars and not marked:
+                low, high = zip(*[(y - a, y + b) for y, (a, b) in zip(up, spreads, strict=True)], strict=True)
+                axes.fill_between(across, low, high, color=look.colour, alpha=0.18, linewidth=0)
             for x, y, colour in rings:
                 axes.plot(x, y, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
         file = io.StringIO()
@@ -180,7 +190,7 @@ def frontier_lines(run: Run, runs: Sequence[Run], right: str, up: str) -> list[L
         if x and y:
             line = lines.setdefault(row.sampler, Line(look_of(runs.index(run)), [], [], []))
             line.points.append((x.value, y.value))
-            line.spreads.append(y.spread or 0.0)
+            line.spreads.append((y.spread or 0.0,) * 2)
             if row.matched_to:
                 other, _ = find_matched(row, run, runs)
                 colour = look_of(runs.index(other)).colour if other else RING_OF_OTHERS

@@ -1,0 +1,262 @@
+"""What is diagnosed, loaded and encoded once: a tokenizer, a generator or none, and the pictures that both are asked.
+
+Pictures are kept as the bytes that a file would hold, (n, H, W, 3) uint8, decoded ones too, so that every number is of
+what can be seen. Letters: `n` pictures, `m` decoded ones, `N` tokens, `V` codes, `F` features.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_component_kind
+from consonar.data.labels import check_label
+from consonar.data.sources import at_size, open_source, relabelled
+from consonar.data.transforms import to_uint8
+from consonar.errors import MissingSplit, UserError, check_choice
+from consonar.evaluation.image_sets import cropped
+from consonar.evaluation.inputs import as_input
+from consonar.model_folders import SHIPPED
+from consonar.networks import PERCEPTUAL_DISTANCES, FeatureNetwork, load_feature_network
+from consonar.networks.base import LayerDistance
+from consonar.options import Count, Options, Range
+from consonar.origin import Origin, check, class_difference, of_tokenizer, same_text
+from consonar.precision import pick_precision
+from consonar.records import device_of, to_device
+from consonar.sampling.sample import SamplerConfig, check_fit
+from consonar.seeding import check_seed, generator, uniform
+from consonar.tokenizers.base import CodebookTokenizer
+from consonar.types import Generator, ImageRecord, ImageSource, IndexedSource, Tokenizer
+
+SHOWN = 6
+"""Pictures in a row of examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisSettings(Options):
+    """On how many pictures, and how tokens are drawn."""
+
+    num_images: Annotated[int, Range(8, 100_000)] = 64
+    """Held-out pictures, as many of the training set, and as many others to compare sets with."""
+    batch_size: Count = 64
+    """Pictures per call of a network."""
+    seed: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    perceptual: str = "efficientnet-lite0"
+    """Which perceptual distance, a name of `PERCEPTUAL_DISTANCES`."""
+    feature_network: str = "efficientnet-lite0"
+    """Of Fréchet distances."""
+    device: str = "cpu"
+    precision: str = "fp32"
+    """What networks multiply in, one of `precision.CHOICES`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed, "seed")
+        check_choice("perceptual", self.perceptual, PERCEPTUAL_DISTANCES)
+        chosen = pick_precision(self.precision, torch.device(self.device), "precision", "measuring")
+        object.__setattr__(self, "precision", chosen)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures as pixels and as tokens, on the CPU."""
+
+    name: str
+    images: np.ndarray
+    """(n, H, W, 3) uint8."""
+    tokens: Tensor
+    """(n, N) int64."""
+    labels: Tensor
+    """(n,) int64, of the generator's classes."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the pixels."""
+        return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that a diagnostic is given."""
+
+    tokenizer: Tokenizer
+    held_out: Pictures
+    settings: DiagnosisSettings
+    judge: LayerDistance
+    """The perceptual distance."""
+    network: FeatureNetwork
+    model: Generator | None = None
+    train: Pictures | None = None
+    others: Pictures | None = None
+    """Pictures that none of the held-out ones are among."""
+
+    @property
+    def generator(self) -> Generator:
+        """The generator, for diagnostics of one."""
+        assert self.model is not None, "diagnostics of a generator are asked of one alone (`diagnose`)"
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.tokenizer)
+
+    @property
+    def uniforms(self) -> Tensor:
+        """(n, N) float64 in [0, 1): what every draw of a token is made by, the same in all diagnostics."""
+        rng = generator(self.settings.seed, "diagnosis", "draws")
+        return uniform(rng, *self.held_out.tokens.shape, dtype=torch.float64)
+
+    def parts(self, count: int) -> Iterator[slice]:
+        """Batches of so many rows."""
+        size = self.settings.batch_size
+        return (slice(start, start + size) for start in range(0, count, size))
+
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """Pictures (m, H, W, 3) uint8 of tokens (m, N)."""
+        decoded = (self.tokenizer.decode(to_device(tokens[part], self.device)) for part in self.parts(len(tokens)))
+        return np.concatenate([to_uint8(images).cpu().numpy() for images in decoded])
+
+    def compare(self, images: np.ndarray, originals: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Perceptual distance and mean squared error on the scale of 0 to 1 of m pairs, (m,) float64 each."""
+        perceptual, errors = [], []
+        for part in self.parts(len(images)):
+            pair = [as_input(side[part], self.tokenizer) for side in (images, originals)]
+            perceptual.append(self.judge(*pair).double().cpu())
+            errors.append((pair[0] - pair[1]).double().square().flatten(1).mean(1).cpu() / 4)
+        return torch.cat(perceptual), torch.cat(errors)
+
+    def features(self, images: np.ndarray) -> Tensor:
+        """(m, F) float32 on the CPU."""
+        batches = [
+            self.network(as_input(images[part], self.tokenizer)).float().cpu() for part in self.parts(len(images))
+        ]
+        return torch.cat(batches)
+
+
+def spread(count: int, wanted: int, rng: torch.Generator) -> Tensor:
+    """At most `wanted` rows of `count`, rising: one drawn from each of as many equal stretches, so that a set that is
+    sorted by class is covered evenly."""
+    wanted = min(count, wanted)
+    edges = torch.arange(wanted + 1) * count // wanted
+    return edges[:-1] + (uniform(rng, wanted, dtype=torch.float64) * edges.diff()).long()
+
+
+def choose(source: ImageSource, wanted: int, seed: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """So many pictures of a source, and as many others, by `spread`; of a stream, of its first ones."""
+    rng = generator(seed, "diagnosis", "pictures")
+    first = [] if isinstance(source, IndexedSource) else list(itertools.islice(source, 2 * wanted))
+    count = len(source) if isinstance(source, IndexedSource) else len(first)
+    chosen = spread(count, wanted, rng)
+    rest = torch.ones(count, dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
+    others = rest[spread(len(rest), wanted, rng)] if len(rest) else rest
+
+    def read(rows: Tensor) -> list[ImageRecord]:
+        return [source.read(row) if isinstance(source, IndexedSource) else first[row] for row in rows.tolist()]
+
+    return read(chosen), read(others)
+
+
+def encoded(
+    records: Sequence[ImageRecord], name: str, tokenizer: Tokenizer, num_classes: int | None, batch_size: int
+) -> Pictures:
+    """The pictures, centre-cropped to the tokenizer's size; `UserError` for one without a label that is needed."""
+    labels = [check_label(record.label, num_classes, record.name) for record in records]
+    images = np.stack([cropped(record.image, tokenizer.image_size) for record in records])
+    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    tokens = torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in batches])
+    return Pictures(name, images, tokens, torch.tensor(labels))
+
+
+def open_split(data: str, split: str, size: int, origin: Origin, label_default: str | None) -> ImageSource | None:
+    """A split of the data with labels of the generator's classes; None where the data have no such split."""
+    spec, drawn_size = at_size(data)
+    if drawn_size not in (None, size):
+        raise UserError(f"--data: {data} has {drawn_size} px, the tokenizer reads {size} px; use {spec!r}")
+    known = origin.class_names
+    try:
+        source = open_source(
+            spec, split=split, image_size=size, label_default=label_default, model_classes=known or ()
+        )  # fmt: skip
+    except MissingSplit:
+        return None
+    given = source.class_names
+    if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
+        return relabelled(source, known)  # in the generator's order
+    if known and given:
+        raise UserError(
+            f"--data: {class_difference(given, known, 'the generator')}; its labels would mean other classes"
+        )
+    return source
+
+
+def load_models(name: str, tokenizer: str | None) -> tuple[Generator | None, CodebookTokenizer, Origin]:
+    """The generator that `name` means with its tokenizer, or the tokenizer alone where it names one."""
+    if name in SHIPPED["tokenizer"] or (name not in SHIPPED["generator"] and read_component_kind(name) == "tokenizer"):
+        if tokenizer is not None:
+            raise UserError(f"--tokenizer: {tokenizer!r} is read only with a generator, and {name} is a tokenizer")
+        return None, load_tokenizer(name), Origin()
+    model = load_generator(name)
+    if model.num_classes == 0:
+        raise UserError(f"{name}: a generator of captions; diagnose reads data with classes alone")
+    origin = model.origin or Origin()
+    if tokenizer is None:
+        return model, load_own_tokenizer(name), origin
+    codec = load_tokenizer(tokenizer, num_tokens=model.num_tokens)
+    check("--tokenizer", of_tokenizer(codec), origin, name, "its codes mean something else")
+    return model, codec, origin
+
+
+def open_subject(
+    name: str, data: str, settings: DiagnosisSettings, *, tokenizer: str | None = None, label_default: str | None = None
+) -> Subject:
+    """Loads the models that `name` means and the pictures of `data`, on the settings' device.
+
+    Held-out pictures are of the split `validation`; of data without one, of all. Raises `UserError` for models or data
+    that are not there or do not fit, and for fewer than 8 pictures.
+    """
+    model, codec, origin = load_models(name, tokenizer)
+    if model is not None:
+        check_fit(model, codec, settings.sampler)
+    smallest = PERCEPTUAL_DISTANCES[settings.perceptual].smallest_input
+    if codec.image_size < smallest:
+        raise UserError(
+            f"--perceptual: {settings.perceptual} reads images of {smallest} px, these have {codec.image_size}"
+        )
+    judge = PERCEPTUAL_DISTANCES[settings.perceptual].load(None).to(settings.device)
+    network = load_feature_network(settings.feature_network, settings.device)
+    opened = {
+        split: open_split(data, split, codec.image_size, origin, label_default) for split in ("validation", "train")
+    }
+    held_out = opened["validation"] or opened.pop("train")
+    assert held_out is not None, "data without a split have the one that every source gives"
+    codec, model = codec.to(settings.device), model and model.to(settings.device)
+    num_classes = model.num_classes if model else None
+
+    def pictures(records: list[ImageRecord], name: str) -> Pictures | None:
+        return encoded(records, name, codec, num_classes, settings.batch_size) if records else None
+
+    measured, others = choose(held_out, settings.num_images, settings.seed)
+    if len(measured) < 8:
+        raise UserError(f"--data: {held_out.name} has {len(measured)} pictures; a diagnosis needs 8 or more")
+    seen = opened.get("train")
+    train, more = choose(seen, settings.num_images, settings.seed) if seen else ([], [])
+    of_train = len(others) * 2 < len(measured)  # too few are left to compare with
+    subject = Subject(
+        codec,
+        encoded(measured, held_out.name, codec, num_classes, settings.batch_size),
+        settings,
+        judge,
+        network,
+        model,
+    )
+    return replace(
+        subject,
+        train=pictures(train, seen.name if seen else ""),
+        others=pictures(more or train, seen.name) if of_train and seen else pictures(others, held_out.name),
+    )

@@ -1,0 +1,161 @@
+"""The command `diagnose` end to end on tiny models: the page, its numbers, and what wrong input is told."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_VQ, make_tiny_generator, picture
+
+from consonar import cli
+from consonar.cli.diagnose import Options
+from consonar.components import load_tokenizer, save_generator, save_tokenizer
+from consonar.diagnostics.diagnose import PARTS
+from consonar.origin import Origin
+from consonar.tokenizers.vq import VQTokenizer
+
+HOSTILE = 'a "name" <b>&amp;'
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of 32 px in three classes, a tokenizer, and an untrained generator in a folder of a hostile name."""
+    root = tmp_path_factory.mktemp("diagnose")
+    for split, first, count in (("train", 0, 12), ("validation", 100, 18)):
+        for index in range(first, first + count):
+            path = root / "pictures" / split / "abc"[index % 3] / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(index, 32).save(path)
+    torch.manual_seed(0)
+    shape = replace(TINY_VQ, image_size=32, channel_multipliers=(1, 1, 2, 2))
+    save_tokenizer(VQTokenizer(shape, name="tiny"), root / "tokenizer")
+    of = load_tokenizer(root / "tokenizer").fingerprint
+    origin = Origin(tokenizer=str(root / "tokenizer"), tokenizer_fingerprint=of, class_names=("a", "b", "c"))
+    save_generator(make_tiny_generator(), root / HOSTILE, origin)
+    return root
+
+
+def diagnose(root: Path, out: Path, *more: str, model: str = HOSTILE) -> dict:
+    images = [] if "--num-images" in more else ["--num-images", "8"]
+    data = [] if "--data" in more else ["--data", str(root / "pictures")]
+    cli.main(["diagnose", str(root / model), "--out", str(out), *data, *images, *more])
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def test_every_part_is_measured_written_and_shown(root: Path, tmp_path: Path, capsys) -> None:
+    content = diagnose(root, tmp_path / "page.html")
+    assert list(content["parts"]) == list(PARTS) and content["unavailable"] == {}
+    said, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    for name, part in content["parts"].items():
+        assert f"{name}: {part['summary']}" in said and f'id="{name}"' in page and part["numbers"]
+        assert all(number["low"] <= number["value"] + 1e-9 and number["value"] <= number["high"] + 1e-9
+                   for key, number in part["numbers"].items() if "nearest code" not in key), name  # fmt: skip
+    source = content["provenance"]
+    assert len(source["generator"]["sha256"]) == 64 and source["settings"]["seed"] == 0
+    assert source["pictures"]["held-out"]["count"] == source["pictures"]["others"]["count"] == 8
+    assert {"torch", "consonar"} <= source["versions"].keys()
+
+
+def test_the_page_escapes_names_and_asks_nobody(root: Path, tmp_path: Path) -> None:
+    diagnose(root, tmp_path / "page.html", "--parts", "positions,gap")
+    page = (tmp_path / "page.html").read_text()
+    assert "<b>&amp;</h1>" not in page and "&lt;b&gt;&amp;amp;" in page
+    assert not re.search(r"<script|(src|href)=\"(?!data:image/png;base64,|#)|url\((?!#)|@import", page)
+    assert page.startswith("<!doctype html>") and page.count('<details class="part"') == 3
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_seed_gives_the_same_numbers_and_another_one_others(root: Path, tmp_path: Path) -> None:
+    first, again, other = (
+        diagnose(root, tmp_path / f"{index}.html", "--parts", "gap", "--seed", seed)["parts"]
+        for index, seed in enumerate("778")
+    )
+    assert first == again != other
+
+
+def test_a_tokenizer_alone_has_the_parts_that_need_no_generator(root: Path, tmp_path: Path) -> None:
+    content = diagnose(root, tmp_path / "page.html", "--parts", "receptive", model="tokenizer")
+    assert list(content["parts"]) == ["receptive"] and "generator" not in content["provenance"]
+    assert len(content["provenance"]["tokenizer"]["sha256"]) == 64
+
+
+def test_data_of_one_set_say_what_cannot_be_measured(root: Path, tmp_path: Path, capsys) -> None:
+    content = diagnose(
+        root, tmp_path / "page.html", "--parts", "gap,attribution", "--data", str(root / "pictures" / "train")
+    )
+    assert content["unavailable"].keys() == {"gap", "attribution"} and content["parts"] == {}
+    assert "gap: not measured (the data have no training pictures" in capsys.readouterr().out
+    assert "not measured, there are too few other pictures" in (tmp_path / "page.html").read_text()
+
+
+def test_the_help_names_every_part() -> None:
+    source = inspect.getsource(Options)
+    listed = re.search(r"\(default: all\): (.*?)\.\"\"\"", source, re.DOTALL)
+    assert listed and re.split(r",\s*", listed[1]) == list(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--parts", "exposure,nothing"], "--parts: unknown 'nothing'"),
+        (["--perceptual", "ssim"], "perceptual: unknown 'ssim'"),
+        (["--feature-network", "x"], "feature_network: unknown 'x'"),
+        (["--num-images", "3"], "num_images: 3 is not in [8, 100000]"),
+        (["--batch-size", "0"], "batch_size: 0 is not positive"),
+        (["--seed", "-1"], "seed: -1 is not between"),
+        (["--guidance-power", "2"], "guidance_power: 2.0 is read only with"),
+        (["--label-default", "zebra"], "--label-default: unknown 'zebra'"),
+        (["--data", "nowhere"], "data: 'nowhere' is neither a folder nor a known source"),
+        (["--tokenizer", "openmoji-64"], "--tokenizer: the tokenizer is"),
+    ],
+)
+def test_wrong_input_is_told_in_one_line(root: Path, tmp_path: Path, capsys, words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        diagnose(root, tmp_path / "page.html", *words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_other_classes_are_refused(root: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(root / "pictures" / "train", tmp_path / "other")
+    (tmp_path / "other" / "a").rename(tmp_path / "other" / "zebra")
+    with pytest.raises(SystemExit):
+        diagnose(root, tmp_path / "page.html", "--data", str(tmp_path / "other"))
+    assert "--data: class 0 is 'b' (3 classes), in the generator it is 'a' (3)" in capsys.readouterr().err
+
+
+def test_a_tokenizer_takes_no_other_and_no_part_of_generators(root: Path, tmp_path: Path, capsys) -> None:
+    for words, message in (
+        (["--tokenizer", "x"], "is read only with a generator"), (["--parts", "gap"], "--parts: unknown 'gap'"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            diagnose(root, tmp_path / "page.html", *words, model="tokenizer")
+        assert message in capsys.readouterr().err
+
+
+def test_only_a_diagnosis_is_replaced(root: Path, tmp_path: Path, capsys) -> None:
+    page = tmp_path / "page.html"
+
+    def refused(*words: str, out: Path = page) -> str:
+        with pytest.raises(SystemExit):
+            diagnose(root, out, "--parts", "gap", *words)
+        return capsys.readouterr().err
+
+    assert "does not end in .html" in refused(out=tmp_path / "page")
+    page.write_text("mine")
+    assert "already exists" in refused() and "is no page" in refused("--overwrite")
+    page.unlink()
+    page.with_suffix(".json").write_text('{"mine": 1}')
+    assert "exists; choose another name" in refused() and "is no diagnosis" in refused("--overwrite")
+    assert page.with_suffix(".json").read_text() == '{"mine": 1}'
+    page.with_suffix(".json").unlink()
+    diagnose(root, page, "--parts", "gap")
+    diagnose(root, page, "--parts", "gap", "--overwrite")
