@@ -13,7 +13,7 @@ from consonar.evaluation.inputs import ReferenceSet
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.distribution import Moments, Target
 from consonar.metrics.kernels import kernel_mean
-from consonar.metrics.neighbours import neighbour_radii
+from consonar.metrics.neighbours import nearest_distances
 from consonar.networks import FeatureNetwork, ScoringNetwork
 
 LARGEST = 1e30
@@ -75,7 +75,10 @@ class PreparedReference:
         """By k, the squared distance of each of `neighbours` to its k-th nearest (R,); of sets with more than k."""
         rows = self.neighbours
         wanted = {self.settings.num_neighbours, self.settings.density_neighbours}
-        return {} if rows is None else {k: neighbour_radii(rows, k) for k in wanted if k < len(rows)}
+        if rows is None or not (possible := [k for k in wanted if k < len(rows)]):
+            return {}
+        nearest = nearest_distances(rows, max(possible))
+        return {k: nearest[:, k - 1] for k in possible}
 
     @cached_property
     def labels(self) -> dict[str, Tensor]:

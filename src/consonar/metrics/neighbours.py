@@ -42,15 +42,20 @@ def neighbour_radii(features: Tensor, k: int = 3, block: int = BLOCK) -> Tensor:
 
     Raises UserError unless 1 <= k < R.
     """
+    return nearest_distances(features, k, block)[:, -1]
+
+
+def nearest_distances(features: Tensor, k: int, block: int = BLOCK) -> Tensor:
+    """(R, k) `neighbour_radii` of 1 to k, rising."""
     if not 1 <= k < len(features):
         raise UserError(f"num_neighbours: {k} of {len(features)} images; choose 1 to {len(features) - 1}")
-    radii = []
+    nearest = []
     for start in range(0, len(features), block):
         distances = squared_distances(features[start : start + block], features)  # (block, R)
         rows = torch.arange(len(distances))
         distances[rows, start + rows] = torch.inf  # a row is not its own neighbour
-        radii.append(distances.topk(k, largest=False).values[:, -1])
-    return torch.cat(radii)
+        nearest.append(distances.topk(k, largest=False).values)
+    return torch.cat(nearest)
 
 
 def precision_recall(
