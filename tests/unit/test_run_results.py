@@ -17,6 +17,7 @@ from consonar.evaluation.results import is_measured, read_results, replacing
 from consonar.evaluation.runs import RunSettings
 from consonar.files.writers import file_sha256
 from consonar.origin import Origin
+from consonar.report import folders
 
 
 class Quarters:
@@ -172,3 +173,24 @@ def test_a_reference_that_cannot_be_measured_against_is_refused_before_anything_
     monkeypatch.delattr(runs, "run_job")
     with pytest.raises(UserError, match=r"reference .*: 1 image\(s\) as train"):
         measure(run, tmp_path / "one")
+
+
+def test_metrics_that_are_asked_for_are_in_the_results_with_their_errors_and_classes(
+    tmp_path, run, picture_folder, tiny_generator, tokenizer_folder, tokenizer, monkeypatch
+):
+    """And the page reads them; labels of other classes are found before anything is drawn."""
+    asked = ("fd", "fd-infinity", "fd-per-class", "kid")
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"fd-per-class: .*on one side only"):
+        patched.delattr(runs, "run_job")
+        measure(run, picture_folder, metrics=asked, reconstruct=False)
+    run = save_run(tmp_path / "one", tiny_generator(num_classes=1), tokenizer_folder, tokenizer)
+    content = measure(run, picture_folder, metrics=asked, reconstruct=False)
+    (row,) = content["rows"]
+    kept = {"FD", "FD-infinity", "FD per class", "KID"}
+    assert {name.partition("(")[0] for name in row["metrics"] if "(quarters)" in name} == kept
+    assert row["metrics"]["FD-infinity(quarters) train"]["error"] > 0
+    assert content["protocol"].startswith("12 samples, quarters, against ") and "images as train" in content["protocol"]
+    whole, of_classes = (row["metrics"][f"{kind}(quarters) train"] for kind in ("FD", "FD per class"))
+    assert of_classes["classes"] == {"0": pytest.approx(whole["value"], rel=1e-4)}
+    shown = folders.read_results(run / "results.json").rows[0].metrics
+    assert {name: found.record() for name, found in shown.items()} == row["metrics"]

@@ -38,7 +38,6 @@ from consonar.evaluation.settings import EvaluationSettings
 from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
-from consonar.metrics.frechet import check_classes
 from consonar.model_folders import SHIPPED
 from consonar.networks import FeatureNetwork, load_feature_network
 from consonar.origin import Origin
@@ -83,9 +82,7 @@ def compare(
 ) -> Evaluation:
     """`evaluate` of samples that were checked, against a reference that was prepared with the same settings."""
     network, seed = reference.network, settings.seed
-    if settings.wants("fd-per-class") and samples.labels is not None:
-        for labels in reference.labels.values():
-            check_classes(labels, samples.labels)
+    reference.check_labels(samples.labels)
     places, _ = drawn_places(samples.images, settings)  # (S,)
     part_of = random_parts(places, settings.draws)
     found = extract_features(

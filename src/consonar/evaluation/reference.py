@@ -12,6 +12,7 @@ from consonar.evaluation.features import ImagesDone, cached_features
 from consonar.evaluation.inputs import ReferenceSet
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.distribution import Moments, Target
+from consonar.metrics.frechet import check_classes
 from consonar.metrics.kernels import kernel_mean
 from consonar.metrics.neighbours import nearest_distances
 from consonar.networks import FeatureNetwork, ScoringNetwork
@@ -85,6 +86,12 @@ class PreparedReference:
         """Of the images of each set that has them, (count,)."""
         found = {name: images.labels() for name, images in self.given.images.items()}
         return {name: labels for name, labels in found.items() if labels is not None}
+
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Raises `UserError` where distances per class are wanted, of samples with labels (S,) of other classes."""
+        if self.settings.wants("fd-per-class") and labels is not None:
+            for known in self.labels.values():
+                check_classes(known, labels)
 
     @property
     def noise_floor(self) -> dict[str, float]:

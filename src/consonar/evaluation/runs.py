@@ -164,6 +164,7 @@ def measure_row(
 ) -> tuple[Json, Evaluation]:
     """Draws the samples of one row of results.json, measures them, and keeps some in `staged`."""
     labels = balanced_labels(settings.num_samples, run.generator.num_classes)
+    reference.check_labels(labels)  # before hours of sampling
     job = Job(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
         origin=run.origin, precision=settings.precision,
