@@ -249,7 +249,9 @@ class Greys:
 
 
 def test_a_data_source(folder: Path, tokenizer_folder: Path, monkeypatch, capsys) -> None:
-    kind = SourceKind(lambda _, split, size: Greys(split, size), has_validation=lambda _: True, is_drawn=True)
+    kind = SourceKind(
+        lambda _, split, size: Greys(split, size), splits=lambda _: ("train", "validation"), is_drawn=True
+    )
     monkeypatch.setitem(SOURCES, "greys", kind)
     tokenizer = ["--tokenizer", str(tokenizer_folder), "--device", "cpu"]
     cli.main(["tokenize", *tokenizer, "--data", "greys", "--out", "tokens"])
@@ -273,7 +275,7 @@ HAD_TO_KNOW = {
     "absolute_errors": ["training/rewards.py"],
     "TiTokTokenizer": ["tokenizers/__init__.py", "tokenizers/titok.py"],
     "AliTokARGenerator": ["generators/__init__.py", "generators/alitok.py"],
-    "open_dataset": ["data/huggingface.py", "data/sources.py"],
+    "open_dataset": ["data/cifar10.py", "data/huggingface.py", "data/sources.py"],
     "InceptionFeatures": ["networks/inception.py"],
     "spatial_distance_to": ["evaluation/sample_metrics.py"],
 }  # fmt: skip

@@ -1,10 +1,9 @@
-"""Pictures that cannot be read, and data without a split for validation: what is left out is counted and listed."""
+"""Pictures that cannot be read: what is left out is counted and listed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from consonar.data.image_folder import ImageFolder
 from consonar.data.tokens import TokenStore
 from consonar.errors import BadImage, UserError
 from consonar.training import run as runs
-from consonar.training.build import hold_out
 from consonar.training.config import DataConfig, TrainConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.tracking import read_metrics
@@ -57,6 +55,7 @@ def reconstruct(make_config: Callable[..., TrainConfig]) -> Callable[..., TrainC
 def test_tokenize_leaves_out_what_cannot_be_read_and_lists_it(tmp_path, tokenizer_folder, capsys):
     data = fill(tmp_path / "data", 8, 3)
     argv = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", str(data), "--out", str(tmp_path / "t")]
+    argv += ["--validation-split", "0%"]
     line = fails(argv, capsys)
     assert "b/003.png: the image is truncated" in line and "--bad-images skip leaves such images out" in line
     assert not (tmp_path / "t").exists()
@@ -73,6 +72,7 @@ def test_tokenize_leaves_out_what_cannot_be_read_and_lists_it(tmp_path, tokenize
 def test_beyond_the_limit_skipping_stops(tmp_path, tokenizer_folder, capsys):
     data = fill(tmp_path / "data", 10, 3, 4, 5)
     argv = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", str(data), "--out", str(tmp_path / "t")]
+    argv += ["--validation-split", "0%"]
     skip = ["--bad-images", "skip"]
     assert "2 of 10 pictures cannot be read, more than the share of 0.01" in fails([*argv, *skip], capsys)
     assert "3 of 10" in fails([*argv, *skip, "--bad-images-limit", "0.2"], capsys)
@@ -150,60 +150,3 @@ def test_evaluate_leaves_out_samples_and_references_that_cannot_be_read(tmp_path
     content = json.loads(out.read_text())
     assert content["num_samples"] == 11 and set(content["num_reference"].values()) == {11}
     assert (tmp_path / "results.json-bad-images.txt").read_text().count("truncated or damaged") == 3
-
-
-def test_a_tokenizer_is_trained_on_data_without_a_validation_split(tmp_path, reconstruct, capsys):
-    fill(tmp_path / "data" / "train", 20)
-    fill(tmp_path / "data" / "test", 6)
-    run = runs.train(reconstruct(tmp_path / "data", steps=1), tmp_path / "run")
-    assert "validation: 1 picture, 2 classes" in " ".join(capsys.readouterr().out.split())
-    assert any("validation/psnr" in line for line in read_metrics(run / "metrics.jsonl"))
-    run = runs.train(reconstruct(tmp_path / "data", steps=1, validation_split="test"), tmp_path / "test")
-    assert any("validation/psnr" in line for line in read_metrics(run / "metrics.jsonl"))
-
-
-def test_a_split_that_the_data_do_not_have_is_said_before_a_picture_is_read(tmp_path, reconstruct, monkeypatch):
-    fill(tmp_path / "data" / "train", 4)
-    fill(tmp_path / "data" / "test", 4)
-    monkeypatch.setattr(ImageFolder, "read", lambda *_: pytest.fail("a picture was read"))
-    with pytest.raises(UserError, match=r"no 'holdout'; choices: test, train|no 'holdout'; choices: train, test"):
-        runs.train(reconstruct(tmp_path / "data", validation_split="holdout"), tmp_path / "run", quiet=True)
-
-
-def test_what_is_held_out_is_a_function_of_the_seed_and_never_trained_on(tmp_path):
-    source = ImageFolder(fill(tmp_path, 20))
-    train, held_out = hold_out(source, 0.25, seed=1)
-    assert len(held_out) == 5 and sorted(train.rows + held_out.rows) == list(range(20))
-    assert hold_out(source, 0.25, seed=1)[1].rows == held_out.rows != hold_out(source, 0.25, seed=2)[1].rows
-    assert [record.name for record in held_out] == [source.read(row).name for row in held_out.rows]
-    with pytest.raises(UserError, match="name a split"):
-        hold_out(Pictures(4), 0.25, seed=1)
-    with pytest.raises(UserError, match="leave none to train on"):
-        hold_out(source, 0.99, seed=1)
-
-
-@pytest.mark.parametrize("value", ["", "0%", "100%", "x%", "5 %", "%"])
-def test_a_validation_split_is_a_name_or_a_share(value):
-    with pytest.raises(UserError, match=r"^data\.validation_split: "):
-        DataConfig(validation_split=value)
-
-
-def test_post_training_validates_on_the_split_that_is_named(make_config, tiny_generator, tokenizer_folder, tmp_path):
-    from consonar.components import save_generator
-    from consonar.origin import Origin
-    from consonar.training.objectives.alignment import GuardConfig
-    from consonar.training.objectives.controls import CrossEntropyConfig
-
-    fill(tmp_path / "data" / "train", 8)
-    fill(tmp_path / "data" / "test", 4)
-    save_generator(tiny_generator(num_classes=2), tmp_path / "g", Origin(tokenizer=str(tokenizer_folder)))
-    config = make_config(
-        init=str(tmp_path / "g"), tokenizer=None, model=None, loop={"steps": 1, "batch_size": 4},
-        objective=CrossEntropyConfig(rewards={"mse": 1.0}, guard=GuardConfig(measure_kl=False)),
-        data=DataConfig(images=str(tmp_path / "data")),
-    )  # fmt: skip
-    without = read_metrics(runs.train(config, tmp_path / "without", quiet=True) / "metrics.jsonl")
-    named = replace(config, data=replace(config.data, validation_split="test"))
-    with_test = read_metrics(runs.train(named, tmp_path / "named", quiet=True) / "metrics.jsonl")
-    found = [any(key.startswith("validation/") for line in lines for key in line) for lines in (without, with_test)]
-    assert found == [False, True]

@@ -172,7 +172,8 @@ def test_the_results_file(tmp_path, data):
     assert content["seed"] == 5 and content["num_samples"] == 30
     assert content["config"] == {
         "metrics": [], "num_neighbours": 3, "density_neighbours": 5, "max_neighbours_images": 10_000,
-        "copy_quantile": 0.0, "batch_size": 64, "device": "cpu", "precision": "fp32", "draws": 2,
+        "copy_quantile": 0.0, "validation_split": None,
+        "batch_size": 64, "device": "cpu", "precision": "fp32", "draws": 2,
     }  # fmt: skip
     assert content["versions"].keys() == {"python", "torch", "numpy", "consonar"}
     assert content["copies"]["features"] == {"threshold": results.copies["features"].threshold, "quantile": 0.0}

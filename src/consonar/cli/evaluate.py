@@ -37,7 +37,10 @@ class Options:
     """Samples, or a run folder: a generator is sampled, a tokenizer reconstructs the validation images; the results are
     written into the run, where `consonar report` finds them."""
     reference: str | None = None
-    """openmoji-64, an .npz of images or statistics, a folder, hf:owner/name."""
+    """openmoji-64, cifar10, an .npz of images or statistics, a folder, hf:owner/name."""
+    validation_split: str | None = None
+    """Images of the reference to compare with as validation images: the name of a split, or a share of those to train
+    on, such as 5%, which `tokenize` and `train` hold out (default: the split validation, else test, else none)."""
     feature_network: str = "efficientnet-lite0"
     """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity), inception-pytorch-fid, or
     dinov2:FOLDER, clip:FOLDER; the weights of all but the first you bring (docs/evaluation.md)."""
@@ -155,7 +158,7 @@ def measure_tokenizer(options: Options, place: Path, reference: str, device: str
     check_read(options, unread, "where samples of a generator are measured")
     metrics = evaluate_tokenizer(
         place, reference=reference, feature_network=options.feature_network, device=device,
-        precision=options.precision, overwrite=options.overwrite, bad=bad,
+        precision=options.precision, overwrite=options.overwrite, validation_split=options.validation_split, bad=bad,
     )  # fmt: skip
     print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(place))
     say(read_json(place / RECONSTRUCTION)["origin"]["protocol"])
@@ -171,6 +174,7 @@ def measure_generator(options: Options, place: Path, reference: str, device: str
         temperatures=temperatures, match=options.match, num_samples=options.num_samples,
         draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
         precision=options.precision, metrics=chosen_metrics(options),
+        validation_split=options.validation_split,
     )  # fmt: skip
     content = evaluate_run(
         place, settings, reference=reference, feature_network=options.feature_network,
@@ -194,7 +198,7 @@ def measure_samples(options: Options, place: Path, reference: str, device: str, 
         check_place(out, overwrite=options.overwrite, key="--out")
     measured = EvaluationSettings(
         draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
-        precision=options.precision, metrics=chosen_metrics(options),
+        precision=options.precision, metrics=chosen_metrics(options), validation_split=options.validation_split,
     )  # fmt: skip
     samples = load_samples(place, bad=bad)
     target = open_target(samples, reference, tokenizer, measured, bad)

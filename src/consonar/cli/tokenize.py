@@ -3,6 +3,7 @@
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -14,11 +15,12 @@ from consonar.data.bad_images import leave_out
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe, known_labels
 from consonar.data.sources import open_source
+from consonar.data.splits import open_splits
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.data.transforms import IMAGE_SIDE, VIEWS
 from consonar.distributed import pick_device
-from consonar.errors import MissingSplit, UserError, check_choice
+from consonar.errors import UserError, check_choice
 from consonar.files.lock import is_taken
 from consonar.precision import pick_precision
 from consonar.sampling.checks import check_batch_size
@@ -31,11 +33,14 @@ class Options:
     tokenizer: str
     """Name (openmoji-64) or folder of the tokenizer."""
     data: str
-    """openmoji, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name."""
+    """openmoji, cifar10, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name."""
     out: Path
     """Folder of the token store to make; validation images go to OUT-validation."""
     split: str | None = None
-    """Make only the store of this split, in OUT (default: train, and validation where the data have one)."""
+    """Make only the store of this split, in OUT (default: train and validation)."""
+    validation_split: str | None = None
+    """Validation images: the name of a split, or a share of the training images that is held out, such as 5% (0%:
+    none; default: the split validation, else test, else 5%)."""
     image_size: int | None = None
     """Pixels, for a tokenizer that takes any size (default: its own)."""
     classes: str | None = None
@@ -70,16 +75,7 @@ def command(options: Options) -> None:
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
     if options.split is not None:
         stores = {options.split: out}
-    sources: dict[str, ImageSource] = {}
-    for name in stores:
-        try:
-            sources[name] = open_source(
-                options.data, split=name, image_size=model.image_size, classes=options.classes,
-                label_default=options.label_default,
-            )  # fmt: skip
-        except MissingSplit:
-            if options.split is not None or name == "train":
-                raise
+    sources = open_sources(options, model.image_size)
     kinds = {name: views if name == "train" else "center" for name in sources}
     taken = [name for name in sources if is_taken(stores[name])]
     if len(taken) < len(sources):  # else nothing is made
@@ -100,6 +96,25 @@ def command(options: Options) -> None:
     if bad.note:
         say(bad.note)
         bad.write()  # of a stream it is known now
+
+
+def open_sources(options: Options, image_size: int) -> dict[str, ImageSource]:
+    """The images of the stores to make, by split. `UserError` for a split that the data do not have."""
+    split, wanted, key = options.split, options.validation_split, "--validation-split"
+    given: dict[str, Any] = {
+        "image_size": image_size, "classes": options.classes, "label_default": options.label_default
+    }  # fmt: skip
+    if split not in (None, "train", "validation"):
+        if wanted is not None:
+            raise UserError(f"{key}: {wanted!r} is read only for the splits train and validation; leave it away")
+        return {split: open_source(options.data, split=split, **given)}
+    splits = open_splits(options.data, wanted, key=key, **given)
+    found = {"train": splits.train} | ({"validation": splits.validation} if splits.validation else {})
+    if split is not None and split not in found:
+        raise UserError(f"--split: no picture of {options.data} is for {split!r}; choices: {', '.join(found)}")
+    if splits.note:
+        say(splits.note)
+    return found if split is None else {split: found[split]}
 
 
 def tokenizer_for(name: str, image_size: int | None) -> CodebookTokenizer:

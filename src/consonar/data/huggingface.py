@@ -6,11 +6,11 @@ from itertools import starmap
 from typing import Any
 from urllib.parse import parse_qsl
 
-from consonar.data.image_folder import choose_split
+from consonar.data.image_folder import choose_split, label_of
 from consonar.data.picture_files import read_image
 from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
-from consonar.files.readers import home_expanded
+from consonar.files.readers import home_expanded, parse_json
 from consonar.json_types import JsonMap
 from consonar.origin import check_distinct, content_hash
 from consonar.types import ImageRecord
@@ -129,36 +129,59 @@ class IndexedDatasetImages(DatasetImages):
         return self._record(index, row)
 
 
-def open_dataset(kind: str, target: str, split: str) -> DatasetImages:
+def dataset_splits(kind: str, target: str, remedy: str = "") -> list[str]:
+    """The names of the splits of a data set (see `open_dataset`), for which none of its pictures is read; none where
+    all of it is one."""
+    import datasets
+
+    place = target.partition("?")[0]
+    path = home_expanded(place)
+    if kind == "arrow" and not path.exists():
+        raise UserError(f"data: no file or folder {str(path)!r}")
+    if path.is_file() or (path / "state.json").is_file():
+        return []
+    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set", remedy):
+        if (path / "dataset_dict.json").is_file():
+            return list(parse_json((path / "dataset_dict.json").read_bytes())["splits"])
+        return list(datasets.get_dataset_split_names(*repository(place)))
+
+
+def repository(place: str) -> tuple[str, str | None]:
+    """The folder, or the name on the hub and the configuration, that a path or NAME[:CONFIG] means."""
+    path = home_expanded(place)
+    if path.is_dir():
+        return str(path.resolve()), None
+    name, _, config = place.partition(":")
+    return name, config or None
+
+
+def open_dataset(kind: str, target: str, split: str, name: str | None = None, remedy: str = "") -> DatasetImages:
     """A data set through `datasets`: `target` is a path or name[:config], then ?columns.
 
-    `kind` "arrow" is on this machine, "hf" there or on the hub, and "hf-stream" is read while it is used.
+    `kind` "arrow" is on this machine, "hf" there or on the hub, and "hf-stream" is read while it is used. `name`: what
+    it is called; None: as written. `remedy` ends the line of an error in reading it.
     """
     import datasets
 
-    spec, stream = f"{kind}:{target}", kind == "hf-stream"
-    target, _, query = target.partition("?")
+    place, _, query = target.partition("?")
     columns = dict(parse_qsl(query, keep_blank_values=True))
     for key in columns.keys() - {"image", "label", "caption"}:
         raise unknown("data: column kind", key, ("image", "label", "caption"))
-    path = home_expanded(target)
-    if kind == "arrow" and not path.exists():
-        raise UserError(f"data: no file or folder {str(path)!r}")
-    with reading(f"data: {spec!r}", "a Hugging Face data set"):
+    splits, path, chosen = dataset_splits(kind, target, remedy), home_expanded(place), None
+    if splits:
+        chosen = choose_split(split, splits, place)  # before the pictures are read, which may take minutes
+    elif split != "train":
+        raise MissingSplit(f"split: {place!r} has no splits, so all of it is the train split, not {split!r}")
+    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set", remedy):
         if path.is_file():
             loaded: Any = datasets.Dataset.from_file(str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-        elif path.is_dir():
-            loaded = datasets.load_dataset(str(path.resolve()), streaming=stream)
+            loaded = loaded if chosen is None else loaded[chosen]
         else:
-            name, _, config = target.partition(":")
-            loaded = datasets.load_dataset(name, config or None, streaming=stream)
-        if isinstance(loaded, dict):
-            loaded = loaded[choose_split(split, list(loaded), target)]
-        elif split != "train":
-            raise MissingSplit(f"split: {target!r} has no splits, so all of it is the train split, not {split!r}")
+            loaded = datasets.load_dataset(*repository(place), split=chosen, streaming=kind == "hf-stream")
+        called = f"{name or f'{kind}:{place}'}[{label_of(split, chosen or split)}]"
         if isinstance(loaded, datasets.IterableDataset):
-            return DatasetImages(loaded, f"{kind}:{target}[{split}]", columns)
+            return DatasetImages(loaded, called, columns)
         check_buffers(loaded.data.table)
-        return IndexedDatasetImages(loaded, f"{kind}:{target}[{split}]", columns)
+        return IndexedDatasetImages(loaded, called, columns)

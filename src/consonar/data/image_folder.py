@@ -1,6 +1,6 @@
 """A folder of picture files as an image source: its splits and classes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,13 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid")
 """The splits that can be asked for, and the names under which folders and data sets hold them."""
 
 
-def choose_split(split: str, available: list[str], where: str) -> str:
-    """The name among `available` that stands for `split`; `UserError` where several do."""
-    meant = SPLIT_NAMES.get(split, ())
-    found = [name for name in available if name == split or name.lower() in meant]
-    if not found:
+def choose_split(split: str, available: Sequence[str], where: str) -> str:
+    """The name among `available` that stands for `split`: where none is called validation, that is `test`. Raises
+    `MissingSplit` where none does, `UserError` where several do."""
+    for meant in (SPLIT_NAMES.get(split, ()), SPLIT_NAMES["test"] if split == "validation" else ()):
+        if found := [name for name in available if name == split or name.lower() in meant]:
+            break
+    else:
         raise MissingSplit(f"split: {where} has no {split!r}; choices: {', '.join(available)}")
     if len(found) > 1:
         raise UserError(f"split: {where} has {' and '.join(found)}, each a name of {split!r}; keep one of them")
@@ -36,11 +38,15 @@ def split_folders(root: Path) -> list[Path]:
     return [] if [path.name.lower() for path in splits] == ["test"] and len(children) > 1 else splits
 
 
-def is_split(path: str) -> bool:
-    """Whether a folder holds pictures to train on and others to validate on, by the names of its sub-folders."""
+def label_of(split: str, chosen: str) -> str:
+    """What a source calls the split that it reads: the word that was asked for, but `test` for the test images."""
+    return "test" if chosen.lower() in SPLIT_NAMES["test"] else split
+
+
+def folder_splits(path: str) -> list[str]:
+    """The names of the splits of an image folder; none where all of it is one."""
     root = home_expanded(path)
-    found = {folder.name.lower() for folder in split_folders(root)} if root.is_dir() else set()
-    return all(found & {*SPLIT_NAMES[split]} for split in ("train", "validation"))
+    return [folder.name for folder in split_folders(root)] if root.is_dir() else []
 
 
 def other_files(source: object) -> str:
@@ -66,7 +72,7 @@ class ImageFolder:
             raise UserError(f"data: no folder {str(root)!r}" + (" (it is a file)" if root.exists() else ""))
         folder, class_folders = self._layout(root, split)
         self.root = root
-        self.name = f"imagefolder:{root.resolve()}[{split}]"
+        self.name = f"imagefolder:{root.resolve()}[{split if folder == root else label_of(split, folder.name)}]"
         self.class_names = tuple(sorted({same_text(printable(path.name)) for path in class_folders})) or None
         self.found: PictureFiles = find_pictures(folder)
         self.files = self.found.files

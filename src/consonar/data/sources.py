@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from consonar.data.huggingface import open_dataset
-from consonar.data.image_folder import ImageFolder, is_split
+from consonar.data.cifar10 import open_cifar10
+from consonar.data.huggingface import dataset_splits, open_dataset
+from consonar.data.image_folder import ImageFolder, folder_splits
 from consonar.data.labels import DROP, class_id, known_labels, read_class_file
-from consonar.data.openmoji import OpenMoji
+from consonar.data.openmoji import SPLITS, OpenMoji
 from consonar.errors import UserError, unknown
 from consonar.files.readers import home_expanded
 from consonar.origin import same_text
@@ -22,33 +23,38 @@ class SourceKind:
 
     open: Callable[[str, str, int], ImageSource]
     """From target (or ""), split and image size; `MissingSplit` for a split that it does not have."""
-    targets: tuple[str, ...] = ()
-    """What a target looks like, for the list of choices; none for a source that is one data set."""
-    has_validation: Callable[[str], bool] = lambda target: False
-    """Whether a target is known to have the splits train and validation, without a look into its files."""
+    targets: tuple[str, ...] = ("",)
+    """What a target looks like, for the list of choices; "": it may be left out."""
+    splits: Callable[[str], Sequence[str]] = lambda target: ()
+    """The names of a target's splits, for which no picture is read; none where all of it is one."""
     is_drawn: bool = False
     """Whether images are drawn at the image size; others keep theirs and are cropped when they are used."""
 
 
+def of_hugging_face(kind: str, *targets: str) -> SourceKind:
+    return SourceKind(lambda place, split, _: open_dataset(kind, place, split), targets, partial(dataset_splits, kind))
+
+
 SOURCES: dict[str, SourceKind] = {
-    "openmoji": SourceKind(lambda _, split, size: OpenMoji(split, size), has_validation=lambda _: True, is_drawn=True),
-    "imagefolder": SourceKind(lambda path, split, _: ImageFolder(path, split), ("PATH",), is_split),
-    "arrow": SourceKind(lambda path, split, _: open_dataset("arrow", path, split), ("PATH",)),
-    "hf": SourceKind(lambda name, split, _: open_dataset("hf", name, split), ("OWNER/NAME[:CONFIG]", "PATH")),
-    "hf-stream": SourceKind(lambda name, split, _: open_dataset("hf-stream", name, split), ("...",)),
+    "openmoji": SourceKind(lambda _, split, size: OpenMoji(split, size), splits=lambda _: SPLITS, is_drawn=True),
+    "imagefolder": SourceKind(lambda path, split, _: ImageFolder(path, split), ("PATH",), folder_splits),
+    "cifar10": SourceKind(lambda path, split, _: open_cifar10(path, split), ("", "PATH"), lambda _: ("train", "test")),
+    "arrow": of_hugging_face("arrow", "PATH"),
+    "hf": of_hugging_face("hf", "OWNER/NAME[:CONFIG]", "PATH"),
+    "hf-stream": of_hugging_face("hf-stream", "..."),
 }
 
 
 def choices() -> str:
     """What can be written, for messages."""
-    forms = [f"{name}:{to}".removesuffix(":") for name, kind in SOURCES.items() for to in kind.targets or ("",)]
+    forms = [f"{name}:{to}".removesuffix(":") for name, kind in SOURCES.items() for to in kind.targets]
     return ", ".join([forms[0], "PATH", *forms[1:]])
 
 
 def find_source(spec: str) -> tuple[SourceKind, str]:
     """The kind and target that `spec` means; a path that exists is an image folder. `UserError` for anything else."""
     name, colon, target = spec.partition(":")
-    if name in SOURCES and bool(colon) == bool(SOURCES[name].targets):
+    if name in SOURCES and bool(colon) in map(bool, SOURCES[name].targets):
         return SOURCES[name], target
     if home_expanded(spec).exists():
         return SOURCES["imagefolder"], spec
@@ -76,12 +82,14 @@ def open_source(
 
     * `openmoji`: the emoji of the OpenMoji package, drawn at `image_size` pixels (the only use of `image_size`: images
       of other sources keep their size and are cropped when they are used).
+    * `cifar10`, `cifar10:PATH`: CIFAR-10, see `data.cifar10`.
     * `PATH`, `imagefolder:PATH`: a folder of image files, see `ImageFolder`.
     * `hf:OWNER/NAME[:CONFIG]`, `hf:PATH`, `arrow:PATH`: a Hugging Face data set of the hub, or of this machine (saved
       with `save_to_disk`, an .arrow file, or a folder that `load_dataset` reads); `hf-stream:` instead of `hf:` reads
       it while it is used, without keeping it. `?image=NAME&label=NAME&caption=NAME` behind it chooses columns.
 
-    `split` is "train", "validation" or, where the data has more, the name of a split. `classes` is a file that names
+    `split` is "train", "validation" (test, where nothing is called so) or the name of a split. `classes` is a file
+    that names
     class 0, 1, ... (`labels.read_class_file`), `label_default` what becomes of pictures without a label
     (`relabelled`), by a name of `model_classes` where the images have none. Raises `UserError` for an unknown
     `spec` or `split`, and for a folder or data set that is missing, empty or ambiguous.

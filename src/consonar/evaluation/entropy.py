@@ -15,8 +15,9 @@ from torch import Tensor
 from consonar.components import load_generator, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.labels import check_label
-from consonar.data.sources import at_size, open_source, relabelled
-from consonar.errors import MissingSplit, UserError
+from consonar.data.sources import at_size, relabelled
+from consonar.data.splits import open_splits
+from consonar.errors import UserError
 from consonar.evaluation.image_sets import cropped
 from consonar.evaluation.inputs import as_input
 from consonar.origin import Origin, check, class_difference, of_tokenizer, same_text
@@ -58,21 +59,22 @@ class Sharpness:
         batch_size: int,
         origin: Origin | None = None,
         bad: BadImages | None = None,
+        validation_split: str | None = None,
     ):
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.origin = origin or of_tokenizer(tokenizer)
         self.encoded: tuple[Tensor, list[int | None]] | None = None
         """Tokens (n, N) on the CPU, and the n labels."""
-        self.source = self._open(reference, bad)
+        self.source = self._open(reference, bad, validation_split)
 
-    def _open(self, reference: str, bad: BadImages | None) -> ImageSource | str:
+    def _open(self, reference: str, bad: BadImages | None, wanted: str | None) -> ImageSource | str:
         """The validation images, with labels of the generators' classes; or why they cannot serve."""
         spec, _ = at_size(reference)
-        try:
-            if spec.endswith(".npz"):
-                raise MissingSplit
-            source = open_source(spec, split="validation", image_size=self.tokenizer.image_size)
-        except MissingSplit:
+        source = None
+        if not spec.endswith(".npz"):
+            size = self.tokenizer.image_size
+            source = open_splits(spec, wanted, key="--validation-split", otherwise=0, image_size=size).validation
+        if source is None:
             return "the reference has none"
         source = leave_out(source, bad, "reference validation")
         known, given = self.origin.class_names, source.class_names

@@ -67,7 +67,8 @@ def evaluate(
     check_metrics(settings)
     samples = samples if isinstance(samples, SampleSet) else load_samples(samples)
     settings.check_parts(samples.count, samples.images.name)
-    reference = reference if isinstance(reference, ReferenceSet) else open_reference(reference, samples.image_size)
+    if not isinstance(reference, ReferenceSet):
+        reference = open_reference(reference, samples.image_size, validation_split=settings.validation_split)
     if samples.tokens is not None:
         check_tokenizer(samples, reference.origin or Origin())
     network = feature_network
@@ -146,7 +147,8 @@ def open_target(
     where = samples.images.name
     if tokenizer is not None and samples.tokens is None:
         raise UserError(f"--tokenizer: {tokenizer!r} is read only for samples with tokens, and {where} has none")
-    target, made = open_reference(spec, samples.image_size, bad=bad), samples.settings or {}
+    target = open_reference(spec, samples.image_size, validation_split=settings.validation_split, bad=bad)
+    made = samples.settings or {}
     name = tokenizer or (named if (named := made.get("tokenizer")) in SHIPPED["tokenizer"] else None)
     if name is None or samples.tokens is None:
         return target

@@ -14,7 +14,8 @@ from torch import Tensor
 from consonar.cpu.kernels import channels_last
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.labels import describe
-from consonar.data.sources import at_size, find_source, open_source
+from consonar.data.sources import at_size
+from consonar.data.splits import open_splits
 from consonar.data.transforms import from_uint8
 from consonar.errors import UserError, reading
 from consonar.evaluation.image_sets import (
@@ -102,34 +103,40 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
 
 
 def open_reference(
-    spec: str | Path, image_size: int, *, splits: tuple[str, ...] | None = None, bad: BadImages | None = None
+    spec: str | Path,
+    image_size: int,
+    *,
+    validation_split: str | None = None,
+    held_out: float = 0,
+    bad: BadImages | None = None,
 ) -> ReferenceSet:
     """The reference called `spec`, for samples of `image_size` px; UserError for an unknown one or another image size.
 
     A drawn source with its size (`openmoji-64`); an .npz of images (as for `load_samples`), of statistics (`mu` (F,),
     `sigma` (F, F), and for sFID `mu_s`, `sigma_s`) or of both, as ADM publishes them: then distances are to the
-    statistics, and neighbours come from the images; otherwise what `open_source` takes, centre-cropped. `splits` of
-    such a source: by default train and validation where it is known to have both, else its images as one set. `bad`:
-    what is done about images that cannot be read.
+    statistics, and neighbours come from the images; otherwise what `open_source` takes, centre-cropped. Such a
+    source is the sets train and validation (`open_splits` of `validation_split`), where it has splits or a share is
+    `held_out`, else one set. `bad`: what is done about images that cannot be read.
     """
     spec = str(spec)
     source, size = at_size(spec)
     if size is not None:
         if size != image_size:
             raise UserError(f"reference {spec} has {size} px, but the samples have {image_size} px; use {source!r}")
-        return replace(open_reference(source, size), name=spec)
+        return replace(open_reference(source, size, validation_split=validation_split), name=spec)
     if spec.endswith(".npz"):
+        if validation_split is not None:
+            raise UserError(f"--validation-split: {validation_split!r} is not read with {spec}; leave it away")
         return _open_npz_reference(Path(spec), image_size)
 
-    kind, target = find_source(spec)
-    chosen = splits or (("train", "validation") if kind.has_validation(target) else None)
-    sources = {
-        name: leave_out(open_source(spec, split=name, image_size=image_size), bad, f"reference {name}")
-        for name in chosen or ("train",)
-    }
-    opened = {name if chosen else "reference": source_image_set(one, image_size) for name, one in sources.items()}
-    about = "; ".join(f"{name if chosen else 'all'}: {describe(one)}" for name, one in sources.items())
-    return ReferenceSet(spec, opened, about=about)
+    splits = open_splits(spec, validation_split, key="--validation-split", otherwise=held_out, image_size=image_size)
+    sources = {"reference": splits.train}
+    if splits.validation:
+        sources = {"train": splits.train, "validation": splits.validation}
+    sources = {name: leave_out(source, bad, f"reference {name}") for name, source in sources.items()}
+    sets = {name: source_image_set(source, image_size) for name, source in sources.items()}
+    about = "; ".join(f"{name.replace('reference', 'all')}: {describe(one)}" for name, one in sources.items())
+    return ReferenceSet(spec, sets, about=about)
 
 
 def _open_npz_reference(path: Path, image_size: int) -> ReferenceSet:

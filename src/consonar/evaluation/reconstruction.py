@@ -13,12 +13,14 @@ from torch import Tensor
 
 from consonar.components import load_tokenizer, model_folder, weights_sha256
 from consonar.data.bad_images import BadImages
+from consonar.data.splits import HELD_OUT
 from consonar.data.transforms import to_uint8
 from consonar.distributed import machine_name
 from consonar.errors import UserError
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input, open_reference
 from consonar.evaluation.results import RECONSTRUCTION, library_versions, replacing
+from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
@@ -95,9 +97,11 @@ def evaluate_tokenizer(
     device: str = "cpu",
     precision: str = "fp32",
     overwrite: bool = False,
+    validation_split: str | None = None,
     bad: BadImages | None = None,
 ) -> dict[str, float]:
-    """`measure_reconstruction` of a run's tokenizer on the validation images of `reference`, or on its one set.
+    """`measure_reconstruction` of a run's tokenizer on the validation images of `reference` (of the data that it was
+    trained on those that were held out, unless `validation_split` says otherwise), or on its one set.
 
     Raises `UserError` where the run has been measured, unless `overwrite`.
     """
@@ -105,7 +109,12 @@ def evaluate_tokenizer(
     chosen = pick_precision(precision, place, "precision", "measuring")
     sha256 = weights_sha256(run)
     tokenizer = load_tokenizer(model_folder(run)).to(device)
-    images = open_reference(reference, tokenizer.image_size, bad=bad).images
+    trained = read_json(run / "config.json")["data"]
+    is_same = trained["images"] == reference
+    images = open_reference(
+        reference, tokenizer.image_size, bad=bad, held_out=HELD_OUT if is_same else 0,
+        validation_split=validation_split or (trained.get("validation_split") if is_same else None),
+    ).images  # fmt: skip
     if not images:
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))

@@ -99,7 +99,9 @@ def evaluate_run(
     """
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
-    sharpness = Sharpness(reference, run.tokenizer, settings.batch_size, run.origin, bad)
+    sharpness = Sharpness(
+        reference, run.tokenizer, settings.batch_size, run.origin, bad, validation_split=settings.validation_split
+    )
     with replacing(folder, RESULTS, overwrite=overwrite) as staged, settings.multiplying():
         samplers = samplers_of(settings, sharpness, run.generator)
         target = target_of(run, reference, target, settings, bad)
@@ -151,7 +153,8 @@ def target_of(
     """The reference in the tokens of the run's tokenizer: `target`, checked to be that, or opened and encoded here."""
     tokenizer = run.tokenizer
     if target is None:
-        target = open_reference(reference, tokenizer.image_size, bad=bad)
+        wanted = settings.validation_split
+        target = open_reference(reference, tokenizer.image_size, validation_split=wanted, bad=bad)
         return encode_reference(target, tokenizer, batch_size=settings.batch_size, precision=settings.precision)
     if target.name != reference or target.origin is None:
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")

@@ -31,6 +31,8 @@ class EvaluationSettings:
     """Images of a set that are compared with each other, drawn by `seed` and the pixels."""
     copy_quantile: Annotated[float, Range(0, 1, note="0 is the minimum")] = 0.0
     """Which quantile of the distances of validation images is the threshold of the copy rates; 0 is the minimum."""
+    validation_split: str | None = None
+    """Images of the reference to validate on, as in `open_splits`."""
     batch_size: Count = 64
     """Images per call of a network."""
     device: str = "cpu"

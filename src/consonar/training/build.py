@@ -18,10 +18,11 @@ from consonar.data.image_folder import other_files
 from consonar.data.labels import describe
 from consonar.data.loader import ImageBatches, Place, TokenBatches, image_batches
 from consonar.data.picture_files import save_grid
-from consonar.data.sources import Part, choices, open_source
+from consonar.data.sources import choices
+from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
-from consonar.errors import MissingSplit, UserError
+from consonar.errors import UserError
 from consonar.files.readers import home_expanded
 from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
@@ -30,7 +31,7 @@ from consonar.precision import autocast_type, pick_precision
 from consonar.records import to_device
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
-from consonar.seeding import derive_seed, draw_weights, generator, permutation
+from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
 from consonar.training.checkpoints import KeepBest
@@ -41,10 +42,8 @@ from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.origins import load_start, origin_of, with_heads
 from consonar.training.trainee import Trainee
-from consonar.types import Generator, ImageSource, IndexedSource, Objective, Tokenizer
+from consonar.types import Generator, ImageSource, Objective, Tokenizer
 
-HELD_OUT = 0.05
-"""Share of the training pictures that a tokenizer is validated on where the data have no split for it."""
 PREVIEW_IMAGES = 16
 PROBE_IMAGES = 8
 """From how many images, drawn over all of them, the decoder's receptive field is measured."""
@@ -231,56 +230,30 @@ class Pictures:
 def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
     """The pictures of `config.data`; `run` is the folder where an earlier part of the run has listed bad ones.
 
-    Both splits are opened before a picture is decoded. For a tokenizer, where the data have no split `validation`, a
-    part of the training pictures is held out, drawn by the run's seed. Raises `UserError` where no images are named,
-    and as `open_source`, `hold_out` and `leave_out` do.
+    Both parts are opened (`open_splits`) before a picture is decoded. Raises `UserError` where no images are named or a
+    tokenizer would have none to be validated on, and as `open_splits` and `leave_out` do.
     """
-    data = config.data
+    data, key = config.data, "data.validation_split"
     if data.images is None:
         reader = "a tokenizer" if config.run == "tokenizer" else config.run
         raise UserError(f"data.images: {reader} needs the images themselves; choices: {choices()}")
-    opened = partial(
-        open_source, data.images, image_size=image_size, classes=data.classes, label_default=data.label_default,
+    splits = open_splits(
+        data.images, data.validation_split, key=key, image_size=image_size, classes=data.classes,
+        label_default=data.label_default,
         model_classes=read_origin(config.init).class_names if config.init else None,
     )  # fmt: skip
-    train, held_out, share = opened(split="train"), None, None
-    wanted = data.validation_split
-    if wanted and wanted.endswith("%"):
-        share = float(wanted.removesuffix("%")) / 100  # its form is checked by the configuration
-    else:
-        try:
-            held_out = opened(split=wanted or "validation")
-        except MissingSplit as error:
-            if wanted:
-                raise
-            share = HELD_OUT if config.run == "tokenizer" else None
-            if share and not isinstance(train, IndexedSource):
-                raise UserError(f"data.validation_split: {error}; name one of them") from error
+    train, held_out = splits.train, splits.validation
+    if held_out is None and config.run == "tokenizer":
+        found = data.validation_split or f"nothing can be held out of {train.name}"
+        raise UserError(
+            f"{key}: {found}, and a tokenizer is validated; name a split of the data, or a share such as 5%"
+        )
     notes = [f"not read: {note}" for note in {other_files(train), other_files(held_out)} if note]
     bad = BadImages(data.bad_images, data.bad_images_limit, run / "bad-images.txt", resume=True)
     train = leave_out(train, bad, "train")
     held_out = None if held_out is None else leave_out(held_out, bad, "validation")
-    about = [*notes, bad.note] if bad.note else notes
-    if share is not None:
-        train, held_out = hold_out(train, share, config.seed)
-        about.append(f"validation: {describe(held_out)}, held out of the split train by seed {config.seed}")
+    about = [*notes, *filter(None, (bad.note, splits.note))]
     return Pictures(train, held_out, (describe(train), *about), bad)
-
-
-def hold_out(source: ImageSource, share: float, seed: int) -> tuple[Part, Part]:
-    """The source without a `share` of its pictures, and that share, drawn by `seed`.
-
-    Raises `UserError` for a stream, whose pictures have no numbers, and where either part would be empty.
-    """
-    if not isinstance(source, IndexedSource):
-        raise UserError(f"data.validation_split: nothing can be held out of {source.name}; name a split of the data")
-    total = len(source)
-    count = max(1, round(share * total))
-    if count >= total:
-        raise UserError(f"data.validation_split: {count} of {total} pictures held out leave none to train on")
-    order = permutation(generator(seed, "held out"), total)
-    rows, rest = sorted(order[:count].tolist()), sorted(order[count:].tolist())
-    return Part(source, rest, f"{source.name}[without {count}]"), Part(source, rows, f"{source.name}[{count} held out]")
 
 
 def preview_samples(model: Generator, tokenizer: Tokenizer, path: Path) -> None:

@@ -1,10 +1,10 @@
 """A run is one `TrainConfig`: frozen dataclasses, a sentence per field, checked when made."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from consonar.data.bad_images import POLICIES
+from consonar.data.splits import share_of
 from consonar.data.transforms import VIEWS
 from consonar.distributed import DEVICES
 from consonar.errors import UserError
@@ -36,14 +36,14 @@ class DataConfig(Options):
     validation_tokens: str | None = None
     """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
     images: str | None = None
-    """Image source, for tokenizers and post-training: openmoji, a folder, imagefolder:PATH, hf:owner/name."""
+    """Image source, for tokenizers and post-training: openmoji, cifar10, a folder, imagefolder:PATH, hf:owner/name."""
     validation_items: Annotated[int, Range(0, note="0 means all"), VALIDATED] = 0
     """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
     classes: str | None = None
     """Text file that names class 0, 1, ... of the images, one a line; None: by their names (post-training)."""
     validation_split: str | None = None
-    """Images to validate on: the name of a split, or a share of the training images held out by seed, such as 5%; None:
-    the split validation where there is one, else for tokenizers 5%."""
+    """Images to validate on: the name of a split, or a share of those to train on that is held out, such as 5% (0%:
+    none); None: the split validation, else test, else 5%."""
     bad_images: Annotated[str, OneOf(POLICIES)] = "stop"
     """What is done about images that cannot be read: stop, or skip (leave them out and list them in bad-images.txt)."""
     bad_images_limit: Annotated[float, Range(0, 1), SKIPPING] = 0.01
@@ -55,10 +55,7 @@ class DataConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        split = self.validation_split or ""
-        share = re.fullmatch(r"(\d+\.?\d*)%", split)
-        if self.validation_split == "" or ("%" in split and not (share and 0 < float(share[1]) < 100)):
-            raise UserError(f"data.validation_split: {split!r} is neither the name of a split nor a share such as 5%")
+        share_of(self.validation_split, "data.validation_split")
 
 
 @dataclass(frozen=True, kw_only=True)

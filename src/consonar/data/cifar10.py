@@ -1,0 +1,35 @@
+"""CIFAR-10 (Krizhevsky 2009): 50,000 photographs of 32 px in ten classes to train on, and 10,000 as the split test.
+
+None of them is part of the package. They are read in the layout of the public data set, columns `img` and `label`.
+"""
+
+import os
+
+from consonar.data.huggingface import DatasetImages, open_dataset
+from consonar.errors import UserError
+from consonar.files.readers import home_expanded
+from consonar.files.writers import cache_dir
+
+HUB, VARIABLE = "uoft-cs/cifar10", "CONSONAR_CIFAR10"
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def cifar10_place(target: str) -> str:
+    """Where the pictures are: the folder `target`, else the one that `$CONSONAR_CIFAR10` names, else `cifar10` in the
+    cache folder where it is there, else the public data set. Raises `UserError` for a folder that is not there."""
+    named = target or os.environ.get(VARIABLE)
+    if named and not home_expanded(named.partition("?")[0]).is_dir():
+        raise UserError(f"{'data: cifar10' if target else VARIABLE}: no folder {named!r}")
+    local = cache_dir() / "cifar10"
+    return named or (str(local) if local.is_dir() else HUB)
+
+
+def open_cifar10(target: str, split: str) -> DatasetImages:
+    """A split, called the same wherever it lies. Raises `UserError` for a data set of other classes."""
+    place = cifar10_place(target)
+    elsewhere = f"a copy on this machine is a folder of Parquet files that {VARIABLE} names"
+    source = open_dataset("hf", place, split, name="cifar10", remedy=elsewhere if place == HUB else "")
+    if source.class_names != CLASS_NAMES:
+        found = ", ".join((source.class_names or ("none",))[:10])
+        raise UserError(f"data: {place!r} is not CIFAR-10, whose classes are {', '.join(CLASS_NAMES)}; it has {found}")
+    return source

@@ -1,0 +1,90 @@
+"""What is trained on and what is validated on: the splits of a data set, or a part of `train` that is held out.
+
+What is held out is a function of the number of pictures alone, so that a tokenizer, the tokens and post-training leave
+out the same ones.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from consonar.data.image_folder import choose_split
+from consonar.data.labels import describe
+from consonar.data.sources import Part, find_source, open_source
+from consonar.errors import MissingSplit, UserError
+from consonar.seeding import generator, permutation
+from consonar.types import ImageSource, IndexedSource
+
+HELD_OUT = 0.05
+"""Share of `train` that is held out where the data have no other split."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images to train on and to validate on."""
+
+    train: ImageSource
+    validation: ImageSource | None
+    note: str = ""
+    """Where those to validate on come from, when they are a part of `train`."""
+
+
+def share_of(wanted: str | None, key: str) -> float | None:
+    """The share, from 0 to below 1, that `5%` means; None for the name of a split. `UserError` for neither."""
+    share = re.fullmatch(r"(\d+\.?\d*)%", wanted or "")
+    if share and float(share[1]) < 100:
+        return float(share[1]) / 100
+    if wanted == "" or "%" in (wanted or ""):
+        raise UserError(f"{key}: {wanted!r} is neither the name of a split nor a share such as 5% (0%: none)")
+    return None
+
+
+def open_splits(
+    spec: str, wanted: str | None = None, *, key: str, otherwise: float = HELD_OUT, **settings: Any
+) -> Splits:
+    """The images that `spec` names, opened with the `settings` of `open_source`, to train on and to validate on.
+
+    `wanted` is the name of the split to validate on, or a share of `train` such as 5% (0%: none is held out). None: the
+    split validation, else test, else the share `otherwise` of `train`, where that has two pictures and is no stream.
+    Which splits there are is asked before pictures are read. Raises `UserError` that begins with `key` for a split that
+    is not there or is trained on, and where what is wanted cannot be held out; otherwise as `open_source` does.
+    """
+    kind, target = find_source(spec)
+    share, names = share_of(wanted, key), kind.splits(target)
+    if share is None:
+        try:
+            chosen = choose_split(wanted or "validation", names, spec)
+        except MissingSplit as error:
+            if wanted:
+                others = [name for name in names if name.lower() != "train"]
+                choices = ", ".join([*others, "a share of train such as 5%"])
+                raise UserError(f"{key}: {spec} has no split {wanted!r}; choices: {choices}") from error
+        else:
+            if chosen == choose_split("train", names, spec):
+                raise UserError(f"{key}: {wanted!r} is what is trained on; name another split, or a share such as 5%")
+            train = open_source(spec, split="train", **settings)
+            return Splits(train, open_source(spec, split=wanted or "validation", **settings))
+    train = open_source(spec, split="train", **settings)
+    if share is None and not (isinstance(train, IndexedSource) and len(train) > 1):
+        return Splits(train, None)
+    share = otherwise if share is None else share
+    return hold_out(train, share, key) if share else Splits(train, None)
+
+
+def hold_out(source: ImageSource, share: float, key: str, seed: int = SEED) -> Splits:
+    """The source without a `share` of its pictures, one at least, and that share, drawn by `seed`.
+
+    Raises `UserError` for a stream, whose pictures have no numbers, and where none would be left.
+    """
+    if not isinstance(source, IndexedSource):
+        raise UserError(f"{key}: nothing can be held out of {source.name}; name a split of the data")
+    total = len(source)
+    count = max(1, round(share * total))
+    if count >= total:
+        raise UserError(f"{key}: {count} of {total} pictures held out leave none to train on")
+    order = permutation(generator(seed, "held out"), total)
+    rows, rest = sorted(order[:count].tolist()), sorted(order[count:].tolist())
+    held_out = Part(source, rows, f"{source.name}[{count} held out]")
+    note = f"validation: {describe(held_out)}, held out of the split train"
+    return Splits(Part(source, rest, f"{source.name}[without {count}]"), held_out, note)
