@@ -58,7 +58,6 @@ def read_origin(path: str | Path) -> Origin:
 
 
 def weights_sha256(path: str | Path) -> str:
-    """SHA-256 of the file of a stored generator's weights."""
     return file_sha256(model_folder(path) / "model.safetensors")
 
 

@@ -94,7 +94,6 @@ def num_rows(record: object) -> int:
 
 
 def rows(record: Record, chosen: slice | Tensor) -> Record:
-    """Some rows."""
     return map_tensors(lambda tensor: tensor[chosen], record)
 
 

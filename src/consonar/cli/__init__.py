@@ -41,7 +41,6 @@ SHARED = ("train", "sample")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `consonar`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal and log takes every character

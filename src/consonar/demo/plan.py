@@ -46,7 +46,6 @@ class Rate:
     each: float = 0.0
 
     def of(self, count: int) -> float:
-        """Of so many units."""
         return self.fixed + count * self.each
 
 
@@ -70,7 +69,6 @@ PARTS = {name: name for name in RUNS} | {f"{start}-{kind}": kind for start in RU
 
 
 def unit_of(kind: str) -> Literal["step", "update"]:
-    """What a run of this kind counts."""
     return "step" if kind in RUNS else "update"
 
 

@@ -115,7 +115,6 @@ def _after_header(file: IO[bytes], size: int) -> ArrayFile:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file."""
     with reading(path, "a .npy file"), path.open("rb") as file:
         return _after_header(file, os.fstat(file.fileno()).st_size).read()
 
@@ -128,7 +127,6 @@ def check_archive(path: Path) -> None:
 
 
 def npz_keys(path: Path, remedy: str = "") -> list[str]:
-    """Names of the arrays in an .npz."""
     with reading(path, "an .npz", remedy), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if twice := [name for name in names if names.count(name) > 1]:

@@ -58,13 +58,11 @@ def no_room(error: BaseException) -> str:
 
 
 def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:
-    """`write_atomically` of a value as JSON."""
     text = json.dumps(value, indent=1, allow_nan=allow_nan) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

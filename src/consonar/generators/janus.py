@@ -79,7 +79,6 @@ class JanusConfig(GeneratorConfig):
 
     @property
     def prefix_length(self) -> int:
-        """P."""
         return self.max_prompt_tokens
 
     @property

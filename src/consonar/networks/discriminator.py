@@ -25,7 +25,6 @@ class PatchDiscriminator(nn.Module):
 
 
 def save_discriminator(discriminator: PatchDiscriminator, folder: Path) -> None:
-    """Writes a component folder."""
     state = discriminator.state_dict()
     config = {"component": "discriminator", "kind": "patch", "width": len(state["layers.0.weight"])}
     save_component(folder, config, state)

@@ -118,7 +118,6 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
 
 
 def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path) -> Built:
-    """Training a tokenizer on images."""
     shape = config.model
     assert shape is not None  # its configuration is not valid without
     tokenizer = TOKENIZERS[shape.kind].model(shape, name=out.absolute().name)

@@ -140,7 +140,6 @@ class KeepBest:
             raise UserError("loop.fd_samples: a distance needs 2 validation images or more, there is 1; set it to 0")
 
     def moments(self, batches: Iterable[Tensor]) -> Moments:
-        """Those of the features of images."""
         moments = Moments(self.network.num_features)
         for images in batches:
             moments.update(self.network(images))

@@ -241,7 +241,6 @@ class Running:
             self.tracker.warn(f"no picture of step {self.state.step}: {one_line(error)}")
 
     def save(self) -> None:
-        """A resume checkpoint."""
         self.check_weights()
         if self.world.is_main:
             folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints

@@ -186,7 +186,6 @@ class Alignment:
         )
 
     def encode(self, batch: ImageBatch) -> EncodedBatch:
-        """The batch with its tokens."""
         with exact(batch.images.device):
             tokens = self.tokenizer.encode(batch.images)
         return EncodedBatch(batch.images, batch.condition, batch.indices, tokens=tokens)

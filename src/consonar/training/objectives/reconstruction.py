@@ -143,7 +143,6 @@ class Reconstruction(Objective[ImageBatch, ImageBatch]):
         model.steps_unused[dead] = 0
 
     def loss(self, model: TokenizerTrainee, prepared: ImageBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted terms of the configuration."""
         images = prepared.images
         output, real, fake, live = model(images)
         terms = {
