@@ -149,10 +149,16 @@ def attention_mask(num_queries: int, kept: Tensor | None, cache: KVCache | None,
     """Which of T keys the last n positions may read, (n, T) or (B, 1, n, T) bool; None: `CausalAttention` knows.
 
     `kept` (B, P or T) is False at padding of the condition: nothing reads it but the padded position itself (a row that
-    may read nothing has no softmax). Where the device alone knows the position, 0 and -inf in the type of the cache.
+    may read nothing has no softmax). Where the device alone knows the position, 0 and -inf in the type of the cache:
+    what is added to the scores of that token, (1, reach) or (B, 1, 1, reach).
     """
     if cache is not None and cache.place is not None:
-        return mask_up_to(cache.place, cache.reach, kept, cache.data.dtype)
+        # Numbers, not bool: made once for all layers. Rows of the memory are of a multiple of 8, which kernels ask for.
+        places = torch.arange(-(cache.reach // -8) * 8, device=device)
+        visible = (places <= cache.place)[None]
+        if kept is not None:
+            visible = visible & F.pad(kept, (0, len(places) - kept.shape[1]), value=True)[:, None, None]
+        return torch.zeros_like(visible, dtype=cache.data.dtype).masked_fill_(~visible, -torch.inf)[..., : cache.reach]
     num_keys = num_queries + (cache.read if cache is not None else 0)
     if kept is None:
         if cache is None or num_queries == 1:  # the last position reads everything
@@ -162,15 +168,3 @@ def attention_mask(num_queries: int, kept: Tensor | None, cache: KVCache | None,
     queries = places[num_keys - num_queries :, None]
     visible = F.pad(kept, (0, num_keys - kept.shape[1]), value=True)[:, None]  # (B, 1, T)
     return ((places <= queries) & visible | (places == queries))[:, None]
-
-
-def mask_up_to(place: Tensor, reach: int, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of the token at `place` (1,), (1, reach) or (B, 1, 1, reach); see above.
-
-    Numbers, not bool: made once for all layers. Rows of the memory are of a multiple of 8, which kernels ask for.
-    """
-    places = torch.arange(-(reach // -8) * 8, device=place.device)
-    visible = (places <= place)[None]
-    if kept is not None:
-        visible = visible & F.pad(kept, (0, len(places) - kept.shape[1]), value=True)[:, None, None]
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[..., :reach]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from fill import fill, make_image
 from golden import Golden
+from torch.nn import functional
 
 from consonar.networks.inception import (
     FRONT_ENDS,
@@ -63,8 +64,8 @@ def run_pytorch_fid(golden: Golden) -> None:
         pool3, maps = pool3_and_maps(network, pixels)
         found = {f"block{index}_{suffix}": part for index, part in enumerate(maps)}
         found |= {f"block3_{suffix}": pool3[:, :, None, None], f"pool3_{suffix}": pool3}
-        found[f"logits_{suffix}"] = network.logits(pool3, bias=True)
-        found[f"logits_unbiased_{suffix}"] = network.logits(pool3)
+        found[f"logits_{suffix}"] = network.fc(pool3)
+        found[f"logits_unbiased_{suffix}"] = functional.linear(pool3, network.fc.weight)
         if images.shape[-1] != INPUT_SIZE:  # the resize alone, before the scaling
             found["resized"] = half_pixel_pixels(images)
         for name in found.keys() & golden.meta["arrays"].keys():
@@ -81,8 +82,8 @@ def run_torch_fidelity(golden: Golden) -> None:
     pool3, maps = pool3_and_maps(network, FRONT_ENDS["inception"](pixels / 127.5 - 1))
     found = {name: maps[index].mean((2, 3)) for name, index in POOLED.items()}
     found |= {"feat_2048": pool3, "resized": resize_from_corner(pixels, INPUT_SIZE)}
-    found["feat_logits"] = network.logits(pool3, bias=True)
-    found["feat_logits_unbiased"] = network.logits(pool3)
+    found["feat_logits"] = network.fc(pool3)
+    found["feat_logits_unbiased"] = functional.linear(pool3, network.fc.weight)
     for name in found.keys() & golden.meta["arrays"].keys():
         golden.compare(name, found[name])
 

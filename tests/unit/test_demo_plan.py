@@ -30,10 +30,10 @@ from consonar.files.lock import hold
 from consonar.files.weights import save_component
 
 TRAINING = {
-    "plain-ar": Rate(2.0 + VALIDATIONS["step"] * 1.5, 0.7),
-    "rear": Rate(2.0 + VALIDATIONS["step"] * 1.5, 0.8),
-    "ce": Rate(5.0 + VALIDATIONS["update"] * 4.0, 0.9),
-    "vapi": Rate(6.0 + VALIDATIONS["update"] * 4.0, 1.4),
+    "plain-ar": Rate(2.0 + VALIDATIONS["rear"] * 1.5, 0.7),
+    "rear": Rate(2.0 + VALIDATIONS["rear"] * 1.5, 0.8),
+    "ce": Rate(5.0 + VALIDATIONS["vapi"] * 4.0, 0.9),
+    "vapi": Rate(6.0 + VALIDATIONS["vapi"] * 4.0, 1.4),
 }
 OTHERS = {
     "tokens": Rate(2 * 3906 * 0.002), "reference": Rate((3906 + 364) * 0.002), "features": Rate(3906 * 0.01),

@@ -124,7 +124,7 @@ def train_part(name: str, out: Path, work: Work, seed: int, progress: Progress) 
     if is_component(run / "model"):
         progress.skip(piece)
         return
-    steps, unit = config.loop.steps, plan.unit_of(PARTS[name])
+    steps, unit = config.loop.steps, "step" if name in RUNS else "update"
     with progress.piece(piece, f"{steps} {unit}s"):
         train(
             config, run, resume=(run / "config.json").exists(), quiet=True,
@@ -193,7 +193,7 @@ def measure_machine(
     for name, kind in PARTS.items():
         if kind not in rates:
             config = config_of(name, out, Work(PROBE_STEPS, PROBE_STEPS, 0), seed)
-            rates[kind] = measure_training(folder, config, plan.VALIDATIONS[plan.unit_of(kind)] * seen / PROBE_ITEMS)
+            rates[kind] = measure_training(folder, config, plan.VALIDATIONS[kind] * seen / PROBE_ITEMS)
     (_, few), (setup, many) = (
         measure_evaluation(
             folder, target, RunSettings(num_samples=samples, seed=seed, reconstruct=False, device=device)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median_high
-from typing import Literal
 
 from consonar.json_types import JsonMap
 from consonar.recipes.openmoji import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
@@ -27,8 +26,8 @@ LEAST_UPDATES = 2
 FEWEST_SAMPLES, MOST_SAMPLES = 64, 512
 UPDATES_PER_STEP = 4 / 21
 """Updates of a post-training run for each step of a training run."""
-VALIDATIONS = {"step": 8, "update": 3}
-"""Of a training run (of `step`s), and of a post-training run, which also validates where it starts."""
+VALIDATIONS = dict.fromkeys(RUNS, 8) | dict.fromkeys(POST_TRAINING, 3)
+"""Of each kind of run; post-training also validates where it starts."""
 PAGE_SECONDS = 10.0
 """The page alone is not measured: it needs finished runs."""
 SUSTAINED = 1.15
@@ -66,10 +65,6 @@ class Work:
 
 PARTS = {name: name for name in RUNS} | {f"{start}-{kind}": kind for start in RUNS for kind in POST_TRAINING}
 """The runs of the job by name, and the kind of each, which its rate is measured under."""
-
-
-def unit_of(kind: str) -> Literal["step", "update"]:
-    return "step" if kind in RUNS else "update"
 
 
 def rows_of(kind: str) -> int:

@@ -188,10 +188,6 @@ class InceptionV3(Frozen):
         pool3 = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(hidden)))).float().mean((2, 3))
         return pool3, spatial
 
-    def logits(self, pool3: Tensor, *, bias: bool = False) -> Tensor:
-        """(B, 1008) from `pool3` (B, 2048); the Inception score takes them without the bias."""
-        return functional.linear(pool3, self.fc.weight, self.fc.bias if bias else None)
-
 
 def resize_from_corner(pixels: Tensor, size: int) -> Tensor:
     """(B, C, `size`, `size`) <- (B, C, H, W) float32: bilinear as in TensorFlow 1 (`align_corners=False`).
@@ -249,7 +245,7 @@ class InceptionFeatures:
         parts = []
         for piece in pieces(images, self.device):
             pool3, spatial = self.network(channels_last(self.front_end(piece)))
-            parts.append((pool3, spatial, self.network.logits(pool3).softmax(1)))
+            parts.append((pool3, spatial, functional.linear(pool3, self.network.fc.weight).softmax(1)))
         features, spatial, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, spatial, probabilities
 
