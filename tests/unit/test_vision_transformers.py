@@ -11,6 +11,9 @@ from PIL import Image
 
 from consonar import cli, hub
 from consonar.errors import UserError
+from consonar.evaluation.check import check_results
+from consonar.evaluation.evaluate import evaluate
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.networks import FeatureNetwork, ScoringNetwork, load_feature_network
 from consonar.networks.vision_transformers import KINDS
 
@@ -173,3 +176,17 @@ def test_evaluate_measures_with_one(models, tmp_path, monkeypatch):
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["metrics"].keys() == {"FD(clip:tiny-clip)", "KID(clip:tiny-clip)"}
     assert content["feature_network"]["name"] == "clip:tiny-clip" and "clip:tiny-clip" in content["protocol"]
+
+
+def test_results_say_what_loads_the_network_again(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    for seed, name in enumerate(("samples", "reference")):
+        images = np.random.default_rng(seed).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    network = load_feature_network(f"dinov2:{models['dinov2'][0]}")
+    settings = EvaluationSettings(metrics=("fd", "kid", "coverage"))
+    found = evaluate(tmp_path / "samples.npz", tmp_path / "reference.npz", settings, feature_network=network)
+    assert found.feature_network["place"] == f"dinov2:{models['dinov2'][0]}"
+    found.to_json(tmp_path / "results.json")
+    checked = check_results(tmp_path / "results.json")
+    assert checked.reproduced and len(checked.numbers) == 3

@@ -118,6 +118,10 @@ class Record:
         """Against what was measured."""
         return self.get(key, str) if self.reference is None else self.reference
 
+    def network(self) -> str:
+        """What loads the feature network: its name, or that with its place."""
+        return self.get(f"feature_network.{'place' if 'place' in self.get('feature_network', dict) else 'name'}", str)
+
     def settings(self, seed: int) -> Json:
         """How it was measured; the device is that of now."""
         return {**self.get("config", dict), "seed": seed, "device": self.device}
@@ -163,7 +167,7 @@ def check_results(
 
 def allowed(name: str, recorded: Measurement, count: int, redrawn: bool) -> float:
     """How far a number of `count` images may be off."""
-    size, spread, metric = abs(recorded.value), recorded.spread or 0.0, name.rpartition(": ")[2]
+    size, spread, metric = abs(recorded.value), recorded.spread or recorded.error or 0.0, name.rpartition(": ")[2]
     if redrawn:
         return SPREADS * spread or WITHOUT_SPREAD * size
     counts = metric in COUNTS or metric_of(metric).unit == "%"
@@ -222,8 +226,7 @@ def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:
         if codec not in SHIPPED["tokenizer"] and not Path(str(codec)).is_dir():
             raise UserError(f"{record.path}: holds a copy rate in tokens of {codec!r}; say where it lies: --tokenizer")
     target = open_target(samples, record.target("reference"), codec, settings)
-    network = record.get("feature_network.name", str)
-    evaluate(samples, target, settings, feature_network=network).to_json(folder / RESULTS)
+    evaluate(samples, target, settings, feature_network=record.network()).to_json(folder / RESULTS)
     content = read_json(folder / RESULTS)
     if redrawn:
         content["samples"].pop("sha256")  # another file, of other names and versions
@@ -236,17 +239,13 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
     remedy = f"name the samples, or draw them again: consonar evaluate SAMPLES --check {record.path}"
     if record.samples or not isinstance(made, dict):
         raise UserError(f"{record.path}: {record.samples or named} is not there; {remedy}")
-    at = "samples.settings."
-    source, count, seed = (
-        record.get(f"{at}generator", str),
-        record.get(f"{at}num_samples", int),
-        record.get(f"{at}seed", int),
-    )
+    source, count = record.get("samples.settings.generator", str), record.get("samples.settings.num_samples", int)
     record.progress(f"{named} is gone: {count} samples are drawn again from {source}")
     generator, shipped = load_generator(source).to(settings.device), made.get("tokenizer") in SHIPPED["tokenizer"]
     tokenizer = load_tokenizer(made["tokenizer"]) if shipped else load_own_tokenizer(source)
     job = Job(
-        generator, tokenizer.to(settings.device), balanced_labels(count, generator.num_classes), seed=seed,
+        generator, tokenizer.to(settings.device), balanced_labels(count, generator.num_classes),
+        seed=record.get("samples.settings.seed", int),
         sampler=from_dict(record.get("samples.settings.sampler", dict), str(record.path), SamplerConfig),
         source=source, origin=read_origin(source), precision=made.get("precision", "fp32"),
     )  # fmt: skip
@@ -272,7 +271,7 @@ def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
     run = stand_in(record.samples or record.path.parent, folder, record.path)
     content = evaluate_run(
         run, settings, reference=record.target("reference.name"),
-        feature_network=record.get("feature_network.name", str), progress=record.progress,
+        feature_network=record.network(), progress=record.progress,
     )  # fmt: skip
     return content, True
 
@@ -280,6 +279,7 @@ def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
 def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:
     """The reconstruction metrics of a tokenizer."""
     network = next((name[4:-1] for name in record.content if name.startswith("rFD(")), "efficientnet-lite0")
+    network = record.get("origin", dict).get("feature_network", network)
     run = stand_in(record.samples or record.path.parent, folder, record.path)
     evaluate_tokenizer(
         run, reference=record.target("origin.reference"), feature_network=network, device=record.device,

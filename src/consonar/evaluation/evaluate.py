@@ -39,7 +39,7 @@ from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import frechet_distance, random_parts
 from consonar.model_folders import SHIPPED
-from consonar.networks import FeatureNetwork, load_feature_network
+from consonar.networks import FeatureNetwork, load_feature_network, record_of
 from consonar.origin import Origin
 from consonar.seeding import derive_seed
 
@@ -110,7 +110,7 @@ def compare(
         reference_sha256={name: features.content for name, features in sets} | reference.given.statistics_sha256,
         samples={"name": samples.images.name, "sha256": samples.sha256, "settings": samples.settings},
         reference=reference.given.name,
-        feature_network={"name": network.name, "sha256": network.weights_sha256},
+        feature_network=record_of(network),
         protocol=protocol(found, reference),
         tokenizer=tokenizer_of(reference.given),
         seed=seed,

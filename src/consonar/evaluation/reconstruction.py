@@ -24,7 +24,7 @@ from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import psnr, ssim
-from consonar.networks import FeatureNetwork, load_feature_network
+from consonar.networks import FeatureNetwork, load_feature_network, record_of
 from consonar.precision import multiplying, pick_precision
 from consonar.sampling.job import write_npz
 from consonar.tokenizers import quantizer
@@ -149,6 +149,7 @@ def measure_reconstruction(
         "images": images.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
-    origin |= {"feature_network_sha256": network.weights_sha256}
+    known = record_of(network)
+    origin |= {"feature_network": known.get("place", network.name), "feature_network_sha256": known["sha256"]}
     write_json(folder / RECONSTRUCTION, {**metrics, "origin": origin})
     return metrics

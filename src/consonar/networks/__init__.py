@@ -14,7 +14,7 @@ from consonar.errors import check_choice
 from consonar.networks import efficientnet, lpips
 from consonar.networks.base import LayerDistance
 from consonar.networks.inception import FRONT_ENDS, load_inception
-from consonar.networks.vision_transformers import KINDS, load_vision_transformer
+from consonar.networks.vision_transformers import KINDS, VisionTransformerFeatures, load_vision_transformer
 
 
 @runtime_checkable
@@ -62,6 +62,12 @@ FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
     **{name: partial(load_inception, name) for name in FRONT_ENDS},
 }
 """Name to the network on a device. One of `vision_transformers.KINDS` is named with its place, as dinov2:FOLDER."""
+
+
+def record_of(network: FeatureNetwork) -> dict[str, str]:
+    """What results say of a network: name, hash, and of one that was named with a place that name as well."""
+    place = {"place": network.place} if isinstance(network, VisionTransformerFeatures) else {}
+    return {"name": network.name, "sha256": network.weights_sha256, **place}
 
 
 def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:

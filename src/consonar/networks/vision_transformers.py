@@ -51,10 +51,12 @@ KINDS = {
 
 
 class VisionTransformerFeatures:
-    """A feature network (`networks.FeatureNetwork`); `network` is a model of transformers in evaluation mode."""
+    """A feature network (`networks.FeatureNetwork`); `network` is a model of transformers in evaluation mode, `place`
+    what loads it again."""
 
-    def __init__(self, kind: Kind, name: str, network: Any, device: str = "cpu") -> None:  # Any: of an optional package
-        self.kind, self.name, self.device = kind, name, torch.device(device)
+    def __init__(self, kind: Kind, place: str, network: Any, device: str = "cpu") -> None:  # Any: an optional package's
+        self.kind, self.place, self.device = kind, place, torch.device(device)
+        self.name = f"{place.partition(':')[0]}:{Path(place.partition(':')[2]).name}"
         self.weights_sha256 = component_fingerprint({}, network.state_dict())
         self.image_size = kind.image_size or network.config.image_size
         self.network = network.to(self.device)
@@ -94,8 +96,7 @@ def load_vision_transformer(name: str, device: str = "cpu") -> VisionTransformer
         folder = files[0].parent
     config = read_json(folder / "config.json")
     check_choice(f"feature_network: {name}: model_type in config.json", config.get("model_type"), kind.model_types)
-    short = f"{kind_name}:{Path(place).name}"
-    return VisionTransformerFeatures(kind, short, read_network(kind, folder, config, name), device)
+    return VisionTransformerFeatures(kind, name, read_network(kind, folder, config, name), device)
 
 
 def read_network(kind: Kind, folder: Path, config: JsonMap, name: str) -> Any:
