@@ -8,7 +8,7 @@ it came from). `to_official` makes the released layout again, from a converted f
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,14 +50,9 @@ class Found:
     ours: State
     unused: State
     """What the way back needs as well."""
-
-
-@dataclass(frozen=True)
-class Converted(Found):
-    """One component folder that was written, and what is in it."""
-
-    folder: Path
-    notes: tuple[str, ...]
+    folder: Path = Path()
+    """Where it was written, as a component."""
+    notes: tuple[str, ...] = ()
     """What was assumed, taken from an entry, ignored, set aside."""
 
 
@@ -69,7 +64,7 @@ def convert(
     entry: str | None = None,
     tokenizer: str | None = None,
     settings: JsonMap | None = None,
-) -> list[Converted]:
+) -> list[Found]:
     """Writes a released file as the component folder `to`; with both halves in it, as TO/generator and TO/tokenizer.
 
     `image_size` says what LlamaGen's shapes cannot (default: 384 or 512 if the file name says so, else 256); `settings`
@@ -183,7 +178,7 @@ def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Js
     return {"component": "generator", **to_dict(origin)}
 
 
-def write(folder: Path, final: Path, found: Found, head: JsonMap, weights: Weights, notes: list[str]) -> Converted:
+def write(folder: Path, final: Path, found: Found, head: JsonMap, weights: Weights, notes: list[str]) -> Found:
     """Writes the component folder that will be `final`, and says what is in it."""
     files.check_finite(found.ours, str(weights.files[0]))
     files.save_component(folder, {**head, **to_dict(found.config)}, found.ours)
@@ -192,7 +187,7 @@ def write(folder: Path, final: Path, found: Found, head: JsonMap, weights: Weigh
         held = ", ".join(list(found.unused)[:2])
         notes = [*notes, f"set aside for the way back: {len(found.unused)} tensors ({held} ...)"]
     write_json(folder / SOURCE, {"recognised_as": found.official.name, **weights.source})
-    return Converted(**vars(found), folder=final, notes=tuple(notes))
+    return replace(found, folder=final, notes=tuple(notes))
 
 
 def to_official(folder: Path, out: Path) -> str:
