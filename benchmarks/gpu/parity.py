@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from contracts.test_generators import KINDS, make_condition, make_generator
 from device.pretend import pretended_cuda
 from device.test_models import SAMPLERS, TOKENIZER_CASES, make_tokenizer
@@ -33,6 +34,8 @@ from consonar.networks.discriminator import PatchDiscriminator, save_discriminat
 from consonar.networks.efficientnet import EfficientNetLite0Features, PerceptualDistance
 from consonar.networks.inception import FRONT_ENDS, InceptionFeatures, InceptionV3
 from consonar.networks.lpips import LPIPS, VGG16Features
+from consonar.networks.vision_transformers import KINDS as VISION_KINDS
+from consonar.networks.vision_transformers import VisionTransformerFeatures
 from consonar.precision import multiplying
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
@@ -172,6 +175,22 @@ def features_case(name: str, device: torch.device) -> str:
     return ", ".join(map(near, ("features", "spatial", "probabilities"), *outputs))
 
 
+def vision_transformer_case(kind: str, device: torch.device) -> str:
+    """Pictures are rounded to 8 bits when they were resized: a level may fall otherwise now and then."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 224, "patch_size": 56}
+    if kind == "dinov2":
+        network = seeded_module(lambda: transformers.Dinov2Model(transformers.Dinov2Config(**shape, mlp_ratio=2)))
+    else:
+        config = transformers.CLIPVisionConfig(**shape, intermediate_size=32, projection_dim=12)
+        network = seeded_module(lambda: transformers.CLIPVisionModelWithProjection(config))
+    images, made = random_images(2, 64), VisionTransformerFeatures
+    here, there = (
+        made(VISION_KINDS[kind], f"{kind}:x", copy.deepcopy(network).eval(), str(place))(images)
+        for place in (CPU, device)
+    )
+    return near("features", here, there, limit=1e-3)
+
+
 def seeded_module(make: Callable[[], nn.Module]) -> nn.Module:
     """A module with its own initialisation, from seed 0."""
     with torch.random.fork_rng(devices=[]):
@@ -200,6 +219,8 @@ DISTANCES: dict[str, Callable[[], nn.Module]] = {
 def network_cases() -> Iterator[tuple[str, Case]]:
     for name in ("efficientnet-lite0", *FRONT_ENDS):
         yield f"features of {name}", partial(features_case, name)
+    for kind in VISION_KINDS:
+        yield f"features of {kind}", partial(vision_transformer_case, kind)
     for name in PERCEPTUAL_DISTANCES:
         yield f"distance {name}", partial(differentiable_case, DISTANCES[name], 2)
     yield "patch discriminator", partial(differentiable_case, PatchDiscriminator, 1)
