@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ from consonar.networks.base import WeightFile
 from consonar.origin import Origin
 from consonar.recipes import find_recipe, read_config
 from consonar.report import write_report
+from consonar.sweeps.page import markdown
+from consonar.sweeps.rows import read_sweep
+from consonar.sweeps.summary import summarise
+from consonar.sweeps.work import Place, read_result
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.checkpoints import load_resume, save_resume
 from consonar.training.origins import FILE, read_run_origin
@@ -267,6 +271,36 @@ def make_resume(folder: Path) -> None:
     save_resume(folder, 1, {"trainee": {"w": torch.zeros(3)}, "rng": torch.get_rng_state()[:8]}, keep=1)
 
 
+def make_sweep(folder: Path) -> None:
+    (folder / "study.yaml").write_text(
+        "base: ar-openmoji\nseeds: 1\noptions: {loop.steps: 3}\nrows:\n  a: {}\n  b: {base: ce-openmoji, "
+        "init: {cell: a}}\ngrid: {optim.lr: [0.1, 0.2]}\nevaluate: {reference: openmoji-64, temperatures: [1, 0.5]}\n"
+    )
+
+
+def read_study(folder: Path) -> None:
+    read_sweep(folder / "study.yaml", folder / "out")
+
+
+def make_result(folder: Path) -> None:
+    make_sweep(folder)
+    cell = read_sweep(folder / "study.yaml", folder / "run").cells["a-0"]
+    lines = [{"temperature": t, "metrics": {"FD(x) validation": {"value": 2.0, "spread": None}}} for t in (1.0, 0.5)]
+    numbers = {"rows": lines, "machine": "m", "reference": {"name": "r"}, "remarks": ["few"]}
+    content = {"row": "a", "seed": 0, "asked": cell.asked(), "matched": [], "config_sha256": "0", "failure": None,
+               "versions": {"torch": "2"}, "weights": "w", "start_weights": None, "stopped": {"step": 1, "reason": "r"},
+               "validation": {"validation/cross_entropy": 5.0}, "results": numbers}  # fmt: skip
+    write_json(folder / "run" / "results" / "a-0.json", content)
+
+
+def read_sweep_result(folder: Path) -> None:
+    make_sweep(folder)
+    sweep = read_sweep(folder / "study.yaml", folder / "run")
+    cell = sweep.cells["a-0"]
+    content = read_result(Place(folder / "run", sweep, print), cell)
+    markdown(summarise(replace(sweep, cells={"a-0": cell}, rows=("a",)), {"a-0": content} if content else {}))
+
+
 FORMATS = {
     "png": picture("PNG"),
     "palette png": Format(
@@ -318,5 +352,7 @@ FORMATS = {
     "run origin": Format("origin.json", make_run_origin, read_run_origin),
     "sessions": Format("sessions.json", make_sessions, lambda folder: sessions_before(5, folder / "sessions.json")),
     "class file": Format("classes.txt", make_class_file, lambda folder: read_class_file(folder / "classes.txt")),
+    "sweep": Format("study.yaml", make_sweep, read_study),
+    "result of a sweep": Format("run/results/a-0.json", make_result, read_sweep_result),
     "source": Format("source.json", make_source, lambda folder: read_source(folder / "source.json")),
 }

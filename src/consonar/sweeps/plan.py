@@ -10,8 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from consonar.config_io import from_dict, to_dict
+from pydantic import Field
+
+from consonar.config_io import adapter, from_dict, to_dict
+from consonar.evaluation.results import Measurement
 from consonar.evaluation.runs import RunSettings
 from consonar.json_types import Json, JsonMap
 from consonar.training.config import TrainConfig
@@ -114,3 +118,66 @@ def sha256_of(asked: JsonMap, where: str) -> str:
 def run_folder(out: Path, cell: Cell) -> Path:
     """Where a cell is trained."""
     return out / "runs" / cell.name
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is read of a row of a cell's results: one temperature."""
+
+    temperature: float
+    metrics: dict[str, Measurement]
+    matched_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is read of a cell's results."""
+
+    rows: Annotated[list[Line], Field(min_length=1)]
+    machine: str
+    reference: Json
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Where and why a guard ended a run."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Of what a cell was calculated by."""
+
+    torch: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is read of OUT/results/NAME.json."""
+
+    row: str
+    seed: int
+    asked: Json
+    matched: list[str]
+    config_sha256: str
+    versions: Versions
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Measured(Result):
+    """The same where the run did not fail."""
+
+    weights: str
+    start_weights: str | None
+    stopped: Stopped | None
+    validation: dict[str, float | None]
+    results: Scores
+
+
+def check_result(content: JsonMap) -> None:
+    """Raises ValueError for what is no result: of a run that failed, or with numbers."""
+    adapter(Result if content.get("failure") else Measured).validate_python(content)

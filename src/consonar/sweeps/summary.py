@@ -132,7 +132,7 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     entropy, training = Setting(EQUAL_ENTROPY), Setting(TRAINING)
     for name, result in scored.items():
         row, seed = sweep.cells[name].row, sweep.cells[name].seed
-        training.add(row, seed, result["validation"])
+        training.add(row, seed, {key: value for key, value in result["validation"].items() if value is not None})
         for line in result["results"]["rows"]:
             numbers, temperature = {key: one["value"] for key, one in line["metrics"].items()}, line["temperature"]
             if trained := sweep.cells.get(line.get("matched_to") or ""):

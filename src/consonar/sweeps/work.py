@@ -30,7 +30,7 @@ from consonar.files.weights import component_fingerprint, is_component
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.networks import load_feature_network
-from consonar.sweeps.plan import Cell, Sweep, comparable, plain, run_folder, sha256_of
+from consonar.sweeps.plan import Cell, Sweep, check_result, comparable, plain, run_folder, sha256_of
 from consonar.training.build import open_store
 from consonar.training.config import TrainConfig
 from consonar.training.origins import comparable as comparable_run
@@ -230,6 +230,7 @@ def read_result(place: Place, cell: Cell) -> Json | None:
         return None
     content = read_json(path, REMEDY)
     with reading(path, "a result of a sweep", REMEDY):
+        check_result(content)
         before, row, seed = comparable(content["asked"], str(path)), content["row"], content["seed"]
         matched = set(content["matched"])
     check_same(path, comparable(cell.asked(), cell.name), before)
