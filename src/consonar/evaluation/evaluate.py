@@ -6,16 +6,13 @@ into that many disjoint equal parts, and the standard deviation of a metric over
 distance is biased upwards for few samples, so parts compare among themselves only, and their values are not reported.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from consonar.components import load_tokenizer
 from consonar.data.bad_images import BadImages
@@ -37,7 +34,8 @@ from consonar.evaluation.sample_metrics import check_metrics, copy_rates, measur
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate
-from consonar.metrics.distribution import frechet_distance, random_parts
+from consonar.metrics.distribution import random_parts
+from consonar.metrics.frechet import distance_of_draws
 from consonar.model_folders import SHIPPED
 from consonar.networks import FeatureNetwork, load_feature_network, record_of
 from consonar.origin import Origin
@@ -194,17 +192,3 @@ def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, C
             )
     if found.scores and count < ENOUGH * (num_classes := found.scores.num_classes):
         yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
-
-
-def distance_of_draws(root: Tensor, count: int, seed: int) -> float:
-    """Fréchet distance of `count` draws (2 or more) from a Gaussian to itself: what perfect samples would score.
-
-    `root` (F, F) is the root of its covariance. The covariance of the draws comes from Bartlett's decomposition of the
-    Wishart distribution, so that the cost does not depend on `count`.
-    """
-    rng, size = np.random.default_rng(seed), min(len(root), count - 1)
-    lower = np.tril(rng.standard_normal((len(root), size)))
-    lower[range(size), range(size)] = np.sqrt(rng.chisquare(count - 1 - np.arange(size)))
-    spread = root @ torch.from_numpy(lower) / math.sqrt(count - 1)  # (F, size)
-    mean = root @ torch.from_numpy(rng.standard_normal(len(root))) / math.sqrt(count)
-    return frechet_distance(torch.zeros_like(mean), root @ root, mean, spread @ spread.T, root1=root)

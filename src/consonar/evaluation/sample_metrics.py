@@ -78,7 +78,9 @@ def distance_at_infinity_to(name: str, measured: Measured) -> Measurement | str 
     if every.moments.count < 2 * SUBSETS[-1]:
         return f"{every.moments.count} samples are too few for a line through {len(SUBSETS)} numbers of them"
     mean, cov, root = gaussian
-    value, error = frechet_distance_at_infinity(mean, cov, every.drawn, root=root)
+    value, error = frechet_distance_at_infinity(
+        mean, cov, every.drawn, root=root, seed=measured.reference.settings.seed
+    )
     return Measurement(value, error=error)
 
 

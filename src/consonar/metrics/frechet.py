@@ -9,7 +9,9 @@ sequences are drawn with a generator, not from its samples.
 Shapes: `S` samples, `R` reference images, `F` features. Everything is on the CPU.
 """
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import numpy as np
@@ -17,42 +19,64 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.metrics.distribution import EPSILON, Moments, frechet_distance
+from consonar.metrics.distribution import EPSILON, Moments, frechet_distance, symmetric_root
+from consonar.seeding import derive_seed
 
 SUBSETS = (1, 2, 4)
 """Into how many disjoint parts the samples are cut, for one point of the line each."""
 
 
 def frechet_distance_at_infinity(
-    mean: Tensor, cov: Tensor, samples: Tensor, *, root: Tensor | None = None
+    mean: Tensor, cov: Tensor, samples: Tensor, *, root: Tensor | None = None, seed: int = 0
 ) -> tuple[float, float]:
     """The distance of infinitely many samples to the Gaussian `mean` (F,), `cov` (F, F), and its standard error.
 
     `samples` (S, F) are in a random order; `root` is that of `cov` where the caller has it. A distance of n samples is
     linear in 1/n where n is large (Chong & Forsyth 2020, Eq. 5); the value is where the line meets 1/n = 0, and may be
-    below 0 by its error. The error has two parts, added as squares: that of the samples, whose effect is the same at
-    every size (standard error of the mean of the quarters), and that of the line (standard error of its intercept),
-    which is large where the samples are too few for a line, about twice the number of features that vary. Raises
-    UserError for fewer than 8 samples.
+    below 0 by its error. The error has three parts, added as squares: that of the samples, whose effect is the same at
+    every size (standard error of the mean of the quarters), that of the line (standard error of its intercept), and
+    where the line ends for as many draws (by `seed`) from the Gaussian itself, whose distance is 0: far from it where
+    samples are few beside the features, for then the bias is not of the form of a line. Raises UserError for fewer
+    than 8 samples.
     """
     if len(samples) < 2 * SUBSETS[-1]:
         raise UserError(f"fd-infinity: {len(samples)} samples; it needs at least {2 * SUBSETS[-1]}")
-    points, smallest = [], [0.0]
+    root = symmetric_root(cov) if root is None else root
+    sizes, distances, of_draws, smallest = [], [], [], [0.0]
     for count in SUBSETS:
-        size = len(samples) // count
+        sizes.append(len(samples) // count)
         smallest = []
-        for part in samples[: size * count].split(size):
+        for part in samples[: sizes[-1] * count].split(sizes[-1]):
             moments = Moments(samples.shape[1])
             moments.update(part)
             smallest.append(frechet_distance(mean, cov, moments.mean, moments.cov, root1=root))
-        points.append((1 / size, fmean(smallest)))
-    inverse, distances = np.array(points).T
-    design = np.stack([np.ones_like(inverse), inverse], 1)  # (3, 2)
-    (intercept, _), residual, *_ = np.linalg.lstsq(design, distances)
-    variance = float(residual[0]) / (len(SUBSETS) - 2) if len(residual) else 0.0
-    of_line = variance * np.linalg.inv(design.T @ design)[0, 0]
-    of_samples = stdev(smallest) ** 2 / len(smallest)
-    return float(intercept), float((of_line + of_samples) ** 0.5)
+        distances.append(fmean(smallest))
+        of_draws.append(distance_of_draws(root, sizes[-1], derive_seed(seed, count)))
+    value, of_line = line_end(sizes, distances)
+    bias, _ = line_end(sizes, of_draws)
+    return value, float((of_line**2 + bias**2 + stdev(smallest) ** 2 / len(smallest)) ** 0.5)
+
+
+def line_end(sizes: Sequence[int], distances: Sequence[float]) -> tuple[float, float]:
+    """Where the line through `distances` over 1 / `sizes` meets 0 (least squares), and its standard error."""
+    design = np.stack([np.ones(len(sizes)), 1 / np.array(sizes)], 1)  # (points, 2)
+    (intercept, _), residual, *_ = np.linalg.lstsq(design, np.array(distances))
+    variance = float(residual[0]) / (len(sizes) - 2) if len(residual) else 0.0
+    return float(intercept), float((variance * np.linalg.inv(design.T @ design)[0, 0]) ** 0.5)
+
+
+def distance_of_draws(root: Tensor, count: int, seed: int) -> float:
+    """Fréchet distance of `count` draws (2 or more) from a Gaussian to itself: what perfect samples would score.
+
+    `root` (F, F) is the root of its covariance. The covariance of the draws comes from Bartlett's decomposition of the
+    Wishart distribution, so that the cost does not depend on `count`.
+    """
+    rng, size = np.random.default_rng(seed), min(len(root), count - 1)
+    lower = np.tril(rng.standard_normal((len(root), size)))
+    lower[range(size), range(size)] = np.sqrt(rng.chisquare(count - 1 - np.arange(size)))
+    spread = root @ torch.from_numpy(lower) / math.sqrt(count - 1)  # (F, size)
+    mean = root @ torch.from_numpy(rng.standard_normal(len(root))) / math.sqrt(count)
+    return frechet_distance(torch.zeros_like(mean), root @ root, mean, spread @ spread.T, root1=root)
 
 
 def frechet_distance_of_rows(reference: Tensor, samples: Tensor) -> float:
