@@ -342,7 +342,7 @@ def test_what_is_spilt_to_the_right_is_seen_there() -> None:
     assert middle[half][half] == 1 and middle[half][half + 1] > 0.1
     assert middle[half][half - 1] == middle[half - 1][half] == middle[half + 1][half + 1] == 0
     own = found.numbers["share of the change in the token's own cell"]
-    assert own.low - 0.03 < 0.75 * 0.8 + 0.25 < own.high + 0.03
+    assert own.low - 0.03 < 1 / (1 + 0.25 * 3 / 4) < own.high + 0.03
 
 
 def test_changes_are_laid_over_each_other_at_the_changed_token() -> None:
@@ -361,10 +361,10 @@ def test_tokens_without_a_place_have_no_distance() -> None:
     assert not found.maps and near(found.numbers["effective share of the picture's area"], 1 / LENGTH)
 
 
-def test_shares_by_distance_are_those_of_rings_of_cells() -> None:
+def test_change_by_distance_is_that_of_rings_of_cells() -> None:
     change = torch.ones(2, 9, 9)
-    shares = decoding.shares_by_distance(change, torch.tensor([4, 0]), (3, 3))
-    torch.testing.assert_close(shares, torch.tensor([[1, 8, 0], [1, 3, 5]]).double() / 9)
+    found = decoding.change_by_distance(change, torch.tensor([4, 0]), (3, 3))
+    torch.testing.assert_close(found, torch.tensor([[1, 8, 0], [1, 3, 5]]).double())
     assert decoding.reach_of(
         torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.2, 0.3]])
     ).tolist() == pytest.approx([0, 0.8, 1 + 2 / 3])

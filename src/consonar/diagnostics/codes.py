@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from consonar.diagnostics import forcing
 from consonar.diagnostics.findings import Curve, Figure, Finding, count_of, exactly, resolved
 from consonar.diagnostics.statistics import bootstrap_weights, intervals, mean_intervals, psnr_of, rank_correlation
-from consonar.diagnostics.subject import SHOWN, Subject
+from consonar.diagnostics.subject import Subject
 from consonar.seeding import generator, integers, permutation, uniform
 from consonar.tokenizers import quantizer
 from consonar.training.objectives.base import codebook_of
@@ -85,8 +85,8 @@ def embedding_unawareness(subject: Subject) -> Finding:
     }  # fmt: skip
     return Finding(
         f"With all wrong tokens replaced by the code nearest to the true one, the perceptual distance "
-        f"{resolved(fall, 'rises', 'falls', 'does not resolvably change')}: {fall.text}, {relative.text} of it, at an "
-        f"unchanged share of correct tokens of {correct.text}. It falls beyond its interval in {steps} steps.",
+        f"{resolved(fall, 'rises', 'falls', 'does not resolvably change')}: by {fall.text}, {relative.text} of it, "
+        f"with {correct.text} of the tokens correct as before. It falls beyond its interval in {steps} steps.",
         numbers,
         (
             Figure(
@@ -98,7 +98,7 @@ def embedding_unawareness(subject: Subject) -> Finding:
             Figure("The same in pixels", x, "PSNR, dB", [Curve(draws, SHARES, intervals(error))]),
             Figure("What the codes say", x, "mean cosine to the true codes", [Curve(draws, SHARES, intervals(cosine))]),
         ),
-        pictures={name: subject.decode(of[:SHOWN]) for name, of in rows.items()},
+        pictures={name: subject.decode(of[subject.shown]) for name, of in rows.items()},
     )
 
 
@@ -152,7 +152,7 @@ def neighbourhoods(subject: Subject) -> Finding:
         (
             Figure("Where the neighbours are", k, "distance in the codebook",
                    [Curve("codes drawn from the codebook", nth, distances[:-1])], log=True),
-            Figure("What a neighbour changes", k, "squared change of pixels, range 0 to 1",
+            Figure("What a neighbour changes", k, "squared change of pixels",
                    [Curve(of_pictures, nth, error)], log=True),
             Figure("What of it is seen", k, "perceptual distance", [Curve(of_pictures, nth, seen)], log=True),
         ),

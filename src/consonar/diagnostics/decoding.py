@@ -32,7 +32,7 @@ from consonar.diagnostics.statistics import (
     mean_intervals,
     psnr_of,
 )  # fmt: skip
-from consonar.diagnostics.subject import SHOWN, Subject
+from consonar.diagnostics.subject import Subject
 from consonar.seeding import generator, integers
 from consonar.training.noise import corrupt_tokens
 from consonar.training.objectives.base import codebook_of
@@ -51,16 +51,15 @@ def squared_change(changed: np.ndarray, truth: np.ndarray) -> Tensor:
     return (from_uint8(torch.from_numpy(changed)) - from_uint8(torch.from_numpy(truth))).square().sum(1) / 4
 
 
-def shares_by_distance(change: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(m, max(h, w)): how much of the change of a picture, (m, H, W), lies how many tokens away (the larger of rows and
-    columns) from the token `places` (m,), in raster order, that was changed; rows sum to 1, or 0 where nothing did."""
+def change_by_distance(change: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(m, max(h, w)): how much a picture changed, (m, H, W), summed over cells by how many tokens away (the larger of
+    rows and columns) they are from the token `places` (m,), in raster order, that was changed."""
     cells = F.adaptive_avg_pool2d(change[:, None].double(), shape)[:, 0]  # (m, h, w)
     rows, columns = torch.arange(shape[0])[:, None], torch.arange(shape[1])
     down, across = (places // shape[1])[:, None, None], (places % shape[1])[:, None, None]
     distance = torch.maximum((rows - down).abs(), (columns - across).abs())  # (m, h, w)
-    shares = torch.zeros(len(change), max(shape), dtype=torch.float64)
-    shares.scatter_add_(1, distance.flatten(1), cells.flatten(1))
-    return shares / shares.sum(1, keepdim=True).clamp(min=1e-30)
+    found = torch.zeros(len(change), max(shape), dtype=torch.float64)
+    return found.scatter_add_(1, distance.flatten(1), cells.flatten(1))
 
 
 def mean_by_offset(change: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -110,8 +109,9 @@ def receptive_field(subject: Subject) -> Finding:
     if grid is None:
         return Finding(f"{spread}. These tokens have no place in the picture.", numbers)
     shape = (grid.rows, grid.columns)
-    shares = torch.stack([shares_by_distance(*pair, shape) for pair in zip(changes, places, strict=True)]).mean(0)
-    draws = weights @ shares
+    by_distance = sum(change_by_distance(*pair, shape) for pair in zip(changes, places, strict=True))
+    draws = weights @ by_distance
+    draws = draws / draws.sum(1, keepdim=True).clamp(min=1e-30)
     (reach,) = intervals(reach_of(draws)[:, None])
     own, within = intervals(draws[:, :1])[0], intervals(draws.cumsum(1))
     numbers |= {
@@ -138,16 +138,17 @@ def forgiveness(subject: Subject) -> Finding:
     used, nth = pictures.tokens.unique(), list(range(1, min(NEAREST, size - 1) + 1))
     table = torch.zeros(size, len(nth), dtype=torch.int64)
     table[used] = neighbours(codebook_of(subject.tokenizer, subject.device), used, nth)[0]
+    shown_rows = subject.shown.numpy()
     near = f"one of the {len(nth)} nearest"
     kinds = {"any code": None, near: table}
-    features, compared, shown = [], [], {"originals": pictures.images[:SHOWN]}
+    features, compared, shown = [], [], {"originals": pictures.images[shown_rows]}
     for kind, rate in product(kinds, RATES):
         rng, rates = generator(seed, "diagnosis", "forgiveness", kind), torch.full((count,), rate)
         decoded = subject.decode(corrupt_tokens(pictures.tokens, rates, size, rng, neighbours=kinds[kind])[0])
         features.append(subject.features(decoded))
         compared.append(torch.stack(subject.compare(decoded, pictures.images)))
         if rate in (0, 0.2):
-            shown[f"a fifth of the tokens {kind}" if rate else "true tokens, decoded"] = decoded[:SHOWN]
+            shown[f"a fifth of the tokens {kind}" if rate else "true tokens, decoded"] = decoded[shown_rows]
     real, steps = subject.features(pictures.images), len(RATES)
 
     def distances(keep: Tensor) -> list[float]:
@@ -215,5 +216,5 @@ def attribution(subject: Subject) -> Finding | str:
         f"{len(subject.others.images)} pictures of {subject.others.name}.",
         numbers,
         [Figure("Distance to other real pictures", steps, f"FD({name})", [Curve("all", range(4), found[:4])])],
-        pictures={which: images[:SHOWN] for which, images in sets.items()},
+        pictures={which: images[subject.shown.numpy()] for which, images in sets.items()},
     )  # fmt: skip

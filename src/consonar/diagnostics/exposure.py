@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from consonar.diagnostics import forcing
-from consonar.diagnostics.findings import Curve, Figure, Finding, Interval, count_of, resolved
+from consonar.diagnostics.findings import Curve, Figure, Finding, Interval, resolved
 from consonar.diagnostics.statistics import bootstrap_weights, interpolated, intervals, psnr_of
-from consonar.diagnostics.subject import SHOWN, Subject
+from consonar.diagnostics.subject import Subject
 from consonar.seeding import generator, uniform
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
@@ -103,21 +103,25 @@ def exposure_bias(subject: Subject) -> Finding:
             Figure("Prefix against interleaved", x, "perceptual distance", curves(distances)),
             Figure("The same in pixels", x, "PSNR, dB", curves(decibels)),
         ),
-        pictures={name: subject.decode(tokens[:SHOWN]) for name, tokens in rows.items()},
+        pictures={name: subject.decode(tokens[subject.shown]) for name, tokens in rows.items()},
     )
 
 
 def summary(equal_ratio: list[Interval], equal_share: list[Interval], context: dict[str, list[Interval]]) -> str:
     """What the gaps say, each of K - 1 shares of true tokens."""
     half = RATIOS[1:].index(0.5)
-    gap, of_context = equal_ratio[half], context["interleaved"][half]
-    words = resolved(gap, "worse than", "better than", "no different from")
+
+    def where(gaps: list[Interval], sign: int) -> str:
+        found = [f"{ratio:.0%}" for ratio, gap in zip(RATIOS[1:], gaps, strict=True) if gap.sign == sign]
+        return ", ".join(found) or "none"
+
+    of_context = context["interleaved"][half]
     cause = resolved(of_context, "adds", "takes away", "does not resolvably change it:")
     return (
-        f"With half of the tokens true, interleaved context is {words} a true prefix (perceptual distance "
-        f"{gap.text} higher); it is above the prefix beyond its interval at "
-        f"{count_of(equal_ratio, lambda gap: gap.sign > 0)} shares of true tokens, and at "
-        f"{count_of(equal_share, lambda gap: gap.sign > 0)} where shares of correct tokens are made equal. Against "
-        f"draws at the same places under true tokens, the generator's own context {cause} {of_context.text} "
+        f"At equal numbers of true tokens interleaved context is resolvably worse than a true prefix where "
+        f"{where(equal_ratio, 1)} of them are true, better where {where(equal_ratio, -1)} are (the article: worse "
+        f"throughout); at an equal share of correct tokens worse at {where(equal_share, 1)}, better at "
+        f"{where(equal_share, -1)}. With half of them true, interleaved less prefix is {equal_ratio[half].text}; "
+        f"against draws at the same places under true tokens, the generator's own context {cause} {of_context.text} "
         f"(interleaved), {context['prefix'][half].text} (prefix)."
     )

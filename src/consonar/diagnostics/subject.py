@@ -112,6 +112,11 @@ class Subject:
         rng = generator(self.settings.seed, "diagnosis", "draws")
         return uniform(rng, *self.held_out.tokens.shape, dtype=torch.float64)
 
+    @property
+    def shown(self) -> Tensor:
+        """Rows of the pictures that are shown, spread evenly over all, for a set may be sorted by class."""
+        return torch.linspace(0, len(self.held_out.tokens) - 1, SHOWN).long()
+
     def parts(self, count: int) -> Iterator[slice]:
         """Batches of so many rows."""
         size = self.settings.batch_size

@@ -108,12 +108,15 @@ def svg_chart(
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # A salt of its own, for the ids of markers and clip paths.
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{title} {lines[0].look.colour}"}):
         figure = Figure(figsize=inches, layout="constrained")
         axes = figure.add_subplot(xlabel=axes_labels[0], ylabel=axes_labels[1])
         axes.set_xscale(scale)
+        if scale == "linear" and all(float(x).is_integer() for line in lines for x, _ in line.points):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         for look, points, rings, spreads in lines:
             marked, bars = len(points) <= MAX_MARKERS, [*zip(*spreads, strict=True)] or None
             across, up = [x for x, _ in points], [y for _, y in points]
