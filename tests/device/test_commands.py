@@ -99,6 +99,7 @@ def test_samples_of_a_run_are_drawn_and_measured(cuda, root: Path, tmp_path: Pat
 def test_a_run_is_diagnosed(cuda, root: Path, tmp_path: Path) -> None:
     cli.main(
         ["diagnose", str(root / "rear"), "--data", str(root / "pictures" / "train"), "--num-images", "8",
+         "--validation-split", "0%",
          "--parts", "exposure,embedding,layers", "--guidance-scale", "2",
          "--out", str(tmp_path / "page.html")]
     )  # fmt: skip

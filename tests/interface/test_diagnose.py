@@ -17,6 +17,7 @@ from consonar import cli
 from consonar.cli.diagnose import Options
 from consonar.components import load_tokenizer, save_generator, save_tokenizer
 from consonar.diagnostics.diagnose import PARTS
+from consonar.networks import FEATURE_NETWORKS
 from consonar.origin import Origin
 from consonar.tokenizers.vq import VQTokenizer
 
@@ -48,8 +49,21 @@ def diagnose(root: Path, out: Path, *more: str, model: str = HOSTILE) -> dict:
     return json.loads(out.with_suffix(".json").read_text())
 
 
-def test_every_part_is_measured_written_and_shown(root: Path, tmp_path: Path, capsys) -> None:
-    content = diagnose(root, tmp_path / "page.html")
+class Greys:
+    """Features that cost nothing."""
+
+    name, weights_sha256, num_features = "greys", "0", 16
+
+    def __init__(self, device: str) -> None:
+        pass
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0, ::8, ::8].flatten(1)
+
+
+def test_every_part_is_measured_written_and_shown(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(FEATURE_NETWORKS, "greys", Greys)
+    content = diagnose(root, tmp_path / "page.html", "--feature-network", "greys")
     assert list(content["parts"]) == list(PARTS) and content["unavailable"] == {}
     said, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
     for name, part in content["parts"].items():
@@ -88,7 +102,14 @@ def test_a_tokenizer_alone_has_the_parts_that_need_no_generator(root: Path, tmp_
 
 def test_data_of_one_set_say_what_cannot_be_measured(root: Path, tmp_path: Path, capsys) -> None:
     content = diagnose(
-        root, tmp_path / "page.html", "--parts", "gap,attribution", "--data", str(root / "pictures" / "train")
+        root,
+        tmp_path / "page.html",
+        "--parts",
+        "gap,attribution",
+        "--data",
+        str(root / "pictures" / "train"),
+        "--validation-split",
+        "0%",
     )
     assert content["unavailable"].keys() == {"gap", "attribution"} and content["parts"] == {}
     assert "gap: not measured (the data have no training pictures" in capsys.readouterr().out
@@ -112,6 +133,7 @@ def test_the_help_names_every_part() -> None:
         (["--seed", "-1"], "seed: -1 is not between"),
         (["--guidance-power", "2"], "guidance_power: 2.0 is read only with"),
         (["--label-default", "zebra"], "--label-default: unknown 'zebra'"),
+        (["--validation-split", "nothing"], "--validation-split: "),
         (["--data", "nowhere"], "data: 'nowhere' is neither a folder nor a known source"),
         (["--tokenizer", "openmoji-64"], "--tokenizer: the tokenizer is"),
     ],

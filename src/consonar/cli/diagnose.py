@@ -23,8 +23,8 @@ class Options:
     """A generator: run folder, model folder, or a shipped one (openmoji); or a tokenizer, of which only the parts
     receptive, codebook and forgiveness are measured."""
     data: str
-    """Pictures, as for tokenize: openmoji, a folder, hf:owner/name; their validation split is used, and train beside
-    it."""
+    """Pictures, as for tokenize: openmoji, a folder, hf:owner/name; held-out ones are measured, training ones beside
+    them."""
     out: Path
     """The page to write, .html; all numbers go into a .json of that name beside it."""
     parts: str = ""
@@ -39,6 +39,9 @@ class Options:
     """efficientnet-lite0 (offline) or lpips, the article's (its VGG weights are a file that you bring)."""
     feature_network: str = "efficientnet-lite0"
     """Of Fréchet distances, as for evaluate."""
+    validation_split: str | None = None
+    """Which are held out: the name of a split, or a share of the training images such as 5% (0%: all are measured;
+    default: the split validation, else test, else 5%)."""
     label_default: str | None = None
     """The class of pictures without a label, id or name; drop leaves them out."""
     seed: int = 0
@@ -73,7 +76,7 @@ def command(options: Options) -> None:
 
         found = diagnose(
             options.model, options.data, settings, parts=parts, tokenizer=options.tokenizer,
-            label_default=options.label_default, progress=begin,
+            validation_split=options.validation_split, label_default=options.label_default, progress=begin,
         )  # fmt: skip
     for name, finding in found.findings.items():
         say(f"{name}: {finding.summary}")

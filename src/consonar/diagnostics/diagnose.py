@@ -155,6 +155,7 @@ def diagnose(
     *,
     parts: Sequence[str] = (),
     tokenizer: str | None = None,
+    validation_split: str | None = None,
     label_default: str | None = None,
     progress: Callable[[str], None] = lambda part: None,
 ) -> Diagnosis:
@@ -167,7 +168,9 @@ def diagnose(
         check_choice("--parts", part, PARTS)
     place = torch.device(settings.device)
     with torch.inference_mode(), multiplying(settings.precision, place, autocast=True):
-        subject = open_subject(name, data, settings, tokenizer=tokenizer, label_default=label_default)
+        subject = open_subject(
+            name, data, settings, tokenizer=tokenizer, validation_split=validation_split, label_default=label_default
+        )
         chosen = chosen_parts(parts, has_generator=subject.model is not None)
         findings: dict[str, Finding] = {}
         unavailable: dict[str, str] = {}

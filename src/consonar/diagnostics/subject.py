@@ -16,9 +16,10 @@ from torch import Tensor
 
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_component_kind
 from consonar.data.labels import check_label
-from consonar.data.sources import at_size, open_source, relabelled
+from consonar.data.sources import at_size, relabelled
+from consonar.data.splits import open_splits
 from consonar.data.transforms import to_uint8
-from consonar.errors import MissingSplit, UserError, check_choice
+from consonar.errors import UserError, check_choice
 from consonar.evaluation.image_sets import cropped
 from consonar.evaluation.inputs import as_input
 from consonar.model_folders import SHIPPED
@@ -178,26 +179,30 @@ def encoded(
     return Pictures(name, images, tokens, torch.tensor(labels))
 
 
-def open_split(data: str, split: str, size: int, origin: Origin, label_default: str | None) -> ImageSource | None:
-    """A split of the data with labels of the generator's classes; None where the data have no such split."""
+def open_data(
+    data: str, size: int, origin: Origin, validation_split: str | None, label_default: str | None
+) -> tuple[ImageSource, ImageSource | None]:
+    """Held-out and training images, with labels of the generator's classes; all and None where none are held out."""
     spec, drawn_size = at_size(data)
     if drawn_size not in (None, size):
         raise UserError(f"--data: {data} has {drawn_size} px, the tokenizer reads {size} px; use {spec!r}")
     known = origin.class_names
-    try:
-        source = open_source(
-            spec, split=split, image_size=size, label_default=label_default, model_classes=known or ()
-        )  # fmt: skip
-    except MissingSplit:
-        return None
-    given = source.class_names
-    if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
-        return relabelled(source, known)  # in the generator's order
-    if known and given:
-        raise UserError(
-            f"--data: {class_difference(given, known, 'the generator')}; its labels would mean other classes"
-        )
-    return source
+    splits = open_splits(
+        spec, validation_split, key="--validation-split", image_size=size, label_default=label_default,
+        model_classes=known or (),
+    )  # fmt: skip
+
+    def labelled(source: ImageSource) -> ImageSource:
+        given = source.class_names
+        if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
+            return relabelled(source, known)  # in the generator's order
+        if known and given:
+            what = class_difference(given, known, "the generator")
+            raise UserError(f"--data: {what}; its labels would mean other classes")
+        return source
+
+    train = labelled(splits.train)
+    return (labelled(splits.validation), train) if splits.validation else (train, None)
 
 
 def load_models(name: str, tokenizer: str | None) -> tuple[Generator | None, CodebookTokenizer, Origin]:
@@ -218,12 +223,18 @@ def load_models(name: str, tokenizer: str | None) -> tuple[Generator | None, Cod
 
 
 def open_subject(
-    name: str, data: str, settings: DiagnosisSettings, *, tokenizer: str | None = None, label_default: str | None = None
+    name: str,
+    data: str,
+    settings: DiagnosisSettings,
+    *,
+    tokenizer: str | None = None,
+    validation_split: str | None = None,
+    label_default: str | None = None,
 ) -> Subject:
     """Loads the models that `name` means and the pictures of `data`, on the settings' device.
 
-    Held-out pictures are of the split `validation`; of data without one, of all. Raises `UserError` for models or data
-    that are not there or do not fit, and for fewer than 8 pictures.
+    Held-out pictures are those of `data.splits.open_splits`; where it holds none out, all. Raises `UserError` for models
+    or data that are not there or do not fit, and for fewer than 8 pictures.
     """
     model, codec, origin = load_models(name, tokenizer)
     if model is not None:
@@ -235,11 +246,7 @@ def open_subject(
         )
     judge = PERCEPTUAL_DISTANCES[settings.perceptual].load(None).to(settings.device)
     network = load_feature_network(settings.feature_network, settings.device)
-    opened = {
-        split: open_split(data, split, codec.image_size, origin, label_default) for split in ("validation", "train")
-    }
-    held_out = opened["validation"] or opened.pop("train")
-    assert held_out is not None, "data without a split have the one that every source gives"
+    held_out, seen = open_data(data, codec.image_size, origin, validation_split, label_default)
     codec, model = codec.to(settings.device), model and model.to(settings.device)
     num_classes = model.num_classes if model else None
 
@@ -248,8 +255,10 @@ def open_subject(
 
     measured, others = choose(held_out, settings.num_images, settings.seed)
     if len(measured) < 8:
-        raise UserError(f"--data: {held_out.name} has {len(measured)} pictures; a diagnosis needs 8 or more")
-    seen = opened.get("train")
+        raise UserError(
+            f"--data: {held_out.name} has {len(measured)} pictures to measure; 8 or more are needed "
+            "(--validation-split says which)"
+        )
     train, more = choose(seen, settings.num_images, settings.seed) if seen else ([], [])
     of_train = len(others) * 2 < len(measured)  # too few are left to compare with
     subject = Subject(
