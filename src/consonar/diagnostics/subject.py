@@ -233,8 +233,8 @@ def open_subject(
 ) -> Subject:
     """Loads the models that `name` means and the pictures of `data`, on the settings' device.
 
-    Held-out pictures are those of `data.splits.open_splits`; where it holds none out, all. Raises `UserError` for models
-    or data that are not there or do not fit, and for fewer than 8 pictures.
+    Held-out pictures are those of `data.splits.open_splits`; where it holds none out, all. Raises `UserError` for
+    models or data that are not there or do not fit, and for fewer than 8 pictures.
     """
     model, codec, origin = load_models(name, tokenizer)
     if model is not None:
