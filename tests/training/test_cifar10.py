@@ -1,7 +1,8 @@
-"""CIFAR-10 by name, wherever it lies."""
+"""CIFAR-10 by name, wherever it lies, and its recipes on a few pictures in its layout."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,23 @@ from conftest import picture
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
+from consonar import cli
+from consonar.components import load_tokenizer
 from consonar.data.cifar10 import CLASS_NAMES, HUB, cifar10_place
-from consonar.data.sources import open_source
+from consonar.data.loader import image_batches
+from consonar.data.sources import Part, open_source
 from consonar.data.splits import open_splits
+from consonar.data.tokens import TokenStore
 from consonar.errors import UserError
 from consonar.evaluation.inputs import open_reference
+from consonar.evaluation.reconstruction import reconstruction_metrics
+from consonar.files.readers import read_json
+from consonar.recipes import RECIPES, cifar10, find_recipe, recipes_of
+from consonar.training.config import TrainConfig
+from consonar.training.run import train
+from consonar.training.tracking import read_metrics
+
+WHOLE = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +86,62 @@ def test_another_data_set_is_not_taken_for_it(tmp_path):
         open_source(f"cifar10:{tmp_path}", image_size=32)
     with pytest.raises(UserError, match=r"has no split 'dev'; choices: test, a share of train such as 5%"):
         open_splits("cifar10", "dev", key="k", image_size=32)
+
+
+def small(config: TrainConfig, **changes: object) -> TrainConfig:
+    """The recipe at a small size, for two steps of four pictures on the CPU."""
+    loop = replace(config.loop, steps=2, batch_size=4, log_every=1, device="cpu", precision="fp32")
+    if config.run == "generator":
+        changes["model"] = replace(config.model, width=32, num_layers=2)
+    if config.run == "tokenizer":
+        changes["model"] = replace(config.model, base_channels=16)
+    return replace(config, loop=loop, **changes)
+
+
+POST_TRAINING = ("vapi-cifar10", "vapi-spatial-cifar10", "ste-cifar10")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("tokenizer-cifar10-32", "ar-cifar10", "rear-cifar10", "ce-cifar10"),
+        pytest.param(("ar-cifar10", *POST_TRAINING), marks=pytest.mark.slow),
+    ],
+    ids=["quick", "post-training"],
+)
+def test_every_recipe_starts_and_learns_on_a_few_pictures(names, copy, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CIFAR10", str(copy))
+    argv = ["tokenize", "--tokenizer", "cifar10-32", "--data", "cifar10", "--out", "tokens/cifar10", "--device", "cpu"]
+    cli.main(argv)
+    store = TokenStore.open("tokens/cifar10")
+    assert (len(store), store.num_tokens, store.class_names) == (20, 64, CLASS_NAMES)
+    for name in names:
+        init = "runs/ar-cifar10" if name in ("ce-cifar10", *POST_TRAINING) else None
+        run = train(small(find_recipe(name), init=init), Path("runs") / name, quiet=True)
+        lines = read_metrics(run / "metrics.jsonl")
+        assert [line["step"] for line in lines if "train/loss" in line] == [1, 2]
+        assert any(key.startswith("validation/") for line in lines for key in line)
+        assert read_json(run / "origin.json")["class_names"] == list(CLASS_NAMES)
+
+
+def test_the_recipes_are_those_of_the_house():
+    names = {"tokenizer-cifar10-32", "ar-cifar10", "rear-cifar10", "ce-cifar10", *POST_TRAINING}
+    assert set(recipes_of(cifar10)) == {name for name in RECIPES if "cifar10" in name} == names
+
+
+def test_the_shipped_tokenizer_has_the_shape_of_its_recipe_and_is_small():
+    tokenizer, recipe = load_tokenizer("cifar10-32"), find_recipe("tokenizer-cifar10-32")
+    assert tokenizer.config == recipe.model
+    assert (tokenizer.name, tokenizer.image_size, tokenizer.num_tokens) == ("cifar10-32", 32, 64)
+    folder = Path(cifar10.__file__).parents[1] / "tokenizers" / "pretrained" / "cifar10-32"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+    assert tokenizer.fingerprint in (folder / "README.md").read_text()
+
+
+@pytest.mark.skipif(not WHOLE.is_dir(), reason="no copy of CIFAR-10 at ../shared/data/cifar10")
+def test_the_shipped_tokenizer_reconstructs_photographs_that_it_was_not_trained_on():
+    """On 250 of the 10,000; the model card has all."""
+    source = open_source(f"cifar10:{WHOLE}", split="test", image_size=32)
+    batches = image_batches(Part(source, range(250), source.name), 32, batch_size=100, seed=0)
+    metrics = reconstruction_metrics(load_tokenizer("cifar10-32"), (batch.images for batch in batches.ordered(100)))
+    assert metrics["psnr"] > 24 and metrics["usage"] > 0.95 and metrics["num_images"] == 250
