@@ -109,7 +109,7 @@ def vapi_spatial_openmoji() -> TrainConfig:
 
 
 def isentropic_openmoji() -> TrainConfig:
-    """VA-pi that moves probability between codes and does not sharpen: `vapi-spatial-openmoji`, entropy held."""
+    """VA-pi that moves probability between codes without sharpening: `vapi-spatial-openmoji`, entropy held."""
     start = vapi_spatial_openmoji()
     objective = PolicyConfig(rewards=OPENMOJI_REWARDS, credit="token", smooth_credit=True, entropy="position")
     return replace(start, recipe="isentropic-openmoji", objective=objective)
@@ -121,7 +121,7 @@ def ce_openmoji() -> TrainConfig:
 
 
 def sar_openmoji() -> TrainConfig:
-    """Self-rollout: the true tokens after a draw of the model in the place of the context; otherwise `ce-openmoji`."""
+    """Self-rollout: the true tokens after a draw of the model as context; otherwise `ce-openmoji`."""
     objective = CrossEntropyConfig(rewards=OPENMOJI_REWARDS, context_noise=1.0, corruption="drawn")
     return replace(vapi_openmoji(), recipe="sar-openmoji", objective=objective)
 
