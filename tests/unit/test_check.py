@@ -179,7 +179,7 @@ def test_a_cell_of_a_sweep_is_checked_by_its_run(run, picture_folder, tmp_path):
 
 def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer, picture_folder):
     save_tokenizer(tokenizer, tmp_path / "codec" / "model")
-    (tmp_path / "codec" / "config.json").write_text("{}")
+    (tmp_path / "codec" / "config.json").write_text('{"data": {"images": "elsewhere"}}')
     evaluate_tokenizer(tmp_path / "codec", reference=str(picture_folder), feature_network="quarters")
     found = check_results(tmp_path / "codec" / "reconstruction.json")
     assert found.tolerance == "digit for digit" and found.differs == []
