@@ -189,6 +189,17 @@ def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer, 
     assert not found.reproduced and found.differs == [f"torch: 1.0 then, {torch.__version__} now"]
 
 
+def test_reconstructions_are_measured_again_of_the_pictures_that_were_held_out(tmp_path, tokenizer, picture_folder):
+    save_tokenizer(tokenizer, tmp_path / "codec" / "model")
+    (tmp_path / "codec" / "config.json").write_text("{}")
+    evaluate_tokenizer(
+        tmp_path / "codec", reference=str(picture_folder), feature_network="quarters", validation_split="50%"
+    )
+    found = check_results(tmp_path / "codec" / "reconstruction.json")
+    assert {number.name: number.before for number in found.numbers}["num_images"] == 12
+    assert found.tolerance == "digit for digit"
+
+
 WRONG = (
     "{}", "[]", "1", '{"rows": []}', '{"rows": [1]}', '{"rows": [{}]}', '{"metrics": {}}', '{"asked": {}}',
     '{"metrics": {"FD": 1}, "samples": {"name": "x"}}', '{"metrics": {"FD": {"value": 1}}, "samples": 1}',

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import picture
 from scipy import stats
 from torch.nn import functional
 
 from consonar import cli, networks
+from consonar.config_io import to_dict
 from consonar.errors import NonFiniteLoss, UserError
 from consonar.files.lock import hold
 from consonar.sweeps import work
@@ -183,6 +185,32 @@ def test_what_differs_from_a_result_or_a_run_is_told_before_any_work(table, writ
         run_sweep(read_sweep(write(table | {"options": table["options"] | {"optim.lr": 0.5}}), out), out, str)
 
 
+def test_a_trained_run_is_not_measured_as_one_of_another_start_or_of_other_data(table, write, tmp_path, monkeypatch):
+    """After its result was removed, as the message about a changed start advises."""
+    del table["rows"]["rear"], table["rows"]["plain"]["match"]
+    out = tmp_path / "out"
+    for cell in read_sweep(write(table), out).cells.values():
+        (run := out / "runs" / cell.name).mkdir(parents=True)
+        begun = replace(cell.config, init=str(Path(cell.config.init).resolve()), tokenizer="t") if cell.start else None
+        (run / "config.json").write_text(json.dumps(to_dict(begun or cell.config)))
+        (run / "origin.json").write_text(json.dumps({"init_sha256": "1", "data_sha256": "2"}))
+    monkeypatch.setattr(work.Place, "is_trained", lambda place, cell: True)
+
+    def check(row, **change):
+        rows = table["rows"] | {row: table["rows"][row] | change}
+        work.check_begun(work.Place(out, read_sweep(write(table | {"rows": rows}), out), print))
+
+    check("ce")
+    for row, change, words in (
+        ("ce", {"init": {"cell": "plain", "seed": 0}}, "runs/ce-1: init is 'plain-1' there and 'plain-0' here"),
+        ("ce", {"init": str(out / "runs" / "plain-1")}, "runs/ce-0: init is .*plain-0' there and .*plain-1' here"),
+        ("ce", {"data.images": "openmoji"}, "runs/ce-0: data.images is .*' there and 'openmoji' here"),
+        ("plain", {"data.tokens": "tokens"}, "runs/plain-0: data.tokens is .*' there and 'tokens' here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check(row, **change)
+
+
 def test_a_result_of_an_older_version_has_the_defaults_of_newer_options(table, write, tmp_path):
     cell = read_sweep(write(table), tmp_path).cells["ce-0"]
     asked = json.loads(json.dumps(cell.asked()))
@@ -329,6 +357,24 @@ def test_what_is_missing_is_told_before_any_work(table, write, tmp_path, monkeyp
     ):
         with pytest.raises(UserError, match=words):
             run_sweep(read_sweep(write(table | change), tmp_path / "out"), tmp_path / "out", lambda text: None)
+
+
+def test_the_reference_is_split_as_the_file_says(table, write, tmp_path, monkeypatch):
+    table["evaluate"]["validation_split"], asked = "25%", []
+    cells = list(read_sweep(write(table), tmp_path).cells.values())
+
+    def opened(reference, size, **options):
+        asked.append(options.get("validation_split"))
+        raise UserError("asked")
+
+    monkeypatch.setattr(work, "open_reference", opened)
+    for ask in (
+        lambda: work.check_inputs(cells),
+        lambda: work.target_of(work.Place(tmp_path, None, print), cells[0], torch.device("cpu")),
+    ):
+        with pytest.raises(UserError, match="asked"):
+            ask()
+    assert asked == ["25%", "25%"]
 
 
 def test_a_grid_is_every_combination_of_its_lists(table, write, tmp_path):

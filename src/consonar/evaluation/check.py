@@ -278,12 +278,12 @@ def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
 
 def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:
     """The reconstruction metrics of a tokenizer."""
+    run, origin = stand_in(record.samples or record.path.parent, folder, record.path), record.get("origin", dict)
     network = next((name[4:-1] for name in record.content if name.startswith("rFD(")), "efficientnet-lite0")
-    network = record.get("origin", dict).get("feature_network", network)
-    run = stand_in(record.samples or record.path.parent, folder, record.path)
     evaluate_tokenizer(
-        run, reference=record.target("origin.reference"), feature_network=network, device=record.device,
-        precision=record.get("origin.precision", str),
+        run, reference=record.target("origin.reference"), feature_network=origin.get("feature_network", network),
+        device=record.device, precision=record.get("origin.precision", str),
+        validation_split=origin.get("validation_split"),
     )  # fmt: skip
     return read_json(run / RECONSTRUCTION), False
 

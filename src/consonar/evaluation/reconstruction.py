@@ -109,11 +109,12 @@ def evaluate_tokenizer(
     chosen = pick_precision(precision, place, "precision", "measuring")
     sha256 = weights_sha256(run)
     tokenizer = load_tokenizer(model_folder(run)).to(device)
-    trained = read_json(run / "config.json")["data"]
-    is_same = trained["images"] == reference
+    trained = read_json(run / "config.json").get("data") or {}
+    is_same = trained.get("images") == reference
+    split = validation_split or (trained.get("validation_split") if is_same else None)
+    held_out = HELD_OUT if is_same else 0
     images = open_reference(
-        reference, tokenizer.image_size, bad=bad, held_out=HELD_OUT if is_same else 0,
-        validation_split=validation_split or (trained.get("validation_split") if is_same else None),
+        reference, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split
     ).images  # fmt: skip
     if not images:
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
@@ -122,6 +123,7 @@ def evaluate_tokenizer(
     saved = replacing(run, RECONSTRUCTION, overwrite=overwrite)
     with saved as staged, multiplying(chosen, place, autocast=True):
         origin = {"checkpoint_sha256": sha256, "precision": chosen, "reference": reference}
+        origin |= {"validation_split": split} if split else {}
         origin |= {"machine": machine_name(device), **library_versions()}
         return measure_reconstruction(staged, tokenizer, measured, network, **origin)
 

@@ -18,13 +18,18 @@ from consonar.config_io import adapter, from_dict, to_dict
 from consonar.evaluation.results import Measurement
 from consonar.evaluation.runs import RunSettings
 from consonar.json_types import Json, JsonMap
+from consonar.model_folders import from_anywhere
 from consonar.training.config import TrainConfig
-from consonar.training.origins import OF_MEMORY, flat
+from consonar.training.origins import OF_MEMORY, PLACES, flat
 
 OF_CELLS = ("device", "seed", "match")
 """Settings of an evaluation that follow from the cell."""
 ELSEWHERE = OF_MEMORY | {"loop.device", "loop.trackers", "batch_size", "init"}
 """What may differ between machines that work on one sweep."""
+FILLED = ("tokenizer", "data.validation_tokens")
+"""Settings that a run fills in when it begins, where they were left open."""
+FREE = {*FILLED, "init", "loop.device", "loop.trackers"}
+"""Settings that may be others when a run goes on, which compares what it is made of by content."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,16 @@ def comparable(asked: JsonMap, where: str) -> dict[str, object]:
     kept = {key: value for key, value in settings.items() if key not in (*OF_CELLS, *ELSEWHERE)}
     found = dict(of_training(asked, "")) | dict(flat({**named, **kept, "match": asked["match"]}, "evaluate."))
     return plain(found)
+
+
+def made_from(config: TrainConfig, cell: Cell) -> dict[str, object]:
+    """By which names a configuration calls what a run is made of, but for what `cell` leaves open; a start that is a
+    cell by its own."""
+    asked, given = (dict(flat(to_dict(one), "")) for one in (cell.config, config))
+    found = {key: given[key] for key in PLACES if key not in FILLED or asked[key] is not None}
+    if config.init is not None:
+        found["init"] = Path(config.init).name if cell.start else from_anywhere("generator", config.init)
+    return found
 
 
 def plain(table: Json) -> Json:

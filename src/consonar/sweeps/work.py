@@ -8,6 +8,7 @@ works on by a lock (`files.lock`), which ends with it; another goes to the next 
 A run whose loss is not finite is a result as well: it says so, and the others go on.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from consonar.files.weights import component_fingerprint, is_component
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.networks import load_feature_network
-from consonar.sweeps.plan import Cell, Sweep, check_result, comparable, plain, run_folder, sha256_of
+from consonar.sweeps.plan import FREE, Cell, Sweep, check_result, comparable, made_from, plain, run_folder, sha256_of
 from consonar.training.build import open_store
 from consonar.training.config import TrainConfig
 from consonar.training.origins import comparable as comparable_run
@@ -39,8 +40,6 @@ from consonar.training.tracking import read_metrics
 
 SCHEMA = 1
 REMEDY = "remove it to have the cell done anew, or choose another --out"
-FILLED = ("init", "tokenizer", "data.validation_tokens", "loop.device", "loop.trackers")
-"""Settings that a run fills in when it begins, or that may be others when it goes on."""
 Say = Callable[[str], None]
 
 
@@ -201,7 +200,7 @@ def target_of(place: Place, cell: Cell, device: torch.device) -> ReferenceSet:
     tokenizer, reference, settings = tokenizer_of(cell), cell.evaluated.reference, cell.evaluated.settings
     if (reference, tokenizer) not in place.targets:
         codec = load_tokenizer(tokenizer).to(device)
-        opened = open_reference(reference, codec.image_size)
+        opened = open_reference(reference, codec.image_size, validation_split=settings.validation_split)
         place.targets[reference, tokenizer] = encode_reference(
             opened, codec, batch_size=settings.batch_size, precision=settings.precision
         )
@@ -247,13 +246,15 @@ def check_same(path: Path, now: dict[str, object], before: dict[str, object]) ->
 
 
 def check_begun(place: Place) -> None:
-    """Raises `UserError` where the run of a cell was begun with other settings than it has now."""
+    """Raises `UserError` where the run of a cell was begun with other settings than it has now, or, where it is trained
+    and would only be measured, from another start or on other data than those that are named now."""
     for cell in place.sweep.cells.values():
         run = place.run(cell)
         path = run / "config.json"
         if path.exists():
             begun, now = (
-                {key: value for key, value in comparable_run(plain(to_dict(config)), run).items() if key not in FILLED}
+                {key: value for key, value in comparable_run(plain(to_dict(config)), run).items() if key not in FREE}
+                | (made_from(config, cell) if place.is_trained(cell) else {})
                 for config in (from_dict(read_json(path), str(path), TrainConfig), cell.config)
             )
             if cell.config.model is None or cell.config.run == "post-training":
@@ -267,8 +268,9 @@ def check_inputs(cells: list[Cell]) -> None:
     generators = [(cell.config.data, tokenizer_of(cell)) for cell in cells if cell.config.run == "generator"]
     for tokens, views, tokenizer in {(data.tokens, data.views, tokenizer) for data, tokenizer in generators}:
         open_store(tokens, "data.tokens", tokenizer, views)
-    for reference, tokenizer in {(cell.evaluated.reference, tokenizer_of(cell)) for cell in cells}:
-        open_reference(reference, load_tokenizer(tokenizer).image_size)
+    references = {(one.reference, one.settings.validation_split) for one in (cell.evaluated for cell in cells)}
+    for (reference, split), tokenizer in itertools.product(references, set(map(tokenizer_of, cells))):
+        open_reference(reference, load_tokenizer(tokenizer).image_size, validation_split=split)
     for network, device in {(cell.evaluated.feature_network, cell.config.loop.device) for cell in cells}:
         load_feature_network(network, str(pick_device(device, "loop.device")))
 
