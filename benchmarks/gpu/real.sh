@@ -6,10 +6,11 @@ set -eu
 : "${CONSONAR:=$PYTHON -m consonar}"
 [ -n "$WORK" ] || { WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT; }
 rm -f "$OUT/rear.json" "$OUT/vapi.json" "$OUT/vapi.png"
-steps=1500 updates=60 batch=256 images=32 samples=1024
-[ -z "$TOY" ] || steps=2 updates=2 batch=8 images=4 samples=16
+steps=1500 updates=60 batch=256 images=32 samples=1024 views=center_flip
+[ -z "$TOY" ] || steps=2 updates=2 batch=8 images=4 samples=16 views=center
 
-$CONSONAR tokenize --tokenizer openmoji-64 --data "$DATA/openmoji" --out "$WORK/tokens" --batch-size $batch
+$CONSONAR tokenize --tokenizer openmoji-64 --data "$DATA/openmoji" --out "$WORK/tokens" --batch-size $batch \
+  --views $views
 $CONSONAR train rear-openmoji --out "$WORK/rear" --data.tokens "$WORK/tokens" --loop.steps $steps \
   --loop.batch-size $batch --loop.validate-every $((steps / 2)) --loop.sample-every 0 --quiet
 $CONSONAR train vapi-openmoji --init "$WORK/rear" --out "$WORK/vapi" --data.images "$DATA/openmoji" \
