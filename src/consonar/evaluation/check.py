@@ -168,10 +168,10 @@ def check_results(
 def allowed(name: str, recorded: Measurement, count: int, redrawn: bool) -> float:
     """How far a number of `count` images may be off."""
     size, spread, metric = abs(recorded.value), recorded.spread or recorded.error or 0.0, name.rpartition(": ")[2]
+    images = IMAGES / count if metric in COUNTS or metric_of(metric).unit == "%" else 0.0
     if redrawn:
-        return SPREADS * spread or WITHOUT_SPREAD * size
-    counts = metric in COUNTS or metric_of(metric).unit == "%"
-    return max(RELATIVE * size, OF_SPREAD * spread, IMAGES / count if counts else 0.0)
+        return max(SPREADS * spread or WITHOUT_SPREAD * size, images)
+    return max(RELATIVE * size, OF_SPREAD * spread, images)
 
 
 def numbers_of(content: JsonMap) -> dict[str, Measurement]:

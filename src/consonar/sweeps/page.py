@@ -36,7 +36,7 @@ def about(summary: Summary) -> str:
     cells = summary.sweep.cells.values()
     seeds, evaluated = len({cell.seed for cell in cells}), next(iter(cells)).evaluated
     return (
-        f"{len(summary.sweep.rows)} rows, {len(cells)} runs, up to {seeds} seeds each; "
+        f"{len(summary.sweep.rows)} rows, {len(cells)} runs, up to {seeds} seed{'s' * (seeds > 1)} each; "
         f"{evaluated.settings.num_samples:,} samples a temperature, measured against {evaluated.reference}."
     )
 
