@@ -72,7 +72,7 @@ def read_sweep(path: Path, out: Path, seeds: int | None = None) -> Sweep:
     sweep = Sweep(path.stem, cells, tuple(rows), base)
     for cell in cells.values():
         for row in cell.match:
-            if not any(other.row == row for other in sweep.matched(cell)):
+            if not any(other.row == row and other.start and other.start.row == cell.row for other in cells.values()):
                 raise UserError(f"{where}: rows.{cell.row}.match: no cell of {row!r} starts from {cell.name}")
     return sweep
 
