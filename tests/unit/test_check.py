@@ -229,4 +229,5 @@ def test_how_far_a_number_may_be_off():
     assert allowed("copy rate (features)", Measurement(0.0), 1000, redrawn=False) == pytest.approx(0.002)
     assert allowed("FD(x)", Measurement(100.0, 3.0), 1000, redrawn=True) == pytest.approx(6.0)
     assert allowed("entropy", Measurement(3.0), 1000, redrawn=True) == pytest.approx(0.03)
+    assert allowed("recall", Measurement(0.0, 0.0), 1000, redrawn=True) == pytest.approx(0.002)
     assert not Check([Compared("FD(x)", 1.0, None, 9.0)], redrawn=False, differs=[]).reproduced

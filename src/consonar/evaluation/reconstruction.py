@@ -125,7 +125,6 @@ def evaluate_tokenizer(
         origin = {"checkpoint_sha256": sha256, "precision": chosen, "reference": reference}
         origin |= {"validation_split": split} if split else {}
         origin |= {"machine": machine_name(device), **library_versions()}
-        origin |= {"validation_split": validation_split} if validation_split else {}
         return measure_reconstruction(staged, tokenizer, measured, network, **origin)
 
 
