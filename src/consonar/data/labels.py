@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
+from typing import Any
 
 from consonar.data.image_folder import ImageFolder
 from consonar.errors import UserError, printable, reading, unknown
@@ -49,8 +50,14 @@ def check_labels(source: ImageSource, num_classes: int | None, missing: int | No
         return
     for index, label in enumerate(known_labels(source) or ()):
         if label is None or not 0 <= label < num_classes:  # the name costs more than the look
-            name = source.picture_name(index) if isinstance(source, ImageFolder) else f"picture {index}"
-            check_label(label, num_classes, f"{source.name}: {name}", missing)
+            check_label(label, num_classes, f"{source.name}: {picture_name(source, index)}", missing)
+
+
+def picture_name(source: Any, index: int) -> str:  # Any: `sources.Part`, which imports this file, has rows
+    """What a source, or what it is a part of, calls a picture that is not read."""
+    while hasattr(source, "rows") and hasattr(source, "source"):
+        source, index = source.source, source.rows[index]
+    return source.picture_name(index) if isinstance(source, ImageFolder) else f"picture {index}"
 
 
 def read_class_file(path: str | Path) -> tuple[str, ...]:
