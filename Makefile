@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 MINUTES ?= 18
 BIN := .venv/bin
+# A process for each core, of one thread each (tests/conftest.py).
+WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims-vapi clean
 
@@ -24,7 +26,7 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint  ## lint, types and the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(WORKERS)
 
 fuzz: .venv/installed  ## every byte changed and every length cut of a file of each format (hours)
 	$(BIN)/python -m tests.fuzz
