@@ -1,8 +1,8 @@
 """Which way holds the entropy of a policy: python claims/entropy_bandit.py. Writes claims/results/entropy_bandit.json.
 
-A bandit of 24 codes in 512 contexts whose distributions come from shared weights (tanh network, 32 hidden units), with
-the exact gradient of the expected reward, so that nothing but the way of holding entropy differs. Half of the contexts
-are trained on, 32 at a time; Adam, 600 updates, 3 seeds. All numbers are means over the half that is trained on.
+A bandit of 24 codes in 256 contexts whose distributions come from shared weights (tanh network, 32 hidden units), with
+the exact gradient of the expected reward, so that nothing but the way of holding entropy differs. 32 contexts at a
+time; Adam, 600 updates, 3 seeds. All numbers are means over all contexts.
 """
 
 import json

@@ -159,6 +159,12 @@ def test_heads_of_a_rear_run_are_kept_and_trained_on(make, make_config, start, t
     one, two = (load_resume(list_resume(run / "checkpoints")[-1])["model"] for run in (moved, parts))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
+    further = train(
+        replace(config, init=str(moved), optim=replace(config.optim, lr=1e-12, min_lr=0.0)), tmp_path / "on"
+    )
+    before, after = heads(moved, "model"), heads(further, "model")
+    assert before and all(torch.allclose(before[key], after[key], atol=1e-9) for key in before)
+
     for init, message in ((start, "was trained without alignment heads"), (origin / "model", "start from the folder")):
         with pytest.raises(UserError, match=message) as caught:
             train(replace(config, init=str(init)), tmp_path / "refused", quiet=True)

@@ -157,6 +157,14 @@ def test_tokenize_makes_the_split_that_is_named(tmp_path, tokenizer_folder, ever
     )
 
 
+@pytest.mark.parametrize("folder", ["validation", "val", "test"])
+def test_pictures_to_validate_on_are_tokenised_without_any_to_train_on(folder, tmp_path, tokenizer_folder):
+    fill(tmp_path / "data" / folder, 6)
+    argv = ["tokenize", "--tokenizer", tokenizer_folder, "--device", "cpu", "--data", tmp_path / "data"]
+    cli.main([str(word) for word in [*argv, "--split", "validation", "--out", tmp_path / "t"]])
+    assert len(TokenStore.open(tmp_path / "t")) == 6
+
+
 def test_samples_are_compared_with_a_share_that_is_held_out(tmp_path, capsys):
     argv = ["evaluate", fill(tmp_path / "samples", 12), "--reference", fill(tmp_path / "data", 20), "--draws", 1]
     argv += ["--device", "cpu", "--out", tmp_path / "r.json"]
@@ -178,6 +186,24 @@ def test_what_is_held_out_is_a_function_of_the_seed_and_never_trained_on(tmp_pat
         hold_out(Pictures(4), 0.25, "k")
     with pytest.raises(UserError, match="leave none to train on"):
         hold_out(source, 0.99, "k")
+
+
+def test_what_is_held_out_does_not_depend_on_labels(tmp_path):
+    """A tokenizer sees pictures without a label, and tokens leave them out."""
+    labels = [row % NUM_CLASSES if row % 4 else -1 for row in range(40)]
+    columns = Features({"img": ImageFeature(), "label": ClassLabel(names=[*"abc"])})
+    data = Dataset.from_dict({"img": [picture(row) for row in range(40)], "label": labels}, columns)
+    data.save_to_disk(tmp_path / "half")
+    spec = f"arrow:{tmp_path}/half"
+    seen, of_tokens = (
+        open_splits(spec, "25%", key="k", image_size=16, label_default=default) for default in (None, "drop")
+    )
+    held_out = {record.name for record in seen.validation}
+    assert len(held_out) == 10
+    assert {record.name for record in of_tokens.validation} < held_out
+    assert len({record.name for record in of_tokens.train} - held_out) == len(of_tokens.train)
+    assert len(of_tokens.train) + len(of_tokens.validation) == 30
+    assert None not in [*of_tokens.train.labels, *of_tokens.validation.labels]
 
 
 @pytest.mark.parametrize("value", ["", "100%", "x%", "5 %", "%"])

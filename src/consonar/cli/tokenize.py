@@ -1,6 +1,7 @@
 """The command `tokenize`."""
 
 from collections.abc import Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokens import TokenStore, write_token_store
 from consonar.data.transforms import IMAGE_SIDE, VIEWS
 from consonar.distributed import pick_device
-from consonar.errors import UserError, check_choice
+from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
 from consonar.precision import pick_precision
 from consonar.sampling.checks import check_batch_size
@@ -108,6 +109,9 @@ def open_sources(options: Options, image_size: int) -> dict[str, ImageSource]:
         if wanted is not None:
             raise UserError(f"{key}: {wanted!r} is read only for the splits train and validation; leave it away")
         return {split: open_source(options.data, split=split, **given)}
+    if split == "validation" and wanted is None:
+        with suppress(MissingSplit):  # no pictures to train on are needed beside it
+            return {split: open_source(options.data, split=split, **given)}
     splits = open_splits(options.data, wanted, key=key, **given)
     found = {"train": splits.train} | ({"validation": splits.validation} if splits.validation else {})
     if split is not None and split not in found:

@@ -95,9 +95,17 @@ def open_source(
     `spec` or `split`, and for a folder or data set that is missing, empty or ambiguous.
     """
     kind, target = find_source(spec)
-    source = kind.open(target, split, image_size)
-    names = None if classes is None else read_class_file(classes)
-    return relabelled(source, names, label_default, model_classes)
+    return labelled(kind.open(target, split, image_size), classes, label_default, model_classes)
+
+
+def labelled(
+    source: ImageSource,
+    classes: str | None = None,
+    label_default: str | None = None,
+    model_classes: Sequence[str] | None = None,
+) -> ImageSource:
+    """The source with the labels that `open_source` gives it."""
+    return relabelled(source, None if classes is None else read_class_file(classes), label_default, model_classes)
 
 
 class Part:

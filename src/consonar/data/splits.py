@@ -1,16 +1,18 @@
 """What is trained on and what is validated on: the splits of a data set, or a part of `train` that is held out.
 
-What is held out is a function of the number of pictures alone, so that a tokenizer, the tokens and post-training leave
-out the same ones.
+What is held out is a function of the number of pictures alone, with or without a label, so that a tokenizer, the tokens
+and post-training leave out the same ones.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from consonar.data.image_folder import choose_split
 from consonar.data.labels import describe
-from consonar.data.sources import Part, find_source, open_source
+from consonar.data.sources import Part, find_source, labelled, open_source
 from consonar.errors import MissingSplit, UserError
 from consonar.seeding import generator, permutation
 from consonar.types import ImageSource, IndexedSource
@@ -41,9 +43,9 @@ def share_of(wanted: str | None, key: str) -> float | None:
 
 
 def open_splits(
-    spec: str, wanted: str | None = None, *, key: str, otherwise: float = HELD_OUT, **settings: Any
+    spec: str, wanted: str | None = None, *, key: str, image_size: int, otherwise: float = HELD_OUT, **labels: Any
 ) -> Splits:
-    """The images that `spec` names, opened with the `settings` of `open_source`, to train on and to validate on.
+    """The images that `spec` names, opened with the `labels` of `open_source`, to train on and to validate on.
 
     `wanted` is the name of the split to validate on, or a share of `train` such as 5% (0%: none is held out). None: the
     split validation, else test, else the share `otherwise` of `train`, where that has two pictures and is no stream.
@@ -51,6 +53,11 @@ def open_splits(
     is not there or is trained on, and where what is wanted cannot be held out; otherwise as `open_source` does.
     """
     kind, target = find_source(spec)
+    opened = partial(open_source, spec, image_size=image_size)
+
+    def label(source: ImageSource) -> ImageSource:
+        return labelled(source, **labels)
+
     share, names = share_of(wanted, key), kind.splits(target)
     if share is None:
         try:
@@ -63,17 +70,19 @@ def open_splits(
         else:
             if chosen == choose_split("train", names, spec):
                 raise UserError(f"{key}: {wanted!r} is what is trained on; name another split, or a share such as 5%")
-            train = open_source(spec, split="train", **settings)
-            return Splits(train, open_source(spec, split=wanted or "validation", **settings))
-    train = open_source(spec, split="train", **settings)
-    if share is None and not (isinstance(train, IndexedSource) and len(train) > 1):
-        return Splits(train, None)
-    share = otherwise if share is None else share
-    return hold_out(train, share, key) if share else Splits(train, None)
+            return Splits(label(opened(split="train")), label(opened(split=wanted or "validation")))
+    source = opened(split="train")
+    if share is None:
+        share = otherwise if isinstance(source, IndexedSource) and len(source) > 1 else 0
+    return hold_out(source, share, key, label=label) if share else Splits(label(source), None)
 
 
-def hold_out(source: ImageSource, share: float, key: str, seed: int = SEED) -> Splits:
-    """The source without a `share` of its pictures, one at least, and that share, drawn by `seed`.
+def hold_out(
+    source: ImageSource, share: float, key: str, seed: int = SEED,
+    label: Callable[[ImageSource], ImageSource] = lambda part: part,
+) -> Splits:  # fmt: skip
+    """The source without a `share` of its pictures, one at least, and that share, drawn by `seed`. `label` gives both
+    their labels, and may leave pictures out: what is held out does not depend on which.
 
     Raises `UserError` for a stream, whose pictures have no numbers, and where none would be left.
     """
@@ -85,6 +94,6 @@ def hold_out(source: ImageSource, share: float, key: str, seed: int = SEED) -> S
         raise UserError(f"{key}: {count} of {total} pictures held out leave none to train on")
     order = permutation(generator(seed, "held out"), total)
     rows, rest = sorted(order[:count].tolist()), sorted(order[count:].tolist())
-    held_out = Part(source, rows, f"{source.name}[{count} held out]")
+    held_out = label(Part(source, rows, f"{source.name}[{count} held out]"))
     note = f"validation: {describe(held_out)}, held out of the split train"
-    return Splits(Part(source, rest, f"{source.name}[without {count}]"), held_out, note)
+    return Splits(label(Part(source, rest, f"{source.name}[without {count}]")), held_out, note)

@@ -20,6 +20,7 @@ from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentTrainee
+from consonar.training.objectives.base import ObjectiveConfig
 from consonar.types import Generator, ModelConfig, Tokenizer
 
 FILE = "origin.json"
@@ -79,13 +80,13 @@ def with_heads(init: str, generator: Generator, tokenizer: Tokenizer) -> Alignme
     With a moving average those of the average, as the model. Raises `UserError` for what is no run, for one without
     checkpoints and for one that was trained without heads.
     """
-    saved, path = list_resume(Path(init) / "checkpoints"), Path(init) / "config.json"
+    saved = list_resume(Path(init) / "checkpoints")
     if not saved:
         raise UserError(
             f"objective.embedding_weight: alignment heads are kept in the checkpoints of a reAR run, and {init} has "
             "none; start from the folder of such a run, or set it to 0"
         )
-    objective = from_dict(read_json(path), str(path), TrainConfig).objective
+    objective = objective_of_heads(Path(init))
     trainee = AlignmentTrainee(generator, objective.head_specs(generator.num_layers, tokenizer.code_dim))
     if not trainee.specs:
         raise UserError(f"objective.embedding_weight: {init} was trained without alignment heads; set it to 0")
@@ -94,6 +95,13 @@ def with_heads(init: str, generator: Generator, tokenizer: Tokenizer) -> Alignme
     heads = {key.removeprefix("heads."): value for key, value in weights.items() if key.startswith("heads.")}
     load_weights(trainee.heads, heads, str(saved[-1]))
     return trainee
+
+
+def objective_of_heads(run: Path) -> ObjectiveConfig:
+    """The objective that says which heads a run has: of one that kept those of its start, that one's."""
+    path = run / "config.json"
+    config = from_dict(read_json(path), str(path), TrainConfig)
+    return objective_of_heads(Path(config.init)) if config.init and config.objective.keeps_heads else config.objective
 
 
 def check_same_shape(where: str, stored: ModelConfig, wanted: ModelConfig) -> None:
