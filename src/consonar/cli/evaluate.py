@@ -27,7 +27,7 @@ from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_json
 from consonar.model_folders import SHIPPED
-from consonar.options import default, types
+from consonar.options import default
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
 
@@ -151,7 +151,8 @@ def check_read(options: Options, unread: Sequence[str], why: str) -> None:
 def settings_of(kind: type[Settings], options: Options, device: str, **given: object) -> Settings:
     """The settings of measuring that options of the same names say, but for those `given`."""
     metrics = tuple(word.strip() for word in options.metrics.split(",")) if options.metrics else ()
-    named: dict[str, Any] = {key: value for key, value in vars(options).items() if key in types(kind)}
+    shared = {item.name for item in fields(kind)} & vars(options).keys()
+    named: dict[str, Any] = {name: getattr(options, name) for name in shared}
     return kind(**named | {"metrics": metrics, "device": device} | given)
 
 

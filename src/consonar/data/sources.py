@@ -13,7 +13,7 @@ from consonar.data.labels import DROP, class_id, known_labels, read_class_file
 from consonar.data.openmoji import SPLITS, OpenMoji
 from consonar.errors import UserError, unknown
 from consonar.files.readers import home_expanded
-from consonar.origin import same_text
+from consonar.origin import class_difference, same_text
 from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 
@@ -188,3 +188,12 @@ def relabelled(
     known = known_labels(source) if default == DROP else None
     rows = [row for row in range(len(source)) if known is None or known[row] is not None]
     return Part(source, rows, source.name, relabel, given)
+
+
+def in_order_of(source: ImageSource, class_names: tuple[str, ...] | None, other: str) -> ImageSource | str:
+    """The source with labels that count `class_names`, where it has no other classes; else in words which differs
+    first from those of `other`."""
+    given = source.class_names
+    if class_names and given and set(map(same_text, given)) <= set(map(same_text, class_names)):
+        return relabelled(source, class_names)
+    return class_difference(given, class_names, other) or source

@@ -42,6 +42,17 @@ class Measurement:
         return {name: found for name, found in asdict(self).items() if name in ("value", "spread") or found is not None}
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is read of a row of a run's results, beside its sampler."""
+
+    temperature: float
+    num_samples: int
+    seed: int
+    metrics: dict[str, Measurement]
+    matched_to: str | None = None
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers depend on."""
     python, numpy = platform.python_version(), np.__version__
