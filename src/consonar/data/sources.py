@@ -100,22 +100,20 @@ def open_source(
     return relabelled(source, names, label_default, model_classes)
 
 
+@dataclass(eq=False)
 class Part:
     """Some rows of an `IndexedSource`, one itself, called `name`; `relabel` gives its labels of `class_names`."""
 
-    def __init__(
-        self,
-        source: IndexedSource,
-        rows: Sequence[int],
-        name: str,
-        relabel: Callable[[int | None], int | None] | None = None,
-        class_names: tuple[str, ...] | None = None,
-    ) -> None:
-        self.source, self.rows, self.name, self.relabel = source, rows, name, relabel
-        self.class_names = class_names if relabel else source.class_names
-        labels = known_labels(source)
-        if labels is not None:
-            self.labels = [relabel(labels[row]) if relabel else labels[row] for row in rows]
+    source: IndexedSource
+    rows: Sequence[int]
+    name: str
+    relabel: Callable[[int | None], int | None] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.class_names = self.class_names if self.relabel else self.source.class_names
+        if (labels := known_labels(self.source)) is not None:
+            self.labels = [self.relabel(labels[row]) if self.relabel else labels[row] for row in self.rows]
 
     @cached_property
     def content_hash(self) -> str | None:
