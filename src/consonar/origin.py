@@ -86,18 +86,6 @@ def content_hash(names: Sequence[str], read: Callable[[int], bytes]) -> str:
     return digest.hexdigest()
 
 
-def difference(ours: Origin, theirs: Origin, other: str, parts: Sequence[str] = MEANING) -> str | None:
-    """What differs first, as "class 0 is 'cat', in OTHER it is 'dog'"; None where nothing known does."""
-    if "classes" in parts and (found := class_difference(ours.class_names, theirs.class_names, other)):
-        return found
-    for what, name, key in (PARTS[part] for part in parts if part != "classes"):
-        mine, yours = getattr(ours, key), getattr(theirs, key)
-        if mine is not None and yours is not None and mine != yours:
-            named, known = (f"{getattr(o, name)!r} ({getattr(o, key)[:12]})" for o in (ours, theirs))
-            return f"the {what} is {named}, in {other} it is {known}"
-    return None
-
-
 def class_difference(ours: Sequence[str] | None, theirs: Sequence[str] | None, other: str) -> str | None:
     """The first class that two lists name differently; None where one is unknown or they agree."""
     if ours is None or theirs is None:
@@ -116,5 +104,9 @@ def check(where: str, ours: Origin, theirs: Origin, other: str, remedy: str, par
 
     `where` is the key or file that `ours` belongs to, `other` what `theirs` belongs to; `remedy` ends the line.
     """
-    if found := difference(ours, theirs, other, parts):
+    if "classes" in parts and (found := class_difference(ours.class_names, theirs.class_names, other)):
         raise UserError(f"{where}: {found}; {remedy}")
+    for what, name, key in (PARTS[part] for part in parts if part != "classes"):
+        if None not in (hashes := (getattr(ours, key), getattr(theirs, key))) and hashes[0] != hashes[1]:
+            named, known = (f"{getattr(o, name)!r} ({getattr(o, key)[:12]})" for o in (ours, theirs))
+            raise UserError(f"{where}: the {what} is {named}, in {other} it is {known}; {remedy}")

@@ -59,6 +59,14 @@ def permutation(rng: torch.Generator, count: int) -> torch.Tensor:
     return torch.randperm(count, generator=rng, device=rng.device)
 
 
+def spread(rng: torch.Generator, wanted: int, count: int) -> torch.Tensor:
+    """At most `wanted` of 0 .. `count` - 1, rising, int64: one from each of as many equal stretches, so that a set that
+    is sorted by class is covered evenly, and one whose classes take turns is not seen at one of them alone."""
+    wanted = min(wanted, count)
+    edges = torch.arange(wanted + 1) * count // wanted
+    return edges[:-1] + (uniform(rng, wanted, dtype=torch.float64) * edges.diff()).long()
+
+
 @torch.no_grad()
 def draw_weights(
     model: nn.Module, draw: Callable[..., object] = nn.init.trunc_normal_, rng: torch.Generator | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -23,7 +24,7 @@ from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.runs import RunSettings, evaluate_run
-from consonar.origin import Origin, check, difference
+from consonar.origin import Origin, check
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import DataConfig
 from consonar.training.objectives.alignment import GuardConfig
@@ -82,15 +83,19 @@ def post_train(make_config, tmp_path):
 def test_two_origins_differ_at_the_first_class_and_at_the_hash():
     names = tuple("abcdef")
     swapped = Origin(class_names=(*names[:4], "f", "e"))
-    assert difference(Origin(class_names=names), swapped, "B") == "class 4 is 'e' (6 classes), in B it is 'f' (6)"
-    fewer = difference(Origin(class_names=names), Origin(class_names=names[:5]), "B")
-    assert fewer == "class 5 is 'f' (6 classes), in B it is none (5)"
+    for theirs, words in (
+        (swapped, "class 4 is 'e' (6 classes), in B it is 'f' (6)"),
+        (Origin(class_names=names[:5]), "class 5 is 'f' (6 classes), in B it is none (5)"),
+    ):
+        with pytest.raises(UserError, match=rf"^here: {re.escape(words)}; do this$"):
+            check("here", Origin(class_names=names), theirs, "B", "do this")
     one, two = (Origin(tokenizer="t", tokenizer_fingerprint=digit * 64) for digit in "12")
     with pytest.raises(UserError, match=r"^here: the tokenizer is 't' \(1{12}\), in B it is 't' \(2{12}\); do this$"):
         check("here", one, two, "B", "do this")
     for known in (one, swapped):  # what is not known differs from nothing
-        assert difference(known, Origin(), "B") is None and difference(Origin(), known, "B") is None
-    assert difference(Origin(class_names=("caf\u00e9",)), Origin(class_names=("cafe\u0301",)), "B") is None
+        check("here", known, Origin(), "B", "do this")
+        check("here", Origin(), known, "B", "do this")
+    check("here", Origin(class_names=("caf\u00e9",)), Origin(class_names=("cafe\u0301",)), "B", "do this")
 
 
 def test_post_training_on_pictures_without_labels_is_refused_for_several_classes(generator_of, post_train, tmp_path):

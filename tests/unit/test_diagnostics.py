@@ -15,10 +15,11 @@ from scipy.stats import spearmanr
 from consonar.diagnostics import codes, context, decoding, exposure, forcing, layers, statistics
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
 from consonar.diagnostics.findings import Interval, exactly
-from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject, choose, spread
+from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject, choose
 from consonar.metrics.distribution import frechet_distance
 from consonar.sampling.sample import SamplerConfig
 from consonar.seeding import generator as seeded
+from consonar.seeding import spread
 from consonar.types import Grid, ImageRecord
 
 SIDE, CODES, COUNT = 4, 16, 12
@@ -451,7 +452,7 @@ def test_pictures_are_drawn_evenly_by_the_seed_and_the_others_are_others() -> No
     assert choose(Source(), 20, 0) == choose(Source(), 20, 0) != choose(Source(), 20, 1)
     measured, others = choose(Source(), 80, 0)
     assert len(measured) == 80 and len(others) == 20
-    assert spread(3, 9, seeded(0, "x")).tolist() == [0, 1, 2]
+    assert spread(seeded(0, "x"), 9, 3).tolist() == [0, 1, 2]
 
 
 def test_a_record_of_findings_is_json_and_says_every_number() -> None:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from consonar.components import save_generator
+from consonar.data.splits import Splits
 from consonar.errors import UserError
 from consonar.evaluation import entropy
 from consonar.evaluation.entropy import GRID, Sharpness, matching_temperature, teacher_forced_entropies
@@ -62,7 +63,7 @@ class Stream:
 
 
 def sharpness_of(source, tokenizer, monkeypatch):
-    monkeypatch.setattr(entropy, "open_source", lambda *args, **kwargs: source)
+    monkeypatch.setattr(entropy, "open_splits", lambda *args, **kwargs: Splits(source, source))
     return Sharpness("anywhere", tokenizer, 4)
 
 

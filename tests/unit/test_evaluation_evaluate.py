@@ -178,7 +178,7 @@ def test_the_results_file(tmp_path, data):
     assert content["versions"].keys() == {"python", "torch", "numpy", "consonar"}
     assert content["copies"]["features"] == {"threshold": results.copies["features"].threshold, "quantile": 0.0}
     assert content["machine"] and content["timestamp"].endswith("+00:00") and content["reference"].endswith("data")
-    with pytest.raises(UserError, match=r"results\.json exists"):
+    with pytest.raises(UserError, match=r"results\.json already exists"):
         results.to_json(path)
     results.to_json(path, overwrite=True)
     before = (tmp_path / "samples.npz").read_bytes()

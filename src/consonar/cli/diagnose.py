@@ -1,5 +1,6 @@
 """The command `diagnose`: one page about what a generator and its tokenizer get wrong together, and its numbers."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -68,15 +69,11 @@ def command(options: Options) -> None:
     parts = [word.strip() for word in options.parts.split(",")] if options.parts else []
     smaller = f"lower --batch-size ({options.batch_size})"
     with counting("diagnose") as count, memory.explained(smaller, torch.device(device)):
-        done: list[str] = []
-
-        def begin(part: str) -> None:
-            count(len(done))
-            done.append(part)
-
+        numbers = itertools.count()
         found = diagnose(
             options.model, options.data, settings, parts=parts, tokenizer=options.tokenizer,
-            validation_split=options.validation_split, label_default=options.label_default, progress=begin,
+            validation_split=options.validation_split, label_default=options.label_default,
+            progress=lambda part: count(next(numbers)),
         )  # fmt: skip
     for name, finding in found.findings.items():
         say(f"{name}: {finding.summary}")

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -29,6 +30,9 @@ from consonar.model_folders import SHIPPED
 from consonar.options import default
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
+
+NOT_SMALLER = "no setting takes less, another --device may have more"
+Settings = TypeVar("Settings", bound=EvaluationSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +100,15 @@ def command(options: Options) -> None:
         )
     if not place.exists():
         raise UserError(f"{place}: no such file or folder; name samples, or a run folder")
-    smaller = f"lower --batch-size ({options.batch_size})"
-    if not is_run:
-        with memory.explained(smaller, torch.device(device)):
-            measure_samples(options, place, options.reference, device, bad)
-    elif out is not None:
+    if is_run and out is not None:
         raise UserError("--out: the results of a run are written into its folder; leave --out away")
-    elif options.tokenizer is not None:
+    if is_run and options.tokenizer is not None:
         raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
-    elif read_component_kind(place) == "tokenizer":
-        with memory.explained("no setting takes less, another --device may have more", torch.device(device)):
-            measure_tokenizer(options, place, options.reference, device, bad)
-    else:
-        with memory.explained(smaller, torch.device(device)):
-            measure_generator(options, place, options.reference, device, bad)
+    is_tokenizer = is_run and read_component_kind(place) == "tokenizer"
+    measure = measure_tokenizer if is_tokenizer else measure_generator if is_run else measure_samples
+    smaller = NOT_SMALLER if is_tokenizer else f"lower --batch-size ({options.batch_size})"
+    with memory.explained(smaller, torch.device(device)):
+        measure(options, place, options.reference, device, bad)
     if bad.note:
         say(bad.note)
         bad.write()
@@ -122,7 +121,7 @@ def check(options: Options, path: Path, device: str) -> None:
     check_read(options, unread, "without --check, which measures as it was measured")
     if options.bad != BadImageOptions():
         raise UserError("--bad-images: is read only without --check; leave it away")
-    with memory.explained("no setting takes less, another --device may have more", torch.device(device)):
+    with memory.explained(NOT_SMALLER, torch.device(device)):
         found = check_results(
             path, samples=options.samples, reference=options.reference, tokenizer=options.tokenizer, device=device,
             progress=say,
@@ -149,8 +148,12 @@ def check_read(options: Options, unread: Sequence[str], why: str) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
 
 
-def chosen_metrics(options: Options) -> tuple[str, ...]:
-    return tuple(word.strip() for word in options.metrics.split(",")) if options.metrics else ()
+def settings_of(kind: type[Settings], options: Options, device: str, **given: object) -> Settings:
+    """The settings of measuring that options of the same names say, but for those `given`."""
+    metrics = tuple(word.strip() for word in options.metrics.split(",")) if options.metrics else ()
+    shared = {item.name for item in fields(kind)} & vars(options).keys()
+    named: dict[str, Any] = {name: getattr(options, name) for name in shared}
+    return kind(**named | {"metrics": metrics, "device": device} | given)
 
 
 def measure_tokenizer(options: Options, place: Path, reference: str, device: str, bad: BadImages) -> None:
@@ -170,12 +173,7 @@ def measure_generator(options: Options, place: Path, reference: str, device: str
     except ValueError as error:
         given = options.temperatures
         raise UserError(f"--temperatures: {given!r} is not a list of numbers such as 1,0.9,0.8") from error
-    settings = RunSettings(
-        temperatures=temperatures, match=options.match, num_samples=options.num_samples,
-        draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
-        precision=options.precision, metrics=chosen_metrics(options),
-        validation_split=options.validation_split,
-    )  # fmt: skip
+    settings = settings_of(RunSettings, options, device, temperatures=temperatures)
     content = evaluate_run(
         place, settings, reference=reference, feature_network=options.feature_network,
         overwrite=options.overwrite, bad=bad, progress=say,
@@ -196,10 +194,7 @@ def measure_samples(options: Options, place: Path, reference: str, device: str, 
     check_seed(options.seed, "--seed")
     if out is not None:
         check_place(out, overwrite=options.overwrite, key="--out")
-    measured = EvaluationSettings(
-        draws=options.draws, seed=options.seed, batch_size=options.batch_size, device=device,
-        precision=options.precision, metrics=chosen_metrics(options), validation_split=options.validation_split,
-    )  # fmt: skip
+    measured = settings_of(EvaluationSettings, options, device)
     samples = load_samples(place, bad=bad)
     target = open_target(samples, reference, tokenizer, measured, bad)
     if target.about:

@@ -20,7 +20,7 @@ from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.options import Range
-from consonar.seeding import generator, integers, permutation, rows_of_rank, uniform
+from consonar.seeding import generator, integers, permutation, rows_of_rank, spread
 from consonar.types import ImageBatch, ImageRecord, ImageSource, IndexedSource, TokenBatch
 
 Item = TypeVar("Item")
@@ -98,14 +98,10 @@ class Batches(ABC, Generic[Item]):
     def ordered(self, batch_size: int, max_items: int = 0) -> Iterator[Item]:
         """All items, or with `max_items` > 0 at most that many, in order and as they are held, for validation.
 
-        One row is drawn from each of as many equal stretches, so that a set that is sorted by class is covered evenly,
-        and one whose classes take turns is not seen at one of them alone, as it would be at equal steps. The last batch
-        may be short.
+        Which ones is drawn (`seeding.spread`). The last batch may be short.
         """
-        count = min(max_items, self.num_items) if max_items else self.num_items
-        edges = torch.arange(count + 1) * self.num_items // count
-        drawn = uniform(generator(self.seed, "ordered"), count, dtype=torch.float64) * edges.diff()
-        return map(self.read, (edges[:-1] + drawn.long()).split(batch_size))
+        rows = spread(generator(self.seed, "ordered"), max_items or self.num_items, self.num_items)
+        return map(self.read, rows.split(batch_size))
 
 
 class TokenBatches(Batches[TokenBatch]):

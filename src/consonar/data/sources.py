@@ -13,7 +13,7 @@ from consonar.data.labels import DROP, class_id, known_labels, read_class_file
 from consonar.data.openmoji import SPLITS, OpenMoji
 from consonar.errors import UserError, unknown
 from consonar.files.readers import home_expanded
-from consonar.origin import same_text
+from consonar.origin import class_difference, same_text
 from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 
@@ -108,22 +108,20 @@ def labelled(
     return relabelled(source, None if classes is None else read_class_file(classes), label_default, model_classes)
 
 
+@dataclass(eq=False)
 class Part:
     """Some rows of an `IndexedSource`, one itself, called `name`; `relabel` gives its labels of `class_names`."""
 
-    def __init__(
-        self,
-        source: IndexedSource,
-        rows: Sequence[int],
-        name: str,
-        relabel: Callable[[int | None], int | None] | None = None,
-        class_names: tuple[str, ...] | None = None,
-    ) -> None:
-        self.source, self.rows, self.name, self.relabel = source, rows, name, relabel
-        self.class_names = class_names if relabel else source.class_names
-        labels = known_labels(source)
-        if labels is not None:
-            self.labels = [relabel(labels[row]) if relabel else labels[row] for row in rows]
+    source: IndexedSource
+    rows: Sequence[int]
+    name: str
+    relabel: Callable[[int | None], int | None] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.class_names = self.class_names if self.relabel else self.source.class_names
+        if (labels := known_labels(self.source)) is not None:
+            self.labels = [self.relabel(labels[row]) if self.relabel else labels[row] for row in self.rows]
 
     @cached_property
     def content_hash(self) -> str | None:
@@ -196,3 +194,12 @@ def relabelled(
     known = known_labels(source) if default == DROP else None
     rows = [row for row in range(len(source)) if known is None or known[row] is not None]
     return Part(source, rows, source.name, relabel, given)
+
+
+def in_order_of(source: ImageSource, class_names: tuple[str, ...] | None, other: str) -> ImageSource | str:
+    """The source with labels that count `class_names`, where it has no other classes; else in words which differs
+    first from those of `other`."""
+    given = source.class_names
+    if class_names and given and set(map(same_text, given)) <= set(map(same_text, class_names)):
+        return relabelled(source, class_names)
+    return class_difference(given, class_names, other) or source

@@ -7,7 +7,8 @@ what can be seen. Letters: `n` pictures, `m` decoded ones, `N` tokens, `V` codes
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_component_kind
 from consonar.data.labels import check_label
-from consonar.data.sources import at_size, relabelled
+from consonar.data.sources import at_size, in_order_of
 from consonar.data.splits import open_splits
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError, check_choice
@@ -26,11 +27,11 @@ from consonar.model_folders import SHIPPED
 from consonar.networks import PERCEPTUAL_DISTANCES, FeatureNetwork, load_feature_network
 from consonar.networks.base import LayerDistance
 from consonar.options import Count, Options, Range
-from consonar.origin import Origin, check, class_difference, of_tokenizer, same_text
+from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import pick_precision
 from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig, check_fit
-from consonar.seeding import check_seed, generator, uniform
+from consonar.seeding import check_seed, generator, spread, uniform
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Generator, ImageRecord, ImageSource, IndexedSource, Tokenizer
 
@@ -145,22 +146,14 @@ class Subject:
         return torch.cat(batches)
 
 
-def spread(count: int, wanted: int, rng: torch.Generator) -> Tensor:
-    """At most `wanted` rows of `count`, rising: one drawn from each of as many equal stretches, so that a set that is
-    sorted by class is covered evenly."""
-    wanted = min(count, wanted)
-    edges = torch.arange(wanted + 1) * count // wanted
-    return edges[:-1] + (uniform(rng, wanted, dtype=torch.float64) * edges.diff()).long()
-
-
 def choose(source: ImageSource, wanted: int, seed: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """So many pictures of a source, and as many others, by `spread`; of a stream, of its first ones."""
     rng = generator(seed, "diagnosis", "pictures")
     first = [] if isinstance(source, IndexedSource) else list(itertools.islice(source, 2 * wanted))
     count = len(source) if isinstance(source, IndexedSource) else len(first)
-    chosen = spread(count, wanted, rng)
+    chosen = spread(rng, wanted, count)
     rest = torch.ones(count, dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
-    others = rest[spread(len(rest), wanted, rng)] if len(rest) else rest
+    others = rest[spread(rng, wanted, len(rest))] if len(rest) else rest
 
     def read(rows: Tensor) -> list[ImageRecord]:
         return [source.read(row) if isinstance(source, IndexedSource) else first[row] for row in rows.tolist()]
@@ -193,13 +186,10 @@ def open_data(
     )  # fmt: skip
 
     def labelled(source: ImageSource) -> ImageSource:
-        given = source.class_names
-        if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
-            return relabelled(source, known)  # in the generator's order
-        if known and given:
-            what = class_difference(given, known, "the generator")
-            raise UserError(f"--data: {what}; its labels would mean other classes")
-        return source
+        found = in_order_of(source, known, "the generator")
+        if isinstance(found, str):
+            raise UserError(f"--data: {found}; its labels would mean other classes")
+        return found
 
     train = labelled(splits.train)
     return (labelled(splits.validation), train) if splits.validation else (train, None)
@@ -249,10 +239,7 @@ def open_subject(
     held_out, seen = open_data(data, codec.image_size, origin, validation_split, label_default)
     codec, model = codec.to(settings.device), model and model.to(settings.device)
     num_classes = model.num_classes if model else None
-
-    def pictures(records: list[ImageRecord], name: str) -> Pictures | None:
-        return encoded(records, name, codec, num_classes, settings.batch_size) if records else None
-
+    made = partial(encoded, tokenizer=codec, num_classes=num_classes, batch_size=settings.batch_size)
     measured, others = choose(held_out, settings.num_images, settings.seed)
     if len(measured) < 8:
         raise UserError(
@@ -260,17 +247,10 @@ def open_subject(
             "(--validation-split says which)"
         )
     train, more = choose(seen, settings.num_images, settings.seed) if seen else ([], [])
-    of_train = len(others) * 2 < len(measured)  # too few are left to compare with
-    subject = Subject(
-        codec,
-        encoded(measured, held_out.name, codec, num_classes, settings.batch_size),
-        settings,
-        judge,
-        network,
-        model,
-    )
-    return replace(
-        subject,
-        train=pictures(train, seen.name if seen else ""),
-        others=pictures(more or train, seen.name) if of_train and seen else pictures(others, held_out.name),
-    )
+    source = held_out
+    if seen and len(others) * 2 < len(measured):  # too few are left to compare with
+        others, source = more or train, seen
+    return Subject(
+        codec, made(measured, held_out.name), settings, judge, network, model,
+        train=made(train, seen.name) if seen and train else None, others=made(others, source.name) if others else None,
+    )  # fmt: skip

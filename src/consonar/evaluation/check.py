@@ -28,7 +28,7 @@ from consonar.errors import UserError, reading
 from consonar.evaluation.evaluate import evaluate, open_target
 from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
-from consonar.evaluation.results import RECONSTRUCTION, RESULTS, Measurement
+from consonar.evaluation.results import RECONSTRUCTION, RESULTS, Measurement, Row
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_json
@@ -42,16 +42,6 @@ RELATIVE, OF_SPREAD, IMAGES = 1e-4, 0.01, 2
 SPREADS, WITHOUT_SPREAD = 2, 0.01
 COUNTS = ("precision", "recall", "density", "coverage")  # and what is in percent
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is read of a row of a run's results, beside its sampler."""
-
-    temperature: float
-    num_samples: int
-    seed: int
-    metrics: dict[str, Measurement]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from torch import Tensor
 from consonar.components import load_generator, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.labels import check_label
-from consonar.data.sources import at_size, relabelled
+from consonar.data.sources import at_size, in_order_of
 from consonar.data.splits import open_splits
 from consonar.errors import UserError
 from consonar.evaluation.image_sets import cropped
 from consonar.evaluation.inputs import as_input
-from consonar.origin import Origin, check, class_difference, of_tokenizer, same_text
+from consonar.origin import Origin, check, of_tokenizer
 from consonar.records import device_of, to_device
 from consonar.training import losses
 from consonar.types import Generator, ImageSource, TokenBatch, Tokenizer
@@ -77,11 +77,8 @@ class Sharpness:
         if source is None:
             return "the reference has none"
         source = leave_out(source, bad, "reference validation")
-        known, given = self.origin.class_names, source.class_names
-        if known and given and set(map(same_text, given)) <= set(map(same_text, known)):
-            return relabelled(source, known)  # in the generator's order
-        other = class_difference(given, known, "the generator")
-        return f"of the reference, {other}" if other else source
+        found = in_order_of(source, self.origin.class_names, "the generator")
+        return f"of the reference, {found}" if isinstance(found, str) else found
 
     @torch.inference_mode()
     def batches(self, generator: Generator) -> Iterator[TokenBatch] | str:

@@ -32,7 +32,6 @@ from consonar.evaluation.reference import PreparedReference
 from consonar.evaluation.results import Evaluation, library_versions
 from consonar.evaluation.sample_metrics import check_metrics, copy_rates, measure
 from consonar.evaluation.settings import EvaluationSettings
-from consonar.json_types import Json
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import random_parts
 from consonar.metrics.frechet import distance_of_draws
@@ -96,7 +95,7 @@ def compare(
         for name in values
         if parts and all(name in part for part, _ in parts)
     }
-    sets = reference.features.items()
+    sets, used = reference.features.items(), reference.given.origin
     return Evaluation(
         metrics={name: replace(value, spread=spreads.get(name)) for name, value in values.items()},
         unavailable=unavailable,
@@ -110,7 +109,7 @@ def compare(
         reference=reference.given.name,
         feature_network=record_of(network),
         protocol=protocol(found, reference),
-        tokenizer=tokenizer_of(reference.given),
+        tokenizer={"name": used.tokenizer, "fingerprint": used.tokenizer_fingerprint} if used else {},
         seed=seed,
         config={one.name: getattr(settings, one.name) for one in fields(EvaluationSettings) if one.name != "seed"},
         machine=machine_name(settings.device),
@@ -126,12 +125,6 @@ def protocol(found: FeatureSet, reference: PreparedReference) -> str:
     known = ["statistics of the file for FD and sFD", *known] if given.statistics else known
     some = f"; single images of {most:,} drawn" if max([found.moments.count, *counts.values()]) > most else ""
     return f"{found.moments.count:,} samples, {reference.network.name}, against {given.name}: {', '.join(known)}{some}"
-
-
-def tokenizer_of(reference: ReferenceSet) -> Json:
-    """In whose tokens a reference is; empty: in none."""
-    origin = reference.origin or Origin()
-    return {"name": origin.tokenizer, "fingerprint": origin.tokenizer_fingerprint} if origin.tokenizer else {}
 
 
 def open_target(

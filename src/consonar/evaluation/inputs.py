@@ -24,7 +24,6 @@ from consonar.evaluation.image_sets import (
     check_integers,
     folder_image_set,
     npz_image_set,
-    one_of,
     source_image_set,
 )  # fmt: skip
 from consonar.files.readers import npz_keys, parse_json, read_npz
@@ -85,21 +84,19 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
         images, shape, sha256 = folder_image_set(path, bad)
         return SampleSet(images, shape[0], _square(path, shape), sha256)
     images, shape = npz_image_set(path)
-    arrays = read_npz(path, ("labels", "arr_1", "tokens", "seeds", "settings"))
-    of_labels = one_of(path, arrays, "labels", "arr_1")
-    text = arrays.pop("settings", None)
+    arrays = read_npz(path, ("tokens", "seeds", "settings"))
+    labels, text, settings = images.labels(), arrays.pop("settings", None), None
     for key, array in arrays.items():
         check_integers(path, key, array, shape[0])
         if key == "tokens" and array.size and (array.min() < 0 or array.max() >= 2**31):
             raise UserError(f"{path}: tokens from {array.min()} to {array.max()}; a tokenizer counts its codes from 0")
     tokens = torch.from_numpy(arrays["tokens"].astype(np.int64)) if "tokens" in arrays else None
-    with reading(f"{path}: settings", "valid JSON"):
-        settings = {} if text is None else parse_json(str(text))
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: settings are a {type(settings).__name__}, expected a JSON object")
-    labels = None if of_labels is None else torch.from_numpy(arrays[of_labels].astype(np.int64))
-    given = None if text is None else settings
-    return SampleSet(images, shape[0], _square(path, shape), file_sha256(path), tokens, labels, given)
+    if text is not None:
+        with reading(f"{path}: settings", "valid JSON"):
+            settings = parse_json(str(text))
+        if not isinstance(settings, dict):
+            raise UserError(f"{path}: settings are a {type(settings).__name__}, expected a JSON object")
+    return SampleSet(images, shape[0], _square(path, shape), file_sha256(path), tokens, labels, settings)
 
 
 def open_reference(

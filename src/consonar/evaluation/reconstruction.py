@@ -113,9 +113,7 @@ def evaluate_tokenizer(
     is_same = trained.get("images") == reference
     split = validation_split or (trained.get("validation_split") if is_same else None)
     held_out = HELD_OUT if is_same else 0
-    images = open_reference(
-        reference, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split
-    ).images  # fmt: skip
+    images = open_reference(reference, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split).images
     if not images:
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from consonar import __version__
 from consonar.errors import UserError
 from consonar.files.lock import hold
-from consonar.files.readers import plain_name, read_json
-from consonar.files.writers import file_sha256, write_json
+from consonar.files.readers import has_keys, plain_name, read_json
+from consonar.files.writers import check_replaced, file_sha256, write_json
 from consonar.json_types import Json, JsonMap
 from consonar.metrics.copying import CopyRate
 
@@ -41,6 +42,17 @@ class Measurement:
         return {name: found for name, found in asdict(self).items() if name in ("value", "spread") or found is not None}
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is read of a row of a run's results, beside its sampler."""
+
+    temperature: float
+    num_samples: int
+    seed: int
+    metrics: dict[str, Measurement]
+    matched_to: str | None = None
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers depend on."""
     python, numpy = platform.python_version(), np.__version__
@@ -49,23 +61,11 @@ def library_versions() -> dict[str, str]:
 
 def check_place(path: Path, *, overwrite: bool, key: str) -> None:
     """Makes the folder of results; `UserError` where they cannot be written, or would replace anything but results."""
-    if path.is_dir():
-        raise UserError(f"{key}: {path} is a folder; name a file, such as {path / 'results.json'}")
-    if path.exists() and not overwrite:
-        raise UserError(f"{key}: {path} exists; choose another name, or add --overwrite")
-    if path.exists() and not holds_results(path):
-        raise UserError(f"{key}: {path} exists and holds no results, so it is not overwritten; choose another name")
+    is_ours = partial(has_keys, keys={"schema", "metrics"})
+    check_replaced(path, key, "results.json", "holds no results", is_ours, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{key}: {path.parent} cannot be written; choose another folder")
-
-
-def holds_results(path: Path) -> bool:
-    """Whether a file is one that `Evaluation.to_json` wrote."""
-    try:
-        return {"schema", "metrics"} <= read_json(path).keys()
-    except UserError:
-        return False
 
 
 @dataclass(frozen=True)

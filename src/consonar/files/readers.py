@@ -8,7 +8,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,14 @@ def read_json(path: Path, remedy: str = "") -> Json:
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
     return value
+
+
+def has_keys(path: Path, keys: Set[str]) -> bool:
+    """Whether a file is JSON with at least these entries."""
+    try:
+        return keys <= read_json(path).keys()
+    except UserError:
+        return False
 
 
 def check_extent(value: object, most: int = 10_000) -> None:

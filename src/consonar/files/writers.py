@@ -57,6 +57,19 @@ def no_room(error: BaseException) -> str:
     return "the disk is full, or files may not be so large here (ulimit -f)" if cut else ""
 
 
+def check_replaced(
+    path: Path, key: str, example: str, fault: str, is_ours: Callable[[Path], bool], *, overwrite: bool
+) -> None:
+    """Raises `UserError` for a folder where a file such as `example` is to be written, and for a file that is not to be
+    replaced: without `overwrite` any, else one that `is_ours` does not know, which `fault` says in words."""
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a folder; name a file, such as {path / example}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{key}: {path} already exists; choose another name, or add --overwrite")
+    if path.exists() and not is_ours(path):
+        raise UserError(f"{key}: {path} exists and {fault}, so it is not overwritten; choose another name")
+
+
 def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:
     text = json.dumps(value, indent=1, allow_nan=allow_nan) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text))

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from consonar.errors import UserError
-from consonar.files.writers import write_atomically
+from consonar.files.writers import check_replaced, write_atomically
 from consonar.json_types import Json
 from consonar.metrics import in_order, meanings, metric_of
 from consonar.report import images, tables
@@ -44,12 +43,10 @@ def write_report(
 
 def check_page(out: Path, *, overwrite: bool) -> None:
     """Raises `UserError` where a page cannot be written, or would replace anything but a page."""
-    if out.is_dir():
-        raise UserError(f"out {out}: is a folder; name a file, for example {out / 'report.html'}")
-    if out.exists() and not overwrite:
-        raise UserError(f"out {out}: already exists; choose another name, or overwrite it (--overwrite)")
-    if out.exists() and b"<!doctype html>" not in out.read_bytes()[:100]:
-        raise UserError(f"out {out}: exists and is no page, so it is not overwritten; choose another name")
+    check_replaced(
+        out, "out", "report.html", "is no page", lambda path: b"<!doctype html>" in path.read_bytes()[:100],
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:

@@ -1,6 +1,7 @@
 """The page of a diagnosis, and diagnosis.json beside it. The page knows no diagnostic, only findings."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from PIL import Image
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
 from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap
 from consonar.errors import UserError
-from consonar.files.readers import read_json
-from consonar.files.writers import write_json
+from consonar.files.readers import has_keys
+from consonar.files.writers import check_replaced, write_json
 from consonar.report import check_page, filled, write_page
 from consonar.report.charts import LOOKS, Line, Look, svg_chart
 from consonar.report.images import picture
@@ -26,27 +27,20 @@ LIGHT, DARK = (241, 245, 249), (23, 62, 112)
 CELL = 10
 
 
-def numbers_path(out: Path) -> Path:
-    """Where the numbers of a page go."""
-    return out.with_suffix(".json")
-
-
 def check_outputs(out: Path, *, overwrite: bool) -> None:
     """Raises `UserError` where page or numbers cannot be written, or would replace anything but a diagnosis."""
     if out.suffix != ".html":
         raise UserError(f"--out: {out} does not end in .html; the numbers go into a .json of that name beside it")
     check_page(out, overwrite=overwrite)
-    numbers = numbers_path(out)
-    if numbers.exists() and not overwrite:
-        raise UserError(f"--out: {numbers} exists; choose another name, or add --overwrite")
-    if numbers.exists() and not (numbers.is_file() and {"subject", "parts"} <= read_json(numbers).keys()):
-        raise UserError(f"--out: {numbers} exists and is no diagnosis, so it is not overwritten; choose another name")
+    is_ours, numbers = partial(has_keys, keys={"subject", "parts"}), out.with_suffix(".json")
+    check_replaced(numbers, "--out", "numbers.json", "is no diagnosis", is_ours, overwrite=overwrite)
 
 
 def write_diagnosis(diagnosis: Diagnosis, out: Path) -> Path:
     """Writes the page, and all its numbers beside it; returns the page's path."""
-    html = render(diagnosis, numbers_path(out).name)
-    write_json(numbers_path(out), diagnosis.content(), allow_nan=False)
+    numbers = out.with_suffix(".json")
+    html = render(diagnosis, numbers.name)
+    write_json(numbers, diagnosis.content(), allow_nan=False)
     write_page(html, out)
     return out
 

@@ -84,7 +84,6 @@ def page(summary: Summary, results: Mapping[str, Json]) -> str:
     sweep = summary.sweep
     runs = [run_of(row, summary, results) for row in sweep.rows]
     titles, verdicts = summary.verdicts()
-    records = [run.config for run in runs]
     return filled(
         "sweep.html.jinja",
         runs=runs,
@@ -111,7 +110,7 @@ def page(summary: Summary, results: Mapping[str, Json]) -> str:
         ],
         meaning=meanings({name: None for setting in summary.settings for name in setting.columns}),
         notes=summary.notes,
-        records=compared(runs, [dict(record) for record in records]),
+        records=compared(runs, [dict(run.config) for run in runs]),
         results={name: origin_of(result) for name, result in results.items()},
     )
 

@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from consonar.config_io import adapter, from_dict, to_dict
-from consonar.evaluation.results import Measurement
+from consonar.evaluation.results import Row
 from consonar.evaluation.runs import RunSettings
 from consonar.json_types import Json, JsonMap
 from consonar.model_folders import from_anywhere
@@ -136,19 +136,10 @@ def run_folder(out: Path, cell: Cell) -> Path:
 
 
 @dataclass(frozen=True)
-class Line:
-    """What is read of a row of a cell's results: one temperature."""
-
-    temperature: float
-    metrics: dict[str, Measurement]
-    matched_to: str | None = None
-
-
-@dataclass(frozen=True)
 class Scores:
     """What is read of a cell's results."""
 
-    rows: Annotated[list[Line], Field(min_length=1)]
+    rows: Annotated[list[Row], Field(min_length=1)]
     machine: str
     reference: Json
     remarks: list[str]

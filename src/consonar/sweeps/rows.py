@@ -170,12 +170,10 @@ class Rows:
             raise UserError(f"{self.place(name)}: match: expected a list of rows, got {match!r}")
         for row in match:
             check_choice(f"{self.place(name)}: match", row, self.rows)
-        made = Cell(name, seed, config, self.of_seed(seed), start, tuple(match))
+        # Samples have the seed of the run, so that rows share it, and seeds tell how far drawing moves a number.
+        evaluated = replace(self.evaluated, settings=replace(self.evaluated.settings, seed=seed))
+        made = Cell(name, seed, config, evaluated, start, tuple(match))
         return self.cells.setdefault(made.name, made)
-
-    def of_seed(self, seed: int) -> Evaluated:
-        """Samples have the seed of the run, so that rows share it, and seeds tell how far drawing moves a number."""
-        return replace(self.evaluated, settings=replace(self.evaluated.settings, seed=seed))
 
     def start_of(self, name: str, seed: int, above: tuple[str, ...]) -> Cell | None:
         """The cell that `init: {cell: ROW}` means, at the same seed or at that of `seed: N`."""

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from consonar.components import load_generator, read_origin, weights_sha256
+from consonar.components import load_generator, model_folder, read_origin, weights_sha256
 from consonar.config_io import from_dict
 from consonar.errors import UserError
 from consonar.files.readers import read_json
 from consonar.files.weights import load_weights
-from consonar.generators import build_generator
+from consonar.generators import GENERATORS, build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
-from consonar.model_folders import from_anywhere
+from consonar.model_folders import from_anywhere, read_settings
 from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import TrainConfig
@@ -51,16 +51,14 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
                 "e.g. --init runs/demo/rear"
             )
         return config
-    origin = read_origin(start)
+    _, origin, stored, _ = read_settings(model_folder(start), "generator", GENERATORS)
     tokenizer = origin.tokenizer if config.tokenizer is None else config.tokenizer
     if tokenizer is None:
         raise UserError(f"tokenizer: {start} does not say which tokenizer it goes with; add --tokenizer")
     model = config.model
-    if model is None or aligns:
-        stored = load_generator(start).config
-        if model is not None:
-            check_same_shape(start, stored, model)
-        model = stored
+    if model is not None and aligns:
+        check_same_shape(start, stored, model)
+    model = stored if model is None or aligns else model
     return replace(config, init=from_anywhere("generator", start), tokenizer=tokenizer, model=model)
 
 
