@@ -196,12 +196,15 @@ def compile_for_training(part: nn.Module, **settings: Any) -> None:
     Its graph is that of a training pass. Without gradient (sampling, validation) it runs as it is written: those passes
     have other shapes and modes, and each would be compiled anew.
     """
-    part.compile(**settings)
-    compiled, written = part._compiled_call_impl, part._call_impl
-    assert compiled is not None  # by `compile`
-    part._compiled_call_impl = lambda *given, **named: (compiled if torch.is_grad_enabled() else written)(
-        *given, **named
+    compiled, written = torch.compile(called, **settings), part._call_impl
+    part._compiled_call_impl = lambda *given, **named: (
+        compiled(part, *given, **named) if torch.is_grad_enabled() else written(*given, **named)
     )
+
+
+def called(part: nn.Module, *given: object, **named: object) -> object:
+    """What is compiled: PyTorch looks into functions of its own, such as a `Sequential`'s, only from one that is not."""
+    return part._call_impl(*given, **named)
 
 
 def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None:
