@@ -173,7 +173,5 @@ print(len(asked), len(set(asked)))
     settings = os.environ | {"CONSONAR_CACHE": str(tmp_path), "CONSONAR_KERNELS": "measured"}
     ran = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, timeout=100)
     assert ran.stdout.split() == ["2", "1"], ran.stderr
-    assert (
-        "attention, 16 positions of 8 in float32" in (tmp_path / "kernels.json").read_text()
-        or (tmp_path / "kernels-busy.json").exists()
-    )
+    answers = [path.read_text() for path in tmp_path.glob("kernels*.json")]  # on a busy machine of another name
+    assert len(answers) == 1 and "attention, 16 positions of 8 in float32" in answers[0]
