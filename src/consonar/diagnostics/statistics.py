@@ -5,7 +5,7 @@ so that whatever is calculated from means is calculated for all resamples at onc
 distance of few images is biased, and more so with images that come twice, so its interval comes from a delete-a-group
 jackknife.
 
-Letters: `n` images, `R` resamples, `F` features, `D` inputs of a probe, `C` outputs, `m` rows.
+Letters: `n` images, `R` resamples, `D` inputs of a probe, `C` outputs, `m` rows.
 """
 
 from collections.abc import Callable, Sequence
