@@ -224,10 +224,11 @@ def page(results: dict[str, Result]) -> str:
         "| method | MSE | perceptual |",
         "|---|---|---|",
     ]
-    for name, values in forced.items():
+    for name in forced:
         if METHODS[name].control in forced and METHODS[name].control != name:
-            pairs = list(zip(values, forced[METHODS[name].control], strict=False))
-            wins = [sum(ours[key] > control[key] for ours, control in pairs) for key in REWARDS]
+            control = {run["seed"]: run["teacher_forced"] for run in of[METHODS[name].control]}
+            pairs = [(run["teacher_forced"], control[run["seed"]]) for run in of[name] if run["seed"] in control]
+            wins = [sum(ours[key] > other[key] for ours, other in pairs) for key in REWARDS]
             lines.append(f"| {METHODS[name].title} | {wins[0]} of {len(pairs)} | {wins[1]} of {len(pairs)} |")
     lines += [
         "",

@@ -10,13 +10,15 @@ from conftest import picture
 from torch.nn import functional
 
 from consonar import cli, networks
-from consonar.components import save_generator, save_tokenizer
+from consonar.components import load_generator, save_generator, save_tokenizer
 from consonar.errors import UserError
-from consonar.evaluation.check import Check, Compared, allowed, check_results
+from consonar.evaluation.check import check_results
+from consonar.evaluation.compared import Check, Compared, allowed, compare, image_counts
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import Measurement
 from consonar.evaluation.runs import RunSettings, evaluate_run
+from consonar.files.weights import component_fingerprint
 from consonar.origin import Origin
 from consonar.sampling.job import Job, balanced_labels, run_job
 from consonar.sampling.sample import SamplerConfig
@@ -223,11 +225,56 @@ def test_options_that_the_record_has_are_refused(measured, capsys):
 
 
 def test_how_far_a_number_may_be_off():
-    assert allowed("FD(x)", Measurement(100.0, 0.5), 1000, redrawn=False) == pytest.approx(0.01)
-    assert allowed("FD(x)", Measurement(0.5, 3.0), 1000, redrawn=False) == pytest.approx(0.03)
-    assert allowed("temperature 1: precision", Measurement(0.5), 1000, redrawn=False) == pytest.approx(0.002)
-    assert allowed("copy rate (features)", Measurement(0.0), 1000, redrawn=False) == pytest.approx(0.002)
-    assert allowed("FD(x)", Measurement(100.0, 3.0), 1000, redrawn=True) == pytest.approx(6.0)
-    assert allowed("entropy", Measurement(3.0), 1000, redrawn=True) == pytest.approx(0.03)
-    assert allowed("recall", Measurement(0.0, 0.0), 1000, redrawn=True) == pytest.approx(0.002)
+    sizes = {"samples": 1000, "compared": 500, "reference": 50}
+    for name, measured, redrawn, far in (
+        ("FD(x)", Measurement(100.0, 0.5), False, 0.01),
+        ("FD(x)", Measurement(0.5, 3.0), False, 0.03),
+        ("temperature 1: precision", Measurement(0.5), False, 0.004),
+        ("temperature 1: recall", Measurement(0.5), False, 0.04),
+        ("coverage", Measurement(0.5), True, 0.04),
+        ("copy rate (tokens)", Measurement(0.0), False, 0.002),
+        ("copy rate (features)", Measurement(0.0), False, 0.004),
+        ("FD(x)", Measurement(100.0, 3.0), True, 6.0),
+        ("entropy", Measurement(3.0), True, 0.03),
+        ("density", Measurement(0.0, 0.0), True, 0.004),
+    ):
+        assert allowed(name, measured, sizes, redrawn) == pytest.approx(far), name
     assert not Check([Compared("FD(x)", 1.0, None, 9.0)], redrawn=False, differs=[]).reproduced
+
+
+def test_shares_of_the_reference_are_of_its_images(measured, run, picture_folder):
+    settings = RunSettings(num_samples=14, draws=2, reconstruct=False, max_neighbours_images=13)
+    content = evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters")
+    assert image_counts(content) == {"samples": 14, "compared": 13, "reference": 13}
+    assert image_counts(json.loads(measured.read_text())) == {"samples": 12, "compared": 12, "reference": 24}
+
+
+def test_every_class_of_a_mean_over_classes_is_compared():
+    sizes = {"samples": 9, "compared": 9, "reference": 9}
+    before = {"FD per class(x)": Measurement(2.0, classes={"0": 1.0, "1": 3.0, "2": 2.0})}
+    swapped = {"FD per class(x)": Measurement(2.0, classes={"0": 3.0, "1": 1.0, "2": 2.0})}
+    for redrawn in (False, True):
+        mean, worst = compare(before, swapped, sizes, redrawn)
+        assert mean.holds and not worst.holds and worst.name == "FD per class(x), class 0"
+        assert all(one.holds for one in compare(before, before, sizes, redrawn))
+    near = {"FD per class(x)": Measurement(2.0, classes={"0": 1.0, "1": 3.05, "2": 2.0})}
+    assert [one.holds for one in compare(before, near, sizes, True)] == [True, True]  # 1 % * sqrt(3)
+    lost = {"FD per class(x)": Measurement(2.0)}
+    assert not compare(before, lost, sizes, True)[1].holds
+
+
+def test_other_weights_are_the_first_words_of_the_verdict(run, picture_folder, tmp_path, capsys):
+    settings = RunSettings(num_samples=12, draws=2, reconstruct=False)
+    content = evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters")
+    changed(run / "results.json", checkpoint_sha256="0" * 64)
+    cli.main(["evaluate", "--check", str(run / "results.json")])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("not the recorded weights: their numbers are reproduced: digit for digit")
+    # A file is another one also where a run was trained again to the same weights, which a cell of a sweep records.
+    (tmp_path / "results").mkdir()
+    weights = component_fingerprint({}, load_generator(run).state_dict())
+    result = {"asked": {}, "failure": None, "run": "../run", "weights": weights}
+    result["results"] = json.loads(json.dumps(content)) | {"checkpoint_sha256": "0" * 64}
+    for known, first in ((weights, "reproduced: "), ("1", "not the recorded weights: ")):
+        (tmp_path / "results" / "cell-0.json").write_text(json.dumps(result | {"weights": known}))
+        assert check_results(tmp_path / "results" / "cell-0.json").verdict.startswith(first)

@@ -117,6 +117,19 @@ def test_a_distance_per_class_is_over_all_images_of_a_class():
     assert found.value == pytest.approx(np.mean(list(found.classes.values())), rel=1e-9)
 
 
+def test_classes_of_fewer_images_than_features_are_said():
+    settings = EvaluationSettings(metrics=("fd-per-class",))
+    for ours, theirs, few in ((30, 60, 10), (60, 30, 10), (60, 60, None)):
+        (images, labels), other = pictures(ours, 0), pictures(theirs, 1)
+        given = SampleSet(in_memory(images, labels), ours, 4, "0", labels=torch.from_numpy(labels))
+        found = evaluate(
+            given, ReferenceSet("r", {"reference": in_memory(*other)}), settings, feature_network=Quarters()
+        )
+        (line,) = found.remarks if few else ("",)
+        assert not few or f"FD per class(quarters) is biased upwards: the smallest class has {few} images" in line
+        assert few or not found.remarks
+
+
 def test_metrics_are_chosen_on_the_command_line_and_their_protocol_is_said(tmp_path, capsys):
     for name, seed in (("samples", 0), ("reference", 1)):
         images, labels = pictures(60, seed)

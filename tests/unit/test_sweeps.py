@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +210,47 @@ def test_a_trained_run_is_not_measured_as_one_of_another_start_or_of_other_data(
     ):
         with pytest.raises(UserError, match=words):
             check(row, **change)
+
+
+def test_results_and_runs_of_files_that_were_made_anew_in_their_place_are_refused(
+    table, write, tmp_path, stores, classes, monkeypatch
+):
+    for name, origin in (("train", stores[0]), ("validation", stores[1]), ("classes", classes)):
+        shutil.copytree(origin, tmp_path / name)
+    table["seeds"], out = 1, tmp_path / "out"
+    table["rows"] = {name: table["rows"][name] for name in ("plain", "ce")}
+    table["rows"]["plain"] |= {"data.tokens": "train", "data.validation_tokens": "validation", "match": []}
+    table["rows"]["ce"]["data.images"] = table["evaluate"]["reference"] = "classes"
+    sweep = read_sweep(write(table), out)
+    results = run_sweep(sweep, out, lambda text: None)
+    assert {"tokenizer", "data.tokens", "data.validation_tokens"} < results["plain-0"]["contents"].keys()
+    assert {"tokenizer", "data.images", "evaluate.reference"} < results["ce-0"]["contents"].keys()
+    monkeypatch.setattr(work, "do_cell", None)
+
+    def refused(words):
+        for ask in (lambda: run_sweep(sweep, out, str), lambda: states(sweep, out)):
+            with pytest.raises(UserError, match=words):
+                ask()
+
+    run_sweep(sweep, out, str)  # as it was
+    (tmp_path / "train").rename(tmp_path / "kept")
+    run_sweep(sweep, out, str)  # not here: unknown
+    shutil.copytree(tmp_path / "validation", tmp_path / "train")
+    refused("results/plain-0.json: the content of data.tokens is '.{12}' there and '.{12}' here; remove it")
+    (out / "results" / "plain-0.json").unlink()
+    refused("runs/plain-0: the content of data.tokens is")
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(out / "runs" / "plain-0")
+    (tmp_path / "kept").rename(tmp_path / "train")
+    picture(500).save(tmp_path / "classes" / "train" / "a" / "0.png")
+    refused("results/ce-0.json: the content of (data.images|evaluate.reference) is")
+    (tmp_path / "classes").rename(tmp_path / "elsewhere")
+    assert states(sweep, out)["ce-0"] == "done"
+    (tmp_path / "elsewhere").rename(tmp_path / "classes")
+    older = json.loads((out / "results" / "ce-0.json").read_text())
+    del older["contents"], older["results"]["origin"]
+    (out / "results" / "ce-0.json").write_text(json.dumps(older))
+    assert states(sweep, out)["ce-0"] == "done"
 
 
 def test_a_result_of_an_older_version_has_the_defaults_of_newer_options(table, write, tmp_path):

@@ -133,11 +133,9 @@ def check(options: Options, path: Path, device: str) -> None:
     Console(highlight=False).print(table)
     for line in found.differs:
         say(f"differs: {line}")
+    say(found.verdict)
     if not found.reproduced:
-        count = sum(not one.holds for one in found.numbers)
-        say(f"not reproduced: {count} of {len(found.numbers)} numbers differ ({found.tolerance})")
         sys.exit(1)
-    say(f"reproduced: {found.tolerance}")
 
 
 def check_read(options: Options, unread: Sequence[str], why: str) -> None:

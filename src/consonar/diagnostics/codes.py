@@ -129,8 +129,7 @@ def neighbourhoods(subject: Subject) -> Finding:
     relative = spacing[:, :1] / spacing[:, nth.index(middle)].mean()
     found = changes(subject, codebook, nth, rng)
     weights, of_codes = bootstrap_weights(len(tokens), seed, "codes"), bootstrap_weights(len(asked), seed, "spacing")
-    pairs = weights.repeat_interleave(found.shape[2], 1) / found.shape[2]
-    (agreement,) = intervals(rank_correlation(found[0].flatten(), found[1].flatten(), pairs)[:, None])
+    (agreement,) = intervals(rank_correlation(found[0], found[1], weights)[:, None])
     draws = weights @ found.unflatten(2, (PLACES, len(nth))).mean(2)  # (3, 1 + R, K)
     _, error, seen = map(intervals, draws)
     (times,) = intervals(draws[1, :, -1:] / draws[1, :, :1].clamp(min=1e-30))

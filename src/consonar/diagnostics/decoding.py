@@ -25,7 +25,6 @@ from consonar.diagnostics.codes import neighbours
 from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap, Interval, resolved
 from consonar.diagnostics.statistics import (
     bootstrap_weights,
-    frechet_distance_of_rows,
     groups_of,
     intervals,
     jackknife,
@@ -33,6 +32,7 @@ from consonar.diagnostics.statistics import (
     psnr_of,
 )  # fmt: skip
 from consonar.diagnostics.subject import Subject
+from consonar.metrics.frechet import frechet_distance_of_rows
 from consonar.seeding import generator, integers
 from consonar.training.noise import corrupt_tokens
 from consonar.training.objectives.base import codebook_of

@@ -5,10 +5,9 @@ so that whatever is calculated from means is calculated for all resamples at onc
 distance of few images is biased, and more so with images that come twice, so its interval comes from a delete-a-group
 jackknife.
 
-Letters: `n` images, `R` resamples, `F` features, `D` inputs of a probe, `C` outputs, `m` rows.
+Letters: `n` images, `R` resamples, `D` inputs of a probe, `C` outputs, `m` rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,9 +29,10 @@ EQUAL_PSNR = 100.0
 def bootstrap_weights(count: int, seed: int, name: str, resamples: int = RESAMPLES) -> Tensor:
     """(1 + R, n) float64 rows that sum to 1: the plain mean, then resamples of `count` images with replacement."""
     drawn = integers(generator(seed, "bootstrap", name), 0, count, resamples, count)
-    counts = torch.zeros(resamples, count, dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(counts))
-    return torch.cat([torch.ones(1, count, dtype=torch.float64), counts]) / count
+    counts, one = torch.zeros(1 + resamples, count, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    counts[0] = 1
+    counts[1:].scatter_add_(1, drawn, one.expand(drawn.shape))
+    return counts.div_(count)
 
 
 def intervals(draws: Tensor) -> list[Interval]:
@@ -59,20 +59,6 @@ def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
     x0, x1, y0, y1 = (known.gather(1, at) for known in (known_x, known_y) for at in (right - 1, right))
     share = ((x - x0) / (x1 - x0).clamp(min=1e-12)).clamp(0, 1)
     return y0 + share * (y1 - y0)
-
-
-def frechet_distance_of_rows(first: Tensor, second: Tensor) -> float:
-    """The squared Fréchet distance of the Gaussians of two sets of features (n, F) and (m, F), 2 rows or more each.
-
-    As `metrics.distribution.frechet_distance`, without any F x F matrix: with centred rows A and B the trace of the
-    root of the product of the covariances is the sum of the singular values of A B^T / sqrt((n - 1) (m - 1)).
-    """
-    first, second = first.double(), second.double()
-    gap = (first.mean(0) - second.mean(0)).square().sum()
-    a, b = first - first.mean(0), second - second.mean(0)
-    scale = math.sqrt((len(a) - 1) * (len(b) - 1))
-    traces = a.square().sum() / (len(a) - 1) + b.square().sum() / (len(b) - 1)
-    return max(0.0, float(gap + traces - 2 * torch.linalg.svdvals(a @ b.T).sum() / scale))
 
 
 def groups_of(count: int, seed: int) -> Tensor:
@@ -103,11 +89,13 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def rank_correlation(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """(R,) Spearman correlation of the pairs x, y (m,) under weights (R, m): Pearson's of the ranks in all of them."""
-    x, y = ranks(x), ranks(y)
-    mean_x, mean_y = weights @ x, weights @ y
-    covariance = weights @ (x * y) - mean_x * mean_y
-    spread = ((weights @ x.square() - mean_x.square()) * (weights @ y.square() - mean_y.square())).clamp(min=0).sqrt()
+    """(R,) Spearman correlation of the pairs x, y (n, P), of P pairs of an image, under weights of images (R, n):
+    Pearson's of the ranks in all of them."""
+    x, y = (ranks(of.flatten()).view_as(of) for of in (x, y))
+    products = torch.stack([x, y, x * y, x.square(), y.square()], 2).mean(1)  # (n, 5)
+    mean_x, mean_y, both, square_x, square_y = (weights @ products).unbind(1)
+    covariance = both - mean_x * mean_y
+    spread = ((square_x - mean_x.square()) * (square_y - mean_y.square())).clamp(min=0).sqrt()
     return torch.where(spread > 0, covariance / spread.clamp(min=1e-30), 0.0)
 
 

@@ -1,85 +1,33 @@
 """Does a result reproduce? What a file of results records is measured again, and the numbers are compared.
 
 What is read: the results of samples, of a run (which is sampled again), of a cell of a sweep, and of a tokenizer.
-How close numbers must come:
-
-* The same pictures, measured again: 1e-4 of the value. On one machine all digits are expected and it is said whether
-  they came; other processors, versions, threads and kernels add in another order, which moves float32 features in
-  their last digits and a Fréchet distance, a small difference of large traces, by some 1e-5. Where a value is small
-  beside its own spread, 1 % of that spread is allowed. Counts of images (precision, recall, copy rates, coverage) may
-  differ by two images, whose nearest neighbour was a matter of rounding.
-* Samples drawn again: twice the spread that was recorded. It is the deviation over m parts; that of the difference of
-  two independent draws of all samples is sqrt(2 / m) of it, so that two spreads are 2.8 such deviations at 4 parts. A
-  redraw has the same seeds and gives mostly the same pictures, but rounding can change a token, and with it the rest of
-  one picture. A number without a spread may differ by 1 %.
+`evaluation.compared` says how close numbers must come.
 """
 
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, TypeVar
-
-from pydantic import Field
+from typing import TypeVar
 
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
-from consonar.config_io import adapter, from_dict
+from consonar.config_io import from_dict
 from consonar.errors import UserError, reading
+from consonar.evaluation.compared import Check, compare, differences, image_counts, made_of, model_differs, numbers_of
 from consonar.evaluation.evaluate import evaluate, open_target
 from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
-from consonar.evaluation.results import RECONSTRUCTION, RESULTS, Measurement, Row
+from consonar.evaluation.results import RECONSTRUCTION, RESULTS
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_json
-from consonar.json_types import Json, JsonMap
-from consonar.metrics import metric_of
+from consonar.files.weights import component_fingerprint
+from consonar.json_types import Json
 from consonar.model_folders import SHIPPED
 from consonar.sampling.job import Job, balanced_labels, run_job
 from consonar.sampling.sample import SamplerConfig
 
-RELATIVE, OF_SPREAD, IMAGES = 1e-4, 0.01, 2
-SPREADS, WITHOUT_SPREAD = 2, 0.01
-COUNTS = ("precision", "recall", "density", "coverage")  # and what is in percent
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One number: as recorded, as measured now (None: not measured any more), and how far it may be off."""
-
-    name: str
-    before: float
-    now: float | None
-    allowed: float
-
-    @property
-    def holds(self) -> bool:
-        return self.now is not None and abs(self.now - self.before) <= self.allowed
-
-
-@dataclass(frozen=True)
-class Check:
-    """What came of it."""
-
-    numbers: list[Compared]
-    redrawn: bool
-    """Whether the pictures were drawn again."""
-    differs: list[str]
-    """What is not as it was: versions, machine, hashes of what went in; one line each."""
-
-    @property
-    def reproduced(self) -> bool:
-        return all(number.holds for number in self.numbers)
-
-    @property
-    def tolerance(self) -> str:
-        """How close the numbers came, or were to come."""
-        if all(number.now == number.before for number in self.numbers):
-            return "digit for digit"
-        if self.redrawn:
-            return f"samples drawn again, within {SPREADS} spreads (without one {WITHOUT_SPREAD:.0%} of the value)"
-        return f"the same pictures, within {RELATIVE:g} of the value, {OF_SPREAD:.0%} of its spread or {IMAGES} images"
 
 
 @dataclass(frozen=True)
@@ -132,72 +80,26 @@ def check_results(
     Raises `UserError` for a file without such a record, and where what it was made from is nowhere to be found.
     """
     record = Record(path, read_json(path), samples, reference, tokenizer, device, progress)
+    cell: Json = {}
     if "asked" in record.content:  # a cell of a sweep
-        failure = record.content.get("failure")
+        cell = record.content
+        failure = cell.get("failure")
         if failure is not None:
             raise UserError(f"{path}: records a run that failed ({failure}); there is nothing to measure")
         run = samples or path.parent / record.get("run", str)
         record = Record(path, record.get("results", dict), run, reference, tokenizer, device, progress)
     with reading(path, "results as `evaluate` writes them"):
-        before, made = numbers_of(record.content), made_of(record.content)
+        before, made, sizes = numbers_of(record.content), made_of(record.content), image_counts(record.content)
     if not before:
         raise UserError(f"{path}: records no number; evaluate again")
     again = run_again if "rows" in record.content else samples_again if "metrics" in record.content else codec_again
     with tempfile.TemporaryDirectory() as folder:
         now, redrawn = again(record, Path(folder))
-    after = numbers_of(now)
-    sizes = [record.content, *record.content.get("rows", ())]
-    count = min(int(one.get(key) or 10_000) for one in sizes for key in ("num_samples", "num_images"))
-    numbers = [
-        Compared(name, found.value, after[name].value if name in after else None, allowed(name, found, count, redrawn))
-        for name, found in before.items()
-    ]
-    return Check(numbers, redrawn, differences(made, made_of(now)))
-
-
-def allowed(name: str, recorded: Measurement, count: int, redrawn: bool) -> float:
-    """How far a number of `count` images may be off."""
-    size, spread, metric = abs(recorded.value), recorded.spread or recorded.error or 0.0, name.rpartition(": ")[2]
-    images = IMAGES / count if metric in COUNTS or metric_of(metric).unit == "%" else 0.0
-    if redrawn:
-        return max(SPREADS * spread or WITHOUT_SPREAD * size, images)
-    return max(RELATIVE * size, OF_SPREAD * spread, images)
-
-
-def numbers_of(content: JsonMap) -> dict[str, Measurement]:
-    """The metrics of results, of each row with its temperature before the name."""
-    if "rows" in content:
-        rows = adapter(Annotated[list[Row], Field(min_length=1)]).validate_python(content["rows"])
-        return {f"temperature {row.temperature:g}: {name}": one for row in rows for name, one in row.metrics.items()}
-    if "metrics" in content:
-        read: dict[str, Measurement] = adapter(dict[str, Measurement]).validate_python(content["metrics"])
-        return read
-    return {name: Measurement(float(value)) for name, value in content.items() if isinstance(value, int | float)}
-
-
-def made_of(content: JsonMap) -> Json:
-    """What went into results, by what it is called in a message."""
-    found = {"machine": content.get("machine"), "weights": content.get("checkpoint_sha256")}
-    reference, samples, origin = (content.get(key) or {} for key in ("reference", "samples", "origin"))
-    hashes = reference if isinstance(reference, Mapping) else content.get("reference_sha256") or {}
-    found |= {f"reference, {key.removesuffix('_sha256')}": value for key, value in hashes.items() if key != "name"}
-    found |= content.get("versions") or {}
-    found |= {f"feature network, {key}": value for key, value in (content.get("feature_network") or {}).items()}
-    found |= {"samples": samples.get("sha256"), "generator": (samples.get("settings") or {}).get("generator_sha256")}
-    found["tokenizer"] = (content.get("tokenizer") or {}).get("fingerprint")
-    if "rows" not in content:  # of a tokenizer; that of a run is of its making, not of the measurement
-        found |= {key: value for key, value in origin.items() if key != "reference"}
-    return found | {"device": (content.get("config") or {}).get("device")}
-
-
-def differences(before: JsonMap, now: JsonMap) -> list[str]:
-    """What differs, in words; what one of them does not say is not compared."""
-    lines = []
-    for key, value in before.items():
-        if None not in (value, now.get(key)) and value != now[key]:
-            was, is_now = (v[:12] if isinstance(v, str) and len(v) == 64 else v for v in (value, now[key]))
-            lines.append(f"{key}: {was} then, {is_now} now")
-    return lines
+    numbers = compare(before, numbers_of(now), sizes, redrawn)
+    after = made_of(now)
+    if cell and component_fingerprint({}, load_generator(str(record.samples)).state_dict()) == cell.get("weights"):
+        made["weights"] = after["weights"]  # in another file
+    return Check(numbers, redrawn, differences(made, after), model_differs(made, after))
 
 
 def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:

@@ -13,6 +13,7 @@ from statistics import stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from consonar.components import load_tokenizer
 from consonar.data.bad_images import BadImages
@@ -99,7 +100,7 @@ def compare(
     return Evaluation(
         metrics={name: replace(value, spread=spreads.get(name)) for name, value in values.items()},
         unavailable=unavailable,
-        remarks=tuple(remarks(found, reference, copies, seed)),
+        remarks=tuple(remarks(found, reference, copies, samples.labels, seed)),
         noise_floor=reference.noise_floor,
         copies=copies,
         num_samples=samples.count,
@@ -151,8 +152,11 @@ def open_target(
     return encode_reference(target, codec, precision=settings.precision)
 
 
-def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], seed: int) -> Iterator[str]:
-    """What must be known to read the numbers, one line each: the bias of few images, copies that are not seen."""
+def remarks(
+    found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], labels: Tensor | None, seed: int
+) -> Iterator[str]:
+    """What must be known to read the numbers, one line each: the bias of few images, also within a class (`labels` (S,)
+    are those of the samples), and copies that are not seen."""
     network, known, count = reference.network, reference.features, found.moments.count
     few, of_features = ENOUGH * network.num_features, f"{network.num_features:,} features"
     gaussians = reference.target.gaussians
@@ -170,6 +174,13 @@ def remarks(found: FeatureSet, reference: PreparedReference, copies: dict[str, C
             f"FD({network.name}) is biased upwards by few images of the reference, too ({', '.join(small)}, "
             f"{of_features}); compare it at equal references only"
         )
+    if reference.settings.wants("fd-per-class") and labels is not None and reference.labels:
+        smallest = min(int(of.unique(return_counts=True)[1].min()) for of in (labels, *reference.labels.values()))
+        if smallest < network.num_features:
+            yield (
+                f"FD per class({network.name}) is biased upwards: the smallest class has {smallest:,} images "
+                f"({of_features}); compare it at equal numbers of samples and equal references only"
+            )
     train = known.get("train")
     most = reference.settings.max_neighbours_images
     if "features" in copies and train is not None and most < train.moments.count:

@@ -153,8 +153,8 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 class Decoder:
     """Draws batches for one generator and one list of guidance scales (N), and keeps the graphs of their shapes.
 
-    `graphs`: whether a CUDA device replays them. A graph reads the weights where they lie, but under autocast copies
-    that last as long as its context: there a decoder lives inside of one.
+    `graphs`: whether a CUDA device replays them. A graph reads the weights where they lie; under autocast it casts them
+    anew for every token, for without gradient PyTorch keeps no copies.
     """
 
     def __init__(self, generator: Generator, scales: Sequence[float], draw: Draw, *, graphs: bool = True):

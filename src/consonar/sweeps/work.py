@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from consonar import memory
-from consonar.components import load_generator, load_tokenizer, read_origin
+from consonar.components import load_tokenizer
 from consonar.config_io import from_dict, to_dict
 from consonar.distributed import pick_device
 from consonar.errors import NonFiniteLoss, UserError, reading
@@ -27,10 +27,11 @@ from consonar.evaluation.results import library_versions
 from consonar.evaluation.runs import evaluate_run
 from consonar.files.lock import Held, hold
 from consonar.files.readers import read_json
-from consonar.files.weights import component_fingerprint, is_component
+from consonar.files.weights import is_component
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.networks import load_feature_network
+from consonar.sweeps.contents import Contents, fingerprint, known_to_both, of_run, recorded, tokenizer_of
 from consonar.sweeps.plan import FREE, Cell, Sweep, check_result, comparable, made_from, plain, run_folder, sha256_of
 from consonar.training.build import open_store
 from consonar.training.config import TrainConfig
@@ -52,6 +53,7 @@ class Place:
     say: Say
     targets: dict[tuple[str, str], ReferenceSet] = field(default_factory=dict)
     """References in tokens, by their names and those of the tokenizers."""
+    contents: Contents = field(default_factory=Contents)
 
     def run(self, cell: Cell) -> Path:
         return run_folder(self.out, cell)
@@ -70,12 +72,13 @@ class Place:
 def run_sweep(sweep: Sweep, out: Path, say: Say) -> dict[str, Json]:
     """Does every cell that has no result yet, and returns the results of all by name.
 
-    Raises `UserError` before any work for results and runs in `out` that are of other cells, and for token stores,
-    references and feature networks that are missing.
+    Raises `UserError` before any work for results and runs in `out` that are of other cells or were made of other
+    files, and for token stores, references and feature networks that are missing.
     """
     place = Place(out, sweep, say)
     waiting = [cell for cell in sweep.cells.values() if read_result(place, cell) is None]
     check_begun(place)
+    check_contents(place)
     check_inputs(waiting)
     while waiting:
         held: Held | None = None
@@ -143,6 +146,7 @@ def do_cell(place: Place, cell: Cell, needed: list[Cell]) -> None:
         "asked": asked,
         "matched": [other.name for other in place.sweep.matched(cell)],
         "run": f"../runs/{cell.name}",
+        "contents": place.contents.of(cell, place.run(cell)),
         **figures,
         "versions": library_versions(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -190,11 +194,6 @@ def measure(place: Place, cell: Cell) -> Json:
     }
 
 
-def fingerprint(run: Path) -> str:
-    """Of the weights themselves: equal for a run that was trained again to the same ones, unlike that of their file."""
-    return component_fingerprint({}, load_generator(run).state_dict())
-
-
 def target_of(place: Place, cell: Cell, device: torch.device) -> ReferenceSet:
     """The reference in the tokens of the cell's tokenizer; opened and encoded once for all cells."""
     tokenizer, reference, settings = tokenizer_of(cell), cell.evaluated.reference, cell.evaluated.settings
@@ -205,19 +204,6 @@ def target_of(place: Place, cell: Cell, device: torch.device) -> ReferenceSet:
             opened, codec, batch_size=settings.batch_size, precision=settings.precision
         )
     return place.targets[reference, tokenizer]
-
-
-def tokenizer_of(cell: Cell) -> str:
-    """The tokenizer of a cell: its own, or that of what it starts from."""
-    config = cell.config
-    if config.tokenizer is not None:
-        return config.tokenizer
-    if cell.start is not None:
-        return tokenizer_of(cell.start)
-    named = read_origin(str(config.init)).tokenizer  # a generator has one of the three
-    if named is None:
-        raise UserError(f"{cell.name}: init: {config.init} does not say which tokenizer it goes with; add tokenizer")
-    return named
 
 
 def read_result(place: Place, cell: Cell) -> Json | None:
@@ -263,6 +249,22 @@ def check_begun(place: Place) -> None:
             check_same(run, now, begun)
 
 
+def check_contents(place: Place) -> None:
+    """Raises `UserError` where a result, or a run that would only be measured, is known to be of other files than those
+    that lie in these places now."""
+    for cell in place.sweep.cells.values():
+        run, path = place.run(cell), place.result(cell)
+        content = read_result(place, cell)
+        if content is not None:
+            with reading(path, "a result of a sweep", REMEDY):
+                before = recorded(content)
+        elif place.is_trained(cell):
+            path, before = run, of_run(run)
+        else:
+            continue
+        check_same(path, *known_to_both(place.contents.of(cell, run), before))
+
+
 def check_inputs(cells: list[Cell]) -> None:
     """Raises `UserError` for what the cells need and what is not there: token stores, models, references, networks."""
     generators = [(cell.config.data, tokenizer_of(cell)) for cell in cells if cell.config.run == "generator"]
@@ -279,6 +281,7 @@ def states(sweep: Sweep, out: Path) -> dict[str, str]:
     """Every cell: done, failed, begun (and how far), held by whom, or to do. `UserError` as `run_sweep` raises."""
     place = Place(out, sweep, lambda text: None)
     check_begun(place)
+    check_contents(place)
     found = {}
     for name, cell in sweep.cells.items():
         result, lines = read_result(place, cell), read_metrics(place.run(cell) / "metrics.jsonl")

@@ -203,7 +203,7 @@ def compile_for_training(part: nn.Module, **settings: Any) -> None:
 
 
 def called(part: nn.Module, *given: object, **named: object) -> object:
-    """What is compiled: PyTorch looks into functions of its own, such as a `Sequential`'s, only from one that is not."""
+    """What is compiled: PyTorch looks into its own functions, such as a `Sequential`'s, only from one that is not."""
     return part._call_impl(*given, **named)
 
 
