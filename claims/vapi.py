@@ -224,10 +224,14 @@ def page(results: dict[str, Result]) -> str:
         "| method | MSE | perceptual |",
         "|---|---|---|",
     ]
+    by_seed = {tuple(run.rsplit("-", 1)): value for run, value in results.items() if "-" in run}
     for name in forced:
         if METHODS[name].control in forced and METHODS[name].control != name:
-            control = {run["seed"]: run["teacher_forced"] for run in of[METHODS[name].control]}
-            pairs = [(run["teacher_forced"], control[run["seed"]]) for run in of[name] if run["seed"] in control]
+            ours_of, control_of = (
+                {seed: value["teacher_forced"] for (run, seed), value in by_seed.items() if run == one}
+                for one in (name, METHODS[name].control)
+            )
+            pairs = [(ours_of[seed], control_of[seed]) for seed in ours_of.keys() & control_of.keys()]
             wins = [sum(ours[key] > other[key] for ours, other in pairs) for key in REWARDS]
             lines.append(f"| {METHODS[name].title} | {wins[0]} of {len(pairs)} | {wins[1]} of {len(pairs)} |")
     lines += [
