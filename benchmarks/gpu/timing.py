@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from versus import published_llamagen, published_rear, published_vapi, rollout
 
 from consonar.cli.ceilings import copy_rate, operations_of, product_rate, weights_read
-from consonar.compiling import compiled
+from consonar.compiling import compile_for_training, compiled
 from consonar.distributed import World, pick_device
 from consonar.evaluation.results import library_versions
 from consonar.generators import build_generator
@@ -54,7 +54,6 @@ from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.optim import OptimConfig, build_optimizer
 from consonar.training.rewards import PlacedReward, Rewards, squared_errors
-from consonar.training.run import compile_for_training
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
 from consonar.types import Grid, ImageBatch, TokenBatch

@@ -1,6 +1,6 @@
 """Networks compiled by PyTorch for a job of many pictures: it takes about a minute, which a few do not win back.
 
-Training compiles in place (`training.run.compile_for_training`), for its graph is that of a pass with a gradient.
+Training compiles in place (`compile_for_training`), for its graph is that of a pass with a gradient.
 """
 
 import copy
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consonar.errors import UserError, is_out_of_memory, one_line
 
@@ -55,3 +55,20 @@ def compiled(model: Model, name: str, **settings: Any) -> Model:
     copied = copy.copy(model)
     setattr(copied, name, Compiled(written, f"{type(model).__name__}.{name}", **settings))
     return copied
+
+
+def compile_for_training(part: nn.Module, **settings: Any) -> None:
+    """Compiles a module in place, with the `settings` of `torch.compile`; keys of the state dict do not change.
+
+    Its graph is that of a training pass. Without gradient (sampling, validation) it runs as it is written: those passes
+    have other shapes and modes, and each would be compiled anew.
+    """
+    compiled, written = torch.compile(called, **settings), part._call_impl
+    part._compiled_call_impl = lambda *given, **named: (
+        compiled(part, *given, **named) if torch.is_grad_enabled() else written(*given, **named)
+    )
+
+
+def called(part: nn.Module, *given: object, **named: object) -> object:
+    """What is compiled: PyTorch looks into its own functions, such as a `Sequential`'s, only from one that is not."""
+    return part._call_impl(*given, **named)

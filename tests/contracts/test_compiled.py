@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from consonar import cli
-from consonar.compiling import compiled
+from consonar.compiling import compile_for_training, compiled
 from consonar.components import save_generator
 from consonar.data.tokens import write_token_store
 from consonar.errors import UserError
@@ -31,7 +31,7 @@ from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
-from consonar.training.run import compile_for_training, train
+from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 
 INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="g++")])

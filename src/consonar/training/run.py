@@ -8,12 +8,11 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
-from torch import nn
 
 from consonar import distributed, memory
+from consonar.compiling import compile_for_training
 from consonar.config_io import from_dict, to_dict
 from consonar.cpu import timing
 from consonar.distributed import World
@@ -151,25 +150,17 @@ def signals_held() -> Iterator[list[int]]:
     script) stays ignored.
     """
     caught: list[int] = []
-    before: dict[int, Any] = {}
+    with ExitStack() as before:
 
-    def let_go() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        before.clear()
+        def remember(number: int, frame: FrameType | None) -> None:
+            caught.append(number)
+            before.close()
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        let_go()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, remember)
-    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    before.callback(signal.signal, number, signal.signal(number, remember))
         yield caught
-    finally:
-        let_go()
     for number in caught:  # after an error it is not: that is what ends the process
         signal.raise_signal(number)
 
@@ -188,23 +179,6 @@ def start_state(config: TrainConfig, built: Built, world: World) -> State:
             compile_for_training(part)
     average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
     return State(trainee, build_optimizer(trainee, config.optim), average)
-
-
-def compile_for_training(part: nn.Module, **settings: Any) -> None:
-    """Compiles a module in place, with the `settings` of `torch.compile`; keys of the state dict do not change.
-
-    Its graph is that of a training pass. Without gradient (sampling, validation) it runs as it is written: those passes
-    have other shapes and modes, and each would be compiled anew.
-    """
-    compiled, written = torch.compile(called, **settings), part._call_impl
-    part._compiled_call_impl = lambda *given, **named: (
-        compiled(part, *given, **named) if torch.is_grad_enabled() else written(*given, **named)
-    )
-
-
-def called(part: nn.Module, *given: object, **named: object) -> object:
-    """What is compiled: PyTorch looks into its own functions, such as a `Sequential`'s, only from one that is not."""
-    return part._call_impl(*given, **named)
 
 
 def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None:
