@@ -285,7 +285,8 @@ def read_study(folder: Path) -> None:
 def make_result(folder: Path) -> None:
     make_sweep(folder)
     cell = read_sweep(folder / "study.yaml", folder / "run").cells["a-0"]
-    lines = [{"temperature": t, "metrics": {"FD(x) validation": {"value": 2.0, "spread": None}}} for t in (1.0, 0.5)]
+    line = {"num_samples": 6, "seed": 0, "metrics": {"FD(x) validation": {"value": 2.0, "spread": None}}}
+    lines = [{"temperature": temperature, **line} for temperature in (1.0, 0.5)]
     numbers = {"rows": lines, "machine": "m", "reference": {"name": "r"}, "remarks": ["few"]}
     content = {"row": "a", "seed": 0, "asked": cell.asked(), "matched": [], "config_sha256": "0", "failure": None,
                "versions": {"torch": "2"}, "weights": "w", "start_weights": None, "stopped": {"step": 1, "reason": "r"},
