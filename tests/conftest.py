@@ -12,7 +12,9 @@ import pytest
 import torch
 from device.pretend import Log, pretended_cuda
 from PIL import Image
+from torch.nn import functional
 
+from consonar import networks
 from consonar.components import load_tokenizer, save_tokenizer
 from consonar.cpu.kernels import tune
 from consonar.data.tokens import write_token_store
@@ -50,6 +52,38 @@ def picture(index: int, size: int = 16) -> Image.Image:
     disc = (y - rng.integers(4, size - 4)) ** 2 + (x - rng.integers(4, size - 4)) ** 2 < rng.integers(9, 30)
     pixels[disc] = rng.integers(0, 256, 3)
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def save_pictures(root: Path, *, train: int = 12, validation: int = 6, size: int = 16) -> Path:
+    """A folder of pictures in the classes a, b and c, with the splits train and validation; returns it."""
+    for split, first, count in (("train", 0, train), ("validation", 100, validation)):
+        for index in range(first, first + count):
+            path = root / split / "abc"[index % 3] / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(index, size).save(path)
+    return root
+
+
+def save_tokenizer_of_32(folder: Path) -> None:
+    """An untrained tokenizer of 4 x 4 tokens for pictures of 32 px, the same at every call."""
+    torch.manual_seed(0)
+    save_tokenizer(VQTokenizer(replace(TINY_VQ, image_size=32, channel_multipliers=(1, 1, 2, 2)), name="tiny"), folder)
+
+
+class Quarters:
+    """A feature network without weights: the mean colours of four quarters."""
+
+    name, weights_sha256, num_features = "quarters", "q" * 64, 12
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return functional.adaptive_avg_pool2d(images, 2).flatten(1).cpu()
+
+
+@pytest.fixture
+def quarters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Quarters` by its name, and a cache folder of the test's own."""
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
 
 
 class Pictures:

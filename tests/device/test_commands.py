@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY_VQ, picture
+from conftest import save_pictures, save_tokenizer_of_32
 from device.pretend import pretended_cuda
 
 from consonar import cli
 from consonar.cli import ceilings
-from consonar.components import load_generator, save_tokenizer
+from consonar.components import load_generator
 from consonar.data.tokens import TokenStore
 from consonar.generators.rear import ReARConfig
-from consonar.tokenizers.vq import VQTokenizer
 from consonar.tokenizers.vqgan import MaskGITConfig
 from consonar.training import policy_gradient as policy
 
@@ -32,14 +31,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if torch.cuda.is_available():
         pytest.skip("a real CUDA device is here: `make test-gpu`")
     root = tmp_path_factory.mktemp("device")
-    for split, first, count in (("train", 0, 12), ("validation", 100, 6)):
-        for index in range(first, first + count):
-            path = root / "pictures" / split / "abc"[index % 3] / f"{index:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture(index, 32).save(path)
-    torch.manual_seed(0)
-    shape = replace(TINY_VQ, image_size=32, channel_multipliers=(1, 1, 2, 2))
-    save_tokenizer(VQTokenizer(shape, name="tiny"), root / "tokenizer")
+    save_pictures(root / "pictures", size=32)
+    save_tokenizer_of_32(root / "tokenizer")
     with pretended_cuda():
         cli.main(
             ["tokenize", "--tokenizer", str(root / "tokenizer"), "--data", str(root / "pictures"),
@@ -117,6 +110,19 @@ def test_a_run_is_measured_over_temperatures_and_matched(cuda, root: Path) -> No
     assert content["machine"] == "a pretended device"
     assert {"entropy (teacher-forced)", "copy rate (tokens)"} <= set(content["rows"][0]["metrics"])
     cli.main(["report", str(run), "--out", str(run / "report.html")])
+
+
+def test_a_sweep_is_trained_and_measured(cuda, root: Path) -> None:
+    options = {f"loop.{name}": value for name, value in LOOP.items()} | {"data.tokens": str(root / "tokens")}
+    study = {
+        "base": "ar-openmoji", "options": {**options, "tokenizer": str(root / "tokenizer"), "model.num_layers": 1},
+        "rows": {"plain": {}}, "evaluate": {"reference": str(root / "pictures"), "num_samples": 8, "draws": 2},
+    }  # fmt: skip
+    (root / "study.yaml").write_text(yaml.safe_dump(study))
+    cli.main(["sweep", str(root / "study.yaml"), "--out", str(root / "sweep")])
+    content = json.loads((root / "sweep" / "results" / "plain-0.json").read_text())
+    assert content["results"]["machine"] == content["sessions"][0]["machine"] == "a pretended device"
+    assert (root / "sweep" / "sweep.html").is_file()
 
 
 @pytest.mark.parametrize("base", ["vapi-spatial-openmoji", "ce-openmoji", "ste-openmoji"])

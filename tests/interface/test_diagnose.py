@@ -6,20 +6,18 @@ import inspect
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_VQ, make_tiny_generator, picture
+from conftest import make_tiny_generator, save_pictures, save_tokenizer_of_32
 
 from consonar import cli
 from consonar.cli.diagnose import Options
-from consonar.components import load_tokenizer, save_generator, save_tokenizer
+from consonar.components import load_tokenizer, save_generator
 from consonar.diagnostics.diagnose import PARTS
 from consonar.networks import FEATURE_NETWORKS
 from consonar.origin import Origin
-from consonar.tokenizers.vq import VQTokenizer
 
 HOSTILE = 'a "name" <b>&amp;'
 
@@ -28,14 +26,8 @@ HOSTILE = 'a "name" <b>&amp;'
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of 32 px in three classes, a tokenizer, and an untrained generator in a folder of a hostile name."""
     root = tmp_path_factory.mktemp("diagnose")
-    for split, first, count in (("train", 0, 12), ("validation", 100, 18)):
-        for index in range(first, first + count):
-            path = root / "pictures" / split / "abc"[index % 3] / f"{index:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture(index, 32).save(path)
-    torch.manual_seed(0)
-    shape = replace(TINY_VQ, image_size=32, channel_multipliers=(1, 1, 2, 2))
-    save_tokenizer(VQTokenizer(shape, name="tiny"), root / "tokenizer")
+    save_pictures(root / "pictures", validation=18, size=32)
+    save_tokenizer_of_32(root / "tokenizer")
     of = load_tokenizer(root / "tokenizer").fingerprint
     origin = Origin(tokenizer=str(root / "tokenizer"), tokenizer_fingerprint=of, class_names=("a", "b", "c"))
     save_generator(make_tiny_generator(), root / HOSTILE, origin)

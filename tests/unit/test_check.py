@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from torch.nn import functional
 
-from consonar import cli, networks
+from consonar import cli
 from consonar.components import load_generator, save_generator, save_tokenizer
 from consonar.errors import UserError
 from consonar.evaluation.check import check_results
@@ -24,17 +23,8 @@ from consonar.sampling.job import Job, balanced_labels, run_job
 from consonar.sampling.sample import SamplerConfig
 
 
-class Quarters:
-    name, weights_sha256, num_features = "quarters", "q" * 64, 12
-
-    def __call__(self, images):
-        return functional.adaptive_avg_pool2d(images, 2).flatten(1).cpu()
-
-
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+def surroundings(quarters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from torch.nn import functional
 
-from consonar import networks
 from consonar.components import load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
 from consonar.evaluation import runs
@@ -19,18 +17,7 @@ from consonar.files.writers import file_sha256
 from consonar.origin import Origin
 from consonar.report import folders
 
-
-class Quarters:
-    name, weights_sha256, num_features = "quarters", "q" * 64, 12
-
-    def __call__(self, images):
-        return functional.adaptive_avg_pool2d(images, 2).flatten(1).cpu()
-
-
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+pytestmark = pytest.mark.usefixtures("quarters")
 
 
 def save_run(folder, generator, tokenizer_folder, tokenizer):

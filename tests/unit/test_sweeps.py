@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import picture
+from conftest import Quarters, picture, save_pictures
 from scipy import stats
-from torch.nn import functional
 
 from consonar import cli, networks
 from consonar.config_io import to_dict
@@ -30,29 +29,15 @@ QUIET = {
 }  # fmt: skip
 
 
-class Quarters:
-    name, weights_sha256, num_features = "quarters", "q" * 64, 12
-
-    def __call__(self, images):
-        return functional.adaptive_avg_pool2d(images, 2).flatten(1).cpu()
-
-
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(networks.FEATURE_NETWORKS, "quarters", lambda device: Quarters())
+def surroundings(quarters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def classes(tmp_path_factory) -> Path:
     """Pictures of the classes of the stores."""
-    root = tmp_path_factory.mktemp("classes")
-    for split, first, count in (("train", 0, 12), ("validation", 100, 6)):
-        for index in range(first, first + count):
-            (folder := root / split / "abc"[index % 3]).mkdir(parents=True, exist_ok=True)
-            picture(index).save(folder / f"{index}.png")
-    return root
+    return save_pictures(tmp_path_factory.mktemp("classes"))
 
 
 @pytest.fixture
@@ -242,7 +227,7 @@ def test_results_and_runs_of_files_that_were_made_anew_in_their_place_are_refuse
     shutil.rmtree(tmp_path / "train")
     shutil.rmtree(out / "runs" / "plain-0")
     (tmp_path / "kept").rename(tmp_path / "train")
-    picture(500).save(tmp_path / "classes" / "train" / "a" / "0.png")
+    picture(500).save(tmp_path / "classes" / "train" / "a" / "000.png")
     refused("results/ce-0.json: the content of (data.images|evaluate.reference) is")
     (tmp_path / "classes").rename(tmp_path / "elsewhere")
     assert states(sweep, out)["ce-0"] == "done"
