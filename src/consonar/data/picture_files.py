@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import stat
-import struct
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from consonar.data.transforms import to_rgb, to_uint8
@@ -33,10 +32,9 @@ IMAGE_ENDINGS = (
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What is decoded, whatever a file is called. Pillow knows more; one of them runs another program (EPS)."""
 END_MARKS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks that change no pixel here: text, and the colour profile (profiles are not applied)."""
 MAX_BYTES = 2**30
+# Pillow refuses pictures with a megabyte of text or a profile in one piece, or 64 in all, which change no pixel here.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**24, 2**28
 MAX_ASPECT = 100
 """Longer side over shorter side: the shorter side is brought to the crop's size, which enlarges a hair into a wall."""
 T = TypeVar("T")
@@ -116,7 +114,7 @@ def read_image(source: str | Path | bytes, name: str) -> Image.Image:
     """
     data = source if isinstance(source, bytes) else _read_bytes(Path(source), name)
     try:
-        image = _decode(data)
+        image = _open(data)
         if END_MARKS.get(image.format or "", b"") not in data:  # Pillow lets a file pass that lost only its last bytes
             raise ValueError(f"no end of {image.format}")
         return to_rgb(image)
@@ -141,18 +139,8 @@ def _read_bytes(path: Path, name: str) -> bytes:
         return path.read_bytes()
 
 
-def _decode(data: bytes) -> Image.Image:
-    """The first picture, decoded. Raises what Pillow raises."""
-    try:
-        return _open(data)
-    except ValueError:
-        # Pillow stops at metadata of a megabyte or more, which says nothing about the picture: read it without them.
-        if not data.startswith(PNG_START):
-            raise
-        return _open(without_text(data))
-
-
 def _open(data: bytes) -> Image.Image:
+    """The first picture, decoded. Raises what Pillow raises."""
     Image.init()
     image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     width, height = image.size
@@ -162,17 +150,6 @@ def _open(data: bytes) -> Image.Image:
         raise Image.DecompressionBombError(f"{width} x {height} px, a side over {MAX_ASPECT} times the other")
     image.load()
     return image
-
-
-def without_text(png: bytes) -> bytes:
-    """A PNG without its text and colour profile; what stands behind the first damaged chunk is kept as it is."""
-    kept, place = [png[: len(PNG_START)]], len(PNG_START)
-    while place + 8 <= len(png):
-        length, kind = struct.unpack_from(">I4s", png, place)
-        if kind not in PNG_TEXT:
-            kept.append(png[place : place + 12 + length])
-        place += 12 + length
-    return b"".join(kept)
 
 
 def decoding_threads(count: int = 0) -> ThreadPoolExecutor:
