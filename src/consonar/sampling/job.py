@@ -10,7 +10,6 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from consonar.data.picture_files import IMAGE_ENDINGS, save_grid
 from consonar.data.transforms import from_uint8, to_uint8
 from consonar.distributed import ALONE, World, barrier
 from consonar.errors import UserError
-from consonar.files.lock import Held, hold, is_unused
-from consonar.files.readers import read_json, read_npz
+from consonar.files.readers import read_npz
+from consonar.files.shared_work import SharedWork
 from consonar.files.weights import component_fingerprint
-from consonar.files.writers import write_atomically, write_json
+from consonar.files.writers import write_atomically
 from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import pick_precision, with_weights
@@ -138,39 +137,33 @@ def run_job(
     when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
     check_place(job, out, batch_size, shard_size)
-    folder = out.with_name(f"{out.name}.parts")
+    old = {"precision": "fp32"}  # older versions had no other
+    work = SharedWork(out=out, settings=job.settings, what="samples", unread=PLACES, old=old)
     shards = [
-        (folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))
+        (work.folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))
         for start in range(0, len(job.labels), shard_size)
     ]
-    decoder, left, done = decoder_of(job.generator, job.sampler), dict(shards), 0
+    decoder, done = decoder_of(job.generator, job.sampler), 0
+
+    def make(index: int) -> None:
+        nonlocal done
+        path, rows = shards[index]
+        labels, seeds = job.labels[rows], job.seeds[rows]
+        if not is_whole(path, labels, seeds):
+            drawn = draw(decoder, job.pictures, labels, seeds, batch_size, job.precision)
+            write_atomically(path, partial(write_npz, arrays=as_arrays(drawn, labels, seeds)))
+        done += len(labels)
+        if progress:
+            progress(done)
+
+    def finish() -> None:
+        try:
+            assemble(shards, job, out)
+        except (FileNotFoundError, zipfile.BadZipFile) as error:
+            raise UserError(f"{work.folder}: changed while {out} was made of it; the same command goes on") from error
+
     barrier(world)  # nobody looks for `out` after another process has made it
-    for wait in (False, True):  # first what no other process draws, then what one did, which may have been ended
-        for path, rows in list(left.items()):
-            labels, seeds = job.labels[rows], job.seeds[rows]
-            with ExitStack() as drawing:
-                with hold(folder, wait=True):
-                    if out.exists():
-                        return out
-                    claim(folder, job, restart)
-                    try:
-                        drawing.enter_context(hold(path.with_suffix(""), wait=wait))
-                    except Held:
-                        continue
-                if not is_whole(path, labels, seeds):
-                    drawn = draw(decoder, job.pictures, labels, seeds, batch_size, job.precision)
-                    write_atomically(path, partial(write_npz, arrays=as_arrays(drawn, labels, seeds)))
-            del left[path]
-            done += len(labels)
-            if progress:
-                progress(done)
-    with hold(folder, wait=True):
-        if not out.exists():
-            try:
-                assemble(shards, job, out)
-            except (FileNotFoundError, zipfile.BadZipFile) as error:
-                raise UserError(f"{folder}: changed while {out} was made of it; the same command goes on") from error
-            shutil.rmtree(folder)
+    work.run([path for path, _ in shards], make, finish, restart)
     return out
 
 
@@ -187,31 +180,6 @@ def check_place(job: Job, out: Path, batch_size: int, shard_size: int) -> None:
         raise UserError(f"--out: {many}; use .npz or a folder")
     if ending in OTHER_ENDINGS or (ending in (".png", ".npz") and not stem):
         raise UserError(f"--out: samples are not written as {out.name}; choices: NAME.png, NAME.npz, or a folder")
-
-
-def claim(folder: Path, job: Job, restart: bool) -> None:
-    """Makes the folder of unfinished work this job's; `UserError` when it is another's, unless `restart`."""
-    record, change = folder / "job.json", ""
-    if record.exists():
-        try:
-            before = {"precision": "fp32"} | read_json(record)  # older versions had no other
-            now = json.loads(json.dumps(job.settings))  # tuples are lists in JSON
-            changed = [key for key in {**now, **before} if key not in PLACES and now.get(key) != before.get(key)]
-            change = f"another {', '.join(changed)}" if changed else ""
-            if changed == ["precision"]:
-                change += f": --precision {before['precision']} goes on"
-        except UserError:
-            change = "its job.json is damaged"
-    elif not is_unused(folder):
-        what = "where unfinished samples would be, holds something else"
-        raise UserError(f"--out: {folder}, {what}; choose another name")
-    if change and not restart:
-        what = f"holds unfinished samples of another job ({change})"
-        raise UserError(f"--out: {folder} {what}; remove it or choose another name")
-    if change:
-        for path in folder.glob("shard_*.npz"):  # of the job that is given up
-            path.unlink()
-    write_json(record, job.settings)
 
 
 def is_whole(path: Path, labels: Tensor, seeds: Sequence[int]) -> bool:

@@ -1,0 +1,98 @@
+"""Work in shards that any number of processes share, and that goes on after any of them was ended."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from consonar.errors import UserError
+from consonar.files.lock import LOCK_FILE, Held, hold, is_taken, is_unused
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
+from consonar.json_types import Json
+
+RECORD = "job.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWork:
+    """What becomes `out`, from shards that lie in OUT.parts until all are there."""
+
+    out: Path
+    settings: Json
+    """What the shards depend on; who comes with others is refused."""
+    what: str
+    """What is made, in words: samples, tokens."""
+    unread: Sequence[str] = ()
+    """Keys of `settings` that do not matter: where things lie."""
+    old: Mapping[str, object]
+    """Settings that the records of older versions do not name."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie."""
+        return self.out.with_name(f"{self.out.name}.parts")
+
+    def run(
+        self, shards: Sequence[Path], make: Callable[[int], object], finish: Callable[[], object], restart: bool = False
+    ) -> None:
+        """Calls `make` with the number of every shard, one process at a time (of one that is there it has nothing to
+        do), then in the process that ends last `finish`, which makes `out` of the shards.
+
+        Raises `UserError` when the folder holds work of other settings (`restart`: it is removed) or other things.
+        """
+        left = dict(enumerate(shards))
+        try:
+            for wait in (False, True):  # first what no other process makes, then what one did that may have ended
+                for index, path in list(left.items()):
+                    with ExitStack() as working:
+                        with hold(self.folder, wait=True):
+                            if is_taken(self.out):
+                                return
+                            self.claim(restart)
+                            try:
+                                working.enter_context(hold(path.with_suffix(""), wait=wait))
+                            except Held:
+                                continue
+                        make(index)
+                    del left[index]
+            with hold(self.folder, wait=True):
+                if not is_taken(self.out):
+                    finish()
+                    shutil.rmtree(self.folder)
+        except BaseException:
+            self.remove_unused()
+            raise
+
+    def claim(self, restart: bool) -> None:
+        """Makes the folder this job's; `UserError` when it is another's, unless `restart`."""
+        record, change = self.folder / RECORD, ""
+        if record.exists():
+            try:
+                before = dict(self.old) | read_json(record)
+                now = json.loads(json.dumps(self.settings))  # tuples are lists in JSON
+                differ = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+                changed = [key for key in differ if key not in self.unread]
+                change = f"another {', '.join(changed)}" if changed else ""
+                if changed == ["precision"]:
+                    change += f": --precision {before['precision']} goes on"
+            except UserError:
+                change = f"its {RECORD} is damaged"
+        elif not is_unused(self.folder):
+            what = f"where unfinished {self.what} would be, holds something else"
+            raise UserError(f"--out: {self.folder}, {what}; choose another name")
+        if change and not restart:
+            what = f"holds unfinished {self.what} of another job ({change})"
+            raise UserError(f"--out: {self.folder} {what}; remove it or choose another name")
+        if change:
+            for path in self.folder.glob("shard_*.*"):  # of the job that is given up
+                path.unlink()
+        write_json(record, self.settings)
+
+    def remove_unused(self) -> None:
+        """Removes the folder where no shard was made, so that other settings find no trace of these."""
+        with suppress(Held), hold(self.folder):
+            if {path.name for path in self.folder.iterdir()} == {LOCK_FILE, RECORD}:
+                shutil.rmtree(self.folder)
