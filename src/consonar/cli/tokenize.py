@@ -34,7 +34,7 @@ class Options:
     tokenizer: str
     """Name (openmoji-64) or folder of the tokenizer."""
     data: str
-    """openmoji, cifar10, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name."""
+    """openmoji, scenes, cifar10, a folder of images (sub-folders are classes), imagefolder:PATH, hf:owner/name."""
     out: Path
     """Folder of the token store to make; validation images go to OUT-validation."""
     split: str | None = None

@@ -11,6 +11,7 @@ from consonar.data.huggingface import dataset_splits, open_dataset
 from consonar.data.image_folder import ImageFolder, folder_splits
 from consonar.data.labels import DROP, class_id, known_labels, read_class_file
 from consonar.data.openmoji import SPLITS, OpenMoji
+from consonar.data.scenes import open_scenes
 from consonar.errors import UserError, unknown
 from consonar.files.readers import home_expanded
 from consonar.origin import class_difference, same_text
@@ -37,6 +38,7 @@ def of_hugging_face(kind: str, *targets: str) -> SourceKind:
 
 SOURCES: dict[str, SourceKind] = {
     "openmoji": SourceKind(lambda _, split, size: OpenMoji(split, size), splits=lambda _: SPLITS, is_drawn=True),
+    "scenes": SourceKind(open_scenes, ("", "COUNT"), lambda _: SPLITS, is_drawn=True),
     "imagefolder": SourceKind(lambda path, split, _: ImageFolder(path, split), ("PATH",), folder_splits),
     "cifar10": SourceKind(lambda path, split, _: open_cifar10(path, split), ("", "PATH"), lambda _: ("train", "test")),
     "arrow": of_hugging_face("arrow", "PATH"),
@@ -82,6 +84,7 @@ def open_source(
 
     * `openmoji`: the emoji of the OpenMoji package, drawn at `image_size` pixels (the only use of `image_size`: images
       of other sources keep their size and are cropped when they are used).
+    * `scenes`, `scenes:COUNT`: arranged emoji with captions, drawn likewise; see `data.scenes`.
     * `cifar10`, `cifar10:PATH`: CIFAR-10, see `data.cifar10`.
     * `PATH`, `imagefolder:PATH`: a folder of image files, see `ImageFolder`.
     * `hf:OWNER/NAME[:CONFIG]`, `hf:PATH`, `arrow:PATH`: a Hugging Face data set of the hub, or of this machine (saved
