@@ -36,7 +36,7 @@ class DataConfig(Options):
     validation_tokens: str | None = None
     """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
     images: str | None = None
-    """Image source, for tokenizers and post-training: openmoji, scenes, cifar10, a folder, hf:owner/name, ... (docs/data.md)."""
+    """Image source, for tokenizers and post-training: openmoji, scenes, cifar10, a folder, hf: (docs/data.md)."""
     validation_items: Annotated[int, Range(0, note="0 means all"), VALIDATED] = 0
     """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
     classes: str | None = None
