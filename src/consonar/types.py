@@ -4,7 +4,7 @@ Letters used for shapes everywhere: `B` batch, `N` tokens per image, `V` vocabul
 `P` prefix positions of a generator, `H`, `W` pixels. Images are float32 in [-1, 1]; tokens are int64.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
@@ -153,6 +153,19 @@ class Tokenizer(HasFingerprint, Protocol):
 
     def decode_embeddings(self, codes: Tensor) -> Tensor:
         """(B, N, C) -> (B, 3, H, W), differentiable."""
+
+
+@runtime_checkable
+class TextEncoder(HasFingerprint, Protocol):
+    """A frozen map from captions to features of their tokens."""
+
+    width: int
+    """F, of a token's features."""
+    length: int
+    """L: a caption's places, padded on the left."""
+
+    def encode(self, captions: Sequence[str]) -> TextCondition:
+        """Features (B, L, F) float32 and mask (B, L), on one device."""
 
 
 class Weights(Protocol):

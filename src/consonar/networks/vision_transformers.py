@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consonar.errors import UserError, check_choice, needs, reading
-from consonar.files.readers import home_expanded, read_json
+from consonar.errors import check_choice
+from consonar.files.readers import read_json
 from consonar.files.weights import component_fingerprint
-from consonar.hub import read_name, released_file
-from consonar.json_types import JsonMap
 from consonar.networks.base import pieces
+from consonar.networks.released import find_folder, read_network
 
 
 @dataclass(frozen=True)
@@ -86,42 +85,10 @@ def load_vision_transformer(name: str, device: str = "cpu") -> VisionTransformer
     are missing, and for a network of another kind or files that lack weights.
     """
     kind_name, _, place = name.partition(":")
-    kind, folder = KINDS[kind_name], home_expanded(place)
-    if not folder.is_dir():
-        if place.count("/") != 1 or place.startswith((".", "/", "~")):
-            raise UserError(f"feature_network: {name}: no folder {folder}; name one, or OWNER/NAME of the hub")
-        files = [released_file(read_name(f"hf:{place}/{file}")) for file in ("config.json", "model.safetensors")]
-        if files[0].parent != files[1].parent:
-            raise UserError(f"feature_network: {name}: put {files[0].name} and {files[1].name} into one folder")
-        folder = files[0].parent
+    kind, where = KINDS[kind_name], f"feature_network: {name}"
+    folder = find_folder(place, where, ("config.json", "model.safetensors"))
     config = read_json(folder / "config.json")
-    check_choice(f"feature_network: {name}: model_type in config.json", config.get("model_type"), kind.model_types)
-    return VisionTransformerFeatures(kind, name, read_network(kind, folder, config, name), device)
-
-
-def read_network(kind: Kind, folder: Path, config: JsonMap, name: str) -> Any:
-    """The frozen network in a folder, float32 on the CPU. Downloads nothing, and leaves random numbers as they are.
-
-    `config` is that of the folder: one of both halves of CLIP says there how wide embeddings are, which the half for
-    images alone would not read.
-    """
-    with needs(f"feature_network: {name}", "text"):
-        import transformers
-        from transformers.utils import logging
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # a file of CLIP has a text half, which it would list
-    logging.disable_progress_bar()
-    try:
-        where = f"feature_network: {name}: {folder}"
-        with reading(where, "a network that transformers saved"), torch.random.fork_rng([]):
-            network, info = getattr(transformers, kind.loader).from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True,
-                **({"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}),
-            )  # fmt: skip
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"feature_network: {name}: {folder} lacks {len(missing)} weights, the first {missing[0]}")
-    return network.eval().requires_grad_(False)
+    check_choice(f"{where}: model_type in config.json", config.get("model_type"), kind.model_types)
+    # One of both halves of CLIP says there how wide embeddings are, which the half for images would not read.
+    given = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
+    return VisionTransformerFeatures(kind, name, read_network(kind.loader, folder, where, **given), device)

@@ -1,0 +1,48 @@
+"""Networks that transformers reads (extra `text`), from a local folder or the Hugging Face hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consonar.errors import UserError, needs, reading
+from consonar.files.readers import home_expanded
+from consonar.hub import read_name, released_file
+
+
+def find_folder(place: str, where: str, files: tuple[str, ...]) -> Path:
+    """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched."""
+    folder = home_expanded(place)
+    if folder.is_dir():
+        return folder
+    if place.count("/") != 1 or place.startswith((".", "/", "~")):
+        raise UserError(f"{where}: no folder {folder}; name one, or OWNER/NAME of the hub")
+    found = [released_file(read_name(f"hf:{place}/{file}")) for file in files]
+    if len({file.parent for file in found}) > 1:
+        raise UserError(f"{where}: put {' and '.join(file.name for file in found)} into one folder")
+    return found[0].parent
+
+
+def read_network(loader: str, folder: Path, where: str, **given: object) -> Any:  # of an optional package
+    """The frozen network in a folder, float32 on the CPU, read by the class `loader` of transformers with `given`.
+
+    Downloads nothing, and leaves random numbers as they are. `UserError` for files that lack weights.
+    """
+    with needs(where, "text"):
+        import transformers
+        from transformers.utils import logging
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # a file may have another half, as CLIP's, which it would list
+    logging.disable_progress_bar()
+    try:
+        with reading(f"{where}: {folder}", "a network that transformers saved"), torch.random.fork_rng([]):
+            network, info = getattr(transformers, loader).from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **given
+            )
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{where}: {folder} lacks {len(missing)} weights, the first {missing[0]}")
+    return network.eval().requires_grad_(False)

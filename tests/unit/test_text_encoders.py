@@ -1,0 +1,112 @@
+"""Text encoders: tiny random models that transformers saves, and MiniLM, which pip brings."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from consonar.errors import UserError
+from consonar.networks.text_encoders import load_text_encoder
+from consonar.types import TextEncoder
+
+WORDS = ["[PAD]", "[UNK]", "[EOS]", "a", "red", "dog", "left", "of", "two", "cats"]
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 10}
+CLIP_TEXT = {**SHAPE, "max_position_embeddings": 20, "eos_token_id": 2}
+MODELS = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SHAPE)),
+    "t5": lambda: transformers.T5EncoderModel(
+        transformers.T5Config(d_model=8, d_ff=16, d_kv=4, num_layers=2, num_heads=2, vocab_size=10)
+    ),
+    "clip_text_model": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_TEXT)),
+    "clip": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=CLIP_TEXT,
+            vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+                           "image_size": 8, "patch_size": 4},
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(MODELS))
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[request.param]()
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
+    wrapped.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_features_are_the_last_hidden_states_and_stand_at_the_right(folder):
+    encoder = load_text_encoder(str(folder), length=6)
+    assert isinstance(encoder, TextEncoder) and (encoder.width, encoder.length) == (8, 6)
+    captions = ["a red dog", "two cats left of a dog left of a dog"]
+    found = encoder.encode(captions)
+    assert found.features.shape == (2, 6, 8) and found.mask.tolist() == [[False] * 3 + [True] * 3, [True] * 6]
+    assert not found.features[0, :3].any()
+    ids = torch.tensor([[3, 4, 5]])
+    direct = encoder.network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(found.features[0, 3:], direct[0])
+    assert [encoder.is_cut(caption) for caption in captions] == [False, True]
+
+
+def test_a_caption_does_not_change_that_of_another_row(folder):
+    encoder = load_text_encoder(str(folder), length=10)
+    alone = encoder.encode(["a red dog"])
+    beside = encoder.encode(["two cats left of a dog", "a red dog"])
+    torch.testing.assert_close(alone.features[0], beside.features[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_fingerprint_is_of_weights_words_and_length(folder):
+    state = torch.get_rng_state()
+    first = load_text_encoder(str(folder), length=6)
+    assert torch.equal(torch.get_rng_state(), state)
+    others = {load_text_encoder(str(folder), length=5).fingerprint}
+    words = folder / "tokenizer.json"
+    words.write_text(words.read_text().replace('"red"', '"blue"'))
+    others.add(load_text_encoder(str(folder), length=6).fingerprint)
+    words.write_text(words.read_text().replace('"blue"', '"red"'))
+    with torch.no_grad():
+        next(iter(first.network.parameters())).add_(1)
+    first.network.save_pretrained(folder)
+    others.add(load_text_encoder(str(folder), length=6).fingerprint)
+    assert len(others | {first.fingerprint}) == 4
+
+
+@pytest.mark.parametrize("caption", ["", "  \n"])
+def test_a_caption_without_words_is_refused(folder, caption):
+    with pytest.raises(UserError, match=r"^caption: .* has no words"):
+        load_text_encoder(str(folder), length=6).encode(["a dog", caption])
+
+
+def test_what_is_missing_is_said(folder, tmp_path):
+    with pytest.raises(UserError, match=r"^text_encoder: \./nowhere: no folder"):
+        load_text_encoder("./nowhere")
+    config = json.loads((folder / "config.json").read_text())
+    if "clip" in config["model_type"]:
+        with pytest.raises(UserError, match="length 120 is not from 1 to 20"):
+            load_text_encoder(str(folder))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(UserError, match=r"model_type in config.json.*'gpt2'.*bert, t5"):
+        load_text_encoder(str(folder), length=6)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        load_text_encoder(str(folder), length=6)
+
+
+def test_minilm_knows_what_is_alike():
+    """What pip brings, offline: the mean of its features is what sentence-transformers compares."""
+    encoder = load_text_encoder("minilm")
+    given = encoder.encode(["a dog", "a puppy", "the stock market fell"])
+    means = given.features.sum(1) / given.mask.sum(1, keepdim=True)
+    alike = torch.nn.functional.cosine_similarity(means[:1], means[1:])
+    assert encoder.width == 384 and alike[0] > 0.7 and alike[1] < 0.2
+    assert given.features.shape == (3, 120, 384)
