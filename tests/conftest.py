@@ -17,7 +17,7 @@ from torch.nn import functional
 from consonar import networks
 from consonar.components import load_tokenizer, save_tokenizer
 from consonar.cpu.kernels import tune
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQConfig, VQTokenizer

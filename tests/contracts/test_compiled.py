@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from consonar import cli
 from consonar.compiling import compile_for_training, compiled
 from consonar.components import save_generator
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.errors import UserError
 from consonar.generators.rear import ReARConfig
 from consonar.origin import of_tokenizer

@@ -11,7 +11,7 @@ import torch
 from conftest import Pictures
 from torch import nn
 
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, folder_image_set
 from consonar.float32 import in_float32
 from consonar.sampling import pictures

@@ -24,7 +24,8 @@ from consonar.data.labels import read_class_file
 from consonar.data.loader import TokenBatches
 from consonar.data.picture_files import read_image
 from consonar.data.sources import open_source
-from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.demo.job import claim
 from consonar.errors import BadImage

@@ -9,7 +9,7 @@ from conftest import NUM_CLASSES, TINY_VQ, Pictures, picture
 
 from consonar.components import load_generator, load_tokenizer, save_tokenizer
 from consonar.cpu.kernels import tune
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.distributed import World
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig

@@ -245,10 +245,10 @@ def test_no_room_for_a_file_is_one_line_and_the_run_goes_on_later(place: Path, t
 def test_tokenizing_goes_on_with_the_store_that_is_missing(
     picture_folder: Path, tokenizer_folder: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from consonar.data import tokens
+    from consonar.data import tokenizing, tokens
 
     command = ("tokenize", "--tokenizer", tokenizer_folder, "--data", picture_folder, "--out", tmp_path / "tokens")
-    write, made = tokens.write_token_store, []
+    write, made = tokenizing.write_token_store, []
 
     def one(path: Path, *arguments: object, **options: object) -> tokens.TokenStore:
         made.append(path.name)

@@ -17,7 +17,7 @@ from consonar.cli import main
 from consonar.components import load_tokenizer, read_origin, save_generator, save_tokenizer
 from consonar.data import loader
 from consonar.data.store_format import METADATA_FILE
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.errors import UserError
 from consonar.evaluation import runs
 from consonar.evaluation.entropy import Sharpness

@@ -8,7 +8,8 @@ from conftest import Pictures
 import consonar
 from consonar.components import save_generator
 from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
-from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.errors import UserError
 from consonar.origin import Origin
 from consonar.tokenizers.vq import VQTokenizer

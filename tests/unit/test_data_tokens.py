@@ -16,7 +16,8 @@ from consonar.data.image_folder import ImageFolder
 from consonar.data.loader import ImageBatches, TokenBatches, batch_rows
 from consonar.data.picture_files import prefetch
 from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
-from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError
 from consonar.files.lock import hold
@@ -236,7 +237,7 @@ def test_a_full_disk_is_reported_before_and_while_writing(tmp_path, monkeypatch)
 
     with pytest.raises(UserError) as caught:
         write_token_store(tmp_path / "s", Endless(), GreyTokenizer())
-    assert "No space left on device; 72000000000.0 MB are needed" in one_line(caught)
+    assert "No space left on device; 144000000000.0 MB are needed" in one_line(caught)
     monkeypatch.setattr("consonar.data.tokens.ROWS_PER_BLOCK", 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -14,7 +14,8 @@ from consonar.data.labels import MAX_CLASSES, data_line, describe, read_class_fi
 from consonar.data.loader import load_images
 from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
-from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.data.upstream import import_rar_jsonl
 from consonar.errors import MissingSplit, UserError
 

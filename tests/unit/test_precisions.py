@@ -8,7 +8,8 @@ from conftest import Pictures
 from torch.nn import functional as F
 
 from consonar import cli, precision
-from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.errors import UserError
 from consonar.evaluation.features import cached_features
 from consonar.evaluation.inputs import folder_image_set

@@ -36,7 +36,7 @@ COMMANDS = {
     "doctor": "Show device, versions, kernels, packages, weights and cache: what a bug report needs.",
 }
 """What each does. Its module is imported when it is called, for PyTorch takes a second."""
-SHARED = ("train", "sample")
+SHARED = ("train", "sample", "tokenize")
 """Those that several processes of torchrun do together."""
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_choice("command", name, COMMANDS)
         several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
         if several and name not in SHARED:
-            raise UserError(f"{name}: is for one process; leave torchrun away, which is for {' and '.join(SHARED)}")
+            raise UserError(f"{name}: is for one process; leave torchrun away, which is for {', '.join(SHARED)}")
         module = import_module(f"consonar.cli.{name.replace('-', '_')}")
         if name == "train":  # its options are those of the recipe that is named first
             module.command(args)

@@ -12,15 +12,15 @@ from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup, check_name
 from consonar.components import load_tokenizer
-from consonar.data.bad_images import leave_out
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe, known_labels
 from consonar.data.sources import open_source
 from consonar.data.splits import open_splits
 from consonar.data.store_format import METADATA_FILE
-from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.data.transforms import IMAGE_SIDE, VIEWS
-from consonar.distributed import pick_device
+from consonar.distributed import World, barrier, joined
 from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
 from consonar.precision import pick_precision
@@ -63,44 +63,68 @@ class Options:
 
 
 def command(options: Options) -> None:
+    check_name(options.out)
+    with joined(options.device, "--device") as world:
+        tokenize(options, world)
+
+
+def tokenize(options: Options, world: World) -> None:
+    """In each of the processes that share it; the first one says what there is."""
     out, views = options.out, options.views
-    check_name(out)
     bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
-    device = pick_device(options.device, "--device")
-    precision = pick_precision(options.precision, device, "--precision", "measuring")
+    precision = pick_precision(options.precision, world.device, "--precision", "measuring")
     check_batch_size(options.batch_size, "--batch-size")
     check_choice("--views", views, VIEWS)
     if options.split not in (None, "train") and views not in ("center_flip", "center"):
         raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
-    model = tokenizer_for(options.tokenizer, options.image_size).to(device)
+    model = tokenizer_for(options.tokenizer, options.image_size).to(world.device)
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
     if options.split is not None:
         stores = {options.split: out}
-    sources = open_sources(options, model.image_size)
+    sources, note = open_sources(options, model.image_size)
     kinds = {name: views if name == "train" else "center" for name in sources}
     taken = [name for name in sources if is_taken(stores[name])]
-    if len(taken) < len(sources):  # else nothing is made
-        sources = {name: leave_out(source, bad, name) for name, source in sources.items()}
-        if bad.note:
-            bad.write()
     # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
     ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name], precision)]
     if taken and (ours != taken or len(taken) == len(sources)):
         changed = "" if len(taken) == len(sources) else ", and not of these images, labels and options"
         raise UserError(f"--out: {stores[taken[0]]} exists{changed}; choose another folder")
+    barrier(world)  # nobody looks for stores after another process has made them
+    tell = say if world.is_main else ignore
+    if note:
+        tell(note)
     for name, source in sources.items():
         if name in ours:
-            say(f"{name}: is there already: {stores[name]}")
+            tell(f"{name}: is there already: {stores[name]}")
             continue
-        with memory.explained(f"lower --batch-size ({options.batch_size})", device):
-            write_store(name, source, model, stores[name], kinds[name], options, precision)
+        known = known_labels(source) is not None
+        if known:
+            tell(f"{name}: {describe(source)}")
+        smaller = f"lower --batch-size ({options.batch_size})"
+        with counting(f"tokenize {name}", world.is_main) as count, memory.explained(smaller, world.device):
+            store = write_token_store(
+                stores[name], source, model, views=kinds[name], batch_size=options.batch_size, precision=precision,
+                compile=options.compile, progress=count, bad=bad, part=name,
+                settings={"data": options.data, "label_default": options.label_default},
+            )  # fmt: skip
+        shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
+        tell(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
+        if left := other_files(source):
+            tell(f"{name}: not read: {left}")
+    bad.load()
     if bad.note:
-        say(bad.note)
-        bad.write()  # of a stream it is known now
+        tell(bad.note)
 
 
-def open_sources(options: Options, image_size: int) -> dict[str, ImageSource]:
-    """The images of the stores to make, by split. `UserError` for a split that the data do not have."""
+def ignore(text: str) -> None:
+    """What another process says."""
+
+
+def open_sources(options: Options, image_size: int) -> tuple[dict[str, ImageSource], str]:
+    """The images of the stores to make, by split, and where those to validate on come from.
+
+    `UserError` for a split that the data do not have.
+    """
     split, wanted, key = options.split, options.validation_split, "--validation-split"
     given: dict[str, Any] = {
         "image_size": image_size, "classes": options.classes, "label_default": options.label_default
@@ -108,17 +132,15 @@ def open_sources(options: Options, image_size: int) -> dict[str, ImageSource]:
     if split not in (None, "train", "validation"):
         if wanted is not None:
             raise UserError(f"{key}: {wanted!r} is read only for the splits train and validation; leave it away")
-        return {split: open_source(options.data, split=split, **given)}
+        return {split: open_source(options.data, split=split, **given)}, ""
     if split == "validation" and wanted is None:
         with suppress(MissingSplit):  # no pictures to train on are needed beside it
-            return {split: open_source(options.data, split=split, **given)}
+            return {split: open_source(options.data, split=split, **given)}, ""
     splits = open_splits(options.data, wanted, key=key, **given)
     found = {"train": splits.train} | ({"validation": splits.validation} if splits.validation else {})
     if split is not None and split not in found:
         raise UserError(f"--split: no picture of {options.data} is for {split!r}; choices: {', '.join(found)}")
-    if splits.note:
-        say(splits.note)
-    return found if split is None else {split: found[split]}
+    return found if split is None else {split: found[split]}, splits.note
 
 
 def tokenizer_for(name: str, image_size: int | None) -> CodebookTokenizer:
@@ -133,24 +155,6 @@ def tokenizer_for(name: str, image_size: int | None) -> CodebookTokenizer:
     return model
 
 
-def write_store(
-    name: str, source: ImageSource, model: Tokenizer, path: Path, views: str, options: Options, precision: str
-) -> None:
-    """Tokenises the images of split `name` into `path`, and says what was found."""
-    known = known_labels(source) is not None
-    if known:
-        say(f"{name}: {describe(source)}")
-    with counting(f"tokenize {name}") as count:
-        store = write_token_store(
-            path, source, model, views=views, batch_size=options.batch_size, precision=precision,
-            compile=options.compile, progress=count,
-        )  # fmt: skip
-    shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
-    say(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
-    if note := other_files(source):
-        say(f"{name}: not read: {note}")
-
-
 def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str, precision: str) -> bool:
     """Whether a finished store at `path` is what tokenising these would make: metadata, labels, images by hash."""
     if not (path / METADATA_FILE).is_file():
@@ -160,9 +164,11 @@ def is_store_of(path: Path, source: ImageSource, tokenizer: Tokenizer, views: st
     made = store.metadata.precision or "fp32"  # older versions had no other
     if (store.fingerprint, store.metadata.views, made, store.source, store.class_names) != wanted:
         return False
-    if isinstance(source, Sized) and len(source) != len(store):
+    if isinstance(source, Sized) and len(source) != len(store) + store.metadata.left_out:
         return False
     if store.metadata.source_sha256 not in (None, getattr(source, "content_hash", None)):
         return False
-    labels = known_labels(source)
-    return labels is None or labels == store.table.column("label").to_pylist()
+    if (labels := known_labels(source)) is None:
+        return True
+    left = iter(labels)  # also of what could not be read
+    return all(label in left for label in store.table.column("label").to_pylist())

@@ -17,6 +17,8 @@ from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 POLICIES = ("stop", "skip")
 LIMIT = 0.01
+MOST_LISTED = 10_000
+"""Pictures of a store that its list names."""
 STREAM_START = 1000
 """Pictures of a stream, whose number is not known, that the limit is a share of before more have been read."""
 
@@ -35,16 +37,39 @@ class BadImages:
         self.skips, self.limit, self.listing = policy == "skip", limit, listing
         self.found: dict[str, dict[int, str]] = {}
         self.totals: dict[str, int] = {}
-        if self.skips and listing is not None and listing.exists():
-            with reading(listing, "a list of pictures that are left out", "it is not replaced: move it away"):
-                for line in listing.read_text(encoding="utf-8").splitlines():
-                    part, number, reason = line.split("\t", 2)
-                    if part not in self.totals:
-                        self.totals[part], self.found[part] = int(number), {}
-                    else:
-                        self.found[part][int(number)] = reason
-            if not resume:  # what a command like this one listed before
-                self.totals, self.found = {}, {}
+        self.load()
+        if not resume:  # what a command like this one listed before
+            self.totals, self.found = {}, {}
+
+    def load(self) -> None:
+        """Takes the list for granted, where there is one."""
+        if not (self.skips and self.listing is not None and self.listing.exists()):
+            return
+        totals, found = dict[str, int](), dict[str, dict[int, str]]()
+        with reading(self.listing, "a list of pictures that are left out", "it is not replaced: move it away"):
+            for line in self.listing.read_text(encoding="utf-8").splitlines():
+                part, number, reason = line.split("\t", 2)
+                if part not in totals:
+                    totals[part], found[part] = int(number), {}
+                else:
+                    found[part][int(number)] = reason
+        self.totals, self.found = totals, found
+
+    def forget(self, part: str) -> None:
+        """Before a part is looked at anew."""
+        self.totals.pop(part, None)
+        self.found.pop(part, None)
+
+    def record(self, part: str, total: int, found: dict[int, str]) -> None:
+        """What was left out of a part, beyond `MOST_LISTED` by its number only, beside what is listed of others."""
+        self.load()
+        if len(found) > MOST_LISTED:
+            rest = len(found) - MOST_LISTED
+            found = dict(sorted(found.items())[:MOST_LISTED])
+            found[max(found)] += f" (and {rest:,} more pictures behind it)"
+        self.totals[part], self.found[part] = total, found
+        if self.note or (self.listing and self.listing.exists()):
+            self.write()
 
     def met(self, part: str, row: int, error: BadImage, total: int) -> None:
         """Notes one of `total` pictures (so far); `UserError` beyond the limit."""

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from torch import Tensor
 from consonar.data.transforms import to_rgb, to_uint8
 from consonar.errors import BadImage, UserError, reading
 from consonar.files.writers import write_atomically
-from consonar.types import ImageRecord, ImageSource, IndexedSource
+from consonar.types import ImageRecord, ImageSource, IndexedSource, Unread
 
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -158,31 +158,52 @@ def decoding_threads(count: int = 0) -> ThreadPoolExecutor:
 
 
 def prefetch(
-    source: ImageSource, prepare: Callable[[ImageRecord], T], *, num_workers: int, depth: int
+    source: ImageSource | Iterator[Unread],
+    prepare: Callable[[ImageRecord], T],
+    *,
+    num_workers: int,
+    depth: int,
+    rows: Iterable[int] | None = None,
+    met: Callable[[int, BadImage], None] | None = None,
 ) -> Generator[T, None, None]:
-    """`prepare(record)` for every image of `source`, in its order, computed by threads up to `depth` items ahead.
+    """`prepare(record)` for every image of `source` (of an `IndexedSource`: of `rows`, None for all), in its order,
+    computed by threads up to `depth` items ahead.
 
-    An `IndexedSource` is decoded by all `num_workers` threads (as `decoding_threads`); any other source is walked by
-    one more thread, and only `prepare` runs in the others. An exception in a thread is raised here, at its item;
-    waiting work is then dropped.
+    The pictures of an `IndexedSource` and those of a shard are decoded by all `num_workers` threads (as
+    `decoding_threads`); any other source is walked by one more thread, and only `prepare` runs in the others. An
+    exception in a thread is raised here, at its item; waiting work is then dropped. With `met` it gets the pictures
+    that cannot be read, by their number, and the others follow.
     """
 
-    def prepared(read: Callable[[], ImageRecord | None]) -> T | None:
+    def prepared(read: Callable[[], ImageRecord | Unread | None]) -> T | None:
         record = read()  # None behind the end of a stream
+        record = record.read() if isinstance(record, Unread) else record
         return None if record is None else prepare(record)
 
     reader, workers = ThreadPoolExecutor(1), decoding_threads(num_workers)
-    reads: Iterator[Callable[[], ImageRecord | None]]
+    reads: Iterator[Callable[[], ImageRecord | Unread | None]]
     if isinstance(source, IndexedSource):
-        reads = (partial(source.read, index) for index in range(len(source)))
+        reads = (partial(source.read, index) for index in (range(len(source)) if rows is None else rows))
     else:
-        reads = (reader.submit(next, records, None).result for records in itertools.repeat(iter(source)))
+        records: Iterator[ImageRecord | Unread] = iter(source)
+        reads = (reader.submit(next, records, None).result for _ in itertools.count())
     jobs = (workers.submit(prepared, read) for read in reads)
     try:
         pending = deque(itertools.islice(jobs, depth))
-        while pending and (item := pending.popleft().result()) is not None:
+        for number in itertools.count():
+            if not pending:
+                return
+            try:
+                item = pending.popleft().result()
+            except BadImage as error:
+                if met is None:
+                    raise
+                met(number, error)
+            else:
+                if item is None:
+                    return
+                yield item
             pending.extend(itertools.islice(jobs, 1))
-            yield item
     finally:
         workers.shutdown(cancel_futures=True)
         reader.shutdown(cancel_futures=True)

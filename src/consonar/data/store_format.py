@@ -15,7 +15,7 @@ from consonar.config_io import from_dict
 from consonar.data.labels import MAX_CLASSES
 from consonar.errors import UserError
 from consonar.files.readers import read_json
-from consonar.options import Count, Range, check_options
+from consonar.options import Count, CountOrZero, Range, check_options
 from consonar.origin import check_distinct
 
 FORMAT_VERSION = 1
@@ -61,6 +61,8 @@ class StoreMetadata:
     num_classes: Annotated[int, Range(0, MAX_CLASSES)]
     """Without labels 0, without names the largest label plus 1."""
     class_names: tuple[str, ...] | None
+    left_out: CountOrZero = 0
+    """Images that could not be read, and are no items."""
 
     def __post_init__(self) -> None:
         check_options(self, "")
@@ -124,9 +126,13 @@ def disk_errors(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        room = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free; nothing was replaced"
+        room = f"{needed / 1e6:.1f} MB are needed, {free_room(path) / 1e6:.1f} MB free; nothing was replaced"
         raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error
+
+
+def free_room(path: Path) -> int:
+    """Bytes that are free where `path` is to be."""
+    return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -9,12 +9,9 @@ import contextlib
 import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +19,8 @@ import torch
 from torch import Tensor
 
 import consonar
-from consonar.compiling import compiled
 from consonar.config_io import to_dict
 from consonar.data.labels import LABEL_REMEDY, MAX_CLASSES, check_label, data_line
-from consonar.data.picture_files import prefetch
 from consonar.data.store_format import (
     METADATA_FILE,
     REMEDY,
@@ -36,18 +31,15 @@ from consonar.data.store_format import (
     check_rows,
     check_tokens,
     disk_errors,
+    free_room,
     read_metadata,
     token_dtype,
 )  # fmt: skip
-from consonar.data.transforms import VIEWS, from_uint8, make_views
-from consonar.errors import UserError, check_choice, printable, reading
+from consonar.errors import UserError, printable, reading
 from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import home_expanded
-from consonar.options import Range
 from consonar.origin import Origin, check, of_tokenizer
-from consonar.precision import multiplying, pick_precision, with_weights
-from consonar.records import Fetched, device_of, one_ahead, to_device
-from consonar.types import ImageRecord, ImageSource, Tokenizer
+from consonar.types import Tokenizer
 
 ROWS_PER_BLOCK = 1024
 BYTES_PER_NAME = 64  # allowance for an item's name, label and caption when the room on the disk is judged
@@ -60,10 +52,10 @@ class StoreWriter:
         from datasets import Features, Value
         from datasets import Sequence as FixedList
 
-        self.path, self.tokenizer, self.num_views = path, tokenizer, num_views
+        self.path, self.folder, self.tokenizer, self.num_views = path, folder, tokenizer, num_views
         self.num_classes, self.class_limit = num_classes or 0, num_classes
         self.counts = {"items": 0, "labelled": 0, "captioned": 0}
-        self.content, self.first = ContentHash(), ""
+        self.content, self.first, self.left_out = ContentHash(), "", 0
         tokens = FixedList(Value(token_dtype(tokenizer.vocab_size).name), length=num_views * tokenizer.num_tokens)
         features = Features(tokens=tokens, label=Value("int64"), caption=Value("string"), name=Value("string"))
         self.schema = features.arrow_schema
@@ -75,6 +67,8 @@ class StoreWriter:
         self, tokens: np.ndarray, labels: Sequence[int | None], captions: Sequence[str | None], names: Sequence[str]
     ) -> None:
         """Append b items: tokens (b, views, N), any integer type. `UserError` for a token or label out of range."""
+        if not names:
+            return
         shape = (len(names), self.num_views, self.tokenizer.num_tokens)
         assert tokens.shape == shape, f"tokens {tokens.shape}, expected {shape}"
         check_tokens(tokens, self.tokenizer.vocab_size, self.tokenizer.name, f"{names[0]}..{names[-1]}")
@@ -108,6 +102,17 @@ class StoreWriter:
             self.pending.clear()
 
 
+def check_free(path: Path, items: int, tokenizer: Tokenizer, num_views: int) -> int:
+    """The bytes of an item. `UserError` where `path` is taken, or the disk has too little room for so many items."""
+    if is_taken(path):
+        raise UserError(f"out: {str(path)!r} exists and is not replaced; choose another path or remove it")
+    size = num_views * tokenizer.num_tokens * token_dtype(tokenizer.vocab_size).itemsize + BYTES_PER_NAME
+    with disk_errors(path, items * size):
+        if items * size > free_room(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return size
+
+
 @contextlib.contextmanager
 def new_store(
     path: str | Path,
@@ -120,28 +125,24 @@ def new_store(
     source_sha256: str | None = None,
     precision: str | None = None,
     imported_from: str | None = None,
-    expected_items: int = 0,
+    may_be_empty: bool = False,
 ) -> Iterator[StoreWriter]:
     """A writer whose rows are the store at `path` once the `with` block has ended without an exception.
 
     `views`, `source`, `source_sha256`, `precision` and, of converted data, `imported_from` go into the metadata. All is
     written to a hidden folder beside `path`, renamed at the end, removed on any exception or interrupt (what a killed
     process left: at the next call). Raises `UserError` when `path` exists, when another process writes it, when the
-    disk has too little room for `expected_items` or runs full, and when nothing was written.
+    disk runs full, and when nothing was written, unless it `may_be_empty`.
     """
     path = home_expanded(path)
-    if is_taken(path):
-        raise UserError(f"out: {str(path)!r} exists and is not replaced; choose another path or remove it")
-    bytes_per_item = num_views * tokenizer.num_tokens * token_dtype(tokenizer.vocab_size).itemsize + BYTES_PER_NAME
+    bytes_per_item = check_free(path, 0, tokenizer, num_views)
     with contextlib.ExitStack() as undo:
-        with disk_errors(path, expected_items * bytes_per_item):
+        with disk_errors(path, 0):
             partial = undo.enter_context(folder_at_once(path))
-            if expected_items * bytes_per_item > shutil.disk_usage(partial).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             writer = StoreWriter(path, partial, tokenizer, num_views, None if class_names is None else len(class_names))
         undo.callback(writer.file.close)
         yield writer
-        if writer.counts["items"] == 0:
+        if writer.counts["items"] == 0 and not may_be_empty:
             raise UserError(f"data: {source} holds no items")
         writer.flush()
         metadata = StoreMetadata(
@@ -149,7 +150,7 @@ def new_store(
             content_sha256=writer.content.hexdigest(), views=views, source=source, source_sha256=source_sha256,
             precision=precision, imported_from=imported_from, vocab_size=tokenizer.vocab_size,
             num_tokens=tokenizer.num_tokens, num_views=num_views, counts=Counts(**writer.counts),
-            num_classes=writer.num_classes, class_names=class_names,
+            num_classes=writer.num_classes, class_names=class_names, left_out=writer.left_out,
         )  # fmt: skip
         with disk_errors(path, writer.counts["items"] * bytes_per_item):
             writer.arrow.close()
@@ -170,13 +171,13 @@ class TokenStore:
         if column.type != pa.list_(pa.from_numpy_dtype(dtype), self.num_views * self.num_tokens):
             raise ValueError(f"tokens have the type {column.type}, which is not what {METADATA_FILE} says")
         self._flat = np.frombuffer(buffer, dtype, count=buffer.size // dtype.itemsize)
-        # Arrow keeps the rows in blocks. The place of every row in the file makes one gather of any set of rows.
-        starts = []
+        # Arrow keeps the rows in blocks. The place of every block in the file makes one gather of any set of rows.
+        starts, self._row_size = [], self.num_views * self.num_tokens
         for chunk in column.chunks:
             values = chunk.flatten()
-            first = (values.buffers()[1].address - buffer.address) // dtype.itemsize + values.offset
-            starts.append(first + np.arange(len(chunk)) * self.num_views * self.num_tokens)
-        self._row_starts = np.concatenate(starts)  # (rows,) int64
+            starts.append((values.buffers()[1].address - buffer.address) // dtype.itemsize + values.offset)
+        self._block_starts = np.array(starts, dtype=np.int64)
+        self._first_rows = np.cumsum([0, *map(len, column.chunks)])  # of every block, then the number of all
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
@@ -187,7 +188,7 @@ class TokenStore:
             return cls(path, metadata, pa.memory_map(str(path / TOKENS_FILE)).read_buffer())
 
     def __len__(self) -> int:
-        return len(self._row_starts)
+        return int(self._first_rows[-1])
 
     def read(self, rows: Tensor, views: Tensor) -> Tensor:
         """Tokens (B, N) of view `views` (B,) of items `rows` (B,), all int64; `UserError` for one out of range."""
@@ -195,7 +196,9 @@ class TokenStore:
         for index, limit in ((items, len(self)), (crops, self.num_views)):
             if index.size and (index.min() < 0 or index.max() >= limit):
                 raise IndexError(f"{index.min()}..{index.max()} of {limit} rows or views in {self.path}")
-        starts = self._row_starts[items] + crops * self.num_tokens  # (B,)
+        blocks = np.searchsorted(self._first_rows, items, side="right") - 1
+        in_block = (items - self._first_rows[blocks]) * self._row_size
+        starts = self._block_starts[blocks] + in_block + crops * self.num_tokens  # (B,)
         tokens = self._flat[starts[:, None] + np.arange(self.num_tokens)]  # (B, N)
         check_tokens(tokens, self.vocab_size, self.tokenizer_name, str(self.path))
         return torch.from_numpy(tokens.astype(np.int64))
@@ -240,57 +243,3 @@ class TokenStore:
             found.update(tokens, batch.column("label").to_pylist(), batch.column("caption").to_pylist())
         if self.metadata.content_sha256 not in (None, found.hexdigest()):
             raise UserError(f"tokens: {where!r} holds other items than were written: damaged or edited; {REMEDY}")
-
-
-def write_token_store(
-    path: str | Path,
-    source: ImageSource,
-    tokenizer: Tokenizer,
-    *,
-    views: str = "center",
-    batch_size: int = 64,
-    num_workers: int = 0,
-    precision: str = "fp32",
-    compile: bool = False,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> TokenStore:
-    """Tokenise every image of `source` and return the store, opened.
-
-    `views`: which crops of each image (`VIEWS`), square, `tokenizer.image_size` pixels. `tokenizer`, on any device,
-    gets about `batch_size` crops at a time, while `num_workers` threads (0: one per CPU core) decode the next ones, and
-    multiplies in `precision` (one of `precision.CHOICES`); `compile` compiles its `latents`. `progress(done, total)` is
-    called after each of these calls with numbers of images; total is None when the source does not know it. Raises
-    `UserError` as `new_store` and the source do.
-    """
-    check_choice("views", views, VIEWS)
-    Range(1).check("batch_size", batch_size)
-    device = device_of(tokenizer)
-    precision = pick_precision(precision, device, "precision", "measuring")
-    encoder = with_weights(tokenizer, precision, device)
-    encoder = compiled(encoder, "latents") if compile else encoder
-    total = len(source) if isinstance(source, Sized) else None
-
-    def prepare(record: ImageRecord) -> tuple[np.ndarray, int | None, str | None, str]:
-        crops = make_views(record.image, views, tokenizer.image_size)
-        return np.stack([np.asarray(crop) for crop in crops]), record.label, record.caption, record.name
-
-    images_per_call = max(1, batch_size // VIEWS[views])
-    items = prefetch(source, prepare, num_workers=num_workers, depth=3 * images_per_call)
-    store = new_store(
-        path, tokenizer, VIEWS[views], source.class_names, views=views, source=source.name,
-        source_sha256=getattr(source, "content_hash", None), precision=precision, expected_items=total or 0,
-    )  # fmt: skip
-
-    def encoded() -> Iterator[Fetched[dict[str, Any]]]:
-        while batch := list(islice(items, images_per_call)):
-            crops, labels, captions, names = zip(*batch, strict=True)
-            pixels = to_device(torch.from_numpy(np.stack(crops)), device)
-            tokens = encoder.encode(from_uint8(pixels.flatten(0, 1)))  # (images * views, N)
-            yield Fetched({"tokens": tokens.unflatten(0, pixels.shape[:2]), "about": (labels, captions, names)})
-
-    with contextlib.closing(items), store as writer, torch.inference_mode(), multiplying(precision, device):
-        for done in one_ahead(encoded()):
-            writer.write(done["tokens"].numpy(), *done["about"])
-            if progress is not None:
-                progress(writer.counts["items"], total)
-    return TokenStore.open(path)

@@ -19,7 +19,7 @@ from consonar.data.openmoji import OpenMoji
 from consonar.data.picture_files import save_grid
 from consonar.data.sources import open_source
 from consonar.data.store_format import METADATA_FILE
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.demo import plan
 from consonar.demo.plan import PARTS, POST_TRAINING, RUNS, TEMPERATURES, Progress, Rate, Say, Work, config_of
 from consonar.distributed import pick_device

@@ -1,0 +1,247 @@
+"""Token stores made in shards: by several processes, on after any of them was ended, the same as by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import Pictures, picture
+
+from consonar import cli
+from consonar.data import bad_images, tokenizing
+from consonar.data.bad_images import BadImages
+from consonar.data.image_folder import ImageFolder
+from consonar.data.tokenizing import LEFT_OUT, write_token_store
+from consonar.data.tokens import TokenStore
+from consonar.errors import BadImage, UserError
+from consonar.files.lock import hold
+
+PROGRAM = """
+import os, signal, sys
+from consonar import cli
+from consonar.data import tokenizing
+tokenizing.ITEMS_PER_SHARD = 4
+inner, how = tokenizing.Encoder.write, sys.argv.pop(1)
+def write(self, source, shard, *rest):
+    print("made", shard, flush=True)
+    for count in inner(self, source, shard, *rest):
+        if how == f"kill {shard}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield count
+tokenizing.Encoder.write = write
+cli.main(["tokenize", *sys.argv[1:]])
+"""
+
+
+def content(store: Path) -> tuple[list[dict], dict]:
+    opened = TokenStore.open(store)
+    opened.check_content()
+    return opened.table.to_pylist(), json.loads((store / "store.json").read_text())
+
+
+@pytest.fixture
+def command(picture_folder, tokenizer_folder):
+    """Tokenises the 24 pictures of the split train in six shards; the first word says what befalls it."""
+    return [
+        sys.executable, "-c", PROGRAM, "well", "--tokenizer", str(tokenizer_folder), "--data", str(picture_folder),
+        "--split", "train", "--batch-size", "4", "--device", "cpu", "--out",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def in_shards(monkeypatch):
+    monkeypatch.setattr(tokenizing, "ITEMS_PER_SHARD", 4)
+
+
+def test_a_killed_command_goes_on_to_the_same_store(command, tmp_path):
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    out = str(tmp_path / "t")
+    for shard in (2, 4):
+        command[3] = f"kill {shard}"
+        killed = subprocess.run([*command, out], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL and not (tmp_path / "t").exists()
+    command[3] = "well"
+    done = subprocess.run([*command, out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:3] == ["made 4", "made 5"], "of what was there nothing is made again"
+    assert content(tmp_path / "t") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "whole"]
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "independent"])
+def test_processes_share_a_store(kind, command, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    command.append(str(tmp_path / "t"))
+    if kind == "independent":  # so that the second does not come to a finished store
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        command[3] = "kill 1"
+        subprocess.run(command, capture_output=True)
+        command[3] = "well"
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | (world | {"RANK": rank} if kind == "torchrun" else {}), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    lines = [line for out, _ in said for line in out.splitlines()]
+    made = sorted(line for line in lines if line.startswith("made"))
+    if kind == "torchrun":
+        assert [rank.returncode for rank in ranks] == [0, 0], said
+        assert sum(" images x " in line for line in lines) == 1, "one of them says so"
+    else:  # who comes late finds the store
+        assert all(rank.returncode == 0 or "exists" in err for rank, (_, err) in zip(ranks, said, strict=True)), said
+        assert 0 in [rank.returncode for rank in ranks]
+    assert made == [f"made {shard}" for shard in range(kind == "independent", 6)], "each shard once"
+    rows, metadata = content(tmp_path / "t")
+    assert [row["name"] for row in rows] == [f"train/all/{index:03d}.png" for index in range(24)]
+    assert metadata["counts"]["items"] == 24 and [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_while_another_process_is_at_a_shard_the_others_are_made(in_shards, tokenizer, tmp_path, picture_folder):
+    source, seen = ImageFolder(picture_folder), []
+    with ExitStack() as other:
+        other.enter_context(hold(tmp_path / "t.parts" / "shard_00000001"))
+
+        def progress(done, total):
+            seen.append(done)
+            if done == 20:
+                other.close()  # it was ended
+
+        # Such a folder is not ours before its record is there.
+        with pytest.raises(UserError, match="holds something else"):
+            write_token_store(tmp_path / "t", source, tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+            write_token_store(tmp_path / "a", source, tokenizer, progress=stop)
+        record = tmp_path / "t.parts" / "job.json"
+        settings = tokenizing.settings_of(
+            source, tokenizer, tokenizing.Encoder(tokenizer, "center", 4, 1, "fp32", False)
+        )
+        record.write_text(json.dumps(settings))
+        store = write_token_store(tmp_path / "t", source, tokenizer, batch_size=4, progress=progress)
+    assert seen == [4, 8, 12, 16, 20, 24]
+    names = store.table.column("name").to_pylist()
+    assert names == sorted(names) and len(names) == 24
+
+
+def test_other_settings_are_refused_until_nothing_is_left_of_the_first(in_shards, tokenizer, tmp_path, picture_folder):
+    source = ImageFolder(picture_folder)
+
+    def stop(done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_token_store(tmp_path / "t", source, tokenizer, batch_size=2, progress=stop)
+    with pytest.raises(UserError, match=r"unfinished tokens of another job \(another views\); remove it or choose"):
+        write_token_store(tmp_path / "t", source, tokenizer, views="center_flip")
+    with pytest.raises(UserError, match=r"another job \(another label_default\)"):
+        write_token_store(tmp_path / "t", source, tokenizer, settings={"label_default": "1"})
+    assert len(write_token_store(tmp_path / "t", source, tokenizer)) == 24
+
+
+@pytest.mark.parametrize("file", ["tokens.arrow", "store.json", LEFT_OUT])
+def test_a_shard_that_was_damaged_is_named_and_made_again(file, in_shards, tokenizer, tmp_path, picture_folder):
+    source, finished = (
+        ImageFolder(picture_folder),
+        write_token_store(tmp_path / "whole", ImageFolder(picture_folder), tokenizer),
+    )
+
+    def stop(done, total):
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_token_store(tmp_path / "t", source, tokenizer, progress=stop)
+    shard = tmp_path / "t.parts" / "shard_00000001.tokens"
+    data = bytearray((shard / file).read_bytes())
+    if file == "tokens.arrow":  # one token of another picture
+        where = TokenStore.open(shard)._block_starts[0] * 2
+        data[where] ^= 1
+    else:
+        del data[1:]
+    (shard / file).write_bytes(data)
+    with pytest.raises(UserError, match=r"shard_00000001\.tokens: was damaged, and is removed; the same command"):
+        write_token_store(tmp_path / "t", source, tokenizer)
+    again = write_token_store(tmp_path / "t", source, tokenizer)
+    assert again.metadata.content_sha256 == finished.metadata.content_sha256
+
+
+class Broken(Pictures):
+    """An indexed source with some pictures that cannot be read."""
+
+    def __init__(self, count: int, *broken: int) -> None:
+        super().__init__(count)
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index):
+        if index in self.broken:
+            raise BadImage(f"picture {index}: damaged")
+        return next(iter(Pictures(1, index)))
+
+
+def test_bad_images_are_counted_over_shards_and_calls_and_listed_by_row(in_shards, tokenizer, tmp_path):
+    listing = tmp_path / "t-bad-images.txt"
+    source = Broken(20, 1, 6, 7, 18)
+
+    def stop(done, total):
+        if done >= 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_token_store(tmp_path / "t", source, tokenizer, bad=BadImages("skip", 0.2, listing), progress=stop)
+    with pytest.raises(UserError, match="picture 1: damaged"):  # by now it is to stop at the first
+        write_token_store(tmp_path / "t", source, tokenizer)
+    with pytest.raises(UserError, match=r"bad images: 4 of 20 .*more than the share of 0\.15 .*picture 18"):
+        write_token_store(tmp_path / "t", source, tokenizer, bad=BadImages("skip", 0.15, listing))
+    bad = BadImages("skip", 0.2, listing)
+    store = write_token_store(tmp_path / "t", source, tokenizer, bad=bad)
+    assert store.table.column("name").to_pylist() == [f"picture {i}" for i in range(20) if i not in (1, 6, 7, 18)]
+    assert store.metadata.left_out == 4 and bad.note.startswith("4 of 20 pictures cannot be read")
+    rows = [line.split("\t")[1] for line in listing.read_text().splitlines()]
+    assert rows == ["20", "1", "6", "7", "18"]
+
+
+def test_the_list_of_bad_images_is_bounded_and_keeps_other_parts(in_shards, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(bad_images, "MOST_LISTED", 2)
+    listing = tmp_path / "list.txt"
+    for part in ("train", "validation"):
+        bad = BadImages("skip", 1.0, listing)
+        write_token_store(tmp_path / part, Broken(12, *range(5)), tokenizer, bad=bad, part=part)
+    lines = listing.read_text().splitlines()
+    assert [line.split("\t")[:2] for line in lines[:3]] == [["train", "12"], ["train", "0"], ["train", "1"]]
+    assert lines[2].endswith("(and 3 more pictures behind it)") and len(lines) == 6
+
+
+def test_the_other_store_is_kept_where_pictures_were_left_out_of_it(in_shards, tmp_path, tokenizer_folder, capsys):
+    for index in range(8):
+        path = tmp_path / "data" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(index).save(path)
+    (tmp_path / "data" / "a" / "2.png").write_bytes(b"x")
+    argv = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", str(tmp_path / "data"), "--bad-images", "skip"]
+    argv += ["--out", str(tmp_path / "t"), "--validation-split", "25%"]
+    cli.main(argv)
+    listed = (tmp_path / "t-bad-images.txt").read_text()
+    shutil.rmtree(tmp_path / "t-validation")
+    capsys.readouterr()
+    cli.main(argv)
+    assert "train: is there already" in capsys.readouterr().out
+    assert (tmp_path / "t-bad-images.txt").read_text() == listed and "2.png: not an image" in listed
