@@ -71,26 +71,6 @@ class IndexedSource(ImageSource, Protocol):
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A picture that is not decoded yet."""
-
-    label: int | None
-    read: Callable[[], ImageRecord]
-    """Decodes it; from any thread."""
-
-
-@runtime_checkable
-class ShardedSource(ImageSource, Protocol):
-    """A source that is read from its beginning on, in shards that several processes can share."""
-
-    @property
-    def num_shards(self) -> int: ...
-
-    def shard(self, index: int) -> Iterator[Unread]:
-        """The pictures of shard `index`, 0 <= index < num_shards."""
-
-
-@dataclass(frozen=True)
 class TextCondition:
     """Captions as the features of a text encoder, padded on the left."""
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from consonar.data.transforms import to_rgb, to_uint8
 from consonar.errors import BadImage, UserError, reading
 from consonar.files.writers import write_atomically
-from consonar.types import ImageRecord, ImageSource, IndexedSource, Unread
+from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -38,6 +38,26 @@ PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**24, 2**28
 MAX_ASPECT = 100
 """Longer side over shorter side: the shorter side is brought to the crop's size, which enlarges a hair into a wall."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A picture that is not decoded yet."""
+
+    label: int | None
+    read: Callable[[], ImageRecord]
+    """Decodes it; from any thread."""
+
+
+@runtime_checkable
+class ShardedSource(ImageSource, Protocol):
+    """A source that is read from its beginning on, in shards that several processes can share."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+    def shard(self, index: int) -> Iterator[Unread]:
+        """The pictures of shard `index`, 0 <= index < num_shards."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from consonar.compiling import compiled
 from consonar.data.bad_images import STREAM_START, BadImages
 from consonar.data.labels import known_labels
-from consonar.data.picture_files import prefetch
+from consonar.data.picture_files import ShardedSource, prefetch
 from consonar.data.tokens import StoreWriter, TokenStore, check_free, new_store
 from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import BadImage, UserError, check_choice
@@ -26,7 +26,7 @@ from consonar.json_types import Json
 from consonar.options import Range
 from consonar.precision import multiplying, pick_precision, with_weights
 from consonar.records import Fetched, device_of, one_ahead, to_device
-from consonar.types import ImageRecord, ImageSource, IndexedSource, ShardedSource, Tokenizer
+from consonar.types import ImageRecord, ImageSource, IndexedSource, Tokenizer
 
 ITEMS_PER_SHARD = 1024
 """Of a source whose pictures have numbers; others have the shards they have, or are one."""
