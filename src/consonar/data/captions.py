@@ -1,0 +1,88 @@
+"""Captions as features of a text encoder, kept on the disk.
+
+The captions of a data set are encoded once, each different one, and read from memory-mapped files afterwards. A file
+holds `PER_FILE` captions and is named by them and the encoder's fingerprint, so that what is there is used whatever
+made it, and a job that was ended goes on. Padding is not kept.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consonar.errors import reading
+from consonar.files.readers import read_npy
+from consonar.files.writers import cache_dir, keep
+from consonar.types import TextCondition, TextEncoder
+
+PER_FILE = 1024
+REMEDY = "delete it, it is made again"
+
+
+class CaptionFeatures:
+    """The features of `captions` by `encoder`, in batches of rows; both are float32, and equal what the encoder gives.
+
+    `folder`: where they are kept (`captions` in the cache folder). Where nothing can be kept they stay in memory.
+    `progress(done, total)` counts captions. Raises `UserError` as the encoder does, and for a damaged file.
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[str],
+        encoder: TextEncoder,
+        *,
+        folder: Path | None = None,
+        batch_size: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.length, self.width = encoder.length, encoder.width
+        different = sorted(set(captions))
+        place = {caption: index for index, caption in enumerate(different)}
+        self.index = np.array([place[caption] for caption in captions], np.int64)
+        folder = cache_dir() / "captions" if folder is None else folder
+        self.files: list[tuple[np.ndarray, np.ndarray]] = []
+        for start in range(0, len(different), PER_FILE):
+            some = different[start : start + PER_FILE]
+            self.files.append(load(folder, some, encoder, batch_size))
+            if progress is not None:
+                progress(start + len(some), len(different))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, rows: Tensor) -> TextCondition:
+        """Features (B, L, F) and mask (B, L) of the captions `rows` (B,)."""
+        features = np.zeros((len(rows), self.length, self.width), np.float32)
+        mask = np.zeros((len(rows), self.length), bool)
+        for row, index in enumerate(self.index[rows.numpy()].tolist()):
+            tokens, ends = self.files[index // PER_FILE]
+            at = index % PER_FILE
+            found = tokens[ends[at - 1] if at else 0 : ends[at]]
+            features[row, self.length - len(found) :] = found
+            mask[row, self.length - len(found) :] = True
+        return TextCondition(torch.from_numpy(features), torch.from_numpy(mask))
+
+
+def load(folder: Path, captions: Sequence[str], encoder: TextEncoder, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens (T, F) of these captions, and where each caption ends (n,); encoded where no file has them."""
+    named = hashlib.sha256("\0".join([encoder.fingerprint, *captions]).encode()).hexdigest()[:32]
+    path, counted = folder / f"{named}.npy", folder / f"{named}.counts.npy"
+    if path.exists():  # written last
+        counts = read_npy(counted)
+        with reading(path, "features of captions", REMEDY):
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            if rows.shape != (counts.sum(), encoder.width) or len(counts) != len(captions) or rows.dtype != np.float32:
+                raise ValueError(f"{rows.dtype} of shape {rows.shape} for {counts.sum()} tokens")
+        return rows, counts.cumsum()
+    parts, masks = [], []
+    for start in range(0, len(captions), batch_size):
+        found = encoder.encode(captions[start : start + batch_size])
+        parts.append(found.features[found.mask].cpu().numpy())
+        masks.append(found.mask.sum(1).cpu().numpy())
+    rows, counts = np.concatenate(parts), np.concatenate(masks)
+    keep(counted, lambda file: np.save(file, counts))
+    keep(path, lambda file: np.save(file, rows))
+    return rows, counts.cumsum()

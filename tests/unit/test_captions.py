@@ -1,0 +1,82 @@
+"""Features of captions on the disk: what is read is what the encoder gives, and nothing is encoded twice."""
+
+import numpy as np
+import pytest
+import torch
+
+from consonar.data import captions as module
+from consonar.data.captions import CaptionFeatures
+from consonar.errors import UserError
+from consonar.types import TextCondition
+
+
+class Spelling:
+    """A text encoder of letters: a token a letter, its features its number; counts what it is asked."""
+
+    name, width, length = "spelling", 3, 6
+
+    def __init__(self, fingerprint="one"):
+        self.fingerprint, self.asked = fingerprint, []
+
+    def encode(self, captions):
+        self.asked += captions
+        features, mask = torch.zeros(len(captions), 6, 3), torch.zeros(len(captions), 6, dtype=torch.bool)
+        for row, text in enumerate(captions):
+            letters = torch.tensor([float(ord(letter)) for letter in text[:6]])
+            features[row, 6 - len(letters) :] = letters[:, None] * torch.tensor([1.0, 0.5, 1 / 3])
+            mask[row, 6 - len(letters) :] = True
+        return TextCondition(features, mask)
+
+
+CAPTIONS = ["bee", "a", "bee", "elephants", "cow", "dog", "ant"]
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(module, "PER_FILE", 2)
+
+
+def test_what_is_read_is_what_the_encoder_gives(tmp_path):
+    expected = Spelling().encode(CAPTIONS)
+    for _ in range(2):  # encoded; then from the files
+        features = CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
+        rows = torch.tensor([6, 0, 2, 3, 1, 4, 5, 3])
+        found = features.read(rows)
+        assert len(features) == 7
+        assert torch.equal(found.features, expected.features[rows]) and torch.equal(found.mask, expected.mask[rows])
+
+
+def test_different_captions_are_encoded_once_and_an_ended_job_goes_on(tmp_path):
+    class Ends(Spelling):
+        def encode(self, captions):
+            if "dog" in captions:
+                raise KeyboardInterrupt
+            return super().encode(captions)
+
+    with pytest.raises(KeyboardInterrupt):
+        CaptionFeatures(CAPTIONS, Ends(), folder=tmp_path)
+    second, third, seen = Spelling(), Spelling("other weights"), []
+    CaptionFeatures(CAPTIONS, second, folder=tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert second.asked == ["cow", "dog", "elephants"][1:] or second.asked == ["dog", "elephants"]
+    assert seen[-1] == (6, 6)
+    CaptionFeatures(CAPTIONS, third, folder=tmp_path)
+    assert sorted(third.asked) == sorted(set(CAPTIONS))
+
+
+def test_files_are_mapped_and_damage_is_said(tmp_path):
+    CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
+    features = CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
+    assert all(isinstance(tokens, np.memmap) for tokens, _ in features.files)
+    path = next(file for file in tmp_path.glob("*.npy") if "counts" not in file.name)
+    whole = path.read_bytes()
+    for bad in (whole[:-5], b"", b"x" * 200):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="delete it, it is made again"):
+            CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
+
+
+def test_without_room_features_stay_in_memory(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    features = CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path / "file")
+    assert torch.equal(features.read(torch.arange(7)).features, Spelling().encode(CAPTIONS).features)
+    assert "not kept in the cache folder" in capsys.readouterr().err
