@@ -6,6 +6,7 @@ What moves is the trainee with its heads, the optimizer and the moving average: 
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 
 from consonar.components import save_generator
 from consonar.data.loader import ImageBatches
-from consonar.errors import UserError, reading
+from consonar.distributed import World, from_main
+from consonar.errors import UserError, one_line, reading
 from consonar.files.readers import check_archive, read_json
 from consonar.files.weights import check_plain, check_weights, load_weights
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.networks import load_feature_network
 from consonar.origin import Origin
-from consonar.records import device_of
+from consonar.records import device_of, map_tensors
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
 from consonar.types import Generator, Tokenizer
@@ -36,14 +38,72 @@ METRIC = f"FD({NETWORK}) validation"
 
 
 def save_resume(folder: Path, step: int, payload: Mapping[str, object], keep: int) -> Path:
-    """Writes `folder/step_XXXXXXXX.pt` and removes all but the last `keep` of them."""
+    """Writes `folder/step_XXXXXXXX.pt`, reads it back, and removes all but the last `keep` of them.
+
+    It has its name, and takes the place of another, once what was read back has the checksums of what was written.
+    """
     path = folder / f"step_{step:08d}.pt"
-    write_atomically(
-        path, lambda partial: torch.save({"format_version": FORMAT_VERSION, "step": step, **payload}, partial)
-    )
+
+    def write(partial: Path) -> None:
+        torch.save({"format_version": FORMAT_VERSION, "step": step, **payload}, partial)
+        with reading(path, "what was written when it is read back", "it is not kept, the one before it is"):
+            check_archive(partial)
+
+    write_atomically(path, write)
     for old in list_resume(folder)[:-keep]:
         old.unlink()
     return path
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run into `folder` while it goes on: a copy, in a thread, one at a time.
+
+    An error of the thread is raised by the next call: in the process that had it as it was, in the others of the run as
+    a `UserError` that says the same.
+    """
+
+    folder: Path
+    keep: int
+    world: World
+    written: Future[Path] | None = None
+
+    def save(self, step: int, payload: dict[str, Any]) -> None:
+        """Begins to write what may change as soon as this returns; waits for the one before. All processes at once."""
+        self.finish()
+        if self.world.is_main:
+            copy = map_tensors(lambda tensor: torch.empty_like(tensor, device="cpu").copy_(tensor), payload)
+            thread = ThreadPoolExecutor(1, "checkpoint")
+            self.written = thread.submit(save_resume, self.folder, step, copy, self.keep)
+            thread.shutdown(wait=False)  # it ends when that is written
+
+    def check(self) -> None:
+        """Raises what the thread has raised, where the process is alone; several wait for one another in `finish`."""
+        if self.world.size == 1 and self.written is not None and self.written.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until all is written. All processes at once."""
+        written, self.written = self.written, None
+        error = written.exception() if written else None
+        elsewhere = from_main(error and one_line(error), self.world)
+        if error:
+            raise error
+        if elsewhere:
+            raise UserError(elsewhere)
+
+    def wait(self) -> None:
+        """Waits until nothing is being written, for what asks no other process."""
+        wait([self.written] if self.written else [])
+
+    def __enter__(self) -> None:
+        """Nothing is being written any more when the block is left, however that is."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.wait()
 
 
 def list_resume(folder: Path) -> list[Path]:

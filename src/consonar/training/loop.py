@@ -24,7 +24,7 @@ from consonar.errors import NonFiniteLoss, one_line
 from consonar.origin import Origin
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
-from consonar.training.checkpoints import METRIC, KeepBest, State, list_resume, save_resume
+from consonar.training.checkpoints import METRIC, KeepBest, Saver, State, list_resume
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import learning_rate, update_average
@@ -66,7 +66,7 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
     checkpoint once a signal is caught (several processes: at the next line of metrics). Raises `NonFiniteLoss` in the
     step whose loss or gradient is such a number, and leaves the weights that were before it; for weights that a step
     made before they are logged, saved, measured or shown, at the latest by the loss that they give. The last checkpoint
-    stays.
+    stays. However it ends, no checkpoint is being written any more.
     """
     state, loop, updates = run.state, run.config.loop, run.config.objective.updates
     multiplied_in = precision.pick_precision(loop.precision, run.world.device, "loop.precision", "training")
@@ -74,22 +74,24 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
     last = min(loop.steps, stop_at or loop.steps)
     model.train()
     run.begin()
-    while state.step < last and not state.stopped:
-        batch = to_device(run.built.batches.batch(state.step // updates), run.world.device)
-        with precision.multiplying(multiplied_in, run.world.device):
-            prepared = run.built.objective.prepare(state.model, batch, state.step)
-            for _ in range(min(updates, loop.steps - state.step)):
-                terms = update(run, model, prepared, precision.autocast_type(multiplied_in))
-        run.tracker.advance(state.step)
-        if run.looks:
-            run.check_weights()
-        run.log(terms)
-        # Before all that is optional: what fails below costs no step.
-        if run.due(loop.save_every) or state.step >= last or state.stopped or state.interrupted:
-            run.save()
-        if state.interrupted:
-            break
-        run.measure()
+    with run.saver:
+        while state.step < last and not state.stopped:
+            batch = to_device(run.built.batches.batch(state.step // updates), run.world.device)
+            with precision.multiplying(multiplied_in, run.world.device):
+                prepared = run.built.objective.prepare(state.model, batch, state.step)
+                for _ in range(min(updates, loop.steps - state.step)):
+                    terms = update(run, model, prepared, precision.autocast_type(multiplied_in))
+            run.saver.check()
+            run.tracker.advance(state.step)
+            if run.looks:
+                run.check_weights()
+            run.log(terms)
+            # Before all that is optional: what fails below costs no step.
+            if run.due(loop.save_every) or state.step >= last or state.stopped or state.interrupted:
+                run.save()
+            if state.interrupted:
+                break
+            run.measure()
     if state.stopped:
         run.tracker.warn(f"stopped at step {state.step}: {state.stopped}; the model of this step is kept")
     distributed.barrier(run.world)
@@ -115,7 +117,7 @@ def update(run: Running, model: nn.Module, prepared: object, autocast_dtype: tor
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
     if not torch.isfinite(norm + sums["loss"]):  # the one number of a step that is waited for
         state.optimizer.zero_grad(set_to_none=True)
-        raise non_finite(step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}", run.folder)
+        raise non_finite(run, step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}")
     state.optimizer.step()
     torch.clear_autocast_cache()  # PyTorch does so at the end of the outermost context alone, which is around the run
     state.optimizer.zero_grad(set_to_none=True)
@@ -138,6 +140,9 @@ class Running:
     caught: Sequence[int] = ()
     """Signals that ask the run to end."""
 
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.folder / "checkpoints", self.config.loop.keep_checkpoints, self.world)
+
     def due(self, every: int) -> bool:
         """Whether a multiple of `every` was reached by the last updates, of which there may be several on a batch."""
         return every > 0 and self.state.step % every < self.config.objective.updates
@@ -156,7 +161,7 @@ class Running:
         """Raises `NonFiniteLoss` for weights that are not finite; called before anything is made of those of a step."""
         size = torch.nn.utils.get_total_norm(self.state.model.parameters())
         if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
-            raise non_finite(self.state.step - 1, f"the step made weights of norm {float(size)}", self.folder)
+            raise non_finite(self, self.state.step - 1, f"the step made weights of norm {float(size)}")
 
     @property
     def picture(self) -> Path:
@@ -224,7 +229,7 @@ class Running:
             if built.best:
                 measured[METRIC] = built.best.distance()
             if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:
-                raise non_finite(state.step, f"validation {wrong[0]} is {measured[wrong[0]]}", self.folder)
+                raise non_finite(self, state.step, f"validation {wrong[0]} is {measured[wrong[0]]}")
             if built.best and self.world.is_main:
                 built.best.keep(state.step, measured[METRIC])
         self.tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
@@ -243,14 +248,14 @@ class Running:
     def save(self) -> None:
         self.check_weights()
         if self.world.is_main:
-            folder, keep = self.folder / "checkpoints", self.config.loop.keep_checkpoints
             timing.keep_for_run(self.folder / KERNELS)
-            payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
-            save_resume(folder, self.state.step, payload, keep)
+        payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
+        self.saver.save(self.state.step, payload)
 
 
-def non_finite(step: int, found: str, folder: Path) -> NonFiniteLoss:
-    """The error of a run in `folder` that met such a number."""
-    saved = list_resume(folder / "checkpoints")
+def non_finite(run: Running, step: int, found: str) -> NonFiniteLoss:
+    """The error of a run that met such a number."""
+    run.saver.wait()
+    saved = list_resume(run.saver.folder)
     kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
     return NonFiniteLoss(f"step {step}: {found}; lower optim.lr or the weights of the objective; {kept}")
