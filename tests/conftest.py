@@ -70,6 +70,17 @@ def save_tokenizer_of_32(folder: Path) -> None:
     save_tokenizer(VQTokenizer(replace(TINY_VQ, image_size=32, channel_multipliers=(1, 1, 2, 2)), name="tiny"), folder)
 
 
+def same(ours: object, theirs: object) -> bool:
+    """Whether two nested payloads hold the same, to the bit."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(value, theirs[key]) for key, value in ours.items())
+    return (
+        torch.equal(ours, theirs)
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+        else ours == theirs
+    )
+
+
 class Quarters:
     """A feature network without weights: the mean colours of four quarters."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import same
 
 from consonar import cli
 from consonar.errors import UserError
@@ -25,13 +26,6 @@ STEPS = 4
 def config(make_config):
     model = ReARConfig(width=32, num_layers=1, num_heads=4, dropout=0.1)
     return make_config(model=model, loop={"steps": STEPS, "save_every": 1, "keep_checkpoints": STEPS})
-
-
-def same(ours, theirs):
-    """Whether two nested payloads hold the same, to the bit."""
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(value, theirs[key]) for key, value in ours.items())
-    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
 def assert_same_end(*runs):

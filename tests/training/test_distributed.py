@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import same, save_pictures
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import run_on_two
 
@@ -15,6 +16,7 @@ from consonar.training.config import DataConfig
 from consonar.training.loop import Built, Running, update
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoisyTokens
+from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.run import train
@@ -127,18 +129,42 @@ from consonar.recipes import read_config
 from consonar.training.run import train
 torch.set_num_threads(1)
 for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
-    name = Path(path).stem
-    settings = {"whole": {}, "first half": {"stop_at": 2}, "second half": {"resume": True}}[name]
+    kind, part = Path(path).stem.split()
+    settings = {"whole": {}, "first": {"stop_at": 3}, "second": {"resume": True}}[part]
+    out = Path(path).with_name(f"{kind}-{part.replace('first', 'half').replace('second', 'half')}")
     os.environ["MASTER_PORT"] = port
-    torch.manual_seed(len(name))  # another process would be in another state
-    train(read_config(Path(path)), Path(path).with_name(name.split()[-1]), quiet=True, **settings)
+    torch.manual_seed(len(part))  # another process would be in another state
+    train(read_config(Path(path)), out, quiet=True, **settings)
 """
 
 
-def test_two_processes_resume_exactly_with_dropout(make_config, tmp_path):
+def test_two_processes_resume_exactly(make_config, configs, tmp_path):
+    """With dropout, in the middle of an epoch, weights, moments, averages, running baselines and all."""
     shape = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.3)
-    config = make_config(model=shape, loop={"steps": 4})
-    run_on_two(STOP_AND_RESUME, dict.fromkeys(("whole", "first half", "second half"), config), tmp_path)
-    last = "checkpoints/step_00000004.pt"
-    whole, broken = (load_resume(tmp_path / name / last)["model"] for name in ("whole", "half"))
-    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    start = train(make_config(model=shape, loop={"steps": 1}), tmp_path / "start", quiet=True)
+    pictures = save_pictures(tmp_path / "pictures", train=24)
+    policy = PolicyConfig(rewards={"mse": 1.0}, group_size=2, estimator="reinforce", class_dropout=0.2)
+    loop = {"steps": 7, "accumulation": 2, "ema_decay": 0.9}
+    kinds = {
+        "ar": make_config(model=shape, loop=loop),
+        "rear": make_config(model=shape, objective=configs["generator"].objective, loop=loop),
+        "vapi": make_config(
+            init=str(start), tokenizer=None, model=None, objective=policy, data=DataConfig(images=str(pictures)),
+            loop=loop | {"fd_samples": 4},
+        ),
+        "tokenizer": replace(configs["tokenizer"], loop=replace(configs["tokenizer"].loop, **loop)),
+    }  # fmt: skip
+    parts = {f"{kind} {part}": config for kind, config in kinds.items() for part in ("whole", "first", "second")}
+    run_on_two(STOP_AND_RESUME, parts, tmp_path)
+    for kind in kinds:
+        runs = [tmp_path / f"{kind}-{how}" for how in ("whole", "half")]
+        whole, half = (load_resume(run / "checkpoints" / "step_00000007.pt") for run in runs)
+        assert whole["processes"] == 2 and whole["average"] and same(whole, half), kind
+        lines = [
+            [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(run / "metrics.jsonl")]
+            for run in runs
+        ]
+        assert lines[0] == lines[1], kind
+        if kind == "vapi":
+            assert whole["model"]["num_baseline_updates"] == 7 and whole["model"]["reward_baseline"].any()
+            assert len({(run / "best.json").read_text() for run in runs}) == 1

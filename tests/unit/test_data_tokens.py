@@ -1,6 +1,7 @@
 """Token stores and the batches read from them: what is written is read, exactly, from anywhere, or refused."""
 
 import json
+import random
 import resource
 import signal
 import threading
@@ -370,6 +371,26 @@ def test_ranks_share_the_batch_of_one_rank():
         batch_rows(1, 100, 100, seed=3).tolist()
     ]
     assert len({tuple(order) for order in orders}) == 3 and list(range(100)) not in orders
+
+
+def test_a_run_that_goes_on_on_other_processes_skips_no_item_and_reads_none_twice():
+    """Whatever the sizes are: the batch of all processes stays what it is."""
+    draw = random.Random(0)
+    for _ in range(200):
+        num_items, worlds = draw.randint(1, 50), [draw.choice((1, 2, 3, 4, 6)) for _ in range(3)]
+        whole, steps = 12 * draw.randint(1, 3), draw.randint(3, 20)
+        stops = sorted(draw.sample(range(1, steps), 2))  # where it ends and goes on
+        stream = []
+        for step in range(steps):
+            world = worlds[sum(step >= stop for stop in stops)]
+            ranks = [
+                batch_rows(step, whole // world, num_items, seed=1, rank=rank, world_size=world)
+                for rank in range(world)
+            ]
+            stream += torch.stack(ranks, 1).flatten().tolist()
+        assert stream == torch.cat([batch_rows(step, whole, num_items, seed=1) for step in range(steps)]).tolist()
+        for epoch in range(len(stream) // num_items):
+            assert sorted(stream[epoch * num_items : (epoch + 1) * num_items]) == list(range(num_items))
 
 
 def test_token_batches(tmp_path):
