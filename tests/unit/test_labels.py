@@ -185,3 +185,13 @@ def test_a_store_with_more_classes_than_any_collection_is_refused(tmp_path, toke
 def test_a_label_beyond_any_number_of_classes_is_refused_before_the_classes_are_listed(label):
     with pytest.raises(UserError, match=f"label {label}, and there are at most"):
         data_line({0: 1, label: 1}, None)
+
+
+def test_classes_of_imagenet_are_its_folders_in_order(tmp_path):
+    names = read_class_file("imagenet")
+    assert len(names) == 1000 and list(names) == sorted(set(names))
+    # What released models call these classes.
+    assert [names.index(name) for name in ("n01440764", "n02099601", "n02123394", "n15075141")] == [0, 207, 283, 999]
+    folder_of(tmp_path / "part", "n02123394", "n02099601", count=1)
+    source = open_source(str(tmp_path / "part"), image_size=16, classes="imagenet")
+    assert [record.label for record in source] == [207, 283] and len(source.class_names or ()) == 1000

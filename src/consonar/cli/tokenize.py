@@ -45,7 +45,7 @@ class Options:
     image_size: int | None = None
     """Pixels, for a tokenizer that takes any size (default: its own)."""
     classes: str | None = None
-    """Text file that names class 0, 1, ..., one a line (default: classes in the order of their names)."""
+    """Text file that names class 0, 1, ..., one a line, or imagenet (default: classes in the order of their names)."""
     label_default: str | None = None
     """What images without a label become in data with classes: the id or name of a class, or drop."""
     bad: BadImageGroup

@@ -5,10 +5,11 @@ None of them is part of the package. They are read in the layout of the public d
 
 import os
 
-from consonar.data.huggingface import DatasetImages, open_dataset
+from consonar.data.huggingface import open_dataset
 from consonar.errors import UserError
 from consonar.files.readers import home_expanded
 from consonar.files.writers import cache_dir
+from consonar.types import ImageSource
 
 HUB, VARIABLE = "uoft-cs/cifar10", "CONSONAR_CIFAR10"
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -24,7 +25,7 @@ def cifar10_place(target: str) -> str:
     return named or (str(local) if local.is_dir() else HUB)
 
 
-def open_cifar10(target: str, split: str) -> DatasetImages:
+def open_cifar10(target: str, split: str) -> ImageSource:
     """A split, called the same wherever it lies. Raises `UserError` for a data set of other classes."""
     place = cifar10_place(target)
     elsewhere = f"a copy on this machine is a folder of Parquet files that {VARIABLE} names"

@@ -1,22 +1,23 @@
 """Data sets of Hugging Face, of the hub or of this machine, as image sources."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import starmap
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
 from consonar.data.image_folder import choose_split, label_of
-from consonar.data.picture_files import read_image
+from consonar.data.picture_files import ShardStream, Unread, read_image
 from consonar.data.store_format import check_buffers
 from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
 from consonar.files.readers import home_expanded, parse_json
 from consonar.json_types import JsonMap
 from consonar.origin import check_distinct, content_hash
-from consonar.types import ImageRecord
+from consonar.types import ImageRecord, ImageSource
 
 CAPTION_NAMES = ("caption", "captions", "text", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "cls")
+ENCODED = {"bytes", "path"}
+"""The fields of a picture in a table that does not say that it is one."""
 WEBDATASET_NAMES = ("__key__", "__url__")
 
 
@@ -33,71 +34,106 @@ def _pick_column(kind: str, candidates: list[str], preferred: tuple[str, ...], w
     return usual[0] if usual else None
 
 
-class DatasetImages:
-    """A Hugging Face `datasets.Dataset`: columns are found by type.
+class Columns:
+    """Which columns of a table hold the pictures, labels and captions, by their types.
 
-    The image column is the one of type Image; the label column the one of type ClassLabel, else an integer column named
-    label, labels, class, class_id or cls; the caption column is the string column. Where several qualify, the usual
-    name (caption, text, prompt) decides, else `UserError` lists them; `columns` = {"image" | "label" | "caption": name}
-    chooses by hand, with an empty name for none. Label -1 means "unknown" in Hugging Face data sets and becomes None.
+    The image column is the one of type Image, or where there is none one of encoded bytes; the label column the one of
+    type ClassLabel, else an integer column named label, labels, class, class_id or cls; the caption column is the
+    string column. Where several qualify, the usual name (caption, text, prompt) decides, else `UserError` lists them;
+    `wanted` = {"image" | "label" | "caption": name} chooses by hand, with an empty name for none. Label -1 means
+    "unknown" in Hugging Face data sets and becomes None.
     """
 
-    def __init__(self, dataset: Any, name: str, columns: dict[str, str]) -> None:
+    def __init__(self, features: Any, name: str, wanted: dict[str, str]) -> None:
         from datasets import ClassLabel, Value
         from datasets import Image as ImageFeature
 
-        self.name = name
-        features = dataset.features
         if features is None:
             raise UserError(f"data: the column types of {name!r} are unknown when streamed; use hf: instead")
-        images = [c for c, feature in features.items() if isinstance(feature, ImageFeature)]
-        labels = [c for c, feature in features.items() if isinstance(feature, ClassLabel)]
         plain = {c: feature.dtype for c, feature in features.items() if isinstance(feature, Value)}
+        images = [c for c, feature in features.items() if isinstance(feature, ImageFeature)]
+        if not images:
+            images = [c for c, feature in features.items() if isinstance(feature, dict) and {*feature} == ENCODED]
+            images += [c for c, dtype in plain.items() if dtype in ("binary", "large_binary")]
+        labels = [c for c, feature in features.items() if isinstance(feature, ClassLabel)]
         texts = [c for c, dtype in plain.items() if dtype in ("string", "large_string")]
-        unasked = {*LABEL_NAMES, *WEBDATASET_NAMES} - {columns.get("caption")}
+        unasked = {*LABEL_NAMES, *WEBDATASET_NAMES} - {wanted.get("caption")}
         captions = [c for c in texts if c not in unasked]
-        if "label" in columns or not labels:
+        if "label" in wanted or not labels:
             integers = [c for c, dtype in plain.items() if dtype.lstrip("u").startswith("int")]
-            labels += [c for c in integers if c in LABEL_NAMES or c == columns.get("label")]
-        if "label" not in columns and not labels and (other := next((c for c in LABEL_NAMES if c in features), None)):
+            labels += [c for c in integers if c in LABEL_NAMES or c == wanted.get("label")]
+        if "label" not in wanted and not labels and (other := next((c for c in LABEL_NAMES if c in features), None)):
             raise UserError(
                 f"data: column {other!r} of {name!r} is {plain.get(other, 'no number')}, and labels are ClassLabel or "
                 "integers: convert it (`class_encode_column` of datasets), or add ?label= to the data's name for none"
             )
-        image = _pick_column("image", images, (), columns.get("image"))
+        image = _pick_column("image", images, (), wanted.get("image"))
         if image is None:
             raise UserError(f"data: no image column in {name!r}; its columns: {', '.join(features)}")
-        self.image_column = image
-        self.label_column = _pick_column("label", labels, (), columns.get("label"))
-        self.caption_column = _pick_column("caption", captions, CAPTION_NAMES, columns.get("caption"))
-        label_feature = features[self.label_column] if self.label_column else None
+        self.image = image
+        self.label = _pick_column("label", labels, (), wanted.get("label"))
+        self.caption = _pick_column("caption", captions, CAPTION_NAMES, wanted.get("caption"))
+        label_feature = features[self.label] if self.label else None
         self.class_names = tuple(label_feature.names) if isinstance(label_feature, ClassLabel) else None
         check_distinct(self.class_names, f"data: {name}")
-        kept = [c for c in (self.image_column, self.label_column, self.caption_column) if c]
-        # decode=False: the bytes are decoded by read_image, which names a damaged picture and keeps no file open.
-        self.dataset = dataset.select_columns(kept).cast_column(image, ImageFeature(decode=False))
+        self.kept = [c for c in (self.image, self.label, self.caption) if c]
 
-    def _record(self, index: int, row: JsonMap) -> ImageRecord:
-        name = f"{self.name}/{index}"
-        encoded = row[self.image_column]
+    def label_of(self, row: JsonMap) -> int | None:
+        label: int | None = row[self.label] if self.label else None
+        return None if label == -1 else label
+
+    def record(self, row: JsonMap, name: str) -> ImageRecord:
+        """The picture of a row, decoded."""
+        encoded = row[self.image]
         if encoded is None:
-            raise BadImage(f"{name}: no image in column {self.image_column!r}")
-        data = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
+            raise BadImage(f"{name}: no image in column {self.image!r}")
+        data = encoded
+        if isinstance(encoded, dict):
+            data = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
         if isinstance(data, str) and "://" in data:  # a remote file, maybe inside an archive
             import fsspec  # type: ignore[import-untyped]
 
             with reading(name, "a picture elsewhere", kind=BadImage), fsspec.open(data, "rb") as file:
                 data = file.read()
-        label = row[self.label_column] if self.label_column else None
-        caption = row[self.caption_column] if self.caption_column else None
-        return ImageRecord(read_image(data, name), name, None if label == -1 else label, caption)
+        return ImageRecord(
+            read_image(data, name), name, self.label_of(row), row[self.caption] if self.caption else None
+        )
+
+    def unread(self, row: JsonMap, name: str) -> Unread:
+        """The picture of a row, not decoded."""
+        return Unread(self.label_of(row), partial(self.record, row, name))
+
+
+def undecoded(dataset: Any, columns: Columns) -> Any:
+    """A data set of these columns; decode=False: `read_image` names a damaged picture and keeps no file open."""
+    from datasets import Image as ImageFeature
+
+    return dataset.select_columns(columns.kept).cast_column(columns.image, ImageFeature(decode=False))
+
+
+def streamed(dataset: Any, name: str, wanted: dict[str, str]) -> ShardStream:
+    """A `datasets.IterableDataset`, in the shards that it has."""
+    columns = Columns(dataset.features, name, wanted)
+    dataset, count = undecoded(dataset, columns), dataset.num_shards
+
+    def shard(index: int) -> Iterator[Unread]:
+        with reading(f"{name}, shard {index}", "a stream of Hugging Face datasets"):
+            for number, row in enumerate(dataset.shard(num_shards=count, index=index)):
+                yield columns.unread(row, f"{name}/{number}" if count == 1 else f"{name}/{index}/{number}")
+
+    return ShardStream(name, columns.class_names, count, shard)
+
+
+class DatasetImages:
+    """A Hugging Face `datasets.Dataset` on disk, an `IndexedSource`; see `Columns`."""
+
+    def __init__(self, dataset: Any, name: str, wanted: dict[str, str]) -> None:
+        self.name, self.columns = name, Columns(dataset.features, name, wanted)
+        self.class_names = self.columns.class_names
+        self.dataset = undecoded(dataset, self.columns)
 
     def __iter__(self) -> Iterator[ImageRecord]:
-        return starmap(self._record, enumerate(self.dataset))  # unlike a generator it goes on behind a bad picture
-
-
-class IndexedDatasetImages(DatasetImages):
-    """`DatasetImages` of a data set on disk: an `IndexedSource`, which a stream cannot be."""
+        return map(self.read, range(len(self)))  # unlike a generator it goes on behind a bad picture
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -105,17 +141,17 @@ class IndexedDatasetImages(DatasetImages):
     @cached_property
     def labels(self) -> Sequence[int | None] | None:
         """The class of every row; None without a label column."""
-        if self.label_column is None:
+        if self.columns.label is None:
             return None
         with reading(self.name, "a data set"):
-            return [None if label == -1 else label for label in self.dataset.with_format(None)[self.label_column]]
+            return [None if label == -1 else label for label in self.dataset.with_format(None)[self.columns.label]]
 
     @cached_property
     def content_hash(self) -> str:
         """`origin.content_hash` of the rows, the same wherever they lie."""
 
         def encoded(index: int) -> bytes:
-            picture = self.dataset[index][self.image_column] or {}
+            picture = self.dataset[index][self.columns.image] or {}
             return picture.get("bytes") or str(picture.get("path")).encode()
 
         with reading(self.name, "a data set"):
@@ -126,7 +162,15 @@ class IndexedDatasetImages(DatasetImages):
         """Row `index`, decoded."""
         with reading(self.name, "a data set"):
             row = self.dataset[index]
-        return self._record(index, row)
+        return self.columns.record(row, f"{self.name}/{index}")
+
+
+def columns_wanted(query: str) -> dict[str, str]:
+    """{"label": "fine"} <- "label=fine"; `UserError` for other kinds of columns."""
+    columns = dict(parse_qsl(query, keep_blank_values=True))
+    for key in columns.keys() - {"image", "label", "caption"}:
+        raise unknown("data: column kind", key, ("image", "label", "caption"))
+    return columns
 
 
 def dataset_splits(kind: str, target: str, remedy: str = "") -> list[str]:
@@ -155,7 +199,7 @@ def repository(place: str) -> tuple[str, str | None]:
     return name, config or None
 
 
-def open_dataset(kind: str, target: str, split: str, name: str | None = None, remedy: str = "") -> DatasetImages:
+def open_dataset(kind: str, target: str, split: str, name: str | None = None, remedy: str = "") -> ImageSource:
     """A data set through `datasets`: `target` is a path or name[:config], then ?columns.
 
     `kind` "arrow" is on this machine, "hf" there or on the hub, and "hf-stream" is read while it is used. `name`: what
@@ -164,9 +208,7 @@ def open_dataset(kind: str, target: str, split: str, name: str | None = None, re
     import datasets
 
     place, _, query = target.partition("?")
-    columns = dict(parse_qsl(query, keep_blank_values=True))
-    for key in columns.keys() - {"image", "label", "caption"}:
-        raise unknown("data: column kind", key, ("image", "label", "caption"))
+    columns = columns_wanted(query)
     splits, path, chosen = dataset_splits(kind, target, remedy), home_expanded(place), None
     if splits:
         chosen = choose_split(split, splits, place)  # before the pictures are read, which may take minutes
@@ -182,6 +224,6 @@ def open_dataset(kind: str, target: str, split: str, name: str | None = None, re
             loaded = datasets.load_dataset(*repository(place), split=chosen, streaming=kind == "hf-stream")
         called = f"{name or f'{kind}:{place}'}[{label_of(split, chosen or split)}]"
         if isinstance(loaded, datasets.IterableDataset):
-            return DatasetImages(loaded, called, columns)
+            return streamed(loaded, called, columns)
         check_buffers(loaded.data.table)
-        return IndexedDatasetImages(loaded, called, columns)
+        return DatasetImages(loaded, called, columns)

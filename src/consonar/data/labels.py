@@ -61,7 +61,13 @@ def picture_name(source: Any, index: int) -> str:  # Any: `sources.Part`, which 
 
 
 def read_class_file(path: str | Path) -> tuple[str, ...]:
-    """The names of classes 0, 1, ... from a text file, one a line; `UserError` for none and for one named twice."""
+    """The names of classes 0, 1, ... from a text file, one a line; `UserError` for none and for one named twice.
+
+    `imagenet` means the folder names of ImageNet-1k, in the order in which all models of it count.
+    """
+    if path == "imagenet":
+        lines = Path(__file__).with_name("imagenet.txt").read_text(encoding="utf-8").splitlines()
+        return tuple(line.split()[0] for line in lines)
     path = home_expanded(path)
     with reading(path, "a text file of class names, one a line"):
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()

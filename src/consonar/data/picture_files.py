@@ -14,8 +14,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -49,15 +50,20 @@ class Unread:
     """Decodes it; from any thread."""
 
 
-@runtime_checkable
-class ShardedSource(ImageSource, Protocol):
-    """A source that is read from its beginning on, in shards that several processes can share."""
+@dataclass(eq=False)
+class ShardStream:
+    """An `ImageSource` that is read from its beginning on, in shards that several processes can share."""
 
-    @property
-    def num_shards(self) -> int: ...
+    name: str
+    class_names: tuple[str, ...] | None
+    num_shards: int
+    shard: Callable[[int], Iterator[Unread]]
+    """The pictures of a shard, 0 <= index < num_shards, anew each time."""
+    content_hash: str | None = None
 
-    def shard(self, index: int) -> Iterator[Unread]:
-        """The pictures of shard `index`, 0 <= index < num_shards."""
+    def __iter__(self) -> Iterator[ImageRecord]:
+        unread = itertools.chain.from_iterable(map(self.shard, range(self.num_shards)))
+        return map(methodcaller("read"), unread)  # unlike a generator it goes on behind a bad picture
 
 
 @dataclass

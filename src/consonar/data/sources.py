@@ -11,7 +11,9 @@ from consonar.data.huggingface import dataset_splits, open_dataset
 from consonar.data.image_folder import ImageFolder, folder_splits
 from consonar.data.labels import DROP, class_id, known_labels, read_class_file
 from consonar.data.openmoji import SPLITS, OpenMoji
+from consonar.data.picture_files import ShardStream, Unread
 from consonar.data.scenes import open_scenes
+from consonar.data.shards import is_pattern, open_shards
 from consonar.errors import UserError, unknown
 from consonar.files.readers import home_expanded
 from consonar.origin import class_difference, same_text
@@ -36,12 +38,25 @@ def of_hugging_face(kind: str, *targets: str) -> SourceKind:
     return SourceKind(lambda place, split, _: open_dataset(kind, place, split), targets, partial(dataset_splits, kind))
 
 
+def open_arrow(target: str, split: str, image_size: int) -> ImageSource:
+    """Shards, or a data set on this machine, which can be read in any order."""
+    return (
+        open_shards("arrow", target, split, image_size) if is_pattern(target) else open_dataset("arrow", target, split)
+    )
+
+
+def arrow_splits(target: str) -> Sequence[str]:
+    return () if is_pattern(target) else dataset_splits("arrow", target)
+
+
 SOURCES: dict[str, SourceKind] = {
     "openmoji": SourceKind(lambda _, split, size: OpenMoji(split, size), splits=lambda _: SPLITS, is_drawn=True),
     "scenes": SourceKind(open_scenes, ("", "COUNT"), lambda _: SPLITS, is_drawn=True),
     "imagefolder": SourceKind(lambda path, split, _: ImageFolder(path, split), ("PATH",), folder_splits),
     "cifar10": SourceKind(lambda path, split, _: open_cifar10(path, split), ("", "PATH"), lambda _: ("train", "test")),
-    "arrow": of_hugging_face("arrow", "PATH"),
+    "webdataset": SourceKind(partial(open_shards, "webdataset"), ("SHARDS",)),
+    "parquet": SourceKind(partial(open_shards, "parquet"), ("SHARDS",)),
+    "arrow": SourceKind(open_arrow, ("PATH", "SHARDS"), arrow_splits),
     "hf": of_hugging_face("hf", "OWNER/NAME[:CONFIG]", "PATH"),
     "hf-stream": of_hugging_face("hf-stream", "..."),
 }
@@ -89,7 +104,10 @@ def open_source(
     * `PATH`, `imagefolder:PATH`: a folder of image files, see `ImageFolder`.
     * `hf:OWNER/NAME[:CONFIG]`, `hf:PATH`, `arrow:PATH`: a Hugging Face data set of the hub, or of this machine (saved
       with `save_to_disk`, an .arrow file, or a folder that `load_dataset` reads); `hf-stream:` instead of `hf:` reads
-      it while it is used, without keeping it. `?image=NAME&label=NAME&caption=NAME` behind it chooses columns.
+      it while it is used, without keeping it.
+    * `webdataset:SHARDS`, `parquet:SHARDS`, `arrow:SHARDS`: files here or elsewhere, see `data.shards`.
+
+    `?image=NAME&label=NAME&caption=NAME` behind a data set or shards chooses columns.
 
     `split` is "train", "validation" (test, where nothing is called so) or the name of a split. `classes` is a file
     that names
@@ -190,6 +208,8 @@ def relabelled(
     def moved(record: ImageRecord) -> ImageRecord:
         return replace(record, label=relabel(record.label))
 
+    if isinstance(source, ShardStream):
+        return replace(source, class_names=given, shard=partial(moved_shard, source, relabel, default == DROP))
     if not isinstance(source, IndexedSource):
         kept = partial(filter, lambda record: default != DROP or record.label is not None)
         # No generator: these go on behind a picture that could not be read.
@@ -197,6 +217,20 @@ def relabelled(
     known = known_labels(source) if default == DROP else None
     rows = [row for row in range(len(source)) if known is None or known[row] is not None]
     return Part(source, rows, source.name, relabel, given)
+
+
+def moved_shard(
+    source: ShardStream, relabel: Callable[[int | None], int | None], drops: bool, index: int
+) -> Iterator[Unread]:
+    """The pictures of a shard with other labels; with `drops` only those that have one."""
+
+    def read(unread: Unread) -> ImageRecord:
+        record = unread.read()
+        return replace(record, label=relabel(record.label))
+
+    for unread in source.shard(index):
+        if not (drops and unread.label is None):
+            yield Unread(relabel(unread.label), partial(read, unread))
 
 
 def in_order_of(source: ImageSource, class_names: tuple[str, ...] | None, other: str) -> ImageSource | str:

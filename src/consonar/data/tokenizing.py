@@ -16,7 +16,7 @@ import torch
 from consonar.compiling import compiled
 from consonar.data.bad_images import STREAM_START, BadImages
 from consonar.data.labels import known_labels
-from consonar.data.picture_files import ShardedSource, prefetch
+from consonar.data.picture_files import ShardStream, prefetch
 from consonar.data.tokens import StoreWriter, TokenStore, check_free, new_store
 from consonar.data.transforms import VIEWS, from_uint8, make_views
 from consonar.errors import BadImage, UserError, check_choice
@@ -78,7 +78,7 @@ class Encoder:
 def num_shards(source: ImageSource) -> int:
     if isinstance(source, IndexedSource):
         return -(-len(source) // ITEMS_PER_SHARD)
-    return source.num_shards if isinstance(source, ShardedSource) else 1
+    return source.num_shards if isinstance(source, ShardStream) else 1
 
 
 def pictures_of(source: ImageSource, shard: int) -> tuple[Any, range | None]:
@@ -86,7 +86,7 @@ def pictures_of(source: ImageSource, shard: int) -> tuple[Any, range | None]:
     if isinstance(source, IndexedSource):
         start = shard * ITEMS_PER_SHARD
         return source, range(start, min(start + ITEMS_PER_SHARD, len(source)))
-    return (source.shard(shard) if isinstance(source, ShardedSource) else source), None
+    return (source.shard(shard) if isinstance(source, ShardStream) else source), None
 
 
 def settings_of(source: ImageSource, tokenizer: Tokenizer, encoder: Encoder) -> Json:

@@ -40,7 +40,8 @@ class DataConfig(Options):
     validation_items: Annotated[int, Range(0, note="0 means all"), VALIDATED] = 0
     """Held-out items measured at every validation, drawn by seed evenly over all of them; 0: all."""
     classes: str | None = None
-    """Text file that names class 0, 1, ... of the images, one a line; None: by their names (post-training)."""
+    """Text file that names class 0, 1, ... of the images, one a line, or imagenet; None: by their names
+    (post-training)."""
     validation_split: str | None = None
     """Images to validate on: the name of a split, or a share of those to train on that is held out, such as 5% (0%:
     none); None: the split validation, else test, else 5%."""

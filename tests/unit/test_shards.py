@@ -1,0 +1,232 @@
+"""WebDataset tars, Parquet and Arrow shards, and streams: every picture once, and a fault named by its shard."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picture
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+
+from consonar import cli
+from consonar.data.bad_images import BadImages
+from consonar.data.picture_files import ShardStream
+from consonar.data.shards import expanded, open_shards
+from consonar.data.sources import open_source
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
+from consonar.errors import UserError
+
+
+def encoded(index: int, kind: str = "PNG") -> bytes:
+    picture(index).save(buffer := io.BytesIO(), format=kind)
+    return buffer.getvalue()
+
+
+def tar_of(*files: tuple[str, bytes], mode: str = "w") -> bytes:
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode=mode) as tar:
+        for name, data in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def sample(index: int) -> list[tuple[str, bytes]]:
+    return [(f"./s/{index:03d}.png", encoded(index)), (f"./s/{index:03d}.cls", str(index % 3).encode())]
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Four shards of three pictures, labels 0, 1, 2."""
+    (tmp_path / "wds").mkdir()
+    for shard in range(4):
+        files = [file for index in range(3 * shard, 3 * shard + 3) for file in sample(index)]
+        (tmp_path / "wds" / f"train-{shard:04d}.tar").write_bytes(tar_of(*files))
+    return tmp_path / "wds"
+
+
+def names_and_labels(source) -> list[tuple[str, int | None]]:
+    return [(record.name, record.label) for record in source]
+
+
+EXPECTED = [(f"train-{index // 3:04d}.tar/s/{index:03d}", index % 3) for index in range(12)]
+
+
+def test_braces_of_numbers_and_words():
+    assert list(expanded("{a,b}/t-{08..11}.tar")) == [f"{x}/t-{n}.tar" for x in "ab" for n in ("08", "09", "10", "11")]
+    assert list(expanded("{x}.tar")) == ["{x}.tar"]
+
+
+@pytest.mark.parametrize(
+    "form", ["{0}/train-{{0000..0003}}.tar", "{0}/train-*.tar", "{0}", "file://{0}/train-000?.tar"]
+)
+def test_shards_by_braces_pattern_folder_and_url(form, tars):
+    source = open_source("webdataset:" + form.format(tars), image_size=16)
+    assert isinstance(source, ShardStream) and source.num_shards == 4
+    assert names_and_labels(source) == names_and_labels(source) == EXPECTED
+    assert next(iter(source)).image.tobytes() == picture(0).tobytes()
+
+
+def test_shards_elsewhere_are_read_through_fsspec(tars, tokenizer, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path in tars.iterdir():
+        memory.pipe(f"/elsewhere/{path.name}", path.read_bytes())
+    for form in ("memory://elsewhere/train-{0000..0003}.tar", "memory://elsewhere/*.tar"):
+        assert names_and_labels(open_source(f"webdataset:{form}", image_size=16)) == EXPECTED
+    source = open_source("webdataset:memory://elsewhere/train-{0000..0004}.tar", image_size=16)
+    with pytest.raises(UserError, match=r"^data: no shard memory://elsewhere/train-0004\.tar$"):
+        write_token_store(tmp_path / "t", source, tokenizer)
+    with pytest.raises(UserError, match=r"data: nowhere://x\.tar: .*nowhere"):
+        list(open_source("webdataset:nowhere://x.tar", image_size=16))
+
+
+def test_a_store_of_shards_has_classes_by_the_file_and_every_picture_once(tars, tokenizer_folder, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
+    argv = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", f"webdataset:{tars}/train-{{0000..0003}}.tar"]
+    cli.main([*argv, "--classes", str(tmp_path / "classes.txt"), "--out", str(tmp_path / "t")])
+    store = TokenStore.open(tmp_path / "t")
+    assert store.class_names == ("x", "y", "z") and store.labels.tolist() == [label for _, label in EXPECTED]
+    assert store.table.column("name").to_pylist() == [name for name, _ in EXPECTED]
+    assert "12 pictures, 3 classes (x … z), 0 without a label" in capsys.readouterr().out
+    assert not (tmp_path / "t-validation").exists(), "of a stream nothing is held out"
+
+
+def test_what_a_sample_says(tmp_path):
+    files = [
+        ("a.jpg", encoded(0, "JPEG")), ("a.txt", b" a caption\n"), ("b.webp", encoded(1, "WEBP")),
+        ("b.json", json.dumps({"label": 4, "caption": "told", "fine": "7"}).encode()), ("b.npy", b"left out"),
+        ("c.left.png", encoded(2)), ("c.right.png", encoded(3)), ("c.cls", b"-1"), ("._c.png", b"of a Mac"),
+    ]  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(tar_of(*files))
+    with pytest.raises(UserError, match=r"x\.tar/c: several pictures: left\.png, right\.png; add \?image=ENDING"):
+        list(open_shards("webdataset", str(tmp_path / "x.tar"), "train"))
+    right = open_shards("webdataset", f"{tmp_path}/x.tar?image=right.png", "train").shard(0)
+    assert [unread.label for unread in right] == [None, 4, None]
+    (tmp_path / "x.tar.gz").write_bytes(tar_of(*files[:5], mode="w:gz"))
+    first, second = open_shards("webdataset", f"{tmp_path}/x.tar.gz", "train")
+    assert (first.label, first.caption, second.label, second.caption) == (None, "a caption", 4, "told")
+    assert [r.label for r in open_shards("webdataset", f"{tmp_path}/x.tar.gz?label=fine", "train")] == [None, 7]
+    for data, said in ((b"tench", r"x\.tar/a: label 'tench' is no number"), (b"[1]", r"a\.json: not a table of JSON")):
+        (tmp_path / "x.tar").write_bytes(tar_of(("a.png", encoded(0)), ("a.cls" if data[0] == 116 else "a.json", data)))
+        with pytest.raises(UserError, match=said):
+            list(open_shards("webdataset", str(tmp_path / "x.tar"), "train"))
+
+
+def test_a_missing_shard_is_named_before_anything_is_read(tars):
+    (tars / "train-0002.tar").unlink()
+    with pytest.raises(UserError, match=r"data: no shard .*train-0002\.tar \(of 4\)$"):
+        open_source(f"webdataset:{tars}/train-{{0000..0003}}.tar", image_size=16)
+    with pytest.raises(UserError, match=r"train-0002\.tar \(and 2 more of 6\)$"):
+        open_source(f"webdataset:{tars}/train-{{0000..0005}}.tar", image_size=16)
+    with pytest.raises(UserError, match=r"no shard is called .*none-\*\.tar"):
+        open_source(f"webdataset:{tars}/none-*.tar", image_size=16)
+    with pytest.raises(UserError, match="has no splits"):
+        open_source(f"webdataset:{tars}/train-*.tar", split="validation", image_size=16)
+
+
+def cut_between_files(data: bytes) -> bytes:
+    return data[: data.index(b"s/007.png") // 512 * 512]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: None, cut_between_files, lambda data: data[:2000], lambda data: b"x" * 100, lambda data: b"",
+     lambda data: data.replace(b"ustar", b"dirty", 4)],
+    ids=["vanished", "cut between files", "cut", "no tar", "empty", "damaged headers"],
+)  # fmt: skip
+def test_a_shard_that_is_lost_while_others_are_read_is_one_line_and_the_rest_goes_on(damage, tars, tokenizer, tmp_path):
+    source, shard = open_source(f"webdataset:{tars}/*.tar", image_size=16), tars / "train-0002.tar"
+    whole, done = shard.read_bytes(), []
+    if (left := damage(whole)) is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(left)
+    with pytest.raises(UserError, match=r"train-0002\.tar"):
+        write_token_store(tmp_path / "t", source, tokenizer, batch_size=3, progress=lambda n, _: done.append(n))
+    assert not (tmp_path / "t").exists()
+    shard.write_bytes(whole)
+    again: list[int] = []
+    store = write_token_store(tmp_path / "t", source, tokenizer, batch_size=3, progress=lambda n, _: again.append(n))
+    assert len(store) == 12 and again == [9, 12], "the first two were there"
+
+
+def test_bad_pictures_of_shards_are_left_out_with_their_names(tars, tokenizer, tmp_path):
+    files = [file for index in range(3) for file in sample(index)]
+    files[2] = (files[2][0], encoded(1)[:50])
+    del files[4]  # a label without a picture
+    (tars / "train-0000.tar").write_bytes(tar_of(*files))
+    source = open_source(f"webdataset:{tars}/*.tar", image_size=16)
+    with pytest.raises(UserError, match=r"train-0000\.tar/s/001: the image is truncated"):
+        write_token_store(tmp_path / "t", source, tokenizer)
+    bad = BadImages("skip", 0.01, tmp_path / "list.txt")
+    assert len(write_token_store(tmp_path / "t", source, tokenizer, bad=bad)) == 10
+    lines = (tmp_path / "list.txt").read_text().splitlines()
+    assert lines[0] == "train\t12\tpictures" and lines[1].startswith("train\t1\ttrain-0000.tar/s/001: the image is")
+    assert lines[2] == "train\t2\ttrain-0000.tar/s/002: no picture beside cls"
+
+
+@pytest.mark.parametrize(("default", "expected"), [("1", [0, 1, 1]), ("drop", [0, 1])])
+def test_pictures_of_shards_without_a_label(default, expected, tmp_path, tokenizer):
+    (tmp_path / "x.tar").write_bytes(tar_of(*sample(0), *sample(1), ("u.png", encoded(2))))
+    source = open_source(f"webdataset:{tmp_path}/x.tar", image_size=16, label_default=default)
+    assert [label for _, label in names_and_labels(source)] == expected
+    assert write_token_store(tmp_path / "t", source, tokenizer).labels.tolist() == expected
+
+
+@pytest.fixture
+def table() -> Dataset:
+    features = Features(image=ImageFeature(), label=ClassLabel(names=["a", "b"]), caption=Value("string"))
+    rows = {
+        "image": [picture(i) for i in range(8)],
+        "label": [i % 2 for i in range(8)],
+        "caption": [f"c{i}" for i in range(8)],
+    }
+    return Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow stream", "arrow file", "parquet of bytes"])
+def test_shards_that_are_tables(kind, table, tmp_path, tokenizer):
+    name = kind.split()[0]
+    for shard in range(2):
+        part = table.shard(2, shard, contiguous=True).with_format("arrow")[:]
+        path = tmp_path / f"{shard}.{name}"
+        if kind == "parquet of bytes":
+            plain = pa.table({"image": part["image"].combine_chunks().field("bytes"), "label": part["label"]})
+            pq.write_table(plain.replace_schema_metadata(None), path)
+        elif name == "parquet":
+            pq.write_table(part, path, row_group_size=3)
+        else:
+            with (pa.ipc.new_stream if kind == "arrow stream" else pa.ipc.new_file)(str(path), part.schema) as writer:
+                writer.write_table(part, max_chunksize=3)
+    source = open_source(f"{name}:{tmp_path}/{{0,1}}.{name}", image_size=16)
+    assert isinstance(source, ShardStream) and source.num_shards == 2
+    assert source.class_names == (None if "bytes" in kind else ("a", "b"))
+    records = list(source)
+    assert [r.name for r in records] == [f"{i // 4}.{name}/{i % 4}" for i in range(8)]
+    assert [r.label for r in records] == [i % 2 for i in range(8)]
+    assert [r.caption for r in records] == [None if "bytes" in kind else f"c{i}" for i in range(8)]
+    assert records[5].image.tobytes() == picture(5).tobytes()
+    (tmp_path / f"1.{name}").write_bytes((tmp_path / f"1.{name}").read_bytes()[:-300])
+    with pytest.raises(UserError, match=rf"1\.{name}: not a shard \({name}\), damaged or cut short"):
+        write_token_store(tmp_path / "t", source, tokenizer)
+
+
+def test_a_hugging_face_stream_is_tokenised_in_its_shards(table, tmp_path, tokenizer):
+    (tmp_path / "set").mkdir()
+    for shard in range(3):
+        table.shard(3, shard, contiguous=True).to_parquet(tmp_path / "set" / f"train-{shard}.parquet")
+    source = open_source(f"hf-stream:{tmp_path / 'set'}", image_size=16)
+    assert isinstance(source, ShardStream) and source.num_shards == 3
+    captions = [f"c{i}" for i in range(8)]
+    assert [record.caption for record in source] == captions
+    store = write_token_store(tmp_path / "t", source, tokenizer)
+    assert store.table.column("caption").to_pylist() == captions and store.class_names == ("a", "b")
+    assert len(set(store.table.column("name").to_pylist())) == 8
