@@ -31,7 +31,7 @@ FLOORS = (
     ("convert",),
     ("model_folders",),
     ("tokenizers", "networks"),
-    ("metrics", "data"),
+    ("metrics", "data", "parallel"),
     ("distributed", "precision"),
     ("cpu", "generators"),
     # What everyone may use; among these the order is that of their own imports.
@@ -49,7 +49,7 @@ ABOUT = {
     "components": "models by name", "convert": "released files, both ways",
     "model_folders": "models on disk", "generators": "token models", "tokenizers": "images to tokens and back",
     "networks": "what judges pictures", "metrics": "formulas over numbers", "data": "images, tokens, batches",
-    "distributed": "processes and devices", "precision": "what jobs multiply in",
+    "parallel": "whole models and shards", "distributed": "processes and devices", "precision": "what jobs multiply in",
     "cpu": "what is faster on this processor",
 }  # fmt: skip
 """What each room is for, in the figure."""

@@ -228,7 +228,7 @@ def training(
     batch = TokenBatch(tokens, torch.arange(rows, device=bench.device))
     step = step_of(trainee, objective, config, batch, bench)
     operations = operations_of(step)
-    for part in trainee.parts_to_compile() if compiles and not bench.toy else ():
+    for part in trainee.parts() if compiles and not bench.toy else ():
         compile_for_training(part)
     return bench.measured(step, rows, rounds=4, operations=operations)
 

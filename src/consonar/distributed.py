@@ -1,23 +1,20 @@
-"""The only file that knows about processes and devices: start, wrap, reduce. One process needs none of it."""
+"""Processes and devices: start, reduce. How they hold a model: `parallel`. One process needs neither."""
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from consonar.cpu.timing import processor
 from consonar.errors import UserError, check_choice
 from consonar.seeding import rows_of_rank
 
 Value = TypeVar("Value")
-Module = TypeVar("Module", bound=nn.Module)
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -87,10 +84,10 @@ def machine_name(device: torch.device | str) -> str:
 def joined(device_name: str = "auto", key: str = "loop.device") -> Iterator[World]:
     """Inside of it this process is one of those that torchrun describes (NCCL on CUDA, gloo elsewhere), or alone.
 
-    Raises as `pick_device`.
+    A lone one that torchrun started is a group too, over which a model may be sharded. Raises as `pick_device`.
     """
     device = pick_device(device_name, key)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_torchelastic_launched():
         yield World(0, 1, device)
         return
     if device.type == "cuda":
@@ -100,14 +97,6 @@ def joined(device_name: str = "auto", key: str = "loop.device") -> Iterator[Worl
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
-
-
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """The model itself, or DistributedDataParallel around it."""
-    if world.size == 1:
-        return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids)
 
 
 def mean_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:
@@ -125,10 +114,13 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
     return values
 
 
-def broadcast(values: torch.Tensor, world: World) -> None:
-    """Overwrites `values` by those of rank 0."""
-    if world.size > 1:
-        dist.broadcast(values.detach(), 0)
+def rows_of_all(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The rows of all processes, which have equally many, in the order that one process has: `rows_of_rank` undone."""
+    if world.size == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 def from_main(value: Value, world: World) -> Value:
@@ -140,17 +132,6 @@ def from_main(value: Value, world: World) -> Value:
     return box[0]
 
 
-def unwrap(model: Module) -> Module:
-    """The module inside DistributedDataParallel, or the module itself."""
-    # The cast: what is wrapped is declared as what is inside.
-    return cast(Module, model.module) if isinstance(model, DistributedDataParallel) else model
-
-
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
-
-
-def exchange_of_gradients(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """Around both passes of a micro-batch (the forward decides); gradients are `wanted` in the last one of a step."""
-    return nullcontext() if wanted or not isinstance(model, DistributedDataParallel) else model.no_sync()

@@ -82,5 +82,7 @@ def parts_in_use(device: torch.device) -> dict[str, int]:
 
 def size_of(tensors: Iterable[Tensor], device: torch.device) -> int:
     """Bytes of memory behind those of the tensors that are on a device of this type; shared memory counts once."""
-    stores = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
+    # Of a tensor in shards, what this process holds.
+    parts = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if tensor.device.type == device.type]
+    stores = [part.untyped_storage() for part in parts]
     return sum({store.data_ptr(): store.nbytes() for store in stores}.values())

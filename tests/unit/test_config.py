@@ -16,6 +16,7 @@ from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
+from consonar.parallel import ParallelConfig
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.sampling.sample import SamplerConfig
 from consonar.tokenizers import TOKENIZERS
@@ -184,6 +185,7 @@ CALLED = {
     TrainConfig: {"config"},
     DataConfig: {"data"},
     LoopConfig: {"loop"},
+    ParallelConfig: {"config"},
     OptimConfig: {"optim", "config"},
     ReARConfig: {"model", "config"},
     VQConfig: {"model", "config"},
@@ -270,7 +272,7 @@ def test_one_file_trains_and_one_file_knows_processes():
     parsing = [name for name, path in sources.items() if any(i.split(".")[0] == "tyro" for i in imports(path))]
     assert parsing and all(name.startswith("cli/") for name in parsing)
     knowing = [name for name, path in sources.items() if any(i.startswith("torch.distributed") for i in imports(path))]
-    assert knowing == ["distributed.py"]
+    assert knowing == ["distributed.py", "parallel.py"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consonar import parallel
 from consonar.components import load_generator, load_tokenizer, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import other_files
@@ -102,8 +103,13 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     def probe() -> Tensor:
         return to_device(next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES)), world.device).images
 
-    prior = load_generator(init).to(world.device) if config.objective.needs_prior else None
     dtype = autocast_type(pick_precision(config.loop.precision, world.device, "loop.precision", "training"))
+    prior = None
+    if config.objective.needs_prior:
+        prior = load_generator(init)
+        # A generator is a module, which its protocol cannot say.
+        parallel.shard(prior, prior.blocks, config.parallel, world)  # type: ignore[arg-type]
+        prior = prior.to(world.device)
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
     trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
     built = Built(trainee, objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
@@ -113,7 +119,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     if pictures.held_out is not None:
         built.held_out = validation = made(pictures.held_out, **place)
         if config.loop.fd_samples:
-            built.best = KeepBest(model, validation, tokenizer, config.loop.fd_samples, out, origin)
+            built.best = KeepBest(validation, tokenizer, config.loop.fd_samples, out, origin)
     return built
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consonar import parallel
 from consonar.components import save_generator
 from consonar.data.loader import ImageBatches
 from consonar.distributed import World, from_main
 from consonar.errors import UserError, one_line, reading
 from consonar.files.readers import check_archive, read_json
-from consonar.files.weights import check_plain, check_weights, load_weights
+from consonar.files.weights import check_finite, check_plain, check_weights
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.networks import load_feature_network
@@ -139,9 +140,11 @@ class State:
     interrupted: bool = False
     """Whether training ended early, after a checkpoint, because it was asked to."""
 
-    def payload(self) -> dict[str, object]:
-        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return states | {"average": self.average, "stopped": self.stopped}
+    def payload(self, keep: bool = True) -> dict[str, object]:
+        """What `restore` takes, the same however the model is held: of a sharded one all processes gather it at once,
+        for those that `keep` it."""
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        return {**{key: parallel.gathered(value, keep) for key, value in states.items()}, "stopped": self.stopped}
 
     def restore(self, payload: dict[str, Any], where: str) -> None:
         """Goes on from what `load_resume` read; `UserError` for a part that is missing or something else."""
@@ -152,25 +155,42 @@ class State:
             if part != "optimizer":
                 check_weights(self.model.state_dict(), payload[part], where)
                 check_plain(payload[part], where)
-        load_weights(self.model, payload["model"], where)
+        own = self.model.state_dict()
+        check_finite(payload["model"], where)
+        self.model.load_state_dict({key: parallel.like(own[key], value) for key, value in payload["model"].items()})
         with reading(where, "a resume file", RESUME_REMEDY):
-            self.optimizer.load_state_dict(payload["optimizer"])
+            self.optimizer.load_state_dict(self.in_shards(payload["optimizer"]))
         if self.average is not None:
-            self.average = {key: value.to(device_of(self.model)) for key, value in payload["average"].items()}
+            device = device_of(self.model)
+            self.average = {k: parallel.like(own[k], value.to(device)) for k, value in payload["average"].items()}
         stopped = payload.get("stopped")
         self.step, self.stopped = payload["step"], stopped if isinstance(stopped, str) else None
 
+    def in_shards(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer, with what is of a weight in shards in such."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        entries = {
+            index: {key: parallel.like(weights[index], value) for key, value in entry.items()}
+            for index, entry in saved["state"].items()
+        }
+        return {**saved, "state": entries}
+
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Evaluation mode, without gradient, with the moving average of the weights where there is one; then undone."""
+    def averaged(self) -> Iterator[Any]:
+        """The whole model in evaluation mode, without gradient, with the moving average of the weights where there is
+        one; then undone. All processes at once."""
         model, average = self.model, self.average
+        if parallel.is_sharded(model):
+            with torch.no_grad(), parallel.whole(model, average) as copied:  # beside it others run in shards
+                yield copied.eval()
+            return
         with torch.inference_mode():
             own = {} if average is None else {key: value.clone() for key, value in model.state_dict().items()}
             try:
                 model.eval()
                 if average is not None:
                     model.load_state_dict(average)
-                yield
+                yield model
             finally:
                 if average is not None:
                     model.load_state_dict(own)
@@ -185,7 +205,6 @@ class KeepBest:
     same seeds at every step.
     """
 
-    model: Generator
     validation: ImageBatches
     tokenizer: Tokenizer
     num_samples: int
@@ -205,15 +224,15 @@ class KeepBest:
             moments.update(self.network(images))
         return moments
 
-    def distance(self) -> float:
-        """That of the samples of the generator as it is now."""
-        labels = balanced_labels(self.num_samples, max(1, self.model.num_classes))
-        images = sample(self.model, self.tokenizer, labels, batch_size=self.batch_size, precision="fp32").images
+    def distance(self, model: Generator) -> float:
+        """That of the samples of the generator."""
+        labels = balanced_labels(self.num_samples, max(1, model.num_classes))
+        images = sample(model, self.tokenizer, labels, batch_size=self.batch_size, precision="fp32").images
         found = self.moments(images.split(self.batch_size))
         return frechet_distance(found.mean, found.cov, self.target.mean, self.target.cov)
 
-    def keep(self, step: int, distance: float) -> None:
-        """Keeps the generator as it is now, if it is the best so far."""
+    def keep(self, model: Generator, step: int, distance: float) -> None:
+        """Keeps the generator, if it is the best so far."""
         record = self.folder / "best.json"
         # A record of a later step is left from before a resume: the run will come by there again.
         if record.exists():
@@ -222,5 +241,5 @@ class KeepBest:
                 better = known["step"] < step and known["value"] <= distance
             if better:
                 return
-        save_generator(self.model, self.folder / "best", self.origin)
+        save_generator(model, self.folder / "best", self.origin)
         write_json(record, {"step": step, "metric": METRIC, "value": distance})

@@ -11,6 +11,7 @@ from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.rear import ReARConfig
 from consonar.options import Count, CountOrZero, Divides, OneOf, Options, Range, ReadOnlyWith, ShareBelowOne, check_left
+from consonar.parallel import ParallelConfig
 from consonar.precision import CHOICES
 from consonar.tokenizers import TOKENIZERS
 from consonar.training.objectives import kinds, method_of_config
@@ -134,6 +135,8 @@ class TrainConfig(Options):
     """The optimizer."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """The loop."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The processes."""
     seed: CountOrZero = 0
     """Every random number of the run derives from it."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consonar import distributed, precision
+from consonar import distributed, parallel, precision
 from consonar.cpu import timing
 from consonar.data.bad_images import BadImages
 from consonar.data.loader import Batches
@@ -70,7 +70,7 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
     """
     state, loop, updates = run.state, run.config.loop, run.config.objective.updates
     multiplied_in = precision.pick_precision(loop.precision, run.world.device, "loop.precision", "training")
-    model = distributed.wrap(state.model, run.world)
+    model = parallel.wrap(state.model, run.world)
     last = min(loop.steps, stop_at or loop.steps)
     model.train()
     run.begin()
@@ -108,13 +108,13 @@ def update(run: Running, model: nn.Module, prepared: object, autocast_dtype: tor
     sums: dict[str, Tensor] = {}
     torch.clear_autocast_cache()  # what `prepare` cast has no gradient
     for index, part in enumerate(parts):
-        with distributed.exchange_of_gradients(model, index == len(parts) - 1):
+        with parallel.exchange_of_gradients(model, index == len(parts) - 1):
             with torch.autocast(run.world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 loss, terms = run.built.objective.loss(model, part, step)
             (loss / len(parts)).backward()
         for key, value in {"loss": loss, **terms}.items():
             sums[key] = sums.get(key, 0) + value.detach().float() / len(parts)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+    norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
     if not torch.isfinite(norm + sums["loss"]):  # the one number of a step that is waited for
         state.optimizer.zero_grad(set_to_none=True)
         raise non_finite(run, step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}")
@@ -141,7 +141,8 @@ class Running:
     """Signals that ask the run to end."""
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.folder / "checkpoints", self.config.loop.keep_checkpoints, self.world)
+        loop = self.config.loop
+        self.saver = Saver(self.folder / "checkpoints", loop.keep_checkpoints, self.world)
 
     def due(self, every: int) -> bool:
         """Whether a multiple of `every` was reached by the last updates, of which there may be several on a batch."""
@@ -159,7 +160,7 @@ class Running:
 
     def check_weights(self) -> None:
         """Raises `NonFiniteLoss` for weights that are not finite; called before anything is made of those of a step."""
-        size = torch.nn.utils.get_total_norm(self.state.model.parameters())
+        size = parallel.full(torch.nn.utils.get_total_norm(self.state.model.parameters()))
         if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
             raise non_finite(self, self.state.step - 1, f"the step made weights of norm {float(size)}")
 
@@ -223,33 +224,35 @@ class Running:
         if held_out is None:
             return None
         batches = held_out.ordered(held_out.batch_size, self.config.data.validation_items)
-        with state.averaged():
+        with state.averaged() as model:
             here = (to_device(batch, self.world.device) for batch in batches)
-            measured = built.objective.validate(state.model, here)
+            measured = built.objective.validate(model, here)
             if built.best:
-                measured[METRIC] = built.best.distance()
+                measured[METRIC] = built.best.distance(model.generator)
             if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:
                 raise non_finite(self, state.step, f"validation {wrong[0]} is {measured[wrong[0]]}")
             if built.best and self.world.is_main:
-                built.best.keep(state.step, measured[METRIC])
+                built.best.keep(model.generator, state.step, measured[METRIC])
         self.tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
         return built.objective.breach(measured)
 
     def preview(self) -> None:
         """Writes a picture of what the trainee makes. No result depends on it, so failing is a warning."""
-        if self.built.preview is None or not self.world.is_main:
+        if self.built.preview is None:
             return
-        try:
-            with self.state.averaged():
-                self.built.preview(self.state.model, self.picture)
-        except Exception as error:
-            self.tracker.warn(f"no picture of step {self.state.step}: {one_line(error)}")
+        with self.state.averaged() as model:
+            if self.world.is_main:
+                try:
+                    self.built.preview(model, self.picture)
+                except Exception as error:
+                    self.tracker.warn(f"no picture of step {self.state.step}: {one_line(error)}")
 
     def save(self) -> None:
         self.check_weights()
         if self.world.is_main:
             timing.keep_for_run(self.folder / KERNELS)
-        payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
+        payload = self.state.payload(self.world.is_main)
+        payload |= {"processes": self.world.size, "updates": self.config.objective.updates}
         self.saver.save(self.state.step, payload)
 
 

@@ -11,6 +11,7 @@ from consonar.cpu import timing
 from consonar.cpu.timing import Way
 from consonar.errors import UserError
 from consonar.options import CountOrZero, NotNegative, Options, Positive, Range, ShareBelowOne
+from consonar.parallel import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def adamw_ways() -> tuple[Way, Way]:
 @torch.no_grad()
 def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights, in place; integer entries are copied."""
-    pairs = [(average[key], value) for key, value in model.state_dict().items()]
+    pairs = [(local(average[key]), local(value)) for key, value in model.state_dict().items()]
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     torch._foreach_lerp_([kept for kept, _ in floats], [value for _, value in floats], 1 - decay)
     for kept, value in pairs:

@@ -32,7 +32,10 @@ PLACES = {
     "data.validation_tokens": "validation_sha256",
 }
 """Options that say where a thing lies, and the hash that says what it is."""
-OF_MEMORY = {"loop.accumulation", "loop.activation_checkpointing", "objective.chunk"}
+OF_MEMORY = {
+    "loop.accumulation", "loop.activation_checkpointing", "objective.chunk", "parallel.strategy", "parallel.shard_size",
+    "parallel.reshard_after_forward",
+}  # fmt: skip
 """Options that change what memory a run takes, and its numbers by rounding (and by which numbers dropout draws): a run
 that had too little of it goes on with others."""
 

@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch
 
-from consonar import distributed, memory
+from consonar import distributed, memory, parallel
 from consonar.compiling import compile_for_training
 from consonar.config_io import from_dict, to_dict
 from consonar.cpu import timing
@@ -76,7 +76,7 @@ def train(
             note = restore(state, out, world, config.objective.updates) if resume else None
             describe(config, built, out, world)
             if state.step < config.loop.steps and not state.stopped:
-                add_session(chosen, state.step, out, world)
+                add_session(config, chosen, state.step, out, world)
             enabled = world.is_main
             tracker = Tracker(out, config, resume_step=state.step, enabled=enabled, quiet=quiet, on_step=on_step)
             for line in built.about:
@@ -88,8 +88,8 @@ def train(
                 train_loop(Running(config, built, state, tracker, out, world, caught), stop_at)
                 if state.interrupted and signal.SIGINT not in caught:  # Ctrl-C: the command line says so
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
-            if world.is_main and not state.interrupted and (state.step == config.loop.steps or state.stopped):
-                export(built, state, out)
+            if not state.interrupted and (state.step == config.loop.steps or state.stopped):
+                export(built, state, out, world)
             tracker.say(f"run folder: {out}")
     return out
 
@@ -166,16 +166,18 @@ def signals_held() -> Iterator[list[int]]:
 
 
 def start_state(config: TrainConfig, built: Built, world: World) -> State:
-    """The trainee on its device, compiled where that is wanted, with its optimizer and moving average."""
+    """The trainee on its device, sharded and compiled where that is wanted, with its optimizer and moving average."""
+    chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
+    parallel.shard(built.trainee, built.trainee.parts(), config.parallel, world)
     trainee = built.trainee.to(world.device)
     if config.loop.compile:
-        low = pick_precision(config.loop.precision, world.device, "loop.precision", "training") == "bf16"
+        low = chosen == "bf16"
         if config.run == "tokenizer" and world.device.type == "cpu" and low:  # as of PyTorch 2.13; seen, not understood
             raise UserError(
                 "loop.compile: PyTorch's compiler loses gradients of a tokenizer's convolutions in bf16 on a CPU; set "
                 "loop.precision fp32, or leave loop.compile away"
             )
-        for part in trainee.parts_to_compile():
+        for part in trainee.parts():
             compile_for_training(part)
     average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
     return State(trainee, build_optimizer(trainee, config.optim), average)
@@ -192,11 +194,11 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
             built.bad.write()
 
 
-def add_session(precision: str, step: int, out: Path, world: World) -> None:
+def add_session(config: TrainConfig, precision: str, step: int, out: Path, world: World) -> None:
     """Adds to sessions.json what the run is calculated on, and in what precision, from this step on."""
     session = {
         "step": step, "precision": precision, "machine": distributed.machine_name(world.device),
-        "processes": world.size, "torch": torch.__version__,
+        "processes": world.size, "parallel": config.parallel.used(world), "torch": torch.__version__,
     }  # fmt: skip
     if world.is_main:
         write_json(out / SESSIONS, {"sessions": [*sessions_before(step, out / SESSIONS), session]})
@@ -209,13 +211,14 @@ def sessions_before(step: int, path: Path) -> list[Json]:
         return [session for session in known["sessions"] if session["step"] < step]
 
 
-def export(built: Built, state: State, out: Path) -> None:
+def export(built: Built, state: State, out: Path, world: World) -> None:
     """Writes the released component, with the averaged weights where there are such; and why training ended early."""
-    if state.stopped:
-        write_json(out / "stopped.json", {"step": state.step, "reason": state.stopped})
-    if state.average is not None:
-        built.trainee.load_state_dict(state.average)
-    built.trainee.export(out, built.origin)
+    with state.averaged() as model:
+        if not world.is_main:
+            return
+        if state.stopped:
+            write_json(out / "stopped.json", {"step": state.step, "reason": state.stopped})
+        model.export(out, built.origin)
 
 
 def restore(state: State, out: Path, world: World, updates: int) -> str | None:

@@ -72,6 +72,6 @@ class Trainee(nn.Module):
         """Writes the released component, the generator without heads, to model/ in the run `folder`."""
         save_generator(self.generator, folder / "model", origin)
 
-    def parts_to_compile(self) -> list[nn.Module]:
-        """What `loop.compile` compiles, each on its own."""
+    def parts(self) -> list[nn.Module]:
+        """What is compiled, and sharded, each on its own."""
         return list(self.generator.blocks)

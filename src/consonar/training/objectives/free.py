@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consonar import records
+from consonar import parallel, records
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import derive_seed
 from consonar.training import losses
@@ -37,8 +37,8 @@ class FreePolicy(PolicyGradient):
         first = derive_seed(self.seed, "free", step, 0)
         places = self.world.own_rows(lambda n: torch.arange(n * group).view(n, group), count).flatten().tolist()
         sampler = SamplerConfig(temperature=self.config.temperature, guidance_scale=self.config.guidance_scale)
-        with self.autocast():
-            tokens, _ = sample_tokens(model.generator, repeated, [first + place for place in places], sampler)
+        with self.autocast(), parallel.whole(model) as whole:
+            tokens, _ = sample_tokens(whole.generator, repeated, [first + place for place in places], sampler)
         actions = tokens.clone().view(count, group, -1)  # a clone: made in inference mode, it could not be trained on
         return FreeRollout(**vars(forced), drawn=self.reward(model, actions, forced.batch))
 

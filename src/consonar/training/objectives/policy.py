@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from consonar import distributed, records
+from consonar import distributed, parallel, records
 from consonar.errors import UserError
 from consonar.options import Count, Divisor, NotNegative, Positive, ReadOnlyWith, ShareBelowOne
 from consonar.seeding import generator, uniform
@@ -284,7 +284,7 @@ class TeacherForcedPolicy(PolicyGradient):
         """The policy loss from one pass over the images' contexts, whatever G is; with its regularisers."""
         prediction = model(prepared.context, prepared.condition)
         seen, tokens = self.look(prediction.logits, prepared), prepared.batch.tokens
-        drawn = prepared.drawn or self.reward(distributed.unwrap(model), seen.drawn, prepared.batch)
+        drawn = prepared.drawn or self.reward(parallel.unwrap(model), seen.drawn, prepared.batch)
         total, terms = self.policy_loss(seen, drawn, prepared.context, prepared.condition, tokens)
         for name, term in alignment_terms(prediction.taps, self.tokenizer, tokens).items():
             terms[name] = term

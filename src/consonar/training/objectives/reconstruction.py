@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from consonar import distributed
+from consonar import distributed, parallel
 from consonar.components import save_tokenizer
 from consonar.errors import UserError
 from consonar.networks import PERCEPTUAL_DISTANCES
@@ -110,8 +110,8 @@ class TokenizerTrainee(nn.Module):
         if self.discriminator is not None:
             save_discriminator(self.discriminator, folder / "discriminator")
 
-    def parts_to_compile(self) -> list[nn.Module]:
-        """What `loop.compile` compiles, each on its own."""
+    def parts(self) -> list[nn.Module]:
+        """What is compiled, and sharded, each on its own."""
         return [self.tokenizer.encoder, self.tokenizer.decoder]
 
 
@@ -135,11 +135,15 @@ class Reconstruction(Objective[ImageBatch, ImageBatch]):
         dead = (model.steps_unused > self.config.revive_after).nonzero().flatten()
         if not len(dead):
             return
-        vectors = model.tokenizer.vectors(batch.images)
+        with parallel.whole(model) as found:
+            of_image = found.tokenizer.vectors(batch.images).unflatten(0, (len(batch.images), -1))
+            vectors = distributed.rows_of_all(of_image, self.world).flatten(0, 1)
+            codebook = found.tokenizer.quantize.embedding.weight
         pick = to_device(integers(generator(self.seed, "revive", step), 0, len(vectors), len(dead)), dead.device)
-        codebook = model.tokenizer.quantize.embedding.weight
         codebook[dead] = vectors[pick].to(codebook.dtype)
-        distributed.broadcast(codebook, self.world)
+        own = model.tokenizer.quantize.embedding.weight
+        if own is not codebook:  # of a model in shards
+            own.copy_(parallel.like(own, codebook))
         model.steps_unused[dead] = 0
 
     def loss(self, model: TokenizerTrainee, prepared: ImageBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -166,7 +170,7 @@ class Reconstruction(Objective[ImageBatch, ImageBatch]):
             terms["discriminator"] = started * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
             terms["adversarial"] = started * -live.mean()
             total = total + terms["discriminator"] + config.discriminator_weight * terms["adversarial"]
-        trainee = distributed.unwrap(model)
+        trainee = parallel.unwrap(model)
         counts = quantizer.code_counts(output.tokens, trainee.tokenizer.vocab_size)
         used = distributed.sum_over_ranks(counts, self.world) > 0
         trainee.steps_unused.masked_fill_(used, 0)

@@ -1,0 +1,148 @@
+"""How the processes of a run hold what is trained: each the whole of it (DistributedDataParallel), or a shard (FSDP2).
+
+A sharded model trains as any other does, by calling it. What samples from it, measures or writes it does so inside of
+`whole`, with a module that has all weights and nothing of FSDP's.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from consonar.distributed import World
+from consonar.errors import UserError
+from consonar.options import CountOrZero, Options, ReadOnlyWith
+
+Module = TypeVar("Module", bound=nn.Module)
+SKELETON = "whole_without_weights"
+HYBRID = ReadOnlyWith(lambda given: given.strategy == "hybrid", "{}strategy 'hybrid'")
+SHARDED = ReadOnlyWith(lambda given: given.shards, "{}strategy 'fsdp' or 'hybrid'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Options):
+    """How the processes of a run share weights, gradients and optimizer."""
+
+    section = "parallel"
+
+    strategy: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    """ddp: each process holds all of it; fsdp: a shard; hybrid: a shard of the copy of its group; auto: ddp."""
+    shard_size: Annotated[CountOrZero, HYBRID] = 0
+    """Processes in a group, which hold one copy together; 0: those of a machine."""
+    reshard_after_forward: Annotated[bool, SHARDED] = True
+    """Let go of a block's weights between forward and backward; without, less is exchanged and more kept."""
+
+    @property
+    def shards(self) -> bool:
+        return self.strategy in ("fsdp", "hybrid")
+
+    def used(self, world: World) -> str:
+        """The strategy with so many processes; `single` where one holds everything and exchanges nothing."""
+        if self.shards and dist.is_initialized():
+            return self.strategy
+        return "ddp" if world.size > 1 else "single"
+
+    def mesh(self, world: World) -> DeviceMesh:
+        """The processes in one row of shards, or in several rows that hold a copy each."""
+        if self.strategy == "fsdp":
+            return init_device_mesh(world.device.type, (world.size,))
+        size = self.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        if world.size % size:
+            raise UserError(f"parallel.shard_size: {size} does not divide the {world.size} processes")
+        return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: nn.Module, parts: Iterable[nn.Module], config: ParallelConfig, world: World) -> None:
+    """Leaves this process its shard of every weight, on its device, where `config` says so; all processes at once.
+
+    Each of the `parts` is gathered for its own pass alone, the rest for that of the model; in float32, as autocast and
+    what it leaves in float32 (norms) find them otherwise. Raises `UserError` for a group that does not divide the
+    processes.
+    """
+    if config.used(world) not in ("fsdp", "hybrid"):
+        return
+    empty = {id(w): nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad) for w in model.parameters()}
+    vars(model)[SKELETON] = copy.deepcopy(model, empty)  # not set as an attribute: it would be a part of the model
+    mesh = config.mesh(world)
+    for part in parts:
+        fully_shard(part, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def whole(model: Module, weights: Mapping[str, Tensor] | None = None) -> Iterator[Module]:
+    """A module with all weights in this process: the model itself, or for a sharded one another, for as long as this
+    lasts, gathered once. All processes enter at once. For a sharded one `weights` may stand in for its own."""
+    if not is_sharded(model):
+        yield model
+        return
+    copied = copy.deepcopy(vars(model)[SKELETON])
+    with torch.inference_mode(False), torch.no_grad():
+        state = model.state_dict() if weights is None else weights
+        copied.load_state_dict({key: full(value) for key, value in state.items()}, assign=True)
+    yield copied
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor in shards, gathered by all processes at once; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor in shards, in the same memory; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(other: object, tensor: Tensor) -> Tensor:
+    """The whole `tensor`, which every process has, in shards as a weight `other` of its shape; else as it is."""
+    if not isinstance(other, DTensor) or other.shape != tensor.shape:
+        return tensor
+    moved = tensor.to(other.device_mesh.device_type)
+    return distribute_tensor(moved, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def gathered(value: object, keep: bool) -> object:
+    """A tensor in shards made whole, on the CPU (None where this process does not `keep` it), so are those in a table
+    and in tables in it, one after the other; anything else as it is. All processes at once."""
+    if isinstance(value, dict):
+        return {key: gathered(part, keep) for key, part in value.items()}
+    if not isinstance(value, DTensor):
+        return value
+    gathered_here = value.full_tensor()
+    return gathered_here.cpu() if keep else None
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """The model itself, or DistributedDataParallel around it."""
+    if world.size == 1 or is_sharded(model):
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)
+
+
+def unwrap(model: Module) -> Module:
+    """The module inside DistributedDataParallel, or the module itself."""
+    # The cast: what is wrapped is declared as what is inside.
+    return cast(Module, model.module) if isinstance(model, DistributedDataParallel) else model
+
+
+def exchange_of_gradients(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """Around both passes of a micro-batch (the forward decides); gradients are `wanted` in the last one of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+        return nullcontext()
+    return nullcontext() if wanted or not isinstance(model, DistributedDataParallel) else model.no_sync()

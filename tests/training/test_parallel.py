@@ -1,0 +1,227 @@
+"""Two gloo processes, each with the whole model or with a shard of it, give what one process gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import NUM_CLASSES, picture
+from torch.distributed.tensor import DTensor
+from two_processes import run_on_two
+
+from consonar.distributed import ALONE, World
+from consonar.errors import UserError
+from consonar.files.readers import read_json
+from consonar.files.weights import map_tensors
+from consonar.parallel import ParallelConfig, exchange_of_gradients, is_sharded, shard, whole
+from consonar.training import run as runs
+from consonar.training.checkpoints import load_resume
+from consonar.training.config import DataConfig
+from consonar.training.noise import NoiseConfig
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
+from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
+from consonar.training.objectives.policy import PolicyConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
+from consonar.training.tracking import read_metrics
+from consonar.training.trainee import Trainee
+
+STEPS = 20
+LAST = f"checkpoints/step_{STEPS:08d}.pt"
+# AdamW moves a weight whose gradient is rounding alone by the learning rate, in either direction, unless its epsilon is
+# above that rounding (k_norm.bias and the like, whose gradient is 0 in exact arithmetic, are such weights): with 1e-8
+# they end up anywhere and the others reach 6e-6, with this one all are compared. Real gradients here are 1e-4 and more.
+EPSILON = 1e-5
+WORKER = f"""
+import os, sys, torch
+from pathlib import Path
+import consonar.training.run as run
+from consonar.recipes import read_config
+torch.set_num_threads(1)
+inner = run.build_optimizer
+def build(*args):
+    optimizer = inner(*args)
+    for group in optimizer.param_groups:
+        group["eps"] = {EPSILON}
+    return optimizer
+run.build_optimizer = build
+for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    out = Path(path).with_suffix("")
+    os.environ["MASTER_PORT"] = port
+    begun = (out / "config.json").exists()
+    stop_at = {STEPS // 2} if "half" in out.name and not begun else None
+    run.train(read_config(Path(path)), out, quiet=True, resume=begun, stop_at=stop_at)
+"""
+POLICY = PolicyConfig(rewards={"mse": 1.0}, group_size=4, context_noise=0.2)
+ALIGNED = {
+    **{name: replace(POLICY, estimator=name) for name in ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")},
+    "spatial": replace(POLICY, credit="token", smooth_credit=True, inner_epochs=2),
+    "held": replace(POLICY, entropy="position", credit="token", corruption="drawn"),
+    "free": PolicyConfig(rewards={"mse": 1.0}, group_size=2, rollout="free", kl_weight=0.1, ce_weight=0.0),
+    "cross-entropy": CrossEntropyConfig(rewards={"mse": 1.0}, class_dropout=0.2),
+    "soft": CrossEntropyConfig(rewards={"mse": 1.0}, target="soft"),
+    "straight-through": StraightThroughConfig(rewards={"mse": 1.0}, perceptual_weight=0.0),
+}
+TOKENS, CLASSES = torch.arange(8)[:, None].expand(8, 16).contiguous(), torch.arange(8) % 3
+QUICK = {"rear", "tokenizer", "grpo", "reinforce", "free", "straight-through"}
+EVERY = ["ar", "rear", "tokenizer", *ALIGNED]
+
+
+@pytest.fixture
+def configs(make_config, tokenizer, picture_folder, tmp_path):
+    """Every way to train; all that is drawn but dropout masks, which each process draws for itself."""
+    for split, first, count in (("train", 0, 24), ("validation", 100, 6)):
+        for index in range(first, first + count):
+            folder = tmp_path / "labelled" / split / "abc"[index % NUM_CLASSES]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(index).save(folder / f"{index:03d}.png")
+    start = str(runs.train(make_config(loop={"steps": 30}), tmp_path / "start", quiet=True))
+    loop = {"steps": STEPS, "save_every": 10, "validate_every": 10}
+    rear = AutoregressiveConfig(
+        embedding_weight=0.5, head_width=16, class_dropout=0.5, noise=NoiseConfig(schedule="uniform", max_rate=0.8)
+    )
+    reconstruction = ReconstructionConfig(
+        perceptual_weight=0, discriminator_weight=0.1, discriminator_start=2, revive_after=5
+    )
+    saving = {"accumulation": 2, "activation_checkpointing": 1, "ema_decay": 0.9}
+    data = DataConfig(images=str(tmp_path / "labelled"))
+    settings = {"init": start, "tokenizer": None, "model": None, "data": data, "loop": loop | {"batch_size": 4}}
+    return {
+        "ar": make_config(loop=loop),
+        "rear": make_config(objective=rear, loop=loop | saving),
+        "tokenizer": make_config(
+            recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config, objective=reconstruction,
+            data=DataConfig(images=str(picture_folder), flip=True), loop=loop,
+        ),
+        **{name: make_config(objective=objective, **settings) for name, objective in ALIGNED.items()},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """The single process has the other processes' epsilon."""
+    inner = runs.build_optimizer
+
+    def build(*args):
+        optimizer = inner(*args)
+        for group in optimizer.param_groups:
+            group["eps"] = EPSILON
+        return optimizer
+
+    monkeypatch.setattr(runs, "build_optimizer", build)
+
+
+def sharded(config, strategy="fsdp", **settings):
+    return replace(config, parallel=ParallelConfig(strategy=strategy, **settings))
+
+
+def apart(ours, theirs):
+    """The distance of two models' weights, as a share of their size."""
+    assert ours.keys() == theirs.keys()
+    squares = [
+        (float((ours[k] - theirs[k]).double().square().sum()), float(theirs[k].double().square().sum())) for k in ours
+    ]
+    return (sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5
+
+
+def curve(run, key):
+    return torch.tensor([line[key] for line in read_metrics(run / "metrics.jsonl") if key in line])
+
+
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param(set(EVERY) - QUICK, marks=pytest.mark.slow)], ids=["some", "others"]
+)
+def test_two_processes_equal_one_for_every_objective(names, configs, tmp_path, steady):
+    """Losses and weights after 20 steps, within 1e-5 of their size."""
+    chosen = {name: configs[name] for name in configs if name in names}
+    run_on_two(WORKER, {f"{n}-{way}": sharded(c, way) for n, c in chosen.items() for way in ("ddp", "fsdp")}, tmp_path)
+    for name, config in chosen.items():
+        alone = runs.train(config, tmp_path / f"{name}-alone", quiet=True)
+        theirs = load_resume(alone / LAST)
+        for way in ("ddp", "fsdp"):
+            run = tmp_path / f"{name}-{way}"
+            ours = load_resume(run / LAST)
+            assert apart(ours["model"], theirs["model"]) < 1e-5, (name, way)
+            if theirs["average"]:
+                assert apart(ours["average"], theirs["average"]) < 1e-5, (name, way)
+            assert (
+                apart(
+                    map_tensors(run / "model" / "model.safetensors"), map_tensors(alone / "model" / "model.safetensors")
+                )
+                < 1e-5
+            )
+            found, expected = curve(run, "train/loss"), curve(alone, "train/loss")
+            # A policy's loss is a mean of advantages, of size 1, that cancel.
+            size = max(1.0, float(expected.abs().max())) if config.objective.kind == "policy" else expected.abs().max()
+            assert float((found - expected).abs().max() / size) < 1e-5, (name, way)
+
+
+def test_runs_go_on_in_other_processes(configs, tmp_path, steady):
+    """Ten steps in shards, ten in one process, and the reverse, give the twenty of one; sessions.json says which."""
+    rear, grpo = configs["rear"], configs["grpo"]
+    runs.train(grpo, tmp_path / "single-half", stop_at=STEPS // 2, quiet=True)
+    halves = {"shards-half": sharded(rear), "hybrid-half": sharded(rear, "hybrid", shard_size=1)}
+    run_on_two(WORKER, halves | {"single-half": sharded(grpo)}, tmp_path)
+    for name, config, ways in (
+        ("shards-half", rear, ["fsdp", "single"]), ("hybrid-half", rear, ["hybrid", "single"]),
+        ("single-half", grpo, ["single", "fsdp"]),
+    ):  # fmt: skip
+        run = tmp_path / name
+        if name != "single-half":
+            runs.train(config, run, resume=True, quiet=True)
+        alone = runs.train(config, tmp_path / f"{name}-alone", quiet=True)
+        for part in ("model", "average") if config.loop.ema_decay else ("model",):
+            assert apart(load_resume(run / LAST)[part], load_resume(alone / LAST)[part]) < 1e-5, name
+        assert [session["parallel"] for session in read_json(run / "sessions.json")["sessions"]] == ways
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_weights_are_let_go_of_after_the_forward_pass_as_configured(reshard, group_of_one, tiny_generator):
+    trainee = Trainee(tiny_generator().train())
+    expected = trainee(TOKENS, CLASSES).logits
+    kept = {key: value.clone() for key, value in trainee.state_dict().items()}
+    config = ParallelConfig(strategy="fsdp", reshard_after_forward=reshard)
+    shard(trainee, trainee.parts(), config, ALONE)
+    assert torch.allclose(trainee(TOKENS, CLASSES).logits, expected, atol=1e-5)
+    assert isinstance(trainee.generator.blocks[0].attn.qkv.weight, DTensor) == reshard
+    with whole(trainee) as found, torch.inference_mode():
+        assert not is_sharded(found) and not any(isinstance(value, DTensor) for value in found.parameters())
+        assert all(torch.equal(value, kept[key]) for key, value in found.state_dict().items())
+        assert torch.allclose(found(TOKENS, CLASSES).logits, expected, atol=1e-5)
+
+
+def test_shards_exchange_gradients_in_the_last_micro_batch_alone(group_of_one, tiny_generator):
+    trainee = Trainee(tiny_generator().train())
+    shard(trainee, trainee.parts(), ParallelConfig(strategy="fsdp"), ALONE)
+    for wanted in (False, False, True):
+        with exchange_of_gradients(trainee, wanted):
+            trainee(TOKENS, CLASSES).logits.square().mean().backward()
+        assert {one.grad is not None for one in trainee.parameters()} == {wanted}
+
+
+def test_shards_calculate_in_bf16_what_the_whole_does(group_of_one, tiny_generator):
+    """Autocast alone decides what is multiplied in bf16: weights are gathered as they are, gradients summed so."""
+    trainee = Trainee(tiny_generator().train())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = trainee(TOKENS, CLASSES).logits
+        shard(trainee, trainee.parts(), ParallelConfig(strategy="fsdp"), ALONE)
+        found = trainee(TOKENS, CLASSES).logits
+        found.float().square().mean().backward()
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert {one.grad.dtype for one in trainee.parameters()} == {torch.float32}
+
+
+def test_settings_that_only_shards_read():
+    for settings in ({"shard_size": 2}, {"strategy": "fsdp", "shard_size": 2}, {"reshard_after_forward": False}):
+        with pytest.raises(UserError, match=r"parallel\..* is read only with"):
+            ParallelConfig(**settings)
+    three = ParallelConfig(strategy="hybrid", shard_size=3)
+    with pytest.raises(UserError, match=r"parallel\.shard_size: 3 does not divide the 2 processes"):
+        three.mesh(World(0, 2, torch.device("cpu")))
+    assert ParallelConfig(strategy="fsdp").used(ALONE) == ParallelConfig().used(ALONE) == "single"
