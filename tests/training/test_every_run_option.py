@@ -39,6 +39,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "tokens": "validation", "validation_tokens": "train", "images": "pictures", "validation_items": 3, "flip": True,
         "classes": "order", "label_default": "no class",  # what a default class does: unit/test_labels.py
         "views": "ten_crop", "validation_split": "25%", "bad_images": "skip", "bad_images_limit": 0.5,
+        "weights": (1.0, 3.0),
     },
     "": {"init": "start", "tokenizer": "other", "seed": 1},
 }  # fmt: skip
@@ -46,7 +47,7 @@ VALUES: dict[str, dict[str, Any]] = {
 NEEDS = {
     "keep_checkpoints": {"save_every": 1}, "min_lr": {"warmup_steps": 0},
     "fd_samples": "align", "images": "tokenizer run", "flip": "tokenizer run",
-    "classes": "align", "label_default": "align",
+    "classes": "align", "label_default": "align", "weights": "mixed run",
     "validation_split": "tokenizer run",
     "bad_images": "broken run", "bad_images_limit": "broken run that skips",
 }  # fmt: skip
@@ -85,7 +86,8 @@ def bases(make_config, picture_folder, tmp_path):
             policy = "skip" if "skips" in name else "stop"
             return replace(reconstruct, data=DataConfig(images=str(broken), bad_images=policy))
         if name != "align":
-            return {"plain": plain, "tokenizer run": reconstruct}[name]
+            several = replace(plain.data, tokens=f"{plain.data.tokens},{plain.data.validation_tokens}")
+            return {"plain": plain, "tokenizer run": reconstruct, "mixed run": replace(plain, data=several)}[name]
         for index in range(12):
             folder = tmp_path / "labelled" / ("train", "validation")[index % 2] / "abc"[index % 3]
             folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,9 @@ There is no iterator state: `batch(step)` depends on (seed, step, data) alone, s
 uninterrupted one would have read, and W ranks together read what one rank with a W times larger batch would.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Generic, NotRequired, TypedDict, TypeVar, Unpack
@@ -15,23 +16,27 @@ import torch
 from torch import Tensor
 
 from consonar.data.labels import check_label, check_labels
+from consonar.data.mixture import TokenStores
 from consonar.data.picture_files import decoding_threads
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
 from consonar.options import Range
-from consonar.seeding import generator, integers, permutation, rows_of_rank, spread
+from consonar.seeding import derive_seed, generator, integers, permutation, rows_of_rank, spread
 from consonar.types import ImageBatch, ImageRecord, ImageSource, IndexedSource, TokenBatch
 
 Item = TypeVar("Item")
+BLOCK = 10_000
+"""Items after which several stores have given exactly their shares."""
 MAX_MEMORY = 4e9
 """Bytes of decoded images held in memory; a larger source is read again in every epoch."""
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_items: int) -> Tensor:
-    """(num_items,) int64. Kept because shuffling a million rows takes longer than a training step's data should."""
-    return permutation(generator(seed, "order", epoch), num_items)
+@lru_cache(maxsize=64)
+def _epochs(seed: int, num_items: int) -> Callable[[int], Tensor]:
+    """The order of every epoch, (num_items,) int64. Two are kept, because shuffling a million rows takes longer than a
+    training step's data should."""
+    return lru_cache(maxsize=2)(lambda epoch: permutation(generator(seed, "order", epoch), num_items))
 
 
 def batch_rows(step: int, batch_size: int, num_items: int, *, seed: int, rank: int = 0, world_size: int = 1) -> Tensor:
@@ -47,8 +52,48 @@ def batch_rows(step: int, batch_size: int, num_items: int, *, seed: int, rank: i
     parts = []
     for epoch in range(start // num_items, (stop - 1) // num_items + 1):
         offset = epoch * num_items
-        parts.append(_permutation(seed, epoch, num_items)[max(start - offset, 0) : stop - offset])
+        parts.append(_epochs(seed, num_items)(epoch)[max(start - offset, 0) : stop - offset])
     return torch.cat(parts)[rank::world_size]
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """How many of `BLOCK` items each store gives, by largest remainder; `UserError` for one that gives none."""
+    exact = [weight * BLOCK / math.fsum(weights) for weight in weights]
+    counts = [math.floor(number) for number in exact]
+    by_rest = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_rest[: BLOCK - sum(counts)]:
+        counts[index] += 1
+    if 0 in counts:
+        raise UserError(f"data.weights: {weights[counts.index(0)]} is less than one item of {BLOCK:,}; leave it out")
+    return counts
+
+
+@lru_cache(maxsize=4)
+def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Of every item of a block its store, and how many of that store there were before it; (BLOCK,) int64 both."""
+    stores = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    stores = stores[permutation(generator(seed, "mixture", block), BLOCK)]
+    taken = torch.nn.functional.one_hot(stores, len(counts)).cumsum(0) - 1  # (BLOCK, stores)
+    before = block * torch.tensor(counts)[stores]
+    return stores, before + taken.gather(1, stores[:, None])[:, 0]
+
+
+def mixed_rows(
+    step: int, batch_size: int, sizes: Sequence[int], counts: Sequence[int], *, seed: int, rank: int, world_size: int
+) -> Tensor:
+    """As `batch_rows`, of stores of these `sizes` whose items are numbered one store after the other.
+
+    Of every `BLOCK` items of the stream exactly `counts` are of each store, in an order drawn from (seed, block). The
+    items of a store follow each other in epochs of its own: none comes again before all have come.
+    """
+    start, size = step * batch_size * world_size, batch_size * world_size
+    rows, first_rows = [], [sum(sizes[:index]) for index in range(len(sizes))]
+    for place in range(start + rank, start + size, world_size):
+        stores, before = _block(seed, place // BLOCK, tuple(counts))
+        store, number = int(stores[place % BLOCK]), int(before[place % BLOCK])
+        epoch, item = divmod(number, sizes[store])
+        rows.append(first_rows[store] + int(_epochs(derive_seed(seed, "store", store), sizes[store])(epoch)[item]))
+    return torch.tensor(rows)
 
 
 class Place(TypedDict):
@@ -108,12 +153,17 @@ class TokenBatches(Batches[TokenBatch]):
     """Batches of a token store: tokens (B, N), condition (B,), indices (B,), all int64.
 
     Of a store with several views of each image, one view per item is drawn from (seed, step); `read` takes the first.
-    Raises `UserError` also for a store of which only some items have a label.
+    Of several stores each gives its share of `weights` (`mixed_rows`); without them all are read as one.
+    Raises `UserError` also for a store of which only some items have a label, and for other than one weight a store.
     """
 
-    def __init__(self, store: TokenStore, **place: Unpack[Place]) -> None:
+    def __init__(self, store: TokenStore | TokenStores, weights: Sequence[float] = (), **place: Unpack[Place]) -> None:
         super().__init__(len(store), str(store.path), **place)
-        self.store = store
+        self.store, self.shares = store, shares(weights) if weights else []
+        sizes = store.sizes if isinstance(store, TokenStores) else [len(store)]
+        if weights and len(weights) != len(sizes):
+            raise UserError(f"data.weights: {len(weights)} weights for {len(sizes)} stores; give one for each")
+        self.sizes = sizes
         # A store without classes trains one distribution: everything is class 0.
         self.labels = store.labels if store.num_classes else torch.zeros(len(store), dtype=torch.int64)
 
@@ -121,6 +171,12 @@ class TokenBatches(Batches[TokenBatch]):
         """The items `rows` (B,), each in its view of `views` (B,)."""
         tokens = self.store.read(rows, torch.zeros_like(rows) if views is None else views)
         return TokenBatch(tokens=tokens, condition=self.labels[rows], indices=rows)
+
+    def rows(self, step: int) -> Tensor:
+        if not self.shares:
+            return super().rows(step)
+        place = {"seed": self.seed, "rank": self.rank, "world_size": self.world_size}
+        return mixed_rows(step, self.batch_size, self.sizes, self.shares, **place)
 
     def batch(self, step: int) -> TokenBatch:
         return self.read(self.rows(step), self.draw("views", step, self.store.num_views))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from consonar.components import load_generator, load_tokenizer, read_origin, weights_sha256
 from consonar.config_io import from_dict, to_dict
+from consonar.data.mixture import as_one, store_paths
 from consonar.data.sources import at_size, find_source
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
@@ -131,7 +132,7 @@ def known_to_both(now: Hashes, before: Hashes) -> tuple[dict[str, object], dict[
 
 
 def store_content(path: str) -> str | None:
-    return TokenStore.open(path).origin.data_sha256
+    return as_one([TokenStore.open(one) for one in store_paths(path)]).origin.data_sha256
 
 
 def is_here(spec: str | None) -> bool:

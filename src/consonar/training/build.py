@@ -18,6 +18,7 @@ from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe
 from consonar.data.loader import ImageBatches, Place, TokenBatches, image_batches
+from consonar.data.mixture import TokenStores, as_one, store_paths
 from consonar.data.picture_files import save_grid
 from consonar.data.sources import choices
 from consonar.data.splits import open_splits
@@ -74,7 +75,7 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
     draw_weights(trainee.heads, rng=generator(config.seed, "init_heads"))  # of their own: they never move its start
     objective = make_objective(config, world, tokenizer)
-    built = Built(trainee, objective, TokenBatches(store, **place), about=(store.describe(),))
+    built = Built(trainee, objective, TokenBatches(store, data.weights, **place), about=(store.describe(),))
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)
     origin = store.origin
     if data.validation_tokens:
@@ -181,23 +182,29 @@ def reset_trainee(trainee: TokenizerTrainee, seed: int) -> None:
                 module.embedding.weight.uniform_(-1, 1)
 
 
-def open_store(path: str | None, key: str, tokenizer: str, views: str | None = None) -> TokenStore:
-    """A whole token store, and of these views, or a `UserError` that says how to make one with the tokenizer."""
+def open_store(words: str | None, key: str, tokenizer: str, views: str | None = None) -> TokenStore | TokenStores:
+    """A whole token store, or several as one, and of these views, or a `UserError` that says how to make one with the
+    tokenizer."""
     command = f"consonar tokenize --tokenizer {tokenizer}{f' --views {views}' if views else ''}"
-    if not path:
+    if not words:
         raise UserError(f"{key}: no token store given; make one with: {command} --data ... --out DIR")
-    if not home_expanded(path).exists():
-        split = " --split validation" if "validation" in key else ""
-        raise UserError(f"{key}: no token store at {path}; make it with: {command} --data openmoji{split} --out {path}")
-    store = TokenStore.open(path)
-    if views not in (None, store.metadata.views):
-        held = store.metadata.views
-        raise UserError(f"{key}: {path} holds the views {held}, data.views is {views}; make one with: {command} ...")
-    store.check_content()
-    return store
+    stores = []
+    for path in store_paths(words):
+        if not home_expanded(path).exists():
+            split = " --split validation" if "validation" in key else ""
+            made = f"{command} --data openmoji{split} --out {path}"
+            raise UserError(f"{key}: no token store at {path}; make it with: {made}")
+        stores.append(store := TokenStore.open(path))
+        if views not in (None, store.metadata.views):
+            held = store.metadata.views
+            raise UserError(
+                f"{key}: {path} holds the views {held}, data.views is {views}; make one with: {command} ..."
+            )
+        store.check_content()
+    return as_one(stores)
 
 
-def open_held_out(path: str, tokenizer: str, store: TokenStore) -> TokenStore:
+def open_held_out(path: str, tokenizer: str, store: TokenStore | TokenStores) -> TokenStore | TokenStores:
     """A token store to validate on what is trained on `store`.
 
     Raises `UserError` unless label i means the same in both, and training has every label of validation.

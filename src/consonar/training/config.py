@@ -10,7 +10,18 @@ from consonar.distributed import DEVICES
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.rear import ReARConfig
-from consonar.options import Count, CountOrZero, Divides, OneOf, Options, Range, ReadOnlyWith, ShareBelowOne, check_left
+from consonar.options import (
+    Count,
+    CountOrZero,
+    Divides,
+    OneOf,
+    Options,
+    Positive,
+    Range,
+    ReadOnlyWith,
+    ShareBelowOne,
+    check_left,
+)
 from consonar.parallel import ParallelConfig
 from consonar.precision import CHOICES
 from consonar.tokenizers import TOKENIZERS
@@ -21,6 +32,7 @@ from consonar.training.optim import OptimConfig
 from consonar.types import ModelConfig
 
 SKIPPING = ReadOnlyWith(lambda given: given.bad_images == "skip", "{}bad_images 'skip'")
+SEVERAL = ReadOnlyWith(lambda given: "," in (given.tokens or ""), "several stores in {}tokens")
 VALIDATED = ReadOnlyWith(lambda given: given.validation_tokens != "", "a {}validation_tokens that is not ''")
 
 
@@ -31,11 +43,14 @@ class DataConfig(Options):
     section = "data"
 
     tokens: str | None = None
-    """Folder of the token store (made by `consonar tokenize`)."""
+    """Folder of the token store (made by `consonar tokenize`); A,B reads several."""
+    weights: Annotated[tuple[Positive, ...], SEVERAL] = ()
+    """Share of the items that each of several stores gives, such as 0.7 0.3; (): every item is equally likely."""
     views: Annotated[str | None, OneOf(tuple(VIEWS))] = None
     """The views that it must hold (`tokenize --views`); None: any."""
     validation_tokens: str | None = None
-    """Folder of the token store used for validation; None: `TOKENS-validation` where there is one; "": none."""
+    """Folder of the token store used for validation, or A,B; None: `TOKENS-validation` where there is one (of each of
+    several stores); "": none."""
     images: str | None = None
     """Image source, for tokenizers and post-training: openmoji, scenes, cifar10, a folder, hf: (docs/data.md)."""
     validation_items: Annotated[int, Range(0, note="0 means all"), VALIDATED] = 0
@@ -107,7 +122,7 @@ def trainable_models() -> dict[str, type[ModelConfig]]:
 
 
 READ_IN = {
-    ("generator",): ("data.tokens", "data.validation_tokens", "data.views"),
+    ("generator",): ("data.tokens", "data.validation_tokens", "data.views", "data.weights"),
     ("post-training", "tokenizer"): ("data.images", "data.flip", "data.validation_split", "data.bad_images"),
     ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
     ("generator", "post-training"): ("init", "tokenizer", "loop.activation_checkpointing"),

@@ -1,6 +1,7 @@
 """Assembles a run from its configuration: data, model, objective, tracker; then hands over to the loop."""
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from consonar import distributed, memory, parallel
 from consonar.compiling import compile_for_training
 from consonar.config_io import from_dict, to_dict
 from consonar.cpu import timing
+from consonar.data.mixture import store_paths
 from consonar.distributed import World
 from consonar.errors import UserError, reading
 from consonar.files.lock import hold, is_unused, remove_partials
@@ -246,10 +248,12 @@ def restore(state: State, out: Path, world: World, updates: int) -> str | None:
 
 
 def with_validation(config: TrainConfig) -> TrainConfig:
-    """The configuration with the validation store that lies beside the training store named, where it was left open."""
-    beside = f"{home_expanded(config.data.tokens)}-validation" if config.data.tokens else ""
-    if config.data.tokens and config.data.validation_tokens is None and Path(beside).is_dir():
-        return replace(config, data=replace(config.data, validation_tokens=beside))
+    """The configuration with the validation store that lies beside the training store (every one of several) named,
+    where it was left open."""
+    paths = store_paths(config.data.tokens) if config.data.tokens else []
+    beside = [f"{home_expanded(path)}-validation" for path in paths]
+    if beside and config.data.validation_tokens is None and all(map(os.path.isdir, beside)):
+        return replace(config, data=replace(config.data, validation_tokens=",".join(beside)))
     return config
 
 
