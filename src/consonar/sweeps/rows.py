@@ -19,7 +19,7 @@ from consonar.recipes import RECIPES, find_recipe, read_table
 from consonar.sweeps.plan import OF_CELLS, Cell, Evaluated, Sweep, run_folder
 from consonar.training.config import TrainConfig
 
-ROW_KEYS = ("base", "init", "match", "seeds")
+ROW_KEYS = ("base", "init", "match", "seeds", "evaluate")
 """What a row says beside options."""
 MOST_CELLS = 10_000
 
@@ -52,7 +52,6 @@ def read_sweep(path: Path, out: Path, seeds: int | None = None) -> Sweep:
     where = str(path)
     file = from_dict(read_table(path), where, SweepFile)
     file = file if seeds is None else replace(file, seeds=seeds)
-    evaluated = evaluation_of(file, where)
     rows = {**file.rows, **grid_rows(file, where)}
     if not rows:
         raise UserError(f"{where}: rows: none are given, and no grid; name some, e.g. rows: {{plain: {{}}}}")
@@ -61,7 +60,7 @@ def read_sweep(path: Path, out: Path, seeds: int | None = None) -> Sweep:
     base = next(iter(rows)) if file.compare_with is None else file.compare_with
     check_choice(f"{where}: compare_with", base, rows)
     cells: dict[str, Cell] = {}
-    made = Rows(file, rows, where, out, evaluated, cells)
+    made = Rows(file, rows, where, out, cells)
     most = max(made.seeds(name) for name in rows)
     if most * len(rows) > MOST_CELLS:
         raise UserError(f"{where}: {len(rows)} rows at {most} seeds are over {MOST_CELLS:,} cells")
@@ -77,9 +76,9 @@ def read_sweep(path: Path, out: Path, seeds: int | None = None) -> Sweep:
     return sweep
 
 
-def evaluation_of(file: SweepFile, where: str) -> Evaluated:
-    """The table `evaluate`."""
-    table = dict(file.evaluate)
+def evaluation_of(asked: JsonMap, where: str) -> Evaluated:
+    """A table `evaluate`."""
+    table = dict(asked)
     names = [item.name for item in fields(RunSettings) if item.name not in OF_CELLS]
     for key in table:
         check_choice(f"{where}: evaluate.{key}", key, ("reference", "feature_network", *names))
@@ -136,7 +135,6 @@ class Rows:
     rows: dict[str, Json]
     where: str
     out: Path
-    evaluated: Evaluated
     cells: dict[str, Cell]
     """Those that were made; a start before what starts from it."""
 
@@ -170,10 +168,18 @@ class Rows:
             raise UserError(f"{self.place(name)}: match: expected a list of rows, got {match!r}")
         for row in match:
             check_choice(f"{self.place(name)}: match", row, self.rows)
+        evaluated = self.evaluated(name)
         # Samples have the seed of the run, so that rows share it, and seeds tell how far drawing moves a number.
-        evaluated = replace(self.evaluated, settings=replace(self.evaluated.settings, seed=seed))
+        evaluated = replace(evaluated, settings=replace(evaluated.settings, seed=seed))
         made = Cell(name, seed, config, evaluated, start, tuple(match))
         return self.cells.setdefault(made.name, made)
+
+    def evaluated(self, name: str) -> Evaluated:
+        """How a row is measured: as all are, but for what it says itself."""
+        own = self.table(name).get("evaluate", {})
+        if not isinstance(own, dict):
+            raise UserError(f"{self.place(name)}: evaluate: expected a table, got {own!r}")
+        return evaluation_of(self.file.evaluate | own, self.place(name) if own else self.where)
 
     def start_of(self, name: str, seed: int, above: tuple[str, ...]) -> Cell | None:
         """The cell that `init: {cell: ROW}` means, at the same seed or at that of `seed: N`."""

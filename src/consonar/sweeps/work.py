@@ -51,8 +51,8 @@ class Place:
     out: Path
     sweep: Sweep
     say: Say
-    targets: dict[tuple[str, str], ReferenceSet] = field(default_factory=dict)
-    """References in tokens, by their names and those of the tokenizers."""
+    targets: dict[tuple[str, str | None, str], ReferenceSet] = field(default_factory=dict)
+    """References in tokens, by their names, what of them is held out, and the names of the tokenizers."""
     contents: Contents = field(default_factory=Contents)
 
     def run(self, cell: Cell) -> Path:
@@ -187,6 +187,7 @@ def measure(place: Place, cell: Cell) -> Json:
         "training_seconds": lines[-1].get("time") if lines else None,
         "stopped": read_json(run / "stopped.json") if (run / "stopped.json").exists() else None,
         "validation": {key: value for key, value in last.items() if key.startswith("validation/")},
+        "validations": {line["step"]: line.get("validation/cross_entropy") for line in validated},
         "weights": fingerprint(run),
         "start_weights": fingerprint(place.run(cell.start)) if cell.start else None,
         "sessions": read_json(run / SESSIONS)["sessions"] if (run / SESSIONS).exists() else [],
@@ -197,13 +198,14 @@ def measure(place: Place, cell: Cell) -> Json:
 def target_of(place: Place, cell: Cell, device: torch.device) -> ReferenceSet:
     """The reference in the tokens of the cell's tokenizer; opened and encoded once for all cells."""
     tokenizer, reference, settings = tokenizer_of(cell), cell.evaluated.reference, cell.evaluated.settings
-    if (reference, tokenizer) not in place.targets:
+    key = (reference, settings.validation_split, tokenizer)
+    if key not in place.targets:
         codec = load_tokenizer(tokenizer).to(device)
         opened = open_reference(reference, codec.image_size, validation_split=settings.validation_split)
-        place.targets[reference, tokenizer] = encode_reference(
+        place.targets[key] = encode_reference(
             opened, codec, batch_size=settings.batch_size, precision=settings.precision
         )
-    return place.targets[reference, tokenizer]
+    return place.targets[key]
 
 
 def read_result(place: Place, cell: Cell) -> Json | None:
