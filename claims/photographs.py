@@ -30,7 +30,7 @@ from consonar.sweeps.work import Place, read_result, run_sweep
 
 HERE = Path(__file__).parent
 NAMES = {"cpu": "photographs", "gpu": "photographs-gpu"}
-PART = {"train": 5000, "test": 2500}
+PART = {"train": 2500, "test": 2500}
 """Pictures of each split of CIFAR-10 in the profile `cpu`."""
 FD = "FD(efficientnet-lite0)"
 COLUMNS = (f"{FD} validation", f"{FD} train", f"KID({FD[3:-1]}) validation", "precision", "recall", "copy rate (features)", "copy rate (tokens)")
@@ -98,6 +98,85 @@ def part_of(sweep: Sweep, results: dict[str, Json], rows: list[str], base: str) 
     return summarise(chosen, {name: result for name, result in results.items() if name in cells})
 
 
+def group_lines(summary: Summary, results: dict[str, Json]) -> list[str]:
+    """Cross-entropy, every row at its best temperature, all temperatures, and the differences of the best."""
+    best = next(setting for setting in summary.settings if setting.title in (BEST, "at temperature 1"))
+    grid = [setting for setting in summary.settings if setting.temperature is not None]
+    kept = replace(best, values={row: {key: of[key] for key in COLUMNS if key in of} for row, of in best.values.items()})
+    headings = [metric_of(column).heading for column in COLUMNS]
+    forced = {row: loss_cells(summary, row, results) for row in kept.values}
+    frontier = {
+        row: [value_cells(setting, row, COLUMNS[:1])[0] for setting in grid] + [value_cells(grid[0], row, [ENTROPY])[0]]
+        for row in kept.values
+    }
+    at = [f"{setting.temperature:g}" for setting in grid]
+    lines = [
+        f"{metric_of(COLUMNS[0]).heading} by temperature, and {ENTROPY} at the first:",
+        "", *table([*at, ENTROPY], frontier), "",
+        "Each row at its own best temperature:",
+        "", *table(headings, {named(row, kept): value_cells(kept, row, COLUMNS) for row in kept.values}), "",
+        "Cross-entropy of held-out tokens, clean context:",
+        "", *table(["at the end", "lowest on the way", "at step"], forced),
+    ]  # fmt: skip
+    if differences := difference_rows(kept):
+        lines += ["", "Differences, seed by seed, each at its own best temperature:", "", *table(headings, differences)]
+    return lines
+
+
+def loss_cells(summary: Summary, row: str, results: dict[str, Json]) -> list[str]:
+    """At the end, lowest, and where that was, of the first seed for the last."""
+    of_row = [results[name]["validations"] for name, cell in summary.sweep.cells.items() if cell.row == row and name in results]
+    lowest = [min(of.items(), key=lambda entry: entry[1]) for of in of_row]
+    ends, least = ({seed: value for seed, value in enumerate(values)} for values in ([list(of.values())[-1] for of in of_row], [value for _, value in lowest]))
+    return [measurement_text(over_seeds(ends)), measurement_text(over_seeds(least)), ", ".join(step for step, _ in lowest)]
+
+
+def article_rows(sweep: Sweep, results: dict[str, Json]) -> dict[str, list[str]]:
+    """What an article says: its numbers; our difference at temperature 1 and at the best, each with its verdict."""
+    found = {}
+    for claim, figures, row, base in ARTICLES:
+        if row not in sweep.rows or base not in sweep.rows:
+            continue
+        summary = part_of(sweep, results, [base, row], base)
+        judged = {setting.title: judge(setting.differences(row).get(COLUMNS[0]), -1) for setting in summary.settings}
+        cells = [judged.get(title) for title in ("at temperature 1", BEST)]
+        found[claim] = [figures, f"{row} − {base}", *(f"{one.text}: {SAID[one.word]}" if one and one.text else "–" for one in cells)]
+    return found
+
+
+def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
+    """The section of docs/results.md."""
+    cells, settings = sweep.cells.values(), next(iter(sweep.cells.values())).evaluated
+    done = {row: sum(cell.row == row and cell.name in results for cell in cells) for row in sweep.rows}
+    wanted = {row: sum(cell.row == row for cell in cells) for row in sweep.rows}
+    machines = sorted({f"{one['results']['machine']} (torch {one['versions']['torch']})" for one in results.values() if not one["failure"]})
+    minutes = sum(one["training_seconds"] or 0 for one in results.values() if not one["failure"]) / 60
+    lines = [
+        f"## {TITLES[name][0]}", "", f"{TITLES[name][1]} `claims/{name}.yaml` says what every row is.", "",
+        f"**{len(results)} of {len(cells)} runs are there** (`claims/results/{name}/results`), {minutes:.0f} minutes of training on {' and '.join(machines) or 'no machine yet'}. "
+        f"Not there: {', '.join(f'{row} ({wanted[row] - done[row]} of {wanted[row]})' for row in sweep.rows if done[row] < wanted[row]) or 'none'}.",
+        f"{settings.settings.num_samples:,} samples a temperature, the same classes and random numbers for all rows of a seed. `{FD}` is not FID. {HOW_TO_READ}",
+    ]  # fmt: skip
+    for heading, (prefix, base) in GROUPS.items():
+        rows = [row for row in sweep.rows if done[row] and (row.startswith(prefix) if prefix.endswith("+") else "+" not in row)]
+        if rows:
+            summary = part_of(sweep, results, rows, base if base in rows else rows[0])
+            lines += ["", f"### {heading}", "", *group_lines(summary, results), *(f"- {note}" for note in summary.notes)]
+    articles = article_rows(sweep, results)
+    lines += ["", "### Beside the articles", "", *table(["FID in the article", "ours", "FD at temperature 1", "FD, each at its best"], articles)]
+    return "\n".join(lines)
+
+
+def write_section(name: str, text: str) -> None:
+    """Puts it into docs/results.md in the place of what was there."""
+    path = HERE.parent / "docs" / "results.md"
+    before, section = path.read_text(encoding="utf-8"), f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+    marked = re.compile(f"<!-- {name} -->.*<!-- /{name} -->", re.DOTALL)
+    after = marked.sub(lambda _: section, before) if marked.search(before) else f"{before}\n{section}\n"
+    write_atomically(path, lambda partial: partial.write_text(after, encoding="utf-8"))
+
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=list(NAMES), default="cpu", help="which machine it is sized for")
@@ -109,6 +188,7 @@ def main() -> None:
     if not options.page:
         prepare(options.profile)
         run_sweep(sweep, out, lambda text: print(text, flush=True))
+    write_section(name, page(name, sweep, results_of(sweep, out)))
 
 
 if __name__ == "__main__":
