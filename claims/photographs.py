@@ -9,7 +9,6 @@ The profile `cpu` trains on a part of CIFAR-10, drawn by seed, `gpu` (claims/pho
 """
 
 import argparse
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,19 +20,40 @@ from consonar.data.tokens import write_token_store
 from consonar.files.writers import write_atomically
 from consonar.json_types import Json
 from consonar.metrics import metric_of
+from consonar.report.records import measurement_text
 from consonar.seeding import generator, permutation
-from consonar.sweeps.page import difference_rows, named, table
+from consonar.sweeps.page import HOW_TO_READ, difference_rows, named, table
 from consonar.sweeps.plan import Sweep
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import BEST, Setting, Summary, summarise, value_cells
+from consonar.sweeps.summary import BEST, Summary, judge, over_seeds, summarise, value_cells
 from consonar.sweeps.work import Place, read_result, run_sweep
 
 HERE = Path(__file__).parent
 NAMES = {"cpu": "photographs", "gpu": "photographs-gpu"}
 PART = {"train": 2500, "test": 2500}
 """Pictures of each split of CIFAR-10 in the profile `cpu`."""
-FD = "FD(efficientnet-lite0)"
-COLUMNS = (f"{FD} validation", f"{FD} train", f"KID({FD[3:-1]}) validation", "precision", "recall", "copy rate (features)", "copy rate (tokens)")
+FD, ENTROPY = "FD(efficientnet-lite0)", "entropy (teacher-forced)"
+TITLES = {
+    "photographs": (
+        "The articles' parts on photographs",
+        f"Made by `make claims`: {PART['train']:,} photographs of CIFAR-10 to train on and {PART['test']:,} others held out, so few "
+        "that plain AR copies more than it learns within minutes of a CPU.",
+    ),
+    "photographs-gpu": (
+        "The articles' parts on CIFAR-10, at size",
+        "Made by `make claims PROFILE=gpu`: all of CIFAR-10, the split `test` held out.",
+    ),
+}
+SAID = {"ahead": "agrees", "behind": "the other way", "no difference": "undecided", "open": "one seed, open"}
+COLUMNS = (
+    f"{FD} validation",
+    f"{FD} train",
+    f"KID({FD[3:-1]}) validation",
+    "precision",
+    "recall",
+    "copy rate (features)",
+    "copy rate (tokens)",
+)
 GROUPS = {
     "Training": ("plain", "plain"),
     "Post-training of plain AR": ("plain+", "plain+ce"),
@@ -47,9 +67,8 @@ ARTICLES = (
     ("a truncated schedule beats a linear one", "2.02 → 2.00", "rear", "rear-linear"),
     ("an annealed rate beats rates from 0 to 0.5 throughout", "2.05 → 2.02", "rear-linear", "rear-uniform"),
     ("drawn rates beat a constant one", "2.08 → 2.05", "rear-uniform", "rear-constant"),
-    ("the decode head at ¾ of the depth beats an early layer", "figures not in our copy", "rear", "rear-decode-2"),
-    ("and the last layer", "figures not in our copy", "rear", "rear-decode-5"),
-    ("tying the embedding to the codebook is worse", "figures not in our copy", "rear", "tied"),
+    ("the decode head at ¾ of the depth beats an early layer", "figures not in our copy", "rear", "rear-decode-early"),
+    ("and the last layer", "figures not in our copy", "rear", "rear-decode-last"),
     ("a larger reAR is better", "2.00 → 1.86", "rear-wide", "rear"),
     ("VA-pi beats its start", "15.55 → 9.23", "plain+vapi", "plain"),
     ("VA-pi beats as much cross-entropy", "not measured", "plain+vapi", "plain+ce"),
@@ -102,7 +121,9 @@ def group_lines(summary: Summary, results: dict[str, Json]) -> list[str]:
     """Cross-entropy, every row at its best temperature, all temperatures, and the differences of the best."""
     best = next(setting for setting in summary.settings if setting.title in (BEST, "at temperature 1"))
     grid = [setting for setting in summary.settings if setting.temperature is not None]
-    kept = replace(best, values={row: {key: of[key] for key in COLUMNS if key in of} for row, of in best.values.items()})
+    kept = replace(
+        best, values={row: {key: of[key] for key in COLUMNS if key in of} for row, of in best.values.items()}
+    )
     headings = [metric_of(column).heading for column in COLUMNS]
     forced = {row: loss_cells(summary, row, results) for row in kept.values}
     frontier = {
@@ -124,11 +145,13 @@ def group_lines(summary: Summary, results: dict[str, Json]) -> list[str]:
 
 
 def loss_cells(summary: Summary, row: str, results: dict[str, Json]) -> list[str]:
-    """At the end, lowest, and where that was, of the first seed for the last."""
-    of_row = [results[name]["validations"] for name, cell in summary.sweep.cells.items() if cell.row == row and name in results]
-    lowest = [min(of.items(), key=lambda entry: entry[1]) for of in of_row]
-    ends, least = ({seed: value for seed, value in enumerate(values)} for values in ([list(of.values())[-1] for of in of_row], [value for _, value in lowest]))
-    return [measurement_text(over_seeds(ends)), measurement_text(over_seeds(least)), ", ".join(step for step, _ in lowest)]
+    """At the end, lowest, and at which step that was, over the seeds of a row."""
+    scored = [results[name] for name, cell in summary.sweep.cells.items() if cell.row == row and name in results]
+    curves = [result["validations"] for result in scored if not result["failure"]]
+    lowest = [min(curve, key=lambda step: curve[step]) for curve in curves]
+    ends = dict(enumerate(list(curve.values())[-1] for curve in curves))
+    least = dict(enumerate(curve[step] for curve, step in zip(curves, lowest, strict=True)))
+    return [measurement_text(over_seeds(ends)), measurement_text(over_seeds(least)), ", ".join(lowest)]
 
 
 def article_rows(sweep: Sweep, results: dict[str, Json]) -> dict[str, list[str]]:
@@ -140,7 +163,11 @@ def article_rows(sweep: Sweep, results: dict[str, Json]) -> dict[str, list[str]]
         summary = part_of(sweep, results, [base, row], base)
         judged = {setting.title: judge(setting.differences(row).get(COLUMNS[0]), -1) for setting in summary.settings}
         cells = [judged.get(title) for title in ("at temperature 1", BEST)]
-        found[claim] = [figures, f"{row} − {base}", *(f"{one.text}: {SAID[one.word]}" if one and one.text else "–" for one in cells)]
+        found[claim] = [
+            figures,
+            f"{row} − {base}",
+            *(f"{one.text}: {SAID[one.word]}" if one and one.text else "–" for one in cells),
+        ]
     return found
 
 
@@ -149,7 +176,13 @@ def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
     cells, settings = sweep.cells.values(), next(iter(sweep.cells.values())).evaluated
     done = {row: sum(cell.row == row and cell.name in results for cell in cells) for row in sweep.rows}
     wanted = {row: sum(cell.row == row for cell in cells) for row in sweep.rows}
-    machines = sorted({f"{one['results']['machine']} (torch {one['versions']['torch']})" for one in results.values() if not one["failure"]})
+    machines = sorted(
+        {
+            f"{one['results']['machine']} (torch {one['versions']['torch']})"
+            for one in results.values()
+            if not one["failure"]
+        }
+    )
     minutes = sum(one["training_seconds"] or 0 for one in results.values() if not one["failure"]) / 60
     lines = [
         f"## {TITLES[name][0]}", "", f"{TITLES[name][1]} `claims/{name}.yaml` says what every row is.", "",
@@ -158,12 +191,27 @@ def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
         f"{settings.settings.num_samples:,} samples a temperature, the same classes and random numbers for all rows of a seed. `{FD}` is not FID. {HOW_TO_READ}",
     ]  # fmt: skip
     for heading, (prefix, base) in GROUPS.items():
-        rows = [row for row in sweep.rows if done[row] and (row.startswith(prefix) if prefix.endswith("+") else "+" not in row)]
+        rows = [
+            row
+            for row in sweep.rows
+            if done[row] and (row.startswith(prefix) if prefix.endswith("+") else "+" not in row)
+        ]
         if rows:
             summary = part_of(sweep, results, rows, base if base in rows else rows[0])
-            lines += ["", f"### {heading}", "", *group_lines(summary, results), *(f"- {note}" for note in summary.notes)]
+            lines += [
+                "",
+                f"### {heading}",
+                "",
+                *group_lines(summary, results),
+                *(f"- {note}" for note in summary.notes),
+            ]
     articles = article_rows(sweep, results)
-    lines += ["", "### Beside the articles", "", *table(["FID in the article", "ours", "FD at temperature 1", "FD, each at its best"], articles)]
+    lines += [
+        "",
+        "### Beside the articles",
+        "",
+        *table(["FID in the article", "ours", "FD at temperature 1", "FD, each at its best"], articles),
+    ]
     return "\n".join(lines)
 
 
@@ -176,11 +224,12 @@ def write_section(name: str, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(after, encoding="utf-8"))
 
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=list(NAMES), default="cpu", help="which machine it is sized for")
-    parser.add_argument("--page", action="store_true", help="write the section from the results that are there, run nothing")
+    parser.add_argument(
+        "--page", action="store_true", help="write the section from the results that are there, run nothing"
+    )
     options = parser.parse_args()
     name = NAMES[options.profile]
     file, out = HERE / f"{name}.yaml", HERE / "results" / name

@@ -1,0 +1,104 @@
+"""The study on photographs, with a toy grid: from pictures to the section of the page, killed and gone on with."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import picture
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+
+from consonar.data.cifar10 import CLASS_NAMES
+from consonar.sweeps import work
+from consonar.sweeps.rows import read_sweep
+
+CLAIMS = Path(__file__).parents[2] / "claims"
+TINY = {
+    "model.width": 16, "model.num_layers": 2, "model.num_heads": 2, "data.validation_items": 0, "loop.steps": 2,
+    "loop.validate_every": 1, "loop.batch_size": 8, "loop.precision": "fp32", "loop.device": "cpu",
+    "data.tokens": "runs/photographs/tokens",
+}  # fmt: skip
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, quarters):
+    """The script, in a folder of its own."""
+    spec = importlib.util.spec_from_file_location("photographs", CLAIMS / "photographs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=list(CLASS_NAMES))})
+    (tmp_path / "whole").mkdir()
+    for split, count in (("train", 40), ("test", 30)):
+        columns = {"img": [picture(row, 32) for row in range(count)], "label": [row % 10 for row in range(count)]}
+        Dataset.from_dict(columns, features).to_parquet(tmp_path / "whole" / f"{split}-00000-of-00001.parquet")
+    rows = {
+        "plain": {"base": "ar-cifar10", **TINY},
+        "rear": {"base": "rear-cifar10", "objective.head_width": 8, **TINY},
+        "plain+ce": {"base": "ce-cifar10", "init": {"cell": "plain", "seed": 0}, "objective.rewards": {"mse": 1.0},
+                     "data.images": "cifar10:runs/photographs/data", "data.validation_items": 0, "loop.steps": 1,
+                     "loop.batch_size": 8, "loop.precision": "fp32", "loop.device": "cpu"},
+        "guided": {"base": "ar-cifar10", "seeds": 1, "evaluate": {"sampler": {"guidance_scale": 2.0}}, **TINY},
+    }  # fmt: skip
+    evaluated = {"reference": "cifar10:runs/photographs/data", "feature_network": "quarters", "temperatures": [1, 0.7],
+                 "num_samples": 12, "draws": 2, "reconstruct": False}  # fmt: skip
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text("# Results\n\nBefore.\n")
+    (tmp_path / "claims" / "photographs.yaml").write_text(yaml.safe_dump({
+        "seeds": 2, "rows": rows, "evaluate": evaluated,
+    }, sort_keys=False))  # fmt: skip
+    monkeypatch.setattr(module, "HERE", tmp_path / "claims")
+    monkeypatch.setattr(module, "PART", {"train": 20, "test": 12})
+    monkeypatch.setattr(module, "FD", "FD(quarters)")
+    monkeypatch.setattr(module, "COLUMNS", tuple(c.replace("efficientnet-lite0", "quarters") for c in module.COLUMNS))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CONSONAR_CIFAR10", str(tmp_path / "whole"))
+    monkeypatch.setattr(sys, "argv", ["photographs.py"])
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def test_the_study_goes_on_where_it_was_killed_and_writes_what_is_there(study, tmp_path, monkeypatch):
+    real, trained = work.train, []
+
+    def kill(config, run, **options):
+        trained.append(run.name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return real(config, run, **options)
+
+    monkeypatch.setattr(work, "train", kill)
+    with pytest.raises(KeyboardInterrupt):
+        study.main()
+    results = tmp_path / "claims" / "results" / "photographs" / "results"
+    assert sorted(path.stem for path in results.iterdir()) == ["plain-0", "rear-0"]
+    monkeypatch.setattr(sys, "argv", ["photographs.py", "--page"])
+    study.main()
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "**2 of 7 runs are there**" in text and "plain (1 of 2)" in text and "plain+ce (2 of 2)" in text
+    assert "one seed, open" in text and text.startswith("# Results\n\nBefore.\n") and trained == ["plain-0", "rear-0", "plain+ce-0"]
+
+    monkeypatch.setattr(work, "train", lambda config, run, **options: trained.append(run.name) or real(config, run, **options))  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["photographs.py"])
+    study.main()
+    assert trained[3:] == ["plain+ce-0", "guided-0", "plain-1", "rear-1", "plain+ce-1"]
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "**7 of 7 runs are there**" in text and text.count("<!-- photographs -->") == 1
+    assert "| plain+ce" in text and "reAR beats plain AR | 3.02 → 1.86 | rear − plain" in text
+    guided, plain = (json.loads((results / f"{row}-0.json").read_text()) for row in ("guided", "plain"))
+    assert guided["weights"] == plain["weights"] and list(plain["validations"]) == ["1", "2"]
+    assert guided["results"]["rows"][0]["guidance_scale"] == 2 and plain["results"]["rows"][0]["guidance_scale"] == 1
+    assert guided["results"]["rows"][0]["metrics"] != plain["results"]["rows"][0]["metrics"]
+
+
+@pytest.mark.parametrize("name", ["photographs", "photographs-gpu"])
+def test_both_profiles_have_the_rows_that_the_page_speaks_of(study, name, tmp_path):
+    sweep = read_sweep(CLAIMS / f"{name}.yaml", tmp_path)
+    assert {row for _, _, *pair in study.ARTICLES for row in pair} <= set(sweep.rows)
+    assert {base for _, base in study.GROUPS.values()} <= set(sweep.rows)
+    seeds = {row: sum(cell.row == row for cell in sweep.cells.values()) for row in sweep.rows}
+    assert all(seeds[row] == (3 if "+" in row else 1 if "guided" in row else 2) for row in sweep.rows)
