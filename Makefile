@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A process for each core, of one thread each (tests/conftest.py).
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims-vapi clean
+.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-vapi clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
@@ -61,6 +61,15 @@ clean:  ## remove what the targets above have made, but no runs
 
 results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the section of claims-vapi
 	$(BIN)/python docs/make_results.py runs/demo
+
+# Twelve minutes of a GPU at a time; what was not finished is gone on with by the next call.
+claims: .venv/installed  ## the articles' parts on photographs over seeds, into docs/results.md; goes on where it ended (PROFILE=gpu: at size, 12 minutes a call)
+ifeq ($(PROFILE),gpu)
+	timeout --signal=INT 720 $(BIN)/python claims/photographs.py --profile gpu || test $$? -eq 124
+	$(BIN)/python claims/photographs.py --profile gpu --page
+else
+	$(BIN)/python claims/photographs.py
+endif
 
 claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md; finished runs are kept (6 minutes each on 2 cores)
 	$(BIN)/python claims/vapi.py --out runs/claims-vapi

@@ -17,13 +17,16 @@ from consonar.components import load_tokenizer
 from consonar.data.cifar10 import cifar10_place
 from consonar.data.sources import open_source
 from consonar.data.tokens import write_token_store
-from consonar.files.writers import write_atomically
+from consonar.diagnostics.diagnose import diagnose
+from consonar.diagnostics.subject import DiagnosisSettings
+from consonar.files.readers import read_json
+from consonar.files.writers import write_atomically, write_json
 from consonar.json_types import Json
 from consonar.metrics import metric_of
 from consonar.report.records import measurement_text
 from consonar.seeding import generator, permutation
 from consonar.sweeps.page import HOW_TO_READ, difference_rows, named, table
-from consonar.sweeps.plan import Sweep
+from consonar.sweeps.plan import Evaluated, Sweep
 from consonar.sweeps.rows import read_sweep
 from consonar.sweeps.summary import BEST, Summary, judge, over_seeds, summarise, value_cells
 from consonar.sweeps.work import Place, read_result, run_sweep
@@ -32,6 +35,8 @@ HERE = Path(__file__).parent
 NAMES = {"cpu": "photographs", "gpu": "photographs-gpu"}
 PART = {"train": 2500, "test": 2500}
 """Pictures of each split of CIFAR-10 in the profile `cpu`."""
+PERTURBED = 1024
+"""Pictures whose tokens are perturbed, for pFID."""
 FD, ENTROPY = "FD(efficientnet-lite0)", "entropy (teacher-forced)"
 TITLES = {
     "photographs": (
@@ -103,6 +108,14 @@ def write_part(split: str, count: int, path: Path) -> None:
     write_atomically(path, lambda partial: whole.select(rows).to_parquet(partial))
 
 
+def forgiveness(path: Path, evaluated: Evaluated) -> None:
+    """pFID (docs/diagnostics.md), which is the tokenizer's: one for all rows, of as many pictures as samples are drawn."""
+    if not path.exists():
+        settings = DiagnosisSettings(num_images=PERTURBED, feature_network=evaluated.feature_network)
+        found = diagnose("cifar10-32", evaluated.reference, settings, parts=["forgiveness"])
+        write_json(path, found.content(), allow_nan=False)
+
+
 def results_of(sweep: Sweep, out: Path) -> dict[str, Json]:
     """Of the cells that have one."""
     place = Place(out, sweep, print)
@@ -119,20 +132,21 @@ def part_of(sweep: Sweep, results: dict[str, Json], rows: list[str], base: str) 
 
 def group_lines(summary: Summary, results: dict[str, Json]) -> list[str]:
     """Cross-entropy, every row at its best temperature, all temperatures, and the differences of the best."""
-    best = next(setting for setting in summary.settings if setting.title in (BEST, "at temperature 1"))
     grid = [setting for setting in summary.settings if setting.temperature is not None]
+    best = next(setting for setting in summary.settings if setting.title == BEST)
     kept = replace(
         best, values={row: {key: of[key] for key in COLUMNS if key in of} for row, of in best.values.items()}
     )
     headings = [metric_of(column).heading for column in COLUMNS]
     forced = {row: loss_cells(summary, row, results) for row in kept.values}
     frontier = {
-        row: [value_cells(setting, row, COLUMNS[:1])[0] for setting in grid] + [value_cells(grid[0], row, [ENTROPY])[0]]
+        row: [" / ".join(value_cells(setting, row, COLUMNS[:2])) for setting in grid]
+        + value_cells(grid[0], row, [ENTROPY])
         for row in kept.values
     }
     at = [f"{setting.temperature:g}" for setting in grid]
     lines = [
-        f"{metric_of(COLUMNS[0]).heading} by temperature, and {ENTROPY} at the first:",
+        f"{FD} to held-out / to training photographs by temperature, and {ENTROPY} at {at[0]}:",
         "", *table([*at, ENTROPY], frontier), "",
         "Each row at its own best temperature:",
         "", *table(headings, {named(row, kept): value_cells(kept, row, COLUMNS) for row in kept.values}), "",
@@ -186,7 +200,7 @@ def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
     minutes = sum(one["training_seconds"] or 0 for one in results.values() if not one["failure"]) / 60
     lines = [
         f"## {TITLES[name][0]}", "", f"{TITLES[name][1]} `claims/{name}.yaml` says what every row is.", "",
-        f"**{len(results)} of {len(cells)} runs are there** (`claims/results/{name}/results`), {minutes:.0f} minutes of training on {' and '.join(machines) or 'no machine yet'}. "
+        f"**{len(results)} of {len(cells)} runs have a result** (`claims/results/{name}/results`), {minutes:.0f} minutes of training on {' and '.join(machines) or 'no machine yet'}. "
         f"Not there: {', '.join(f'{row} ({wanted[row] - done[row]} of {wanted[row]})' for row in sweep.rows if done[row] < wanted[row]) or 'none'}.",
         f"{settings.settings.num_samples:,} samples a temperature, the same classes and random numbers for all rows of a seed. `{FD}` is not FID. {HOW_TO_READ}",
     ]  # fmt: skip
@@ -205,6 +219,13 @@ def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
                 *group_lines(summary, results),
                 *(f"- {note}" for note in summary.notes),
             ]
+    if (path := HERE / "results" / name / "tokenizer.json").exists():
+        lines += [
+            "",
+            "### The tokenizer, the same for all rows",
+            "",
+            read_json(path)["parts"]["forgiveness"]["summary"],
+        ]
     articles = article_rows(sweep, results)
     lines += [
         "",
@@ -236,6 +257,7 @@ def main() -> None:
     sweep = read_sweep(file, out)
     if not options.page:
         prepare(options.profile)
+        forgiveness(out / "tokenizer.json", next(iter(sweep.cells.values())).evaluated)
         run_sweep(sweep, out, lambda text: print(text, flush=True))
     write_section(name, page(name, sweep, results_of(sweep, out)))
 

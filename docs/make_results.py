@@ -32,8 +32,8 @@ TRAINED = ("plain-ar", "rear")
 SHOWN = ("plain-ar", "plain-ar-vapi", "rear", "rear-vapi")
 COLUMNS = ("FD(efficientnet-lite0) validation", "FD(efficientnet-lite0) train", "precision", "recall",
            "copy rate (features)", "copy rate (tokens)", "entropy (teacher-forced)")  # fmt: skip
-# Written by claims/vapi.py, and how to read it.
-CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /(?:reading|diagnosis) -->", re.DOTALL)
+# Written by claims/vapi.py and claims/photographs.py, and how to read it.
+CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /(?:reading|diagnosis|photographs|photographs-gpu|reading-photographs) -->", re.DOTALL)
 
 
 def to_images(pixels: np.ndarray) -> torch.Tensor:
@@ -112,7 +112,7 @@ def main() -> None:
     lines = [
         "# Results", "",
         "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own. The section on VA-pi is "
-        "written by `make claims-vapi`; only its paragraph on how to read it is by hand.", "",
+        "written by `make claims-vapi`, those on photographs by `make claims`; only the paragraphs on how to read them are by hand.", "",
         f"- Command: `make demo` (`consonar demo --minutes {settings['minutes']:g} --seed {settings['seed']:g}`), "
         f"{settings['steps']:g} steps of batch 64 per training run, "
         f"{last['rear-vapi'][-1]['step']} updates of batch 32 per post-training run (VA-pi with spatial credit).",

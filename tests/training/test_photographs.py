@@ -52,6 +52,7 @@ def study(tmp_path, monkeypatch, quarters):
     }, sort_keys=False))  # fmt: skip
     monkeypatch.setattr(module, "HERE", tmp_path / "claims")
     monkeypatch.setattr(module, "PART", {"train": 20, "test": 12})
+    monkeypatch.setattr(module, "PERTURBED", 8)
     monkeypatch.setattr(module, "FD", "FD(quarters)")
     monkeypatch.setattr(module, "COLUMNS", tuple(c.replace("efficientnet-lite0", "quarters") for c in module.COLUMNS))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf-cache")
@@ -79,16 +80,30 @@ def test_the_study_goes_on_where_it_was_killed_and_writes_what_is_there(study, t
     monkeypatch.setattr(sys, "argv", ["photographs.py", "--page"])
     study.main()
     text = (tmp_path / "docs" / "results.md").read_text()
-    assert "**2 of 7 runs are there**" in text and "plain (1 of 2)" in text and "plain+ce (2 of 2)" in text
-    assert "one seed, open" in text and text.startswith("# Results\n\nBefore.\n") and trained == ["plain-0", "rear-0", "plain+ce-0"]
+    assert (
+        "**2 of 7 runs have a result**" in text and "Decoded from true tokens" in text and "plain+ce (2 of 2)" in text
+    )
+    assert (
+        "one seed, open" in text
+        and text.startswith("# Results\n\nBefore.\n")
+        and trained == ["plain-0", "rear-0", "plain+ce-0"]
+    )
 
-    monkeypatch.setattr(work, "train", lambda config, run, **options: trained.append(run.name) or real(config, run, **options))  # fmt: skip
+    def note(config, run, **options):
+        trained.append(run.name)
+        return real(config, run, **options)
+
+    monkeypatch.setattr(work, "train", note)
     monkeypatch.setattr(sys, "argv", ["photographs.py"])
     study.main()
     assert trained[3:] == ["plain+ce-0", "guided-0", "plain-1", "rear-1", "plain+ce-1"]
     text = (tmp_path / "docs" / "results.md").read_text()
-    assert "**7 of 7 runs are there**" in text and text.count("<!-- photographs -->") == 1
-    assert "| plain+ce" in text and "reAR beats plain AR | 3.02 → 1.86 | rear − plain" in text
+    assert "**7 of 7 runs have a result**" in text and text.count("<!-- photographs -->") == 1
+    assert (
+        "plain+ce (" not in text.partition("### ")[0]
+        and "| plain+ce" in text
+        and "reAR beats plain AR | 3.02 → 1.86 | rear − plain" in text
+    )
     guided, plain = (json.loads((results / f"{row}-0.json").read_text()) for row in ("guided", "plain"))
     assert guided["weights"] == plain["weights"] and list(plain["validations"]) == ["1", "2"]
     assert guided["results"]["rows"][0]["guidance_scale"] == 2 and plain["results"]["rows"][0]["guidance_scale"] == 1

@@ -354,6 +354,14 @@ WRONG = {
     "evaluate": (
         lambda table: table | {"evaluate": {"reference": "x", "temperature": 1}}, "evaluate.temperature: unknown",
     ),
+    "evaluate of a row": (
+        lambda table: table | {"rows": table["rows"] | {"rear": table["rows"]["rear"] | {"evaluate": {"draw": 3}}}},
+        "rows.rear: evaluate.draw: unknown",
+    ),
+    "evaluate of a row, a number": (
+        lambda table: table | {"rows": table["rows"] | {"rear": table["rows"]["rear"] | {"evaluate": 3}}},
+        "rows.rear: evaluate: expected a table, got 3",
+    ),
     "a device": (lambda table: table | {"evaluate": {"reference": "x", "device": "cpu"}}, "evaluate.device: unknown"),
     "grid": (lambda table: table | {"grid": {"loop.steps": 3}}, "grid: no key has a list of values"),
     "alike": (
