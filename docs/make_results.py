@@ -33,7 +33,7 @@ SHOWN = ("plain-ar", "plain-ar-vapi", "rear", "rear-vapi")
 COLUMNS = ("FD(efficientnet-lite0) validation", "FD(efficientnet-lite0) train", "precision", "recall",
            "copy rate (features)", "copy rate (tokens)", "entropy (teacher-forced)")  # fmt: skip
 # Written by claims/vapi.py and claims/photographs.py, and how to read it.
-CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /(?:reading|diagnosis|photographs|photographs-gpu|reading-photographs) -->", re.DOTALL)
+CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /[a-z-]+ -->", re.DOTALL)
 
 
 def to_images(pixels: np.ndarray) -> torch.Tensor:
