@@ -90,8 +90,7 @@ def run_sweep(sweep: Sweep, out: Path, say: Say) -> dict[str, Json]:
                     held = held or error
                     continue
                 if read_result(place, cell) is None:  # else done meanwhile
-                    done = len(sweep.cells) - len(waiting)
-                    say(f"{cell.name}: {done} of {len(sweep.cells)} cells are done")
+                    say(f"{cell.name}: {len(sweep.cells) - len(waiting)} of {len(sweep.cells)} cells are done")
                     do_cell(place, cell, needed)
             waiting.remove(cell)
             held = None
@@ -181,12 +180,11 @@ def measure(place: Place, cell: Cell) -> Json:
         )  # fmt: skip
     lines = read_metrics(run / "metrics.jsonl")
     validated = [line for line in lines if any(key.startswith("validation/") for key in line)]
-    last = validated[-1] if validated else {}
     return {
         "steps": lines[-1]["step"] if lines else 0,
         "training_seconds": lines[-1].get("time") if lines else None,
         "stopped": read_json(run / "stopped.json") if (run / "stopped.json").exists() else None,
-        "validation": {key: value for key, value in last.items() if key.startswith("validation/")},
+        "validation": {key: value for key, value in (validated or [{}])[-1].items() if key.startswith("validation/")},
         "validations": {line["step"]: line.get("validation/cross_entropy") for line in validated},
         "weights": fingerprint(run),
         "start_weights": fingerprint(place.run(cell.start)) if cell.start else None,
