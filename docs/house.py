@@ -24,7 +24,7 @@ FLOORS = (
     ("demo", "sweeps"),
     ("report",),
     ("diagnostics",),
-    ("evaluation", "recipes"),
+    ("evaluation", "planning", "recipes"),
     ("training",),
     ("sampling",),
     ("components",),

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "Pictures of a shipped generator; then plain AR, reAR and VA-pi on OpenMoji, trained, measured, on a page.",
     "tokenize": "Tokenise images into a token store, and their validation images into a second one beside it.",
     "train": "Train a recipe or a YAML file: consonar train rear-openmoji --out runs/mine [--optim.lr 1e-4 ...].",
+    "plan": "Show whether a recipe fits on GPUs and how long it takes: consonar plan rear-l --gpus 8 [options].",
     "sample": "Draw images from a trained generator: consonar sample RUN --out samples.png|samples.npz|FOLDER.",
     "evaluate": "Measure samples (.npz or a folder of images), a trained generator over temperatures, or a tokenizer.",
     "sweep": "Train and measure the rows of a file over seeds, and compare them: consonar sweep FILE.yaml --seeds 3.",
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if several and name not in SHARED:
             raise UserError(f"{name}: is for one process; leave torchrun away, which is for {', '.join(SHARED)}")
         module = import_module(f"consonar.cli.{name.replace('-', '_')}")
-        if name == "train":  # its options are those of the recipe that is named first
+        if name in ("train", "plan"):  # their options are those of the recipe that is named first
             module.command(args)
         else:
             module.command(import_module("consonar.cli.parsing").parse(module.Options, args, name))

@@ -2,14 +2,14 @@
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from consonar.cli.parsing import check_repeats, pairs, parse, take_option
+from consonar.cli.parsing import Parsed, check_repeats, pairs, parse, take_option
 from consonar.errors import UserError
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.training.config import TrainConfig
@@ -37,13 +37,25 @@ class Options:
 
 
 def command(args: Sequence[str]) -> None:
-    """Beside the options of the configuration: `SHORT`, and `--objective.rewards NAME=WEIGHT,...`, all rewards anew."""
+    options = parse_run("train", args, Options, out=tyro.MISSING)
+    if options is not None:
+        sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
+        train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
+
+
+def parse_run(command: str, args: Sequence[str], kind: Callable[..., Parsed], **needed: object) -> Parsed | None:
+    """The options of a command that a recipe or a file is named to first, whose options they are; None after its help.
+
+    Beside those of the configuration: `SHORT`, and `--objective.rewards NAME=WEIGHT,...`, all rewards anew. `kind` is a
+    dataclass with the field `config`; the fields `needed` have no default.
+    """
     if not args or args[0].startswith("-"):
         if {"-h", "--help"} & set(args):
-            print("usage: consonar train RECIPE|FILE.yaml --out DIR [options]\n\nrecipes: " + ", ".join(RECIPES))
-            print("\nAll options of one recipe: consonar train RECIPE --help")
-            return
-        raise UserError(f"train: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
+            out = " --out DIR" * ("out" in needed)
+            print(f"usage: consonar {command} RECIPE|FILE.yaml{out} [options]\n\nrecipes: {', '.join(RECIPES)}")
+            print(f"\nAll options of one recipe: consonar {command} RECIPE --help")
+            return None
+        raise UserError(f"{command}: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")
     is_file = Path(args[0]).suffix.lower() in (".yaml", ".yml", ".json")
     config = read_config(Path(args[0])) if is_file else find_recipe(args[0])
     parted = [word.partition("=") for word in args[1:]]
@@ -54,9 +66,8 @@ def command(args: Sequence[str]) -> None:
         if weight := next((word for word in words if word.startswith("--objective.rewards.")), None):
             raise UserError(f"{weight}: given together with --objective.rewards, which names all rewards; keep one")
         config = with_rewards(config, rewards)
-    options = parse(Options, words, f"train {args[0]}", Options(out=tyro.MISSING, config=config))
-    sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
-    train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
+    default = kind(config=config, **needed)
+    return parse(type(default), words, f"{command} {args[0]}", default)
 
 
 def with_rewards(config: TrainConfig, text: str) -> TrainConfig:

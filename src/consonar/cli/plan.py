@@ -1,0 +1,39 @@
+"""The command `plan`: whether a run fits and how long it takes, with the options of `train`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from consonar.cli import say
+from consonar.cli.train import parse_run
+from consonar.files.writers import write_json
+from consonar.options import Range
+from consonar.planning.page import lines, record
+from consonar.planning.plan import Machine, plan, remedies
+from consonar.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
+    num_classes: int | None = None
+    """Classes of a generator whose token store is not there yet (default: ImageNet's 1,000)."""
+    json: Path | None = None
+    """Also write all numbers to this file."""
+
+
+def command(args: Sequence[str]) -> None:
+    options = parse_run("plan", args, Options)
+    if options is None:
+        return
+    if options.num_classes is not None:
+        Range(1).check("--num-classes", options.num_classes)
+    found = plan(options.config, options.machine, options.num_classes)
+    if options.json is not None:
+        write_json(options.json, record(found))
+    for line in lines(found, remedies(found, options.num_classes)):
+        say(line)

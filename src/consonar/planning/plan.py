@@ -1,0 +1,244 @@
+"""Whether a run fits on its GPUs and how long it takes, from one update without memory (`update`) and a few products.
+
+Seconds of a step = the sum over types of FLOPs / (peak of the type x utilisation), + the tokens of free rollouts one by
+one: for each the longer of its products at that rate and of its memory, read once at the bandwidth (under autocast 8
+bytes a weight, which is cast anew for each token). Exchange between GPUs, reading of data, validation, pictures and
+checkpoints are not in it: utilisation is the share of the peak that is left.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated
+
+import torch
+
+from consonar.errors import UserError
+from consonar.memory import GIB
+from consonar.options import Count, OneOf, Options, Positive, Range
+from consonar.planning.ledger import AGAIN, BACKWARD, CASTS, FORWARD, GRADIENTS, LOSSES, UNTRAINED
+from consonar.planning.shapes import shapes_of, tokenizer_of
+from consonar.planning.update import LOGITS, REFERENCE, Shapes, Update, decoding, update
+from consonar.training.config import TrainConfig
+from consonar.training.objectives.alignment import AlignmentConfig
+
+OWN = (FORWARD, BACKWARD, AGAIN, UNTRAINED, REFERENCE, LOGITS)
+"""What is multiplied in the precision of the run; the rest is float32, but where a network bears bf16."""
+CONTEXT, FRAGMENTS = 1.5 * GIB, 0.04
+"""Assumed to be taken beside tensors: by CUDA and its libraries, and as a share of the memory by fragments."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Of its data sheet: peaks of dense products in TFLOP/s, bandwidth in GB/s, memory in GiB."""
+
+    bf16: float
+    fp32: float
+    bandwidth: float
+    memory: float
+
+
+GPUS = {
+    "a100": Gpu(312, 19.5, 2039, 80),
+    "a800": Gpu(312, 19.5, 2039, 80),
+    "h100": Gpu(989, 67, 3350, 80),
+    "h200": Gpu(989, 67, 4800, 141),
+    "l40s": Gpu(362, 91.6, 864, 48),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Options):
+    """What a run is planned for."""
+
+    gpus: Count = 1
+    """GPUs of one node."""
+    nodes: Count = 1
+    """Nodes."""
+    gpu: Annotated[str, OneOf(tuple(GPUS))] = "h100"
+    """Which kind: what its data sheet says of peaks, bandwidth and memory."""
+    gpu_memory: Positive | None = None
+    """GiB of one GPU; None: of its kind."""
+    peak_tflops: Positive | None = None
+    """Peak of dense bf16 products; None: of its kind."""
+    peak_tflops_fp32: Positive | None = None
+    """Peak of float32 products, in which tokenizer and most rewards are; None: of its kind."""
+    utilisation: Annotated[float, Range(0, 1, "(]")] = 0.4
+    """Share of the peaks that the run reaches."""
+
+    @property
+    def processes(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one GPU that tensors may take."""
+        whole = (self.gpu_memory or GPUS[self.gpu].memory) * GIB
+        return whole * (1 - FRAGMENTS) - CONTEXT
+
+    def rate(self, kind: str) -> float:
+        """FLOPs a second in fp32, tf32 or bf16."""
+        low = (self.peak_tflops or GPUS[self.gpu].bf16) * 1e12 * self.utilisation
+        full = (self.peak_tflops_fp32 or GPUS[self.gpu].fp32) * 1e12 * self.utilisation
+        return {"bf16": low, "tf32": low / 2, "fp32": full}[kind]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes."""
+
+    config: TrainConfig
+    machine: Machine
+    shapes: Shapes
+    update: Update
+    assumed: list[str]
+
+    @property
+    def precision(self) -> str:
+        chosen = self.config.loop.precision
+        return "bf16" if chosen == "auto" else chosen
+
+    @property
+    def static(self) -> dict[str, float]:
+        """Bytes of one process that stay, by part."""
+        trained, weights = sum(self.update.trained), self.update.weights
+        exchanged = trained if self.machine.processes > 1 else 0
+        return {
+            "weights": weights[FORWARD],
+            "optimizer": 2 * trained,
+            "gradient buckets": exchanged,
+            "moving average": self.update.state if self.config.loop.ema_decay else 0,
+            **{name: size for name, size in weights.items() if name != FORWARD},
+            "key-value cache": self.update.cache,
+        }
+
+    @cached_property
+    def memory(self) -> dict[str, tuple[float, float]]:
+        """(most, at the peak) bytes of one process by part. Of several micro-batches gradients stand from the first."""
+        parts = {name: (size, size) for name, size in self.static.items() if size}
+        gradients, peak = sum(self.update.trained), self.update.peak.copy()
+        if self.config.loop.accumulation > 1:
+            peak[GRADIENTS] = gradients
+        if gradients > peak.total():  # when the optimizer steps there is nothing else
+            peak = Counter({GRADIENTS: gradients})
+        parts["gradients"] = (gradients, peak[GRADIENTS])
+        for label, most in self.update.most.items():
+            if label != GRADIENTS:
+                name = WORK.get(label, f"work of {label}")
+                before = parts.get(name, (0, 0))
+                parts[name] = (before[0] + most, before[1] + peak[label])
+        return parts
+
+    @property
+    def peak(self) -> float:
+        """Bytes of tensors of one process when they are most."""
+        return sum(at_peak for _, at_peak in self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.machine.memory
+
+    @cached_property
+    def flops(self) -> dict[tuple[str, str], float]:
+        """Of a step of one process, by what they are for and what they are multiplied in."""
+        found: Counter[tuple[str, str]] = Counter()
+        for (label, kind), count in self.update.flops.items():
+            low = "tf32" if self.precision == "tf32" and label in OWN else "fp32"
+            found[label, "bf16" if kind == torch.bfloat16 else low] += count
+        if self.update.rollout_rows:
+            per_row = (found[FORWARD, self.precision] + found[LOGITS, self.precision]) / (self.rows * self.group)
+            found["rollouts", self.precision] = round(per_row * self.update.rollout_rows)
+        return {key: count for key, count in found.items() if count}
+
+    @property
+    def rows(self) -> int:
+        """Images of a step that one process reads."""
+        return self.config.loop.batch_size // self.machine.processes
+
+    @property
+    def group(self) -> int:
+        return int(vars(self.config.objective).get("group_size", 1))
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; see the module."""
+        rate = self.machine.rate
+        total = sum(count / rate(kind) for (label, kind), count in self.flops.items() if label != "rollouts")
+        if self.update.rollout_rows:
+            bytes_a_weight = 8 if self.precision == "bf16" else 4
+            read = self.update.weights[FORWARD] / 4 * bytes_a_weight + self.update.cache / 2
+            tokens = self.tokens // self.config.loop.batch_size
+            products = self.flops["rollouts", self.precision] / rate(self.precision) / tokens
+            total += tokens * max(products, read / (GPUS[self.machine.gpu].bandwidth * 1e9))
+        return total
+
+    @property
+    def tokens(self) -> int:
+        """Of the images of a step, all processes together."""
+        tokenizer, generator = self.shapes.tokenizer, self.shapes.generator
+        return self.config.loop.batch_size * (generator.num_tokens if generator else tokenizer_of(tokenizer).num_tokens)
+
+    @property
+    def hours(self) -> float:
+        return self.config.loop.steps * self.seconds / 3600
+
+
+WORK = {
+    FORWARD: "activations", BACKWARD: "backward pass", AGAIN: "backward pass", UNTRAINED: "passes without gradient",
+    LOGITS: "logits", CASTS: CASTS, LOSSES: "losses and the rest",
+}  # fmt: skip
+"""What the memory that a pass makes is called."""
+
+
+def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None) -> Plan:
+    """Raises `UserError` for a batch that does not divide and for models whose shapes are not known."""
+    processes, loop = machine.processes, config.loop
+    if loop.batch_size % (processes * loop.accumulation):
+        raise UserError(
+            f"loop.batch_size: {loop.batch_size} is not a multiple of {processes} processes x {loop.accumulation} "
+            "micro-batches"
+        )
+    config, shapes, assumed = shapes_of(config, num_classes)
+    low = loop.precision in ("auto", "bf16")
+
+    def planned(given: TrainConfig) -> Plan:
+        found = update(given, shapes, loop.batch_size // processes, low=low, cuda=True)
+        return Plan(given, machine, shapes, found, assumed)
+
+    objective = config.objective
+    if not (isinstance(objective, AlignmentConfig) and objective.chunk == 0):
+        return planned(config)
+    # What is decoded at once is what half of the memory holds that is free then: after a pass that decodes one image.
+    first = planned(replace(config, objective=replace(objective, chunk=1)))
+    fitting = int(max(0, machine.memory - first.peak) // 2 // decoding(shapes))
+    chunk = 1 << max(0, fitting.bit_length() - 1)
+    return planned(replace(config, objective=replace(objective, chunk=min(chunk, rows_decoded(first)))))
+
+
+def rows_decoded(found: Plan) -> int:
+    """Images that are decoded in one micro-batch."""
+    return max(1, found.rows * found.group // found.config.loop.accumulation)
+
+
+def changes(config: TrainConfig, machine: Machine) -> Iterator[tuple[str, TrainConfig]]:
+    """What to change for less memory, in this order: first what costs nothing, then what costs a forward pass."""
+    loop, most = config.loop, config.loop.batch_size // machine.processes
+    ways = [way for way in (2 * loop.accumulation, 4 * loop.accumulation, most) if way <= most and most % way == 0]
+    recomputes = config.run != "tokenizer" and loop.activation_checkpointing != 1
+    for more in dict.fromkeys(ways):
+        yield f"--loop.accumulation {more}", replace(config, loop=replace(loop, accumulation=more))
+    if recomputes:
+        for more in dict.fromkeys([loop.accumulation, *ways]):
+            words = f" --loop.accumulation {more}" if more != loop.accumulation else ""
+            changed = replace(loop, activation_checkpointing=1, accumulation=more)
+            yield f"--loop.activation-checkpointing 1{words}", replace(config, loop=changed)
+
+
+def remedies(found: Plan, num_classes: int | None = None) -> Iterator[tuple[str, Plan]]:
+    """The changes in turn with their plans, up to the first that fits."""
+    for words, changed in changes(found.config, found.machine):
+        other = plan(changed, found.machine, num_classes)
+        yield words, other
+        if other.fits:
+            return
