@@ -8,7 +8,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,8 +41,9 @@ class Ledger(TorchDispatchMode):
     counted.
     """
 
-    def __init__(self, weights: Sequence[Tensor]):
+    def __init__(self, weights: Sequence[Tensor], *, cuda: bool = False):
         super().__init__()
+        self.cuda = cuda
         self.label = LOSSES
         self.flops: Counter[tuple[str, torch.dtype]] = Counter()
         self.alive: Counter[str] = Counter()
@@ -112,11 +113,11 @@ class Ledger(TorchDispatchMode):
 
         @functools.wraps(called)
         def inside(*args: Any, **kwargs: Any) -> Any:
-            label = name
+            label, again = name, of_trainee and self.label in (BACKWARD, AGAIN)
             if of_trainee:
-                again = self.label in (BACKWARD, AGAIN)
                 label = AGAIN if again else name if torch.is_grad_enabled() else UNTRAINED
-            with self.labelled(label):
+            # The backward pass has left the mode: PyTorch takes it for a function of its own.
+            with self.labelled(label), AsOnCuda() if again and self.cuda else nullcontext():
                 return called(*args, **kwargs)
 
         # Past `nn.Module`'s own way, which would take a network that is followed for a part.

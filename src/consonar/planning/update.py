@@ -171,7 +171,7 @@ def update(config: TrainConfig, shapes: Shapes, batch_size: int, *, low: bool, c
         weights: dict[str, list[nn.Module]] = {FORWARD: [trainee], REFERENCE: prior, REWARDS: networks}
         if config.run != "tokenizer":
             weights |= parts_of(tokenizer)
-        ledger = stack.enter_context(Ledger(tensors_of(*chain(*weights.values()))))
+        ledger = stack.enter_context(Ledger(tensors_of(*chain(*weights.values())), cuda=cuda))
         follow(ledger, objective, tokenizer, trainee, prior)
         prepared = prepare(objective, trainee, batch(config, tokenizer, batch_size))
         run(config, ledger, objective, trainee, prepared, dtype)
