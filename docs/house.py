@@ -45,7 +45,7 @@ ABOUT = {
     "cli": "words to calls", "demo": "the main job on real data", "sweeps": "studies over seeds",
     "report": "pages: runs, diagnoses", "diagnostics": "what goes wrong, where",
     "evaluation": "measures runs and samples", "recipes": "settings by name, from files",
-    "training": "configuration, loop, methods", "sampling": "tokens one by one, jobs",
+    "training": "configuration, loop, methods", "planning": "what a run takes", "sampling": "tokens one by one, jobs",
     "components": "models by name", "convert": "released files, both ways",
     "model_folders": "models on disk", "generators": "token models", "tokenizers": "images to tokens and back",
     "networks": "what judges pictures", "metrics": "formulas over numbers", "data": "images, tokens, batches",
