@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,9 @@ class Running:
     caught: Sequence[int] = ()
     """Signals that ask the run to end."""
 
-    def __post_init__(self) -> None:
-        loop = self.config.loop
-        self.saver = Saver(self.folder / "checkpoints", loop.keep_checkpoints, self.world)
+    @cached_property
+    def saver(self) -> Saver:
+        return Saver(self.folder / "checkpoints", self.config.loop.keep_checkpoints, self.world)
 
     def due(self, every: int) -> bool:
         """Whether a multiple of `every` was reached by the last updates, of which there may be several on a batch."""
