@@ -25,6 +25,9 @@ class Origin:
     tokenizer_fingerprint: str | None = None
     class_names: tuple[str, ...] | None = None
     """Name of class 0, 1, ...; None also where classes have numbers only."""
+    text_encoder: str | None = None
+    """Name or folder of what read the captions."""
+    text_encoder_fingerprint: str | None = None
     data: str | None = None
     """Name of the images or tokens."""
     data_sha256: str | None = None
@@ -53,13 +56,14 @@ def of_tokenizer(tokenizer: HasFingerprint) -> Origin:
 
 PARTS: dict[str, tuple[str, str, str]] = {
     "tokenizer": ("tokenizer", "tokenizer", "tokenizer_fingerprint"),
+    "text_encoder": ("text encoder", "text_encoder", "text_encoder_fingerprint"),
     "data": ("data", "data", "data_sha256"),
     "validation": ("validation data", "data", "validation_sha256"),
     "init": ("start model", "init", "init_sha256"),
 }
 """What a part is called, the field of its name, and the field of its hash."""
-MEANING = ("classes", "tokenizer")
-"""The parts that must agree for two things to be used together: what a label means, and what a token means."""
+MEANING = ("classes", "tokenizer", "text_encoder")
+"""The parts that must agree for two things to be used together: what a label, a token and a caption mean."""
 
 
 def same_text(name: str) -> str:

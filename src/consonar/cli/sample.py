@@ -14,9 +14,10 @@ from torch import Tensor
 from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import check_name
+from consonar.cli.prompts import prompts_for, read_prompts
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.distributed import joined
-from consonar.errors import unknown
+from consonar.errors import UserError, unknown
 from consonar.origin import same_text
 from consonar.precision import pick_precision
 from consonar.sampling.job import Job, balanced_labels, check_count, run_job
@@ -32,9 +33,15 @@ class Options:
     sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
     classes: str | None = None
     """Class ids or names, e.g. 0,3,3,7 or "Food & Drink" (default: all classes in turn)."""
+    prompt: str | None = None
+    """What to show, in words, for a generator of captions."""
+    prompts: Path | None = None
+    """File of prompts, one a line, or .jsonl with an entry "prompt" each."""
     num_samples: int | None = None
-    """How many images (default: one per class given). The classes given repeat in turn; without any all are drawn
-    equally often, and of more classes than images those at equal steps."""
+    """How many images (default: one per class or prompt given). Those given repeat in turn; without any classes all
+    are drawn equally often, and of more classes than images those at equal steps."""
+    text_encoder: str | None = None
+    """What reads prompts (default: what the generator was trained with): minilm, a folder, OWNER/NAME."""
     tokenizer: str | None = None
     """Name or folder (default: the one it was trained with)."""
     seed: int = 0
@@ -57,10 +64,15 @@ def command(options: Options) -> None:
         own = load_own_tokenizer(options.generator) if options.tokenizer is None else None
         codec = own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)
         origin = read_origin(options.generator)
-        labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
+        if texts := asked_in_words(options):
+            prompts = prompts_for(model, options.generator, texts, options.text_encoder)
+            labels = repeated(torch.arange(len(texts)), options.num_samples)
+        else:
+            prompts = None
+            labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
         job = Job(
             model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin,
-            precision=precision, device=world.device, compile=options.compile,
+            precision=precision, device=world.device, compile=options.compile, prompts=prompts,
         )  # fmt: skip
         smaller = f"lower --batch-size ({options.batch_size})"
         with counting("sample", world.is_main) as count, memory.explained(smaller, world.device):
@@ -68,6 +80,25 @@ def command(options: Options) -> None:
             run_job(job, options.out, batch_size=options.batch_size, progress=progress, world=world)
         if world.is_main:
             say(f"{len(labels)} images: {options.out}")
+
+
+def asked_in_words(options: Options) -> list[str]:
+    """The prompts that are given; none where classes are drawn. `UserError` for options that nothing reads then."""
+    if options.prompt is None and options.prompts is None:
+        if options.text_encoder is not None:
+            raise UserError(f"--text-encoder: {options.text_encoder!r} is read only with --prompt or --prompts")
+        return []
+    if options.classes is not None:
+        raise UserError("--classes: given together with a prompt; a generator takes one or the other")
+    return read_prompts(options.prompt, options.prompts)
+
+
+def repeated(labels: Tensor, num_samples: int | None) -> Tensor:
+    """The labels in turn until there are so many; None: each once."""
+    if num_samples is None:
+        return labels
+    check_count(num_samples, "--num-samples")
+    return labels[torch.arange(num_samples) % len(labels)]
 
 
 def class_list(classes: str | None, num_samples: int | None, num_classes: int, names: Sequence[str] = ()) -> Tensor:
@@ -96,4 +127,4 @@ def class_list(classes: str | None, num_samples: int | None, num_classes: int, n
             say(f"--classes: {word} is the id of {names[label]!r} here; the class {word!r} has the id {exact[word]}")
         chosen.append(label)
     labels = torch.tensor(chosen, dtype=torch.int64)
-    return labels if num_samples is None else labels[torch.arange(num_samples) % len(labels)]
+    return repeated(labels, num_samples)

@@ -40,6 +40,7 @@ class CaptionFeatures:
     ) -> None:
         self.length, self.width = encoder.length, encoder.width
         different = sorted(set(captions))
+        self.about = f"captions: {len(different):,} different, read by {encoder.name}"
         place = {caption: index for index, caption in enumerate(different)}
         self.index = np.array([place[caption] for caption in captions], np.int64)
         folder = cache_dir() / "captions" if folder is None else folder
@@ -52,6 +53,11 @@ class CaptionFeatures:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def spread(self, count: int) -> TextCondition:
+        """Those of so many items at equal steps; of fewer items all in turn."""
+        rows = torch.arange(count)
+        return self.read(rows * len(self) // count if count <= len(self) else rows % len(self))
 
     def read(self, rows: Tensor) -> TextCondition:
         """Features (B, L, F) and mask (B, L) of the captions `rows` (B,)."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.data.captions import CaptionFeatures
 from consonar.data.labels import check_label, check_labels
 from consonar.data.mixture import TokenStores
 from consonar.data.picture_files import decoding_threads
@@ -150,27 +151,36 @@ class Batches(ABC, Generic[Item]):
 
 
 class TokenBatches(Batches[TokenBatch]):
-    """Batches of a token store: tokens (B, N), condition (B,), indices (B,), all int64.
+    """Batches of a token store: tokens (B, N), condition (B,), indices (B,), all int64; or, of an item's caption each,
+    conditions as `captions` has them.
 
     Of a store with several views of each image, one view per item is drawn from (seed, step); `read` takes the first.
     Of several stores each gives its share of `weights` (`mixed_rows`); without them all are read as one.
     Raises `UserError` also for a store of which only some items have a label, and for other than one weight a store.
     """
 
-    def __init__(self, store: TokenStore | TokenStores, weights: Sequence[float] = (), **place: Unpack[Place]) -> None:
+    def __init__(
+        self,
+        store: TokenStore | TokenStores,
+        weights: Sequence[float] = (),
+        captions: CaptionFeatures | None = None,
+        **place: Unpack[Place],
+    ) -> None:
         super().__init__(len(store), str(store.path), **place)
-        self.store, self.shares = store, shares(weights) if weights else []
+        self.store, self.captions, self.shares = store, captions, shares(weights) if weights else []
         sizes = store.sizes if isinstance(store, TokenStores) else [len(store)]
         if weights and len(weights) != len(sizes):
             raise UserError(f"data.weights: {len(weights)} weights for {len(sizes)} stores; give one for each")
         self.sizes = sizes
         # A store without classes trains one distribution: everything is class 0.
-        self.labels = store.labels if store.num_classes else torch.zeros(len(store), dtype=torch.int64)
+        labelled = store.num_classes and captions is None
+        self.labels = store.labels if labelled else torch.zeros(len(store), dtype=torch.int64)
 
     def read(self, rows: Tensor, views: Tensor | None = None) -> TokenBatch:
         """The items `rows` (B,), each in its view of `views` (B,)."""
         tokens = self.store.read(rows, torch.zeros_like(rows) if views is None else views)
-        return TokenBatch(tokens=tokens, condition=self.labels[rows], indices=rows)
+        condition = self.labels[rows] if self.captions is None else self.captions.read(rows)
+        return TokenBatch(tokens=tokens, condition=condition, indices=rows)
 
     def rows(self, step: int) -> Tensor:
         if not self.shares:
@@ -185,7 +195,8 @@ class TokenBatches(Batches[TokenBatch]):
 class ImageBatches(Batches[ImageBatch]):
     """Batches of images: images (B, 3, H, W) float32 in [-1, 1], condition (B,) and indices (B,) int64.
 
-    `load` gives the images (n, H, W, 3) uint8 and conditions (n,) of rows (n,). `flip` mirrors half of the items, drawn
+    `load` gives the images (n, H, W, 3) uint8 and conditions (n,) of rows (n,); with `captions` the conditions are
+    those of the rows. `flip` mirrors half of the items, drawn
     from (seed, step).
     """
 
@@ -196,13 +207,15 @@ class ImageBatches(Batches[ImageBatch]):
         load: Callable[[Tensor], tuple[Tensor, Tensor]],
         *,
         flip: bool = False,
+        captions: CaptionFeatures | None = None,
         **place: Unpack[Place],
     ) -> None:
         super().__init__(num_items, where, **place)
-        self.load, self.flip = load, flip
+        self.load, self.flip, self.captions = load, flip, captions
 
     def read(self, rows: Tensor) -> ImageBatch:
-        images, condition = self.load(rows)
+        images, labels = self.load(rows)
+        condition = labels if self.captions is None else self.captions.read(rows)
         return ImageBatch(images=from_uint8(images), condition=condition, indices=rows)
 
     def batch(self, step: int) -> ImageBatch:
@@ -234,6 +247,7 @@ def image_batches(
     num_classes: int | None = None,
     missing: int | None = None,
     flip: bool = False,
+    captions: CaptionFeatures | None = None,
     **place: Unpack[Place],
 ) -> ImageBatches:
     """Batches of images and conditions (`item_of`): from memory where all of them fit, else read by threads when they
@@ -245,11 +259,11 @@ def image_batches(
         def item(index: int) -> tuple[np.ndarray, int]:
             return item_of(source.read(index), image_size, num_classes, missing)
 
-        return ImageBatches(
-            len(source), source.name, lambda rows: stacked(pool.map(item, rows.tolist())), flip=flip, **place
-        )
-    images, conditions = load_images(source, image_size, num_classes=num_classes, missing=missing)
-    return ImageBatches(len(images), source.name, lambda rows: (images[rows], conditions[rows]), flip=flip, **place)
+        count, load = len(source), lambda rows: stacked(pool.map(item, rows.tolist()))
+    else:
+        images, conditions = load_images(source, image_size, num_classes=num_classes, missing=missing)
+        count, load = len(images), lambda rows: (images[rows], conditions[rows])
+    return ImageBatches(count, source.name, load, flip=flip, captions=captions, **place)
 
 
 def load_images(

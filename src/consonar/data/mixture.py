@@ -65,6 +65,11 @@ class TokenStores:
         return torch.cat([store.labels for store in self.stores])
 
     @property
+    def captions(self) -> list[str | None]:
+        """Of all items."""
+        return [caption for store in self.stores for caption in store.captions]
+
+    @property
     def origin(self) -> Origin:
         """What they have in common, and the hash of all."""
         hashes = [store.origin.data_sha256 for store in self.stores]

@@ -215,6 +215,12 @@ class TokenStore:
         return labels
 
     @property
+    def captions(self) -> list[str | None]:
+        """Of all items; None for one without."""
+        found: list[str | None] = self.table.column("caption").to_pylist()
+        return found
+
+    @property
     def origin(self) -> Origin:
         """What the tokens were made of and with; without a hash of the content where an older version wrote them."""
         return Origin(

@@ -62,7 +62,8 @@ class PretrainedTextEncoder:
 
     def is_cut(self, caption: str) -> bool:
         """Whether a caption has more tokens than are read."""
-        return len(self.tokenizer(caption, truncation=False)["input_ids"]) > self.length
+        tokens = self.tokenizer(caption, truncation=True, max_length=self.length + 1)["input_ids"]
+        return len(tokens) > self.length
 
 
 def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device | str = "cpu") -> PretrainedTextEncoder:

@@ -15,7 +15,7 @@ from consonar.config_io import from_dict, merge, to_dict
 from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import check_extent
 from consonar.json_types import Json
-from consonar.recipes import cifar10, openmoji, published
+from consonar.recipes import cifar10, openmoji, published, scenes
 from consonar.training.config import TrainConfig
 
 
@@ -27,7 +27,7 @@ def recipes_of(module: ModuleType) -> dict[str, Callable[[], TrainConfig]]:
     return {function.__name__.replace("_", "-"): function for function in own}
 
 
-RECIPES = recipes_of(openmoji) | recipes_of(cifar10) | recipes_of(published)
+RECIPES = recipes_of(openmoji) | recipes_of(cifar10) | recipes_of(scenes) | recipes_of(published)
 
 
 def find_recipe(name: str) -> TrainConfig:

@@ -34,6 +34,9 @@ def check_condition(condition: Condition, generator: Generator) -> None:
         if generator.num_classes:
             raise UserError(f"condition: a {type(condition).__name__}, but this generator takes class ids {choices}")
     elif generator.num_classes == 0:
-        raise UserError("classes: this generator has none; it takes captions (`TextCondition`, `PromptCondition`)")
+        raise UserError(
+            "classes: this generator has none, it takes captions: give --prompt, or from Python a `TextCondition` or "
+            "`PromptCondition`"
+        )
     elif len(wrong := condition[(condition < 0) | (condition >= generator.num_classes)]):
         raise UserError(f"classes: {int(wrong[0])} is not a class of this generator; choices: {choices}")

@@ -10,6 +10,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from consonar.config_io import to_dict
+from consonar.data.captions import CaptionFeatures
 from consonar.data.picture_files import IMAGE_ENDINGS, save_grid
 from consonar.data.transforms import from_uint8, to_uint8
 from consonar.distributed import ALONE, World, barrier
@@ -36,7 +38,7 @@ from consonar.sampling.checks import check_batch_size, check_condition
 from consonar.sampling.pictures import PictureDecoder
 from consonar.sampling.sample import SamplerConfig, Samples, check_fit, decoder_of, draw
 from consonar.seeding import check_seed
-from consonar.types import Generator, Tokenizer
+from consonar.types import Condition, Generator, Tokenizer
 
 MAX_GRID_IMAGES = 1024
 MOST_IMAGES = 10_000_000
@@ -52,8 +54,18 @@ PLACES = ("generator", "tokenizer", "origin")
 """Settings of a job that say where things lie or come from; the hashes beside them say what they are."""
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What images are asked for in words, as `features` of the text encoder with this fingerprint."""
+
+    texts: tuple[str, ...]
+    features: CaptionFeatures
+    fingerprint: str
+
+
 class Job:
-    """What is drawn: image i is of class labels[i], (n,) int64, and has the seed `seed` + i, from 0 to 2^63 - 1.
+    """What is drawn: image i is of class labels[i], (n,) int64, and has the seed `seed` + i, from 0 to 2^63 - 1; for a
+    generator of captions it is of prompt labels[i] of `prompts`, with their features.
 
     The generator is called `source`, and `origin` is what it was made of. `device`: where both models are moved to;
     None: where the generator is. `precision` is one of `precision.CHOICES`; `compile` compiles the decoder. Raises
@@ -74,6 +86,7 @@ class Job:
         precision: str = "auto",
         device: torch.device | None = None,
         compile: bool = False,
+        prompts: Prompts | None = None,
     ) -> None:
         check_seed(seed, "seed", len(labels))
         device = device or device_of(generator)
@@ -82,7 +95,8 @@ class Job:
         used, origin = of_tokenizer(tokenizer), origin or Origin()
         remedy = "its codes mean something else: leave --tokenizer away, or train a generator on its tokens"
         check("tokenizer", used, origin, source, remedy)
-        check_condition(labels, generator)
+        self.prompts = prompts
+        check_condition(labels if prompts is None else prompts.features.read(labels[:1]), generator)
         self.sampler = sampler
         self.labels, self.seeds = labels, range(seed, seed + len(labels))
         self.settings: Json = {  # everything the result depends on, written beside it
@@ -95,12 +109,17 @@ class Job:
             "seed": seed,
             "num_samples": len(labels),
             "labels_sha256": component_fingerprint({}, {"labels": labels}),
+            **({} if prompts is None else {"prompts": list(prompts.texts), "text_encoder": prompts.fingerprint}),
             "precision": self.precision,
             "torch": torch.__version__,
         }
         # By now hashed as they came.
         self.generator = with_weights(generator, self.precision, device)
         self.pictures = PictureDecoder(with_weights(tokenizer, self.precision, device), compile=compile)
+
+    def condition(self, rows: slice) -> Condition:
+        """Of the images `rows`."""
+        return self.labels[rows] if self.prompts is None else self.prompts.features.read(self.labels[rows])
 
 
 def check_count(num_samples: int, key: str, seed: int = 0) -> None:
@@ -150,7 +169,7 @@ def run_job(
         path, rows = shards[index]
         labels, seeds = job.labels[rows], job.seeds[rows]
         if not is_whole(path, labels, seeds):
-            drawn = draw(decoder, job.pictures, labels, seeds, batch_size, job.precision)
+            drawn = draw(decoder, job.pictures, job.condition(rows), seeds, batch_size, job.precision)
             write_atomically(path, partial(write_npz, arrays=as_arrays(drawn, labels, seeds)))
         done += len(labels)
         if progress:
@@ -224,7 +243,8 @@ def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path) -> None:
         for path, rows in shards:
             with np.load(path) as arrays:
                 for index, picture in enumerate(arrays["arr_0"], rows.start):
-                    Image.fromarray(picture).save(unfinished / f"{index:06d}_class{int(job.labels[index])}.png")
+                    what = "class" if job.prompts is None else "prompt"
+                    Image.fromarray(picture).save(unfinished / f"{index:06d}_{what}{int(job.labels[index])}.png")
         (unfinished / "settings.json").write_text(json.dumps(job.settings, indent=1))
         unfinished.rename(out)
 

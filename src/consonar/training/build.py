@@ -15,6 +15,7 @@ from torch import Tensor
 from consonar import parallel
 from consonar.components import load_generator, load_tokenizer, read_origin
 from consonar.data.bad_images import BadImages, leave_out
+from consonar.data.captions import CaptionFeatures
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe
 from consonar.data.loader import ImageBatches, Place, TokenBatches, image_batches
@@ -36,6 +37,7 @@ from consonar.sampling.sample import sample
 from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
+from consonar.training.captions import caption_features, captions_of_pictures, read_by, text_encoder_of
 from consonar.training.checkpoints import KeepBest
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
@@ -44,7 +46,7 @@ from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.origins import load_start, origin_of, with_heads
 from consonar.training.trainee import Trainee
-from consonar.types import Generator, ImageSource, Objective, Tokenizer
+from consonar.types import Condition, Generator, ImageSource, Objective, Tokenizer
 
 PREVIEW_IMAGES = 16
 PROBE_IMAGES = 8
@@ -75,14 +77,17 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
     draw_weights(trainee.heads, rng=generator(config.seed, "init_heads"))  # of their own: they never move its start
     objective = make_objective(config, world, tokenizer)
-    built = Built(trainee, objective, TokenBatches(store, data.weights, **place), about=(store.describe(),))
-    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)
-    origin = store.origin
+    encoder = text_encoder_of(config, model, world.device)
+    origin = read_by(store.origin, encoder, config.text_encoder)
+    batches = TokenBatches(store, data.weights, caption_features(store, encoder), **place)
+    about = (store.describe(), *((batches.captions.about,) if batches.captions else ()))
+    built, shown = Built(trainee, objective, batches, about=about), batches
     if data.validation_tokens:
         held_out = open_held_out(data.validation_tokens, config.tokenizer, store)
         held_out.check_tokenizer(tokenizer)
-        built.held_out = TokenBatches(held_out, **place)
+        built.held_out = shown = TokenBatches(held_out, captions=caption_features(held_out, encoder), **place)
         origin = replace(origin, validation_sha256=held_out.origin.data_sha256)
+    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, shown.captions)
     built.origin = origin_of(config, f"data.tokens: {data.tokens}", store.fingerprint, origin)
     return built
 
@@ -94,12 +99,20 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     assert isinstance(shape, GeneratorConfig) and config.tokenizer is not None and init is not None
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=shape.num_tokens).to(world.device)
     model = start_of(config, shape, tokenizer)
+    encoder = text_encoder_of(config, model, world.device)
     pictures = open_pictures(config, tokenizer.image_size, out)
-    origin = origin_of(config, f"data.images: {data.images}", tokenizer.fingerprint, pictures.origin)
+    origin = read_by(pictures.origin, encoder, config.text_encoder)
+    origin = origin_of(config, f"data.images: {data.images}", tokenizer.fingerprint, origin)
     # Where every class is dropped none is needed: the condition that all get is the null class, behind the others.
     missing = model.num_classes if config.objective.drops_all_classes else None
-    made = partial(image_batches, image_size=tokenizer.image_size, num_classes=model.num_classes, missing=missing)
-    batches = made(pictures.train, flip=data.flip, **place)
+    made = partial(
+        image_batches,
+        image_size=tokenizer.image_size,
+        num_classes=None if encoder else model.num_classes,
+        missing=missing,
+    )
+    shown = captions_of_pictures(pictures.train, encoder)
+    batches = made(pictures.train, flip=data.flip, captions=shown, **place)
 
     def probe() -> Tensor:
         return to_device(next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES)), world.device).images
@@ -114,11 +127,12 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
     trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
     built = Built(trainee, objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
-    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path)
+    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, shown)
     if config.loop.fd_samples and pictures.held_out is None:
         raise UserError(f"loop.fd_samples: {data.images} has no validation images to compare with; set it to 0")
     if pictures.held_out is not None:
-        built.held_out = validation = made(pictures.held_out, **place)
+        shown = captions_of_pictures(pictures.held_out, encoder)
+        built.held_out = validation = made(pictures.held_out, captions=shown, **place)
         if config.loop.fd_samples:
             built.best = KeepBest(validation, tokenizer, config.loop.fd_samples, out, origin)
     return built
@@ -156,15 +170,10 @@ def make_objective(config: TrainConfig, world: World, *models: object, **setting
 
 
 def start_of(config: TrainConfig, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:
-    """The generator to train, of `init` or with random weights; `UserError` for one that is conditioned on text."""
+    """The generator to train, of `init` or with random weights."""
     model = load_start(config.init, shape, tokenizer) if config.init else build_generator(shape)
     if not config.init:
         model.reset_parameters(generator(config.seed, "init"))
-    if model.num_classes == 0:
-        raise UserError(
-            f"model.kind: {shape.kind!r} is conditioned on text, and `train` reads classes; use the objectives with "
-            "your own batches of TextCondition or PromptCondition"
-        )
     model.recompute_every = config.loop.activation_checkpointing
     return model
 
@@ -268,9 +277,14 @@ def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
     return Pictures(train, held_out, (describe(train), *about), bad)
 
 
-def preview_samples(model: Generator, tokenizer: Tokenizer, path: Path) -> None:
-    labels = balanced_labels(PREVIEW_IMAGES, max(1, model.num_classes))
-    save_grid(sample(model, tokenizer, labels).images, path, columns=8)
+def preview_samples(
+    model: Generator, tokenizer: Tokenizer, path: Path, captions: CaptionFeatures | None = None
+) -> None:
+    """A grid of all classes in turn, or of some of the captions."""
+    condition: Condition = balanced_labels(PREVIEW_IMAGES, max(1, model.num_classes))
+    if captions is not None:
+        condition = captions.spread(PREVIEW_IMAGES)
+    save_grid(sample(model, tokenizer, condition).images, path, columns=8)
 
 
 def preview_reconstructions(tokenizer: Tokenizer, validation: ImageBatches, world: World, path: Path) -> None:

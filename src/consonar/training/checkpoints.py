@@ -29,7 +29,7 @@ from consonar.origin import Origin
 from consonar.records import device_of, map_tensors
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
-from consonar.types import Generator, Tokenizer
+from consonar.types import Condition, Generator, Tokenizer
 
 FORMAT_VERSION = 1
 RESUME_REMEDY = "remove it to resume from the one before"
@@ -226,8 +226,10 @@ class KeepBest:
 
     def distance(self, model: Generator) -> float:
         """That of the samples of the generator."""
-        labels = balanced_labels(self.num_samples, max(1, model.num_classes))
-        images = sample(model, self.tokenizer, labels, batch_size=self.batch_size, precision="fp32").images
+        condition: Condition = balanced_labels(self.num_samples, max(1, model.num_classes))
+        if self.validation.captions is not None:
+            condition = self.validation.captions.spread(self.num_samples)
+        images = sample(model, self.tokenizer, condition, batch_size=self.batch_size, precision="fp32").images
         found = self.moments(images.split(self.batch_size))
         return frechet_distance(found.mean, found.cov, self.target.mean, self.target.cov)
 

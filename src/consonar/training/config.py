@@ -125,7 +125,7 @@ READ_IN = {
     ("generator",): ("data.tokens", "data.validation_tokens", "data.views", "data.weights"),
     ("post-training", "tokenizer"): ("data.images", "data.flip", "data.validation_split", "data.bad_images"),
     ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
-    ("generator", "post-training"): ("init", "tokenizer", "loop.activation_checkpointing"),
+    ("generator", "post-training"): ("init", "tokenizer", "text_encoder", "loop.activation_checkpointing"),
 }
 """Options that only these kinds of run read."""
 
@@ -140,6 +140,8 @@ class TrainConfig(Options):
     """Run or model folder of the generator to start from; None: from random weights."""
     tokenizer: str | None = None
     """Name or folder of the frozen tokenizer (generators only); None: that of `init`."""
+    text_encoder: str | None = None
+    """What reads the captions of a generator that takes some: minilm, a folder, OWNER/NAME; None: that of `init`."""
     model: ModelConfig | None = field(default_factory=ReARConfig, metadata={"kinds": trainable_models})
     """What is trained; None: the architecture of `init`."""
     objective: ObjectiveConfig = field(default_factory=AutoregressiveConfig, metadata={"kinds": kinds})

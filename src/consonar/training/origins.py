@@ -26,6 +26,7 @@ from consonar.types import Generator, ModelConfig, Tokenizer
 FILE = "origin.json"
 PLACES = {
     "tokenizer": "tokenizer_fingerprint",
+    "text_encoder": "text_encoder_fingerprint",
     "init": "init_sha256",
     "data.tokens": "data_sha256",
     "data.images": "data_sha256",
@@ -58,11 +59,14 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
     tokenizer = origin.tokenizer if config.tokenizer is None else config.tokenizer
     if tokenizer is None:
         raise UserError(f"tokenizer: {start} does not say which tokenizer it goes with; add --tokenizer")
+    encoder = origin.text_encoder if config.text_encoder is None else config.text_encoder
     model = config.model
     if model is not None and aligns:
         check_same_shape(start, stored, model)
     model = stored if model is None or aligns else model
-    return replace(config, init=from_anywhere("generator", start), tokenizer=tokenizer, model=model)
+    return replace(
+        config, init=from_anywhere("generator", start), tokenizer=tokenizer, text_encoder=encoder, model=model
+    )
 
 
 def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:
@@ -124,6 +128,7 @@ def origin_of(config: TrainConfig, place: str, fingerprint: str, data: Origin) -
         start = read_origin(config.init)
         remedy = "bring the data into the order of the model's classes with --classes FILE"
         check(place, data, start, config.init, remedy, parts=("classes",))
+        check("text_encoder", data, start, config.init, "its features mean something else", parts=("text_encoder",))
     return replace(
         data,
         tokenizer=from_anywhere("tokenizer", config.tokenizer) if config.tokenizer else None,

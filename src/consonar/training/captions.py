@@ -1,0 +1,67 @@
+"""Captions as what a generator is conditioned on: its text encoder, and the features of a store's captions."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from consonar.data.captions import CaptionFeatures
+from consonar.data.mixture import TokenStores
+from consonar.data.tokens import TokenStore
+from consonar.errors import UserError
+from consonar.files.readers import home_expanded
+from consonar.generators.llamagen import LlamaGenConfig
+from consonar.networks.text_encoders import MINILM, load_text_encoder
+from consonar.origin import Origin
+from consonar.training.config import TrainConfig
+from consonar.types import Generator, ImageSource, TextEncoder
+
+
+def text_encoder_of(config: TrainConfig, model: Generator, device: torch.device) -> TextEncoder | None:
+    """What reads the captions of a generator, on the device; None for one that takes classes.
+
+    Raises `UserError` where none is named or one for nothing, and for one of another width or kind of condition.
+    """
+    name, shape = config.text_encoder, model.config
+    if model.num_classes:
+        if name is not None:
+            raise UserError(f"text_encoder: {name!r} is read only for a generator of captions; remove it")
+        return None
+    if not isinstance(shape, LlamaGenConfig):
+        raise UserError(
+            f"model.kind: {shape.kind!r} reads prompts by its own tokenizer, which `train` does not; use the "
+            "objectives with your own batches of PromptCondition"
+        )
+    if name is None:
+        raise UserError(f"text_encoder: the generator takes captions; name what reads them, e.g. {MINILM}, or a folder")
+    encoder = load_text_encoder(name, length=model.prefix_length, device=device)
+    if encoder.width != shape.caption_dim:
+        raise UserError(f"model.caption_dim: {shape.caption_dim}, but the features of {name} have {encoder.width}")
+    return encoder
+
+
+def caption_features(store: TokenStore | TokenStores, encoder: TextEncoder | None) -> CaptionFeatures | None:
+    """Those of every item; None without an encoder. `UserError` where an item has no caption."""
+    return features(store.captions if encoder else (), encoder, f"tokens: {str(store.path)!r}")
+
+
+def captions_of_pictures(source: ImageSource, encoder: TextEncoder | None) -> CaptionFeatures | None:
+    """Those of every picture, all of which are read for it; None without an encoder. `UserError` where one has none."""
+    return features((record.caption for record in source), encoder, f"data.images: {source.name}")
+
+
+def features(captions: Iterable[str | None], encoder: TextEncoder | None, where: str) -> CaptionFeatures | None:
+    if encoder is None:
+        return None
+    given = [caption or "" for caption in captions]
+    if missing := sum(not caption.strip() for caption in given):
+        raise UserError(f"{where}: {missing} of {len(given)} items have no caption, and the generator takes captions")
+    return CaptionFeatures(given, encoder)
+
+
+def read_by(origin: Origin, encoder: TextEncoder | None, name: str | None) -> Origin:
+    """The origin of what takes captions, which `encoder`, called `name`, reads; classes mean nothing to it."""
+    if encoder is None or name is None:
+        return origin
+    place = str(home_expanded(name).resolve()) if home_expanded(name).is_dir() else name
+    return replace(origin, class_names=None, text_encoder=place, text_encoder_fingerprint=encoder.fingerprint)

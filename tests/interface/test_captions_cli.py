@@ -1,0 +1,202 @@
+"""Generators of captions by the command line: tokenised, trained, resumed, sampled; what does not fit is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import save_pictures, save_tokenizer_of_32
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from consonar.cli import main
+from consonar.components import load_generator, load_own_text_encoder, load_tokenizer
+from consonar.data.scenes import COLOURS, NUMBERS, OBJECTS, RELATIONS, plural
+from consonar.sampling.sample import SamplerConfig, sample
+
+WORDS = ["[PAD]", "[UNK]", "a", "an", "and", "of", *NUMBERS[1:], *COLOURS, *OBJECTS, *map(plural, OBJECTS)]
+MODEL = ["--model.width", "16", "--model.num-layers", "2", "--model.num-heads", "2", "--model.caption-dim", "8",
+         "--model.num-condition-tokens", "12"]  # fmt: skip
+SHORT = ["--loop.batch-size", "4", "--loop.steps", "4", "--loop.save-every", "2", "--data.validation-items", "4",
+         "--loop.precision", "fp32"]  # fmt: skip
+
+
+def save_encoder(folder: Path, seed: int = 0) -> None:
+    """A tiny random BERT that knows the words of scenes."""
+    torch.manual_seed(seed)
+    vocabulary = list(dict.fromkeys([*WORDS, *" ".join(RELATIONS).split(), "small", "large"]))
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(**shape, vocab_size=len(vocabulary), max_position_embeddings=40)
+    transformers.BertModel(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with tokenizer, encoder, two stores and a run."""
+    folder = tmp_path_factory.mktemp("captions")
+    save_tokenizer_of_32(folder / "tok")
+    save_encoder(folder / "enc")
+    main(["tokenize", "--tokenizer", str(folder / "tok"), "--data", "scenes:24", "--views", "center", "--out",
+          str(folder / "scenes")])  # fmt: skip
+    train(folder, "run")
+    return folder
+
+
+def train(folder: Path, out: str, *more: str, encoder: str = "enc") -> None:
+    main(["train", "ar-scenes", "--tokenizer", str(folder / "tok"), "--data.tokens", str(folder / "scenes"),
+          "--text-encoder", str(folder / encoder), "--out", str(folder / out), "--quiet", *MODEL, *SHORT,
+          *more])  # fmt: skip
+
+
+def refusal(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_run_says_what_read_its_captions(place):
+    origin = json.loads((place / "run/origin.json").read_text())
+    encoder = load_own_text_encoder(place / "run", load_generator(place / "run"))
+    assert origin["text_encoder_fingerprint"] == encoder.fingerprint and origin["class_names"] is None
+    assert encoder.length == 12
+    assert list((place / "run/samples").glob("*.png"))
+    lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    assert any("validation/cross_entropy" in line for line in lines)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(place):
+    train(place, "parts", "--stop-at", "2")
+    train(place, "parts", "--resume")
+    whole, parts = (load_generator(place / name).state_dict() for name in ("run", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_what_is_drawn_follows_the_prompt_and_the_seed_alone(place, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "two red apples above a dog"}\n{"prompt": "a blue cat"}\n')
+    main(["sample", str(place / "run"), "--prompts", str(prompts), "--num-samples", "5", "--out",
+          str(tmp_path / "o.npz"), "--guidance-scale", "2", "--precision", "fp32"])  # fmt: skip
+    with np.load(tmp_path / "o.npz") as found:
+        assert found["labels"].tolist() == [0, 1, 0, 1, 0]
+        settings, tokens = json.loads(str(found["settings"])), found["tokens"]
+    assert settings["prompts"] == ["two red apples above a dog", "a blue cat"]
+    generator = load_generator(place / "run")
+    encoder = load_own_text_encoder(place / "run", generator)
+    condition = encoder.encode(["a blue cat"])
+    alone = sample(generator, load_tokenizer(place / "tok"), condition, seeds=[3],
+                   config=SamplerConfig(guidance_scale=2.0), precision="fp32")  # fmt: skip
+    assert np.array_equal(alone.tokens[0].numpy(), tokens[3])
+    main(["sample", str(place / "run"), "--prompt", "a blue cat", "--seed", "3", "--out", str(tmp_path / "one"),
+          "--guidance-scale", "2", "--precision", "fp32"])  # fmt: skip
+    assert (tmp_path / "one/000000_prompt0.png").is_file()
+
+
+def test_another_encoder_is_refused(place, tmp_path, capsys):
+    save_encoder(place / "other", seed=1)
+    line = refusal(capsys, "sample", str(place / "run"), "--prompt", "a dog", "--text-encoder", str(place / "other"),
+                   "--out", str(tmp_path / "x.png"))  # fmt: skip
+    assert "text_encoder: the text encoder is" in line and "its features mean something else" in line
+    with pytest.raises(SystemExit):
+        train(place, "run", "--resume", encoder="other")
+    assert "the text encoder is" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(place, "again", "--init", str(place / "run"), encoder="other")
+    assert "the text encoder is" in capsys.readouterr().err and not (place / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "classes: this generator has none, it takes captions: give --prompt"),
+        (["--prompt", "  "], "caption: '  ' has no words"),
+        (["--prompt", "a dog", "--classes", "1"], "--classes: given together with a prompt"),
+        (["--prompt", "a dog", "--prompts", "x.txt"], "--prompt: give either it or --prompts FILE"),
+        (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: cannot be read"),
+        (["--prompt", "a dog", "--num-samples", "0"], "--num-samples: 0 is not between"),
+        (["--classes", "1", "--text-encoder", "minilm"], "--text-encoder: 'minilm' is read only with --prompt"),
+    ],
+)
+def test_wrong_prompts(place, tmp_path, capsys, words, said):
+    line = refusal(capsys, "sample", str(place / "run"), "--out", str(tmp_path / "x.png"), *words)
+    assert said in line and line.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"a dog\n\na cat\n", "line 2: '' is no prompt"),
+        ("p.txt", b"", "is empty"),
+        ("p.txt", b"a dog\n\xff\n", "not text in UTF-8"),
+        ("p.jsonl", b'{"prompt": "a dog"}\n{"text": "a cat"}\n', "line 2: not JSON such as"),
+        ("p.jsonl", b'{"prompt": 3}\n', "line 1: 3 is no prompt"),
+    ],
+)
+def test_wrong_files_of_prompts(place, tmp_path, capsys, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    line = refusal(capsys, "sample", str(place / "run"), "--prompts", str(tmp_path / name), "--out",
+                   str(tmp_path / "x.png"))  # fmt: skip
+    assert said in line and line.count("\n") == 1
+
+
+def test_a_long_prompt_is_cut_and_that_is_said(place, tmp_path, capsys):
+    main(["sample", str(place / "run"), "--prompt", "a dog " * 2000, "--out", str(tmp_path / "x.png")])
+    said = capsys.readouterr()
+    assert re.search(r"cut after 12 tokens: a dog a dog", said.out) and "Token indices" not in said.err
+
+
+def test_generators_of_classes_take_no_prompts(tmp_path, capsys):
+    line = refusal(capsys, "sample", "openmoji", "--prompt", "a dog", "--out", str(tmp_path / "x.png"))
+    assert "prompts: openmoji takes class ids 0..9" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--model.caption-dim", "9"], "model.caption_dim: 9, but the features of"),
+        (["--model.num-condition-tokens", "50"], "length 50 is not from 1 to 40"),
+    ],
+)
+def test_encoders_that_do_not_fit(place, capsys, more, said):
+    words = [word for word in MODEL if word not in (more[0], MODEL[MODEL.index(more[0]) + 1])]
+    line = refusal(capsys, "train", "ar-scenes", "--tokenizer", str(place / "tok"), "--data.tokens",
+                   str(place / "scenes"), "--text-encoder", str(place / "enc"), "--out", str(place / "bad"),
+                   *words, *more)  # fmt: skip
+    assert said in line and not (place / "bad").exists()
+
+
+def test_tokens_without_captions_are_refused(place, tmp_path, capsys):
+    pictures = save_pictures(tmp_path / "pictures", size=32)
+    main(["tokenize", "--tokenizer", str(place / "tok"), "--data", str(pictures), "--out", str(tmp_path / "tokens")])
+    line = refusal(capsys, "train", "ar-scenes", "--tokenizer", str(place / "tok"), "--data.tokens",
+                   str(tmp_path / "tokens"), "--text-encoder", str(place / "enc"), "--out", str(tmp_path / "bad"),
+                   *MODEL)  # fmt: skip
+    assert re.search(r"tokens: .*: 12 of 12 items have no caption", line) and not (tmp_path / "bad").exists()
+
+
+def test_an_encoder_that_nothing_reads_is_refused(place, tmp_path, capsys):
+    line = refusal(capsys, "train", "ar-openmoji", "--tokenizer", str(place / "tok"), "--data.tokens",
+                   str(place / "scenes"), "--text-encoder", "minilm", "--out", str(tmp_path / "bad"))  # fmt: skip
+    assert "text_encoder: 'minilm' is read only for a generator of captions" in line
+
+
+@pytest.mark.parametrize("recipe", ["vapi-scenes", "vapi-spatial-scenes", "ce-scenes"])
+def test_post_training_reads_the_captions_of_pictures(place, tmp_path, recipe):
+    words = ["--init", str(place / "run"), "--data", "scenes:12", "--data.validation-items", "4", "--quiet",
+             "--loop.steps", "2", "--loop.batch-size", "4", "--loop.save-every", "1", "--loop.precision", "fp32",
+             "--objective.rewards", "mse=1"]  # fmt: skip
+    main(["train", recipe, "--out", str(tmp_path / "whole"), *words])
+    main(["train", recipe, "--out", str(tmp_path / "parts"), *words, "--stop-at", "1"])
+    main(["train", recipe, "--out", str(tmp_path / "parts"), *words, "--resume"])
+    start, whole, parts = (
+        load_generator(folder).state_dict() for folder in (place / "run", tmp_path / "whole", tmp_path / "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert not all(torch.equal(whole[key], start[key]) for key in whole)
+    assert load_own_text_encoder(tmp_path / "whole", load_generator(tmp_path / "whole")).width == 8
