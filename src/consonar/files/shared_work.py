@@ -43,7 +43,7 @@ class SharedWork:
 
         Raises `UserError` when the folder holds work of other settings (`restart`: it is removed) or other things.
         """
-        left = dict(enumerate(shards))
+        left, is_ours = dict(enumerate(shards)), False
         try:
             for wait in (False, True):  # first what no other process makes, then what one did that may have ended
                 for index, path in list(left.items()):
@@ -52,6 +52,7 @@ class SharedWork:
                             if is_taken(self.out):
                                 return
                             self.claim(restart)
+                            is_ours = True
                             try:
                                 working.enter_context(hold(path.with_suffix(""), wait=wait))
                             except Held:
@@ -63,7 +64,8 @@ class SharedWork:
                     finish()
                     shutil.rmtree(self.folder)
         except BaseException:
-            self.remove_unused()
+            if is_ours:
+                self.remove_unused()
             raise
 
     def claim(self, restart: bool) -> None:
