@@ -13,6 +13,7 @@ from consonar.distributed import ALONE, World
 from consonar.errors import UserError
 from consonar.files.readers import read_json
 from consonar.files.weights import map_tensors
+from consonar.memory import size_of
 from consonar.parallel import ParallelConfig, exchange_of_gradients, is_sharded, shard, whole
 from consonar.training import run as runs
 from consonar.training.checkpoints import load_resume
@@ -190,6 +191,9 @@ def test_weights_are_let_go_of_after_the_forward_pass_as_configured(reshard, gro
     shard(trainee, trainee.parts(), config, ALONE)
     assert torch.allclose(trainee(TOKENS, CLASSES).logits, expected, atol=1e-5)
     assert isinstance(trainee.generator.blocks[0].attn.qkv.weight, DTensor) == reshard
+    assert (
+        size_of(trainee.state_dict().values(), torch.device("cpu")) >= size_of(kept.values(), torch.device("cpu")) > 0
+    )
     with whole(trainee) as found, torch.inference_mode():
         assert not is_sharded(found) and not any(isinstance(value, DTensor) for value in found.parameters())
         assert all(torch.equal(value, kept[key]) for key, value in found.state_dict().items())
