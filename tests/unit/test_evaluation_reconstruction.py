@@ -33,7 +33,9 @@ class GreyLevels:
         return self.decode_embeddings(self.embed(tokens))
 
     def decode_embeddings(self, codes):
-        return functional.interpolate(codes.reshape(-1, 1, 4, 4), scale_factor=4).expand(-1, 3, -1, -1)
+        return functional.interpolate(codes.reshape(-1, 1, self.grid.rows, self.grid.columns), scale_factor=4).expand(
+            -1, 3, -1, -1
+        )
 
 
 class MeanColour:
@@ -115,6 +117,14 @@ def test_metrics_do_not_depend_on_the_batches(rng):
     assert at_once["l1"] == pytest.approx(float((reconstruction - original).abs().mean()))
     assert at_once["usage"] == len(tokenizer.encode(images).unique()) / 64
     assert "perceptual" not in at_once
+
+
+def test_pictures_smaller_than_the_window_of_ssim_have_all_other_metrics(rng):
+    tokenizer, images = GreyLevels(64), torch.rand(3, 3, 16, 16, generator=rng) * 2 - 1
+    small = GreyLevels(64)
+    small.image_size, small.grid, small.num_tokens = 8, Grid(2, 2), 4
+    whole = reconstruction_metrics(tokenizer, [images])
+    assert reconstruction_metrics(small, [images[..., :8, :8]]).keys() == whole.keys() - {"ssim"}
 
 
 def test_wrong_input_is_named():

@@ -1,6 +1,7 @@
 """Which metrics are calculated, and what they are of: chosen by name, in any order of the files, and recorded."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def in_memory(images, labels):
     return ImageSet("memory", lambda size: (images[i : i + size] for i in range(0, len(images), size)), lambda: labels)
 
 
-def measured(order=None, metrics=ALL, **options):
+def measured(order=None, metrics=ALL, network=None, **options):
     """Metrics of 240 samples against 160 and 90 images, all in the file's order or another one."""
     sets = [pictures(count, seed) for seed, count in enumerate((240, 160, 90))]
     if order is not None:
@@ -63,7 +64,7 @@ def measured(order=None, metrics=ALL, **options):
     known = dict(zip(("train", "validation"), (in_memory(*other) for other in others), strict=True))
     given = SampleSet(in_memory(images, labels), len(images), 4, "0", labels=torch.from_numpy(labels))
     settings = EvaluationSettings(metrics=metrics, **options)
-    return evaluate(given, ReferenceSet("known", known), settings, feature_network=Quarters())
+    return evaluate(given, ReferenceSet("known", known), settings, feature_network=network or Quarters())
 
 
 @pytest.mark.parametrize("most", [60, 10_000])
@@ -181,3 +182,43 @@ def test_metrics_that_are_not_there_are_one_line():
     with pytest.raises(UserError, match="metrics: kid; the rows of a run are ranked by fd, add it"):
         RunSettings(metrics=("kid",))
     assert RunSettings(metrics=("kid", "fd")).wants("fd")
+
+
+@dataclass
+class SimpleNetwork:
+    """The features of `Quarters`, and none of the rest."""
+
+    name: str
+    weights_sha256: str
+    num_features: int
+
+    def __call__(self, images):
+        return Quarters()(images)
+
+
+def test_a_metric_that_is_asked_for_is_a_number_or_a_reason():
+    scoring = Quarters()
+    plain = SimpleNetwork(scoring.name, scoring.weights_sha256, scoring.num_features)
+    found = measured(metrics=("fd", "sfd", "is"), network=plain)
+    assert found.metrics.keys() == {"FD(quarters) train", "FD(quarters) validation"}
+    assert found.unavailable == dict.fromkeys(("sfd", "is"), "quarters gives nothing it is made of")
+    assert not measured(metrics=(), network=plain).unavailable.keys() & {"sfd", "is"}  # nobody asked
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--metrics", "fid", "metrics: unknown 'fid'"),
+        ("--feature-network", "nope", "feature_network: unknown 'nope'"),
+        ("--feature-network", "dinov2:", "dinov2: names no folder; write dinov2:FOLDER"),
+        ("--draws", "31", "60 images; each of 31 draws"),
+    ],
+)
+def test_what_is_wrong_with_the_options_is_said_before_the_reference_is_opened(
+    tmp_path, capsys, monkeypatch, option, value, message
+):
+    monkeypatch.delattr("consonar.cli.evaluate.open_target")
+    with_labels(tmp_path / "samples.npz", None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["evaluate", str(tmp_path / "samples.npz"), "--reference", "openmoji", option, value])
+    assert message in capsys.readouterr().err

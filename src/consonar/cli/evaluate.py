@@ -1,7 +1,7 @@
 """The command `evaluate`: of samples, or of a run, which is a generator that is sampled first or a tokenizer."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +24,11 @@ from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
 from consonar.evaluation.results import RECONSTRUCTION, Measurement, check_place
 from consonar.evaluation.runs import RunSettings, evaluate_run
+from consonar.evaluation.sample_metrics import check_metrics
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_json
 from consonar.model_folders import SHIPPED
+from consonar.networks import load_feature_network
 from consonar.options import default
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
@@ -179,8 +181,7 @@ def measure_generator(options: Options, place: Path, reference: str, device: str
     for row in content["rows"]:
         metrics = {name: Measurement(**found) for name, found in row["metrics"].items()}
         print_metrics(metrics, f"temperature {row['temperature']:g}")
-    for remark in (content["protocol"], *content["remarks"]):
-        say(remark)
+    say_about(content["protocol"], content["unavailable"], content["remarks"])
     say(f"results: {place / 'results.json'}")
 
 
@@ -193,24 +194,28 @@ def measure_samples(options: Options, place: Path, reference: str, device: str, 
     if out is not None:
         check_place(out, overwrite=options.overwrite, key="--out")
     measured = settings_of(EvaluationSettings, options, device)
+    check_metrics(measured)
     samples = load_samples(place, bad=bad)
+    measured.check_parts(samples.count, str(place))
+    network = load_feature_network(options.feature_network, device)  # what is wrong is found before pictures are read
     target = open_target(samples, reference, tokenizer, measured, bad)
     if target.about:
         say(f"reference: {target.about}")
     with counting("evaluate") as count:
         results = evaluate(
-            samples, target, measured, feature_network=options.feature_network,
+            samples, target, measured, feature_network=network,
             progress=lambda name, done: count(done, None),
         )  # fmt: skip
     print_metrics(results.metrics, str(place))
-    say(results.protocol)
-    for metric, reason in results.unavailable.items():
-        say(f"{metric}: not measured ({reason})")
-    for remark in results.remarks:
-        say(remark)
+    say_about(results.protocol, results.unavailable, results.remarks)
     if out is not None:
         results.to_json(out, overwrite=options.overwrite)
         say(f"results: {out}")
+
+
+def say_about(protocol: str, unavailable: Mapping[str, str], remarks: Iterable[str]) -> None:
+    for line in (protocol, *(f"{name}: not measured ({why})" for name, why in unavailable.items()), *remarks):
+        say(line)
 
 
 def print_metrics(metrics: Mapping[str, Measurement], title: str) -> None:

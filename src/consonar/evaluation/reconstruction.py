@@ -23,7 +23,7 @@ from consonar.evaluation.results import RECONSTRUCTION, library_versions, replac
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
-from consonar.metrics.pixels import psnr, ssim
+from consonar.metrics.pixels import SSIM_WINDOW, psnr, ssim
 from consonar.networks import FeatureNetwork, load_feature_network, record_of
 from consonar.precision import multiplying, pick_precision
 from consonar.sampling.job import write_npz
@@ -49,13 +49,15 @@ def reconstruction_metrics(
 ) -> dict[str, float]:
     """Metrics of `tokenizer` over `batches` of images (B, 3, H, W) in [-1, 1] on its device.
 
-    `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` and `l1` (mean absolute difference), all
-    of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share of the vocabulary that occurs) and
-    `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called with 8-bit-rounded images in [-1, 1],
+    `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` (of images of 11 px or more) and `l1` (mean
+    absolute difference), all of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share of the
+    vocabulary that occurs) and `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called with 8-bit-rounded images in [-1, 1],
     also `perceptual`; with `feature_network` also `rFD(NAME)`. Memory does not grow with the number of images. Raises
-    UserError for no images, images under 11 px, tokens outside the vocabulary, or one image with rFD.
+    UserError for no images, tokens outside the vocabulary, or one image with rFD.
     """
-    sums = dict.fromkeys(("psnr", "ssim", "l1", *(("perceptual",) if perceptual else ())), 0.0)
+    with_ssim = tokenizer.image_size >= SSIM_WINDOW
+    names = ("psnr", *(["ssim"] if with_ssim else []), "l1", *(["perceptual"] if perceptual else []))
+    sums = dict.fromkeys(names, 0.0)
     num_images, size = 0, tokenizer.vocab_size
     counts = torch.zeros(size, dtype=torch.int64)  # (V,)
     moments = [Moments(feature_network.num_features) for _ in range(2)] if feature_network else []
@@ -66,7 +68,8 @@ def reconstruction_metrics(
         counts += quantizer.code_counts(tokens, size).cpu()
         pair = [round_to_8_bits(tokenizer.decode(tokens)), round_to_8_bits(images)]
         sums["psnr"] += float(psnr(*pair).sum())
-        sums["ssim"] += float(ssim(*pair).sum())
+        if with_ssim:
+            sums["ssim"] += float(ssim(*pair).sum())
         sums["l1"] += float((pair[0] - pair[1]).abs().flatten(1).mean(1).sum())
         rounded = [(side * 2 - 1).float() for side in pair]
         if perceptual:

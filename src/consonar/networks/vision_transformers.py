@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consonar.errors import check_choice
+from consonar.errors import UserError, check_choice
 from consonar.files.readers import read_json
 from consonar.files.weights import component_fingerprint
 from consonar.networks.base import pieces
@@ -86,6 +86,8 @@ def load_vision_transformer(name: str, device: str = "cpu") -> VisionTransformer
     """
     kind_name, _, place = name.partition(":")
     kind, where = KINDS[kind_name], f"feature_network: {name}"
+    if not place:
+        raise UserError(f"{where} names no folder; write {kind_name}:FOLDER or {kind_name}:OWNER/NAME")
     folder = find_folder(place, where, ("config.json", "model.safetensors"))
     config = read_json(folder / "config.json")
     check_choice(f"{where}: model_type in config.json", config.get("model_type"), kind.model_types)
