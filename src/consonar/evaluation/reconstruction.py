@@ -49,11 +49,12 @@ def reconstruction_metrics(
 ) -> dict[str, float]:
     """Metrics of `tokenizer` over `batches` of images (B, 3, H, W) in [-1, 1] on its device.
 
-    `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` (of images of 11 px or more) and `l1` (mean
-    absolute difference), all of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share of the
-    vocabulary that occurs) and `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called with 8-bit-rounded images in [-1, 1],
-    also `perceptual`; with `feature_network` also `rFD(NAME)`. Memory does not grow with the number of images. Raises
-    UserError for no images, tokens outside the vocabulary, or one image with rFD.
+    `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` (of images of 11 px or more) and `l1`
+    (mean absolute difference), all of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share
+    of the vocabulary that occurs) and `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called
+    with 8-bit-rounded images in [-1, 1], also `perceptual`; with `feature_network` also `rFD(NAME)`. Memory does
+    not grow with the number of images. Raises UserError for no images, tokens outside the vocabulary, or one image
+    with rFD.
     """
     with_ssim = tokenizer.image_size >= SSIM_WINDOW
     names = ("psnr", *(["ssim"] if with_ssim else []), "l1", *(["perceptual"] if perceptual else []))
