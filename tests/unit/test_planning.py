@@ -21,6 +21,7 @@ from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.hub import PUBLISHED
 from consonar.networks import PERCEPTUAL_DISTANCES
+from consonar.parallel import ParallelConfig
 from consonar.planning.ledger import FORWARD, GRADIENTS
 from consonar.planning.plan import Machine, Plan, changes, plan, remedies
 from consonar.planning.shapes import GENERATORS_BY_NAME, TOKENIZERS_BY_NAME, shapes_of, tokenizer_of
@@ -247,3 +248,17 @@ def test_what_cannot_be_planned_is_one_line(words, said, capsys) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 1
     assert re.search(said, lines[0]), lines[0]
+
+
+def test_shards_divide_what_each_process_keeps() -> None:
+    config, shapes = configured("llamagen, reAR")
+    found = Plan(config, Machine(gpus=4, nodes=2), shapes, update(config, shapes, 1, low=False, cuda=True), [])
+    fsdp = replace(found, config=replace(config, parallel=ParallelConfig(strategy="fsdp")))
+    hybrid = replace(found, config=replace(config, parallel=ParallelConfig(strategy="hybrid")))
+    for part in ("weights", "optimizer"):
+        assert fsdp.static[part] * 8 == hybrid.static[part] * 4 == found.static[part]
+    assert fsdp.memory["gradients"][0] == found.memory["gradients"][0] // 8
+    block, whole = found.update.blocks[0], found.update.weights[FORWARD]
+    assert fsdp.gathered == whole - 3 * block + 4 * block and found.gathered == 0
+    assert "gradient buckets" in found.memory and "gradient buckets" not in fsdp.memory
+    assert "--parallel.strategy fsdp" in dict(changes(config, found.machine))

@@ -30,9 +30,10 @@ def lines(plan: Plan, remedies: Iterable[tuple[str, Plan]]) -> Iterator[str]:
     method, rows = method_of_config(config.objective).name, plan.rows // loop.accumulation
     yield f"{config.recipe}: {method}, {loop.steps:,} steps of {loop.batch_size:,} images in {plan.precision}"
     memory = machine.gpu_memory or GPUS[machine.gpu].memory
+    shared = f", in {plan.shards} shards" if plan.shards > 1 else ""
     yield (
         f"on {machine.processes} x {machine.gpu} of {memory:g} GiB: {rows:,} images at a time x {loop.accumulation} "
-        "micro-batches on each"
+        f"micro-batches on each{shared}"
     )
     for assumption in plan.assumed:
         yield f"assumed: {assumption}"

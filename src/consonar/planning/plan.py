@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Annotated
 
 import torch
@@ -102,22 +103,41 @@ class Plan:
     @property
     def static(self) -> dict[str, float]:
         """Bytes of one process that stay, by part."""
-        trained, weights = sum(self.update.trained), self.update.weights
-        exchanged = trained if self.machine.processes > 1 else 0
+        trained, weights, shards = sum(self.update.trained), self.update.weights, self.shards
         return {
-            "weights": weights[FORWARD],
-            "optimizer": 2 * trained,
-            "gradient buckets": exchanged,
-            "moving average": self.update.state if self.config.loop.ema_decay else 0,
+            "weights": weights[FORWARD] / shards,
+            "optimizer": 2 * trained / shards,
+            "gradient buckets": trained if self.machine.processes > 1 and shards == 1 else 0,
+            "moving average": self.update.state / shards if self.config.loop.ema_decay else 0,
+            "gathered weights and gradients": self.gathered,
             **{name: size for name, size in weights.items() if name != FORWARD},
             "key-value cache": self.update.cache,
         }
+
+    @property
+    def shards(self) -> int:
+        """Processes that share a copy of weights, gradients and optimizer."""
+        parallel, machine = self.config.parallel, self.machine
+        return {"fsdp": machine.processes, "hybrid": parallel.shard_size or machine.gpus}.get(parallel.strategy, 1)
+
+    @property
+    def gathered(self) -> float:
+        """Bytes of float32 weights that are whole at once: what is in no block, and two blocks (the next is gathered
+        meanwhile) with their gradients, or all that are not let go of; and for free rollouts a copy of the model."""
+        if self.shards == 1:
+            return 0
+        whole, blocks = self.update.weights[FORWARD], self.update.blocks
+        two = sum(sorted(blocks)[-2:]) or whole
+        kept = two if self.config.parallel.reshard_after_forward else sum(blocks)
+        return whole - sum(blocks) + kept + two + (whole if self.update.rollout_rows else 0)
 
     @cached_property
     def memory(self) -> dict[str, tuple[float, float]]:
         """(most, at the peak) bytes of one process by part. Of several micro-batches gradients stand from the first."""
         parts = {name: (size, size) for name, size in self.static.items() if size}
-        gradients, peak = sum(self.update.trained), self.update.peak.copy()
+        gradients = sum(self.update.trained) // self.shards
+        peak = self.update.peak.copy()
+        peak[GRADIENTS] //= self.shards
         if self.config.loop.accumulation > 1:
             peak[GRADIENTS] = gradients
         if gradients > peak.total():  # when the optimizer steps there is nothing else
@@ -222,17 +242,23 @@ def rows_decoded(found: Plan) -> int:
 
 
 def changes(config: TrainConfig, machine: Machine) -> Iterator[tuple[str, TrainConfig]]:
-    """What to change for less memory, in this order: first what costs nothing, then what costs a forward pass."""
+    """What to change for less memory, in this order: first what costs nothing, then a forward pass, then exchange."""
     loop, most = config.loop, config.loop.batch_size // machine.processes
     ways = [way for way in (2 * loop.accumulation, 4 * loop.accumulation, most) if way <= most and most % way == 0]
-    recomputes = config.run != "tokenizer" and loop.activation_checkpointing != 1
-    for more in dict.fromkeys(ways):
-        yield f"--loop.accumulation {more}", replace(config, loop=replace(loop, accumulation=more))
-    if recomputes:
+    recomputing = [loop]
+    if config.run != "tokenizer" and loop.activation_checkpointing != 1:
+        recomputing.append(replace(loop, activation_checkpointing=1))
+    shared = [config.parallel]
+    if machine.processes > 1 and not config.parallel.shards:
+        shared.append(replace(config.parallel, strategy="fsdp"))
+    for parallel, kept in product(shared, recomputing):
         for more in dict.fromkeys([loop.accumulation, *ways]):
-            words = f" --loop.accumulation {more}" if more != loop.accumulation else ""
-            changed = replace(loop, activation_checkpointing=1, accumulation=more)
-            yield f"--loop.activation-checkpointing 1{words}", replace(config, loop=changed)
+            words = ["--parallel.strategy fsdp"] * (parallel != config.parallel)
+            words += ["--loop.activation-checkpointing 1"] * (kept != loop)
+            words += [f"--loop.accumulation {more}"] * (more != loop.accumulation)
+            if words:
+                changed = replace(config, parallel=parallel, loop=replace(kept, accumulation=more))
+                yield " ".join(words), changed
 
 
 def remedies(found: Plan, num_classes: int | None = None) -> Iterator[tuple[str, Plan]]:
