@@ -8,8 +8,6 @@ from consonar.planning.ledger import FORWARD
 from consonar.planning.plan import CONTEXT, FRAGMENTS, GPUS, Plan
 from consonar.training.objectives import method_of_config
 
-WIDTH = 100
-
 
 def record(plan: Plan) -> Json:
     """All numbers, in bytes, FLOPs, seconds."""
