@@ -32,7 +32,7 @@ FLOORS = (
     ("model_folders",),
     ("tokenizers", "networks"),
     ("metrics", "data", "parallel"),
-    ("distributed", "precision"),
+    ("distributed", "precision", "shards"),
     ("cpu", "generators"),
     # What everyone may use; among these the order is that of their own imports.
     (
@@ -50,7 +50,7 @@ ABOUT = {
     "model_folders": "models on disk", "generators": "token models", "tokenizers": "images to tokens and back",
     "networks": "what judges pictures", "metrics": "formulas over numbers", "data": "images, tokens, batches",
     "parallel": "whole models and shards", "distributed": "processes and devices", "precision": "what jobs multiply in",
-    "cpu": "what is faster on this processor",
+    "cpu": "what is faster on this processor", "shards": "shards on the disk",
 }  # fmt: skip
 """What each room is for, in the figure."""
 LATER: dict[tuple[str, str], str] = {}

@@ -109,21 +109,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def like(other: object, tensor: Tensor) -> Tensor:
     """The whole `tensor`, which every process has, in shards as a weight `other` of its shape; else as it is."""
-    if not isinstance(other, DTensor) or other.shape != tensor.shape:
+    if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or other.shape != tensor.shape:
         return tensor
     moved = tensor.to(other.device_mesh.device_type)
     return distribute_tensor(moved, other.device_mesh, other.placements, src_data_rank=None)
-
-
-def gathered(value: object, keep: bool) -> object:
-    """A tensor in shards made whole, on the CPU (None where this process does not `keep` it), so are those in a table
-    and in tables in it, one after the other; anything else as it is. All processes at once."""
-    if isinstance(value, dict):
-        return {key: gathered(part, keep) for key, part in value.items()}
-    if not isinstance(value, DTensor):
-        return value
-    gathered_here = value.full_tensor()
-    return gathered_here.cpu() if keep else None
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:

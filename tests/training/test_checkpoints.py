@@ -43,11 +43,11 @@ def test_the_steps_after_a_save_do_not_wait_for_it_and_do_not_change_it(config, 
     written = threading.Event()
     save, saved_at = save_resume, []
 
-    def slow(folder, step, *arguments):
+    def slow(folder, step, payload, keep):
         if step == 1:
             assert written.wait(60), "the run waits for the disk"
         saved_at.append(step)
-        return save(folder, step, *arguments)
+        return save(folder, step, payload, keep)
 
     def on_step(step):
         if step == 2:

@@ -127,7 +127,7 @@ def read_npy(path: Path) -> np.ndarray:
         return _after_header(file, os.fstat(file.fileno()).st_size).read()
 
 
-def check_archive(path: Path) -> None:
+def check_archive(path: Path | IO[bytes]) -> None:
     """Raises ValueError where a part of a zip archive is not what its checksum says: PyTorch reads without looking."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():

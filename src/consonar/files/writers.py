@@ -9,7 +9,8 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -28,23 +29,32 @@ NO_ROOM: dict[int | None, str] = {
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then renames; a failed write leaves what was there.
 
-    Raises `UserError` when there is no room, with why, what is free, and that nothing was replaced.
+    Raises as `no_room_said`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not of the process alone: two machines or containers that share a folder have processes of the same number.
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
     try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # else a name may outlive a power cut without its content
-        partial.replace(path)
+        with no_room_said(path):
+            write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # else a name may outlive a power cut without its content
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def no_room_said(path: Path) -> Iterator[None]:
+    """Around what writes beside `path` and then renames: `UserError` where there is no room, with why, what is free,
+    and that nothing was replaced."""
+    try:
+        yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free
         if why := no_room(error):
             raise UserError(f"{path}: {why} ({free / 1e6:.0f} MB free); nothing was replaced") from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def no_room(error: BaseException) -> str:

@@ -1,28 +1,31 @@
-"""What moves during training, resume files, `checkpoints/step_00001000.pt`, which hold all of it, and the best model.
+"""What moves during training, checkpoints, `checkpoints/step_00001000.pt`, which hold all of it, and the best model.
 
-What moves is the trainee with its heads, the optimizer and the moving average: a run goes on exactly.
+What moves is the trainee with its heads, the optimizer and the moving average: a run goes on exactly. Where processes
+hold shards a checkpoint is a folder, `checkpoints/step_00001000`: `state.pt`, and beside it the shards.
 """
 
 import re
+import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from consonar import parallel
+from consonar import parallel, shards
 from consonar.components import save_generator
 from consonar.data.loader import ImageBatches
 from consonar.distributed import World, from_main
 from consonar.errors import UserError, one_line, reading
 from consonar.files.readers import check_archive, read_json
 from consonar.files.weights import check_finite, check_plain, check_weights
-from consonar.files.writers import write_atomically, write_json
+from consonar.files.writers import file_sha256, no_room_said, write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.networks import load_feature_network
 from consonar.origin import Origin
@@ -33,17 +36,26 @@ from consonar.types import Condition, Generator, Tokenizer
 
 FORMAT_VERSION = 1
 RESUME_REMEDY = "remove it to resume from the one before"
-STEP_FILE = re.compile(r"step_(\d{8})\.pt")
+STEP_FILE = re.compile(r"step_(\d{8})(\.pt)?")
+STATE = "state.pt"
+"""All of a checkpoint but what is in shards."""
 NETWORK = "efficientnet-lite0"
 METRIC = f"FD({NETWORK}) validation"
 
 
 def save_resume(folder: Path, step: int, payload: Mapping[str, object], keep: int) -> Path:
-    """Writes `folder/step_XXXXXXXX.pt`, reads it back, and removes all but the last `keep` of them.
+    """Writes `folder/step_XXXXXXXX.pt` and removes all but the last `keep` checkpoints."""
+    path = folder / f"step_{step:08d}.pt"
+    write_state(path, step, payload)
+    remove_old(folder, keep)
+    return path
+
+
+def write_state(path: Path, step: int, payload: Mapping[str, object]) -> None:
+    """Writes a file and reads it back.
 
     It has its name, and takes the place of another, once what was read back has the checksums of what was written.
     """
-    path = folder / f"step_{step:08d}.pt"
 
     def write(partial: Path) -> None:
         torch.save({"format_version": FORMAT_VERSION, "step": step, **payload}, partial)
@@ -51,9 +63,39 @@ def save_resume(folder: Path, step: int, payload: Mapping[str, object], keep: in
             check_archive(partial)
 
     write_atomically(path, write)
-    for old in list_resume(folder)[:-keep]:
-        old.unlink()
+
+
+def save_shards(path: Path, step: int, payload: dict[str, Any], keep: int, group: Any, is_main: bool) -> Path:
+    """Writes the folder `path` of a step, with shards, as `save_resume` its file. In all processes at once, each in a
+    thread, which talk in `group`.
+
+    A folder that is there is of the same step, so its shards are the same: `state.pt` alone is written anew.
+    """
+    work = path.with_name(f".{path.name}.partial")
+    state, found = shards.parted(payload)
+    try:
+        with no_room_said(path):
+            if group is not None:
+                shards.write(work, found, group)
+            if is_main:
+                place = path if group is None else work
+                write_state(place / STATE, step, state | {"shards": file_sha256(place / shards.METADATA)})
+                if group is not None:
+                    work.rename(path)
+                remove_old(path.parent, keep)
+    finally:
+        if is_main:
+            shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints, each at once."""
+    for old in list_resume(folder)[:-keep]:
+        if old.is_dir():
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+        else:
+            old.unlink()
 
 
 @dataclass
@@ -68,15 +110,27 @@ class Saver:
     keep: int
     world: World
     written: Future[Path] | None = None
+    group: Any = None
+    """In which the threads talk, made when there are shards to save."""
 
     def save(self, step: int, payload: dict[str, Any]) -> None:
         """Begins to write what may change as soon as this returns; waits for the one before. All processes at once."""
         self.finish()
-        if self.world.is_main:
-            copy = map_tensors(lambda tensor: torch.empty_like(tensor, device="cpu").copy_(tensor), payload)
-            thread = ThreadPoolExecutor(1, "checkpoint")
-            self.written = thread.submit(save_resume, self.folder, step, copy, self.keep)
-            thread.shutdown(wait=False)  # it ends when that is written
+        write: Callable[[dict[str, Any]], Path]
+        if shards.parted(payload)[1]:
+            path = self.folder / f"step_{step:08d}"
+            known = from_main(path.is_dir(), self.world)
+            self.group = self.group or shards.own_group()
+            write = partial(
+                save_shards, path, step, keep=self.keep, group=None if known else self.group, is_main=self.world.is_main
+            )
+        elif self.world.is_main:
+            write = partial(save_resume, self.folder, step, keep=self.keep)
+        else:
+            return
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self.written = thread.submit(write, map_tensors(shards.copied, payload))
+        thread.shutdown(wait=False)  # it ends when that is written
 
     def check(self) -> None:
         """Raises what the thread has raised, where the process is alone; several wait for one another in `finish`."""
@@ -108,22 +162,31 @@ class Saver:
 
 
 def list_resume(folder: Path) -> list[Path]:
-    """Resume files, oldest first."""
-    return sorted(path for path in folder.glob("step_*.pt") if STEP_FILE.fullmatch(path.name))
+    """Checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if STEP_FILE.fullmatch(path.name))
 
 
-def load_resume(path: Path) -> dict[str, Any]:
-    """Reads a resume file without executing anything in it; `UserError` when damaged or of another version."""
-    with reading(path, "a resume file", RESUME_REMEDY):
-        if not zipfile.is_zipfile(path):  # anything else PyTorch takes for its old format
-            raise UserError(f"{path}: damaged or cut short; {RESUME_REMEDY}")
-        check_archive(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+def load_resume(path: Path, place: shards.Place = lambda name: None) -> dict[str, Any]:
+    """Reads a checkpoint without executing anything in it; `UserError` when damaged or of another version.
+
+    Of what is in shards this process reads its own, as it holds the tensors of `place`, by default the whole.
+    """
+    file = path / STATE if path.is_dir() else path
+    with reading(file, "a resume file", RESUME_REMEDY):
+        if not zipfile.is_zipfile(file):  # anything else PyTorch takes for its old format
+            raise UserError(f"{file}: damaged or cut short; {RESUME_REMEDY}")
+        check_archive(file)
+        payload = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(payload, dict) or payload.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: not a resume file of this version of consonar")
+        raise UserError(f"{file}: not a resume file of this version of consonar")
     named, step = STEP_FILE.fullmatch(path.name), payload.get("step")
     if type(step) is not int or (named and step != int(named[1])):
         raise UserError(f"{path}: holds step {str(step)[:60]!r}, its name says another; {RESUME_REMEDY}")
+    if path.is_dir():
+        with reading(path, "a checkpoint in shards", RESUME_REMEDY):
+            if payload.pop("shards", None) != file_sha256(path / shards.METADATA):
+                raise ValueError(f"the checksum of {shards.METADATA} is another")
+            payload = shards.read(path, payload, place)
     return payload
 
 
@@ -140,23 +203,33 @@ class State:
     interrupted: bool = False
     """Whether training ended early, after a checkpoint, because it was asked to."""
 
-    def payload(self, keep: bool = True) -> dict[str, object]:
-        """What `restore` takes, the same however the model is held: of a sharded one all processes gather it at once,
-        for those that `keep` it."""
-        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
-        return {**{key: parallel.gathered(value, keep) for key, value in states.items()}, "stopped": self.stopped}
+    def payload(self) -> dict[str, Any]:
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return states | {"average": self.average, "stopped": self.stopped}
+
+    def place(self, name: str) -> Tensor | None:
+        """The weight of what a checkpoint calls `name`, which may be its average or a moment of it."""
+        part, _, key = name.partition("/")
+        if part == "optimizer":
+            return self.weights()[int(key.split("/")[1])]  # state/0/exp_avg
+        return self.model.state_dict().get(key)
+
+    def weights(self) -> list[Tensor]:
+        """As the optimizer numbers them."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def restore(self, payload: dict[str, Any], where: str) -> None:
         """Goes on from what `load_resume` read; `UserError` for a part that is missing or something else."""
         parts = ("model", "optimizer") if self.average is None else ("model", "optimizer", "average")
+        own = self.model.state_dict()
         for part in parts:
             if not isinstance(payload.get(part), dict):
                 raise UserError(f"{where}: holds no {part}; {RESUME_REMEDY}")
             if part != "optimizer":
-                check_weights(self.model.state_dict(), payload[part], where)
-                check_plain(payload[part], where)
-        own = self.model.state_dict()
-        check_finite(payload["model"], where)
+                check_weights(own, payload[part], where)
+                here = {key: parallel.local(value) for key, value in payload[part].items()}
+                check_plain(here, where)
+                check_finite(here, where)
         self.model.load_state_dict({key: parallel.like(own[key], value) for key, value in payload["model"].items()})
         with reading(where, "a resume file", RESUME_REMEDY):
             self.optimizer.load_state_dict(self.in_shards(payload["optimizer"]))
@@ -168,7 +241,7 @@ class State:
 
     def in_shards(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The state of an optimizer, with what is of a weight in shards in such."""
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        weights = self.weights()
         entries = {
             index: {key: parallel.like(weights[index], value) for key, value in entry.items()}
             for index, entry in saved["state"].items()

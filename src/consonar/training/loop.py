@@ -252,8 +252,7 @@ class Running:
         self.check_weights()
         if self.world.is_main:
             timing.keep_for_run(self.folder / KERNELS)
-        payload = self.state.payload(self.world.is_main)
-        payload |= {"processes": self.world.size, "updates": self.config.objective.updates}
+        payload = self.state.payload() | {"processes": self.world.size, "updates": self.config.objective.updates}
         self.saver.save(self.state.step, payload)
 
 

@@ -232,7 +232,7 @@ def restore(state: State, out: Path, world: World, updates: int) -> str | None:
     saved = list_resume(out / "checkpoints")
     if not saved:
         return None
-    payload = load_resume(saved[-1])
+    payload = load_resume(saved[-1], state.place)
     if payload.get("updates", 1) != updates:
         raise UserError(
             f"--resume: {saved[-1]} counts the {updates} updates on a batch as one step, as older versions did; start "

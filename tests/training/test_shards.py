@@ -1,0 +1,123 @@
+"""Checkpoints of a run whose weights lie in shards: on as many processes, on others, on one; damaged; without room."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import same
+from two_processes import run_on_two
+
+from consonar.errors import UserError
+from consonar.generators.rear import ReARConfig
+from consonar.parallel import ParallelConfig
+from consonar.training.checkpoints import list_resume, load_resume
+from consonar.training.objectives.autoregressive import AutoregressiveConfig
+from consonar.training.run import train
+
+STEPS = 4
+WORKER = """
+import errno, os, sys, torch
+from pathlib import Path
+from consonar import shards
+from consonar.errors import UserError
+from consonar.recipes import read_config
+from consonar.training.run import train
+torch.set_num_threads(1)
+for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    name, how = Path(path).stem.split()
+    os.environ["MASTER_PORT"] = port
+    torch.manual_seed(len(how))
+    out, inner = Path(path).with_name(name), shards.Writer.write_data
+    settings = {"whole": {}, "first": {"stop_at": 2}, "second": {"resume": True}, "full": {}}[how]
+    if how == "second":  # what SIGKILL leaves of a save
+        left = out / "checkpoints" / ".step_00000004.partial"
+        left.mkdir(exist_ok=True)
+        (left / ".metadata").write_text("half")
+    if how == "full":
+        def full(writer, *arguments):
+            if os.environ["RANK"] == "1" and "step_00000004" in str(writer.path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return inner(writer, *arguments)
+        shards.Writer.write_data = full
+    try:
+        train(read_config(Path(path)), out, quiet=True, **settings)
+        assert how != "full"
+    except UserError as error:
+        assert how == "full" and "step_00000004: the disk is full" in str(error), error
+    shards.Writer.write_data = inner
+"""
+FSDP = ParallelConfig(strategy="fsdp")
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config(
+        model=ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.0),
+        objective=AutoregressiveConfig(embedding_weight=0.5, head_width=16),
+        loop={"steps": STEPS, "save_every": 2, "ema_decay": 0.9},
+    )
+
+
+def close(ours, theirs):
+    """Whether two nested payloads hold the same but for sums in another order; moments are not compared."""
+    for part in ("model", "average"):
+        for key, value in theirs[part].items():
+            if not key.endswith("k_norm.bias"):  # its gradient is rounding alone
+                torch.testing.assert_close(ours[part][key], value, rtol=1e-3, atol=2e-4)
+
+
+def test_shards_are_gone_on_with_on_two_processes_and_on_one(config, tmp_path):
+    alone = train(config, tmp_path / "alone", quiet=True)
+    train(config, tmp_path / "joined", stop_at=2, quiet=True)  # by one process, gone on with in shards
+    dropped = replace(config, model=replace(config.model, dropout=0.3), parallel=FSDP)
+    sharded = replace(config, parallel=FSDP)
+    run_on_two(
+        WORKER,
+        {
+            "exact whole": dropped, "half first": dropped, "half second": dropped,
+            "joined second": sharded, "left full": sharded,
+        },
+        tmp_path,
+    )  # fmt: skip
+    runs = {name: tmp_path / name / "checkpoints" for name in ("exact", "half", "joined", "left")}
+    for name in ("exact", "half", "joined"):
+        path = runs[name] / "step_00000004"
+        assert {each.name for each in path.iterdir()} == {"state.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert not list((tmp_path / name).rglob("*.partial"))
+    assert [path.name for path in list_resume(runs["joined"])] == ["step_00000002.pt", "step_00000004"]
+    whole, half = (load_resume(runs[name] / "step_00000004") for name in ("exact", "half"))
+    assert whole["processes"] == 2 and len(whole["optimizer"]["state"]) > 9 and same(whole, half)
+
+    theirs = load_resume(alone / "checkpoints" / "step_00000004.pt")
+    close(load_resume(runs["joined"] / "step_00000004"), theirs)
+    assert [path.name for path in runs["left"].iterdir()] == ["step_00000002"]  # of the one that failed nothing
+    train(sharded, tmp_path / "left", resume=True, quiet=True)  # by two in shards, gone on with by one
+    assert [path.name for path in list_resume(runs["left"])] == ["step_00000002", "step_00000004.pt"]
+    close(load_resume(runs["left"] / "step_00000004.pt"), theirs)
+
+    check_damage(tmp_path / "half" / "checkpoints" / "step_00000004")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def check_damage(path):
+    """Every file of the folder, cut, changed or gone, is found, and nothing in it is executed."""
+    kept = {file: file.read_bytes() for file in path.iterdir()}
+    for file, content in kept.items():
+        middle = len(content) // 2
+        changed = bytearray(content)
+        changed[middle] ^= 1
+        for damaged in (b"", content[:middle], bytes(changed), pickle.dumps(Evil())):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"{path.name}.*remove it to resume from the one before") as caught:
+                load_resume(path)
+            assert "\n" not in str(caught.value)
+        file.unlink()
+        with pytest.raises(UserError, match=path.name):
+            load_resume(path)
+        file.write_bytes(content)
+    load_resume(path)
