@@ -16,7 +16,7 @@ from consonar.files.weights import map_tensors
 from consonar.memory import size_of
 from consonar.parallel import ParallelConfig, exchange_of_gradients, is_sharded, shard, whole
 from consonar.training import run as runs
-from consonar.training.checkpoints import load_resume
+from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
@@ -27,7 +27,6 @@ from consonar.training.tracking import read_metrics
 from consonar.training.trainee import Trainee
 
 STEPS = 20
-LAST = f"checkpoints/step_{STEPS:08d}.pt"
 # AdamW moves a weight whose gradient is rounding alone by the learning rate, in either direction, unless its epsilon is
 # above that rounding (k_norm.bias and the like, whose gradient is 0 in exact arithmetic, are such weights): with 1e-8
 # they end up anywhere and the others reach 6e-6, with this one all are compared. Real gradients here are 1e-4 and more.
@@ -115,6 +114,13 @@ def sharded(config, strategy="fsdp", **settings):
     return replace(config, parallel=ParallelConfig(strategy=strategy, **settings))
 
 
+def last(run):
+    """The last checkpoint of 20 steps, in shards or not."""
+    path = list_resume(run / "checkpoints")[-1]
+    assert path.name.startswith(f"step_{STEPS:08d}")
+    return load_resume(path)
+
+
 def apart(ours, theirs):
     """The distance of two models' weights, as a share of their size."""
     assert ours.keys() == theirs.keys()
@@ -137,10 +143,10 @@ def test_two_processes_equal_one_for_every_objective(names, configs, tmp_path, s
     run_on_two(WORKER, {f"{n}-{way}": sharded(c, way) for n, c in chosen.items() for way in ("ddp", "fsdp")}, tmp_path)
     for name, config in chosen.items():
         alone = runs.train(config, tmp_path / f"{name}-alone", quiet=True)
-        theirs = load_resume(alone / LAST)
+        theirs = last(alone)
         for way in ("ddp", "fsdp"):
             run = tmp_path / f"{name}-{way}"
-            ours = load_resume(run / LAST)
+            ours = last(run)
             assert apart(ours["model"], theirs["model"]) < 1e-5, (name, way)
             if theirs["average"]:
                 assert apart(ours["average"], theirs["average"]) < 1e-5, (name, way)
@@ -171,7 +177,7 @@ def test_runs_go_on_in_other_processes(configs, tmp_path, steady):
             runs.train(config, run, resume=True, quiet=True)
         alone = runs.train(config, tmp_path / f"{name}-alone", quiet=True)
         for part in ("model", "average") if config.loop.ema_decay else ("model",):
-            assert apart(load_resume(run / LAST)[part], load_resume(alone / LAST)[part]) < 1e-5, name
+            assert apart(last(run)[part], last(alone)[part]) < 1e-5, name
         assert [session["parallel"] for session in read_json(run / "sessions.json")["sessions"]] == ways
 
 
