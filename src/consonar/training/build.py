@@ -37,8 +37,8 @@ from consonar.sampling.sample import sample
 from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
+from consonar.training.best import KeepBest
 from consonar.training.captions import caption_features, captions_of_pictures, read_by, text_encoder_of
-from consonar.training.checkpoints import KeepBest
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
 from consonar.training.objectives import method_of_config

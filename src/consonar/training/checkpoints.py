@@ -1,4 +1,4 @@
-"""What moves during training, checkpoints, `checkpoints/step_00001000.pt`, which hold all of it, and the best model.
+"""What moves during training, checkpoints, `checkpoints/step_00001000.pt`, which hold all of it.
 
 What moves is the trainee with its heads, the optimizer and the moving average: a run goes on exactly. Where processes
 hold shards a checkpoint is a folder, `checkpoints/step_00001000`: `state.pt`, and beside it the shards.
@@ -7,7 +7,7 @@ hold shards a checkpoint is a folder, `checkpoints/step_00001000`: `state.pt`, a
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,28 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from consonar import parallel, shards
-from consonar.components import save_generator
-from consonar.data.loader import ImageBatches
 from consonar.distributed import World, from_main
 from consonar.errors import UserError, one_line, reading
-from consonar.files.readers import check_archive, read_json
+from consonar.files.readers import check_archive
 from consonar.files.weights import check_finite, check_plain, check_weights
-from consonar.files.writers import file_sha256, no_room_said, write_atomically, write_json
-from consonar.metrics.distribution import Moments, frechet_distance
-from consonar.networks import load_feature_network
-from consonar.origin import Origin
+from consonar.files.writers import file_sha256, no_room_said, write_atomically
 from consonar.records import device_of, map_tensors
-from consonar.sampling.job import balanced_labels
-from consonar.sampling.sample import sample
-from consonar.types import Condition, Generator, Tokenizer
 
 FORMAT_VERSION = 1
 RESUME_REMEDY = "remove it to resume from the one before"
 STEP_FILE = re.compile(r"step_(\d{8})(\.pt)?")
 STATE = "state.pt"
 """All of a checkpoint but what is in shards."""
-NETWORK = "efficientnet-lite0"
-METRIC = f"FD({NETWORK}) validation"
 
 
 def save_resume(folder: Path, step: int, payload: Mapping[str, object], keep: int) -> Path:
@@ -268,53 +258,3 @@ class State:
                 if average is not None:
                     model.load_state_dict(own)
                 model.train()
-
-
-@dataclass
-class KeepBest:
-    """Keeps the state of a generator whose samples have the lowest Fréchet distance so far to the validation images.
-
-    It is in best/ of the run `folder`, step and value in best.json. `num_samples` are drawn at temperature 1, of the
-    same seeds at every step.
-    """
-
-    validation: ImageBatches
-    tokenizer: Tokenizer
-    num_samples: int
-    folder: Path
-    origin: Origin
-
-    def __post_init__(self) -> None:
-        self.network = load_feature_network(NETWORK, str(device_of(self.tokenizer)))
-        self.batch_size = self.validation.batch_size
-        self.target = self.moments(batch.images for batch in self.validation.ordered(self.batch_size))
-        if self.target.count < 2:
-            raise UserError("loop.fd_samples: a distance needs 2 validation images or more, there is 1; set it to 0")
-
-    def moments(self, batches: Iterable[Tensor]) -> Moments:
-        moments = Moments(self.network.num_features)
-        for images in batches:
-            moments.update(self.network(images))
-        return moments
-
-    def distance(self, model: Generator) -> float:
-        """That of the samples of the generator."""
-        condition: Condition = balanced_labels(self.num_samples, max(1, model.num_classes))
-        if self.validation.captions is not None:
-            condition = self.validation.captions.spread(self.num_samples)
-        images = sample(model, self.tokenizer, condition, batch_size=self.batch_size, precision="fp32").images
-        found = self.moments(images.split(self.batch_size))
-        return frechet_distance(found.mean, found.cov, self.target.mean, self.target.cov)
-
-    def keep(self, model: Generator, step: int, distance: float) -> None:
-        """Keeps the generator, if it is the best so far."""
-        record = self.folder / "best.json"
-        # A record of a later step is left from before a resume: the run will come by there again.
-        if record.exists():
-            known = read_json(record)
-            with reading(record, "the record of the best model", "remove it"):
-                better = known["step"] < step and known["value"] <= distance
-            if better:
-                return
-        save_generator(model, self.folder / "best", self.origin)
-        write_json(record, {"step": step, "metric": METRIC, "value": distance})

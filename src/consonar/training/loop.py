@@ -25,7 +25,8 @@ from consonar.errors import NonFiniteLoss, one_line
 from consonar.origin import Origin
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
-from consonar.training.checkpoints import METRIC, KeepBest, Saver, State, list_resume
+from consonar.training.best import METRIC, KeepBest
+from consonar.training.checkpoints import Saver, State, list_resume
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import learning_rate, update_average
