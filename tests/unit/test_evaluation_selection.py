@@ -222,3 +222,9 @@ def test_what_is_wrong_with_the_options_is_said_before_the_reference_is_opened(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["evaluate", str(tmp_path / "samples.npz"), "--reference", "openmoji", option, value])
     assert message in capsys.readouterr().err
+
+
+def test_an_option_that_a_check_does_not_read_is_named_as_it_was_given(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["evaluate", "--check", str(tmp_path / "results.json"), "--out", "new.json"])
+    assert "--out: 'new.json' is read only without --check" in capsys.readouterr().err
