@@ -144,7 +144,8 @@ def check_read(options: Options, unread: Sequence[str], why: str) -> None:
     """Raises `UserError` for the first of the options `unread` that is not at its default."""
     for name in unread:
         if (value := getattr(options, name)) != default(options, name):
-            value = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words = value if isinstance(value, tuple) else (value,)
+            value = " ".join(map(str, words)) if isinstance(words[0], Path) else value
             raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
 
 
