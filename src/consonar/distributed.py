@@ -1,10 +1,12 @@
 """Processes and devices: start, reduce. How they hold a model: `parallel`. One process needs neither."""
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from consonar.errors import UserError, check_choice
 from consonar.seeding import rows_of_rank
 
 Value = TypeVar("Value")
+Item = TypeVar("Item")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -135,3 +138,37 @@ def from_main(value: Value, world: World) -> Value:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+def of_every(value: Value, world: World, *, failed: bool = False) -> list[Value]:
+    """The `value` of every process (anything that can be pickled, on the CPU), by rank.
+
+    Where others `failed`, the process ends with status 2; it is silent, for the first of those tells why.
+    """
+    if world.size == 1:
+        return [value]
+    found: list[tuple[Value, bool]] = [(value, failed)] * world.size
+    dist.all_gather_object(found, (value, failed))
+    first = next((rank for rank, (_, bad) in enumerate(found) if bad), world.rank)
+    if first != world.rank:
+        sys.exit(2)
+    return [one for one, _ in found]
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """Around what processes do that exchange by `of_every` alone: what ends one of them ends all, and one tells why."""
+    try:
+        yield
+    except Exception:
+        of_every(None, world, failed=True)
+        raise
+    of_every(None, world)  # who fails last of all, too, finds the others here
+
+
+def in_turn(work: Callable[[Item], Value], items: Iterable[Item], world: World) -> Iterator[Value]:
+    """`work` of every item, in their order, in every process; each does one of as many as there are processes."""
+    left = iter(items)
+    while group := list(islice(left, world.size)):
+        mine = [work(item) for item in group[world.rank : world.rank + 1]]
+        yield from (one for found in of_every(mine, world) for one in found)

@@ -241,7 +241,7 @@ def test_most_commands_are_for_one_process(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = told(["report", "run", "--out", str(tmp_path / "a.html")], capsys)
-    assert line == "report: is for one process; leave torchrun away, which is for train, sample, tokenize"
+    assert line == "report: is for one process; leave torchrun away, which is for train, sample, tokenize, evaluate"
     assert not list(tmp_path.iterdir())
 
 

@@ -37,7 +37,7 @@ COMMANDS = {
     "doctor": "Show device, versions, kernels, packages, weights and cache: what a bug report needs.",
 }
 """What each does. Its module is imported when it is called, for PyTorch takes a second."""
-SHARED = ("train", "sample", "tokenize")
+SHARED = ("train", "sample", "tokenize", "evaluate")
 """Those that several processes of torchrun do together."""
 
 

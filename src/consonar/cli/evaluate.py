@@ -16,7 +16,7 @@ from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup, BadImageOptions
 from consonar.components import read_component_kind
 from consonar.data.bad_images import BadImages
-from consonar.distributed import pick_device
+from consonar.distributed import World, failing_together, joined
 from consonar.errors import UserError
 from consonar.evaluation.check import check_results
 from consonar.evaluation.evaluate import evaluate, open_target
@@ -83,15 +83,22 @@ class Options:
 
 
 def command(options: Options) -> None:
-    device = str(pick_device(options.device, "--device"))
-    if options.check is not None:
-        check(options, options.check, device)
-        return
+    with joined(options.device, "--device") as world, failing_together(world):
+        if options.check is None:
+            measure(options, world)
+            return
+        if world.size > 1:
+            raise UserError("--check: is for one process; leave torchrun away")
+        check(options, options.check, str(world.device))
+
+
+def measure(options: Options, world: World) -> None:
+    """In each of the processes that share it; the first one says and writes what there is."""
     place, out = options.samples, options.out
     if place is None or options.reference is None:
         missing = "name samples, or a run folder" if place is None else "--reference: missing; name one"
         raise UserError(f"evaluate: {missing}, or a file of results with --check")
-    pick_precision(options.precision, torch.device(device), "--precision", "measuring")
+    pick_precision(options.precision, world.device, "--precision", "measuring")
     is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
     listing = out and out.with_name(f"{out.name}-bad-images.txt")
     bad = options.bad.policy(place / "bad-images-evaluation.txt" if is_run else listing)
@@ -107,11 +114,11 @@ def command(options: Options) -> None:
     if is_run and options.tokenizer is not None:
         raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
     is_tokenizer = is_run and read_component_kind(place) == "tokenizer"
-    measure = measure_tokenizer if is_tokenizer else measure_generator if is_run else measure_samples
+    of_kind = measure_tokenizer if is_tokenizer else measure_generator if is_run else measure_samples
     smaller = NOT_SMALLER if is_tokenizer else f"lower --batch-size ({options.batch_size})"
-    with memory.explained(smaller, torch.device(device)):
-        measure(options, place, options.reference, device, bad)
-    if bad.note:
+    with memory.explained(smaller, world.device):
+        of_kind(options, place, options.reference, world, bad)
+    if bad.note and world.is_main:
         say(bad.note)
         bad.write()
 
@@ -157,28 +164,33 @@ def settings_of(kind: type[Settings], options: Options, device: str, **given: ob
     return kind(**named | {"metrics": metrics, "device": device} | given)
 
 
-def measure_tokenizer(options: Options, place: Path, reference: str, device: str, bad: BadImages) -> None:
+def measure_tokenizer(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
     unread = ("metrics", "temperatures", "match", "num_samples", "draws", "seed", "batch_size")
     check_read(options, unread, "where samples of a generator are measured")
     metrics = evaluate_tokenizer(
-        place, reference=reference, feature_network=options.feature_network, device=device,
+        place, reference=reference, feature_network=options.feature_network, device=str(world.device),
         precision=options.precision, overwrite=options.overwrite, validation_split=options.validation_split, bad=bad,
+        world=world,
     )  # fmt: skip
+    if not world.is_main:
+        return
     print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(place))
     say(read_json(place / RECONSTRUCTION)["origin"]["protocol"])
 
 
-def measure_generator(options: Options, place: Path, reference: str, device: str, bad: BadImages) -> None:
+def measure_generator(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
     try:
         temperatures = [float(word) for word in options.temperatures.split(",")]
     except ValueError as error:
         given = options.temperatures
         raise UserError(f"--temperatures: {given!r} is not a list of numbers such as 1,0.9,0.8") from error
-    settings = settings_of(RunSettings, options, device, temperatures=temperatures)
+    settings = settings_of(RunSettings, options, str(world.device), temperatures=temperatures)
     content = evaluate_run(
         place, settings, reference=reference, feature_network=options.feature_network,
-        overwrite=options.overwrite, bad=bad, progress=say,
+        overwrite=options.overwrite, bad=bad, progress=say if world.is_main else lambda text: None, world=world,
     )  # fmt: skip
+    if not world.is_main:
+        return
     for row in content["rows"]:
         metrics = {name: Measurement(**found) for name, found in row["metrics"].items()}
         print_metrics(metrics, f"temperature {row['temperature']:g}")
@@ -186,7 +198,7 @@ def measure_generator(options: Options, place: Path, reference: str, device: str
     say(f"results: {place / 'results.json'}")
 
 
-def measure_samples(options: Options, place: Path, reference: str, device: str, bad: BadImages) -> None:
+def measure_samples(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
     """A sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
     out, tokenizer = options.out, options.tokenizer
     check_read(options, ("temperatures", "match", "num_samples"), f"with the run folder of a generator, not {place}")
@@ -194,19 +206,22 @@ def measure_samples(options: Options, place: Path, reference: str, device: str, 
     check_seed(options.seed, "--seed")
     if out is not None:
         check_place(out, overwrite=options.overwrite, key="--out")
+    device = str(world.device)
     measured = settings_of(EvaluationSettings, options, device)
     check_metrics(measured)
     samples = load_samples(place, bad=bad)
     measured.check_parts(samples.count, str(place))
     network = load_feature_network(options.feature_network, device)  # what is wrong is found before pictures are read
-    target = open_target(samples, reference, tokenizer, measured, bad)
-    if target.about:
+    target = open_target(samples, reference, tokenizer, measured, bad, world)
+    if target.about and world.is_main:
         say(f"reference: {target.about}")
-    with counting("evaluate") as count:
+    with counting("evaluate", world.is_main) as count:
         results = evaluate(
             samples, target, measured, feature_network=network,
-            progress=lambda name, done: count(done, None),
+            progress=lambda name, done: count(done, None), world=world,
         )  # fmt: skip
+    if not world.is_main:
+        return
     print_metrics(results.metrics, str(place))
     say_about(results.protocol, results.unavailable, results.remarks)
     if out is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from consonar.components import load_tokenizer
 from consonar.data.bad_images import BadImages
 from consonar.data.store_format import check_tokens
-from consonar.distributed import machine_name
+from consonar.distributed import ALONE, World, machine_name
 from consonar.errors import UserError
 from consonar.evaluation.features import FeatureSet, ImagesDone, drawn_places, extract_features
 from consonar.evaluation.inputs import (
@@ -52,13 +52,15 @@ def evaluate(
     *,
     feature_network: str | FeatureNetwork = "efficientnet-lite0",
     progress: ImagesDone | None = None,
+    world: World = ALONE,
     **options: Any,  # of the types of the fields, which are checked when they are set
 ) -> Evaluation:
     """Measure `samples` against `reference` by the metrics of `SAMPLE_METRICS`; docs/evaluation.md says what they mean.
 
     Means and covariances run over all images; what compares single ones over `max_neighbours_images` of each set. They,
     the parts and the splits are drawn by `seed` and the pixels, so that the order of a set changes nothing. `options`
-    are fields of the settings by name. `progress` gets a set's name and the number of images done. Raises UserError for
+    are fields of the settings by name. `progress` gets a set's name and the number of images done. The
+    processes of `world` call it alike, share the work of the network, and get the same. Raises UserError for
     wrong input or too few samples.
     """
     settings = replace(settings or EvaluationSettings(), **options)
@@ -73,11 +75,16 @@ def evaluate(
     if isinstance(network, str):
         network = load_feature_network(network, settings.device)
     with settings.multiplying():
-        return compare(samples, PreparedReference(reference, network, settings, progress), settings, progress)
+        prepared = PreparedReference(reference, network, settings, progress, world)
+        return compare(samples, prepared, settings, progress, world)
 
 
 def compare(
-    samples: SampleSet, reference: PreparedReference, settings: EvaluationSettings, progress: ImagesDone | None = None
+    samples: SampleSet,
+    reference: PreparedReference,
+    settings: EvaluationSettings,
+    progress: ImagesDone | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """`evaluate` of samples that were checked, against a reference that was prepared with the same settings."""
     network, seed = reference.network, settings.seed
@@ -87,6 +94,7 @@ def compare(
     found = extract_features(
         network, samples.images, settings, places, max_rows=settings.kept_samples,
         part_of=part_of if settings.draws > 1 else torch.full_like(part_of, -1), progress=progress,
+        world=world,
     )  # fmt: skip
     rates = copy_rates(samples, found, reference, settings)
     copies = {kind: copied for kind, copied in rates.items() if isinstance(copied, CopyRate)}
@@ -129,7 +137,12 @@ def protocol(found: FeatureSet, reference: PreparedReference) -> str:
 
 
 def open_target(
-    samples: SampleSet, spec: str, tokenizer: str | None, settings: EvaluationSettings, bad: BadImages | None = None
+    samples: SampleSet,
+    spec: str,
+    tokenizer: str | None,
+    settings: EvaluationSettings,
+    bad: BadImages | None = None,
+    world: World = ALONE,
 ) -> ReferenceSet:
     """The reference `spec` for samples; where these have tokens, in those of `tokenizer`, for the copy rate in them.
 
@@ -149,7 +162,7 @@ def open_target(
         return target  # another of that name made them
     check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
     check_tokens(samples.tokens.numpy(), codec.vocab_size, codec.name, where)
-    return encode_reference(target, codec, precision=settings.precision)
+    return encode_reference(target, codec, precision=settings.precision, world=world)
 
 
 def remarks(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consonar.distributed import ALONE, World, in_turn, of_every
 from consonar.errors import UserError, reading
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input
@@ -102,13 +103,15 @@ def extract_features(
     max_rows: int | None = None,
     part_of: Tensor | None = None,
     progress: ImagesDone | None = None,
+    world: World = ALONE,
 ) -> FeatureSet:
     """Features of a set of images; keeps the moments of all, and the vectors of those at the first `max_rows` `places`.
 
     `places` (count,) are those of `drawn_places`, None: found here; `max_rows` None: `max_neighbours_images`. Of a
     `ScoringNetwork` also the moments of the spatial features. `part_of` (count,) int64 says which part every image is
     in (-1: in none), and asks for all of that of each part as well and for the Inception score. `progress` gets the
-    set's name and the number of images done so far. Raises UserError when the network gives another shape than it
+    set's name and the number of images done so far. The processes of `world` take turns at the batches; all get the
+    same. Raises UserError when the network gives another shape than it
     declares, or values that are not finite.
     """
     places = drawn_places(images, settings)[0] if places is None else places
@@ -124,13 +127,17 @@ def extract_features(
         for rows in (torch.ones_like(places, dtype=torch.bool), *members)
     ]
     kept, rows = places < (settings.max_neighbours_images if max_rows is None else max_rows), []
-    for batch in images.stream(settings.batch_size):
-        inputs, first = as_input(batch, network), whole.moments.count
+
+    def of_batch(batch: np.ndarray) -> tuple[int, tuple[Tensor, ...]]:
+        inputs = as_input(batch, network)
         outputs: tuple[Tensor, ...] = scoring.outputs(inputs) if scoring else (network(inputs),)
-        outputs = tuple(output.to("cpu", torch.float32) for output in outputs)
+        return len(batch), tuple(output.to("cpu", torch.float32) for output in outputs)
+
+    for count, outputs in in_turn(of_batch, images.stream(settings.batch_size), world):
+        first = whole.moments.count
         for output, width in zip(outputs, widths, strict=False):
-            check_features(output, (len(batch), width), network.name, images.name, first)
-        here = slice(first, first + len(batch))
+            check_features(output, (count, width), network.name, images.name, first)
+        here = slice(first, first + count)
         rows.append(outputs[0][kept[here]])
         whole.update(outputs)
         for part, rows_of_part in zip(parts, members, strict=True):
@@ -160,6 +167,7 @@ def cached_features(
     progress: ImagesDone | None = None,
     *,
     max_rows: int | None = None,
+    world: World = ALONE,
 ) -> FeatureSet:
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
@@ -174,7 +182,7 @@ def cached_features(
     kept = f"{max_rows} by {settings.seed}" if len(places) > max_rows else "all"
     parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"
     path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
-    if path.exists():
+    if all(of_every(path.exists(), world)):
         remedy = "delete it, it is made again"
         known = read_npz(path, remedy=remedy)
         spatial = {key.removeprefix("spatial_"): known[key] for key in known if key.startswith("spatial_")}
@@ -187,7 +195,9 @@ def cached_features(
                 places=places,
                 content=content,
             )
-    features = extract_features(network, images, settings, places, max_rows=max_rows, progress=progress)
+    features = extract_features(network, images, settings, places, max_rows=max_rows, progress=progress, world=world)
+    if not world.is_main:
+        return replace(features, content=content)
     arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
     for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
         if moments is not None:

@@ -17,6 +17,7 @@ from consonar.data.labels import describe
 from consonar.data.sources import at_size
 from consonar.data.splits import open_splits
 from consonar.data.transforms import from_uint8
+from consonar.distributed import ALONE, World, in_turn
 from consonar.errors import UserError, reading
 from consonar.evaluation.image_sets import (
     NEEDED,
@@ -178,14 +179,26 @@ def check_tokenizer(samples: SampleSet, used: Origin) -> None:
 
 
 def encode_reference(
-    reference: ReferenceSet, tokenizer: Tokenizer, *, batch_size: int = 64, precision: str = "fp32"
+    reference: ReferenceSet,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    world: World = ALONE,
 ) -> ReferenceSet:
-    """The reference with the tokens of its images, for the copy rate in tokens; the tokenizer must be the samples'."""
+    """The reference with the tokens of its images, for the copy rate in tokens; the tokenizer must be the samples'.
+
+    The processes of `world` take turns at the batches; all get the same.
+    """
+
+    def encoded(batch: np.ndarray) -> Tensor:
+        return tokenizer.encode(as_input(batch, tokenizer)).cpu()
+
     device = device_of(tokenizer)
     chosen = pick_precision(precision, device, "precision", "measuring")
     with multiplying(chosen, device, autocast=True):
         tokens = {
-            name: torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in images.stream(batch_size)])
+            name: torch.cat(list(in_turn(encoded, images.stream(batch_size), world)))
             for name, images in reference.images.items()
         }
     return replace(reference, tokens=tokens, origin=of_tokenizer(tokenizer))

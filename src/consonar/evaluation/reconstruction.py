@@ -15,7 +15,7 @@ from consonar.components import load_tokenizer, model_folder, weights_sha256
 from consonar.data.bad_images import BadImages
 from consonar.data.splits import HELD_OUT
 from consonar.data.transforms import to_uint8
-from consonar.distributed import machine_name
+from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input, open_reference
@@ -46,6 +46,7 @@ def reconstruction_metrics(
     *,
     feature_network: FeatureNetwork | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Metrics of `tokenizer` over `batches` of images (B, 3, H, W) in [-1, 1] on its device.
 
@@ -53,8 +54,8 @@ def reconstruction_metrics(
     (mean absolute difference), all of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share
     of the vocabulary that occurs) and `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called
     with 8-bit-rounded images in [-1, 1], also `perceptual`; with `feature_network` also `rFD(NAME)`. Memory does
-    not grow with the number of images. Raises UserError for no images, tokens outside the vocabulary, or one image
-    with rFD.
+    not grow with the number of images. The processes of `world` take turns at the batches; all get the same. Raises
+    UserError for no images, tokens outside the vocabulary, or one image with rFD.
     """
     with_ssim = tokenizer.image_size >= SSIM_WINDOW
     names = ("psnr", *(["ssim"] if with_ssim else []), "l1", *(["perceptual"] if perceptual else []))
@@ -62,23 +63,30 @@ def reconstruction_metrics(
     num_images, size = 0, tokenizer.vocab_size
     counts = torch.zeros(size, dtype=torch.int64)  # (V,)
     moments = [Moments(feature_network.num_features) for _ in range(2)] if feature_network else []
-    for images in batches:
+
+    def of_batch(images: Tensor) -> tuple[int, Tensor, dict[str, float], list[Tensor]]:
         tokens = tokenizer.encode(images)  # (B, N)
         if len(outside := tokens[(tokens < 0) | (tokens >= size)]):
             raise UserError(f"token {outside[0]} from tokenizer {tokenizer.name}, which has {size} codes")
-        counts += quantizer.code_counts(tokens, size).cpu()
         pair = [round_to_8_bits(tokenizer.decode(tokens)), round_to_8_bits(images)]
-        sums["psnr"] += float(psnr(*pair).sum())
+        found = {
+            "psnr": float(psnr(*pair).sum()),
+            "l1": float((pair[0] - pair[1]).abs().flatten(1).mean(1).sum()),
+        }
         if with_ssim:
-            sums["ssim"] += float(ssim(*pair).sum())
-        sums["l1"] += float((pair[0] - pair[1]).abs().flatten(1).mean(1).sum())
+            found["ssim"] = float(ssim(*pair).sum())
         rounded = [(side * 2 - 1).float() for side in pair]
         if perceptual:
-            sums["perceptual"] += float(perceptual(*rounded).sum())
-        if feature_network:
-            for kept, side in zip(moments, rounded, strict=True):
-                kept.update(feature_network(side))
-        num_images += len(images)
+            found["perceptual"] = float(perceptual(*rounded).sum())
+        features = [feature_network(side).cpu() for side in rounded] if feature_network else []
+        return len(images), quantizer.code_counts(tokens, size).cpu(), found, features
+
+    for count, codes, found, features in in_turn(of_batch, batches, world):
+        num_images += count
+        counts += codes
+        sums = {name: total + found[name] for name, total in sums.items()}
+        for kept, rows in zip(moments, features, strict=True):
+            kept.update(rows)
     if num_images == 0:
         raise UserError("reconstruction metrics: no images were given")
     metrics = {name: total / num_images for name, total in sums.items()}
@@ -103,6 +111,7 @@ def evaluate_tokenizer(
     overwrite: bool = False,
     validation_split: str | None = None,
     bad: BadImages | None = None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """`measure_reconstruction` of a run's tokenizer on the validation images of `reference` (of the data that it was
     trained on those that were held out, unless `validation_split` says otherwise), or on its one set.
@@ -122,20 +131,25 @@ def evaluate_tokenizer(
         raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
     network = load_feature_network(feature_network, device)
-    saved = replacing(run, RECONSTRUCTION, overwrite=overwrite)
+    saved = replacing(run, RECONSTRUCTION, overwrite=overwrite, world=world)
     with saved as staged, multiplying(chosen, place, autocast=True):
         origin = {"checkpoint_sha256": sha256, "precision": chosen, "reference": reference}
         origin |= {"validation_split": split} if split else {}
         origin |= {"machine": machine_name(device), **library_versions()}
-        return measure_reconstruction(staged, tokenizer, measured, network, **origin)
+        return measure_reconstruction(staged, tokenizer, measured, network, world, **origin)
 
 
 def measure_reconstruction(
-    folder: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, **origin: str
+    folder: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, world: World = ALONE, **origin: str
 ) -> dict[str, float]:
-    """Metrics over the set, written into reconstruction.json with `origin`; some images to reconstructions.npz."""
+    """Metrics over the set, written into reconstruction.json with `origin`; some images to reconstructions.npz.
+
+    Of the processes of `world`, which share the work, the first one writes.
+    """
     batches = (as_input(batch, tokenizer) for batch in images.stream(64))
-    metrics = reconstruction_metrics(tokenizer, batches, feature_network=network)
+    metrics = reconstruction_metrics(tokenizer, batches, feature_network=network, world=world)
+    if not world.is_main:
+        return metrics
     count = int(metrics["num_images"])
     rows = torch.linspace(0, count - 1, min(RECONSTRUCTIONS, count)).long()
     originals = images.pick(rows)

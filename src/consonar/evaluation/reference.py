@@ -7,6 +7,7 @@ from functools import cache, cached_property
 
 from torch import Tensor
 
+from consonar.distributed import ALONE, World
 from consonar.errors import UserError
 from consonar.evaluation.features import ImagesDone, cached_features
 from consonar.evaluation.inputs import ReferenceSet
@@ -35,11 +36,12 @@ class PreparedReference:
         network: FeatureNetwork,
         settings: EvaluationSettings,
         progress: ImagesDone | None = None,
+        world: World = ALONE,
     ) -> None:
         self.given, self.network, self.settings, k = given, network, settings, settings.num_neighbours
         keep = settings.kept_references
         self.features = {
-            name: cached_features(network, images, settings, progress, max_rows=keep)
+            name: cached_features(network, images, settings, progress, max_rows=keep, world=world)
             for name, images in given.images.items()
         }
         for name, found in self.features.items():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from consonar import __version__
+from consonar.distributed import ALONE, World, of_every
 from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.files.readers import has_keys, plain_name, read_json
@@ -127,13 +128,18 @@ def origin_of_numbers(results: Evaluation) -> Json:
 
 
 @contextmanager
-def replacing(run: Path, record: str, *, overwrite: bool) -> Iterator[Path]:
+def replacing(run: Path, record: str, *, overwrite: bool, world: World = ALONE) -> Iterator[Path]:
     """A folder to fill; when the block ends well its files take the places of those of the same names in `run`.
 
     Until then all that was there stays, and so it does when the block fails. The .json files, which say what the others
-    are, come last, and pictures that only the results before knew are removed. Other processes are kept out of the run.
-    Raises `UserError` where one is at it, and where the file `record` is there, unless `overwrite`.
+    are, come last, and pictures that only the results before knew are removed. Other processes are kept out of the run,
+    but those of `world`: the first of them holds, makes and ends it for all. Raises `UserError` where one is at it, and
+    where the file `record` is there, unless `overwrite`.
     """
+    if not world.is_main:
+        of_every(None, world)  # until the folder is there
+        yield run / STAGED
+        return
     with hold(run):
         if (run / record).exists() and not overwrite:
             of = " of weights that have changed since" if record == RESULTS and not is_measured(run) else ""
@@ -142,6 +148,7 @@ def replacing(run: Path, record: str, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
         staged.mkdir()
         try:
+            of_every(None, world)
             yield staged
             for path in sorted(staged.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
                 path.replace(run / path.name)

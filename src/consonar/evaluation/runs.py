@@ -14,6 +14,7 @@ import torch
 from consonar.components import load_generator, load_own_tokenizer, read_origin, weights_sha256
 from consonar.config_io import to_dict
 from consonar.data.bad_images import BadImages
+from consonar.distributed import ALONE, World, of_every
 from consonar.errors import UserError
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import compare
@@ -88,24 +89,26 @@ def evaluate_run(
     overwrite: bool = False,
     bad: BadImages | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    world: World = ALONE,
 ) -> Json:
     """Samples a finished run at every temperature, measures each against `reference`, and writes results.json into it.
 
     `target` is the encoded reference where several runs share it; else it is opened here without `bad` images. Beside
     results.json, whose content is returned: samples_tX.npz (some images of each row, with their nearest training
     images) and, of validation images and where wanted, reconstructions.npz and reconstruction.json. What was there
-    stays until all is measured. `progress` gets what is being done, in words. Raises `UserError` for a run that is not
-    finished, and when results exist, unless `overwrite`.
+    stays until all is measured. `progress` gets what is being done, in words. The processes of `world` share the work;
+    the first one writes. Raises `UserError` for a run that is not finished, and when results exist, unless `overwrite`.
     """
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = Sharpness(
         reference, run.tokenizer, settings.batch_size, run.origin, bad, validation_split=settings.validation_split
     )
-    with replacing(folder, RESULTS, overwrite=overwrite) as staged, settings.multiplying():
-        samplers = samplers_of(settings, sharpness, run.generator)
-        target = target_of(run, reference, target, settings, bad)
-        prepared = PreparedReference(target, network, settings)  # what is wrong is found before hours of sampling
+    with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():
+        samplers = of_every(samplers_of(settings, sharpness, run.generator), world)[0]
+        target = target_of(run, reference, target, settings, bad, world)
+        # Now, for what is wrong is found before hours of sampling.
+        prepared = PreparedReference(target, network, settings, world=world)
         progress(f"reference: {target.about}")
         entropies, unavailable = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers]), {}
         if isinstance(entropies, str):
@@ -114,7 +117,7 @@ def evaluate_run(
         rows = []
         for sampler, matched in samplers.items():
             progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
-            row, results = measure_row(run, sampler, prepared, settings, staged)
+            row, results = measure_row(run, sampler, prepared, settings, staged, world)
             if sampler.temperature in entropies:
                 row["metrics"][ENTROPY] = Measurement(entropies[sampler.temperature]).record()
             matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(other)} for other in matched]
@@ -131,11 +134,10 @@ def evaluate_run(
             "draws": settings.draws,
             "machine": results.machine,
         }
-        if settings.reconstruct and "validation" in target.images:
-            measure_reconstruction(
-                staged, run.tokenizer, target.images["validation"], network, precision=settings.precision
-            )
-        write_json(staged / RESULTS, content)
+        if settings.reconstruct and (held_out := target.images.get("validation")):
+            measure_reconstruction(staged, run.tokenizer, held_out, network, world, precision=settings.precision)
+        if world.is_main:
+            write_json(staged / RESULTS, content)
     return content
 
 
@@ -148,14 +150,21 @@ def samplers_of(settings: RunSettings, sharpness: Sharpness, generator: Generato
 
 
 def target_of(
-    run: FinishedRun, reference: str, target: ReferenceSet | None, settings: RunSettings, bad: BadImages | None
+    run: FinishedRun,
+    reference: str,
+    target: ReferenceSet | None,
+    settings: RunSettings,
+    bad: BadImages | None,
+    world: World,
 ) -> ReferenceSet:
     """The reference in the tokens of the run's tokenizer: `target`, checked to be that, or opened and encoded here."""
     tokenizer = run.tokenizer
     if target is None:
         wanted = settings.validation_split
         target = open_reference(reference, tokenizer.image_size, validation_split=wanted, bad=bad)
-        return encode_reference(target, tokenizer, batch_size=settings.batch_size, precision=settings.precision)
+        return encode_reference(
+            target, tokenizer, batch_size=settings.batch_size, precision=settings.precision, world=world
+        )
     if target.name != reference or target.origin is None:
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
     check("target", target.origin, run.origin, str(run.folder), "encode it anew", parts=("tokenizer",))
@@ -163,7 +172,12 @@ def target_of(
 
 
 def measure_row(
-    run: FinishedRun, sampler: SamplerConfig, reference: PreparedReference, settings: RunSettings, staged: Path
+    run: FinishedRun,
+    sampler: SamplerConfig,
+    reference: PreparedReference,
+    settings: RunSettings,
+    staged: Path,
+    world: World,
 ) -> tuple[Json, Evaluation]:
     """Draws the samples of one row of results.json, measures them, and keeps some in `staged`."""
     labels = balanced_labels(settings.num_samples, run.generator.num_classes)
@@ -175,12 +189,17 @@ def measure_row(
     # In the digits that tell a temperature from every other, 1 rather than 1.0.
     name = f"samples_t{repr(float(sampler.temperature)).removesuffix('.0')}.npz"
     drawn, kept = run.folder / f".{name}", staged / name
-    drawn.unlink(missing_ok=True)
-    run_job(job, drawn, batch_size=settings.batch_size, restart=True)
-    results = compare(load_samples(drawn), reference, settings)
-    keep_some(drawn, kept, reference.given, results.copies, run.origin.class_names)
+    if world.is_main:
+        drawn.unlink(missing_ok=True)
+    of_every(None, world)
+    run_job(job, drawn, batch_size=settings.batch_size, restart=True, world=world)
+    results = compare(load_samples(drawn), reference, settings, world=world)
     entropy = float(read_npz(drawn, ["entropy"])["entropy"].mean())
-    drawn.unlink()
+    of_every(None, world)
+    if world.is_main:
+        keep_some(drawn, kept, reference.given, results.copies, run.origin.class_names)
+        drawn.unlink()
+    of_every(None, world)
     metrics = results.metrics | {"entropy": Measurement(entropy)}
     row = {
         **to_dict(sampler),

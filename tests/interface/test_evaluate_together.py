@@ -1,0 +1,138 @@
+"""`evaluate` by two processes of torchrun: the numbers of one, written and said once; and what one line ends both."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from consonar import cli
+from consonar.components import save_generator, save_tokenizer
+from consonar.origin import Origin
+
+PROGRAM = """
+import os, sys, torch
+from torch.nn import functional
+from consonar import cli, networks
+
+class Quarters:
+    name, weights_sha256, num_features, num_spatial = "quarters", "q" * 64, 12, 48
+    def __call__(self, images):
+        if sys.argv[1] == os.environ.get("RANK"):
+            from consonar.errors import UserError
+            raise UserError("this process has no network")
+        return functional.adaptive_avg_pool2d(images, 2).flatten(1)
+    def outputs(self, images):
+        maps = functional.adaptive_avg_pool2d(images, 4).flatten(1)
+        return self(images), maps, maps.softmax(1)
+
+networks.FEATURE_NETWORKS["quarters"] = lambda device: Quarters()
+torch.set_num_threads(1)
+cli.main(sys.argv[2:])
+"""
+TOGETHER = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+
+
+def processes(words, cache, ranks=("0", "1"), breaks="-"):
+    """Status, output and errors of every process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = TOGETHER | {"MASTER_PORT": str(free.getsockname()[1])} if len(ranks) > 1 else {}
+    words = [sys.executable, "-c", PROGRAM, breaks, "evaluate", *map(str, words), "--feature-network", "quarters"]
+    started = [
+        subprocess.Popen(
+            words, env=os.environ | world | {"RANK": rank, "CONSONAR_CACHE": str(cache)}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ranks
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Two files of the same pictures, the second in another order."""
+    pictures = np.random.default_rng(0).integers(0, 256, (75, 2, 2, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+    np.savez(tmp_path / "a.npz", images=pictures[:45], labels=np.arange(45) % 3)
+    order = np.random.default_rng(1).permutation(45)
+    np.savez(tmp_path / "b.npz", images=pictures[order], labels=order % 3)
+    np.savez(tmp_path / "known.npz", images=pictures[45:], labels=np.arange(30) % 3)
+    return tmp_path
+
+
+def test_two_processes_give_the_numbers_of_one_in_any_order_and_batch(samples):
+    wanted = "fd,sfd,kid,is,precision,recall,density,coverage,fd-infinity,fd-per-class"
+    words = ["--reference", samples / "known.npz", "--metrics", wanted, "--draws", "3"]
+    alone = processes([samples / "a.npz", *words, "--out", samples / "1.json"], samples / "cache-1", ranks=("0",))
+    assert alone[0][0] == 0, alone
+    both = processes([samples / "b.npz", *words, "--out", samples / "2.json", "--batch-size", "7"], samples / "cache-2")
+    assert [status for status, *_ in both] == [0, 0], both
+    assert "results:" in both[0][1] and both[1][1] == "", "one of them says it"
+    one, two = (json.loads((samples / f"{count}.json").read_text()) for count in (1, 2))
+    assert one["metrics"].keys() == two["metrics"].keys() and len(one["metrics"]) == 10
+    for name, found in one["metrics"].items():
+        again = two["metrics"][name]
+        for part in ("value", "spread", "error", "classes"):
+            if found.get(part) is not None:
+                assert again[part] == pytest.approx(found[part], rel=1e-4, abs=1e-7), (name, part)
+    cached = [sorted(path.name for path in (samples / f"cache-{count}" / "features").iterdir()) for count in (1, 2)]
+    assert len(cached[0]) == 1 and cached[0] == cached[1]
+
+
+@pytest.mark.parametrize("where", ["both", "1", "end"])
+def test_what_fails_in_one_process_ends_both_with_one_line(samples, where):
+    words = [samples / "a.npz", "--reference", samples / ("none.npz" if where == "both" else "known.npz")]
+    words += ["--batch-size", "7"]
+    if where == "end":  # the first alone writes; there the results cannot be
+        words += ["--out", samples / "r.json"]
+        (samples / "r.json").write_text("[]")
+    ended = processes(words, samples / "cache", breaks=where)
+    assert [status for status, *_ in ended] == [2, 2], ended
+    lines = [line for *_, errors in ended for line in errors.splitlines()]
+    assert len(lines) == 1 and lines[0].startswith("consonar: "), lines
+    assert {"both": "none.npz", "1": "this process has no network", "end": "r.json"}[where] in lines[0]
+
+
+def test_two_processes_share_runs(tiny_generator, tokenizer, tokenizer_folder, picture_folder, tmp_path):
+    for name in ("generator", "tokenizer"):
+        for count in (1, 2):
+            run = tmp_path / f"{name}-{count}"
+            if name == "tokenizer":
+                save_tokenizer(tokenizer, run / "model")
+            else:
+                origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint)
+                save_generator(tiny_generator(), run / "model", origin)
+            (run / "config.json").write_text("{}")
+            (run / "metrics.jsonl").touch()
+            words = [run, "--reference", picture_folder]
+            if name == "generator":
+                words += ["--num-samples", "10", "--draws", "2", "--batch-size", "4", "--temperatures", "1,0.8"]
+            ended = processes(words, tmp_path / f"cache-{count}", ranks=("0", "1")[:count])
+            assert [status for status, *_ in ended] == [0] * count, ended
+            assert all(out == "" for _, out, _ in ended[1:])
+        of = "results.json" if name == "generator" else "reconstruction.json"
+        one, two = (json.loads((tmp_path / f"{name}-{count}" / of).read_text()) for count in (1, 2))
+        if name == "tokenizer":
+            assert two["rFD(quarters)"] == pytest.approx(one["rFD(quarters)"], rel=1e-4)
+            assert two["psnr"] == pytest.approx(one["psnr"], rel=1e-4) and one["num_images"] == two["num_images"]
+            continue
+        for first, second in zip(one["rows"], two["rows"], strict=True):
+            assert first["metrics"].keys() == second["metrics"].keys()
+            assert second["num_samples"] == 10 and first["samples"] == second["samples"]
+        names = [sorted(path.name for path in (tmp_path / f"{name}-{count}").iterdir()) for count in (1, 2)]
+        assert names[0] == names[1]
+
+
+def test_one_process_checks(samples, monkeypatch, capsys):
+    ended = processes(["--check", samples / "a.npz"], samples / "cache")
+    lines = [line for *_, errors in ended for line in errors.splitlines()]
+    assert [status for status, *_ in ended] == [2, 2] and lines == [
+        "consonar: --check: is for one process; leave torchrun away"
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate"])
+    assert "name samples" in capsys.readouterr().err
