@@ -19,7 +19,7 @@ from PIL import Image
 from consonar.components import load_tokenizer
 from consonar.data.picture_files import prefetch
 from consonar.data.sources import open_source
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.types import ImageRecord
 

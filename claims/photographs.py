@@ -16,7 +16,7 @@ from pathlib import Path
 from consonar.components import load_tokenizer
 from consonar.data.cifar10 import cifar10_place
 from consonar.data.sources import open_source
-from consonar.data.tokens import write_token_store
+from consonar.data.tokenizing import write_token_store
 from consonar.diagnostics.diagnose import diagnose
 from consonar.diagnostics.subject import DiagnosisSettings
 from consonar.files.readers import read_json
@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 NAMES = {"cpu": "photographs", "gpu": "photographs-gpu"}
 PART = {"train": 2500, "test": 2500}
 """Pictures of each split of CIFAR-10 in the profile `cpu`."""
-PERTURBED = 1024
+PERTURBED = 256
 """Pictures whose tokens are perturbed, for pFID."""
 FD, ENTROPY = "FD(efficientnet-lite0)", "entropy (teacher-forced)"
 TITLES = {
@@ -109,7 +109,7 @@ def write_part(split: str, count: int, path: Path) -> None:
 
 
 def forgiveness(path: Path, evaluated: Evaluated) -> None:
-    """pFID (docs/diagnostics.md), which is the tokenizer's: one for all rows, of as many pictures as samples are drawn."""
+    """pFID (docs/diagnostics.md), which is the tokenizer's: one for all rows."""
     if not path.exists():
         settings = DiagnosisSettings(num_images=PERTURBED, feature_network=evaluated.feature_network)
         found = diagnose("cifar10-32", evaluated.reference, settings, parts=["forgiveness"])
@@ -220,11 +220,13 @@ def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
                 *(f"- {note}" for note in summary.notes),
             ]
     if (path := HERE / "results" / name / "tokenizer.json").exists():
+        known = read_json(path)
+        count, said = known["provenance"]["pictures"]["held-out"]["count"], known["parts"]["forgiveness"]["summary"]
         lines += [
             "",
-            "### The tokenizer, the same for all rows",
+            "### pFID of the tokenizer, the same for all rows",
             "",
-            read_json(path)["parts"]["forgiveness"]["summary"],
+            f"Of {count} held-out photographs: {said}",
         ]
     articles = article_rows(sweep, results)
     lines += [

@@ -21,7 +21,8 @@ from blanks import empty_share, patch_changes
 from consonar.components import load_tokenizer
 from consonar.cpu import hold_memory
 from consonar.data.sources import open_source
-from consonar.data.tokens import TokenStore, write_token_store
+from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.distributed import machine_name
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import library_versions
