@@ -1,11 +1,12 @@
 # `make demo` and `make test` do all set-up themselves, on a machine with Python 3.11 or newer.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 MINUTES ?= 18
+ROUNDS ?= 50
 BIN := .venv/bin
 # A process for each core, of one thread each (tests/conftest.py).
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test fuzz test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-vapi clean
+.PHONY: help demo test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-vapi clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
@@ -30,6 +31,12 @@ test: lint  ## lint, types and the fast tests
 
 fuzz: .venv/installed  ## every byte changed and every length cut of a file of each format (hours)
 	$(BIN)/python -m tests.fuzz
+
+soak: .venv/installed  ## jobs killed at ROUNDS random moments each (default 50), and what they end with (ROUNDS=5: minutes)
+	$(BIN)/python -m tests.faults soak --rounds $(ROUNDS)
+
+failing-writes: .venv/installed  ## a write of each kind fails in every command (EVERY=--every: every write; hours)
+	$(BIN)/python -m tests.faults writes $(EVERY)
 
 test-slow: .venv/installed  ## the slower tests
 	$(BIN)/python -m pytest -m slow

@@ -1,16 +1,21 @@
 """Processes and devices: start, reduce. How they hold a model: `parallel`. One process needs neither."""
 
 import os
+import re
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from consonar.cpu.timing import processor
 from consonar.errors import UserError, check_choice
@@ -19,6 +24,11 @@ from consonar.seeding import rows_of_rank
 Value = TypeVar("Value")
 Item = TypeVar("Item")
 DEVICES = ("auto", "cpu", "cuda")
+TIMEOUT = "CONSONAR_TIMEOUT"
+"""The variable that says how many seconds a process waits for the others; PyTorch's own time without: 30 minutes, of
+CUDA devices 10."""
+LATE = 2.0
+"""Seconds by which others may notice later that one of them is missing."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ def machine_name(device: torch.device | str) -> str:
 def joined(device_name: str = "auto", key: str = "loop.device") -> Iterator[World]:
     """Inside of it this process is one of those that torchrun describes (NCCL on CUDA, gloo elsewhere), or alone.
 
-    A lone one that torchrun started is a group too, over which a model may be sharded. Raises as `pick_device`.
+    A lone one that torchrun started is a group too, over which a model may be sharded. Raises as `pick_device`, and
+    `UserError` that names the processes which ended, or for which the others waited in vain (`TIMEOUT`).
     """
     device = pick_device(device_name, key)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_torchelastic_launched():
@@ -95,11 +106,43 @@ def joined(device_name: str = "auto", key: str = "loop.device") -> Iterator[Worl
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience())
+    store.set(f"process {rank}", f"process {os.getpid()} on {socket.gethostname()}")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(rank, size, device)
+    except RuntimeError as error:
+        if not re.search(r"gloo|NCCL|ProcessGroup|TCPStore", str(error)):
+            raise
+        raise UserError(
+            f"rank {rank}: {missing(store, rank, size)}; the same command goes on (train: --resume)"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def patience() -> timedelta | None:
+    """How long to wait for other processes; `UserError` for a variable that is no number of seconds."""
+    said = os.environ.get(TIMEOUT)
+    if said is None:
+        return None
+    if not said.isdecimal() or int(said) == 0:
+        raise UserError(f"{TIMEOUT}: {said!r} is not a whole number of seconds, 1 or more")
+    return timedelta(seconds=int(said))
+
+
+def missing(store: Any, rank: int, size: int) -> str:
+    """Which of the processes have not noticed, as this one has, that one is missing. PyTorch exports no type of a
+    store."""
+    try:
+        store.set(f"noticed {rank}", "")
+        time.sleep(LATE)
+        silent = [other for other in range(size) if not store.check([f"noticed {other}"])]
+        named = [f"rank {other} ({store.get(f'process {other}').decode()})" for other in silent]
+    except RuntimeError:  # it ended with the process that held it
+        named = ["rank 0"]
+    return f"{' and '.join(named) or 'another process'} has ended, or does not answer ({TIMEOUT} says how long to wait)"
 
 
 def mean_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:

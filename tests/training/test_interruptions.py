@@ -174,3 +174,21 @@ def test_a_closed_terminal_ends_a_run_after_a_checkpoint_and_what_is_ignored_sta
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_scheduler_ends_has_status_0_once_it_is_saved(config, tmp_path, monkeypatch):
+    log = loop.Running.log
+
+    def at_step_3(self, terms):
+        if self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(self, terms)
+
+    monkeypatch.setattr(loop.Running, "log", at_step_3)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train(config, tmp_path / "run", quiet=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 0 and saved_steps(tmp_path / "run") == [2, 3]

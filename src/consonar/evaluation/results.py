@@ -16,7 +16,7 @@ import torch
 from consonar import __version__
 from consonar.distributed import ALONE, World, of_every
 from consonar.errors import UserError
-from consonar.files.lock import hold
+from consonar.files.lock import hold, remove_partials
 from consonar.files.readers import has_keys, plain_name, read_json
 from consonar.files.writers import check_replaced, file_sha256, write_json
 from consonar.json_types import Json, JsonMap
@@ -145,7 +145,7 @@ def replacing(run: Path, record: str, *, overwrite: bool, world: World = ALONE) 
             of = " of weights that have changed since" if record == RESULTS and not is_measured(run) else ""
             raise UserError(f"{run / record} exists{of}; add --overwrite to measure again")
         staged, before = run / STAGED, sample_files(run)
-        shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
+        remove_partials(run)  # of a process that was killed, at what it staged and at its samples
         staged.mkdir()
         try:
             of_every(None, world)

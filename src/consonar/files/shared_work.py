@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from consonar.errors import UserError
@@ -61,6 +62,10 @@ class SharedWork:
                     del left[index]
             with hold(self.folder, wait=True):
                 if not is_taken(self.out):
+                    for half in self.out.parent.glob(
+                        f".{escape(self.out.name)}.*.partial"
+                    ):  # of one that was killed here
+                        half.unlink()
                     finish()
                     shutil.rmtree(self.folder)
         except BaseException:

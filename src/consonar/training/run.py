@@ -147,9 +147,9 @@ def signals_held() -> Iterator[list[int]]:
     """SIGTERM (a scheduler that takes the machine back), Ctrl-C and a closed terminal end training after a checkpoint.
 
     Inside of it the first signal is put into the list, for the loop to ask; a second one acts at once. At the end that
-    signal is raised again, so that the process ends as one that was interrupted. Signals belong to the main thread: in
-    another one nothing is caught. One that the process was started to ignore (nohup; jobs in the background of a
-    script) stays ignored.
+    signal is raised again, so that the process ends as one that was interrupted; after SIGTERM, which nobody else
+    catches, with status 0. Signals belong to the main thread: in another one nothing is caught. One that the process
+    was started to ignore (nohup; jobs in the background of a script) stays ignored.
     """
     caught: list[int] = []
     with ExitStack() as before:
@@ -164,6 +164,8 @@ def signals_held() -> Iterator[list[int]]:
                     before.callback(signal.signal, number, signal.signal(number, remember))
         yield caught
     for number in caught:  # after an error it is not: that is what ends the process
+        if number == signal.SIGTERM and signal.getsignal(number) == signal.SIG_DFL:
+            raise SystemExit(0)  # all is saved: for a scheduler the job has done what it was asked
         signal.raise_signal(number)
 
 

@@ -1,0 +1,66 @@
+"""`python -m tests.faults writes [COMMAND ...] [--every]`: a write of each kind (or every one) fails, in every command.
+`python -m tests.faults soak [--rounds N] [--seed S] [JOB ...]`: jobs are killed N times each, and go on."""
+
+import argparse
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from faults.server import Server
+from faults.soak import JOBS, Soak
+from faults.world import COMMANDS, make
+from faults.writes import Trials, kinds
+
+
+def soak(names: list[str], rounds: int, seed: int, before: Path, server: Server) -> int:
+    wrong = 0
+    for name in names or JOBS:
+        job = Soak(server, before, JOBS[name], random.Random(f"{seed} {name}"))
+        job.kill(rounds)
+        wrong += len(job.wrong)
+        lost = f", at most {job.most_lost} steps lost" if JOBS[name][0] == "train" else ""
+        print(f"{name}, seed {seed}: {job.kills} kills, {job.ends} ends{lost}, {len(job.wrong)} faults", flush=True)
+        for one in job.wrong:
+            print(f"  {one}", flush=True)
+    return wrong
+
+
+def writes(names: list[str], every: bool, before: Path, server: Server) -> int:
+    wrong = 0
+    for name in names or COMMANDS:
+        trials = Trials(server, before, COMMANDS[name])
+        chosen = range(len(trials.writes)) if every else kinds(trials.writes)
+        print(f"{name}: {len(chosen)} of {len(trials.writes)} writes", flush=True)
+        for at in chosen:
+            for fault in trials.fail(at):
+                print(f"  {fault}", flush=True)
+                wrong += 1
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("soak", "writes"))
+    parser.add_argument("names", nargs="*", help="jobs or commands, default all")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--every", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder).resolve() / "before"
+        before.mkdir()
+        server = Server(before.with_name("scratch"), CONSONAR_KERNELS="pytorch", CONSONAR_CACHE="cache")
+        make(before, server)
+        if given.what == "soak":
+            wrong = soak(given.names, given.rounds, given.seed, before, server)
+        else:
+            wrong = writes(given.names, given.every, before, server)
+        server.close()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

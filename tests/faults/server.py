@@ -1,0 +1,147 @@
+"""One process that has imported everything starts each command as a child of its own: a start takes milliseconds.
+
+A child is `consonar WORDS` in a folder of its own, whose writes are answered by who asked for it (`syscalls`).
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import Quarters
+from faults.syscalls import Fault, listener, supervise
+
+from consonar.cli import main
+from consonar.networks import FEATURE_NETWORKS
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train", "sample", "tokenize", "evaluate", "convert", "report", "sweep", "diagnose", "import_tokens")
+WRITING = {
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "os.chmod",
+    "os.utime",
+    "os.link",
+    "os.symlink",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit status, below 0 the signal; what it said; and from which lines of ours it wrote."""
+
+    code: int
+    out: str
+    err: str
+    lines: frozenset[str]
+
+
+class Server:
+    """Starts commands; to be closed."""
+
+    def __init__(self, scratch: Path, **environment: str) -> None:
+        self.scratch = scratch
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.socket, theirs = socket.socketpair()
+        known = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=known | environment
+        )
+        theirs.close()
+
+    def run(
+        self, words: Sequence[str], folder: Path, fault: Fault | None = None, kill_after: float | None = None
+    ) -> Ended:
+        """`consonar WORDS` in `folder`, killed after some seconds where they are given."""
+        fault = fault or Fault(folder.resolve())
+        request = {"words": list(words), "folder": str(folder), "scratch": str(self.scratch)}
+        self.socket.sendall(json.dumps(request).encode() + b"\n")
+        told, descriptors, _, _ = socket.recv_fds(self.socket, 64, 1)
+        if not descriptors:
+            raise OSError(told.decode())
+        pid, deadline = int(told), None if kill_after is None else time.monotonic() + kill_after
+
+        def late() -> bool:
+            if deadline is not None and time.monotonic() > deadline:
+                os.kill(pid, 9)
+                return True
+            return False
+
+        try:
+            supervise(descriptors[0], pid, fault, late)
+        finally:
+            os.close(descriptors[0])
+        code = int(self.socket.recv(64))
+        out, err = ((self.scratch / name).read_text() for name in ("out", "err"))
+        places = self.scratch / "lines"
+        lines = frozenset(places.read_text().split()) if places.exists() else frozenset()
+        return Ended(code, out, err, lines)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.wait()
+
+
+def serve(ours: socket.socket) -> None:
+    FEATURE_NETWORKS["quarters"] = lambda device: Quarters()
+    for name in COMMANDS:
+        import_module(f"consonar.cli.{name}")
+    asked = ours.makefile("r")
+    while line := asked.readline():
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            child(ours, **request)
+            return
+        _, status = os.waitpid(pid, 0)
+        ours.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def child(ours: socket.socket, words: list[str], folder: str, scratch: str) -> None:
+    os.chdir(folder)
+    for name, number in (("out", 1), ("err", 2)):
+        file = os.open(Path(scratch) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    (Path(scratch) / "lines").unlink(missing_ok=True)
+    found: set[str] = set()
+    sys.addaudithook(lambda event, about: note_lines(event, about, found))
+    try:
+        descriptor = listener()
+    except OSError as error:
+        ours.sendall(str(error).encode())
+        os._exit(0)
+    socket.send_fds(ours, [str(os.getpid()).encode()], [descriptor])
+    os.close(descriptor)
+    ours.close()
+    try:
+        main(words)
+    finally:
+        (Path(scratch) / "lines").write_text("\n".join(found))
+
+
+def note_lines(event: str, about: tuple[object, ...], found: set[str]) -> None:
+    """Adds the lines of ours that are being executed while something is written."""
+    opened = event == "open" and isinstance(about[2], int) and about[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if not opened and event not in WRITING:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/src/consonar/" in name:
+            found.add(f"{name.split('/src/consonar/')[1]}:{frame.f_lineno}")
+        frame = frame.f_back
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,72 @@
+"""Short forms of `make soak` and `make failing-writes`."""
+
+import errno
+import random
+
+import pytest
+from faults.server import Server
+from faults.soak import JOBS, Soak
+from faults.syscalls import NAMES
+from faults.world import COMMANDS, make
+from faults.writes import Trials, kinds
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A server of commands, and the folder they find."""
+    if not NAMES:
+        pytest.skip("another processor than those whose system calls are listed")
+    root = tmp_path_factory.mktemp("faults").resolve()
+    (root / "before").mkdir()
+    server = Server(root / "scratch", CONSONAR_KERNELS="pytorch", CONSONAR_CACHE="cache")
+    try:
+        server.run(["recipes"], root)
+    except OSError as error:
+        server.close()
+        pytest.skip(str(error))
+    make(root / "before", server)
+    yield server, root / "before"
+    server.close()
+
+
+@pytest.mark.parametrize("job", ["training", pytest.param("tokenising", marks=pytest.mark.slow)])
+def test_a_job_that_is_killed_twice_ends_as_if_it_had_not_been(job, place):
+    server, before = place
+    soak = Soak(server, before, JOBS[job], random.Random(SEED))
+    soak.kill(2)
+    assert soak.wrong == [] and soak.kills == 2 and soak.ends >= 1
+
+
+@pytest.mark.parametrize("name", ["resume", pytest.param("convert back", marks=pytest.mark.slow)])
+def test_a_write_that_fails_is_a_line_and_costs_nothing(name, place):
+    server, before = place
+    trials = Trials(server, before, COMMANDS[name])
+    chosen = random.Random(SEED).sample(kinds(trials.writes), 4)
+    assert [fault for at in chosen for fault in trials.fail(at)] == []
+
+
+def test_a_folder_that_becomes_read_only_is_a_line_and_costs_nothing(place):
+    server, before = place
+    trials = Trials(server, before, COMMANDS["resume"])
+    assert trials.fail(len(trials.writes) // 2, errno.EROFS, lasting=True) == []
+
+
+def test_a_write_that_fails_is_seen(place):
+    """A file that is written in its place: the check would find the loss."""
+    server, before = place
+    trials = Trials(server, before, ["recipes"])
+    (trials.folder / "run" / "config.json").write_text("{}")
+    (trials.folder / "page.html").unlink()
+    (trials.folder / "some.npz").write_bytes(b"half")
+    assert trials.kept() == ["page.html is lost", "some.npz is lost"]
+
+
+def test_every_native_write_passes(place):
+    """PyTorch writes without Python; of safetensors' file the bytes are not seen, but its making and its name are."""
+    server, before = place
+    seen = Trials(server, before, COMMANDS["resume"]).writes
+    assert any("model.safetensors" in write.path for write in seen)
+    for ending in (".pt", "metrics.jsonl", "config.json"):
+        assert any(write.call in ("write", "writev", "pwrite64") and ending in write.path for write in seen), ending

@@ -1,0 +1,91 @@
+"""A folder in which every command has something to do, all of it tiny, and a command of each kind."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from conftest import TINY_VQ, save_pictures
+from faults.server import Server
+
+from consonar.config_io import to_dict
+
+LOOP = {
+    "steps": 6, "batch_size": 4, "log_every": 1, "save_every": 2, "validate_every": 3, "sample_every": 3,
+    "keep_checkpoints": 2, "precision": "fp32", "device": "cpu",
+}  # fmt: skip
+CODEC = replace(TINY_VQ, base_channels=32, channel_multipliers=(1, 1, 1), latent_channels=32, num_groups=32)
+"""With the groups that released tokenizers have."""
+TINY = {"kind": "rear", "width": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.1}
+FILES = {
+    "ar.yaml": {
+        "base": "rear-openmoji", "tokenizer": "vq/model", "model": TINY, "objective": {"head_width": 16}, "loop": LOOP,
+        "data": {"tokens": "tokens"}, "optim": {"warmup_steps": 1},
+    },
+    "va.yaml": {
+        "base": "vapi-openmoji", "init": "run", "loop": LOOP, "data": {"images": "pictures"},
+        "objective": {"rewards": {"mse": 1.0}, "group_size": 2}, "optim": {"warmup_steps": 1},
+    },
+    "vq.yaml": {
+        "base": "tokenizer-openmoji-64", "model": to_dict(CODEC), "loop": LOOP, "data": {"images": "pictures"},
+        "objective": {"perceptual_weight": 0.0, "discriminator_weight": 0.1, "discriminator_start": 2},
+    },
+    "study.yaml": {
+        "seeds": 1,
+        "options": {"loop.steps": 2, **{f"loop.{key}": value for key, value in LOOP.items() if key != "steps"}},
+        "rows": {
+            "plain": {"base": "ar-openmoji", "model": TINY, "tokenizer": "vq/model", "data.tokens": "tokens"},
+            "noise": {"base": "ar-openmoji", "model": TINY, "tokenizer": "vq/model", "data.tokens": "tokens",
+                      "objective.noise.schedule": "linear"},
+        },
+        "evaluate": {"reference": "pictures", "feature_network": "quarters", "temperatures": [1], "draws": 2,
+                     "num_samples": 8, "reconstruct": False},
+    },
+}  # fmt: skip
+TOKENIZE = ["tokenize", "--tokenizer", "vq/model", "--data", "pictures"]
+EVALUATE = ["--reference", "pictures", "--feature-network", "quarters", "--draws", "2"]
+MADE = (
+    ["train", "vq.yaml", "--out", "vq"],
+    [*TOKENIZE, "--out", "tokens"],
+    ["train", "ar.yaml", "--out", "run"],
+    ["train", "ar.yaml", "--out", "half", "--stop-at", "3"],
+    ["train", "va.yaml", "--out", "va-half", "--stop-at", "3"],
+    ["sample", "run", "--num-samples", "8", "--out", "some.npz"],
+    ["evaluate", "run", *EVALUATE, "--num-samples", "8", "--temperatures", "1"],
+    ["convert", "vq/model", "--to-official", "released.pt"],
+    ["report", "run", "--out", "page.html"],
+)
+COMMANDS = {
+    "train": ["train", "ar.yaml", "--out", "new"],
+    "resume": ["train", "ar.yaml", "--out", "half", "--resume"],
+    "post-train": ["train", "va.yaml", "--out", "va"],
+    "resume post-training": ["train", "va.yaml", "--out", "va-half", "--resume"],
+    "train a tokenizer": ["train", "vq.yaml", "--out", "codec"],
+    "sample .npz": ["sample", "run", "--num-samples", "8", "--out", "new.npz"],
+    "sample .png": ["sample", "run", "--num-samples", "8", "--out", "new.png"],
+    "sample folder": ["sample", "run", "--num-samples", "8", "--out", "new"],
+    "tokenize": ["tokenize", "--tokenizer", "vq/model", "--data", "mixed", "--bad-images", "skip", "--bad-images-limit",
+                 "0.5", "--out", "new"],
+    "evaluate a run again": ["evaluate", "run", *EVALUATE, "--num-samples", "8", "--temperatures", "1,0.8",
+                             "--overwrite"],
+    "evaluate samples": ["evaluate", "some.npz", *EVALUATE, "--out", "some.json"],
+    "evaluate a tokenizer": ["evaluate", "vq", "--reference", "pictures", "--feature-network", "quarters"],
+    "convert": ["convert", "released.pt", "--to", "converted"],
+    "convert back": ["convert", "vq/model", "--to-official", "back.safetensors"],
+    "convert back .pt": ["convert", "vq/model", "--to-official", "back.pt"],
+    "report": ["report", "run", "half", "--out", "new.html"],
+    "report again": ["report", "run", "half", "--out", "page.html", "--overwrite"],
+    "sweep": ["sweep", "study.yaml", "--out", "study"],
+    "diagnose": ["diagnose", "run", "--data", "pictures", "--out", "diagnosis.html", "--num-images", "8",
+                 "--parts", "gap,positions"],
+}  # fmt: skip
+
+
+def make(root: Path, server: Server) -> None:
+    """Fills `root`. Raises AssertionError with what a command said that failed."""
+    save_pictures(root / "pictures")
+    (save_pictures(root / "mixed") / "train" / "a" / "broken.png").write_bytes(b"no picture")
+    for name, content in FILES.items():
+        (root / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    for words in MADE:
+        ended = server.run(words, root)
+        assert ended.code == 0, (words, ended.err)

@@ -1,0 +1,101 @@
+"""What is left, said and possible afterwards when one write of a command fails."""
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from faults.server import Ended, Server
+from faults.syscalls import Fault, Write
+
+STABLE = {".safetensors", ".npz", ".png", ".arrow", ".yaml"}
+"""Files whose bytes are the same in every run of the same command: no time and no version in them."""
+LEFT = re.compile(r"(^|/)(\.lock|\..*partial|.*\.parts)(/|$)")
+"""What only a process that was ended leaves."""
+
+
+def kinds(writes: Sequence[Write]) -> list[int]:
+    """The number of the last write of each kind: a system call on a file, whatever number is in its name."""
+    return sorted({(w.call, re.sub(r"\d+-[0-9a-f]+|\d+", "#", w.path)): i for i, w in enumerate(writes)}.values())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file by path: a hash where its bytes are to be the same, else whether it can be parsed."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name, held = path.relative_to(folder).as_posix(), path.read_bytes()
+            found[name] = hashlib.sha256(held).hexdigest() if path.suffix in STABLE else "there"
+            if path.suffix == ".json" and "partial" not in name:
+                json.loads(held)
+    return found
+
+
+class Trials:
+    """One command in copies of the folder `before`, undisturbed first."""
+
+    def __init__(self, server: Server, before: Path, words: Sequence[str]) -> None:
+        self.server, self.before, self.words = server, before, list(words)
+        self.folder = before.with_name("trial")
+        self.had = contents(before)
+        self.fresh()
+        undisturbed = Fault(self.folder)
+        ended = server.run(self.words, self.folder, undisturbed)
+        assert ended.code == 0, ended.err
+        self.wanted, self.writes, self.lines = contents(self.folder), undisturbed.seen, set(ended.lines)
+
+    def fresh(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(self.before, self.folder)
+
+    def fail(self, at: int, error: int = errno.ENOSPC, lasting: bool = False) -> list[str]:
+        """What is wrong when write number `at` fails, in words; nothing when all is well."""
+        self.fresh()
+        fault = Fault(self.folder, at, error, lasting)
+        ended = self.server.run(self.words, self.folder, fault)
+        self.lines |= ended.lines
+        if len(fault.seen) <= at:
+            return []  # the command made fewer writes this time
+        wrong = [*self.told(ended), *self.kept()]
+        if ended.code != 0:
+            wrong += self.goes_on()
+        elif self.lacks():
+            wrong.append(f"ended well without {self.lacks()}")
+        return [f"{fault.seen[at].call} {fault.seen[at].path} ({at}): {one}" for one in wrong]
+
+    def told(self, ended: Ended) -> list[str]:
+        lines = ended.err.splitlines()
+        if ended.code == 0 and "Traceback" not in ended.err:
+            return []
+        one = ended.code == 2 and sum(line.startswith("consonar: ") for line in lines) == 1 and len(lines) <= 2
+        return [] if one else [f"exit {ended.code}, {ended.err[-600:]!r}"]
+
+    def kept(self) -> list[str]:
+        """What was there and is neither as it was nor as the command makes it."""
+        try:
+            now = contents(self.folder)
+        except ValueError as error:
+            return [f"a damaged file: {error}"]
+        return [
+            f"{name} is lost" for name, was in self.had.items()
+            if name in self.wanted and now.get(name) not in (was, self.wanted[name])
+        ]  # fmt: skip
+
+    def goes_on(self) -> list[str]:
+        """What is missing after the command was called again."""
+        words = list(self.words)
+        if words[0] == "train" and "--resume" not in words and (self.folder / words[3] / "config.json").exists():
+            words.append("--resume")
+        ended = self.server.run(words, self.folder)
+        if ended.code != 0 and not ("exists" in ended.err and not self.lacks()):
+            return [f"called again: exit {ended.code}, {ended.err[-600:]!r}"]
+        return [f"called again, without {self.lacks()}"] if self.lacks() else []
+
+    def lacks(self) -> list[str]:
+        """Files that are missing or other than wanted, and leftovers."""
+        now = contents(self.folder)
+        other = [name for name, wanted in self.wanted.items() if now.get(name) != wanted]
+        return other + [name for name in now if name not in self.wanted and LEFT.search(name)]
