@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -23,6 +26,7 @@ from consonar.data.bad_images import BadImages, readable_rows
 from consonar.data.labels import read_class_file
 from consonar.data.loader import TokenBatches
 from consonar.data.picture_files import read_image
+from consonar.data.shards import open_shards
 from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
 from consonar.data.tokens import TokenStore
@@ -115,6 +119,33 @@ def read_store(folder: Path) -> None:
     list(batches.ordered(2))
     store.table.column("caption").to_pylist()
     store.check_content()
+
+
+def encoded(index: int) -> bytes:
+    Image.fromarray(pixels() // (index + 1)).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def make_tar(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for index in range(2):
+            for name, data in ((f"{index}.png", encoded(index)), (f"{index}.json", b'{"label": 1, "caption": "x"}')):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+
+
+def make_table(folder: Path, ending: str) -> None:
+    table = pa.table({"image": [{"bytes": encoded(i), "path": "x"} for i in range(3)], "label": [0, 1, 2]})
+    if ending == "parquet":
+        pq.write_table(table, folder / "a.parquet")
+    else:
+        with pa.ipc.new_stream(str(folder / "a.arrow"), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+
+
+def shards(kind: str, ending: str, make: Callable[[Path], None]) -> Format:
+    return Format(f"a.{ending}", make, lambda folder: list(open_shards(kind, str(folder / f"a.{ending}"), "train")))
 
 
 def make_samples(folder: Path) -> None:
@@ -304,6 +335,9 @@ def read_sweep_result(folder: Path) -> None:
 
 
 FORMATS = {
+    "webdataset": shards("webdataset", "tar", make_tar),
+    "parquet shard": shards("parquet", "parquet", partial(make_table, ending="parquet")),
+    "arrow shard": shards("arrow", "arrow", partial(make_table, ending="arrow")),
     "png": picture("PNG"),
     "palette png": Format(
         "a.png",

@@ -19,7 +19,7 @@ from consonar.data.labels import known_labels
 from consonar.data.picture_files import ShardStream, prefetch
 from consonar.data.tokens import StoreWriter, TokenStore, check_free, new_store
 from consonar.data.transforms import VIEWS, from_uint8, make_views
-from consonar.errors import BadImage, UserError, check_choice
+from consonar.errors import BadImage, UserError, check_choice, reading
 from consonar.files.readers import home_expanded
 from consonar.files.shared_work import SharedWork
 from consonar.json_types import Json
@@ -175,8 +175,8 @@ class Shards:
 
 
 def left_out_of(path: Path) -> dict[int, str]:
-    with removed_if_damaged(path):
-        return dict(json.loads((path / LEFT_OUT).read_bytes()))
+    with removed_if_damaged(path), reading(path / LEFT_OUT, "a list of pictures"):
+        return {int(row): str(reason) for row, reason in json.loads((path / LEFT_OUT).read_bytes())}
 
 
 def whole(path: Path) -> TokenStore:
