@@ -164,7 +164,7 @@ def test_wrong_settings_of_an_evaluation_are_refused_before_a_model_is_read():
 
 def test_an_evaluation_does_not_work_for_results_that_it_cannot_keep(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
     command = ["evaluate", str(tmp_path / "s.npz"), "--reference", str(tmp_path / "s.npz"), "--out"]
     assert "is a folder; name a file" in told([*command, str(tmp_path), "--overwrite"], capsys)
     assert "each of 100000000000000000000 draws needs over 3" in told([*command[:-1], f"--draws={10**20}"], capsys)
