@@ -7,6 +7,8 @@ import torch
 from consonar.data import captions as module
 from consonar.data.captions import CaptionFeatures
 from consonar.errors import UserError
+from consonar.origin import Origin
+from consonar.training.captions import read_by
 from consonar.types import TextCondition
 
 
@@ -80,3 +82,13 @@ def test_without_room_features_stay_in_memory(tmp_path, capsys):
     features = CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path / "file")
     assert torch.equal(features.read(torch.arange(7)).features, Spelling().encode(CAPTIONS).features)
     assert "not kept in the cache folder" in capsys.readouterr().err
+
+
+def test_what_captions_say_is_part_of_what_a_run_was_made_of(tmp_path):
+    origin = Origin(data_sha256="d", validation_sha256=None)
+    named = []
+    for captions in (CAPTIONS, CAPTIONS, ["bees", *CAPTIONS[1:]], CAPTIONS[::-1]):
+        features = CaptionFeatures(captions, Spelling(), folder=tmp_path)
+        named.append(read_by(origin, Spelling(), "spelling", features, features))
+    assert named[0] == named[1] and len({one.data_sha256 for one in [origin, *named]}) == 4
+    assert named[0].validation_sha256 is None

@@ -230,3 +230,16 @@ def test_a_hugging_face_stream_is_tokenised_in_its_shards(table, tmp_path, token
     store = write_token_store(tmp_path / "t", source, tokenizer)
     assert store.table.column("caption").to_pylist() == captions and store.class_names == ("a", "b")
     assert len(set(store.table.column("name").to_pylist())) == 8
+
+
+def test_what_shards_hold_and_which_columns_are_read_is_in_their_hash(tars):
+    def content(query: str = "") -> str:
+        return open_source(f"webdataset:{tars}{query}", image_size=16).content_hash
+
+    before, path = content(), tars / "train-0002.tar"
+    assert before == content() and len({before, content("?label=other"), content("?label=third")}) == 3
+    whole = path.read_bytes()
+    edited = whole.replace(b"\x001" + bytes(60), b"\x007" + bytes(60), 1)  # a label, in a file of the same length
+    assert edited != whole and len(edited) == len(whole)
+    path.write_bytes(edited)
+    assert content() != before

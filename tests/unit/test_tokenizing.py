@@ -225,6 +225,7 @@ def test_the_list_of_bad_images_is_bounded_and_keeps_other_parts(in_shards, toke
     for part in ("train", "validation"):
         bad = BadImages("skip", 1.0, listing)
         write_token_store(tmp_path / part, Broken(12, *range(5)), tokenizer, bad=bad, part=part)
+        assert bad.note.startswith({"train": "5 of 12", "validation": "10 of 24"}[part])
     lines = listing.read_text().splitlines()
     assert [line.split("\t")[:2] for line in lines[:3]] == [["train", "12"], ["train", "0"], ["train", "1"]]
     assert lines[2].endswith("(and 3 more pictures behind it)") and len(lines) == 6

@@ -105,7 +105,7 @@ def tokenize(options: Options, world: World) -> None:
             store = write_token_store(
                 stores[name], source, model, views=kinds[name], batch_size=options.batch_size, precision=precision,
                 compile=options.compile, progress=count, bad=bad, part=name,
-                settings={"data": options.data, "label_default": options.label_default},
+                settings={"data": options.data, "label_default": options.label_default}, world=world,
             )  # fmt: skip
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
         tell(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")

@@ -6,6 +6,7 @@ without them, so that rows, labels and counts mean the same throughout, and agai
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ POLICIES = ("stop", "skip")
 LIMIT = 0.01
 MOST_LISTED = 10_000
 """Pictures of a store that its list names."""
+BEHIND = r" \(and {} more pictures behind it\)"
 STREAM_START = 1000
 """Pictures of a stream, whose number is not known, that the limit is a share of before more have been read."""
 
@@ -66,7 +68,7 @@ class BadImages:
         if len(found) > MOST_LISTED:
             rest = len(found) - MOST_LISTED
             found = dict(sorted(found.items())[:MOST_LISTED])
-            found[max(found)] += f" (and {rest:,} more pictures behind it)"
+            found[max(found)] += BEHIND.replace("\\", "").format(f"{rest:,}")
         self.totals[part], self.found[part] = total, found
         if self.note or (self.listing and self.listing.exists()):
             self.write()
@@ -88,7 +90,9 @@ class BadImages:
         if not reasons:
             return ""
         where = str(self.listing) if self.listing else "; ".join(reasons[:3])
-        return f"{len(reasons):,} of {sum(self.totals.values()):,} pictures cannot be read and are left out: {where}"
+        behind = [re.search(BEHIND.format(r"([\d,]+)"), reason) for reason in reasons]
+        count = len(reasons) + sum(int(more[1].replace(",", "")) for more in behind if more)
+        return f"{count:,} of {sum(self.totals.values()):,} pictures cannot be read and are left out: {where}"
 
     def write(self) -> None:
         """The list: of each part a line with the number of its pictures, then a line with row and reason for each."""

@@ -40,6 +40,7 @@ class CaptionFeatures:
     ) -> None:
         self.length, self.width = encoder.length, encoder.width
         different = sorted(set(captions))
+        self.content = hashlib.sha256("\0".join(captions).encode(errors="surrogatepass")).hexdigest()
         self.about = f"captions: {len(different):,} different, read by {encoder.name}"
         place = {caption: index for index, caption in enumerate(different)}
         self.index = np.array([place[caption] for caption in captions], np.int64)

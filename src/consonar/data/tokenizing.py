@@ -19,6 +19,7 @@ from consonar.data.labels import known_labels
 from consonar.data.picture_files import ShardStream, prefetch
 from consonar.data.tokens import StoreWriter, TokenStore, check_free, new_store
 from consonar.data.transforms import VIEWS, from_uint8, make_views
+from consonar.distributed import ALONE, World, barrier
 from consonar.errors import BadImage, UserError, check_choice, reading
 from consonar.files.readers import home_expanded
 from consonar.files.shared_work import SharedWork
@@ -210,6 +211,7 @@ def write_token_store(
     bad: BadImages | None = None,
     part: str = "train",
     settings: Mapping[str, object] | None = None,
+    world: World = ALONE,
 ) -> TokenStore:
     """Tokenise every image of `source` and return the store, opened.
 
@@ -221,17 +223,19 @@ def write_token_store(
 
     Processes that call it alike share the shards of PATH.parts (`SharedWork`), and a later call goes on with those that
     are there; `settings` are further ones that have to be the same. Raises `UserError` as `new_store`, `SharedWork` and
-    the source do.
+    the source do. `world`: the processes of torchrun that call it together.
     """
     path, bad = home_expanded(path), bad or BadImages()
     encoder = Encoder(tokenizer, views, batch_size, num_workers, precision, compile)
-    # Twice: as shards, and as the store that is made of them.
-    check_free(path, 2 * len(source) if isinstance(source, Sized) else 0, tokenizer, VIEWS[views])
     if isinstance(source, Sized) and len(source) == 0:
         raise UserError(f"data: {source.name} holds no items")
     given = settings_of(source, tokenizer, encoder) | dict(settings or {})
     work = SharedWork(out=path, settings=given, what="tokens", unread=("tokenizer",), old={})
     bad.forget(part)
     shards = Shards(work, source, encoder, bad, part, progress)
+    # Twice: as shards, of which some may be there, and as the store that is made of them.
+    there = ITEMS_PER_SHARD * sum(shard.exists() for shard in shards.paths)
+    check_free(path, max(2 * shards.total - there, 0) if shards.total else 0, tokenizer, VIEWS[views])
+    barrier(world)  # nobody looks for the store after another process has made it
     work.run(shards.paths, shards.make, shards.finish)
     return TokenStore.open(path)

@@ -62,9 +62,10 @@ class SharedWork:
                     del left[index]
             with hold(self.folder, wait=True):
                 if not is_taken(self.out):
-                    for half in self.out.parent.glob(
-                        f".{escape(self.out.name)}.*.partial"
-                    ):  # of one that was killed here
+                    for path in shards:  # one that another process still looks at
+                        with hold(path.with_suffix(""), wait=True):
+                            pass
+                    for half in self.out.parent.glob(f".{escape(self.out.name)}.*.partial"):  # of one that was killed
                         half.unlink()
                     finish()
                     shutil.rmtree(self.folder)

@@ -179,7 +179,7 @@ class Rows:
         own = self.table(name).get("evaluate", {})
         if not isinstance(own, dict):
             raise UserError(f"{self.place(name)}: evaluate: expected a table, got {own!r}")
-        return evaluation_of(self.file.evaluate | own, self.place(name) if own else self.where)
+        return evaluation_of(merge(self.file.evaluate, own), self.place(name) if own else self.where)
 
     def start_of(self, name: str, seed: int, above: tuple[str, ...]) -> Cell | None:
         """The cell that `init: {cell: ROW}` means, at the same seed or at that of `seed: N`."""

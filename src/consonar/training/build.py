@@ -101,17 +101,14 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     model = start_of(config, shape, tokenizer)
     encoder = text_encoder_of(config, model, world.device)
     pictures = open_pictures(config, tokenizer.image_size, out)
-    origin = read_by(pictures.origin, encoder, config.text_encoder)
+    shown = captions_of_pictures(pictures.train, encoder)
+    held_out = captions_of_pictures(pictures.held_out, encoder) if pictures.held_out else None
+    origin = read_by(pictures.origin, encoder, config.text_encoder, shown, held_out)
     origin = origin_of(config, f"data.images: {data.images}", tokenizer.fingerprint, origin)
     # Where every class is dropped none is needed: the condition that all get is the null class, behind the others.
     missing = model.num_classes if config.objective.drops_all_classes else None
-    made = partial(
-        image_batches,
-        image_size=tokenizer.image_size,
-        num_classes=None if encoder else model.num_classes,
-        missing=missing,
-    )
-    shown = captions_of_pictures(pictures.train, encoder)
+    classes = None if encoder else model.num_classes
+    made = partial(image_batches, image_size=tokenizer.image_size, num_classes=classes, missing=missing)
     batches = made(pictures.train, flip=data.flip, captions=shown, **place)
 
     def probe() -> Tensor:
@@ -127,12 +124,11 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
     trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
     built = Built(trainee, objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
-    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, shown)
+    built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, held_out or shown)
     if config.loop.fd_samples and pictures.held_out is None:
         raise UserError(f"loop.fd_samples: {data.images} has no validation images to compare with; set it to 0")
     if pictures.held_out is not None:
-        shown = captions_of_pictures(pictures.held_out, encoder)
-        built.held_out = validation = made(pictures.held_out, captions=shown, **place)
+        built.held_out = validation = made(pictures.held_out, captions=held_out, **place)
         if config.loop.fd_samples:
             built.best = KeepBest(validation, tokenizer, config.loop.fd_samples, out, origin)
     return built

@@ -1,5 +1,6 @@
 """Captions as what a generator is conditioned on: its text encoder, and the features of a store's captions."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -59,9 +60,29 @@ def features(captions: Iterable[str | None], encoder: TextEncoder | None, where:
     return CaptionFeatures(given, encoder)
 
 
-def read_by(origin: Origin, encoder: TextEncoder | None, name: str | None) -> Origin:
-    """The origin of what takes captions, which `encoder`, called `name`, reads; classes mean nothing to it."""
+def read_by(
+    origin: Origin,
+    encoder: TextEncoder | None,
+    name: str | None,
+    captions: CaptionFeatures | None = None,
+    held_out: CaptionFeatures | None = None,
+) -> Origin:
+    """The origin of what takes captions, which `encoder`, called `name`, reads; classes mean nothing to it.
+
+    `captions` and `held_out`: those of its pictures, which the hashes of these leave out.
+    """
     if encoder is None or name is None:
         return origin
     place = str(home_expanded(name).resolve()) if home_expanded(name).is_dir() else name
-    return replace(origin, class_names=None, text_encoder=place, text_encoder_fingerprint=encoder.fingerprint)
+    return replace(
+        origin, class_names=None, text_encoder=place, text_encoder_fingerprint=encoder.fingerprint,
+        data_sha256=with_captions(origin.data_sha256, captions),
+        validation_sha256=with_captions(origin.validation_sha256, held_out),
+    )  # fmt: skip
+
+
+def with_captions(content: str | None, captions: CaptionFeatures | None) -> str | None:
+    """The hash of a content and its captions; None where one is not known."""
+    if content is None or captions is None:
+        return content
+    return hashlib.sha256(f"{content} {captions.content}".encode()).hexdigest()
