@@ -203,7 +203,7 @@ def test_the_commands_compile_where_they_are_asked_to(
     tokenizer, tokenizer_folder, tiny_generator, picture_folder, tmp_path, monkeypatch
 ):
     asked: list[str] = []
-    for module in ("sampling.pictures", "data.tokens"):
+    for module in ("sampling.pictures", "data.tokenizing"):
         monkeypatch.setattr(f"consonar.{module}.compiled", lambda model, name: asked.append(name) or model)
     save_generator(
         tiny_generator(), tmp_path / "model", replace(of_tokenizer(tokenizer), tokenizer=str(tokenizer_folder))

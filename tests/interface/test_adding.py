@@ -271,7 +271,7 @@ HAD_TO_KNOW = {
     "StraightThroughConfig": [
         "recipes/openmoji.py", "training/objectives/__init__.py", "training/objectives/controls.py",
     ],
-    "FreePolicy": ["training/objectives/__init__.py", "training/objectives/free.py"],
+    "FreePolicy": ["planning/update.py", "training/objectives/__init__.py", "training/objectives/free.py"],
     "absolute_errors": ["training/rewards.py"],
     "TiTokTokenizer": ["tokenizers/__init__.py", "tokenizers/titok.py"],
     "AliTokARGenerator": ["generators/__init__.py", "generators/alitok.py"],

@@ -279,5 +279,5 @@ def test_captions_are_sampled_to_images_whatever_the_batch(tokenizer, rng):
 def test_conditions_of_the_wrong_kind_are_refused(tokenizer, rng):
     with pytest.raises(UserError, match=r"condition: a TextCondition, but this generator takes class ids 0\.\.2"):
         sample(drawn(TINY), tokenizer, captions(rng))
-    with pytest.raises(UserError, match=r"classes: this generator has none; it takes captions"):
+    with pytest.raises(UserError, match=r"classes: this generator has none, it takes captions"):
         sample(drawn(TINY_TEXT), tokenizer, [0, 1])

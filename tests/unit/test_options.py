@@ -37,8 +37,8 @@ FLOATS = [(kind, name) for kind in CONFIGS for name in floats_in(kind)]
 def test_no_float_option_takes_a_number_that_cannot_be_calculated_with(kind, name):
     base = CONFIGS[kind]
     for value in (float("nan"), float("inf"), -float("inf"), 1e38, 1e300):
-        given = {"mse": value} if name == "rewards" else value
-        with pytest.raises(UserError, match=rf"{name}(\.mse)?: .*(finite|at most|not in|0 or more)") as caught:
+        given = {"rewards": {"mse": value}, "weights": (value, 1.0)}.get(name, value)
+        with pytest.raises(UserError, match=rf"{name}(\.mse|\.0)?: .*(finite|at most|not in|0 or more)") as caught:
             dataclasses.replace(base, **{name: given})
         assert "\n" not in str(caught.value)
 

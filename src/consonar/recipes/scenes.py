@@ -10,7 +10,7 @@ SCENES = DataConfig(images="scenes", validation_items=1000)
 
 
 def ar_scenes() -> TrainConfig:
-    """Plain AR on captions: the tokens of `tokenize --tokenizer openmoji-64 --data scenes --out tokens/scenes`."""
+    """Plain AR on captions: tokens of `tokenize --tokenizer openmoji-64 --data scenes --out tokens/scenes`."""
     start = openmoji.ar_openmoji()
     shape = LlamaGenConfig(
         condition="text", caption_dim=384, num_condition_tokens=32, width=256, num_layers=6, num_heads=4
