@@ -232,10 +232,10 @@ def write_token_store(
     given = settings_of(source, tokenizer, encoder) | dict(settings or {})
     work = SharedWork(out=path, settings=given, what="tokens", unread=("tokenizer",), old={})
     bad.forget(part)
-    shards = Shards(work, source, encoder, bad, part, progress)
     # Twice: as shards, of which some may be there, and as the store that is made of them.
-    there = ITEMS_PER_SHARD * sum(shard.exists() for shard in shards.paths)
-    check_free(path, max(2 * shards.total - there, 0) if shards.total else 0, tokenizer, VIEWS[views])
+    there = ITEMS_PER_SHARD * sum(1 for _ in work.folder.glob("shard_*.tokens"))
+    check_free(path, max(2 * len(source) - there, 0) if isinstance(source, Sized) else 0, tokenizer, VIEWS[views])
+    shards = Shards(work, source, encoder, bad, part, progress)
     barrier(world)  # nobody looks for the store after another process has made it
     work.run(shards.paths, shards.make, shards.finish)
     return TokenStore.open(path)
