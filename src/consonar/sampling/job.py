@@ -24,7 +24,7 @@ from consonar.config_io import to_dict
 from consonar.data.captions import CaptionFeatures
 from consonar.data.picture_files import IMAGE_ENDINGS, save_grid
 from consonar.data.transforms import from_uint8, to_uint8
-from consonar.distributed import ALONE, World, barrier
+from consonar.distributed import ALONE, World, of_every
 from consonar.errors import UserError
 from consonar.files.readers import read_npz
 from consonar.files.shared_work import SharedWork
@@ -181,7 +181,7 @@ def run_job(
         except (FileNotFoundError, zipfile.BadZipFile) as error:
             raise UserError(f"{work.folder}: changed while {out} was made of it; the same command goes on") from error
 
-    barrier(world)  # nobody looks for `out` after another process has made it
+    of_every(None, world)  # nobody looks for `out` after another process has made it
     work.run([path for path, _ in shards], make, finish, restart)
     return out
 
