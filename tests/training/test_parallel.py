@@ -62,7 +62,7 @@ ALIGNED = {
     "straight-through": StraightThroughConfig(rewards={"mse": 1.0}, perceptual_weight=0.0),
 }
 TOKENS, CLASSES = torch.arange(8)[:, None].expand(8, 16).contiguous(), torch.arange(8) % 3
-QUICK = {"rear", "tokenizer", "grpo", "reinforce", "free", "straight-through"}
+QUICK = {"rear", "tokenizer", "grpo"}
 EVERY = ["ar", "rear", "tokenizer", *ALIGNED]
 
 
