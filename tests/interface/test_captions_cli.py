@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from consonar.cli import main
 from consonar.components import load_generator, load_own_text_encoder, load_tokenizer
 from consonar.data.scenes import COLOURS, NUMBERS, OBJECTS, RELATIONS, plural
+from consonar.data.splits import open_splits
+from consonar.data.tokens import TokenStore
+from consonar.data.transforms import from_uint8
 from consonar.sampling.sample import SamplerConfig, sample
 
 WORDS = ["[PAD]", "[UNK]", "a", "an", "and", "of", *NUMBERS[1:], *COLOURS, *OBJECTS, *map(plural, OBJECTS)]
@@ -42,7 +46,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captions")
     save_tokenizer_of_32(folder / "tok")
     save_encoder(folder / "enc")
-    main(["tokenize", "--tokenizer", str(folder / "tok"), "--data", "scenes:24", "--views", "center", "--out",
+    main(["tokenize", "--tokenizer", str(folder / "tok"), "--data", "scenes:24", "--out",
           str(folder / "scenes")])  # fmt: skip
     train(folder, "run")
     return folder
@@ -200,3 +204,64 @@ def test_post_training_reads_the_captions_of_pictures(place, tmp_path, recipe):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert not all(torch.equal(whole[key], start[key]) for key in whole)
     assert load_own_text_encoder(tmp_path / "whole", load_generator(tmp_path / "whole")).width == 8
+
+
+def measured(place, folder: Path, *more: str) -> dict:
+    """results.json of a copy of the run, evaluated on scenes."""
+    shutil.copytree(place / "run", folder)
+    main(["evaluate", str(folder), "--reference", "scenes:16", "--validation-split", "50%", "--num-samples", "12",
+          "--draws", "2", "--metrics", "fd", *more])  # fmt: skip
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_is_evaluated_on_the_captions_of_held_out_pictures(place, tmp_path, capsys):
+    run = tmp_path / "run"
+    found = measured(place, run, "--temperatures", "1,0.7")
+    assert [row["temperature"] for row in found["rows"]] == [1.0, 0.7]
+    names = set(found["rows"][0]["metrics"])
+    assert {"FD(efficientnet-lite0) validation", "entropy (teacher-forced)"} <= names
+    held_out = open_splits("scenes:16", "50%", key="", image_size=32).validation
+    with np.load(run / "samples_t1.npz") as kept:
+        settings = json.loads(str(kept["settings"]))
+        assert kept["labels"].tolist() == [i % 8 for i in range(12)]
+    assert settings["prompts"] == [record.caption for record in held_out]
+    assert (run / "reconstruction.json").exists()
+    capsys.readouterr()
+    main(["evaluate", "--check", str(run / "results.json")])
+    assert "digit for digit" in capsys.readouterr().out
+
+
+def test_pictures_without_captions_are_no_reference(place, tmp_path, capsys):
+    line = refusal(capsys, "evaluate", str(place / "run"), "--reference", str(save_pictures(tmp_path / "p", size=32)),
+                   "--validation-split", "50%", "--num-samples", "8", "--draws", "1")  # fmt: skip
+    assert "6 of 6 items have no caption" in line and line.count("\n") == 1
+    line = refusal(capsys, "evaluate", str(place / "run"), "--reference", "scenes:8", "--validation-split", "0%",
+                   "--num-samples", "8", "--draws", "1")  # fmt: skip
+    assert "samples are drawn for the captions of its validation images" in line and line.count("\n") == 1
+
+
+def test_a_run_is_diagnosed_under_its_captions(place, tmp_path):
+    out = tmp_path / "d.html"
+    main(["diagnose", str(place / "run"), "--data", "scenes:16", "--validation-split", "50%", "--num-images", "8",
+          "--parts", "noise,exposure,layers", "--out", str(out), "--precision", "fp32"])  # fmt: skip
+    noise = json.loads(out.with_suffix(".json").read_text())["parts"]["noise"]["numbers"]
+    held_out = open_splits("scenes:16", "50%", key="", image_size=32).validation
+    generator, tokenizer = load_generator(place / "run"), load_tokenizer(place / "tok")
+    records = list(held_out)
+    images = from_uint8(torch.from_numpy(np.stack([np.asarray(record.image) for record in records])))
+    tokens = tokenizer.encode(images)
+    condition = load_own_text_encoder(place / "run", generator).encode([record.caption for record in records])
+    expected = torch.nn.functional.cross_entropy(generator(tokens, condition)[0].transpose(1, 2), tokens)
+    assert noise["cross-entropy, nats per token, clean context"]["value"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_scenes_are_never_mirrored(place, tmp_path, capsys):
+    main(["tokenize", "--tokenizer", str(place / "tok"), "--data", "scenes:8", "--split", "train", "--out",
+          str(tmp_path / "plain")])  # fmt: skip
+    assert TokenStore.open(tmp_path / "plain").metadata.views == "center"
+    line = refusal(capsys, "tokenize", "--tokenizer", str(place / "tok"), "--data", "scenes:8", "--views",
+                   "center_flip", "--out", str(tmp_path / "t"))  # fmt: skip
+    assert "--views: 'center_flip' mirrors pictures, and the captions of scenes:8 tell left from right" in line
+    line = refusal(capsys, "train", "ce-scenes", "--init", str(place / "run"), "--data.flip", "--out",
+                   str(tmp_path / "run"))  # fmt: skip
+    assert "data.flip: True mirrors pictures" in line and line.count("\n") == 1

@@ -212,7 +212,7 @@ def test_noise_costs_a_counter_the_tokens_after_it() -> None:
 def test_equal_sets_have_no_gap_and_a_model_of_one_of_them_has() -> None:
     assert near(context.train_gap(subject_of(counts)).numbers["cross-entropy, held-out above training"], 0)
     subject = subject_of(knows)
-    other = Pictures("other", subject.held_out.images, (COUNTED + 1) % CODES, subject.held_out.labels)
+    other = Pictures("other", subject.held_out.images, (COUNTED + 1) % CODES, subject.held_out.condition)
     found = context.train_gap(Subject(**{**vars(subject), "held_out": other}))
     assert near(found.numbers["cross-entropy, held-out above training"], 60.0, 1e-4)
     assert near(found.numbers["accuracy, held-out above training"], -1)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from consonar.cli import say
 from consonar.components import load_own_text_encoder
-from consonar.data.captions import CaptionFeatures
 from consonar.errors import UserError, printable, reading
 from consonar.files.readers import parse_json
 from consonar.sampling.job import Prompts
@@ -41,4 +40,4 @@ def prompts_for(generator: Generator, source: str, texts: list[str], encoder_nam
     for text in dict.fromkeys(texts):
         if encoder.is_cut(text):
             say(f"cut after {encoder.length} tokens: {printable(text[:60])}...")
-    return Prompts(tuple(texts), CaptionFeatures(texts, encoder), encoder.fingerprint)
+    return Prompts.read_by(encoder, texts)

@@ -14,7 +14,7 @@ from consonar.cli.parsing import BadImageGroup, check_name
 from consonar.components import load_tokenizer
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe, known_labels
-from consonar.data.sources import open_source
+from consonar.data.sources import check_mirrored, find_source, open_source
 from consonar.data.splits import open_splits
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokenizing import write_token_store
@@ -49,9 +49,9 @@ class Options:
     label_default: str | None = None
     """What images without a label become in data with classes: the id or name of a class, or drop."""
     bad: BadImageGroup
-    views: str = "center_flip"
-    """Crops kept of each training image: center, center_flip, ten_crop, shift_flip; of other splits the centre is
-    kept."""
+    views: str | None = None
+    """Crops kept of each training image: center, center_flip, ten_crop, shift_flip (default: center_flip, of scenes
+    center); of other splits the centre is kept."""
     batch_size: int = 64
     """Crops per call of the encoder."""
     precision: str = "fp32"
@@ -70,13 +70,10 @@ def command(options: Options) -> None:
 
 def tokenize(options: Options, world: World) -> None:
     """In each of the processes that share it; the first one says what there is."""
-    out, views = options.out, options.views
+    out, views = options.out, views_of(options)
     bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
     precision = pick_precision(options.precision, world.device, "--precision", "measuring")
     check_batch_size(options.batch_size, "--batch-size")
-    check_choice("--views", views, VIEWS)
-    if options.split not in (None, "train") and views not in ("center_flip", "center"):
-        raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
     model = tokenizer_for(options.tokenizer, options.image_size).to(world.device)
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
     if options.split is not None:
@@ -114,6 +111,18 @@ def tokenize(options: Options, world: World) -> None:
     bad.load()
     if bad.note:
         tell(bad.note)
+
+
+def views_of(options: Options) -> str:
+    """The views of the training images. `UserError` for unknown ones, and for those that these images must not have."""
+    if (views := options.views) is None:
+        return "center_flip" if find_source(options.data)[0].mirrors else "center"
+    check_choice("--views", views, VIEWS)
+    if views != "center":
+        check_mirrored(options.data, "--views", views)
+    if options.split not in (None, "train") and views not in ("center_flip", "center"):
+        raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
+    return views
 
 
 def ignore(text: str) -> None:

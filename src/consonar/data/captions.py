@@ -6,14 +6,14 @@ made it, and a job that was ended goes on. Padding is not kept.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.errors import reading
+from consonar.errors import UserError, reading
 from consonar.files.readers import read_npy
 from consonar.files.writers import cache_dir, keep
 from consonar.types import TextCondition, TextEncoder
@@ -71,6 +71,14 @@ class CaptionFeatures:
             features[row, self.length - len(found) :] = found
             mask[row, self.length - len(found) :] = True
         return TextCondition(torch.from_numpy(features), torch.from_numpy(mask))
+
+
+def all_captions(captions: Iterable[str | None], where: str) -> list[str]:
+    """The captions. `UserError`, which begins with `where`, if one is missing or has no words."""
+    given = [caption or "" for caption in captions]
+    if missing := sum(not caption.strip() for caption in given):
+        raise UserError(f"{where}: {missing} of {len(given)} items have no caption, and the generator takes captions")
+    return given
 
 
 def load(folder: Path, captions: Sequence[str], encoder: TextEncoder, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -30,6 +30,8 @@ class SourceKind:
     """What a target looks like, for the list of choices; "": it may be left out."""
     splits: Callable[[str], Sequence[str]] = lambda target: ()
     """The names of a target's splits, for which no picture is read; none where all of it is one."""
+    mirrors: bool = True
+    """Whether a picture may be mirrored, which makes captions of left and right untrue."""
     is_drawn: bool = False
     """Whether images are drawn at the image size; others keep theirs and are cropped when they are used."""
 
@@ -51,7 +53,7 @@ def arrow_splits(target: str) -> Sequence[str]:
 
 SOURCES: dict[str, SourceKind] = {
     "openmoji": SourceKind(lambda _, split, size: OpenMoji(split, size), splits=lambda _: SPLITS, is_drawn=True),
-    "scenes": SourceKind(open_scenes, ("", "COUNT"), lambda _: SPLITS, is_drawn=True),
+    "scenes": SourceKind(open_scenes, ("", "COUNT"), lambda _: SPLITS, mirrors=False, is_drawn=True),
     "imagefolder": SourceKind(lambda path, split, _: ImageFolder(path, split), ("PATH",), folder_splits),
     "cifar10": SourceKind(lambda path, split, _: open_cifar10(path, split), ("", "PATH"), lambda _: ("train", "test")),
     "webdataset": SourceKind(partial(open_shards, "webdataset"), ("SHARDS",)),
@@ -76,6 +78,12 @@ def find_source(spec: str) -> tuple[SourceKind, str]:
     if home_expanded(spec).exists():
         return SOURCES["imagefolder"], spec
     raise UserError(f"data: {spec!r} is neither a folder nor a known source; choices: {choices()}")
+
+
+def check_mirrored(spec: str, key: str, value: object) -> None:
+    """Raises `UserError` for images that `key` with this value would mirror, and that must not be."""
+    if not find_source(spec)[0].mirrors:
+        raise UserError(f"{key}: {value!r} mirrors pictures, and the captions of {spec} tell left from right")
 
 
 def at_size(spec: str) -> tuple[str, int | None]:

@@ -26,7 +26,7 @@ def noise_robustness(subject: Subject) -> Finding:
         rates = torch.full((len(pictures.tokens),), rate)
         rng = generator(seed, "diagnosis", "noise")
         context, _ = corrupt_tokens(pictures.tokens, rates, subject.tokenizer.vocab_size, rng)
-        columns.append(forcing.scores(subject, context, pictures.tokens, pictures.labels).mean(2).T)  # (n, 3)
+        columns.append(forcing.scores(subject, context, pictures.tokens, pictures.condition).mean(2).T)  # (n, 3)
     weights = bootstrap_weights(len(pictures.tokens), seed, "noise")
     cross_entropy, accuracy, _ = (weights @ torch.stack(columns, 2)[:, i] for i in range(3))
     rise = intervals(cross_entropy - cross_entropy[:, :1])
@@ -55,7 +55,7 @@ def train_gap(subject: Subject) -> Finding | str:
         return "the data have no training pictures beside the held-out ones"
     rows, both = [], {"training": subject.train, "held-out": subject.held_out}
     for name, pictures in both.items():
-        per_picture = forcing.scores(subject, pictures.tokens, pictures.tokens, pictures.labels).mean(2).T
+        per_picture = forcing.scores(subject, pictures.tokens, pictures.tokens, pictures.condition).mean(2).T
         rows.append(bootstrap_weights(len(per_picture), subject.settings.seed, name) @ per_picture)  # (1 + R, 3)
     names = (CROSS_ENTROPY, "accuracy", "entropy, nats per token")
     numbers = {
@@ -87,7 +87,7 @@ def on_grid(values: Tensor, grid: Grid | None) -> list[list[float | None]]:
 def positions(subject: Subject) -> Finding:
     """Entropy, cross-entropy and accuracy of every token of the grid, under the true tokens before it."""
     pictures, grid = subject.held_out, subject.tokenizer.grid
-    per_token = forcing.scores(subject, pictures.tokens, pictures.tokens, pictures.labels)  # (3, n, N)
+    per_token = forcing.scores(subject, pictures.tokens, pictures.tokens, pictures.condition)  # (3, n, N)
     weights = bootstrap_weights(len(pictures.tokens), subject.settings.seed, "positions")
     names = (CROSS_ENTROPY, "accuracy", "entropy, nats")
     found = [mean_intervals(values, weights) for values in per_token]

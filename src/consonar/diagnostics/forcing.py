@@ -6,6 +6,7 @@ Letters: `B` pictures, `N` tokens, `V` codes.
 import torch
 from torch import Tensor
 
+from consonar import records
 from consonar.diagnostics.subject import Subject
 from consonar.records import to_device
 from consonar.sampling.decoder import Decoder, guided_logits
@@ -55,9 +56,9 @@ def forced_draws(subject: Subject) -> Tensor:
     """(n, N): a draw of every token of the held-out pictures under the true tokens before it."""
     drawn, pictures, sampler = [], subject.held_out, subject.settings.sampler
     for part in subject.parts(len(pictures.tokens)):
-        given = (pictures.tokens[part], pictures.labels[part], subject.uniforms[part])
-        tokens, labels, uniforms = (to_device(tensor, subject.device) for tensor in given)
-        logits = forced_logits(subject.generator, tokens, labels, sampler)
+        tokens, uniforms = (to_device(rows[part], subject.device) for rows in (pictures.tokens, subject.uniforms))
+        condition = to_device(records.rows(pictures.condition, part), subject.device)
+        logits = forced_logits(subject.generator, tokens, condition, sampler)
         drawn.append(draw_all(logits, uniforms, sampler).cpu())
     return torch.cat(drawn)
 
@@ -68,9 +69,10 @@ def completed(subject: Subject, keep: Tensor) -> Tensor:
     rows = torch.arange(count).repeat(len(keep))
     for part in subject.parts(len(rows)):
         chosen = rows[part]
-        given = (pictures.tokens[chosen], pictures.labels[chosen], keep.flatten(0, 1)[part], subject.uniforms[chosen])
-        tokens, labels, kept, uniforms = (to_device(tensor, subject.device) for tensor in given)
-        found.append(complete(subject.generator, labels, tokens, kept, uniforms, subject.settings.sampler).cpu())
+        given = (pictures.tokens[chosen], keep.flatten(0, 1)[part], subject.uniforms[chosen])
+        tokens, kept, uniforms = (to_device(tensor, subject.device) for tensor in given)
+        condition = to_device(records.rows(pictures.condition, chosen), subject.device)
+        found.append(complete(subject.generator, condition, tokens, kept, uniforms, subject.settings.sampler).cpu())
     return torch.cat(found).view(keep.shape)
 
 
@@ -80,12 +82,12 @@ def scored(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack([cross_entropy, (logits.argmax(-1) == tokens).float(), losses.entropy(logits)])
 
 
-def scores(subject: Subject, context: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+def scores(subject: Subject, context: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
     """(3, n, N) float64 on the CPU: `scored` of tokens (n, N) under a context (n, N), without guidance, at
     temperature 1."""
     found = []
     for part in subject.parts(len(tokens)):
-        rows = (context[part], tokens[part], labels[part])
-        given, target, condition = (to_device(tensor, subject.device) for tensor in rows)
-        found.append(scored(subject.generator(given, condition)[0].float(), target).double().cpu())
+        given, target = (to_device(rows[part], subject.device) for rows in (context, tokens))
+        asked = to_device(records.rows(condition, part), subject.device)
+        found.append(scored(subject.generator(given, asked)[0].float(), target).double().cpu())
     return torch.cat(found, 1)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from consonar.diagnostics.findings import Curve, Figure, Finding, Interval
 from consonar.diagnostics.statistics import Products, bootstrap_weights, intervals
 from consonar.diagnostics.subject import Subject
-from consonar.records import to_device
+from consonar.records import rows, to_device
 
 TARGETS = {"current": 0, "next": 1}
 """How many positions before the one that reads a token its code is asked for."""
@@ -77,8 +77,9 @@ def states(subject: Subject, layers: tuple[int, ...]) -> Iterator[tuple[slice, d
     """Rows, hidden states after each layer (B, P + N, D), and the true codes (B, N, C), batch by batch."""
     pictures = subject.held_out
     for part in subject.parts(len(pictures.tokens)):
-        tokens, labels = (to_device(tensor[part], subject.device) for tensor in (pictures.tokens, pictures.labels))
-        yield part, subject.generator(tokens, labels, tap_layers=layers)[1], subject.tokenizer.embed(tokens).float()
+        tokens = to_device(pictures.tokens[part], subject.device)
+        condition = to_device(rows(pictures.condition, part), subject.device)
+        yield part, subject.generator(tokens, condition, tap_layers=layers)[1], subject.tokenizer.embed(tokens).float()
 
 
 def found_in(scores: dict[str, Tensor], subject: Subject, depth: int) -> Finding:

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_component_kind
+from consonar.components import (
+    load_generator,
+    load_own_text_encoder,
+    load_own_tokenizer,
+    load_tokenizer,
+    read_component_kind,
+)  # fmt: skip
+from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.labels import check_label
 from consonar.data.sources import at_size, in_order_of
 from consonar.data.splits import open_splits
@@ -33,7 +40,7 @@ from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig, check_fit
 from consonar.seeding import check_seed, generator, spread, uniform
 from consonar.tokenizers.base import CodebookTokenizer
-from consonar.types import Generator, ImageRecord, ImageSource, IndexedSource, Tokenizer
+from consonar.types import Condition, Generator, ImageRecord, ImageSource, IndexedSource, TextEncoder, Tokenizer
 
 SHOWN = 6
 """Pictures in a row of examples."""
@@ -74,8 +81,8 @@ class Pictures:
     """(n, H, W, 3) uint8."""
     tokens: Tensor
     """(n, N) int64."""
-    labels: Tensor
-    """(n,) int64, of the generator's classes."""
+    condition: Condition
+    """Of the generator: its classes (n,) int64, or captions."""
 
     @property
     def sha256(self) -> str:
@@ -162,14 +169,21 @@ def choose(source: ImageSource, wanted: int, seed: int) -> tuple[list[ImageRecor
 
 
 def encoded(
-    records: Sequence[ImageRecord], name: str, tokenizer: Tokenizer, num_classes: int | None, batch_size: int
-) -> Pictures:
-    """The pictures, centre-cropped to the tokenizer's size; `UserError` for one without a label that is needed."""
-    labels = [check_label(record.label, num_classes, record.name) for record in records]
+    records: Sequence[ImageRecord], name: str, tokenizer: Tokenizer, num_classes: int | None, batch_size: int,
+    encoder: TextEncoder | None = None,
+) -> Pictures:  # fmt: skip
+    """The pictures, centre-cropped to the tokenizer's size; `UserError` for one without a label, or, where `encoder`
+    reads captions, one without a caption that is needed."""
+    condition: Condition
+    if encoder is None:
+        condition = torch.tensor([check_label(record.label, num_classes, record.name) for record in records])
+    else:
+        captions = all_captions([record.caption for record in records], f"--data: {name}")
+        condition = CaptionFeatures(captions, encoder).read(torch.arange(len(captions)))
     images = np.stack([cropped(record.image, tokenizer.image_size) for record in records])
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     tokens = torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in batches])
-    return Pictures(name, images, tokens, torch.tensor(labels))
+    return Pictures(name, images, tokens, condition)
 
 
 def open_data(
@@ -202,8 +216,6 @@ def load_models(name: str, tokenizer: str | None) -> tuple[Generator | None, Cod
             raise UserError(f"--tokenizer: {tokenizer!r} is read only with a generator, and {name} is a tokenizer")
         return None, load_tokenizer(name), Origin()
     model = load_generator(name)
-    if model.num_classes == 0:
-        raise UserError(f"{name}: a generator of captions; diagnose reads data with classes alone")
     origin = model.origin or Origin()
     if tokenizer is None:
         return model, load_own_tokenizer(name), origin
@@ -239,7 +251,8 @@ def open_subject(
     held_out, seen = open_data(data, codec.image_size, origin, validation_split, label_default)
     codec, model = codec.to(settings.device), model and model.to(settings.device)
     num_classes = model.num_classes if model else None
-    made = partial(encoded, tokenizer=codec, num_classes=num_classes, batch_size=settings.batch_size)
+    encoder = load_own_text_encoder(name, model) if model and not num_classes else None
+    made = partial(encoded, tokenizer=codec, num_classes=num_classes, batch_size=settings.batch_size, encoder=encoder)
     measured, others = choose(held_out, settings.num_images, settings.seed)
     if len(measured) < 8:
         raise UserError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
+from consonar.components import load_generator, load_own_text_encoder, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.config_io import from_dict
 from consonar.errors import UserError, reading
 from consonar.evaluation.compared import Check, compare, differences, image_counts, made_of, model_differs, numbers_of
@@ -24,7 +24,7 @@ from consonar.files.readers import read_json
 from consonar.files.weights import component_fingerprint
 from consonar.json_types import Json
 from consonar.model_folders import SHIPPED
-from consonar.sampling.job import Job, balanced_labels, run_job
+from consonar.sampling.job import Job, Prompts, balanced_labels, run_job
 from consonar.sampling.sample import SamplerConfig
 
 Value = TypeVar("Value")
@@ -135,11 +135,15 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
     record.progress(f"{named} is gone: {count} samples are drawn again from {source}")
     generator, shipped = load_generator(source).to(settings.device), made.get("tokenizer") in SHIPPED["tokenizer"]
     tokenizer = load_tokenizer(made["tokenizer"]) if shipped else load_own_tokenizer(source)
+    prompts = None
+    if texts := made.get("prompts"):
+        prompts = Prompts.read_by(load_own_text_encoder(source, generator), texts)
     job = Job(
-        generator, tokenizer.to(settings.device), balanced_labels(count, generator.num_classes),
+        generator, tokenizer.to(settings.device), balanced_labels(count, len(texts or ()) or generator.num_classes),
         seed=record.get("samples.settings.seed", int),
         sampler=from_dict(record.get("samples.settings.sampler", dict), str(record.path), SamplerConfig),
         source=source, origin=read_origin(source), precision=made.get("precision", "fp32"),
+        prompts=prompts,
     )  # fmt: skip
     if job.settings["labels_sha256"] != made.get("labels_sha256"):
         raise UserError(f"{record.path}: {named} is not there, and the classes of its images are not known; {remedy}")

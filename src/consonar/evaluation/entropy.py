@@ -6,6 +6,7 @@ at the temperature of equal entropy is no gain of the method.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from consonar.components import load_generator, read_origin
 from consonar.data.bad_images import BadImages, leave_out
+from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.labels import check_label
 from consonar.data.sources import at_size, in_order_of
 from consonar.data.splits import open_splits
@@ -23,7 +25,7 @@ from consonar.evaluation.inputs import as_input
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.records import device_of, to_device
 from consonar.training import losses
-from consonar.types import Generator, ImageSource, TokenBatch, Tokenizer
+from consonar.types import Generator, ImageSource, TextEncoder, TokenBatch, Tokenizer
 
 GRID = tuple(round(0.2 + 0.02 * i, 2) for i in range(91))
 """Temperatures at which entropy is measured to be inverted: 0.2 to 2."""
@@ -48,8 +50,9 @@ class Sharpness:
     """Teacher-forced entropy of generators on the validation images of a reference, or why there is none.
 
     The images are read and encoded once, batch by batch, when the first entropy is asked for; only their tokens (n, N)
-    and labels (n,) are kept. There is no entropy without validation images, nor, for a generator of several classes,
-    without labels. `origin` is that of the generators; `bad` says what is done about images that cannot be read.
+    and labels (n,), or captions where `encoder` reads those of the generators, are kept. There is no entropy without
+    validation images, nor, for a generator of several classes, without labels. `origin` is that of the generators;
+    `bad` says what is done about images that cannot be read.
     """
 
     def __init__(
@@ -60,11 +63,11 @@ class Sharpness:
         origin: Origin | None = None,
         bad: BadImages | None = None,
         validation_split: str | None = None,
+        encoder: TextEncoder | None = None,
     ):
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.origin = origin or of_tokenizer(tokenizer)
-        self.encoded: tuple[Tensor, list[int | None]] | None = None
-        """Tokens (n, N) on the CPU, and the n labels."""
+        self.encoder = encoder
         self.source = self._open(reference, bad, validation_split)
 
     def _open(self, reference: str, bad: BadImages | None, wanted: str | None) -> ImageSource | str:
@@ -80,21 +83,47 @@ class Sharpness:
         found = in_order_of(source, self.origin.class_names, "the generator")
         return f"of the reference, {found}" if isinstance(found, str) else found
 
+    @cached_property
+    @torch.inference_mode()
+    def encoded(self) -> tuple[Tensor, list[int | None], list[str | None]]:
+        """Tokens (n, N) on the CPU, the n labels, and the n captions."""
+        assert not isinstance(self.source, str), "nothing is read of a reference without validation images"
+        records, tokens = iter(self.source), []
+        labels: list[int | None] = []
+        captions: list[str | None] = []
+        while chunk := list(itertools.islice(records, self.batch_size)):
+            images = np.stack([cropped(record.image, self.tokenizer.image_size) for record in chunk])
+            tokens.append(self.tokenizer.encode(as_input(images, self.tokenizer)).cpu())
+            labels += [record.label for record in chunk]
+            captions += [record.caption for record in chunk]
+        return torch.cat(tokens), labels, captions
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Of all validation images. `UserError` where there are no images, or one has no caption."""
+        if isinstance(self.source, str):
+            raise UserError(
+                f"reference: samples are drawn for the captions of its validation images, and {self.source}; "
+                "--validation-split says which they are"
+            )
+        return all_captions(self.encoded[2], f"reference {self.source.name}")
+
+    @cached_property
+    def features(self) -> CaptionFeatures:
+        """Of all captions."""
+        assert self.encoder is not None, "captions are asked of a generator that takes them"
+        return CaptionFeatures(self.captions, self.encoder)
+
     @torch.inference_mode()
     def batches(self, generator: Generator) -> Iterator[TokenBatch] | str:
         """The validation images as tokens, or why they cannot serve this generator."""
         if isinstance(self.source, str):
             return self.source
-        if self.encoded is None:
-            records, tokens = iter(self.source), []
-            labels: list[int | None] = []
-            while chunk := list(itertools.islice(records, self.batch_size)):
-                images = np.stack([cropped(record.image, self.tokenizer.image_size) for record in chunk])
-                tokens.append(self.tokenizer.encode(as_input(images, self.tokenizer)).cpu())
-                labels += [record.label for record in chunk]
-            self.encoded = torch.cat(tokens), labels
-        (encoded, labels), num_classes = self.encoded, generator.num_classes
-        if num_classes > 1 and None in labels:
+        tokens, labels, _ = self.encoded
+        if self.encoder is not None:
+            pieces = torch.arange(len(tokens)).split(self.batch_size)
+            return (TokenBatch(tokens[rows], self.features.read(rows)) for rows in pieces)
+        if (num_classes := generator.num_classes) > 1 and None in labels:
             return f"{labels.count(None)} of {len(labels)} have no labels, and the generator has {num_classes} classes"
         # A generator of one class knows no other, whatever the reference calls its pictures.
         given = enumerate(labels if num_classes > 1 else [None] * len(labels))
@@ -102,7 +131,7 @@ class Sharpness:
             conditions = [check_label(label, num_classes, f"picture {index}") for index, label in given]
         except UserError as error:
             return str(error)
-        parts = zip(encoded.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
+        parts = zip(tokens.split(self.batch_size), torch.tensor(conditions).split(self.batch_size), strict=True)
         return (TokenBatch(part, classes) for part, classes in parts)
 
     def entropies(self, generator: Generator, temperatures: Sequence[float]) -> dict[float, float] | str:

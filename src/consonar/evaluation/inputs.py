@@ -97,6 +97,8 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
             settings = parse_json(str(text))
         if not isinstance(settings, dict):
             raise UserError(f"{path}: settings are a {type(settings).__name__}, expected a JSON object")
+        if "prompts" in settings:  # what the labels number then is no classes
+            labels = None
     return SampleSet(images, shape[0], _square(path, shape), file_sha256(path), tokens, labels, settings)
 
 

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from consonar.components import load_generator, load_own_tokenizer, read_origin, weights_sha256
+from consonar.components import (
+    load_generator,
+    load_own_text_encoder,
+    load_own_tokenizer,
+    read_origin,
+    weights_sha256,
+)  # fmt: skip
 from consonar.config_io import to_dict
 from consonar.data.bad_images import BadImages
 from consonar.distributed import ALONE, World, of_every
@@ -31,7 +38,7 @@ from consonar.metrics import decides
 from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
 from consonar.origin import check
-from consonar.sampling.job import Job, balanced_labels, check_count, run_job, write_npz
+from consonar.sampling.job import Job, Prompts, balanced_labels, check_count, run_job, write_npz
 from consonar.sampling.sample import SamplerConfig
 from consonar.types import Generator
 
@@ -77,6 +84,16 @@ class FinishedRun:
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.sha256, self.origin = folder, weights_sha256(folder), read_origin(folder)
         self.generator, self.tokenizer = load_generator(folder).to(device), load_own_tokenizer(folder).to(device)
+        self.encoder = None if self.generator.num_classes else load_own_text_encoder(folder, self.generator)
+
+    def asked(self, count: int, sharpness: Sharpness) -> tuple[Tensor, Prompts | None]:
+        """Of so many samples the classes (count,), or the numbers of the prompts, which then come with them: captions
+        of the validation images in turn, of more captions than samples those at equal steps."""
+        if self.encoder is None:
+            return balanced_labels(count, self.generator.num_classes), None
+        captions = sharpness.captions
+        texts = [captions[i] for i in balanced_labels(min(count, len(captions)), len(captions)).tolist()]
+        return balanced_labels(count, len(texts)), Prompts.read_by(self.encoder, texts)
 
 
 def evaluate_run(
@@ -102,8 +119,10 @@ def evaluate_run(
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = Sharpness(
-        reference, run.tokenizer, settings.batch_size, run.origin, bad, validation_split=settings.validation_split
-    )
+        reference, run.tokenizer, settings.batch_size, run.origin, bad, validation_split=settings.validation_split,
+        encoder=run.encoder,
+    )  # fmt: skip
+    labels, prompts = run.asked(settings.num_samples, sharpness)
     with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():
         samplers = of_every(samplers_of(settings, sharpness, run.generator), world)[0]
         target = target_of(run, reference, target, settings, bad, world)
@@ -117,7 +136,7 @@ def evaluate_run(
         rows = []
         for sampler, matched in samplers.items():
             progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
-            row, results = measure_row(run, sampler, prepared, settings, staged, world)
+            row, results = measure_row(run, sampler, labels, prompts, prepared, settings, staged, world)
             if sampler.temperature in entropies:
                 row["metrics"][ENTROPY] = Measurement(entropies[sampler.temperature]).record()
             matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(other)} for other in matched]
@@ -174,17 +193,18 @@ def target_of(
 def measure_row(
     run: FinishedRun,
     sampler: SamplerConfig,
+    labels: Tensor,
+    prompts: Prompts | None,
     reference: PreparedReference,
     settings: RunSettings,
     staged: Path,
     world: World,
 ) -> tuple[Json, Evaluation]:
     """Draws the samples of one row of results.json, measures them, and keeps some in `staged`."""
-    labels = balanced_labels(settings.num_samples, run.generator.num_classes)
-    reference.check_labels(labels)  # before hours of sampling
+    reference.check_labels(None if prompts else labels)  # before hours of sampling
     job = Job(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
-        origin=run.origin, precision=settings.precision,
+        origin=run.origin, precision=settings.precision, prompts=prompts,
     )  # fmt: skip
     # In the digits that tell a temperature from every other, 1 rather than 1.0.
     name = f"samples_t{repr(float(sampler.temperature)).removesuffix('.0')}.npz"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from consonar.sampling.checks import check_batch_size, check_condition
 from consonar.sampling.pictures import PictureDecoder
 from consonar.sampling.sample import SamplerConfig, Samples, check_fit, decoder_of, draw
 from consonar.seeding import check_seed
-from consonar.types import Condition, Generator, Tokenizer
+from consonar.types import Condition, Generator, TextEncoder, Tokenizer
 
 MAX_GRID_IMAGES = 1024
 MOST_IMAGES = 10_000_000
@@ -61,6 +61,11 @@ class Prompts:
     texts: tuple[str, ...]
     features: CaptionFeatures
     fingerprint: str
+
+    @classmethod
+    def read_by(cls, encoder: TextEncoder, texts: Sequence[str]) -> Self:
+        """Raises `UserError` as the encoder does."""
+        return cls(tuple(texts), CaptionFeatures(texts, encoder), encoder.fingerprint)
 
 
 class Job:

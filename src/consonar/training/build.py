@@ -21,7 +21,7 @@ from consonar.data.labels import describe
 from consonar.data.loader import ImageBatches, Place, TokenBatches, image_batches
 from consonar.data.mixture import TokenStores, as_one, store_paths
 from consonar.data.picture_files import save_grid
-from consonar.data.sources import choices
+from consonar.data.sources import check_mirrored, choices
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
@@ -254,6 +254,8 @@ def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
     if data.images is None:
         reader = "a tokenizer" if config.run == "tokenizer" else config.run
         raise UserError(f"data.images: {reader} needs the images themselves; choices: {choices()}")
+    if data.flip:
+        check_mirrored(data.images, "data.flip", data.flip)
     splits = open_splits(
         data.images, data.validation_split, key=key, image_size=image_size, classes=data.classes,
         label_default=data.label_default,

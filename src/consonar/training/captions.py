@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from consonar.data.captions import CaptionFeatures
+from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.mixture import TokenStores
 from consonar.data.tokens import TokenStore
 from consonar.errors import UserError
@@ -52,12 +52,7 @@ def captions_of_pictures(source: ImageSource, encoder: TextEncoder | None) -> Ca
 
 
 def features(captions: Iterable[str | None], encoder: TextEncoder | None, where: str) -> CaptionFeatures | None:
-    if encoder is None:
-        return None
-    given = [caption or "" for caption in captions]
-    if missing := sum(not caption.strip() for caption in given):
-        raise UserError(f"{where}: {missing} of {len(given)} items have no caption, and the generator takes captions")
-    return CaptionFeatures(given, encoder)
+    return None if encoder is None else CaptionFeatures(all_captions(captions, where), encoder)
 
 
 def read_by(
