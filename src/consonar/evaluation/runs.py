@@ -86,6 +86,12 @@ class FinishedRun:
         self.generator, self.tokenizer = load_generator(folder).to(device), load_own_tokenizer(folder).to(device)
         self.encoder = None if self.generator.num_classes else load_own_text_encoder(folder, self.generator)
 
+    def sharpness(self, reference: str, settings: RunSettings, bad: BadImages | None) -> Sharpness:
+        """Its entropy on the validation images of the reference."""
+        return Sharpness(
+            reference, self.tokenizer, settings.batch_size, self.origin, bad, settings.validation_split, self.encoder
+        )
+
     def asked(self, count: int, sharpness: Sharpness) -> tuple[Tensor, Prompts | None]:
         """Of so many samples the classes (count,), or the numbers of the prompts, which then come with them: captions
         of the validation images in turn, of more captions than samples those at equal steps."""
@@ -118,10 +124,7 @@ def evaluate_run(
     """
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
-    sharpness = Sharpness(
-        reference, run.tokenizer, settings.batch_size, run.origin, bad, validation_split=settings.validation_split,
-        encoder=run.encoder,
-    )  # fmt: skip
+    sharpness = run.sharpness(reference, settings, bad)
     labels, prompts = run.asked(settings.num_samples, sharpness)
     with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():
         samplers = of_every(samplers_of(settings, sharpness, run.generator), world)[0]
