@@ -19,6 +19,7 @@ from consonar.components import load_tokenizer, save_tokenizer
 from consonar.cpu.kernels import tune
 from consonar.data.tokenizing import write_token_store
 from consonar.generators.rear import ReARConfig, ReARGenerator
+from consonar.records import Captions
 from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
@@ -40,8 +41,9 @@ TINY_VQ = VQConfig(
 
 
 def rated(rewards: Rewards, images: torch.Tensor, originals: torch.Tensor, grid: Grid | None = None):
-    """`rewards.measure` of images of class 0, one or more for each of the originals."""
-    return rewards.measure(images, ImageBatch(originals, torch.zeros(len(originals), dtype=torch.int64)), grid=grid)
+    """`rewards.measure` of images of class 0, one or more for each of the originals; all should show a dog."""
+    zeros = torch.zeros(len(originals), dtype=torch.int64)
+    return rewards.measure(images, ImageBatch(originals, zeros, captions=Captions(["a dog"], zeros)), grid=grid)
 
 
 def picture(index: int, size: int = 16) -> Image.Image:

@@ -6,13 +6,25 @@ are drawn by `consonar.seeding`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 Record = TypeVar("Record")
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """What pictures show, in words: `texts`, all of a data set, and `rows` (B,) int64, which of them."""
+
+    texts: Sequence[str]
+    rows: Tensor
+
+    def read(self) -> list[str]:
+        """One for each picture."""
+        return [self.texts[row] for row in self.rows.tolist()]
 
 
 def device_of(model: object) -> torch.device:

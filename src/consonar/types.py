@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from consonar.options import Options
 from consonar.origin import HasFingerprint, Origin
+from consonar.records import Captions
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class ImageBatch:
     condition: Condition
     indices: Tensor | None = None
     """(B,) int64 row of each item in its source; None for items of no source."""
+    captions: Captions | None = None
+    """Where the source has some, and the generator takes them."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ class Kind(NamedTuple, Generic[Config, Model]):
 class Reward(Protocol):
     """A plain function is enough: (images, originals, batch) -> (B,), higher is better.
 
-    Row b of `batch` is what image b was made from: `images`, `condition`, `indices`, and in training `tokens`.
+    Row b of `batch` is what image b was made from: images, condition, indices, captions, and in training tokens.
     """
 
     def __call__(self, images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor: ...

@@ -10,6 +10,7 @@ from rounding import assert_rounding
 
 from consonar.errors import UserError
 from consonar.networks.discriminator import PatchDiscriminator, load_discriminator, save_discriminator
+from consonar.records import Captions
 from consonar.training.rewards import PlacedReward, Resources, Rewards, build_rewards, check_rewards, squared_errors
 from consonar.types import Grid, ImageBatch, TextCondition
 
@@ -74,13 +75,18 @@ def test_every_chunk_gets_its_own_rows():
     def labels(images, originals, batch):
         seen.append(batch)
         assert torch.equal(images, originals) and not torch.is_grad_enabled()
+        words.extend(batch.captions.read())
         return images[:, 0, 0, 0] - batch.condition.features[:, 0, 0] + batch.indices
 
+    words: list[str] = []
     features = torch.arange(5.0).view(5, 1, 1).expand(5, 2, 3)
-    batch = ImageBatch(constant(*range(5)), TextCondition(features, torch.ones(5, 2).bool()), torch.arange(5) * 10)
+    captions = Captions(["a dog", "a cat"], torch.tensor([1, 0, 0, 1, 1]))
+    condition = TextCondition(features, torch.ones(5, 2).bool())
+    batch = ImageBatch(constant(*range(5)), condition, torch.arange(5) * 10, captions)
     total, _, _ = Rewards({"labels": labels}, {"labels": 1.0}, chunk=2).measure(batch.images, batch)
     assert total.tolist() == [0, 10, 20, 30, 40]
     assert [len(part.indices) for part in seen] == [2, 2, 1]
+    assert words == ["a cat", "a dog", "a dog", "a cat", "a cat"]
     assert seen[1].condition.mask.shape == (2, 2) and torch.equal(seen[0].indices, torch.arange(2) * 10)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from consonar.errors import UserError, reading
 from consonar.files.readers import read_npy
 from consonar.files.writers import cache_dir, keep
+from consonar.records import Captions
 from consonar.types import TextCondition, TextEncoder
 
 PER_FILE = 1024
@@ -42,6 +43,7 @@ class CaptionFeatures:
         different = sorted(set(captions))
         self.content = hashlib.sha256("\0".join(captions).encode(errors="surrogatepass")).hexdigest()
         self.about = f"captions: {len(different):,} different, read by {encoder.name}"
+        self.texts = different
         place = {caption: index for index, caption in enumerate(different)}
         self.index = np.array([place[caption] for caption in captions], np.int64)
         folder = cache_dir() / "captions" if folder is None else folder
@@ -59,6 +61,10 @@ class CaptionFeatures:
         """Those of so many items at equal steps; of fewer items all in turn."""
         rows = torch.arange(count)
         return self.read(rows * len(self) // count if count <= len(self) else rows % len(self))
+
+    def words(self, rows: Tensor) -> Captions:
+        """The captions `rows` (B,) themselves."""
+        return Captions(self.texts, torch.from_numpy(self.index[rows.numpy()]))
 
     def read(self, rows: Tensor) -> TextCondition:
         """Features (B, L, F) and mask (B, L) of the captions `rows` (B,)."""

@@ -215,8 +215,9 @@ class ImageBatches(Batches[ImageBatch]):
 
     def read(self, rows: Tensor) -> ImageBatch:
         images, labels = self.load(rows)
-        condition = labels if self.captions is None else self.captions.read(rows)
-        return ImageBatch(images=from_uint8(images), condition=condition, indices=rows)
+        if self.captions is None:
+            return ImageBatch(images=from_uint8(images), condition=labels, indices=rows)
+        return ImageBatch(from_uint8(images), self.captions.read(rows), rows, self.captions.words(rows))
 
     def batch(self, step: int) -> ImageBatch:
         batch = super().batch(step)

@@ -59,6 +59,8 @@ METRICS = (
     ),
     Metric("reward_spread", "spread of rewards in a group"),
     Metric("reward_ties", "groups whose draws all earn the same", "share"),
+    Metric("reward_spread_", "spread in a group: {}", drawn=False),
+    Metric("reward_ties_", "groups whose draws all earn the same: {}", "share", drawn=False),
     Metric("reward_", "reward: {}", direction=1),
     Metric("kl", "KL to the start model", "nats per token"),
     Metric(

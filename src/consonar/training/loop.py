@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,11 +31,13 @@ from consonar.training.checkpoints import Saver, State, list_resume
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.optim import learning_rate, update_average
+from consonar.training.rewards import TIES
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
 from consonar.types import Objective
 
 INTERRUPTED = "interrupted"
+IDLE_LINES = 10
 KERNELS = "kernels.json"
 """What the machine decided for the run: it is resumed in the same way."""
 
@@ -142,6 +145,9 @@ class Running:
     caught: Sequence[int] = ()
     """Signals that ask the run to end."""
 
+    idle: Counter[str] = field(default_factory=Counter)
+    """Of every reward at how many logged updates in a row it told no draw from another."""
+
     @cached_property
     def saver(self) -> Saver:
         return Saver(self.folder / "checkpoints", self.config.loop.keep_checkpoints, self.world)
@@ -207,7 +213,17 @@ class Running:
         rate = (state.step - self.clock_step) / (time.monotonic() - self.clock)
         rates = {"learning_rate": state.optimizer.param_groups[0]["lr"], **self.built.objective.state(state.step - 1)}
         self.tracker.log(state.step, {f"train/{key}": value for key, value in (values | rates).items()}, rate=rate)
+        self.look_for_idle_rewards(values)
         self.clock, self.clock_step = time.monotonic(), state.step
+
+    def look_for_idle_rewards(self, values: Mapping[str, float]) -> None:
+        """Warns once of a reward that told no draw from another at `IDLE_LINES` logged updates in a row."""
+        for key, share in values.items():
+            if key.startswith(TIES):
+                self.idle[key] = self.idle[key] + 1 if share == 1 else 0
+                if self.idle[key] == IDLE_LINES:
+                    name = key.removeprefix(TIES)
+                    self.tracker.warn(f"reward {name!r} is the same for all draws of every image: it teaches nothing")
 
     def measure(self) -> None:
         """Validation and a picture where they are due; a breach that validation finds is `state.stopped`, and saved."""

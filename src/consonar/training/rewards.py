@@ -34,6 +34,8 @@ from consonar.types import Grid, ImageBatch, Reward
 
 KEY = "objective.rewards"
 DOTTED_PATH = "package.module:function"
+TIES = "reward_ties_"
+"""Begins the name, in the log, of the share of groups whose draws a reward does not tell apart."""
 LARGEST_PSNR = 100.0
 """dB; what equal images get, whose PSNR is infinite."""
 

@@ -188,7 +188,7 @@ class Alignment:
     def encode(self, batch: ImageBatch) -> EncodedBatch:
         with exact(batch.images.device):
             tokens = self.tokenizer.encode(batch.images)
-        return EncodedBatch(batch.images, batch.condition, batch.indices, tokens=tokens)
+        return EncodedBatch(batch.images, batch.condition, batch.indices, batch.captions, tokens=tokens)
 
     @torch.no_grad()
     def prepare(self, model: AlignmentTrainee, batch: ImageBatch, step: int) -> Forced:

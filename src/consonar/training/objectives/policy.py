@@ -32,6 +32,7 @@ from consonar.training import policy_gradient as policy
 from consonar.training.credit import Influence, measure_influence, spatial_credit, token_grid
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
 from consonar.training.objectives.base import alignment_terms
+from consonar.training.rewards import TIES
 from consonar.types import Condition, EncodedBatch, Grid, ImageBatch
 
 INFLUENCE_POSITIONS = 64
@@ -191,6 +192,9 @@ class PolicyGradient(Alignment):
         spread, tied = policy.group_spread(rewards, sizes)  # (B, 1 or N) each
         shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
         shown = {key: value.view(-1, group) for key, value in shown.items()}
+        for name in parts:
+            of_part, tied_part = policy.group_spread(shown[f"reward_{name}"])  # (B,) each
+            shown |= {f"reward_spread_{name}": of_part, f"{TIES}{name}": tied_part.float()}
         old = actions.new_full(actions.shape, math.nan, dtype=torch.float32) if self.config.updates > 1 else None
         return Drawn(actions, advantages, {**shown, "reward_spread": spread, "reward_ties": tied.float()}, old)
 
