@@ -86,15 +86,16 @@ def is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def whole(model: Module, weights: Mapping[str, Tensor] | None = None) -> Iterator[Module]:
     """A module with all weights in this process: the model itself, or for a sharded one another, for as long as this
-    lasts, gathered once. All processes enter at once. For a sharded one `weights` may stand in for its own."""
-    if not is_sharded(model):
+    lasts, gathered once. All processes enter at once. For a sharded one `weights` may stand in for some of its own."""
+    if not isinstance(model, FSDPModule):
         yield model
         return
     copied = copy.deepcopy(vars(model)[SKELETON])
     with torch.inference_mode(False), torch.no_grad():
-        state = model.state_dict() if weights is None else weights
+        state = {**model.state_dict(), **(weights or {})}
         copied.load_state_dict({key: full(value) for key, value in state.items()}, assign=True)
     yield copied
+    model.reshard()  # a pass of the model itself in the meantime, without gradient, has left what is in no block whole
 
 
 def full(tensor: Tensor) -> Tensor:

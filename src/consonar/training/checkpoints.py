@@ -1,7 +1,8 @@
 """What moves during training, checkpoints, `checkpoints/step_00001000.pt`, which hold all of it.
 
-What moves is the trainee with its heads, the optimizer and the moving average: a run goes on exactly. Where processes
-hold shards a checkpoint is a folder, `checkpoints/step_00001000`: `state.pt`, and beside it the shards.
+What moves is the trainee with its heads (of one with adapters these alone), the optimizer and the moving average: a run
+goes on exactly. Where processes hold shards a checkpoint is a folder, `checkpoints/step_00001000`: `state.pt`, and
+beside it the shards.
 """
 
 import re
@@ -25,6 +26,7 @@ from consonar.files.readers import check_archive
 from consonar.files.weights import check_finite, check_plain, check_weights
 from consonar.files.writers import file_sha256, no_room_said, write_atomically
 from consonar.records import device_of, map_tensors
+from consonar.training.lora import merged, moving
 
 FORMAT_VERSION = 1
 RESUME_REMEDY = "remove it to resume from the one before"
@@ -194,7 +196,7 @@ class State:
     """Whether training ended early, after a checkpoint, because it was asked to."""
 
     def payload(self) -> dict[str, Any]:
-        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        states = {"model": moving(self.model), "optimizer": self.optimizer.state_dict()}
         return states | {"average": self.average, "stopped": self.stopped}
 
     def place(self, name: str) -> Tensor | None:
@@ -211,7 +213,7 @@ class State:
     def restore(self, payload: dict[str, Any], where: str) -> None:
         """Goes on from what `load_resume` read; `UserError` for a part that is missing or something else."""
         parts = ("model", "optimizer") if self.average is None else ("model", "optimizer", "average")
-        own = self.model.state_dict()
+        own = moving(self.model)
         for part in parts:
             if not isinstance(payload.get(part), dict):
                 raise UserError(f"{where}: holds no {part}; {RESUME_REMEDY}")
@@ -220,7 +222,8 @@ class State:
                 here = {key: parallel.local(value) for key, value in payload[part].items()}
                 check_plain(here, where)
                 check_finite(here, where)
-        self.model.load_state_dict({key: parallel.like(own[key], value) for key, value in payload["model"].items()})
+        given = {key: parallel.like(own[key], value) for key, value in payload["model"].items()}
+        self.model.load_state_dict(given, strict=False)  # those of `own`
         with reading(where, "a resume file", RESUME_REMEDY):
             self.optimizer.load_state_dict(self.in_shards(payload["optimizer"]))
         if self.average is not None:
@@ -241,20 +244,20 @@ class State:
     @contextmanager
     def averaged(self) -> Iterator[Any]:
         """The whole model in evaluation mode, without gradient, with the moving average of the weights where there is
-        one; then undone. All processes at once."""
+        one and adapters `merged`; then undone. All processes at once."""
         model, average = self.model, self.average
         if parallel.is_sharded(model):
             with torch.no_grad(), parallel.whole(model, average) as copied:  # beside it others run in shards
-                yield copied.eval()
+                yield merged(copied.eval())
             return
         with torch.inference_mode():
-            own = {} if average is None else {key: value.clone() for key, value in model.state_dict().items()}
+            own = {} if average is None else {key: value.clone() for key, value in moving(model).items()}
             try:
                 model.eval()
                 if average is not None:
-                    model.load_state_dict(average)
-                yield model
+                    model.load_state_dict(average, strict=False)
+                yield merged(model)
             finally:
                 if average is not None:
-                    model.load_state_dict(own)
+                    model.load_state_dict(own, strict=False)
                 model.train()

@@ -25,6 +25,7 @@ from consonar.options import (
 from consonar.parallel import ParallelConfig
 from consonar.precision import CHOICES
 from consonar.tokenizers import TOKENIZERS
+from consonar.training.lora import LoRAConfig
 from consonar.training.objectives import kinds, method_of_config
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.base import ObjectiveConfig
@@ -122,10 +123,10 @@ def trainable_models() -> dict[str, type[ModelConfig]]:
 
 
 READ_IN = {
-    ("generator",): ("data.tokens", "data.validation_tokens", "data.views", "data.weights"),
     ("post-training", "tokenizer"): ("data.images", "data.flip", "data.validation_split", "data.bad_images"),
     ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
-    ("generator", "post-training"): ("init", "tokenizer", "text_encoder", "loop.activation_checkpointing"),
+    ("generator", "post-training"): ("init", "tokenizer", "text_encoder", "loop.activation_checkpointing", "lora.rank"),
+    ("generator",): ("data.tokens", "data.validation_tokens", "data.views", "data.weights", "lora.dropout"),
 }
 """Options that only these kinds of run read."""
 
@@ -152,6 +153,8 @@ class TrainConfig(Options):
     """The optimizer."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """The loop."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters in the place of all weights."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The processes."""
     seed: CountOrZero = 0
@@ -174,6 +177,11 @@ class TrainConfig(Options):
         self.objective.check_model(self.model)
         if self.run == "generator" and not (self.tokenizer or self.init):
             raise UserError("tokenizer: a generator needs the name or folder of its tokenizer")
+        if self.lora.rank and self.run == "generator" and not self.init:
+            raise UserError(
+                f"lora.rank: {self.lora.rank}, but random weights are no model to adapt; name one with init, or set "
+                "it to 0"
+            )
 
     @property
     def run(self) -> str:

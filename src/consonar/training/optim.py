@@ -94,7 +94,8 @@ def adamw_ways() -> tuple[Way, Way]:
 @torch.no_grad()
 def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights, in place; integer entries are copied."""
-    pairs = [(local(average[key]), local(value)) for key, value in model.state_dict().items()]
+    state = model.state_dict()
+    pairs = [(local(kept), local(state[key])) for key, kept in average.items()]
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     torch._foreach_lerp_([kept for kept, _ in floats], [value for _, value in floats], 1 - decay)
     for kept, value in pairs:

@@ -30,6 +30,7 @@ from consonar.training.build import build
 from consonar.training.checkpoints import State, list_resume, load_resume
 from consonar.training.config import TrainConfig
 from consonar.training.loop import KERNELS, Built, Running, train_loop
+from consonar.training.lora import moving
 from consonar.training.objectives.alignment import AlignmentConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import FILE, check_same_origin, comparable, resolve_start
@@ -183,7 +184,7 @@ def start_state(config: TrainConfig, built: Built, world: World) -> State:
             )
         for part in trainee.parts():
             compile_for_training(part)
-    average = {k: v.detach().clone() for k, v in trainee.state_dict().items()} if config.loop.ema_decay else None
+    average = {k: v.detach().clone() for k, v in moving(trainee).items()} if config.loop.ema_decay else None
     return State(trainee, build_optimizer(trainee, config.optim), average)
 
 

@@ -26,6 +26,7 @@ from consonar.sampling.pictures import bytes_of_image
 from consonar.seeding import generator, uniform
 from consonar.training import losses, noise
 from consonar.training import policy_gradient as policy
+from consonar.training.lora import StartModel
 from consonar.training.objectives.base import ObjectiveConfig, drop_classes, means
 from consonar.training.rewards import Measured, Resources, build_rewards, check_rewards
 from consonar.training.trainee import HeadSpec, Trainee
@@ -160,7 +161,7 @@ class Alignment:
         self,
         config: AlignmentConfig,
         tokenizer: Tokenizer,
-        prior: Generator | None,
+        prior: Generator | StartModel | None,
         *,
         total_steps: int,
         seed: int,

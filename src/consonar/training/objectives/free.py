@@ -13,6 +13,7 @@ from consonar import parallel, records
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import derive_seed
 from consonar.training import losses
+from consonar.training.lora import merged
 from consonar.training.objectives.alignment import AlignmentTrainee, Forced
 from consonar.training.objectives.policy import Drawn, PolicyGradient
 from consonar.types import ImageBatch
@@ -38,7 +39,7 @@ class FreePolicy(PolicyGradient):
         places = self.world.own_rows(lambda n: torch.arange(n * group).view(n, group), count).flatten().tolist()
         sampler = SamplerConfig(temperature=self.config.temperature, guidance_scale=self.config.guidance_scale)
         with self.autocast(), parallel.whole(model) as whole:
-            tokens, _ = sample_tokens(whole.generator, repeated, [first + place for place in places], sampler)
+            tokens, _ = sample_tokens(merged(whole).generator, repeated, [first + place for place in places], sampler)
         actions = tokens.clone().view(count, group, -1)  # a clone: made in inference mode, it could not be trained on
         return FreeRollout(**vars(forced), drawn=self.reward(model, actions, forced.batch))
 
