@@ -1,4 +1,4 @@
-"""Runs that train adapters: exact resume, what is in a checkpoint, the merged model, two processes, mistakes."""
+"""Runs that train adapters: exact resume, what is in a checkpoint, the merged model, mistakes."""
 
 import sys
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import NUM_CLASSES, picture, same
-from training.test_parallel import STEPS, WORKER, apart, curve, last, sharded, steady
+from training.test_parallel import STEPS, WORKER, last, sharded
 from two_processes import run_on_two
 
 from consonar.errors import UserError
@@ -23,7 +23,6 @@ from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 
 pytest.importorskip("peft")
-__all__ = ["steady"]  # a fixture
 RANK_4 = LoRAConfig(rank=4, alpha=8.0)
 
 
@@ -81,28 +80,11 @@ def test_resume_is_exact_and_checkpoints_hold_what_is_trained(name, configs, tmp
         assert next(line for line in lines[0] if "validation/kl" in line)["validation/kl"] == 0
 
 
-@pytest.fixture
-def policy(configs):
-    config = configs["policy"]
-    return replace(config, loop=replace(config.loop, steps=STEPS, fd_samples=0, validate_every=10))
-
-
-def test_two_processes_equal_one(policy, tmp_path, steady):
-    """Copies and shards: losses, KL to the start model and weights over 20 steps, within 1e-5 of their size."""
-    run_on_two(WORKER, {"ddp": policy, "fsdp": sharded(policy)}, tmp_path)
-    alone = train(policy, tmp_path / "alone", quiet=True)
-    theirs = last(alone)
-    for way in ("ddp", "fsdp"):
-        ours = last(tmp_path / way)
-        for part in ("model", "average"):
-            assert apart(ours[part], theirs[part]) < 1e-5, way
-        for key in ("train/loss", "train/kl", "validation/kl"):
-            found, expected = curve(tmp_path / way, key), curve(alone, key)
-            assert float((found - expected).abs().max()) < 1e-5, (way, key)
-
-
 @pytest.mark.slow
-def test_two_processes_resume_exactly(policy, tmp_path):
+def test_two_processes_resume_exactly(configs, tmp_path):
+    """Copies and shards; that two processes equal one is in `test_parallel.py`."""
+    policy = configs["policy"]
+    policy = replace(policy, loop=replace(policy.loop, steps=STEPS, fd_samples=0))
     whole = {"ddp": policy, "fsdp": sharded(policy)}
     halves = {f"{name}-half": config for name, config in whole.items()}
     run_on_two(WORKER, whole | halves, tmp_path)

@@ -1,6 +1,7 @@
 """Two gloo processes, each with the whole model or with a shard of it, give what one process gives."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from consonar.parallel import ParallelConfig, exchange_of_gradients, is_sharded,
 from consonar.training import run as runs
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
+from consonar.training.lora import LoRAConfig
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
@@ -62,8 +64,8 @@ ALIGNED = {
     "straight-through": StraightThroughConfig(rewards={"mse": 1.0}, perceptual_weight=0.0),
 }
 TOKENS, CLASSES = torch.arange(8)[:, None].expand(8, 16).contiguous(), torch.arange(8) % 3
-QUICK = {"rear", "tokenizer", "grpo"}
-EVERY = ["ar", "rear", "tokenizer", *ALIGNED]
+QUICK = {"rear", "tokenizer", "grpo", "adapters"}
+EVERY = ["ar", "rear", "tokenizer", *ALIGNED, "adapters"]
 
 
 @pytest.fixture
@@ -85,6 +87,8 @@ def configs(make_config, tokenizer, picture_folder, tmp_path):
     saving = {"accumulation": 2, "activation_checkpointing": 1, "ema_decay": 0.9}
     data = DataConfig(images=str(tmp_path / "labelled"))
     settings = {"init": start, "tokenizer": None, "model": None, "data": data, "loop": loop | {"batch_size": 4}}
+    held = replace(ALIGNED["held"], estimator="reinforce", kl_weight=0.1)
+    adapters = make_config(objective=held, lora=LoRAConfig(rank=4), **settings | {"loop": settings["loop"] | saving})
     return {
         "ar": make_config(loop=loop),
         "rear": make_config(objective=rear, loop=loop | saving),
@@ -93,6 +97,7 @@ def configs(make_config, tokenizer, picture_folder, tmp_path):
             data=DataConfig(images=str(picture_folder), flip=True), loop=loop,
         ),
         **{name: make_config(objective=objective, **settings) for name, objective in ALIGNED.items()},
+        **({"adapters": adapters} if find_spec("peft") else {}),
     }  # fmt: skip
 
 

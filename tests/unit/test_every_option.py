@@ -181,7 +181,7 @@ def test_every_kind_of_configuration_is_walked():
         "ModelConfig", "GeneratorConfig", "RotaryConfig", "TokenizerConfig", "ConvConfig", "ViTConfig",
         "ObjectiveConfig", "AlignmentConfig",
     }  # fmt: skip
-    of_commands = {"SweepFile", "DiagnosisSettings", "Machine", "ParallelConfig", "LoRAConfig"}  # have tests of their own
+    of_commands = {"SweepFile", "DiagnosisSettings", "Machine", "ParallelConfig", "LoRAConfig"}  # tested elsewhere
     assert {kind.__name__ for kind in below(Options)} - bases - of_commands <= {kind.__name__ for kind in CONFIGS}
 
 
