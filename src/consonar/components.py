@@ -15,14 +15,13 @@ from consonar.files.readers import plain_name, read_json
 from consonar.files.weights import component_config, load_module, save_component
 from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
-from consonar.generators.llamagen import LlamaGenConfig
 from consonar.hub import PREFIX, Wanted, read_name, released_file
-from consonar.model_folders import read_settings, read_tokenizer, shipped_or_folder
-from consonar.networks.text_encoders import PretrainedTextEncoder, load_text_encoder
+from consonar.model_folders import own_text_encoder, read_settings, read_tokenizer, shipped_or_folder
+from consonar.networks.text_encoders import load_caption_reader, readers
 from consonar.options import is_whole
 from consonar.origin import Origin, check, check_distinct
 from consonar.tokenizers.base import CodebookTokenizer
-from consonar.types import Generator, Weights
+from consonar.types import Generator, TextEncoder, Weights
 
 
 def save_generator(generator: Generator, folder: Path, origin: Origin, *, dtype: str = "float32") -> None:
@@ -104,26 +103,23 @@ def load_own_tokenizer(path: str | Path) -> CodebookTokenizer:
     return tokenizer
 
 
-def load_own_text_encoder(path: str | Path, generator: Generator, name: str | None = None) -> PretrainedTextEncoder:
+def load_own_text_encoder(path: str | Path, generator: Generator, name: str | None = None) -> TextEncoder:
     """The text encoder that a stored generator of captions was trained with, or `name`, which has to be the same.
 
-    `UserError` for a generator that takes no features of captions, and where the encoder is not there or has changed.
+    `UserError` for a generator that takes no captions, and where the encoder is not there or has changed.
     """
-    shape = generator.config
-    if not isinstance(shape, LlamaGenConfig) or shape.has_classes:
-        takes = f"class ids 0..{generator.num_classes - 1}" if generator.num_classes else "prompts of its own tokenizer"
-        raise UserError(f"prompts: {path} takes {takes}, no features of captions")
-    origin = read_origin(path)
-    chosen = origin.text_encoder if name is None else name
+    folder = model_folder(path)
+    _, origin, shape, _ = read_settings(folder, "generator", GENERATORS)
+    if shape.has_classes:
+        raise UserError(f"prompts: {path} takes class ids 0..{generator.num_classes - 1}, no captions")
+    chosen = own_text_encoder(folder, origin) if name is None else name
     if chosen is None:
-        raise UserError(f"text_encoder: {path} does not say which it was trained with; name one: --text-encoder minilm")
-    encoder = load_text_encoder(chosen, length=generator.prefix_length)
+        raise UserError(
+            f"text_encoder: {path} does not say what reads its captions; add --text-encoder: {readers(shape)}"
+        )
+    encoder = load_caption_reader(shape, chosen)
     here = Origin(text_encoder=chosen, text_encoder_fingerprint=encoder.fingerprint)
     check("text_encoder", here, origin, str(path), "its features mean something else; give the one it was trained with")
-    if encoder.width != shape.caption_dim:
-        raise UserError(
-            f"text_encoder: {chosen} has features of width {encoder.width}, {path} reads {shape.caption_dim}"
-        )
     return encoder
 
 

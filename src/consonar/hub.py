@@ -54,6 +54,8 @@ class Published:
     """For the conversion, where shapes do not say it."""
     tokenizer: str | None = None
     """Of a generator: its tokenizer, as `load_tokenizer` takes it."""
+    words: str | None = None
+    """File in the same place with the words of its prompts."""
     golden: str | None = None
     """A golden of its architecture, most at reduced size."""
     manifest: str | None = None
@@ -107,7 +109,7 @@ ALITOK = generator(
 )  # fmt: skip
 JANUS = generator(
     "janus-pro-1b", "janus", parameters=1485053952, num_tokens=576, vocab_size=16384, licence=MIT,
-    repository="deepseek-ai/Janus-Pro-1B", file="pytorch_model.bin", golden="janus_gen_parts",
+    repository="deepseek-ai/Janus-Pro-1B", file="pytorch_model.bin", words="tokenizer.json", golden="janus_gen_parts",
 )  # fmt: skip
 
 TOKENIZERS = (
@@ -146,8 +148,8 @@ TOKENIZERS = (
               licence="not stated", elsewhere=GOOGLE_DRIVE, file="AliTok.pth", golden="alitok_tokenizer",
               manifest="alitok_tokenizer"),
     tokenizer("janus-pro-vq", "vq", parameters=71883403, num_tokens=576, vocab_size=16384, code_dim=8, licence=MIT,
-              repository="deepseek-ai/Janus-Pro-1B", file="pytorch_model.bin", golden="janus_vq_tiny",
-              manifest="janus_vq16"),
+              repository="deepseek-ai/Janus-Pro-1B", file="pytorch_model.bin", words="tokenizer.json",
+              golden="janus_vq_tiny", manifest="janus_vq16"),
 )  # fmt: skip
 GENERATORS = (
     replace(REAR, name="rear-s", parameters=218397184, file="reAR-S.safetensors", manifest="rear_s"),
@@ -224,7 +226,7 @@ def read_name(text: str) -> Wanted:
 
 
 def released_file(wanted: Wanted) -> Path:
-    """The released file: put there by hand, or downloaded; for an index of shards, with all shards beside it.
+    """The released file: put there by hand, or downloaded, with its words and the shards of an index beside it.
     `UserError` says where to put one that cannot be had."""
     if wanted.place.is_file():
         return wanted.place
@@ -234,10 +236,11 @@ def released_file(wanted: Wanted) -> Path:
     asked = wanted.file
     try:
         file = Path(download(wanted.repository, asked))
-        if asked.endswith(".index.json"):
-            for shard in sorted(set(read_index(file).values())):
-                asked = str(Path(wanted.file).with_name(shard))
-                download(wanted.repository, asked)
+        shards = sorted(set(read_index(file).values())) if asked.endswith(".index.json") else []
+        words = wanted.published and wanted.published.words
+        for name in [*shards, words] if words else shards:
+            asked = str(Path(wanted.file).with_name(name))
+            download(wanted.repository, asked)
     except UserError:
         raise
     # No network, no such file, no permission, offline mode, a proxy's page: each library below has errors of its own.

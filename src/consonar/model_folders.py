@@ -11,6 +11,7 @@ from typing import TypeVar
 from consonar.config_io import from_dict
 from consonar.errors import UserError, unknown
 from consonar.files.weights import component_config, load_module, released
+from consonar.networks import prompts
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, resized
 from consonar.tokenizers.base import CodebookTokenizer
@@ -53,6 +54,12 @@ def read_settings(
         raise unknown(f"{folder}: kind", kind, kinds)
     made = {field.name: config.pop(field.name) for field in fields(Origin) if field.name in config}
     return name, from_dict(made, where, Origin), from_dict(config, where, kinds[kind].config), kinds[kind].model
+
+
+def own_text_encoder(folder: Path, origin: Origin) -> str | None:
+    """Name or folder of what reads the captions of the generator in a model folder: the folder itself where the words
+    of its vocabulary lie in it, else what it was made with; None where neither is known."""
+    return str(folder.resolve()) if (folder / prompts.FILE).is_file() else origin.text_encoder
 
 
 def read_tokenizer(folder: Path, num_tokens: int | None = None) -> CodebookTokenizer:

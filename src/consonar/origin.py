@@ -112,5 +112,6 @@ def check(where: str, ours: Origin, theirs: Origin, other: str, remedy: str, par
         raise UserError(f"{where}: {found}; {remedy}")
     for what, name, key in (PARTS[part] for part in parts if part != "classes"):
         if None not in (hashes := (getattr(ours, key), getattr(theirs, key))) and hashes[0] != hashes[1]:
-            named, known = (f"{getattr(o, name)!r} ({getattr(o, key)[:12]})" for o in (ours, theirs))
+            # A part without a name lies in the folder itself.
+            named, known = (f"{getattr(o, name) or 'its own'!r} ({getattr(o, key)[:12]})" for o in (ours, theirs))
             raise UserError(f"{where}: the {what} is {named}, in {other} it is {known}; {remedy}")

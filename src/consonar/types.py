@@ -160,15 +160,18 @@ class Tokenizer(HasFingerprint, Protocol):
 
 @runtime_checkable
 class TextEncoder(HasFingerprint, Protocol):
-    """A frozen map from captions to features of their tokens."""
+    """A frozen map from captions to features of their tokens, or to tokens of the generator's own vocabulary."""
 
     width: int
-    """F, of a token's features."""
+    """F, of a token's features; 0: tokens."""
     length: int
-    """L: a caption's places, padded on the left."""
+    """L: a caption's places, padded on the left; of tokens the most."""
 
-    def encode(self, captions: Sequence[str]) -> TextCondition:
-        """Features (B, L, F) float32 and mask (B, L), on one device."""
+    def encode(self, captions: Sequence[str]) -> TextCondition | PromptCondition:
+        """Features (B, L, F) float32, or tokens (B, longest), and the mask, on one device."""
+
+    def is_cut(self, caption: str) -> bool:
+        """Whether a caption has more tokens than are read."""
 
 
 class Weights(Protocol):

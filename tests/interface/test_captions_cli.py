@@ -14,11 +14,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from consonar.cli import main
 from consonar.components import load_generator, load_own_text_encoder, load_tokenizer
+from consonar.convert.layouts.generators import LLAMAGEN
 from consonar.data.scenes import COLOURS, NUMBERS, OBJECTS, RELATIONS, plural
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import from_uint8
+from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.sampling.sample import SamplerConfig, sample
+from consonar.seeding import generator as seeded
+from consonar.types import Grid
 
 WORDS = ["[PAD]", "[UNK]", "a", "an", "and", "of", *NUMBERS[1:], *COLOURS, *OBJECTS, *map(plural, OBJECTS)]
 MODEL = ["--model.width", "16", "--model.num-layers", "2", "--model.num-heads", "2", "--model.caption-dim", "8",
@@ -265,3 +269,34 @@ def test_scenes_are_never_mirrored(place, tmp_path, capsys):
     line = refusal(capsys, "train", "ce-scenes", "--init", str(place / "run"), "--data.flip", "--out",
                    str(tmp_path / "run"))  # fmt: skip
     assert "data.flip: True mirrors pictures" in line and line.count("\n") == 1
+
+
+def test_a_released_llamagen_for_captions_is_sampled_and_post_trained(place, tmp_path, capsys):
+    """The layout of t2i_XL_stage1_256.pt at tiny size, and a T5 folder as transformers saves one."""
+    shape = LlamaGenConfig(condition="text", caption_dim=8, width=64, num_layers=2, num_heads=4, vocab_size=32,
+                           num_tokens=16, grid=Grid(4, 4))  # fmt: skip
+    model = LlamaGenGenerator(shape)
+    model.reset_parameters(seeded(0, "t2i"))
+    torch.save({"model": LLAMAGEN.to_official(model.state_dict(), {}, shape)}, tmp_path / "t2i.pt")
+    save_encoder(tmp_path / "t5")  # for its words
+    config = transformers.T5Config(vocab_size=200, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    main(["convert", str(tmp_path / "t2i.pt"), "--to", str(tmp_path / "t2i"), "--tokenizer", str(place / "tok"),
+          "--image-size", "64", "--setting", "num_heads=4"])  # fmt: skip
+    line = refusal(capsys, "sample", str(tmp_path / "t2i"), "--prompt", "a cat", "--out", str(tmp_path / "x.png"))
+    assert "t2i does not say what reads its captions; add --text-encoder: minilm, a folder" in line
+    line = refusal(capsys, "sample", str(tmp_path / "t2i"), "--prompt", "a cat", "--out", str(tmp_path / "x.png"),
+                   "--text-encoder", "minilm")  # fmt: skip
+    assert "model.caption_dim: 8, but the features of minilm have 384" in line
+    main(["sample", str(tmp_path / "t2i"), "--prompt", "a cat", "--guidance-scale", "7.5", "--top-k", "20",
+          "--text-encoder", str(tmp_path / "t5"), "--out", str(tmp_path / "before.npz")])  # fmt: skip
+    main(["train", "vapi-llamagen-t2i", "--init", str(tmp_path / "t2i"), "--text-encoder", str(tmp_path / "t5"),
+          "--data", "scenes:8", "--data.validation-items", "2", "--loop.steps", "1", "--loop.batch-size", "4",
+          "--objective.rewards", "mse=1", "--loop.precision", "fp32", "--out", str(tmp_path / "run"),
+          "--quiet"])  # fmt: skip
+    encoder = load_own_text_encoder(tmp_path / "run", load_generator(tmp_path / "run"))
+    read = encoder.encode(["a cat"])
+    assert read.features.shape == (1, 120, 8) and read.mask[0].sum() < 5 and read.mask[0, -1]
+    before, after = load_generator(tmp_path / "t2i").state_dict(), load_generator(tmp_path / "run").state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert "output.weight" in moved and "cls_embedding.uncond_embedding" not in moved  # drawn once, as released

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import TINY_VQ
 from rounding import assert_rounding
+from tiny_janus import AUTHORS, AUTHORS_VQ, TRANSFORMERS, TRANSFORMERS_VQ, authors_file, drawn, whole_janus
 
 from consonar.convert.layouts import janus as files
 from consonar.errors import UserError
@@ -19,25 +21,12 @@ from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.types import PromptCondition
 
-transformers = pytest.importorskip("transformers")
-
 BOS, PAD, IMAGE_START = 2, 1, 3
 TINY = JanusConfig(
     width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=48, text_vocab_size=20, pad_token=PAD,
     max_prompt_tokens=9, code_dim=4, head_width=24, vocab_size=32, num_tokens=16,
 )  # fmt: skip
 PROMPTS = [[BOS, 5, 6, IMAGE_START], [BOS, 7, 8, 9, 5, IMAGE_START], [BOS, 6, IMAGE_START]]
-AUTHORS, TRANSFORMERS, AUTHORS_VQ, TRANSFORMERS_VQ = files.OFFICIALS
-
-
-@torch.no_grad()
-def drawn(module, seed=0):
-    """`module` with weights that switch no path off."""
-    rng = seeded(seed, "janus")
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=rng)
-        parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 and not name.endswith("bias") else 0.2 * noise)
-    return module.eval()
 
 
 @pytest.fixture
@@ -52,24 +41,7 @@ def tokens(rng):
 
 @pytest.fixture(scope="module")
 def whole():
-    """transformers' whole Janus, tiny, with heads 128 wide as in the released ones."""
-    vision = {
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 2,
-        "projection_dim": 256, "num_image_tokens": 16, "mlp_ratio": 2.0,
-    }  # fmt: skip
-    vq = {
-        "embed_dim": 8, "num_embeddings": 40, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1, 2],
-        "num_res_blocks": 1, "projection_dim": 256, "image_token_embed_dim": 256,
-    }  # fmt: skip
-    text = {
-        "model_type": "llama", "vocab_size": 20, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "pad_token_id": PAD,
-        "bos_token_id": BOS, "eos_token_id": 4,
-    }  # fmt: skip
-    config = transformers.JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq, image_token_id=19, tie_word_embeddings=False
-    )
-    return drawn(transformers.JanusForConditionalGeneration(config))
+    return whole_janus(pad=PAD, begin=BOS)
 
 
 def converted(whole):
@@ -295,21 +267,6 @@ def test_the_table_of_generators_does_not_load_transformers_and_janus_does_not_l
 
 def shapes_of(state):
     return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def authors_file(whole):
-    """The same weights as the authors' file would name them, with what transformers' conversion drops."""
-    parts = files.split_parts(whole.state_dict())
-    ours, unused = TRANSFORMERS.to_ours(parts["generator"], None)
-    renamed = {
-        "lm_head.weight": "language_model.lm_head.weight",
-        **{key: key.removeprefix("model.") for key in unused if key.startswith("model.")},
-    }
-    assert set(renamed) == set(unused)
-    unused = {renamed[key]: value for key, value in unused.items()}
-    vq, _ = TRANSFORMERS_VQ.to_ours(parts["tokenizer"], None)
-    usage = {"quantize.codebook_used": torch.arange(9.0)}
-    return AUTHORS.to_official(ours, unused, None) | AUTHORS_VQ.to_official(vq, usage, None)
 
 
 @pytest.mark.parametrize("layout", ["authors", "transformers"])

@@ -43,7 +43,9 @@ ON_TOKENS = {
     "ar-b-alitok": ("alitok_ar_b", 177.0),
 }
 POST_TRAINING = ("vapi-llamagen-xl", "vapi-llamagen-xxl")
-PUBLISHED = (*ON_TOKENS, *POST_TRAINING)
+# Recipe to (learning rate, images of a GPU, updates, share of captions dropped) of the released scripts.
+IN_WORDS = {"vapi-llamagen-t2i": (1e-6, 16, 200, 0.1), "vapi-janus-1b": (1e-7, 8, 100, 0.0)}
+PUBLISHED = (*ON_TOKENS, *POST_TRAINING, *IN_WORDS)
 PLAIN_OF = {"ar-l": "rear-l", "ar-b-titok": "rear-b-titok", "ar-b-alitok": "rear-b-alitok"}
 
 
@@ -63,7 +65,9 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_the_lists_of_this_file_are_complete():
-    assert set(PUBLISHED) == {name for name in RECIPES if not re.search("openmoji|cifar10|scenes", name)}
+    assert {*PUBLISHED, *(name.replace("vapi", "ce") for name in IN_WORDS)} == {
+        name for name in RECIPES if not re.search("openmoji|cifar10|scenes", name)
+    }
 
 
 @pytest.mark.parametrize("name", ON_TOKENS)
@@ -116,7 +120,8 @@ def test_the_batch_divides_over_eight_processes(name):
     loop = find_recipe(name).loop
     images, rest = divmod(loop.batch_size, 8 * loop.accumulation)
     assert rest == 0
-    assert images == (16 if name in POST_TRAINING else 256 if name == "rear-s" else 128)
+    expected = {"rear-s": 256, **dict.fromkeys(POST_TRAINING, 16), **{key: row[1] for key, row in IN_WORDS.items()}}
+    assert images == expected.get(name, 128)
 
 
 @pytest.mark.parametrize("name", PLAIN_OF)
@@ -145,6 +150,19 @@ def test_vapi_has_the_published_settings_and_no_second_model():
         assert (optim.beta1, optim.beta2, optim.weight_decay, optim.max_grad_norm) == (0.9, 0.999, 1e-4, 1.0)
         assert config.loop.steps * config.loop.batch_size == 12_800  # 1 % of ImageNet
         assert not objective.guard.measure_kl and config.model is None
+
+
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_vapi_for_captions_has_the_published_settings_and_its_control_differs_in_the_loss_alone(name):
+    config, control = find_recipe(name), find_recipe(name.replace("vapi", "ce"))
+    objective, (rate, _, steps, dropped) = config.objective, IN_WORDS[name]
+    assert (objective.context_noise, objective.kl_weight, objective.ce_weight) == (0.5, 0.01, 0.1)
+    assert objective.rewards == {"mse": 1.0, "lpips": 1.0} and objective.group_size == 8
+    assert (objective.class_dropout, objective.advantage_clamp, objective.clip_range) == (dropped, 5.0, 0.2)
+    assert (config.optim.lr, config.optim.min_lr, config.loop.steps) == (rate, rate, steps)
+    shared = ("context_noise", "class_dropout", "rewards")
+    assert all(getattr(control.objective, key) == getattr(objective, key) for key in shared)
+    assert replace(control, recipe=name, objective=objective) == config
 
 
 def test_vapi_without_a_start_model_says_what_to_give(tmp_path):

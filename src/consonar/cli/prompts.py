@@ -18,7 +18,8 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     if (prompt is None) == (file is None):
         raise UserError("--prompt: give either it or --prompts FILE")
     if file is None:
-        return [str(prompt)]
+        with reading(f"--prompt: {prompt!r}", "text in UTF-8"):
+            return [str(prompt).encode().decode()]
     found = []
     with reading(f"--prompts: {file}", "text in UTF-8"):
         lines = file.read_text(encoding="utf-8").split("\n")

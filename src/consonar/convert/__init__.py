@@ -25,8 +25,10 @@ from consonar.files.lock import folder_at_once, is_taken
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
 from consonar.generators import GENERATORS
+from consonar.generators.janus import JanusConfig
 from consonar.json_types import Json, JsonMap
 from consonar.model_folders import from_anywhere, read_settings, read_tokenizer, shipped_or_folder
+from consonar.networks import prompts
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import CodebookTokenizer
@@ -54,6 +56,8 @@ class Found:
     """Where it was written, as a component."""
     notes: tuple[str, ...] = ()
     """What was assumed, taken from an entry, ignored, set aside."""
+    reads: str | None = None
+    """Fingerprint of what reads prompts for it, where that is kept with it."""
 
 
 def convert(
@@ -100,11 +104,30 @@ def convert(
             part: examine(halves[part], f"{path} ({part})", settings=changes)
             for part, changes in (("tokenizer", None), ("generator", settings))
         }
+    beside, words = weights.files[0].with_name(prompts.FILE), None
+    for part, found in parts.items():
+        if isinstance(found.config, JanusConfig):
+            words = beside if beside.is_file() else None
+            parts[part] = with_words(found, found.config, words, chosen=settings or {})
     with folder_at_once(to) as partial:
         return [
-            write(partial / part, to / part, found, about(found, to / part, tokenizer, partial), weights, notes)
+            write(partial / part, to / part, found, about(found, to / part, tokenizer, partial), weights, notes, words)
             for part, found in parts.items()
         ]
+
+
+def with_words(found: Found, shape: JanusConfig, words: Path | None, chosen: JsonMap) -> Found:
+    """A generator of this shape with the tokenizer.json of its release, whose padding token it gets unless another was
+    `chosen`. `UserError` for one that is not its own."""
+    if words is None:
+        note = f"no {prompts.FILE} beside the file: put it into the generator's folder, to ask for pictures in words"
+        return replace(found, notes=(note,))
+    if "pad_token" not in chosen:
+        pad = prompts.id_of(prompts.read_words(words, str(words)), prompts.PAD, str(words))
+        shape = replace(shape, pad_token=pad)
+    encoder = prompts.load_prompt_tokenizer(str(words.parent), shape)
+    note = f"prompts are read by {prompts.FILE}, which is kept with the generator"
+    return replace(found, config=shape, notes=(note,), reads=encoder.fingerprint)
 
 
 def recognise(shapes: Shapes, where: str) -> Official:
@@ -175,17 +198,23 @@ def about(found: Found, final: Path, tokenizer: str | None, partial: Path) -> Js
             if theirs != ours:
                 raise UserError(f"--tokenizer: {tokenizer} has {key} {theirs}, the generator {ours}")
         origin = Origin(tokenizer=from_anywhere("tokenizer", tokenizer), tokenizer_fingerprint=loaded.fingerprint)
-    return {"component": "generator", **to_dict(origin)}
+    return {"component": "generator", **to_dict(replace(origin, text_encoder_fingerprint=found.reads))}
 
 
-def write(folder: Path, final: Path, found: Found, head: JsonMap, weights: Weights, notes: list[str]) -> Found:
-    """Writes the component folder that will be `final`, and says what is in it."""
+def write(
+    folder: Path, final: Path, found: Found, head: JsonMap, weights: Weights, notes: list[str], words: Path | None
+) -> Found:
+    """Writes the component folder that will be `final`, and says what is in it; with a copy of `words` if it reads
+    prompts by them."""
     files.check_finite(found.ours, str(weights.files[0]))
+    notes = [*found.notes, *notes]
     files.save_component(folder, {**head, **to_dict(found.config)}, found.ours)
     if found.unused:
         files.save_tensors(folder / UNUSED, found.unused)
         held = ", ".join(list(found.unused)[:2])
         notes = [*notes, f"set aside for the way back: {len(found.unused)} tensors ({held} ...)"]
+    if words is not None and found.reads is not None:
+        write_atomically(folder / prompts.FILE, lambda path: path.write_bytes(words.read_bytes()))
     write_json(folder / SOURCE, {"recognised_as": found.official.name, **weights.source})
     return replace(found, folder=final, notes=tuple(notes))
 

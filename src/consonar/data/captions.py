@@ -1,4 +1,4 @@
-"""Captions as features of a text encoder, kept on the disk.
+"""Captions as features of a text encoder, or as tokens of the generator's own, kept on the disk.
 
 The captions of a data set are encoded once, each different one, and read from memory-mapped files afterwards. A file
 holds `PER_FILE` captions and is named by them and the encoder's fingerprint, so that what is there is used whatever
@@ -17,14 +17,14 @@ from consonar.errors import UserError, reading
 from consonar.files.readers import read_npy
 from consonar.files.writers import cache_dir, keep
 from consonar.records import Captions
-from consonar.types import TextCondition, TextEncoder
+from consonar.types import PromptCondition, TextCondition, TextEncoder
 
 PER_FILE = 1024
 REMEDY = "delete it, it is made again"
 
 
 class CaptionFeatures:
-    """The features of `captions` by `encoder`, in batches of rows; both are float32, and equal what the encoder gives.
+    """The features of `captions` by `encoder`, in batches of rows; they equal what the encoder gives.
 
     `folder`: where they are kept (`captions` in the cache folder). Where nothing can be kept they stay in memory.
     `progress(done, total)` counts captions. Raises `UserError` as the encoder does, and for a damaged file.
@@ -39,7 +39,7 @@ class CaptionFeatures:
         batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.length, self.width = encoder.length, encoder.width
+        self.width = encoder.width
         different = sorted(set(captions))
         self.content = hashlib.sha256("\0".join(captions).encode(errors="surrogatepass")).hexdigest()
         self.about = f"captions: {len(different):,} different, read by {encoder.name}"
@@ -53,11 +53,14 @@ class CaptionFeatures:
             self.files.append(load(folder, some, encoder, batch_size))
             if progress is not None:
                 progress(start + len(some), len(different))
+        # Of tokens as many as are there, which are all the positions that the generator gives them.
+        longest = max((int(np.diff(ends, prepend=0).max()) for _, ends in self.files), default=0)
+        self.length = encoder.length if self.width else longest
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def spread(self, count: int) -> TextCondition:
+    def spread(self, count: int) -> TextCondition | PromptCondition:
         """Those of so many items at equal steps; of fewer items all in turn."""
         rows = torch.arange(count)
         return self.read(rows * len(self) // count if count <= len(self) else rows % len(self))
@@ -66,17 +69,24 @@ class CaptionFeatures:
         """The captions `rows` (B,) themselves."""
         return Captions(self.texts, torch.from_numpy(self.index[rows.numpy()]))
 
-    def read(self, rows: Tensor) -> TextCondition:
-        """Features (B, L, F) and mask (B, L) of the captions `rows` (B,)."""
-        features = np.zeros((len(rows), self.length, self.width), np.float32)
+    def read(self, rows: Tensor) -> TextCondition | PromptCondition:
+        """Features (B, L, F), or tokens (B, length of the longest caption of all), and mask of the captions `rows`
+        (B,)."""
         mask = np.zeros((len(rows), self.length), bool)
+        values = np.zeros((*mask.shape, *of_token(self.width)[0]), of_token(self.width)[1])
         for row, index in enumerate(self.index[rows.numpy()].tolist()):
             tokens, ends = self.files[index // PER_FILE]
             at = index % PER_FILE
             found = tokens[ends[at - 1] if at else 0 : ends[at]]
-            features[row, self.length - len(found) :] = found
+            values[row, self.length - len(found) :] = found
             mask[row, self.length - len(found) :] = True
-        return TextCondition(torch.from_numpy(features), torch.from_numpy(mask))
+        given = torch.from_numpy(values), torch.from_numpy(mask)
+        return TextCondition(*given) if self.width else PromptCondition(*given)
+
+
+def of_token(width: int) -> tuple[tuple[int, ...], type[np.generic]]:
+    """Shape and type of what stands for a token: its features, or its number in a vocabulary."""
+    return ((width,), np.float32) if width else ((), np.int64)
 
 
 def all_captions(captions: Iterable[str | None], where: str) -> list[str]:
@@ -88,20 +98,22 @@ def all_captions(captions: Iterable[str | None], where: str) -> list[str]:
 
 
 def load(folder: Path, captions: Sequence[str], encoder: TextEncoder, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens (T, F) of these captions, and where each caption ends (n,); encoded where no file has them."""
+    """The tokens of these captions, (T, F) or (T,), and where each ends (n,); encoded where no file has them."""
     named = hashlib.sha256("\0".join([encoder.fingerprint, *captions]).encode()).hexdigest()[:32]
     path, counted = folder / f"{named}.npy", folder / f"{named}.counts.npy"
     if path.exists():  # written last
         counts = read_npy(counted)
         with reading(path, "features of captions", REMEDY):
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            if rows.shape != (counts.sum(), encoder.width) or len(counts) != len(captions) or rows.dtype != np.float32:
+            inner, kind = of_token(encoder.width)
+            if rows.shape != (counts.sum(), *inner) or len(counts) != len(captions) or rows.dtype != kind:
                 raise ValueError(f"{rows.dtype} of shape {rows.shape} for {counts.sum()} tokens")
         return rows, counts.cumsum()
     parts, masks = [], []
     for start in range(0, len(captions), batch_size):
         found = encoder.encode(captions[start : start + batch_size])
-        parts.append(found.features[found.mask].cpu().numpy())
+        values = found.features if isinstance(found, TextCondition) else found.tokens
+        parts.append(values[found.mask].cpu().numpy())
         masks.append(found.mask.sum(1).cpu().numpy())
     rows, counts = np.concatenate(parts), np.concatenate(masks)
     keep(counted, lambda file: np.save(file, counts))

@@ -44,6 +44,12 @@ class GeneratorConfig(ModelConfig):
         return "num_classes" in self.__dataclass_fields__
 
     @property
+    def caption_shape(self) -> tuple[int, int]:
+        """Of one without classes, the places of a caption and the width of the features there; width 0: it reads tokens
+        of a text vocabulary of its own."""
+        return self.prefix_length, 0
+
+    @property
     def prefix_length(self) -> int:
         """P."""
         return 1

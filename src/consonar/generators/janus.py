@@ -11,9 +11,9 @@ like any other; rotary positions, base 10000.
 Deviations: prompts of one batch may differ in length. They are padded on the left, padding is masked, and positions
 are counted without it, so that a row equals the same row alone. (The released sampler reads one prompt at a time.
 VA-pi's trainer pads on the right and counts padding, and takes the logits of slot i where token i itself has been read;
-here slot i comes from the position before.) There are no classes: the condition is a `PromptCondition`, `num_classes`
-is 0, and token stores with or without classes fit. The understanding half (vision encoder, its aligner, text head) is
-not built.
+here slot i comes from the position before.) There are no classes: the condition is a `PromptCondition`, which
+`networks.prompts` makes of words, `num_classes` is 0, and token stores with or without classes fit. The understanding
+half (vision encoder, its aligner, text head) is not built.
 
 Letters: `B` batch, `L` prompt positions of a batch, `P` of the longest prompt allowed, `n` image tokens, `V` codes,
 `D` width, `T` positions read so far.

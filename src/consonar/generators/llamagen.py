@@ -57,6 +57,10 @@ class LlamaGenConfig(RotaryConfig):
         return self.condition == "class"
 
     @property
+    def caption_shape(self) -> tuple[int, int]:
+        return self.prefix_length, self.caption_dim
+
+    @property
     def prefix_length(self) -> int:
         return self.num_condition_tokens or {"class": 1, "text": 120}[self.condition]
 

@@ -17,8 +17,11 @@ from consonar.errors import UserError, check_choice, needs, printable, reading
 from consonar.files.readers import read_json
 from consonar.files.weights import component_fingerprint
 from consonar.files.writers import file_sha256
+from consonar.generators.base import GeneratorConfig
+from consonar.generators.janus import JanusConfig
+from consonar.networks.prompts import load_prompt_tokenizer
 from consonar.networks.released import find_folder, read_network
-from consonar.types import TextCondition
+from consonar.types import TextCondition, TextEncoder
 
 MINILM = "minilm"
 LENGTH = 120
@@ -96,3 +99,27 @@ def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device |
     fingerprint = component_fingerprint(about, network.state_dict())
     shown = name if name == MINILM else printable(Path(place).name)
     return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint)
+
+
+def readers(shape: GeneratorConfig) -> str:
+    """What may be named as the text encoder of a generator of captions of this shape, in words."""
+    if shape.caption_shape[1]:
+        return f"{MINILM}, a folder, or OWNER/NAME of the hub, with features of width {shape.caption_shape[1]}"
+    return "the folder, or OWNER/NAME of the hub, that has the tokenizer.json of its release"
+
+
+def load_caption_reader(shape: GeneratorConfig, name: str, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoder that `name` means, for a generator of captions of this shape; networks are on the device.
+
+    Raises `UserError` where it cannot be loaded, and for one whose features or tokens the generator does not read.
+    """
+    if isinstance(shape, JanusConfig):
+        return load_prompt_tokenizer(name, shape)
+    length, width = shape.caption_shape
+    encoder = load_text_encoder(name, length=length, device=device)
+    if encoder.width != width:
+        raise UserError(
+            f"model.caption_dim: {width}, but the features of {name} have {encoder.width}; give the text encoder that "
+            "the generator was made for"
+        )
+    return encoder

@@ -10,6 +10,7 @@ from consonar.files.readers import home_expanded
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import ALITOK_PRESETS
 from consonar.generators.base import GeneratorConfig
+from consonar.generators.janus import JANUS_PRESETS
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
 from consonar.generators.rear import REAR_PRESETS
 from consonar.hub import PREFIX
@@ -31,8 +32,10 @@ TOKENIZERS_BY_NAME: dict[str, TokenizerConfig] = {
     "vqgan-plus-12bit": vqgan.VQGANPlusConfig(),
     "titok-b64": titok.TiTokConfig(num_tokens=64, encoder=vit.BASE, decoder=vit.BASE),
     "alitok": alitok.AliTokConfig(),
+    "llamagen-vq16-t2i": LLAMAGEN_VQ,
+    "janus-pro-vq": replace(LLAMAGEN_VQ, image_size=384),
 }
-"""Shapes of released tokenizers by the names of `hub`, at 256 px."""
+"""Shapes of released tokenizers by the names of `hub`, at 256 px; Janus' at 384."""
 GENERATORS_BY_NAME: dict[str, tuple[GeneratorConfig, str]] = {
     **{f"rear-{size.lower()}": (REAR_PRESETS[size].sized(1024, 256, 1000), "maskgit-vq") for size in "SBL"},
     **{
@@ -46,6 +49,11 @@ GENERATORS_BY_NAME: dict[str, tuple[GeneratorConfig, str]] = {
         f"alitok-{size.lower()}": (ALITOK_PRESETS[size].sized(4096, 273, 1000, Grid(16, 16, 17)), "alitok")
         for size in ALITOK_PRESETS
     },
+    "llamagen-t2i-xl-256": (
+        replace(LLAMAGEN_PRESETS["XL"], condition="text").sized(16384, 256, 0, Grid(16, 16)),
+        "llamagen-vq16-t2i",
+    ),
+    "janus-pro-1b": (JANUS_PRESETS["1B"].sized(16384, 576, 0), "janus-pro-vq"),
 }
 """Shapes of released generators by the names of `hub`, and their tokenizers."""
 FOLDERS = {
@@ -53,7 +61,11 @@ FOLDERS = {
     "models/titok-b64": "titok-b64", "models/alitok": "alitok",
 }  # fmt: skip
 """The released tokenizers in the folders that recipes name."""
-STARTS = {"vapi-llamagen-xxl": "llamagen-c2i-xxl-384", "vapi-llamagen-xl": "llamagen-c2i-xl-384"}
+STARTS = {
+    "vapi-llamagen-xxl": "llamagen-c2i-xxl-384", "vapi-llamagen-xl": "llamagen-c2i-xl-384",
+    **dict.fromkeys(("vapi-llamagen-t2i", "ce-llamagen-t2i"), "llamagen-t2i-xl-256"),
+    **dict.fromkeys(("vapi-janus-1b", "ce-janus-1b"), "janus-pro-1b"),
+}  # fmt: skip
 """The released generators that recipes of published rows start from."""
 CLASSES = 1000
 """ImageNet's, where nothing says how many."""

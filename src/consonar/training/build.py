@@ -78,7 +78,7 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
     draw_weights(trainee.heads, rng=generator(config.seed, "init_heads"))  # of their own: they never move its start
     objective = make_objective(config, world, tokenizer)
-    encoder = text_encoder_of(config, model, world.device)
+    encoder = text_encoder_of(config, shape, world.device)
     origin = read_by(store.origin, encoder, config.text_encoder)
     batches = TokenBatches(store, data.weights, caption_features(store, encoder), **place)
     about = (store.describe(), *((batches.captions.about,) if batches.captions else ()))
@@ -100,7 +100,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     assert isinstance(shape, GeneratorConfig) and config.tokenizer is not None and init is not None
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=shape.num_tokens).to(world.device)
     model = start_of(config, shape, tokenizer)
-    encoder = text_encoder_of(config, model, world.device)
+    encoder = text_encoder_of(config, shape, world.device)
     pictures = open_pictures(config, tokenizer.image_size, out)
     shown = captions_of_pictures(pictures.train, encoder)
     held_out = captions_of_pictures(pictures.held_out, encoder) if pictures.held_out else None

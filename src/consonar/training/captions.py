@@ -11,34 +11,26 @@ from consonar.data.mixture import TokenStores
 from consonar.data.tokens import TokenStore
 from consonar.errors import UserError
 from consonar.files.readers import home_expanded
-from consonar.generators.llamagen import LlamaGenConfig
-from consonar.networks.text_encoders import MINILM, load_text_encoder
+from consonar.generators.base import GeneratorConfig
+from consonar.networks.text_encoders import load_caption_reader, readers
 from consonar.origin import Origin
 from consonar.training.config import TrainConfig
-from consonar.types import Generator, ImageSource, TextEncoder
+from consonar.types import ImageSource, TextEncoder
 
 
-def text_encoder_of(config: TrainConfig, model: Generator, device: torch.device) -> TextEncoder | None:
-    """What reads the captions of a generator, on the device; None for one that takes classes.
+def text_encoder_of(config: TrainConfig, shape: GeneratorConfig, device: torch.device) -> TextEncoder | None:
+    """What reads the captions of a generator of this shape, on the device; None for one that takes classes.
 
-    Raises `UserError` where none is named or one for nothing, and for one of another width or kind of condition.
+    Raises `UserError` where none is named or one for nothing, and for one that does not fit.
     """
-    name, shape = config.text_encoder, model.config
-    if model.num_classes:
+    name = config.text_encoder
+    if shape.has_classes:
         if name is not None:
             raise UserError(f"text_encoder: {name!r} is read only for a generator of captions; remove it")
         return None
-    if not isinstance(shape, LlamaGenConfig):
-        raise UserError(
-            f"model.kind: {shape.kind!r} reads prompts by its own tokenizer, which `train` does not; use the "
-            "objectives with your own batches of PromptCondition"
-        )
     if name is None:
-        raise UserError(f"text_encoder: the generator takes captions; name what reads them, e.g. {MINILM}, or a folder")
-    encoder = load_text_encoder(name, length=model.prefix_length, device=device)
-    if encoder.width != shape.caption_dim:
-        raise UserError(f"model.caption_dim: {shape.caption_dim}, but the features of {name} have {encoder.width}")
-    return encoder
+        raise UserError(f"text_encoder: the generator takes captions; name what reads them: {readers(shape)}")
+    return load_caption_reader(shape, name, device)
 
 
 def caption_features(store: TokenStore | TokenStores, encoder: TextEncoder | None) -> CaptionFeatures | None:

@@ -15,7 +15,7 @@ from consonar.files.weights import load_weights
 from consonar.generators import GENERATORS, build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
-from consonar.model_folders import from_anywhere, read_settings
+from consonar.model_folders import from_anywhere, own_text_encoder, read_settings
 from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import TrainConfig
@@ -55,11 +55,12 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
                 "e.g. --init runs/demo/rear"
             )
         return config
-    _, origin, stored, _ = read_settings(model_folder(start), "generator", GENERATORS)
+    folder = model_folder(start)
+    _, origin, stored, _ = read_settings(folder, "generator", GENERATORS)
     tokenizer = origin.tokenizer if config.tokenizer is None else config.tokenizer
     if tokenizer is None:
         raise UserError(f"tokenizer: {start} does not say which tokenizer it goes with; add --tokenizer")
-    encoder = origin.text_encoder if config.text_encoder is None else config.text_encoder
+    encoder = own_text_encoder(folder, origin) if config.text_encoder is None else config.text_encoder
     model = config.model
     if model is not None and aligns:
         check_same_shape(start, stored, model)
