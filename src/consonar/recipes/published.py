@@ -49,6 +49,11 @@ LOOP = LoopConfig(
     steps=250_000, batch_size=2048, precision="bf16", ema_decay=0.0,
     log_every=50, validate_every=5_000, sample_every=5_000, save_every=5_000,
 )  # fmt: skip
+# VA-pi for captions, as the released script for LlamaGen names it.
+IN_WORDS = PolicyConfig(
+    rewards={"mse": 1.0, "lpips": 1.0}, group_size=8, advantage_clamp=5.0, clip_range=0.2, ce_weight=0.1,
+    kl_weight=0.01, context_noise=0.5,
+)  # fmt: skip
 
 
 def rear_s() -> TrainConfig:
@@ -194,12 +199,11 @@ def vapi_llamagen_t2i() -> TrainConfig:
     draw; this drops captions in both. Assumed, for none is stated: which images of LAION-COCO.
     """
     start = vapi_llamagen_xxl()
-    objective = PolicyConfig(
-        rewards={"mse": 1.0, "lpips": 1.0}, group_size=8, ce_weight=0.1, kl_weight=0.01, context_noise=0.5,
-        class_dropout=0.1,
-    )  # fmt: skip
     return replace(
-        start, recipe="vapi-llamagen-t2i", objective=objective, loop=replace(start.loop, steps=200, save_every=100)
+        start,
+        recipe="vapi-llamagen-t2i",
+        objective=replace(IN_WORDS, class_dropout=0.1),
+        loop=replace(start.loop, steps=200, save_every=100),
     )
 
 
@@ -223,7 +227,7 @@ def vapi_janus_1b() -> TrainConfig:
     return replace(
         start,
         recipe="vapi-janus-1b",
-        objective=replace(start.objective, class_dropout=0.0),
+        objective=IN_WORDS,
         optim=replace(start.optim, lr=1e-7, min_lr=1e-7),
         loop=replace(start.loop, steps=100, batch_size=64, save_every=0),
     )
