@@ -16,6 +16,7 @@ from consonar import cpu
 from consonar.cpu import kernels, timing
 from consonar.cpu.kernels import Attention, Dropout, Linear, drop, nearest_power_of_two, tune
 from consonar.generators.rear import ReARGenerator
+from consonar.sampling.sample import SamplerConfig, sample_tokens
 
 
 def test_a_tuned_generator_is_the_same_model_with_layers_that_choose(tiny_generator):
@@ -73,6 +74,53 @@ def test_small_half_precision_and_autocast_products_are_pytorchs(rng):
             assert linear(torch.randn(3, 1024, generator=rng)).dtype == torch.bfloat16
         small, x = Linear(8, 8), torch.randn(3, 8, generator=rng)
         assert torch.equal(small(x), F.linear(x, small.weight, small.bias))
+
+
+ORDERED = {"rows": 4, "tokens": kernels.FEWEST_TOKENS}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_weights_in_another_order_are_the_same_weights_for_as_long_as_a_batch_is_drawn(bias, rng):
+    linear, x = Linear(512, 256, bias), torch.randn(4, 1, 512, generator=rng)
+    nn.init.normal_(linear.weight, generator=rng)
+    with timing.forced("linear", True):
+        before, keys = linear(x), list(linear.state_dict())
+        with pytest.raises(RuntimeError, match="ends"), kernels.ordered_weights(linear, *ORDERED.values()):
+            assert linear.ordered is not None and list(linear.state_dict()) == keys
+            for given in (x, x[:1], x.expand(4, 3, 512)):
+                assert_rounding(linear(given), before[: len(given)].expand(*given.shape[:2], 256), 512)
+            assert_rounding(linear.double()(x.double()).float(), before, 512)  # no product of oneDNN's
+            raise RuntimeError("ends")
+        linear.float().weight.mul_(2)
+        assert linear.ordered is None and not torch.equal(linear(x), before)
+
+
+@pytest.mark.parametrize("reason", ["slower", "few tokens", "small", "bf16", "autocast", "no module", "memory"])
+@torch.inference_mode()
+def test_weights_keep_their_order_where_another_does_not_pay(reason, monkeypatch):
+    linear = Linear(8, 8) if reason == "small" else Linear(512, 256)
+    linear = linear.bfloat16() if reason == "bf16" else linear
+    monkeypatch.setattr(kernels, "physical_memory", lambda: 8 * linear.weight.nbytes - (reason == "memory"))
+    given = {**ORDERED, "tokens": kernels.FEWEST_TOKENS - (reason == "few tokens")}.values()
+    with (
+        timing.forced("linear", reason != "slower"), torch.autocast("cpu", enabled=reason == "autocast"),
+        kernels.ordered_weights([linear] if reason == "no module" else linear, *given),
+    ):  # fmt: skip
+        assert linear.ordered is None
+
+
+def test_a_sampler_orders_the_weights_for_its_batch(tiny_generator, monkeypatch):
+    model, seen = tiny_generator(num_tokens=kernels.FEWEST_TOKENS), []
+    monkeypatch.setattr(kernels, "SMALLEST_WEIGHT", 2**10)
+    condition, greedy = torch.arange(3), SamplerConfig(temperature=0.0, guidance_scale=2.0)
+    expected, _ = sample_tokens(model, condition, range(3), greedy)
+    order = kernels.onednn_order
+    monkeypatch.setattr(kernels, "onednn_order", lambda weight, rows: (seen.append(rows), order(weight, rows))[1])
+    with timing.forced("linear", True):
+        drawn, _ = sample_tokens(model, condition, range(3), greedy)
+    assert set(seen) == {6} and (drawn == expected).float().mean() > 0.9
+    assert all(layer.ordered is None for layer in model.modules() if isinstance(layer, Linear))
 
 
 def test_causal_attention_is_the_same_either_way_with_its_gradients(rng):
@@ -138,18 +186,24 @@ def test_the_choice_is_asked_in_training_alone_and_by_rounded_sizes(rng, monkeyp
     Attention().unmasked(q, q, q, 0.1)
     with torch.inference_mode():
         Linear(256, 300)(torch.randn(5, 3, 256))
+        kernels.prefers_order(15, 300, 256)
     assert asked == [
         "attention, 64 positions of 8 in float32",
         "attention, 64 positions of 8 in float32, with dropout",
         "linear, 16 rows, weights of 2^16",
+        "linear, 16 rows, weights of 2^16",
+        "linear, ordered, 16 rows, weights of 2^16",
     ]
     assert [nearest_power_of_two(n) for n in (1, 2, 3, 66, 95, 96, 258, 1026)] == [1, 2, 4, 64, 64, 128, 256, 1024]
 
 
-@pytest.mark.parametrize("make", ["linear", "attention", "attention with dropout"])
+@pytest.mark.parametrize("make", ["linear", "linear, ordered", "attention", "attention with dropout"])
 def test_both_ways_run_when_they_are_timed(make):
     state, dropout = torch.get_rng_state(), 0.1 if "dropout" in make else 0.0
-    ways = kernels.linear_ways(2, 64, 32) if make == "linear" else kernels.attention_ways(8, 4, torch.bfloat16, dropout)
+    if make.startswith("linear"):
+        ways = kernels.linear_ways(2, 64, 32, ordered="ordered" in make)
+    else:
+        ways = kernels.attention_ways(8, 4, torch.bfloat16, dropout)
     with torch.inference_mode():
         for way in ways:
             way()

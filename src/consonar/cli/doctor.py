@@ -97,15 +97,15 @@ def chosen_kernels() -> Iterator[tuple[str, str]]:
     for length in (64, 256, 1024):
         kernels.prefers_plain_attention(length, 64, precision.autocast_type(chosen) or torch.float32)
     for rows in (2, 16) if kernels.HAS_ONEDNN else ():
-        kernels.prefers_onednn(rows, 2304, 768)
+        kernels.prefers_order(rows, 2304, 768)
     answers = timing.kept_answers()
     if not answers:
         yield "kernels", f"all of PyTorch: {UNMEASURED}"
         return
     text = (
         f"measured on this machine: speed of our way over PyTorch's, ours from {timing.CLEARLY} on (attention in "
-        "training: plain products, fused kernel; linear while sampling: oneDNN, PyTorch; adamw: fused, one by one; "
-        "bf16: autocast, float32)"
+        "training: plain products, fused kernel; linear while sampling: oneDNN, PyTorch; ordered: oneDNN with "
+        "weights in its order, the faster of these; adamw: fused, one by one; bf16: autocast, float32)"
     )
     yield "kernels", text
     for choice, ratio in sorted(answers.items()):

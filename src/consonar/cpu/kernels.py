@@ -4,6 +4,9 @@
 Letters: `B` batch, `L` positions.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +19,20 @@ from consonar.cpu.timing import Way
 from consonar.seeding import generator_of
 from consonar.types import Weights
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+)
 # Weights below which calling oneDNN costs more than it saves; rows above which timings stay as they are.
 SMALLEST_WEIGHT, MOST_ROWS = 2**16, 128
 # Numbers of a tensor from which on our dropout is worth it.
 SMALLEST_DROPOUT = 2**15
 # Bytes of weights that are timed in turn, as the layers of a model are: one alone would stay in the processor's cache.
 TIMED_BYTES = 2**25
+# Tokens of a batch from which on copies of the weights are worth making: a copy takes the time of some four products,
+# and with it a product three quarters of what it takes without.
+FEWEST_TOKENS = 64
+# Share of the machine's memory that they may take.
+MOST_MEMORY = 1 / 8
 Model = TypeVar("Model", bound=Weights)
 
 
@@ -43,6 +53,9 @@ class Linear(nn.Linear):
     measured to be faster for as many rows (benchmarks/llamagen_sampling.py). Results differ by rounding.
     """
 
+    ordered: Tensor | None = None
+    """The weight in oneDNN's own order, as long as `ordered_weights` lasts."""
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if (
@@ -54,10 +67,38 @@ class Linear(nn.Linear):
             and weight.numel() >= SMALLEST_WEIGHT
             and x.numel() > 0
             and not torch.is_autocast_enabled("cpu")
-            and prefers_onednn(x.numel() // x.shape[-1], *weight.shape)
+            and (self.ordered is not None or prefers_onednn(x.numel() // x.shape[-1], *weight.shape))
         ):
-            return onednn_linear(x, weight, self.bias)
+            return onednn_linear(x, weight if self.ordered is None else self.ordered, self.bias)
         return super().forward(x)
+
+
+@contextmanager
+def ordered_weights(generator: object, num_rows: int, num_tokens: int) -> Iterator[None]:
+    """Around the drawing of a batch, in inference mode: products of so many rows find weights in oneDNN's own order,
+    which it else makes anew in every product, where that was measured to be faster. Weights are as they were after it.
+    """
+    layers = [one for one in generator.modules() if isinstance(one, Linear)] if isinstance(generator, nn.Module) else []
+    layers = [one for one in layers if can_be_ordered(one.weight) and prefers_order(num_rows, *one.weight.shape)]
+    enough = sum(one.weight.nbytes for one in layers) <= MOST_MEMORY * physical_memory()
+    layers = layers if enough and num_tokens >= FEWEST_TOKENS else []
+    try:
+        for layer in layers:
+            layer.ordered = onednn_order(layer.weight, num_rows)
+        yield
+    finally:
+        for layer in layers:
+            layer.ordered = None
+
+
+def can_be_ordered(weight: Tensor) -> bool:
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST_WEIGHT
+    return HAS_ONEDNN and fits and not torch.is_autocast_enabled("cpu")
+
+
+def physical_memory() -> int:
+    """Bytes; 0 where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def prefers_onednn(num_rows: int, width_out: int, width_in: int) -> bool:
@@ -67,8 +108,25 @@ def prefers_onednn(num_rows: int, width_out: int, width_in: int) -> bool:
     return timing.ours(choice, lambda: linear_ways(rows, width_out, width_in))
 
 
+def prefers_order(num_rows: int, width_out: int, width_in: int) -> bool:
+    """Whether products are faster here with weights in oneDNN's order than as `Linear` multiplies without."""
+    rows = min(MOST_ROWS, nearest_power_of_two(num_rows))
+    choice = f"linear, ordered, {rows} rows, weights of 2^{(width_out * width_in).bit_length() - 1}"
+    without = prefers_onednn(num_rows, width_out, width_in)  # now: what is timed must not ask for another timing
+
+    def ways() -> tuple[Way, Way]:
+        return linear_ways(rows, width_out, width_in)[without], linear_ways(rows, width_out, width_in, ordered=True)[1]
+
+    return timing.ours(choice, ways)
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def onednn_order(weight: Tensor, num_rows: int) -> Tensor:
+    """The weight as oneDNN reads it for so many rows: what only `onednn_linear` takes."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
 
 
 def nearest_power_of_two(count: int) -> int:
@@ -76,10 +134,11 @@ def nearest_power_of_two(count: int) -> int:
     return 1 << (4 * count // 3).bit_length() - 1
 
 
-def linear_ways(rows: int, width_out: int, width_in: int) -> tuple[Way, Way]:
-    """Products of `rows` rows with weights of this shape, for `timing.ours`."""
+def linear_ways(rows: int, width_out: int, width_in: int, *, ordered: bool = False) -> tuple[Way, Way]:
+    """Products of `rows` rows with weights of this shape, for `timing.ours`; oneDNN's in its order, or as they are."""
     copies = max(1, min(16, TIMED_BYTES // (4 * width_out * width_in)))
     weights = [torch.full((width_out, width_in), 0.01) for _ in range(copies)]
+    given = [onednn_order(weight, rows) for weight in weights] if ordered else weights
     x = torch.full((rows, width_in), 0.1)
 
     def pytorch() -> None:
@@ -87,7 +146,7 @@ def linear_ways(rows: int, width_out: int, width_in: int) -> tuple[Way, Way]:
             F.linear(x, weight)
 
     def onednn() -> None:
-        for weight in weights:
+        for weight in given:
             onednn_linear(x, weight, None)
 
     return pytorch, onednn

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from consonar import records
 from consonar.attention import KVCache
+from consonar.cpu.kernels import ordered_weights
 from consonar.errors import UserError, is_out_of_memory, one_line
 from consonar.generators.base import CausalGenerator
 from consonar.types import Condition, Generator
@@ -174,8 +175,9 @@ class Decoder:
             rows = torch.arange(most, device=device).clamp_max_(count - 1)
             condition, uniforms = records.rows(condition, rows), uniforms[rows]
         batch = self.batch_of(condition, uniforms)
-        batch.begin(condition, uniforms)
-        batch.finish(on_token and (lambda position, tokens: on_token(position, tokens[:count])))
+        with ordered_weights(self.generator, len(batch.new), batch.length):
+            batch.begin(condition, uniforms)
+            batch.finish(on_token and (lambda position, tokens: on_token(position, tokens[:count])))
         return batch.tokens[:count].clone(), batch.entropy[:count].clone()
 
     def batch_of(self, condition: Condition, uniforms: Tensor) -> Batch:
