@@ -44,16 +44,20 @@ class Released(ReARGenerator):
         x, step = x + self.pos_embed[:, :length] + target, of_class + self.timesteps_embeddings[:, :length]
         taps = {}
         for layer, block in enumerate(self.blocks):
-            parts = block.adaLN_modulation(F.silu(step)).chunk(6, -1)
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-            mixed = block.attn(block.norm1(x) * (1 + scale_a) + shift_a, None, None, layer)
-            x = x + gate_a * block.dropout(mixed)
-            x = x + gate_m * block.dropout(block.mlp(block.norm2(x) * (1 + scale_m) + shift_m))
+            x = self.one_block(block, x, step)
             if layer in tap_layers:
                 taps[layer] = x
         head = self.adaln_before_head
         scale, shift = head.adaLN_modulation(F.silu(step)).chunk(2, -1)
         return head.norm_final(x) * (1 + scale) + shift, taps
+
+    @staticmethod
+    def one_block(block, x, step):
+        parts = block.adaLN_modulation(F.silu(step)).chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
+        mixed = block.attn(block.norm1(x) * (1 + scale_a) + shift_a, None, None, 0)
+        x = x + gate_a * block.dropout(mixed)
+        return x + gate_m * block.dropout(block.mlp(block.norm2(x) * (1 + scale_m) + shift_m))
 
 
 @contextmanager

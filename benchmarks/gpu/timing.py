@@ -28,8 +28,10 @@ from device.pretend import pretended_cuda
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from versus import published_llamagen, published_rear, published_vapi, rollout
+from rear_released import Released, pytorchs_own
+from versus import compare, published_llamagen, published_rear, published_vapi, rollout
 
 from consonar.cli.ceilings import copy_rate, operations_of, product_rate, weights_read
 from consonar.compiling import compile_for_training, compiled
@@ -40,6 +42,7 @@ from consonar.generators.base import GeneratorConfig
 from consonar.generators.llamagen import LLAMAGEN_PRESETS
 from consonar.generators.rear import REAR_PRESETS
 from consonar.networks.lpips import LPIPS, VGG16Features
+from consonar.planning.plan import Machine, plan
 from consonar.precision import multiplying, with_weights
 from consonar.recipes.published import PLAIN, REGULARISED
 from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch
@@ -52,11 +55,11 @@ from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.training.objectives.policy import PolicyConfig
-from consonar.training.optim import OptimConfig, build_optimizer
+from consonar.training.optim import OptimConfig, build_optimizer, parameter_groups
 from consonar.training.rewards import PlacedReward, Rewards, squared_errors
 from consonar.training.tracking import Tracker
 from consonar.training.trainee import Trainee
-from consonar.types import Grid, ImageBatch, TokenBatch
+from consonar.types import Grid, ImageBatch, TextCondition, TokenBatch
 
 RELEASED_VQ = VQConfig(
     vocab_size=16384, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), num_res_blocks=2, latent_channels=256
@@ -98,7 +101,7 @@ class Bench:
 
     def measured(self, run: Call, images: int, rounds: int = 3, operations: int = 0) -> dict[str, float]:
         """Seconds of the first call, which makes plans and handles, and the median of `rounds` after it."""
-        first, *times = [self.seconds(run) for _ in range(rounds + 1)]
+        first, *times = [self.seconds(run) for _ in range(2 if self.toy else rounds + 1)]
         seconds = statistics.median(times)
         figures = {"first_s": first, "seconds": seconds, "images_per_s": images / seconds}
         if operations:
@@ -146,23 +149,31 @@ def sampling(
     preset: GeneratorConfig, vocab_size: int, side: int, rows: int, dtype: torch.dtype,
     backends: Sequence[SDPBackend], graphs: bool, bench: Bench,
 ) -> dict[str, Any]:  # fmt: skip
-    """Guided tokens of `rows` images. The floor: the blocks' weights and the cache of all rows, read once a token.
+    """Guided tokens of `rows` images, of classes or captions. The floor: the blocks' weights and the cache of all rows,
+    read once a token.
 
     `graphs`: one launch a token, captured in the first call; `captured` says how many there are (0: none was made).
     """
     config = bench.sized(preset, vocab_size, side)
     rows = 2 if bench.toy else rows
     model = bench.made(build_generator, config).to(dtype)
-    labels = torch.arange(rows, device=bench.device)
+    condition = torch.arange(rows, device=bench.device)
+    if not config.has_classes:
+        features = torch.randn(rows, config.prefix_length, config.caption_dim, device=bench.device)
+        # Captions of all lengths, padded on the left.
+        shown = torch.arange(config.prefix_length, device=bench.device) >= condition[:, None] % config.prefix_length
+        condition = TextCondition(features, shown)
     decoder = decoder_of(model, SamplerConfig(guidance_scale=2.0), graphs=graphs)
 
     def run() -> None:
         with sdpa_kernel(list(backends)) if backends else nullcontext():
-            draw_batch(decoder, labels, range(rows))
+            draw_batch(decoder, condition, range(rows))
 
     figures = bench.measured(run, rows, rounds=2)
     weights = weights_read(model, 2 * rows) * dtype.itemsize
-    cache = model.new_cache(2 * rows).data.nbytes / 2  # filled to a half in the mean
+    prefix = config.prefix_length
+    filled = (prefix + config.num_tokens / 2) / (prefix + config.num_tokens)  # in the mean
+    cache = model.new_cache(2 * rows).data.nbytes * filled
     floor = config.num_tokens * (weights + cache) / bench.bytes_per_second
     per_token = 1e3 * figures["seconds"] / config.num_tokens
     figures["captured"] = sum(len(batch.replays) for batch in decoder.batches.values())
@@ -194,13 +205,16 @@ def coding(mode: str, network: str, bench: Bench) -> dict[str, Any]:
         return {**figures, "compiled": vars(own)[network].rows == pictures}
 
 
-def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, bench: Bench) -> Callable[[], None]:
+def step_of(
+    trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, bench: Bench,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Callable[[], None]:  # fmt: skip
     """One step of the loop in bf16, all that it does between two batches."""
     settings = TrainConfig(
         recipe="timing", tokenizer="timing", objective=config, optim=OptimConfig(lr=1e-6, min_lr=1e-6),
         loop=LoopConfig(steps=1000),
     )  # fmt: skip
-    state = State(trainee, build_optimizer(trainee, settings.optim))
+    state = State(trainee, optimizer or build_optimizer(trainee, settings.optim))
     tracker = Tracker(Path("no run"), settings, enabled=False)
     run = Running(settings, Built(trainee, objective, batch), state, tracker, Path("no run"), World(0, 1, bench.device))
 
@@ -211,26 +225,67 @@ def step_of(trainee: Any, objective: Any, config: ObjectiveConfig, batch: Any, b
     return step
 
 
-def training(
-    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, config: ObjectiveConfig, compiles: bool,
-    bench: Bench,
-) -> dict[str, Any]:  # fmt: skip
-    """A step on tokens."""
+def token_step(
+    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, config: ObjectiveConfig, bench: Bench,
+    released: bool = False,
+) -> tuple[Any, Callable[[], None]]:  # fmt: skip
+    """What is trained on tokens, and a step of it; `released`: reAR's arithmetic and optimizer as published."""
     shape = bench.sized(preset, vocab_size, side)
-    rows = 2 if bench.toy else rows
     tokenizer = bench.made(MaskGITTokenizer, MaskGITConfig(vocab_size=vocab_size)).requires_grad_(False)
     specs = config.head_specs(shape.num_layers, tokenizer.code_dim)
-    trainee = bench.made(lambda shape: Trainee(build_generator(shape), specs), shape).train()
+    make = Released if released else build_generator
+    trainee = bench.made(lambda shape: Trainee(make(shape), specs), shape).train()
     objective = method_of_config(config).objective(
         config, tokenizer, total_steps=1000, seed=0, world=World(0, 1, bench.device)
     )
     tokens = torch.randint(vocab_size, (rows, shape.num_tokens), device=bench.device)
     batch = TokenBatch(tokens, torch.arange(rows, device=bench.device))
-    step = step_of(trainee, objective, config, batch, bench)
+    optimizer = torch.optim.AdamW(parameter_groups(trainee, OptimConfig().weight_decay)) if released else None
+    return trainee, step_of(trainee, objective, config, batch, bench, optimizer)
+
+
+def training(
+    preset: GeneratorConfig, vocab_size: int, side: int, rows: int, config: ObjectiveConfig, bench: Bench
+) -> dict[str, Any]:
+    """A step on tokens."""
+    rows = 2 if bench.toy else rows
+    _, step = token_step(preset, vocab_size, side, rows, config, bench)
+    return bench.measured(step, rows, rounds=4, operations=operations_of(step))
+
+
+def published_training(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, bench: Bench) -> dict[str, Any]:
+    """A step of reAR against the released forward and loss; the blocks of either are compiled."""
+    rows = 2 if bench.toy else rows
+    shape = (preset, vocab_size, side, rows, REGULARISED, bench)
+    (trainee, step), (other, released) = token_step(*shape), token_step(*shape, released=True)
     operations = operations_of(step)
-    for part in trainee.parts() if compiles and not bench.toy else ():
-        compile_for_training(part)
-    return bench.measured(step, rows, rounds=4, operations=operations)
+    if not bench.toy:
+        other.generator.one_block = torch.compile(other.generator.one_block)
+        for part in trainee.parts():
+            compile_for_training(part)
+
+    def theirs() -> None:
+        with pytorchs_own():
+            released()
+
+    first = {"first_s": bench.seconds(step), "released_first_s": bench.seconds(theirs)}
+    figures = compare({"ours": step, "released": theirs}, bench, rounds=4)
+    taken = statistics.median(figures["seconds"]["ours"])
+    return {**first, **figures, "share_of_products": operations / taken / bench.products_per_second}
+
+
+def memory(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, every: int, bench: Bench) -> dict[str, Any]:
+    """The most memory of two steps of plain AR, of which every so many-th block is calculated again (0: none), beside
+    what `consonar plan` says of them."""
+    rows = 2 if bench.toy else rows
+    trainee, step = token_step(preset, vocab_size, side, rows, PLAIN, bench)
+    trainee.generator.recompute_every = every
+    figures = bench.measured(step, rows, rounds=1)
+    loop = LoopConfig(batch_size=rows, activation_checkpointing=every, precision="bf16")
+    given = TrainConfig(
+        recipe="timing", tokenizer="hf:llamagen-vq16-c2i", model=trainee.generator.config, objective=PLAIN, loop=loop
+    )
+    return {**figures, "planned_gib": plan(given, Machine()).peak / 2**30}
 
 
 def vapi(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, group: int, bench: Bench) -> dict[str, Any]:
@@ -274,7 +329,8 @@ def timed(owner: Any, name: str, bench: Bench) -> list[float]:
 
 S, L = ((REAR_PRESETS[name], 1024, 16) for name in "SL")
 LAST = "bf16, channels last"
-XL, XXL = ((LLAMAGEN_PRESETS[name], RELEASED_VQ.vocab_size, 24) for name in ("XL", "XXL"))
+XL, XXL, XXXL = ((LLAMAGEN_PRESETS[name], RELEASED_VQ.vocab_size, 24) for name in ("XL", "XXL", "XXXL"))
+CAPTIONS = (replace(LLAMAGEN_PRESETS["XL"], condition="text"), RELEASED_VQ.vocab_size, 16)
 STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "machine": machine,
     "sample reAR-S, 128 rows, float32": partial(sampling, *S, 128, torch.float32, (), True),
@@ -283,21 +339,27 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "sample reAR-S, 128 rows, bf16, flash first": partial(sampling, *S, 128, BF16, FLASH_FIRST, True),
     **{f"decode MaskGIT, {mode}": partial(coding, mode, "pixels") for mode in ("ieee", "tf32", "bf16", LAST)},
     "encode MaskGIT, ieee": partial(coding, "ieee", "latents"),
-    "train reAR-S, 128 rows": partial(training, *S, 128, REGULARISED, False),
-    "train reAR-S, 128 rows, plain AR": partial(training, *S, 128, PLAIN, False),
+    "train reAR-S, 128 rows": partial(training, *S, 128, REGULARISED),
+    "train reAR-S, 128 rows, plain AR": partial(training, *S, 128, PLAIN),
     "VA-pi LlamaGen-XL, 8 pictures of 384 px, G 8": partial(vapi, *XL, 8, 8),
     "sample LlamaGen-XL, 32 rows of 576 tokens, bf16": partial(sampling, *XL, 32, BF16, (), True),
-    "train LlamaGen-XL, 8 rows of 576 tokens, plain AR": partial(training, *XL, 8, PLAIN, False),
+    "train LlamaGen-XL, 8 rows of 576 tokens, plain AR": partial(training, *XL, 8, PLAIN),
     "LlamaGen-XL, 32 rows, against RAR's and LlamaGen's samplers": partial(published_llamagen, *XL, 32),
     "VA-pi LlamaGen-XL against the released step": partial(published_vapi, XL[0], RELEASED_VQ, 24, 8, 8),
+    "train reAR-S, 128 rows, compiled, against the released step": partial(published_training, *S, 128),
     "reAR-S, 16 rows, against no cache": partial(published_rear, *S, 16),
     f"decode MaskGIT, {LAST}, compiled": partial(coding, f"{LAST}, compiled", "pixels"),
     "rollout of AR-GRPO, LlamaGen-XL, 32 rows, against no graphs": partial(rollout, *XL, 32),
-    "train reAR-L, 64 rows": partial(training, *L, 64, REGULARISED, False),
+    "sample LlamaGen-XL by captions, 32 rows, bf16": partial(sampling, *CAPTIONS, 32, BF16, (), True),
+    "memory of LlamaGen-XXL, 8 rows of 576 tokens": partial(memory, *XXL, 8, 0),
+    "memory of LlamaGen-XXL, 8 rows, checkpointed": partial(memory, *XXL, 8, 1),
+    "memory of LlamaGen-XXXL, 8 rows, checkpointed": partial(memory, *XXXL, 8, 1),
+    "train reAR-L, 64 rows": partial(training, *L, 64, REGULARISED),
     "sample reAR-L, 128 rows, bf16": partial(sampling, *L, 128, BF16, (), True),
-    "train reAR-S, 128 rows, compiled": partial(training, *S, 128, REGULARISED, True),
     "VA-pi LlamaGen-XXL, 8 pictures of 384 px, G 8": partial(vapi, *XXL, 8, 8),
     "encode MaskGIT, ieee, compiled": partial(coding, "ieee, compiled", "latents"),
+    "VA-pi LlamaGen-XXL against the released step": partial(published_vapi, XXL[0], RELEASED_VQ, 24, 8, 8),
+    "memory of LlamaGen-XXXL, 8 rows of 576 tokens": partial(memory, *XXXL, 8, 0),
 }
 """In the order of what is worth most: the last ones may find no time left."""
 

@@ -34,19 +34,19 @@ BF16 = torch.bfloat16
 ROUNDS = 2
 
 
-def compare(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, Any]:
+def compare(runs: dict[str, Callable[[], object]], bench: Any, rounds: int = ROUNDS) -> dict[str, Any]:
     """How many times as long as the first of `runs`, ours, each of the others takes."""
-    seconds = interleaved(runs, rounds)
+    seconds = interleaved(runs, 1 if bench.toy else rounds)
     ours, *others = runs
     return {f"{name} / {ours}": round(ratio(seconds, name, ours), 3) for name in others} | {"seconds": seconds}
 
 
-def compare_tokens(runs: dict[str, Callable[[], Tensor]]) -> dict[str, Any]:
+def compare_tokens(runs: dict[str, Callable[[], Tensor]], bench: Any) -> dict[str, Any]:
     """`compare`, with the share of tokens that each alternative draws as ours does."""
     drawn = {name: run() for name, run in runs.items()}
     ours = next(iter(drawn.values()))
     equal = {name: float((tokens == ours).float().mean()) for name, tokens in drawn.items()}
-    return {**compare(runs), "equal_tokens": equal}
+    return {**compare(runs, bench), "equal_tokens": equal}
 
 
 def published_rear(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, bench: Any) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def published_rear(preset: GeneratorConfig, vocab_size: int, side: int, rows: in
         {
             "ours": lambda: sample_tokens(model, labels, range(rows), greedy)[0],
             "no cache": lambda: recompute_greedy(model, labels),
-        }
+        },
+        bench,
     )
 
 
@@ -71,7 +72,8 @@ def published_llamagen(preset: GeneratorConfig, vocab_size: int, side: int, rows
             "ours": lambda: sample_tokens(model, labels, range(rows), config)[0],
             "growing cache": lambda: growing_greedy(model, labels, config.guidance_scale),
             "static cache, compiled": lambda: static.greedy(labels, config.guidance_scale),
-        }
+        },
+        bench,
     )
 
 
@@ -124,7 +126,7 @@ def rollout(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, benc
     def run(graphs: bool) -> None:
         draw_batch(decoder_of(model, SamplerConfig(), graphs=graphs), labels, range(rows))
 
-    return compare({"graphs": partial(run, True), "no graphs": partial(run, False)})
+    return compare({"graphs": partial(run, True), "no graphs": partial(run, False)}, bench)
 
 
 def published_vapi(
@@ -139,6 +141,6 @@ def published_vapi(
     config = PolicyConfig(rewards=vapi_benchmark.REWARDS, group_size=group, chunk=16)
     pair = vapi_benchmark.Bench(bench.made(build_generator, shape), made, config, pictures)
     ways = {"shared context": pair.ours, "released": pair.released}
-    splits = {name: pair.split(way, ROUNDS) for name, way in ways.items()}
+    splits = {name: pair.split(way, 1 if bench.toy else ROUNDS) for name, way in ways.items()}
     ratios = {part: splits["released"][part] / splits["shared context"][part] for part in ("step", "generator")}
     return {"released / shared context": ratios, "seconds": splits}

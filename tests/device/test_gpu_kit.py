@@ -17,6 +17,8 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import picture
+from torch._dynamo import reset
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from consonar import cli
 from consonar.generators import build_generator
@@ -117,19 +119,20 @@ def timed(cuda, timing, monkeypatch, tmp_path):
 
 def test_every_way_of_timing_gives_a_line(timed, timing) -> None:
     one_of_each = {getattr(run, "func", run): name for name, run in timing.STAGES.items()}
-    stages = {name: timing.STAGES[name] for name in one_of_each.values()}
+    captions = next(name for name in timing.STAGES if "captions" in name)
+    stages = {name: timing.STAGES[name] for name in (*one_of_each.values(), captions)}
     status, lines = timed(stages)
     assert not [line for line in lines if "error" in line] and status == 0
     assert [line["name"] for line in lines] == list(stages)
     assert {"gpu", "torch", "date", "tb_per_s", "bf16_tflops"} <= lines[0].keys()
     ratios = [line for line in lines if "against" in line["name"]]
     alone = [line for line in lines[1:] if line not in ratios]
-    assert len(alone) == 4 and all(line["seconds"] > 0 for line in alone)
-    assert all({"share_of_floor", "share_of_products"} & line.keys() for line in alone)
-    assert {"encode_s", "decode_s", "measure_s"} <= alone[-1].keys()
+    assert len(alone) == 6 and all(line["seconds"] > 0 for line in alone)
+    assert all({"share_of_floor", "share_of_products", "planned_gib"} & line.keys() for line in alone)
+    assert any({"encode_s", "decode_s", "measure_s"} <= line.keys() for line in alone)
     found = {key for line in ratios for key in line if " / " in key}
     others = ("no cache / ours", "growing cache / ours", "static cache, compiled / ours")
-    assert found == {*others, "no graphs / graphs", "released / shared context"}
+    assert found == {*others, "no graphs / graphs", "released / shared context", "released / ours"}
     assert all(share > 0.5 for line in ratios for share in line.get("equal_tokens", {}).values())  # bf16 rounds
 
 
@@ -145,6 +148,23 @@ def test_the_alternatives_draw_what_ours_draws(cuda, timing) -> None:
     versus = sys.modules["versus"]
     assert torch.equal(versus.growing_greedy(model, labels, 2.0), ours)
     assert torch.equal(versus.StaticSampler(model, 2, compiled=False).greedy(labels, 2.0), ours)
+
+
+def test_the_released_step_of_rear_is_compiled_as_ours_is(timing) -> None:
+    """One graph for all blocks, with the loss of ours."""
+    counter, shape = CompileCounterWithBackend("eager"), replace(timing.REAR_PRESETS["S"], width=64, num_heads=4)
+    shape, taken = replace(shape, num_layers=3, dropout=0.0).sized(32, 4, 10), []
+    tokens, labels = torch.arange(8).view(2, 4), torch.arange(2)
+    reset()
+    for make in (build_generator, timing.Released):
+        model = make(shape)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02, generator=seeded(parameter.numel(), "released"))
+        if make is timing.Released:
+            model.one_block = torch.compile(model.one_block, backend=counter, fullgraph=True)
+        taken.append(model.train()(tokens, labels)[0])
+    torch.testing.assert_close(*taken)
+    assert counter.frame_count == 1
 
 
 def test_a_stage_that_breaks_loses_no_other_and_time_runs_out(timed) -> None:
