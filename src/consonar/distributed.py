@@ -15,6 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group of all processes as their default. Imported while there is one, as what draws does, they
+# would keep it, and with it gloo's threads, until the interpreter ends under them, which can abort.
+import torch.distributed.nn
 from torch.distributed.rendezvous import rendezvous
 
 from consonar.cpu.timing import processor
