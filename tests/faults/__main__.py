@@ -1,4 +1,5 @@
 """`python -m tests.faults writes [COMMAND ...] [--every]`: a write of each kind (or every one) fails, in every command.
+`python -m tests.faults asked [COMMAND ...] [--every]`: at each of them the command gets SIGTERM.
 `python -m tests.faults soak [--rounds N] [--seed S] [JOB ...]`: jobs are killed N times each, and go on."""
 
 import argparse
@@ -28,14 +29,14 @@ def soak(names: list[str], rounds: int, seed: int, before: Path, server: Server)
     return wrong
 
 
-def writes(names: list[str], every: bool, before: Path, server: Server) -> int:
+def writes(names: list[str], every: bool, before: Path, server: Server, asked: bool = False) -> int:
     wrong = 0
     for name in names or COMMANDS:
         trials = Trials(server, before, COMMANDS[name])
         chosen = range(len(trials.writes)) if every else kinds(trials.writes)
         print(f"{name}: {len(chosen)} of {len(trials.writes)} writes", flush=True)
         for at in chosen:
-            for fault in trials.fail(at):
+            for fault in trials.asked(at) if asked else trials.fail(at):
                 print(f"  {fault}", flush=True)
                 wrong += 1
     return wrong
@@ -43,7 +44,7 @@ def writes(names: list[str], every: bool, before: Path, server: Server) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("soak", "writes"))
+    parser.add_argument("what", choices=("soak", "writes", "asked"))
     parser.add_argument("names", nargs="*", help="jobs or commands, default all")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -57,7 +58,7 @@ def main() -> int:
         if given.what == "soak":
             wrong = soak(given.names, given.rounds, given.seed, before, server)
         else:
-            wrong = writes(given.names, given.every, before, server)
+            wrong = writes(given.names, given.every, before, server, given.what == "asked")
         server.close()
     return 1 if wrong else 0
 

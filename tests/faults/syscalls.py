@@ -88,12 +88,14 @@ class Write:
 @dataclass
 class Fault:
     """What happens to the writes below `root` that are asked for: number `at` (from 0; None: no one) fails with
-    `error`, and with `lasting` all after it; error 0 ends the process by SIGKILL in its place."""
+    `error`, and with `lasting` all after it; error 0 ends the process by SIGKILL in its place. With `ask` it is done,
+    and the process gets SIGTERM then."""
 
     root: Path
     at: int | None = None
     error: int = errno.ENOSPC
     lasting: bool = False
+    ask: bool = False
     seen: list[Write] = field(default_factory=list)
 
     def verdict(self, write: Write) -> int | None:
@@ -125,10 +127,12 @@ def _answer(notifications: int, pid: int, fault: Fault) -> None:
             return
         raise
     number, thread, _, call, _, _, *arguments = struct.unpack("QIIiIQ6Q", asked)
-    error = None
+    error, asks = None, False
     try:
         write = _write(NAMES[call], thread, arguments, fault.root)
         error = None if write is None else fault.verdict(write)
+        if fault.ask and error is not None:
+            error, asks = None, True
     except OSError:
         pass  # it has ended
     if error == 0:
@@ -140,6 +144,8 @@ def _answer(notifications: int, pid: int, fault: Fault) -> None:
     except OSError as gone:
         if gone.errno != errno.ENOENT:
             raise
+    if asks:
+        os.kill(pid, signal.SIGTERM)
 
 
 def _write(name: str, thread: int, arguments: list[int], root: Path) -> Write | None:

@@ -47,6 +47,16 @@ def test_a_write_that_fails_is_a_line_and_costs_nothing(name, place):
     assert [fault for at in chosen for fault in trials.fail(at)] == []
 
 
+@pytest.mark.parametrize(
+    "name", ["sample folder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tokenize", "sweep", "train"))]
+)
+def test_a_command_that_is_asked_to_end_says_so_and_goes_on(name, place):
+    server, before = place
+    trials = Trials(server, before, COMMANDS[name])
+    chosen = random.Random(SEED).sample(kinds(trials.writes), 1)
+    assert [fault for at in chosen for fault in trials.asked(at)] == []
+
+
 def test_a_folder_that_becomes_read_only_is_a_line_and_costs_nothing(place):
     server, before = place
     trials = Trials(server, before, COMMANDS["resume"])

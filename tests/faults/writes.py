@@ -1,10 +1,11 @@
-"""What is left, said and possible afterwards when one write of a command fails."""
+"""What is left, said and possible afterwards when one write of a command fails, or it is asked to end at one."""
 
 import errno
 import hashlib
 import json
 import re
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ STABLE = {".safetensors", ".npz", ".png", ".arrow", ".yaml"}
 """Files whose bytes are the same in every run of the same command: no time and no version in them."""
 LEFT = re.compile(r"(^|/)(\.lock|\..*partial|.*\.parts)(/|$)")
 """What only a process that was ended leaves."""
+HALF = re.compile(r"(^|/)\.[^/]*partial$")
+"""What not even one that was asked to end leaves."""
 
 
 def kinds(writes: Sequence[Write]) -> list[int]:
@@ -65,6 +68,24 @@ class Trials:
         elif self.lacks():
             wrong.append(f"ended well without {self.lacks()}")
         return [f"{fault.seen[at].call} {fault.seen[at].path} ({at}): {one}" for one in wrong]
+
+    def asked(self, at: int) -> list[str]:
+        """What is wrong when SIGTERM comes at write number `at`, in words; nothing when all is well."""
+        self.fresh()
+        fault = Fault(self.folder, at, ask=True)
+        ended = self.server.run(self.words, self.folder, fault)
+        if len(fault.seen) <= at:
+            return []
+        wrong = self.kept()
+        if self.words[0] == "train":  # saved, or not begun
+            told = (ended.code == 0 and "Traceback" not in ended.err) or ended.code == -signal.SIGTERM
+        else:
+            told = ended.code == 0 or (ended.code == 143 and re.fullmatch(r"consonar: asked to end; .*\n", ended.err))
+            wrong += [f"{name} is left" for name in contents(self.folder) if HALF.search(name)]
+        if not told:
+            wrong.append(f"exit {ended.code}, {ended.err[-600:]!r}")
+        wrong += self.goes_on()
+        return [f"asked at {fault.seen[at].call} {fault.seen[at].path} ({at}): {one}" for one in wrong]
 
     def told(self, ended: Ended) -> list[str]:
         lines = ended.err.splitlines()

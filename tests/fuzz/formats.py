@@ -16,7 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
+from conftest import same
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from consonar.components import load_generator, load_tokenizer, read_origin, save_generator, save_tokenizer
 from consonar.config_io import to_dict
@@ -41,12 +45,13 @@ from consonar.networks.base import WeightFile
 from consonar.origin import Origin
 from consonar.recipes import find_recipe, read_config
 from consonar.report import write_report
+from consonar.shards import own_group
 from consonar.sweeps.page import markdown
 from consonar.sweeps.rows import read_sweep
 from consonar.sweeps.summary import summarise
 from consonar.sweeps.work import Place, read_result
 from consonar.tokenizers.vq import VQConfig, VQTokenizer
-from consonar.training.checkpoints import load_resume, save_resume
+from consonar.training.checkpoints import load_resume, save_resume, save_shards
 from consonar.training.origins import FILE, read_run_origin
 from consonar.training.run import sessions_before
 from consonar.training.tracking import read_metrics
@@ -299,8 +304,35 @@ def make_source(folder: Path) -> None:
     (folder / "source.json").write_text(json.dumps({"recognised_as": "rar", "entry": ["model"]}))
 
 
+SHARDED = {"model": {"w": torch.arange(6.0), "b": torch.ones(2)}, "stopped": None}
+
+
+def make_sharded(folder: Path) -> None:
+    """A checkpoint in shards, by a group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    weights = SHARDED["model"] | {"w": distribute_tensor(SHARDED["model"]["w"], mesh, [Shard(0)])}
+    path = folder / "step_00000001"
+    save_shards(path, 1, SHARDED | {"model": weights}, keep=1, group=own_group(), is_main=True)
+    dist.destroy_process_group()
+
+
+def read_sharded(folder: Path) -> None:
+    """What is read is what was written: nothing passes for another number."""
+    found = load_resume(folder / "step_00000001")
+    assert same(found, {"format_version": 1, "step": 1} | SHARDED)
+
+
+RESUMED = {"trainee": {"w": torch.zeros(3)}, "rng": torch.arange(8, dtype=torch.uint8)}
+
+
 def make_resume(folder: Path) -> None:
-    save_resume(folder, 1, {"trainee": {"w": torch.zeros(3)}, "rng": torch.get_rng_state()[:8]}, keep=1)
+    save_resume(folder, 1, RESUMED, keep=1)
+
+
+def read_resume(folder: Path) -> None:
+    found = load_resume(folder / "step_00000001.pt")
+    assert same(found, {"format_version": 1, "step": 1} | RESUMED)
 
 
 def make_sweep(folder: Path) -> None:
@@ -366,7 +398,10 @@ FORMATS = {
     "pt": Format("a.pt", make_torch, lambda folder: read_weights(folder / "a.pt")),
     "old pt": Format("a.pt", make_old_torch, lambda folder: read_weights(folder / "a.pt")),
     "pth": Format("a.pth", make_weights, read_weight_file),
-    "resume file": Format("step_00000001.pt", make_resume, lambda f: load_resume(f / "step_00000001.pt")),
+    "resume file": Format("step_00000001.pt", make_resume, read_resume),
+    "resume folder's state": Format("step_00000001/state.pt", make_sharded, read_sharded),
+    "resume folder's description": Format("step_00000001/.metadata", make_sharded, read_sharded),
+    "resume folder's shard": Format("step_00000001/__0_0.distcp", make_sharded, read_sharded),
     "yaml config": Format("a.yaml", make_yaml, lambda folder: read_config(folder / "a.yaml")),
     "json config": Format("a.json", make_json, lambda folder: read_config(folder / "a.json")),
     "store json": Format("s/store.json", make_store, read_store),

@@ -122,9 +122,9 @@ def test_unfinished_samples_of_another_job_are_refused(trained: Path, tmp_path: 
 def test_quiet_training_prints_nothing(trained: Path, tmp_path: Path, capsys) -> None:
     train = ["train", str(trained / "tiny.yaml"), "--out", str(tmp_path / "run")]
     capsys.readouterr()
-    cli.main([*train, "--quiet", "--stop-at", "1"])
+    cli.main([*train, "--quiet", "--stop-at", "1", "--resume-if-begun"])
     assert capsys.readouterr() == ("", "")
-    cli.main([*train, "--resume", "--stop-at", "2"])
+    cli.main([*train, "--resume-if-begun", "--stop-at", "2"])
     assert capsys.readouterr().out.endswith(f"run folder: {tmp_path / 'run'}\n")
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from consonar.config_io import to_dict
 from consonar.recipes import RECIPES
+from consonar.training.checkpoints import list_resume
+from consonar.training.config import TrainConfig
+from consonar.training.tracking import read_metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [EXAMPLES / "slurm" / "train.sbatch", EXAMPLES / "ssh" / "train.sh"]
@@ -18,6 +29,20 @@ SCRIPTS = [EXAMPLES / "slurm" / "train.sbatch", EXAMPLES / "ssh" / "train.sh"]
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_script_is_whole(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def lint(words: list[str], text: str | None = None) -> None:
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("no shellcheck")
+    found = subprocess.run([checker, *words], input=text, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_shellcheck_finds_nothing() -> None:
+    lint([str(path) for path in SCRIPTS])
+    _, job = yaml.safe_load_all((EXAMPLES / "kubernetes" / "train.yaml").read_text())
+    lint(["-s", "bash", "-"], job["spec"]["template"]["spec"]["containers"][0]["args"][0])
 
 
 def stub(folder: Path, name: str, body: str) -> None:
@@ -42,8 +67,39 @@ def test_the_slurm_job_saves_on_sigterm_goes_back_into_the_queue_and_resumes(tmp
     stub(tmp_path / "bin", "srun", 'echo "$@" >> called')
     assert run(words, tmp_path) == ""
     first, second = (tmp_path / "called").read_text().splitlines()
-    assert first.endswith("-m consonar train rear-l --out out --seed 1")
-    assert second.endswith("-m consonar train rear-l --out out --resume --seed 1")
+    assert first == second and first.endswith("-m consonar train rear-l --out out --resume-if-begun --seed 1")
+
+
+@pytest.mark.slow
+def test_the_slurm_job_trains_on_two_processes_is_taken_off_and_goes_on(
+    make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """With torchrun and two processes of gloo; `srun` starts what it is given. After each save the step is there."""
+    stub(tmp_path / "bin", "srun", 'exec "$@"')
+    stub(tmp_path / "bin", "hostname", "echo 127.0.0.1")
+    stub(tmp_path / "bin", "scontrol", 'echo "$@" >> requeued')
+    (tmp_path / "bin" / "torchrun").symlink_to(Path(sys.executable).with_name("torchrun"))
+    config = make_config(loop={"steps": 100_000, "save_every": 10, "log_every": 5, "validate_every": 100_000})
+    (tmp_path / "tiny.json").write_text(json.dumps(to_dict(config)))
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = os.environ | {"PATH": path, "SLURM_JOB_ID": "7", "GPUS": "2", "PORT": str(port), "OMP_NUM_THREADS": "1"}
+    words = ["bash", str(SCRIPTS[0]), "tiny.json", "out", "--quiet"]
+    saved: list[int] = []
+    for _ in range(2):
+        job = subprocess.Popen(words, cwd=tmp_path, env=given, stderr=subprocess.PIPE, text=True)
+        while [int(path.stem[5:]) for path in list_resume(tmp_path / "out" / "checkpoints")][-1:] == saved[-1:]:
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        _, said = job.communicate(timeout=300)
+        saved.append(int(list_resume(tmp_path / "out" / "checkpoints")[-1].stem[5:]))
+        assert job.returncode == 0 and f"step {saved[-1]} is saved" in said, said
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
+    lines = [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")]
+    assert saved[0] < saved[1] and lines == list(range(5, saved[1] + 1, 5))
 
 
 def test_the_ssh_script_starts_every_node_alike(tmp_path: Path) -> None:
@@ -51,8 +107,17 @@ def test_the_ssh_script_starts_every_node_alike(tmp_path: Path) -> None:
     words = ["bash", str(SCRIPTS[1]), "a b", "rear-l", "out", "--seed", "1"]
     lines = sorted(run(words, tmp_path, SSH="ssh-stub").splitlines())
     assert [line[:2] for line in lines] == ["a ", "b "] and lines[0][2:] == lines[1][2:]
-    assert f"cd {tmp_path} && exec torchrun --nnodes 2" in lines[0] and "--rdzv-endpoint a:29500" in lines[0]
-    assert "-m consonar train rear-l --out out --seed 1" in lines[0]
+    assert (
+        f"cd {tmp_path} && exec env TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570 torchrun --nnodes 2" in lines[0]
+        and "--rdzv-endpoint a:29500" in lines[0]
+    )
+    assert "-m consonar train rear-l --out out --resume-if-begun --seed 1" in lines[0]
+
+
+def test_the_ssh_script_fails_where_a_node_does(tmp_path: Path) -> None:
+    stub(tmp_path / "bin", "ssh-stub", '[ "$1" = b ]')
+    with pytest.raises(subprocess.CalledProcessError):
+        run(["bash", str(SCRIPTS[1]), "a b", "rear-l", "out"], tmp_path, SSH="ssh-stub")
 
 
 def test_the_kubernetes_job_has_what_an_indexed_job_needs() -> None:

@@ -210,7 +210,7 @@ def test_interrupted_training_goes_on(place: Path, tmp_path: Path, fails: Fails)
         signal.signal(signal.SIGINT, before)
     thread.join()
     done = int(sorted(checkpoints.glob("step_*.pt"))[-1].stem.removeprefix("step_"))
-    consonar(*train, "--resume", "--stop-at", str(done + 2))
+    consonar("train", "--resume", tmp_path / "run", "--stop-at", str(done + 2))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, done + 3))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +255,17 @@ def test_an_interruption_promises_no_run_where_none_has_begun(monkeypatch, capsy
     with pytest.raises(SystemExit, match="130"):
         cli.main(["train"])
     assert "train: with --resume, if its run folder is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "tokenize", "evaluate", "sweep", "demo", "report", "diagnose"])
+def test_sigterm_is_a_line_and_status_143(command, monkeypatch, capsys):
+    """`train` saves first: tests/training/test_interruptions.py."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(cli, "hold_memory", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            cli.main([command])
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.startswith("consonar: asked to end; the same command ")

@@ -239,3 +239,14 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_gone_on_from(dama
     last.unlink()
     train(config, run, resume=True, quiet=True)
     assert_same_end(straight, run)
+
+
+def test_a_tensor_that_one_bit_calls_a_folder_is_refused(tmp_path):
+    """PyTorch reads it as what lies in memory just then, whatever the checksums say."""
+    path = save_resume(tmp_path, 1, {"model": {"w": torch.ones(64)}}, keep=1)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\1\2", 0, content.rindex(b"/data/0"))
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"data/0 is a folder\); remove it to resume from the one before"):
+        load_resume(path)

@@ -5,11 +5,14 @@ Wrong input prints one line and exits with 2; a run that fails by itself (a loss
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import Progress
@@ -39,6 +42,11 @@ COMMANDS = {
 """What each does. Its module is imported when it is called, for PyTorch takes a second."""
 SHARED = ("train", "sample", "tokenize", "evaluate")
 """Those that several processes of torchrun do together."""
+GOES_ON = "the same command (train: with --resume, if its run folder is there) goes on"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what is being done is left as after Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal and log takes every character
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    with errors_told(words[0]):
+    with errors_told(words[0]), sigterm_raised(words[0]):
         name, *args = map(with_home, words)
         if name in ("-h", "--help"):
             say("usage: consonar COMMAND ...\n")
@@ -95,8 +103,35 @@ def errors_told(command: str) -> Iterator[None]:
         why = no_room(error)
         reason = f"{why}; what was complete is kept" if why else error.strerror or str(error)
         stop(printable(place + reason), 2)
+    except Terminated:
+        stop(f"asked to end; {GOES_ON}", 143)  # as a shell says it
     except KeyboardInterrupt:
-        stop("interrupted; the same command (train: with --resume, if its run folder is there) goes on", 130)
+        stop(f"interrupted; {GOES_ON}", 130)
+
+
+@contextmanager
+def sigterm_raised(command: str) -> Iterator[None]:
+    """Around a command: SIGTERM is an exception, so that what it has made is kept, and what is half made removed.
+
+    `train` has its own way, which saves first. Signals belong to the main thread; one that is caught or ignored already
+    stays so.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the tidying
+        raise Terminated
+
+    caught = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if command == "train" or not caught:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def say(text: str) -> None:

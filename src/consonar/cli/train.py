@@ -14,7 +14,7 @@ from consonar.errors import UserError
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentConfig
-from consonar.training.run import train
+from consonar.training.run import CONFIG, train
 
 SHORT = {
     "--data": "--data.images", "--classes": "--data.classes", "--label-default": "--data.label-default",
@@ -30,6 +30,8 @@ class Options:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on with the run in --out from its last checkpoint."""
+    resume_if_begun: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The same where --out holds the run, else begin it: one command for a job that is put back into a queue."""
     stop_at: int | None = None
     """Stop early after this step (and resume later)."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -37,10 +39,15 @@ class Options:
 
 
 def command(args: Sequence[str]) -> None:
+    if args[:1] == ["--resume"] and not (args[1:] or ["-"])[0].startswith(
+        "-"
+    ):  # consonar train --resume RUN: all is in its folder
+        args = [str(Path(args[1]) / CONFIG), "--out", args[1], "--resume", *args[2:]]
     options = parse_run("train", args, Options, out=tyro.MISSING)
     if options is not None:
+        resume = options.resume or (None if options.resume_if_begun else False)
         sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
-        train(options.config, options.out, resume=options.resume, stop_at=options.stop_at, quiet=options.quiet)
+        train(options.config, options.out, resume=resume, stop_at=options.stop_at, quiet=options.quiet)
 
 
 def parse_run(command: str, args: Sequence[str], kind: Callable[..., Parsed], **needed: object) -> Parsed | None:
@@ -53,6 +60,8 @@ def parse_run(command: str, args: Sequence[str], kind: Callable[..., Parsed], **
         if {"-h", "--help"} & set(args):
             out = " --out DIR" * ("out" in needed)
             print(f"usage: consonar {command} RECIPE|FILE.yaml{out} [options]\n\nrecipes: {', '.join(RECIPES)}")
+            if out:
+                print("\nTo go on with a run as it was begun: consonar train --resume RUN")
             print(f"\nAll options of one recipe: consonar {command} RECIPE --help")
             return None
         raise UserError(f"{command}: name a recipe or a YAML file; recipes: {', '.join(RECIPES)}")

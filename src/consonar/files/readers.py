@@ -19,6 +19,9 @@ import numpy as np
 from consonar.errors import UserError, reading
 from consonar.json_types import Json
 
+FOLDER = 0x10
+"""The bit of an archive's entry that says so."""
+
 
 def home_expanded(path: str | Path) -> Path:
     """The path with its `~` or `~name` replaced. `UserError` for an empty path and for a name that nobody has here."""
@@ -132,6 +135,9 @@ def check_archive(path: Path | IO[bytes]) -> None:
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is another")
+        # Of what is marked as a folder PyTorch gives the memory that it would be read into.
+        if folders := [entry.filename for entry in archive.infolist() if entry.external_attr & FOLDER]:
+            raise ValueError(f"{folders[0]} is a folder")
 
 
 def npz_keys(path: Path, remedy: str = "") -> list[str]:

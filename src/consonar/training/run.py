@@ -36,6 +36,7 @@ from consonar.training.optim import build_optimizer
 from consonar.training.origins import FILE, check_same_origin, comparable, resolve_start
 from consonar.training.tracking import Tracker, check_sinks
 
+CONFIG = "config.json"
 SESSIONS = "sessions.json"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
@@ -44,7 +45,7 @@ def train(
     config: TrainConfig,
     out: str | Path,
     *,
-    resume: bool = False,
+    resume: bool | None = False,
     stop_at: int | None = None,
     quiet: bool = False,
     on_step: Callable[[int], None] | None = None,
@@ -52,9 +53,10 @@ def train(
     """Runs a configuration and returns the run folder `out`.
 
     The folder holds config.json, metrics.jsonl, samples/, checkpoints/ (to resume) and model/ (the released component:
-    the generator without training-only heads, or the tokenizer). `resume` goes on from the last checkpoint; the
-    configuration must be the stored one. `stop_at` ends early at that step, as an interruption would: SIGTERM and
-    Ctrl-C end training after the step, once it is saved. `on_step` gets the number of steps done after each.
+    the generator without training-only heads, or the tokenizer). `resume` goes on from the last checkpoint (None: where
+    the run has begun, as the first process finds it); the configuration must be the stored one. `stop_at` ends early at
+    that step, as an interruption would: SIGTERM and Ctrl-C end training after the step, once it is saved. `on_step`
+    gets the number of steps done after each.
 
     Raises `UserError` when the folder already has a run, or for data that do not fit, and `NonFiniteLoss`.
     """
@@ -67,6 +69,8 @@ def train(
         batch_size = batch_of_process(config, world)
         config = with_validation(resolve_start(config))
         check_sinks(config.loop.trackers)
+        if resume is None:
+            resume = distributed.from_main((out / CONFIG).exists(), world)
         check_folder(config, out, resume)
         with held(out, world):
             check_folder(config, out, resume)  # it may have become another process's run before it was held
@@ -193,7 +197,7 @@ def describe(config: TrainConfig, built: Built, out: Path, world: World) -> None
     distributed.barrier(world)
     if world.is_main:
         (out / "stopped.json").unlink(missing_ok=True)  # written again where the checkpoint says so
-        write_json(out / "config.json", to_dict(config))
+        write_json(out / CONFIG, to_dict(config))
         write_json(out / FILE, to_dict(built.origin))
         if built.bad is not None:
             built.bad.write()
@@ -262,7 +266,7 @@ def with_validation(config: TrainConfig) -> TrainConfig:
 
 def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     """Refuses a folder that holds a run, unless `resume` is set and the run is this one."""
-    stored = out / "config.json"
+    stored = out / CONFIG
     if not stored.exists() or is_component(out):
         if out.exists() and (not out.is_dir() or not is_unused(out)):
             raise UserError(f"--out: {out} exists and is not a run; choose another folder")
