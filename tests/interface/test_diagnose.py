@@ -123,6 +123,7 @@ def test_the_help_names_every_part() -> None:
         (["--num-images", "3"], "num_images: 3 is not in [8, 100000]"),
         (["--batch-size", "0"], "batch_size: 0 is not positive"),
         (["--seed", "-1"], "seed: -1 is not between"),
+        (["--parts", "gap,noise", "--top-k", "3"], "--top-k: 3 is read only where tokens"),
         (["--guidance-power", "2"], "guidance_power: 2.0 is read only with"),
         (["--label-default", "zebra"], "--label-default: unknown 'zebra'"),
         (["--validation-split", "nothing"], "--validation-split: "),
@@ -149,6 +150,7 @@ def test_labels_of_other_classes_are_refused(root: Path, tmp_path: Path, capsys)
 def test_a_tokenizer_takes_no_other_and_no_part_of_generators(root: Path, tmp_path: Path, capsys) -> None:
     for words, message in (
         (["--tokenizer", "x"], "is read only with a generator"), (["--parts", "gap"], "--parts: unknown 'gap'"),
+        (["--temperature", "0.7"], "--temperature: 0.7 is read only where tokens of a generator are drawn (exposure,"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             diagnose(root, tmp_path / "page.html", *words, model="tokenizer")

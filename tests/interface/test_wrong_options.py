@@ -157,7 +157,7 @@ def test_wrong_settings_of_an_evaluation_are_refused_before_a_model_is_read():
         ),
         ({"temperatures": [float("nan")]}, r"temperature: nan is not a finite number"),
         ({"draws": 0}, r"draws: 0; choose 1 or more"),
-        ({"draws": 10**20}, r"each of 100000000000000000000 draws needs over 3"),
+        ({"draws": 10**20}, r"100000000000000000000 draws .* need 4000"),
         ({"batch_size": 0}, r"batch_size: 0"),
     ):
         with pytest.raises(UserError, match=words):
@@ -169,9 +169,14 @@ def test_an_evaluation_does_not_work_for_results_that_it_cannot_keep(tmp_path, c
     np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
     command = ["evaluate", str(tmp_path / "s.npz"), "--reference", str(tmp_path / "s.npz"), "--out"]
     assert "is a folder; name a file" in told([*command, str(tmp_path), "--overwrite"], capsys)
-    assert "each of 100000000000000000000 draws needs over 3" in told([*command[:-1], f"--draws={10**20}"], capsys)
+    many = told([*command[:-1], f"--draws={10**20}"], capsys)
+    assert "100000000000000000000 draws (parts whose spread is reported) of 3 neighbours need 4000" in many
     unread = told([*command[:-1], "--tokenizer", "no such"], capsys)
     assert "--tokenizer: 'no such' is read only for samples with tokens" in unread
+    for nowhere in ("/proc/r.json", "/proc/new/r.json", str(tmp_path / "s.npz" / "r.json")):
+        assert "cannot be written (N" in told([*command, nowhere], capsys)
+    assert told(["report", "run", "--out", "/proc/r.html"], capsys).startswith("--out: /proc cannot be")
+    assert "folder: is a folder; name a YAML" in told(["sweep", str(tmp_path)], capsys).replace(tmp_path.name, "folder")
     check_place(tmp_path / "new" / "folder" / "r.json", overwrite=False, key="--out")
     assert (tmp_path / "new" / "folder").is_dir()  # else a new folder's name would be found wrong at the end
 

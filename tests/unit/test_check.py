@@ -195,7 +195,7 @@ def test_reconstructions_are_measured_again_of_the_pictures_that_were_held_out(t
 WRONG = (
     "{}", "[]", "1", '{"rows": []}', '{"rows": [1]}', '{"rows": [{}]}', '{"metrics": {}}', '{"asked": {}}',
     '{"metrics": {"FD": 1}, "samples": {"name": "x"}}', '{"metrics": {"FD": {"value": 1}}, "samples": 1}',
-    '{"metrics": {"FD": {"value": 1}}, "samples": {"name": "x"}, "config": []}',
+    '{"metrics": {"FD": {"value": 1}}, "samples": {"name": "x"}, "config": []}', '{"schema": 1, "parts": {}}',
 )  # fmt: skip
 
 
@@ -204,6 +204,12 @@ def test_a_file_that_holds_no_results_is_one_line(tmp_path, capsys, content):
     (tmp_path / "wrong.json").write_text(content)
     assert status("--check", "wrong.json") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_results_of_a_later_format_are_refused(measured, capsys):
+    measured.write_text(json.dumps(json.loads(measured.read_text()) | {"schema": 2}))
+    assert status("--check", measured) == 2
+    assert "results.json: schema is 2; this version reads 1" in capsys.readouterr().err
 
 
 def test_options_that_the_record_has_are_refused(measured, capsys):

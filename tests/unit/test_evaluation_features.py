@@ -60,7 +60,7 @@ def test_wrong_npz_files_are_named(tmp_path, images):
         "not an .npz": b"text",
         "it holds other": {"other": images},
         "expected uint8": {"images": images.astype(np.float32)},
-        "in C order": {"images": images[:0]},
+        "images holds no image": {"images": images[:0]},
     }
     for number, (message, content) in enumerate(cases.items()):
         path = tmp_path / f"{number}.npz"

@@ -58,6 +58,16 @@ def test_few_samples_do_not_bias_it_and_its_error_is_true(rng):
     assert kernel_distance(reference, samples + 1) > 5 * errors.max()
 
 
+def test_a_set_is_at_distance_zero_from_itself_alone(rng):
+    """Eq. 4 is below 0 there, as the sets are not independent; a set that differs in one image of many is not it."""
+    rows = torch.randn(500, 8, generator=rng)
+    rounded = rows[torch.randperm(500, generator=rng)] * (1 + 1e-6 * torch.randn(500, 8, generator=rng))
+    assert by_loops(rows[:40], rows[:40]) < -0.1 and kernel_distance(rows, rounded) == kernel_distance(rows, rows) == 0
+    assert kernel_distance_error(rows, rows, 100) == 0
+    rounded[0] += 1
+    assert kernel_distance(rows, rounded) != 0
+
+
 def test_sets_of_one_and_subsets_that_are_too_few(rng):
     one, many = torch.randn(1, 3, generator=rng), torch.randn(7, 3, generator=rng)
     for pair in ((one, many), (many, one)):

@@ -1,5 +1,7 @@
 """Sets that are equal, few, constant, damaged or foreign: the right number, or one line."""
 
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -50,12 +52,16 @@ def moments_of(features):
     return moments
 
 
+ALL = ("fd", "kid", "fd-infinity", "precision", "recall")
+
+
 @pytest.mark.parametrize("count", [10, 400])
 def test_a_set_is_at_distance_zero_from_itself_in_any_order(count):
     images = noise(count, 0)
     for samples in (images, images[np.random.default_rng(1).permutation(count)]):
-        values = measured(samples, images, batch_size=7).metrics
-        assert values["FD(cells)"].value == 0
+        values = measured(samples, images, batch_size=7, metrics=ALL).metrics
+        distances = ("FD(cells)", "KID(cells)", "FD-infinity(cells)")
+        assert [values[name].value for name in distances] == [0, 0, 0] and values["FD-infinity(cells)"].error == 0
         assert (values["precision"].value, values["recall"].value) == (1, 1)
 
 
@@ -167,18 +173,19 @@ MU, SIGMA = np.zeros(48), np.eye(48)
 
 
 @pytest.mark.parametrize(("arrays", "message"), [
-    ({"mu": SIGMA, "sigma": MU}, r"mu has shape \(48, 48\), sigma \(48,\); expected"),
+    ({"mu": SIGMA, "sigma": MU}, r"mu has shape \(48, 48\), sigma \(48,\); expected .*; are the two exchanged\?"),
+    ({"mu": MU}, "s.npz: holds mu without sigma"),
     ({"mu": MU, "sigma": np.eye(40)}, r"mu has shape \(48,\), sigma \(40, 40\)"),
     ({"mu": np.float64(1), "sigma": SIGMA}, r"mu has shape \(\)"),
     ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "2048 features, cells has 48"),
-    ({"mu": MU + np.nan, "sigma": SIGMA}, "mu is float64; expected finite"),
-    ({"mu": MU, "sigma": SIGMA + np.inf}, "sigma is float64; expected finite"),
+    ({"mu": MU + np.nan, "sigma": SIGMA}, "mu holds NaN or infinity; expected finite"),
+    ({"mu": MU, "sigma": SIGMA + np.inf}, "sigma holds NaN or infinity; expected finite"),
     ({"mu": MU + 1e200, "sigma": SIGMA}, r"holds NaN or numbers over 1e\+30"),
     ({"mu": MU, "sigma": SIGMA * 1e300}, r"holds NaN or numbers over 1e\+30"),
     ({"mu": MU.astype(str), "sigma": SIGMA}, "mu is <U"),
     ({"mu": MU, "sigma": SIGMA * 1j}, "sigma is complex128"),
-    ({"mu": MU, "sigma": -SIGMA}, "not a covariance"),
-    ({"mu": MU, "sigma": np.triu(np.ones((48, 48)))}, "not symmetric"),
+    ({"mu": MU, "sigma": -SIGMA}, r"reference .*s\.npz: covariance: .*not a covariance"),
+    ({"mu": MU, "sigma": np.triu(np.ones((48, 48)))}, r"s\.npz: covariance: not symmetric"),
 ])  # fmt: skip
 def test_statistics_that_are_not_of_this_network_are_one_line(arrays, message, tmp_path):
     write_npz(tmp_path / "s.npz", arrays)
@@ -193,10 +200,10 @@ def test_statistics_that_are_not_of_this_network_are_one_line(arrays, message, t
     ({"labels": np.zeros(9, int), "arr_1": np.ones(9, int)}, "holds labels and arr_1"),
     ({"tokens": np.full((9, 4), -3)}, "tokens from -3 to -3; a tokenizer counts its codes from 0"),
     ({"tokens": np.full((9, 4), 2**40)}, "tokens from 1099511627776 to"),
-    ({"arr_0": noise(9, 0).astype(np.float32) * np.nan}, r"arr_0 is float32 .*; expected uint8"),
+    ({"arr_0": noise(9, 0).astype(np.float32) * np.nan}, r"is float32 .*; expected uint8 .* with levels from 0"),
     ({"arr_0": noise(9, 0)[..., :2]}, r"arr_0 is uint8 \(9, 4, 4, 2\); expected uint8 \(count"),
     ({"arr_0": noise(9, 0)[:, :3]}, "images of 4 x 3 px; only square"),
-    ({"arr_0": noise(0, 0)}, r"arr_0 is uint8 \(0, 4, 4, 3\); expected uint8"),
+    ({"arr_0": noise(0, 0)}, r"arr_0 holds no image; its shape is \(0, 4, 4, 3\)"),
     ({"labels": np.arange(8)}, r"labels is int64 \(8,\); expected 1-d integers for 9 images"),
 ])  # fmt: skip
 def test_samples_that_say_two_things_or_nothing_are_refused(arrays, message, tmp_path):
@@ -245,6 +252,35 @@ def test_the_device_holds_a_batch_of_pictures_at_a_time():
     given = SampleSet(in_memory(noise(50, 0)), 50, 4, "0", labels=torch.arange(50) % 2)
     evaluate(given, ReferenceSet("known", sets), EvaluationSettings(batch_size=8), feature_network=Watched())
     assert most == [8] and len(alive) == 8 + 5 + 7
+
+
+GROWTH = """
+import resource, sys
+import numpy as np, torch
+from consonar.evaluation.features import extract_features
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.settings import EvaluationSettings
+
+class Wide:
+    name, weights_sha256, num_features = "wide", "0", 1024
+    def __call__(self, images):
+        return torch.randn(len(images), 3 * 1024)[:, :1024]
+
+count = int(sys.argv[1])
+batches = lambda size: (np.full((size, 4, 4, 3), start % 251, np.uint8) for start in range(0, count, size))
+extract_features(Wide(), ImageSet("s", batches), EvaluationSettings(), torch.arange(count), max_rows=count)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_with_the_number_of_pictures_only_their_features_grow():
+    """In processes of their own, in MB: rows that wait between batches that come and go took 2.6 times their size."""
+    small, large = (
+        float(subprocess.run([sys.executable, "-c", GROWTH, str(count)], capture_output=True, check=True).stdout)
+        for count in (2048, 16_384)
+    )
+    assert large - small < 2 * (16_384 - 2048) * 1024 * 4 / 2**20
 
 
 def test_tokens_of_two_tokenizers_are_not_compared():

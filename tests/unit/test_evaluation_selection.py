@@ -211,7 +211,7 @@ def test_a_metric_that_is_asked_for_is_a_number_or_a_reason():
         ("--metrics", "fid", "metrics: unknown 'fid'"),
         ("--feature-network", "nope", "feature_network: unknown 'nope'"),
         ("--feature-network", "dinov2:", "dinov2: names no folder; write dinov2:FOLDER"),
-        ("--draws", "31", "60 images; each of 31 draws"),
+        ("--draws", "31", "60 images; 31 draws"),
     ],
 )
 def test_what_is_wrong_with_the_options_is_said_before_the_reference_is_opened(

@@ -14,6 +14,7 @@ import tyro
 from consonar.cli import COMMANDS
 from consonar.data.bad_images import LIMIT, POLICIES, BadImages
 from consonar.errors import UserError, check_choice
+from consonar.files.writers import check_writable
 from consonar.options import Range
 
 Parsed = TypeVar("Parsed")
@@ -134,8 +135,8 @@ def pairs(words: Sequence[str], key: str, form: str) -> dict[str, str]:
 
 
 def check_output(out: Path | None, key: str) -> None:
-    """Raises `UserError` for an output whose name is not UTF-8, which not all that write files take, and for one at or
-    below a link that leads nowhere, which some would follow and others replace."""
+    """Raises `UserError` for an output whose name is not UTF-8, which not all that write files take, for one at or
+    below a link that leads nowhere, which some would follow and others replace, and where nothing can be written."""
     try:
         str(out).encode()
     except UnicodeEncodeError as error:
@@ -145,6 +146,8 @@ def check_output(out: Path | None, key: str) -> None:
     for place in [out, *out.parents] if out else []:
         if place.is_symlink() and not place.exists():
             raise UserError(f"{key}: {place} is a link to {place.readlink()}, which is not there; choose another name")
+    if out is not None:
+        check_writable(out, key)
 
 
 def check_name(out: Path) -> None:

@@ -28,7 +28,8 @@ class Options:
 def command(options: Options) -> None:
     file = options.file
     if not file.is_file():
-        raise UserError(f"sweep: {file}: no such file; name a YAML file, such as sweeps/noise-schedules.yaml")
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise UserError(f"sweep: {file}: {what}; name a YAML file, such as sweeps/noise-schedules.yaml")
     out = options.out or Path("runs") / file.stem
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")

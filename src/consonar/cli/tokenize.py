@@ -70,10 +70,10 @@ def command(options: Options) -> None:
 
 def tokenize(options: Options, world: World) -> None:
     """In each of the processes that share it; the first one says what there is."""
+    check_batch_size(options.batch_size, "--batch-size")
     out, views = options.out, views_of(options)
     bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
     precision = pick_precision(options.precision, world.device, "--precision", "measuring")
-    check_batch_size(options.batch_size, "--batch-size")
     model = tokenizer_for(options.tokenizer, options.image_size).to(world.device)
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
     if options.split is not None:

@@ -78,10 +78,9 @@ def open_splits(
 
 
 def hold_out(
-    source: ImageSource, share: float, key: str, seed: int = SEED,
-    label: Callable[[ImageSource], ImageSource] = lambda part: part,
-) -> Splits:  # fmt: skip
-    """The source without a `share` of its pictures, one at least, and that share, drawn by `seed`. `label` gives both
+    source: ImageSource, share: float, key: str, label: Callable[[ImageSource], ImageSource] = lambda part: part
+) -> Splits:
+    """The source without a `share` of its pictures, one at least, and that share, drawn by `SEED`. `label` gives both
     their labels, and may leave pictures out: what is held out does not depend on which.
 
     Raises `UserError` for a stream, whose pictures have no numbers, and where none would be left.
@@ -92,7 +91,7 @@ def hold_out(
     count = max(1, round(share * total))
     if count >= total:
         raise UserError(f"{key}: {count} of {total} pictures held out leave none to train on")
-    order = permutation(generator(seed, "held out"), total)
+    order = permutation(generator(SEED, "held out"), total)
     rows, rest = sorted(order[:count].tolist()), sorted(order[count:].tolist())
     held_out = label(Part(source, rows, f"{source.name}[{count} held out]"))
     note = f"validation: {describe(held_out)}, held out of the split train"

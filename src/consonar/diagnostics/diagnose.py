@@ -13,11 +13,12 @@ from consonar.diagnostics import codes, context, decoding, exposure, layers
 from consonar.diagnostics.findings import Finding
 from consonar.diagnostics.subject import DiagnosisSettings, Subject, open_subject
 from consonar.distributed import machine_name
-from consonar.errors import check_choice
+from consonar.errors import UserError, check_choice
 from consonar.evaluation.results import library_versions
 from consonar.json_types import Json
 from consonar.precision import multiplying
 from consonar.sampling.pictures import evaluating
+from consonar.sampling.sample import SamplerConfig
 
 SCHEMA = 1
 
@@ -32,6 +33,8 @@ class Part(NamedTuple):
     """The finding, or in words why there is none."""
     of_generator: bool = True
     """Whether it needs a generator, not a tokenizer alone."""
+    draws: bool = False
+    """Whether tokens are drawn for it, by the settings' sampler."""
 
 
 PARTS: dict[str, Part] = {
@@ -43,6 +46,7 @@ PARTS: dict[str, Part] = {
         "exposure bias (reAR, Figure 3a). The dotted curves draw at the same places under the true tokens: what they "
         "differ by comes from where the wrong tokens are, only a solid curve above its dotted one from the context.",
         exposure.exposure_bias,
+        draws=True,
     ),
     "embedding": Part(
         "Embedding unawareness",
@@ -50,6 +54,7 @@ PARTS: dict[str, Part] = {
         "true one. As many tokens are wrong as before. A falling distance means that a loss which counts right tokens "
         "alone overlooks what the decoder sees (reAR, Figure 3b).",
         codes.embedding_unawareness,
+        draws=True,
     ),
     "layers": Part(
         "Layer probe",
@@ -105,6 +110,7 @@ PARTS: dict[str, Part] = {
         "under the true ones, and drawn freely. What a step adds has one cause: the tokenizer, the single draw, the "
         "generator's own context. Few pictures make all four too far in much the same way; read the differences.",
         decoding.attribution,
+        draws=True,
     ),
 }
 """By the name that `--parts` takes."""
@@ -148,6 +154,17 @@ def chosen_parts(names: Sequence[str], *, has_generator: bool) -> list[str]:
     return [name for name in possible if name in names or not names]
 
 
+def check_sampler(sampler: SamplerConfig, chosen: Sequence[str]) -> None:
+    """Raises `UserError` for a setting of draws where none of the parts `chosen` draws."""
+    given = [name for name, value in vars(SamplerConfig()).items() if getattr(sampler, name) != value]
+    if given and not any(PARTS[name].draws for name in chosen):
+        drawing = ", ".join(name for name, part in PARTS.items() if part.draws)
+        raise UserError(
+            f"--{given[0].replace('_', '-')}: {getattr(sampler, given[0])} is read only where tokens of a generator "
+            f"are drawn ({drawing}), and nothing here does; leave it away"
+        )
+
+
 def diagnose(
     name: str,
     data: str,
@@ -172,6 +189,7 @@ def diagnose(
             name, data, settings, tokenizer=tokenizer, validation_split=validation_split, label_default=label_default
         )
         chosen = chosen_parts(parts, has_generator=subject.model is not None)
+        check_sampler(settings.sampler, chosen)
         findings: dict[str, Finding] = {}
         unavailable: dict[str, str] = {}
         with evaluating(subject.model, subject.tokenizer):

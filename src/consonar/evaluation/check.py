@@ -80,6 +80,10 @@ def check_results(
     Raises `UserError` for a file without such a record, and where what it was made from is nowhere to be found.
     """
     record = Record(path, read_json(path), samples, reference, tokenizer, device, progress)
+    if (schema := record.content.get("schema", 1)) != 1:
+        raise UserError(f"{path}: schema is {schema!r:.60}; this version reads 1")
+    if "parts" in record.content:
+        raise UserError(f"{path}: is of a diagnosis, whose settings are in it; make it again with consonar diagnose")
     cell: Json = {}
     if "asked" in record.content:  # a cell of a sweep
         cell = record.content

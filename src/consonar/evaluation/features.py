@@ -126,7 +126,9 @@ def extract_features(
         )
         for rows in (torch.ones_like(places, dtype=torch.bool), *members)
     ]
-    kept, rows = places < (settings.max_neighbours_images if max_rows is None else max_rows), []
+    kept = places < (settings.max_neighbours_images if max_rows is None else max_rows)
+    # In one piece from the start: rows that wait between batches that come and go would hold several times their size.
+    vectors, known = torch.empty(int(kept.sum()), network.num_features), 0
 
     def of_batch(batch: np.ndarray) -> tuple[int, tuple[Tensor, ...]]:
         inputs = as_input(batch, network)
@@ -138,13 +140,14 @@ def extract_features(
         for output, width in zip(outputs, widths, strict=False):
             check_features(output, (count, width), network.name, images.name, first)
         here = slice(first, first + count)
-        rows.append(outputs[0][kept[here]])
+        rows = outputs[0][kept[here]]
+        vectors[known : known + len(rows)] = rows
+        known += len(rows)
         whole.update(outputs)
         for part, rows_of_part in zip(parts, members, strict=True):
             part.update([output[rows_of_part[here]] for output in outputs])
         if progress:
             progress(images.name, whole.moments.count)
-    vectors = torch.cat(rows) if rows else torch.zeros(0, network.num_features)
     indices = kept.nonzero()[:, 0]
     return FeatureSet(**vars(whole), rows=vectors, indices=indices, places=places, parts=tuple(parts))
 

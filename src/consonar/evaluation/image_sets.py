@@ -58,8 +58,12 @@ def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
         raise UserError(f"{path}: no array 'images' or 'arr_0'; it holds {', '.join(keys) or 'no array'}{also}")
     with npz_member(path, key) as array:
         shape, dtype = array.shape, array.dtype
+        if shape[:1] == (0,):
+            raise UserError(f"{path}: {key} holds no image; its shape is {shape}")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or array.fortran_order or 0 in shape:
-            raise UserError(f"{path}: {key} is {dtype} {shape}; expected uint8 (count, height, width, 3) in C order")
+            levels = " with levels from 0 to 255" if dtype.kind == "f" else ""
+            expected = f"uint8 (count, height, width, 3){levels} in C order"
+            raise UserError(f"{path}: {key} is {dtype} {shape}; expected {expected}")
 
     def stream(batch_size: int) -> Iterator[np.ndarray]:
         with npz_member(path, key) as array:

@@ -145,6 +145,8 @@ def _open_npz_reference(path: Path, image_size: int) -> ReferenceSet:
         npz_statistics(path, mean, cov) if keys.issuperset((mean, cov)) else None
         for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
     )
+    if "mu" in keys and statistics is None:
+        raise UserError(f"{path}: holds mu without sigma; statistics are both")
     if statistics is None or keys & {"images", "arr_0"}:
         images["reference"], shape = npz_image_set(path)
         if (size := _square(path, shape)) != image_size:
@@ -164,11 +166,13 @@ def npz_statistics(path: Path, mean: str, cov: str) -> tuple[Tensor, Tensor]:
     arrays = read_npz(path, (mean, cov))
     for key, array in arrays.items():
         if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise UserError(f"{path}: {key} is {array.dtype}; expected finite floating-point numbers")
+            what = "holds NaN or infinity" if array.dtype.kind == "f" else f"is {array.dtype}"
+            raise UserError(f"{path}: {key} {what}; expected finite floating-point numbers")
     shape, size = arrays[mean].shape, arrays[mean].size
     if size == 0 or shape != (size,) or arrays[cov].shape != (size, size):
         shapes = f"{mean} has shape {shape}, {cov} {arrays[cov].shape}"
-        raise UserError(f"{path}: {shapes}; expected (F,) and (F, F)")
+        swapped = "; are the two exchanged?" if (len(shape), arrays[cov].ndim) == (2, 1) else ""
+        raise UserError(f"{path}: {shapes}; expected (F,) and (F, F){swapped}")
     return torch.from_numpy(arrays[mean].astype(np.float64)), torch.from_numpy(arrays[cov].astype(np.float64))
 
 

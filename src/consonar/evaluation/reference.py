@@ -53,20 +53,26 @@ class PreparedReference:
         gaussians = {name: (found.moments.mean, found.moments.cov) for name, found in self.features.items()}
         if own and self.features:
             check_own_statistics(given.name, own["reference"], self.features["reference"].moments)
-        self.target = Target(gaussians | own if settings.wants("fd", "fd-infinity") else {})
+        self.target = self.made_target(gaussians | own if settings.wants("fd", "fd-infinity") else {})
         self.spatial: Target | None = None
         if isinstance(network, ScoringNetwork) and (given.spatial_statistics or not given.statistics):
             spatial = {name: (kept.mean, kept.cov) for name, found in self.features.items() if (kept := found.spatial)}
             what = f"{network.name} (spatial)"
             spatial |= given_gaussian(given, given.spatial_statistics, what, network.num_spatial)
-            self.spatial = Target(spatial if settings.wants("sfd") else {})
+            self.spatial = self.made_target(spatial if settings.wants("sfd") else {})
         self.kernel_mean = cache(lambda name: kernel_mean(self.vectors[name]))
+
+    def made_target(self, gaussians: dict[str, tuple[Tensor, Tensor]]) -> Target:
+        try:
+            return Target(gaussians)
+        except UserError as error:  # of the matrix, which does not know whose it is
+            raise UserError(f"reference {self.given.name}: {error}") from error
 
     @cached_property
     def vectors(self) -> dict[str, Tensor]:
         """Of each set of images those (R, F) that samples are compared with one by one, in a drawn order."""
         most = self.settings.max_neighbours_images
-        return {name: found.drawn[:most] for name, found in self.features.items()}
+        return {name: found.first(most).drawn for name, found in self.features.items()}
 
     @property
     def neighbours(self) -> Tensor | None:

@@ -1,6 +1,5 @@
 """What `evaluate` returns, metrics with everything that makes them a result, and the files that record it."""
 
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from consonar.distributed import ALONE, World, of_every
 from consonar.errors import UserError
 from consonar.files.lock import hold, remove_partials
 from consonar.files.readers import has_keys, plain_name, read_json
-from consonar.files.writers import check_replaced, file_sha256, write_json
+from consonar.files.writers import check_replaced, check_writable, file_sha256, write_json
 from consonar.json_types import Json, JsonMap
 from consonar.metrics.copying import CopyRate
 
@@ -64,9 +63,8 @@ def check_place(path: Path, *, overwrite: bool, key: str) -> None:
     """Makes the folder of results; `UserError` where they cannot be written, or would replace anything but results."""
     is_ours = partial(has_keys, keys={"schema", "metrics"})
     check_replaced(path, key, "results.json", "holds no results", is_ours, overwrite=overwrite)
+    check_writable(path, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{key}: {path.parent} cannot be written; choose another folder")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from torch import Tensor
 
-from consonar.errors import check_choice
+from consonar.errors import UserError, check_choice
 from consonar.evaluation.features import FeatureSet, Statistics
 from consonar.evaluation.inputs import SampleSet
 from consonar.evaluation.reference import PreparedReference
@@ -151,9 +151,11 @@ def key_of(template: str) -> str:
 
 
 def check_metrics(settings: EvaluationSettings) -> None:
-    """Raises `UserError` for metrics that are not in the table."""
+    """Raises `UserError` for metrics that are not in the table, and for one that is given twice."""
     for metric in settings.metrics:
         check_choice("metrics", metric, dict.fromkeys(map(key_of, SAMPLE_METRICS)))
+        if settings.metrics.count(metric) > 1:
+            raise UserError(f"metrics: {metric!r} is given twice, in {','.join(settings.metrics)!r}; keep one")
 
 
 def measure(

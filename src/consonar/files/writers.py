@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,15 @@ def check_replaced(
         raise UserError(f"{key}: {path} already exists; choose another name, or add --overwrite")
     if path.exists() and not is_ours(path):
         raise UserError(f"{key}: {path} exists and {fault}, so it is not overwritten; choose another name")
+
+
+def check_writable(out: Path, key: str) -> None:
+    """Raises `UserError` where nothing can be written at `out`, before there is work to lose: it is tried."""
+    place = out if out.is_dir() else next(parent for parent in out.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{key}: {place} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:

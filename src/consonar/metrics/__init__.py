@@ -42,7 +42,7 @@ METRICS = (
     ),
     Metric("FD per class(", direction=-1, meaning="is the mean of the distances within single classes"),
     Metric("sFD(", direction=-1),
-    Metric("KID(", direction=-1, meaning="is without the bias of few samples, so it is below 0 at times"),
+    Metric("KID(", direction=-1, meaning="is without the bias of few samples: around 0 for perfect ones"),
     Metric("IS(", direction=1),
     Metric("precision", direction=1, meaning="is the share of samples that look real"),
     Metric("recall", direction=1, meaning="is the share of real variety that samples cover"),

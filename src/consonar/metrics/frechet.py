@@ -36,8 +36,8 @@ def frechet_distance_at_infinity(
     below 0 by its error. The error has three parts, added as squares: that of the samples, whose effect is the same at
     every size (standard error of the mean of the quarters), that of the line (standard error of its intercept), and
     where the line ends for as many draws (by `seed`) from the Gaussian itself, whose distance is 0: far from it where
-    samples are few beside the features, for then the bias is not of the form of a line. Raises UserError for fewer
-    than 8 samples.
+    samples are few beside the features, for then the bias is not of the form of a line. Samples that are the set that
+    the Gaussian was fitted to are at distance 0 without an error. Raises UserError for fewer than 8 samples.
     """
     if len(samples) < 2 * SUBSETS[-1]:
         raise UserError(f"fd-infinity: {len(samples)} samples; it needs at least {2 * SUBSETS[-1]}")
@@ -51,6 +51,8 @@ def frechet_distance_at_infinity(
             moments.update(part)
             smallest.append(frechet_distance(mean, cov, moments.mean, moments.cov, root1=root))
         distances.append(fmean(smallest))
+        if distances[0] == 0:
+            return 0.0, 0.0
         of_draws.append(distance_of_draws(root, sizes[-1], derive_seed(seed, count)))
     value, of_line = line_end(sizes, distances)
     bias, _ = line_end(sizes, of_draws)
