@@ -49,6 +49,7 @@ class ImageRecord:
     """Unique inside its source; what error messages and reports call it."""
     label: int | None = None
     caption: str | None = None
+    """What it shows; of several captions each is a line."""
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig, pad_prompts
 from consonar.generators.llamagen import LlamaGenConfig
+from consonar.generators.rear import ReARConfig
 from consonar.origin import Origin
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
@@ -26,10 +27,15 @@ ROTARY = {
     "residual_dropout": 0.0, "ffn_dropout": 0.0, "vocab_size": 32, "num_tokens": LENGTH,
 }  # fmt: skip
 LLAMAGEN = LlamaGenConfig(**ROTARY, num_classes=NUM_CLASSES, grid=Grid(4, 4))
+REAR = ReARConfig(width=32, num_layers=2, num_heads=4, dropout=0.0, vocab_size=32, num_tokens=LENGTH)
 # One tiny model of each kind that `tiny_generator` does not make; a new kind needs its own line here.
 CONFIGS = {
     "llamagen": LLAMAGEN,
     "llamagen, text": replace(LLAMAGEN, condition="text", num_condition_tokens=4, caption_dim=6, num_classes=0),
+    "rear, text": replace(REAR, condition="text", num_condition_tokens=4, caption_dim=6),
+    "rear, text before the image alone": replace(
+        REAR, condition="text", num_condition_tokens=4, caption_dim=6, pooled=False
+    ),
     "alitok-ar": AliTokARConfig(**ROTARY, num_classes=NUM_CLASSES, grid=Grid(3, 4, prefix=4)),
     "janus": JanusConfig(
         width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=48, text_vocab_size=20, pad_token=1,
@@ -161,6 +167,22 @@ def test_every_condition_differs_and_the_null_one_is_its_own(model, condition, t
     for i in range(4):
         for j in range(i):
             assert not torch.isclose(logits[i, 0], logits[j, 0]).all()
+
+
+@torch.inference_mode()
+def test_a_condition_never_reaches_another_row(model, condition, tokens):
+    """Bit for bit: of three conditions the last becomes the null one, and the logits of the others stay."""
+    last = torch.tensor([False, False, True])
+    other = records.select(~last, condition, model.null_condition(condition))
+    before, after = model(tokens, condition)[0], model(tokens, other)[0]
+    assert torch.equal(before[:2], after[:2]) and not torch.equal(before[2], after[2])
+
+
+@torch.inference_mode()
+def test_no_guidance_reads_no_null_condition(model, condition, monkeypatch):
+    plain, _ = sample_tokens(model, condition, range(3), SamplerConfig(guidance_scale=1.0))
+    monkeypatch.setattr(model, "null_condition", None)
+    assert torch.equal(sample_tokens(model, condition, range(3), SamplerConfig(guidance_scale=1.0))[0], plain)
 
 
 @torch.inference_mode()

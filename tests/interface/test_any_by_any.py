@@ -54,6 +54,7 @@ BY_CLASS = {
     "alitok-ar": AliTokARConfig(**ROTARY),
 }
 BY_TEXT = {
+    "rear": replace(BY_CLASS["rear"], condition="text", num_condition_tokens=4, caption_dim=6),
     "llamagen": LlamaGenConfig(**ROTARY, condition="text", num_condition_tokens=4, caption_dim=6),
     "janus": JanusConfig(
         width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=48, text_vocab_size=20, pad_token=1,

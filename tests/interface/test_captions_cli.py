@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import save_pictures, save_tokenizer_of_32
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from consonar.cli import main
@@ -300,3 +301,17 @@ def test_a_released_llamagen_for_captions_is_sampled_and_post_trained(place, tmp
     before, after = load_generator(tmp_path / "t2i").state_dict(), load_generator(tmp_path / "run").state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert "output.weight" in moved and "cls_embedding.uncond_embedding" not in moved  # drawn once, as released
+
+
+def test_captions_stand_under_pictures(place, tmp_path):
+    """A contact sheet is as high as its pictures and their captions, whatever letters these have."""
+    for name, prompt in (
+        ("short", "a dog"),
+        ("long", "a large red dog left of a small blue cat"),
+        ("other", "一只 é\n<b>"),
+    ):
+        main(["sample", str(place / "run"), "--prompt", prompt, "--out", str(tmp_path / f"{name}.png")])
+    heights = {path.stem: Image.open(path).height for path in tmp_path.glob("*.png")}
+    assert heights["long"] > heights["short"] > 32 and heights["other"] > 32
+    for preview in (place / "run/samples").glob("*.png"):
+        assert Image.open(preview).height > 2 * 32 + 20

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from consonar.data import captions as module
-from consonar.data.captions import CaptionFeatures
+from consonar.data.captions import CaptionFeatures, all_captions, in_lines
+from consonar.data.loader import ImageBatches
+from consonar.data.picture_files import wrapped
 from consonar.errors import UserError
 from consonar.origin import Origin
 from consonar.training.captions import read_by
@@ -46,6 +48,46 @@ def test_what_is_read_is_what_the_encoder_gives(tmp_path):
         found = features.read(rows)
         assert len(features) == 7
         assert torch.equal(found.features, expected.features[rows]) and torch.equal(found.mask, expected.mask[rows])
+
+
+def test_of_several_captions_one_is_read_as_drawn(tmp_path):
+    items = ["bee", ("cow", "dog", "ant"), ("elephants", "a")]
+    features = CaptionFeatures(items, Spelling(), folder=tmp_path)
+    assert len(features) == 3
+    rows, draws = torch.tensor([1, 1, 1, 2, 2, 0]), torch.tensor([0, 4, 2, 1, 6, 5])
+    expected = Spelling().encode(["cow", "dog", "ant", "a", "elephants", "bee"])
+    assert torch.equal(features.read(rows, draws).features, expected.features)
+    assert torch.equal(features.read(rows[:1]).features, expected.features[:1])  # without draws the first
+    flat = CaptionFeatures(["bee", "cow", "dog", "ant", "elephants", "a"], Spelling(), folder=tmp_path)
+    assert flat.content != features.content
+
+
+def test_a_step_draws_one_caption_of_each_item_whatever_the_number_of_processes(tmp_path):
+    items = [("one", "two"), ("cow", "dog", "ant"), "bee"]
+    features = CaptionFeatures(items, Spelling(), folder=tmp_path)
+
+    def batches(size, rank, world_size):
+        images = torch.zeros(3, 4, 4, 3, dtype=torch.uint8)
+        return ImageBatches(
+            3, "here", lambda rows: (images[rows], rows), captions=features, batch_size=size, seed=0, rank=rank,
+            world_size=world_size,
+        )  # fmt: skip
+
+    seen = {}
+    for step in range(8):
+        whole = batches(4, 0, 1).batch(step)
+        halves = [batches(2, rank, 2).batch(step) for rank in range(2)]
+        for row in range(4):
+            assert torch.equal(whole.condition.features[row], halves[row % 2].condition.features[row // 2])
+            letters = [chr(int(number)) for number in whole.condition.features[row, :, 0] if number]
+            seen.setdefault(int(whole.indices[row]), set()).add("".join(letters))
+    assert seen == {0: {"one", "two"}, 1: {"cow", "dog", "ant"}, 2: {"bee"}}
+
+
+def test_lines_are_captions():
+    assert all_captions([in_lines(["a\ndog", "a cat"]), "one"], "here") == [("a dog", "a cat"), ("one",)]
+    with pytest.raises(UserError, match="here: 2 of 3 items have no caption"):
+        all_captions(["x", " \n", None], "here")
 
 
 def test_different_captions_are_encoded_once_and_an_ended_job_goes_on(tmp_path):
@@ -92,3 +134,9 @@ def test_what_captions_say_is_part_of_what_a_run_was_made_of(tmp_path):
         named.append(read_by(origin, Spelling(), "spelling", features, features))
     assert named[0] == named[1] and len({one.data_sha256 for one in [origin, *named]}) == 4
     assert named[0].validation_sha256 is None
+
+
+def test_captions_are_cut_to_the_width_of_a_picture():
+    assert wrapped("two red apples above a dog", 10, len) == ["two red", "apples", "above a", "dog"]
+    assert wrapped("one two three four five six", 5, len) == ["one", "two", "three", "four…"]
+    assert wrapped("elephantine", 5, len) == ["elep…"] and wrapped(" \n", 5, len) == [""]

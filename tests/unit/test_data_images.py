@@ -158,6 +158,16 @@ def test_saved_data_set_columns_are_found_by_type(tmp_path):
     assert levels(open_source(f"arrow:{arrow_file}", image_size=8)) == [10, 20]
 
 
+def test_a_column_of_lists_holds_several_captions(tmp_path):
+    rows = {"captions": [["a cat", "the\ncat"], []], "tags": [["x"], ["y"]]}
+    data = table().remove_columns("text")
+    for name, values in rows.items():
+        data = data.add_column(name, values)
+    data.save_to_disk(tmp_path / "d")
+    assert [r.caption for r in open_source(f"arrow:{tmp_path}/d", image_size=8)] == ["a cat\nthe cat", None]
+    assert [r.caption for r in open_source(f"arrow:{tmp_path}/d?caption=tags", image_size=8)] == ["x", "y"]
+
+
 def test_ambiguous_columns_are_listed_and_can_be_chosen(tmp_path):
     data = table().add_column("title", ["x", "y"]).rename_column("text", "note")
     data.save_to_disk(tmp_path / "d")

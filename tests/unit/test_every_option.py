@@ -73,6 +73,7 @@ BASES: dict[type, Any] = {
 }
 HEADS = {"embedding_weight": 0.5, "head_width": 16}
 HEAD_OPTIONS = ("heads", "encode_layer", "decode_layer", "head_depth", "head_width")
+CAPTIONS = {"num_condition_tokens": 4, "caption_dim": 6}
 FREE = {"rollout": "free", "ce_weight": 0.0}
 # What an option needs to be read, where the base has it not.
 NEEDS: dict[tuple[type, str], dict[str, Any]] = {
@@ -106,9 +107,14 @@ NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (ReconstructionConfig, "perceptual_weights"): {"perceptual_weight": 0.5, "perceptual": "lpips"},
     (ReconstructionConfig, "discriminator_start"): {"discriminator_weight": 0.5},
     **{(kind, "ffn_width"): {"multiple_of": 256} for kind in (LlamaGenConfig, AliTokARConfig)},
-    (LlamaGenConfig, "caption_dim"): {"condition": "text", "num_classes": 0, "num_condition_tokens": 4},
-    (LlamaGenConfig, "num_condition_tokens"): {"condition": "text", "num_classes": 0, "caption_dim": 6},
-    (LlamaGenConfig, "condition"): {"num_classes": 0},
+    **{
+        (kind, name): {"condition": "text", "num_classes": 0}
+        | {key: value for key, value in CAPTIONS.items() if key != name}
+        for kind in (LlamaGenConfig, ReARConfig)
+        for name in CAPTIONS
+    },
+    (ReARConfig, "pooled"): {"condition": "text", "num_classes": 0, **CAPTIONS},
+    **{(kind, "condition"): {"num_classes": 0} for kind in (LlamaGenConfig, ReARConfig)},
     **{
         (kind, "discriminator"): {"rewards": {"patch-discriminator": 1.0}, "discriminator": "nowhere"}
         for kind in kinds("post-training").values()
@@ -287,8 +293,8 @@ def module_of(config: Any):
         elif module.num_classes:
             condition = torch.tensor([0, 1])
         else:
-            features = torch.randn(2, module.prefix_length, config.caption_dim, generator=rng)
-            condition = TextCondition(features, torch.ones(2, module.prefix_length, dtype=torch.bool))
+            features = torch.randn(2, *config.caption_shape, generator=rng)
+            condition = TextCondition(features, torch.ones(features.shape[:2], dtype=torch.bool))
         tokens = torch.randint(min(32, config.vocab_size), (2, config.num_tokens), generator=rng)
         for mode in (False, True):
             for given in (condition, module.null_condition(condition)):

@@ -101,8 +101,9 @@ def test_a_store_of_shards_has_classes_by_the_file_and_every_picture_once(tars, 
 
 def test_what_a_sample_says(tmp_path):
     files = [
-        ("a.jpg", encoded(0, "JPEG")), ("a.txt", b" a caption\n"), ("b.webp", encoded(1, "WEBP")),
-        ("b.json", json.dumps({"label": 4, "caption": "told", "fine": "7"}).encode()), ("b.npy", b"left out"),
+        ("a.jpg", encoded(0, "JPEG")), ("a.txt", b" a caption\nanother\n"), ("b.webp", encoded(1, "WEBP")),
+        ("b.json", json.dumps({"label": 4, "caption": ["told", "in\nlines"], "fine": "7"}).encode()),
+        ("b.npy", b"left out"),
         ("c.left.png", encoded(2)), ("c.right.png", encoded(3)), ("c.cls", b"-1"), ("._c.png", b"of a Mac"),
     ]  # fmt: skip
     (tmp_path / "x.tar").write_bytes(tar_of(*files))
@@ -112,7 +113,12 @@ def test_what_a_sample_says(tmp_path):
     assert [unread.label for unread in right] == [None, 4, None]
     (tmp_path / "x.tar.gz").write_bytes(tar_of(*files[:5], mode="w:gz"))
     first, second = open_shards("webdataset", f"{tmp_path}/x.tar.gz", "train")
-    assert (first.label, first.caption, second.label, second.caption) == (None, "a caption", 4, "told")
+    assert (first.label, first.caption, second.label, second.caption) == (
+        None,
+        "a caption\nanother",
+        4,
+        "told\nin lines",
+    )
     assert [r.label for r in open_shards("webdataset", f"{tmp_path}/x.tar.gz?label=fine", "train")] == [None, 7]
     for data, said in ((b"tench", r"x\.tar/a: label 'tench' is no number"), (b"[1]", r"a\.json: not a table of JSON")):
         (tmp_path / "x.tar").write_bytes(tar_of(("a.png", encoded(0)), ("a.cls" if data[0] == 116 else "a.json", data)))

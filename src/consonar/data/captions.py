@@ -26,13 +26,14 @@ REMEDY = "delete it, it is made again"
 class CaptionFeatures:
     """The features of `captions` by `encoder`, in batches of rows; they equal what the encoder gives.
 
-    `folder`: where they are kept (`captions` in the cache folder). Where nothing can be kept they stay in memory.
+    An item may have several captions: a tuple of them, of which one is read at a time. `folder`: where features are
+    kept (`captions` in the cache folder). Where nothing can be kept they stay in memory.
     `progress(done, total)` counts captions. Raises `UserError` as the encoder does, and for a damaged file.
     """
 
     def __init__(
         self,
-        captions: Sequence[str],
+        captions: Sequence[str | tuple[str, ...]],
         encoder: TextEncoder,
         *,
         folder: Path | None = None,
@@ -40,12 +41,16 @@ class CaptionFeatures:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.width = encoder.width
-        different = sorted(set(captions))
-        self.content = hashlib.sha256("\0".join(captions).encode(errors="surrogatepass")).hexdigest()
+        items = [(caption,) if isinstance(caption, str) else caption for caption in captions]
+        self.counts = np.array([len(item) for item in items], np.int64)
+        self.firsts = self.counts.cumsum() - self.counts
+        different = sorted({caption for item in items for caption in item})
+        written = "\0".join("\n".join(item) for item in items)
+        self.content = hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()
         self.about = f"captions: {len(different):,} different, read by {encoder.name}"
         self.texts = different
         place = {caption: index for index, caption in enumerate(different)}
-        self.index = np.array([place[caption] for caption in captions], np.int64)
+        self.index = np.array([place[caption] for item in items for caption in item], np.int64)
         folder = cache_dir() / "captions" if folder is None else folder
         self.files: list[tuple[np.ndarray, np.ndarray]] = []
         for start in range(0, len(different), PER_FILE):
@@ -58,23 +63,30 @@ class CaptionFeatures:
         self.length = encoder.length if self.width else longest
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.counts)
 
-    def spread(self, count: int) -> TextCondition | PromptCondition:
-        """Those of so many items at equal steps; of fewer items all in turn."""
+    def spread(self, count: int) -> Tensor:
+        """So many items at equal steps; of fewer items all in turn."""
         rows = torch.arange(count)
-        return self.read(rows * len(self) // count if count <= len(self) else rows % len(self))
+        return rows * len(self) // count if count <= len(self) else rows % len(self)
 
-    def words(self, rows: Tensor) -> Captions:
-        """The captions `rows` (B,) themselves."""
-        return Captions(self.texts, torch.from_numpy(self.index[rows.numpy()]))
+    def chosen(self, rows: Tensor, draws: Tensor | None = None) -> np.ndarray:
+        """Which of the different captions is that of each item of `rows` (B,): the one that numbers `draws` (B,), 0 or
+        more, choose of several; None: the first."""
+        items = rows.numpy()
+        nth = 0 if draws is None else draws.numpy() % self.counts[items]
+        places: np.ndarray = self.index[self.firsts[items] + nth]
+        return places
 
-    def read(self, rows: Tensor) -> TextCondition | PromptCondition:
-        """Features (B, L, F), or tokens (B, length of the longest caption of all), and mask of the captions `rows`
-        (B,)."""
+    def words(self, rows: Tensor, draws: Tensor | None = None) -> Captions:
+        """The captions themselves (`chosen`)."""
+        return Captions(self.texts, torch.from_numpy(self.chosen(rows, draws)))
+
+    def read(self, rows: Tensor, draws: Tensor | None = None) -> TextCondition | PromptCondition:
+        """Their features (B, L, F), or tokens (B, length of the longest caption of all), and mask."""
         mask = np.zeros((len(rows), self.length), bool)
         values = np.zeros((*mask.shape, *of_token(self.width)[0]), of_token(self.width)[1])
-        for row, index in enumerate(self.index[rows.numpy()].tolist()):
+        for row, index in enumerate(self.chosen(rows, draws).tolist()):
             tokens, ends = self.files[index // PER_FILE]
             at = index % PER_FILE
             found = tokens[ends[at - 1] if at else 0 : ends[at]]
@@ -89,10 +101,16 @@ def of_token(width: int) -> tuple[tuple[int, ...], type[np.generic]]:
     return ((width,), np.float32) if width else ((), np.int64)
 
 
-def all_captions(captions: Iterable[str | None], where: str) -> list[str]:
-    """The captions. `UserError`, which begins with `where`, if one is missing or has no words."""
-    given = [caption or "" for caption in captions]
-    if missing := sum(not caption.strip() for caption in given):
+def in_lines(captions: Iterable[str]) -> str:
+    """Several captions of one picture as its one text, a line each."""
+    return "\n".join(" ".join(caption.split("\n")) for caption in captions)
+
+
+def all_captions(captions: Iterable[str | None], where: str) -> list[tuple[str, ...]]:
+    """The captions of each item, one a line (`in_lines`). `UserError`, which begins with `where`, if one has none with
+    words."""
+    given = [tuple(line for line in (text or "").split("\n") if line.strip()) for text in captions]
+    if missing := given.count(()):
         raise UserError(f"{where}: {missing} of {len(given)} items have no caption, and the generator takes captions")
     return given
 

@@ -5,6 +5,7 @@ from functools import cached_property, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
+from consonar.data.captions import in_lines
 from consonar.data.image_folder import choose_split, label_of
 from consonar.data.picture_files import ShardStream, Unread, read_image
 from consonar.data.store_format import check_buffers
@@ -34,19 +35,29 @@ def _pick_column(kind: str, candidates: list[str], preferred: tuple[str, ...], w
     return usual[0] if usual else None
 
 
+def caption_of(told: object) -> str | None:
+    """The captions that an entry of a table holds, one a line: a text is one, a list several."""
+    if told is None or told == []:
+        return None
+    return in_lines(map(str, told if isinstance(told, list) else [told]))
+
+
 class Columns:
     """Which columns of a table hold the pictures, labels and captions, by their types.
 
     The image column is the one of type Image, or where there is none one of encoded bytes; the label column the one of
     type ClassLabel, else an integer column named label, labels, class, class_id or cls; the caption column is the
-    string column. Where several qualify, the usual name (caption, text, prompt) decides, else `UserError` lists them;
-    `wanted` = {"image" | "label" | "caption": name} chooses by hand, with an empty name for none. Label -1 means
-    "unknown" in Hugging Face data sets and becomes None.
+    column of strings, or of lists of them, several captions. Where several qualify, the usual name (caption, text,
+    prompt) decides, else `UserError` lists them; `wanted` = {"image" | "label" | "caption": name} chooses by hand, with
+    an empty name for none. Label -1 means "unknown" in Hugging Face data sets and becomes None.
     """
 
     def __init__(self, features: Any, name: str, wanted: dict[str, str]) -> None:
         from datasets import ClassLabel, Value
         from datasets import Image as ImageFeature
+
+        def is_text(feature: object) -> bool:
+            return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
         if features is None:
             raise UserError(f"data: the column types of {name!r} are unknown when streamed; use hf: instead")
@@ -56,7 +67,9 @@ class Columns:
             images = [c for c, feature in features.items() if isinstance(feature, dict) and {*feature} == ENCODED]
             images += [c for c, dtype in plain.items() if dtype in ("binary", "large_binary")]
         labels = [c for c, feature in features.items() if isinstance(feature, ClassLabel)]
-        texts = [c for c, dtype in plain.items() if dtype in ("string", "large_string")]
+        texts = [c for c, feature in features.items() if is_text(feature)]
+        lists = [c for c, feature in features.items() if is_text(getattr(feature, "feature", None))]
+        texts += [c for c in lists if not texts or c in CAPTION_NAMES or c == wanted.get("caption")]  # else tags
         unasked = {*LABEL_NAMES, *WEBDATASET_NAMES} - {wanted.get("caption")}
         captions = [c for c in texts if c not in unasked]
         if "label" in wanted or not labels:
@@ -96,7 +109,7 @@ class Columns:
             with reading(name, "a picture elsewhere", kind=BadImage), fsspec.open(data, "rb") as file:
                 data = file.read()
         return ImageRecord(
-            read_image(data, name), name, self.label_of(row), row[self.caption] if self.caption else None
+            read_image(data, name), name, self.label_of(row), caption_of(row[self.caption]) if self.caption else None
         )
 
     def unread(self, row: JsonMap, name: str) -> Unread:

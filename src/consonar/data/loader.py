@@ -27,6 +27,8 @@ from consonar.seeding import derive_seed, generator, integers, permutation, rows
 from consonar.types import ImageBatch, ImageRecord, ImageSource, IndexedSource, TokenBatch
 
 Item = TypeVar("Item")
+MANY = 2**31
+"""Numbers that choose among the captions of an item, whose count divides them nearly evenly."""
 BLOCK = 10_000
 """Items after which several stores have given exactly their shares."""
 MAX_MEMORY = 4e9
@@ -151,8 +153,8 @@ class Batches(ABC, Generic[Item]):
 
 
 class TokenBatches(Batches[TokenBatch]):
-    """Batches of a token store: tokens (B, N), condition (B,), indices (B,), all int64; or, of an item's caption each,
-    conditions as `captions` has them.
+    """Batches of a token store: tokens (B, N), condition (B,), indices (B,), all int64; or, of an item's caption each
+    (of several one that is drawn from (seed, step)), conditions as `captions` has them.
 
     Of a store with several views of each image, one view per item is drawn from (seed, step); `read` takes the first.
     Of several stores each gives its share of `weights` (`mixed_rows`); without them all are read as one.
@@ -176,10 +178,10 @@ class TokenBatches(Batches[TokenBatch]):
         labelled = store.num_classes and captions is None
         self.labels = store.labels if labelled else torch.zeros(len(store), dtype=torch.int64)
 
-    def read(self, rows: Tensor, views: Tensor | None = None) -> TokenBatch:
-        """The items `rows` (B,), each in its view of `views` (B,)."""
+    def read(self, rows: Tensor, views: Tensor | None = None, draws: Tensor | None = None) -> TokenBatch:
+        """The items `rows` (B,), each in its view of `views` (B,), with the caption that `draws` (B,) choose."""
         tokens = self.store.read(rows, torch.zeros_like(rows) if views is None else views)
-        condition = self.labels[rows] if self.captions is None else self.captions.read(rows)
+        condition = self.labels[rows] if self.captions is None else self.captions.read(rows, draws)
         return TokenBatch(tokens=tokens, condition=condition, indices=rows)
 
     def rows(self, step: int) -> Tensor:
@@ -189,15 +191,15 @@ class TokenBatches(Batches[TokenBatch]):
         return mixed_rows(step, self.batch_size, self.sizes, self.shares, **place)
 
     def batch(self, step: int) -> TokenBatch:
-        return self.read(self.rows(step), self.draw("views", step, self.store.num_views))
+        views = self.draw("views", step, self.store.num_views)
+        return self.read(self.rows(step), views, self.draw("captions", step, MANY))
 
 
 class ImageBatches(Batches[ImageBatch]):
     """Batches of images: images (B, 3, H, W) float32 in [-1, 1], condition (B,) and indices (B,) int64.
 
     `load` gives the images (n, H, W, 3) uint8 and conditions (n,) of rows (n,); with `captions` the conditions are
-    those of the rows. `flip` mirrors half of the items, drawn
-    from (seed, step).
+    those of the rows, of several one that is drawn. `flip` mirrors half of the items. Both are drawn from (seed, step).
     """
 
     def __init__(
@@ -213,14 +215,15 @@ class ImageBatches(Batches[ImageBatch]):
         super().__init__(num_items, where, **place)
         self.load, self.flip, self.captions = load, flip, captions
 
-    def read(self, rows: Tensor) -> ImageBatch:
+    def read(self, rows: Tensor, draws: Tensor | None = None) -> ImageBatch:
         images, labels = self.load(rows)
         if self.captions is None:
             return ImageBatch(images=from_uint8(images), condition=labels, indices=rows)
-        return ImageBatch(from_uint8(images), self.captions.read(rows), rows, self.captions.words(rows))
+        condition, words = self.captions.read(rows, draws), self.captions.words(rows, draws)
+        return ImageBatch(from_uint8(images), condition, rows, words)
 
     def batch(self, step: int) -> ImageBatch:
-        batch = super().batch(step)
+        batch = self.read(self.rows(step), self.draw("captions", step, MANY))
         if not self.flip:
             return batch
         mirrored = self.draw("flip", step, 2).bool().view(-1, 1, 1, 1)  # (B, 1, 1, 1)

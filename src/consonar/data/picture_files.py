@@ -10,15 +10,16 @@ import math
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from consonar.data.transforms import to_rgb, to_uint8
@@ -34,6 +35,10 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JP
 """What is decoded, whatever a file is called. Pillow knows more; one of them runs another program (EPS)."""
 END_MARKS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 MAX_BYTES = 2**30
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
+"""Of the system, for captions: the first that is there."""
+MOST_LINES = 4
+"""Of a caption under a picture."""
 # Pillow refuses pictures with a megabyte of text or a profile in one piece, or 64 in all, which change no pixel here.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**24, 2**28
 MAX_ASPECT = 100
@@ -235,12 +240,45 @@ def prefetch(
         reader.shutdown(cancel_futures=True)
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Writes images (B, 3, H, W) in [-1, 1] as a PNG: rows of `columns` on white, two pixels apart."""
+def save_grid(images: Tensor, path: Path, columns: int = 8, captions: Sequence[str] = ()) -> None:
+    """Writes images (B, 3, H, W) in [-1, 1] as a PNG: rows of `columns` on white, two pixels apart; under them the B
+    captions, where there are any, cut to what fits."""
     pixels = to_uint8(images).numpy()  # (B, H, W, 3)
     count, height, width, _ = pixels.shape
-    columns, down, right = min(columns, count), height + 2, width + 2
+    font, line = font_of(size := max(9, width // 20)), math.ceil(size * 1.25)
+    texts = [wrapped(caption, width, font.getlength) for caption in captions]
+    room = max(map(len, texts), default=0) * line
+    columns, down, right = min(columns, count), height + 2 + room, width + 2
     canvas = Image.new("RGB", (columns * right - 2, math.ceil(count / columns) * down - 2), "white")
+    draw = ImageDraw.Draw(canvas)
     for index, picture in enumerate(pixels):
-        canvas.paste(Image.fromarray(picture), (index % columns * right, index // columns * down))
+        left, top = index % columns * right, index // columns * down
+        canvas.paste(Image.fromarray(picture), (left, top))
+        for number, words in enumerate(texts[index] if texts else ()):
+            draw.text((left, top + height + number * line), words, fill="black", font=font)
     write_atomically(path, lambda partial: canvas.save(partial, format="PNG"))
+
+
+def font_of(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """One of `FONTS`, else Pillow's own, which has the letters of English alone."""
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]:
+    """The words in at most `MOST_LINES` lines of this width, where `length` says how long a text is; "…" ends what was
+    cut."""
+    lines = [""]
+    for word in text.split():
+        whole = f"{lines[-1]} {word}".lstrip()
+        lines[-1:] = [whole] if length(whole) <= width or not lines[-1] else [lines[-1], word]
+    shown = lines[:MOST_LINES]
+    if len(lines) > MOST_LINES:
+        shown[-1] += "…"
+    for number, line in enumerate(shown):
+        if length(line) > width:
+            end = next(end for end in range(len(line), -1, -1) if length(f"{line[:end]}…") <= width or not end)
+            shown[number] = f"{line[:end]}…"
+    return shown

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from consonar.data.huggingface import CAPTION_NAMES, LABEL_NAMES, Columns, columns_wanted
+from consonar.data.huggingface import CAPTION_NAMES, LABEL_NAMES, Columns, caption_of, columns_wanted
 from consonar.data.picture_files import IMAGE_ENDINGS, MAX_BYTES, ShardStream, Unread, read_image
 from consonar.errors import BadImage, MissingSplit, UserError, reading
 from consonar.files.readers import home_expanded, parse_json
@@ -232,7 +232,9 @@ def sample_picture(sample: dict[str, bytes], wanted: dict[str, str], name: str) 
     def value(key: str, names: Sequence[str]) -> object:
         return next((told[word] for word in ([wanted[key]] if key in wanted else names) if word in told), None)
 
-    label, caption = value("label", ("cls", *LABEL_NAMES)), value("caption", ("txt", *CAPTION_NAMES))
+    label, told_caption = value("label", ("cls", *LABEL_NAMES)), value("caption", ("txt", *CAPTION_NAMES))
+    # Of the lines of a .txt each is a caption.
+    caption = told_caption if told_caption is told.get("txt") else caption_of(told_caption)
     if not (label is None or re.fullmatch(r"-1|\d{1,18}", str(label))):
         raise UserError(f"{name}: label {label!r} is no number; add ?label= to the data's name for none")
     known = None if label is None or int(str(label)) == -1 else int(str(label))
@@ -240,6 +242,6 @@ def sample_picture(sample: dict[str, bytes], wanted: dict[str, str], name: str) 
     def read() -> ImageRecord:
         if image not in sample:
             raise BadImage(f"{name}: no picture{f' .{image}' if image else ''} beside {', '.join(sample)}")
-        return ImageRecord(read_image(sample[image], name), name, known, None if caption is None else str(caption))
+        return ImageRecord(read_image(sample[image], name), name, known, caption)
 
     return Unread(known, read)

@@ -99,8 +99,8 @@ class Sharpness:
         return torch.cat(tokens), labels, captions
 
     @cached_property
-    def captions(self) -> list[str]:
-        """Of all validation images. `UserError` where there are no images, or one has no caption."""
+    def captions(self) -> list[tuple[str, ...]]:
+        """Of every validation image. `UserError` where there are no images, or one has no caption."""
         if isinstance(self.source, str):
             raise UserError(
                 f"reference: samples are drawn for the captions of its validation images, and {self.source}; "

@@ -93,12 +93,12 @@ class FinishedRun:
         )
 
     def asked(self, count: int, sharpness: Sharpness) -> tuple[Tensor, Prompts | None]:
-        """Of so many samples the classes (count,), or the numbers of the prompts, which then come with them: captions
-        of the validation images in turn, of more captions than samples those at equal steps."""
+        """Of so many samples the classes (count,), or the numbers of the prompts, which then come with them: the
+        (first) captions of the validation images in turn, of more captions than samples those at equal steps."""
         if self.encoder is None:
             return balanced_labels(count, self.generator.num_classes), None
         captions = sharpness.captions
-        texts = [captions[i] for i in balanced_labels(min(count, len(captions)), len(captions)).tolist()]
+        texts = [captions[i][0] for i in balanced_labels(min(count, len(captions)), len(captions)).tolist()]
         return balanced_labels(count, len(texts)), Prompts.read_by(self.encoder, texts)
 
 

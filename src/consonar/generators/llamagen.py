@@ -14,9 +14,7 @@ Letters: `B` batch, `n` new positions, `N` tokens, `V` codes, `D` width, `P` con
 feature.
 """
 
-import math
-from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -24,11 +22,10 @@ from torch import Tensor, nn
 
 from consonar.attention import CausalAttention, KVCache, rotate
 from consonar.errors import UserError
+from consonar.generators.captions import CAPTIONS, CaptionEmbedding
 from consonar.generators.rotary import RMSNorm, RotaryConfig, RotaryGenerator, SwiGLU
-from consonar.options import Count, CountOrZero, Divides, ReadOnlyWith
+from consonar.options import Count, CountOrZero, Divides
 from consonar.types import TextCondition
-
-CAPTIONS = ReadOnlyWith(lambda given: given.condition == "text", "{}condition 'text'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +113,6 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class CaptionEmbedding(nn.Module):
-    """(B, P, D) from caption features (B, P, F), and the features (P, F) that stand for no caption."""
-
-    uncond_embedding: Tensor
-
-    def __init__(self, num_tokens: int, caption_dim: int, width: int):
-        super().__init__()
-        fc1, fc2 = nn.Linear(caption_dim, width, bias=False), nn.Linear(width, width, bias=False)
-        self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
-        self.register_buffer("uncond_embedding", torch.zeros(num_tokens, caption_dim))
-
-    def forward(self, condition: TextCondition) -> Tensor:
-        # Padding is hidden by the mask; zeros are what the released model was fed there.
-        features = condition.features * condition.mask[:, :, None]
-        return self.cap_proj(features.to(self.cap_proj.get_parameter("fc1.weight").dtype))
-
-
 class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
     config: LlamaGenConfig
 
@@ -160,8 +140,7 @@ class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
         """As `RotaryGenerator.reset_parameters`; the null caption has rows of length about 1."""
         super().reset_parameters(rng)
         if isinstance(self.cls_embedding, CaptionEmbedding):
-            null = self.cls_embedding.uncond_embedding
-            nn.init.normal_(null, std=1 / math.sqrt(null.shape[1]), generator=rng)
+            self.cls_embedding.draw_null(rng)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         return self.tok_embeddings(tokens)
@@ -169,19 +148,13 @@ class LlamaGenGenerator(RotaryGenerator[Tensor | TextCondition]):
     def embed_condition(self, condition: Tensor | TextCondition) -> Tensor:
         if isinstance(self.cls_embedding, nn.ModuleDict):
             return self.cls_embedding["embedding_table"](condition)[:, None]
-        assert isinstance(condition, TextCondition), "this generator takes captions"
-        given, expected = tuple(condition.features.shape[1:]), (self.prefix_length, self.config.caption_dim)
-        if given != expected:
-            raise UserError(f"condition.features: {given} per caption, the generator takes {expected}")
-        return self.cls_embedding(condition)
+        return self.cls_embedding.checked(condition)
 
     def kept_positions(self, condition: Tensor | TextCondition) -> Tensor | None:
         return condition.mask if isinstance(condition, TextCondition) else None
 
     def null_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
-        """The null class, or the null caption under the mask of the caption (so the released sampler does)."""
-        if not isinstance(condition, TextCondition):
-            return super().null_condition(condition)
-        assert isinstance(self.cls_embedding, CaptionEmbedding)  # captions come to a generator of captions only
-        null = self.cls_embedding.uncond_embedding.to(condition.features.dtype)
-        return replace(condition, features=null.expand_as(condition.features))
+        """The null class, or the null caption."""
+        if isinstance(self.cls_embedding, CaptionEmbedding):
+            return self.cls_embedding.null(condition)
+        return super().null_condition(condition)

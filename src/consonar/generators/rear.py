@@ -1,4 +1,4 @@
-"""The causal transformer of RAR (arXiv 2411.00776) and reAR (arXiv 2510.04450), in raster order.
+"""The causal transformer of RAR (arXiv 2411.00776) and reAR (arXiv 2510.04450), in raster order; for captions too.
 
 State-dict keys are those of the released checkpoints, so that released weights load without renaming. Facts kept from
 them: one embedding table for codes, the mask, the classes and the null class, in this order; sequence [cls, condition,
@@ -6,10 +6,14 @@ token 0, ...]; the position that predicts token t also receives the target-aware
 SiLU(condition embedding + step embedding of the position); chunks shift, scale, gate for attention, then for the MLP,
 but scale, shift before the head; LayerNorm eps 1e-6 everywhere, on queries and keys too; exact GELU.
 
+Captions are ours, no released model has them: the features of a caption's tokens, projected as LlamaGen's, stand in the
+place of the class, [cls, caption, token 0, ...], where padding is hidden; AdaLN reads the step embedding alone, or with
+`pooled` the projected mean of the features as well. The null caption is LlamaGen's.
+
 Deviations: the last token is read in training (reAR's encode head regresses its code there) but no logits are made
 from it; the alignment heads live in `training.trainee`, not here; `forward` never corrupts its input.
 
-Letters: `B` batch, `N` tokens, `V` codes, `D` width, `L` = N + 2 positions.
+Letters: `B` batch, `N` tokens, `V` codes, `D` width, `P` positions before the tokens, `L` = P + N positions.
 """
 
 from collections import OrderedDict
@@ -26,8 +30,10 @@ from consonar.attention import KVCache, NormedAttention, attention_mask
 from consonar.errors import UserError
 from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig
+from consonar.generators.captions import CAPTIONS, CaptionEmbedding
 from consonar.options import Count, CountOrZero, Depth, Divides, Positive, ShareBelowOne
 from consonar.seeding import draw_weights
+from consonar.types import TextCondition
 
 # Spare rows of the position tables in the released checkpoints.
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100
@@ -52,16 +58,34 @@ class ReARConfig(GeneratorConfig):
     """Dropout after attention and MLP, and on the attention weights."""
     num_classes: CountOrZero = 0
     """Classes; 0: taken from the token store."""
+    condition: Literal["class", "text"] = "class"
+    """What it is conditioned on: a class id, or the features of a caption."""
+    caption_dim: Annotated[Count, CAPTIONS] = 2048
+    """Width of a caption feature (text only)."""
+    num_condition_tokens: Annotated[Count, CAPTIONS] = 120
+    """Positions of a caption (text only)."""
+    pooled: Annotated[bool, CAPTIONS] = True
+    """Whether AdaLN reads the mean of a caption's features (text only)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.condition == "text" and self.num_classes:
+            raise UserError(f"model.num_classes: {self.num_classes}, but model.condition is text, which has none")
         if self.width * self.mlp_ratio < 1:
             raise UserError(f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP no unit; at least 1 / model.width")
 
     @property
+    def has_classes(self) -> bool:
+        return self.condition == "class"
+
+    @property
+    def caption_shape(self) -> tuple[int, int]:
+        return self.num_condition_tokens, self.caption_dim
+
+    @property
     def prefix_length(self) -> int:
         """P: cls and the condition."""
-        return 2
+        return 1 + (self.num_condition_tokens if self.condition == "text" else 1)
 
 
 REAR_PRESETS = {
@@ -102,9 +126,10 @@ def positions_ahead(num_rows: int) -> int:
 class Condition:
     """What AdaLN reads at every position: `vectors` (R, L, D), and which of them belongs to each image.
 
-    With few classes there is one row per class, so that the projections, a third of the model's arithmetic, run once
-    per class; `rows` (B,) then says which. None: row b is image b. Or, in the place of `vectors`, what the projections
-    of all blocks and the head made of them ahead, (R, L, 6 D) and the last (R, L, 2 D).
+    With few classes there is one row per class, and one for all captions where AdaLN reads none, so that the
+    projections, a third of the model's arithmetic, run once for each; `rows` (B,) then says which. None: row b is
+    image b. Or, in the place of `vectors`, what the projections of all blocks and the head made of them ahead,
+    (R, L, 6 D) and the last (R, L, 2 D).
     """
 
     rows: Tensor | None
@@ -155,18 +180,23 @@ class HeadModulation(nn.Module):
         return modulate(self.norm_final(x), shift, scale)
 
 
-class ReARGenerator(CausalGenerator[Tensor]):
+class ReARGenerator(CausalGenerator[Tensor | TextCondition]):
     config: ReARConfig
 
     def __init__(self, config: ReARConfig):
         super().__init__(config, config.num_classes)
         self.mask_token = config.vocab_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_POSITIONS, config.width))
-        self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_POSITIONS, config.width))
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, config.num_tokens + SPARE_STEPS, config.width))
+        spare = (max(least, self.prefix_length) for least in (SPARE_POSITIONS, SPARE_STEPS))
+        positions, steps = (config.num_tokens + rows for rows in spare)
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))
+        self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, steps, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.embeddings = nn.Embedding(config.vocab_size + 1 + config.num_classes + 1, config.width)
+        takes_text, shape = config.condition == "text", (*config.caption_shape, config.width)
+        self.captions = CaptionEmbedding(*shape, pooled=config.pooled) if takes_text else None
+        conditions = 0 if takes_text else config.num_classes + 1
+        self.embeddings = nn.Embedding(config.vocab_size + 1 + conditions, config.width)
         self.adaln_before_head = HeadModulation(config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size)
         self.reset_parameters()
@@ -179,66 +209,92 @@ class ReARGenerator(CausalGenerator[Tensor]):
         draw_weights(self, rng=rng)
         for module in [*self.blocks, self.adaln_before_head]:
             nn.init.zeros_(module.adaLN_modulation[1].weight)
+        if self.captions is not None:
+            self.captions.draw_null(rng)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return product_in_float32(self.lm_head, hidden)
 
     def hidden_states(
-        self, context: Tensor, condition: Tensor, *, cache: KVCache | None = None, tap_layers: tuple[int, ...] = ()
+        self,
+        context: Tensor,
+        condition: Tensor | TextCondition,
+        *,
+        cache: KVCache | None = None,
+        tap_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Of the classes `condition` (B,) int64, `num_classes` = the null class."""
+        """Of the classes `condition` (B,) int64, `num_classes` = the null class; or of captions."""
         x = self.embeddings(context)
         if cache is None or cache.read == 0:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed_classes(condition)[:, None], x], 1)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed_condition(condition), x], 1)
         count = x.shape[1]
         places = cache.places(count) if cache is not None else slice(0, count)
-        target = self.target_aware_pos_embed[:, 1:][:, places]  # token t at position t + 1, by row t + 2
-        if isinstance(places, slice) and not 1 <= places.start < places.stop <= self.num_tokens + 1:
+        target = self.target_aware_pos_embed[:, 1:][:, places]  # of classes: token t at position t + 1, by row t + 2
+        first, end = self.prefix_length - 1, self.prefix_length - 1 + self.num_tokens
+        if isinstance(places, slice) and not first <= places.start < places.stop <= end:
             numbers = torch.arange(places.start, places.stop, device=x.device)[:, None]
-            target = target * ((numbers >= 1) & (numbers <= self.num_tokens)).to(x.dtype)
+            target = target * ((numbers >= first) & (numbers < end)).to(x.dtype)
         x = x + self.pos_embed[:, places] + target
         step = self.condition_at(places, condition, cache)
-        mask = attention_mask(count, None, cache, x.device)
+        kept = F.pad(condition.mask, (1, 0), value=True) if isinstance(condition, TextCondition) else None
+        mask = attention_mask(count, kept, cache, x.device)
         x, taps = self.run_blocks(x, step, mask, cache, tap_layers)
         return self.adaln_before_head(x, step), taps
+
+    def embed_condition(self, condition: Tensor | TextCondition) -> Tensor:
+        """(B, P - 1, D)."""
+        if self.captions is None:
+            assert isinstance(condition, Tensor), "this generator takes classes"
+            return self.embed_classes(condition)[:, None]
+        return self.captions.checked(condition)
+
+    def null_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
+        """The null class, or the null caption under the mask of the caption."""
+        return super().null_condition(condition) if self.captions is None else self.captions.null(condition)
 
     def embed_classes(self, classes: Tensor) -> Tensor:
         """(B, D) <- (B,)."""
         return self.embeddings(classes + self.vocab_size + 1)
 
-    def few(self, classes: Tensor, sampling: bool) -> bool:
-        """Whether AdaLN is projected for every class, not for every image."""
+    def vectors(self, condition: Tensor | TextCondition, sampling: bool) -> tuple[Tensor, Tensor | None]:
+        """What AdaLN reads of conditions, (R, D), and which row is whose, see `Condition.rows`: of all classes where
+        these are few, else of those of the images; of captions the pooled ones, or one row of zeros for all."""
+        if isinstance(condition, TextCondition):
+            if self.captions is not None and (pooled := self.captions.pooled(condition)) is not None:
+                return pooled, None
+            rows = torch.zeros(len(condition.mask), dtype=torch.int64, device=condition.mask.device)
+            return torch.zeros_like(self.cls_token[0]), rows
         # While sampling the model decides and not the batch, so that a picture is rounded alike in any batch.
-        return self.num_classes < FEW_CLASSES if sampling else self.num_classes + 1 < len(classes)
+        few = self.num_classes < FEW_CLASSES if sampling else self.num_classes + 1 < len(condition)
+        if few:
+            return self.embeddings.weight[self.vocab_size + 1 :], condition
+        return self.embed_classes(condition), None
 
-    def vectors(self, classes: Tensor, few: bool) -> Tensor:
-        """(R, D): of all classes, or of those of the images."""
-        return self.embeddings.weight[self.vocab_size + 1 :] if few else self.embed_classes(classes)
-
-    def condition_at(self, places: slice | Tensor, classes: Tensor, cache: KVCache | None) -> Condition:
+    def condition_at(
+        self, places: slice | Tensor, condition: Tensor | TextCondition, cache: KVCache | None
+    ) -> Condition:
         """For the positions of `places`, see `KVCache.places`."""
-        few = self.few(classes, sampling=cache is not None)
-        rows = classes if few else None
-        piece = positions_ahead(self.num_classes + 1 if few else len(classes))
+        vectors, rows = self.vectors(condition, sampling=cache is not None)
+        piece = positions_ahead(len(vectors))
         if cache is not None and isinstance(places, Tensor):  # rows of one table of all positions and classes or images
-            rows = torch.arange(len(classes), device=classes.device) if rows is None else rows
+            rows = torch.arange(len(vectors), device=vectors.device) if rows is None else rows
             rows = rows + places % piece * cache.tables[0].shape[1]
             return Condition(rows, projected=[table.flatten(0, 1)[:, None] for table in cache.tables])
         assert isinstance(places, slice)
         if cache is not None and places.start % piece + places.stop - places.start <= piece:
-            self.look_ahead(classes, cache, places.start)
+            self.look_ahead(condition, cache, places.start)
             here = slice(places.start - cache.first, places.stop - cache.first)
             return Condition(rows, projected=[table[here].transpose(0, 1) for table in cache.tables])
         steps = self.timesteps_embeddings[:, places]
-        return Condition(rows, F.silu(self.vectors(classes, few)[:, None] + steps))
+        return Condition(rows, F.silu(vectors[:, None] + steps))
 
-    def look_ahead(self, condition: Tensor, cache: KVCache, place: int) -> None:
+    def look_ahead(self, condition: Tensor | TextCondition, cache: KVCache, place: int) -> None:
         """Projects AdaLN for some positions at once: its weights, a third of the model, are then read once for all."""
-        few = self.few(condition, sampling=True)
-        piece = positions_ahead(self.num_classes + 1 if few else len(condition))
+        given, _ = self.vectors(condition, sampling=True)
+        piece = positions_ahead(len(given))
         first = place // piece * piece
         if first != cache.first:
-            steps = self.timesteps_embeddings[0, first : min(first + piece, self.num_tokens + 2), None]
-            vectors = F.silu(self.vectors(condition, few) + steps)  # (positions, R, D)
+            steps = self.timesteps_embeddings[0, first : min(first + piece, self.prefix_length + self.num_tokens), None]
+            vectors = F.silu(given + steps)  # (positions, R, D)
             cache.keep(module.adaLN_modulation(vectors) for module in [*self.blocks, self.adaln_before_head])
             cache.first = first

@@ -238,7 +238,8 @@ def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path) -> None:
     """Writes the finished output from the job's shards, one shard in memory at a time."""
     if out.suffix.lower() == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path, _ in shards])
-        save_grid(from_uint8(torch.from_numpy(images)), out)
+        asked = [] if job.prompts is None else [job.prompts.texts[label] for label in job.labels.tolist()]
+        save_grid(from_uint8(torch.from_numpy(images)), out, captions=asked)
     elif out.suffix.lower() == ".npz":
         write_atomically(out, partial(merge_npz, [path for path, _ in shards], job))
     else:

@@ -54,7 +54,8 @@ class KeepBest:
         """That of the samples of the generator."""
         condition: Condition = balanced_labels(self.num_samples, max(1, model.num_classes))
         if self.validation.captions is not None:
-            condition = self.validation.captions.spread(self.num_samples)
+            captions = self.validation.captions
+            condition = captions.read(captions.spread(self.num_samples))
         images = sample(model, self.tokenizer, condition, batch_size=self.batch_size, precision="fp32").images
         found = self.moments(images.split(self.batch_size))
         return frechet_distance(found.mean, found.cov, self.target.mean, self.target.cov)

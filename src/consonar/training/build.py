@@ -282,11 +282,13 @@ def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
 def preview_samples(
     model: Generator, tokenizer: Tokenizer, path: Path, captions: CaptionFeatures | None = None
 ) -> None:
-    """A grid of all classes in turn, or of some of the captions."""
+    """A grid of all classes in turn, or of some of the captions, which stand under it."""
     condition: Condition = balanced_labels(PREVIEW_IMAGES, max(1, model.num_classes))
+    texts: list[str] = []
     if captions is not None:
-        condition = captions.spread(PREVIEW_IMAGES)
-    save_grid(sample(model, tokenizer, condition).images, path, columns=8)
+        rows = captions.spread(PREVIEW_IMAGES)
+        condition, texts = captions.read(rows), captions.words(rows).read()
+    save_grid(sample(model, tokenizer, condition).images, path, columns=8, captions=texts)
 
 
 def preview_reconstructions(tokenizer: Tokenizer, validation: ImageBatches, world: World, path: Path) -> None:
