@@ -298,3 +298,41 @@ def test_configuration_puts_differences_first(two_runs):
         ("objective.noise.max_rate", ["not set", "0.5"]),
     ]
     assert ("loop.steps", ["20"]) in same["rows"]
+
+
+def picture_of(html: str, alt: str) -> np.ndarray:
+    (source,) = re.findall(rf'src="data:image/png;base64,([^"]*)" alt="{re.escape(alt)}"', html)
+    return np.array(Image.open(io.BytesIO(base64.b64decode(source))))
+
+
+def ask_in_words(run: Path, prompts: list[str]) -> None:
+    """Makes the labels of a run's samples numbers of prompts."""
+    path = run / "samples_t1.0.npz"
+    with np.load(path) as arrays:
+        kept = {key: arrays[key] for key in arrays.files if key != "class_names"}
+    np.savez(path, settings=np.array(json.dumps({"prompts": prompts})), **kept)
+
+
+def test_samples_of_prompts_stand_under_their_prompt_whatever_number_each_run_gives_it(two_runs, tmp_path):
+    for run in two_runs:
+        write_results(run, {1.0: 50.0})
+    long = "a dog " * 60
+    ask_in_words(two_runs[0], ["two <b>cats</b> & 一只猫", long, "a\nhat"])
+    ask_in_words(two_runs[1], [long, "a hat", "two <b>cats</b> & 一只猫"])
+    html = write_report(two_runs, tmp_path / "r.html").read_text()
+    page = Page(html)
+    part = html[html.index('aria-label="Samples side by side"') :].split("</details>")[0]
+    headings = re.findall(r"<h4>(.*?)</h4>", part)
+    assert headings == ["two &lt;b&gt;cats&lt;/b&gt; &amp; 一只猫", long[:159] + "…", "a hat"] and "b" not in page.tags
+    shown = re.findall(r'alt="(\w+): sample of a hat, seed (\d)"', part)
+    # The red channel says which label a picture had: of the hat 2 in one run and 1 in the other.
+    reds = {key: int(picture_of(part, f"{key[0]}: sample of a hat, seed {key[1]}")[0, 0, 0]) for key in shown}
+    assert sorted(reds.values()) == [10, 11, 20, 21]
+    assert "a line is one prompt" in page.text
+
+
+def test_labels_that_are_no_numbers_of_prompts_are_told(two_runs, tmp_path):
+    write_results(two_runs[0], {1.0: 50.0})
+    ask_in_words(two_runs[0], ["one"])
+    with pytest.raises(UserError, match=r"samples_t1\.0\.npz: settings: .*labels that are no numbers of prompts"):
+        write_report(two_runs[:1], tmp_path / "r.html")

@@ -54,6 +54,7 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
     names = [run.name for run in runs]
     sheets, (settings, verdicts) = images.load_sheets(runs), tables.verdict_table(runs)
     samples, paired = images.sample_lines(runs, sheets)
+    leading = [samples[i] for i in images.spread_evenly(len(samples), images.LEADING_CLASSES)]
     columns = in_order({name for run in runs for row in run.results.rows for name in row.metrics})
     return filled(
         "report.html.jinja",
@@ -63,7 +64,9 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         legends=[", from ".join(filter(None, (run.method, start_text(run, runs)))) for run in runs],
         methods={run.row.name: run.row.about for run in runs if run.row and run.row.about},
         remarks=remarks(runs),
-        leading=[samples[i] for i in images.spread_evenly(len(samples), images.LEADING_CLASSES)],
+        leading=leading,
+        leading_rows=min(max(6 // len(runs), 1), max((len(cell) for _, cells in leading for cell in cells), default=0)),
+        kind="prompt" if any(sheet.of_prompts for sheet in sheets if sheet) else "class",
         settings=settings,
         verdicts=verdicts,
         opening=opening and images.picture(opening, "samples of the shipped generator, a row for each class"),

@@ -5,8 +5,8 @@ PNG keeps every pixel, so that what is looked at is what was measured. Shapes: n
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from consonar.data.picture_files import read_image
-from consonar.errors import UserError
-from consonar.files.readers import read_npz
+from consonar.errors import UserError, reading
+from consonar.files.readers import parse_json, read_npz
 from consonar.report.records import Run
 
-MAX_CLASSES, LEADING_CLASSES = 10, 6
+MAX_CLASSES, MAX_PROMPTS, LEADING_CLASSES = 10, 24, 6
+LONGEST = 160
+"""Letters of a prompt that are shown."""
 MAX_RECONSTRUCTIONS, MAX_GRIDS = 16, 3
 MAX_NEAREST, MAX_NEAREST_OF_MANY = 8, 4
 """Samples beside their nearest training images, of each run; on a page of more than three runs."""
@@ -43,13 +45,17 @@ def picture(image: np.ndarray | Path, alt: str) -> Markup:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A `samples_*.npz`: images (n, H, W, 3) uint8, labels (n,), seeds (n,), and the nearest training image of each."""
+    """A `samples_*.npz`: images (n, H, W, 3) uint8, labels (n,), seeds (n,), and the nearest training image of each.
+
+    Where pictures were asked for in words (`of_prompts`) a class is a prompt.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     seeds: np.ndarray
     nearest: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    of_prompts: bool = False
 
     def rows_of(self, label: int) -> dict[int, int]:
         """{seed: row} of one class, by rising seed."""
@@ -72,10 +78,33 @@ def load_sheets(runs: Sequence[Run]) -> list[Sheet | None]:
     for path in [run.results.shown and run.results.shown.samples for run in runs]:
         if path:
             arrays = load_arrays(path, "images", "labels", "seeds")
-            names = tuple(str(name) for name in np.atleast_1d(arrays.get("class_names", ())))
-            found = Sheet(arrays["images"], arrays["labels"], arrays["seeds"], arrays.get("nearest_train"), names)
+            prompts = prompts_of(path, arrays)
+            names = prompts or tuple(str(name) for name in np.atleast_1d(arrays.get("class_names", ())))
+            found = Sheet(
+                arrays["images"], arrays["labels"], arrays["seeds"], arrays.get("nearest_train"), names, bool(prompts)
+            )
         sheets.append(found if path else None)
-    return sheets
+    return by_prompt(sheets) if any(sheet.of_prompts for sheet in sheets if sheet) else sheets
+
+
+def prompts_of(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """What the samples of a file were asked for by, which its labels number, cut to `LONGEST`; () for classes."""
+    with reading(f"{path}: settings", "what samples were drawn with", "write it again"):
+        told = parse_json(str(arrays["settings"])).get("prompts", []) if "settings" in arrays else []
+        if told and not (isinstance(told, list) and 0 <= arrays["labels"].min() <= arrays["labels"].max() < len(told)):
+            raise ValueError("labels that are no numbers of prompts")
+        lines = [" ".join(str(text).split()) for text in told]
+    return tuple(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…" for line in lines)
+
+
+def by_prompt(sheets: Sequence[Sheet | None]) -> list[Sheet | None]:
+    """The sheets with labels that mean the same in all of them, whatever each run was asked for."""
+    names = [[sheet.class_name(label) for label in sheet.labels.tolist()] if sheet else [] for sheet in sheets]
+    shared = {name: number for number, name in enumerate(dict.fromkeys(name for each in names for name in each))}
+    return [
+        sheet and replace(sheet, labels=np.array([shared[name] for name in each]), class_names=tuple(shared))
+        for sheet, each in zip(sheets, names, strict=True)
+    ]
 
 
 def load_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
@@ -133,8 +162,9 @@ def spread_evenly(count: int, limit: int) -> list[int]:
 def sample_lines(runs: Sequence[Run], sheets: Sequence[Sheet | None]) -> tuple[list[SampleLine], bool]:
     """Samples of each class side by side, and whether they are paired (`pair_samples`)."""
     chosen, paired = pair_samples(sheets, PER_CLASS.get(len(runs), 1))
+    most = MAX_PROMPTS if any(sheet.of_prompts for sheet in sheets if sheet) else MAX_CLASSES
     lines = []
-    for name, cells in [chosen[i] for i in spread_evenly(len(chosen), MAX_CLASSES)]:
+    for name, cells in [chosen[i] for i in spread_evenly(len(chosen), most)]:
         parts = zip(runs, sheets, cells, strict=True)
         lines.append((name, [[sheet.sample(i, run) for i in cell] if sheet else [] for run, sheet, cell in parts]))
     return lines, paired
