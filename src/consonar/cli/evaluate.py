@@ -60,6 +60,8 @@ class Options:
     when it is a shipped one)."""
     temperatures: str = "1"
     """Of a run: the grid, e.g. 1,0.9,0.8."""
+    guidance_scales: str = ""
+    """Of a run: classifier-free guidance, every temperature at each of these, e.g. 1,2,4 (default: none)."""
     match: tuple[Path, ...] = ()
     """Of a run: other runs; each adds the temperature at which this one has its teacher-forced entropy."""
     num_samples: int = 2048
@@ -165,7 +167,7 @@ def settings_of(kind: type[Settings], options: Options, device: str, **given: ob
 
 
 def measure_tokenizer(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
-    unread = ("metrics", "temperatures", "match", "num_samples", "draws", "seed", "batch_size")
+    unread = ("metrics", "temperatures", "guidance_scales", "match", "num_samples", "draws", "seed", "batch_size")
     check_read(options, unread, "where samples of a generator are measured")
     metrics = evaluate_tokenizer(
         place, reference=reference, feature_network=options.feature_network, device=str(world.device),
@@ -179,12 +181,9 @@ def measure_tokenizer(options: Options, place: Path, reference: str, world: Worl
 
 
 def measure_generator(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
-    try:
-        temperatures = [float(word) for word in options.temperatures.split(",")]
-    except ValueError as error:
-        given = options.temperatures
-        raise UserError(f"--temperatures: {given!r} is not a list of numbers such as 1,0.9,0.8") from error
-    settings = settings_of(RunSettings, options, str(world.device), temperatures=temperatures)
+    temperatures = numbers_in(options.temperatures, "--temperatures")
+    scales = numbers_in(options.guidance_scales, "--guidance-scales") if options.guidance_scales else []
+    settings = settings_of(RunSettings, options, str(world.device), temperatures=temperatures, guidance_scales=scales)
     content = evaluate_run(
         place, settings, reference=reference, feature_network=options.feature_network,
         overwrite=options.overwrite, bad=bad, progress=say if world.is_main else lambda text: None, world=world,
@@ -193,15 +192,27 @@ def measure_generator(options: Options, place: Path, reference: str, world: Worl
         return
     for row in content["rows"]:
         metrics = {name: Measurement(**found) for name, found in row["metrics"].items()}
-        print_metrics(metrics, f"temperature {row['temperature']:g}")
+        guided = f", guidance {row['guidance_scale']:g}" if scales else ""
+        print_metrics(metrics, f"temperature {row['temperature']:g}{guided}")
     say_about(content["protocol"], content["unavailable"], content["remarks"])
     say(f"results: {place / 'results.json'}")
+
+
+def numbers_in(words: str, key: str) -> list[float]:
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UserError(f"{key}: {words!r} is not a list of numbers such as 1,0.9,0.8") from error
 
 
 def measure_samples(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
     """A sample file or folder; in tokens too when the file has them and their tokenizer is at hand."""
     out, tokenizer = options.out, options.tokenizer
-    check_read(options, ("temperatures", "match", "num_samples"), f"with the run folder of a generator, not {place}")
+    check_read(
+        options,
+        ("temperatures", "guidance_scales", "match", "num_samples"),
+        f"with the run folder of a generator, not {place}",
+    )
     check_read(options, ("overwrite",) if out is None else (), "with --out")
     check_seed(options.seed, "--seed")
     if out is not None:

@@ -156,14 +156,17 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
 
 def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
     """Results of a run, sampled again at all temperatures."""
-    row = record.get("rows", list)[0]
+    rows = record.get("rows", list)
+    scales = list(dict.fromkeys(one.get("guidance_scale", 1.0) for one in rows))
+    row = max(rows, key=lambda one: one.get("guidance_scale", 1.0))  # which says how it is guided
     names = [item.name for item in fields(SamplerConfig) if item.name in row and item.name != "temperature"]
     settings = from_dict(
         {
             **record.settings(row["seed"]),
             "sampler": {name: row[name] for name in names},
             "num_samples": row["num_samples"],
-            "temperatures": list(dict.fromkeys(float(one["temperature"]) for one in record.content["rows"])),
+            "temperatures": list(dict.fromkeys(float(one["temperature"]) for one in rows)),
+            "guidance_scales": scales if len(scales) > 1 else [],
             "reconstruct": False,
         },
         str(record.path), RunSettings,

@@ -146,7 +146,12 @@ def numbers_of(content: JsonMap) -> dict[str, Measurement]:
     """The metrics of results, of each row with its temperature before the name."""
     if "rows" in content:
         rows = adapter(Annotated[list[Row], Field(min_length=1)]).validate_python(content["rows"])
-        return {f"temperature {row.temperature:g}: {name}": one for row in rows for name, one in row.metrics.items()}
+        guided = [f", guidance {row.guidance_scale:g}" if row.guidance_scale != 1 else "" for row in rows]
+        return {
+            f"temperature {row.temperature:g}{more}: {name}": one
+            for row, more in zip(rows, guided, strict=True)
+            for name, one in row.metrics.items()
+        }
     if "metrics" in content:
         read: dict[str, Measurement] = adapter(dict[str, Measurement]).validate_python(content["metrics"])
         return read

@@ -51,6 +51,7 @@ class Row:
     seed: int
     metrics: dict[str, Measurement]
     matched_to: str | None = None
+    guidance_scale: float = 1.0
 
 
 def library_versions() -> dict[str, str]:

@@ -56,10 +56,12 @@ class RunSettings(EvaluationSettings):
     num_samples: int = 1024
     """Images of every row."""
     temperatures: Sequence[float] = (1.0,)
+    guidance_scales: Sequence[float] = ()
+    """Every temperature is measured at each of these; none: at that of `sampler`."""
     match: Sequence[Path] = ()
     """Other runs, each of which adds a row at the temperature at which this one has its teacher-forced entropy."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """All but the temperature."""
+    """All but the temperature, and the guidance where `guidance_scales` say it."""
     reconstruct: bool = True
     """Measure the tokenizer on the validation images as well."""
 
@@ -70,12 +72,22 @@ class RunSettings(EvaluationSettings):
         check_metrics(self)
         if not self.wants("fd"):
             raise UserError(f"metrics: {', '.join(self.metrics)}; the rows of a run are ranked by fd, add it")
-        for temperature in self.temperatures:
-            self.at(temperature)
+        self.grid()
 
-    def at(self, temperature: float) -> SamplerConfig:
-        """The sampler of one row."""
-        return replace(self.sampler, temperature=temperature)
+    def at(self, temperature: float, scale: float | None = None) -> SamplerConfig:
+        """The sampler of one row; `scale` None: the first of those of the grid."""
+        if scale is None and not self.guidance_scales:
+            return replace(self.sampler, temperature=temperature)
+        scale = self.guidance_scales[0] if scale is None else scale
+        usual = SamplerConfig() if scale == 1 else self.sampler  # without guidance nothing reads its schedule
+        return replace(
+            self.sampler, temperature=temperature, guidance_scale=scale, guidance_schedule=usual.guidance_schedule,
+            guidance_power=usual.guidance_power, guidance_interval=usual.guidance_interval,
+        )  # fmt: skip
+
+    def grid(self) -> list[SamplerConfig]:
+        """Of all rows but those that are matched."""
+        return [self.at(one, scale) for scale in self.guidance_scales or (None,) for one in self.temperatures]
 
 
 class FinishedRun:
@@ -138,7 +150,7 @@ def evaluate_run(
             entropies, unavailable = {}, {ENTROPY: entropies}
         rows = []
         for sampler, matched in samplers.items():
-            progress(f"{folder.name}: {settings.num_samples} samples at temperature {sampler.temperature:g}")
+            progress(f"{folder.name}: {settings.num_samples} samples at {setting_name(sampler)}")
             row, results = measure_row(run, sampler, labels, prompts, prepared, settings, staged, world)
             if sampler.temperature in entropies:
                 row["metrics"][ENTROPY] = Measurement(entropies[sampler.temperature]).record()
@@ -163,9 +175,15 @@ def evaluate_run(
     return content
 
 
+def setting_name(sampler: SamplerConfig) -> str:
+    """What tells a row from the others, in words."""
+    guided = "" if sampler.guidance_scale == 1 else f", guidance {sampler.guidance_scale:g}"
+    return f"temperature {sampler.temperature:g}{guided}"
+
+
 def samplers_of(settings: RunSettings, sharpness: Sharpness, generator: Generator) -> dict[SamplerConfig, list[Path]]:
     """The sampler of every row, and the runs whose entropy it was chosen to reach."""
-    samplers: dict[SamplerConfig, list[Path]] = {settings.at(temperature): [] for temperature in settings.temperatures}
+    samplers: dict[SamplerConfig, list[Path]] = {sampler: [] for sampler in settings.grid()}
     for other in settings.match:
         samplers.setdefault(settings.at(round(sharpness.match(generator, other), 4)), []).append(other)
     return samplers
@@ -209,8 +227,8 @@ def measure_row(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
         origin=run.origin, precision=settings.precision, prompts=prompts,
     )  # fmt: skip
-    # In the digits that tell a temperature from every other, 1 rather than 1.0.
-    name = f"samples_t{repr(float(sampler.temperature)).removesuffix('.0')}.npz"
+    guided = f"_g{digits(sampler.guidance_scale)}" if settings.guidance_scales else ""
+    name = f"samples_t{digits(sampler.temperature)}{guided}.npz"
     drawn, kept = run.folder / f".{name}", staged / name
     if world.is_main:
         drawn.unlink(missing_ok=True)
@@ -234,6 +252,11 @@ def measure_row(
         "samples_sha256": file_sha256(kept),
     }
     return row, results
+
+
+def digits(number: float) -> str:
+    """Those that tell it from every other number, 1 rather than 1.0."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def best_row(rows: list[Json]) -> int:

@@ -124,7 +124,7 @@ def run_of(row: str, summary: Summary, results: Mapping[str, Json]) -> Run:
     for setting in summary.settings:
         if setting.temperature is not None and row in setting.values:
             metrics = {name: over_seeds(values) for name, values in setting.values[row].items()}
-            rows.append(ResultRow(setting.temperature, count, metrics))
+            rows.append(ResultRow(setting.temperature, count, metrics, setting.guidance))
         for other, at in setting.base.items():
             if at.startswith(f"{row} at the entropy of "):
                 metrics = {name: over_seeds(values) for name, values in setting.values[at].items()}

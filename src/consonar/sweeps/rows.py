@@ -90,6 +90,8 @@ def evaluation_of(asked: JsonMap, where: str) -> Evaluated:
     settings = from_dict(table, f"{where}: evaluate", RunSettings)
     if not settings.temperatures or len(set(settings.temperatures)) < len(settings.temperatures):
         raise UserError(f"{where}: evaluate.temperatures: {settings.temperatures} are not different temperatures")
+    if len(set(settings.guidance_scales)) < len(settings.guidance_scales):
+        raise UserError(f"{where}: evaluate.guidance_scales: {settings.guidance_scales} are not different")
     return Evaluated(**named, settings=settings)
 
 

@@ -77,6 +77,8 @@ class Setting:
     title: str
     temperature: float | None = None
     """Of all rows; None where they have their own."""
+    guidance: float = 1.0
+    """Likewise, where several are measured."""
     values: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
     """Row: metric: seed: value."""
     base: dict[str, str] = field(default_factory=dict)
@@ -128,7 +130,7 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     scored = {name: one for name, one in results.items() if not one["failure"]}
     rows = [line for one in scored.values() for line in one["results"]["rows"]]
     deciding = deciding_metric(line["metrics"] for line in rows)
-    grid: dict[float, Setting] = {}
+    grid: dict[tuple[float, float], Setting] = {}
     entropy, training = Setting(EQUAL_ENTROPY), Setting(TRAINING)
     for name, result in scored.items():
         row, seed = sweep.cells[name].row, sweep.cells[name].seed
@@ -139,17 +141,23 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
                 at = f"{row} at the entropy of {trained.row}"
                 entropy.add(at, trained.seed, numbers | {"temperature": temperature})
                 entropy.base[trained.row] = at
-            if temperature in result["asked"]["evaluate"]["temperatures"]:
-                setting = grid.setdefault(temperature, Setting(f"at temperature {temperature:g}", temperature))
-                setting.add(row, seed, numbers)
+            asked = result["asked"]["evaluate"]
+            if temperature in asked["temperatures"]:
+                guidance = line["guidance_scale"] if asked.get("guidance_scales") else 1.0
+                setting = Setting(f"at {setting_text(temperature, guidance)}", temperature, guidance)
+                grid.setdefault((temperature, guidance), setting).add(row, seed, numbers)
     for row in entropy.base:
-        entropy.values[row] = dict(grid[1.0].values.get(row, {})) if 1.0 in grid else {}
-    of_grid = [in_rows(grid[temperature], sweep) for temperature in sorted(grid, reverse=True)]
+        entropy.values[row] = dict(grid[1.0, 1.0].values.get(row, {})) if (1.0, 1.0) in grid else {}
+    of_grid = [in_rows(grid[place], sweep) for place in sorted(grid, key=lambda place: (place[1], -place[0]))]
     best = best_setting(sweep, grid, deciding)
     for setting in (*of_grid, best, training):
         setting.base = {row: sweep.compare_with for row in sweep.rows if row != sweep.compare_with}
     shown = [*of_grid, *([best] if len(grid) > 1 else ()), entropy, in_rows(training, sweep)]
     return Summary(sweep, [one for one in shown if one.values], deciding, notes_of(sweep, results))
+
+
+def setting_text(temperature: float, guidance: float) -> str:
+    return f"temperature {temperature:g}" + ("" if guidance == 1 else f", guidance {guidance:g}")
 
 
 def in_rows(setting: Setting, sweep: Sweep) -> Setting:
@@ -163,19 +171,19 @@ def deciding_metric(rows: Iterable[Mapping[str, object]]) -> str | None:
     return next(filter(decides, names), next((name for name in names if name.startswith("FD(")), None))
 
 
-def best_setting(sweep: Sweep, grid: Mapping[float, Setting], deciding: str | None) -> Setting:
-    """Every row at one temperature for all its seeds, that at which its mean is best."""
+def best_setting(sweep: Sweep, grid: Mapping[tuple[float, float], Setting], deciding: str | None) -> Setting:
+    """Every row at one temperature (and guidance) for all its seeds, that at which its mean is best."""
     best = Setting(BEST)
     for row in sweep.rows:
         means = {
-            temperature: over_seeds(setting.values[row][deciding]).value
-            for temperature, setting in grid.items()
+            place: over_seeds(setting.values[row][deciding]).value
+            for place, setting in grid.items()
             if deciding is not None and deciding in setting.values.get(row, {})
         }
         if means:
-            temperature = min(means, key=lambda one: means[one])
-            best.values[row] = grid[temperature].values[row]
-            best.notes[row] = f"temperature {temperature:g}"
+            place = min(means, key=lambda one: means[one])
+            best.values[row] = grid[place].values[row]
+            best.notes[row] = setting_text(*place)
     return best
 
 
