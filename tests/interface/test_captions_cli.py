@@ -221,19 +221,20 @@ def measured(place, folder: Path, *more: str) -> dict:
 
 def test_a_run_is_evaluated_on_the_captions_of_held_out_pictures(place, tmp_path, capsys):
     run = tmp_path / "run"
-    found = measured(place, run, "--temperatures", "1,0.7")
-    assert [row["temperature"] for row in found["rows"]] == [1.0, 0.7]
+    found = measured(place, run, "--guidance-scales", "1,2")
+    assert [(row["temperature"], row["guidance_scale"]) for row in found["rows"]] == [(1.0, 1.0), (1.0, 2.0)]
     names = set(found["rows"][0]["metrics"])
     assert {"FD(efficientnet-lite0) validation", "entropy (teacher-forced)"} <= names
     held_out = open_splits("scenes:16", "50%", key="", image_size=32).validation
-    with np.load(run / "samples_t1.npz") as kept:
+    with np.load(run / "samples_t1_g2.npz") as kept:
         settings = json.loads(str(kept["settings"]))
         assert kept["labels"].tolist() == [i % 8 for i in range(12)]
     assert settings["prompts"] == [record.caption for record in held_out]
     assert (run / "reconstruction.json").exists()
     capsys.readouterr()
     main(["evaluate", "--check", str(run / "results.json")])
-    assert "digit for digit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "digit for digit" in said and "guidance 2: FD" in said
 
 
 def test_pictures_without_captions_are_no_reference(place, tmp_path, capsys):
