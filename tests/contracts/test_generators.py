@@ -10,6 +10,7 @@ from rounding import assert_rounding
 from consonar import records
 from consonar.components import load_generator, save_generator
 from consonar.cpu.kernels import tune
+from consonar.distributed import ALONE
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig, pad_prompts
@@ -18,6 +19,7 @@ from consonar.generators.rear import ReARConfig
 from consonar.origin import Origin
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import generator as seeded
+from consonar.training.objectives.base import drop_classes
 from consonar.types import Condition, Generator, Grid, TextCondition
 
 LENGTH = 16
@@ -183,6 +185,23 @@ def test_no_guidance_reads_no_null_condition(model, condition, monkeypatch):
     plain, _ = sample_tokens(model, condition, range(3), SamplerConfig(guidance_scale=1.0))
     monkeypatch.setattr(model, "null_condition", None)
     assert torch.equal(sample_tokens(model, condition, range(3), SamplerConfig(guidance_scale=1.0))[0], plain)
+
+
+@torch.inference_mode()
+def test_a_dropped_condition_is_the_null_one_whatever_it_was(model, condition, tokens):
+    dropped = drop_classes(model, condition, 1.0, 0, 0, ALONE)
+    assert all(
+        torch.equal(*pair) for pair in zip(*map(fields, (dropped, model.null_condition(condition))), strict=True)
+    )
+    if isinstance(condition, torch.Tensor):
+        other = condition.flip(0)
+    elif isinstance(condition, TextCondition):
+        other = replace(condition, features=condition.features + 1)
+    else:
+        other = pad_prompts([[2, 8, 9, 3], [2, 6, 6, 6, 6, 3], [2, 9, 3]], model.config.pad_token)
+    null = model(tokens, drop_classes(model, other, 1.0, 0, 0, ALONE))[0]
+    assert torch.equal(model(tokens, dropped)[0], null)
+    assert not torch.isclose(model(tokens, other)[0], null).all()
 
 
 @torch.inference_mode()

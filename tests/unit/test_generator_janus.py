@@ -16,6 +16,7 @@ from tiny_janus import AUTHORS, AUTHORS_VQ, TRANSFORMERS, TRANSFORMERS_VQ, autho
 from consonar.convert.layouts import janus as files
 from consonar.errors import UserError
 from consonar.generators.janus import JANUS_PRESETS, JanusConfig, JanusGenerator, pad_prompts
+from consonar.sampling.checks import check_condition
 from consonar.sampling.sample import SamplerConfig, sample, sample_tokens
 from consonar.seeding import generator as seeded
 from consonar.tokenizers.vq import VQTokenizer
@@ -239,7 +240,7 @@ def test_conditions_that_are_no_left_padded_prompts_are_refused(model, tokens):
     holes.mask[1, 2] = False
     for wrong in (right, holes):
         with pytest.raises(UserError, match="not padded on the left"):
-            model(tokens, wrong)
+            check_condition(wrong, model)
     with pytest.raises(UserError, match="prompts: empty"):
         pad_prompts([[BOS, IMAGE_START], []])
 

@@ -17,6 +17,7 @@ from consonar import cli, records
 from consonar.distributed import ALONE
 from consonar.generators import build_generator
 from consonar.generators.alitok import AliTokARConfig
+from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
 from consonar.hub import PUBLISHED
@@ -25,7 +26,7 @@ from consonar.parallel import ParallelConfig
 from consonar.planning.ledger import FORWARD, GRADIENTS
 from consonar.planning.plan import Machine, Plan, changes, plan, remedies
 from consonar.planning.shapes import GENERATORS_BY_NAME, TOKENIZERS_BY_NAME, shapes_of, tokenizer_of
-from consonar.planning.update import Shapes, update
+from consonar.planning.update import Shapes, condition_of, update
 from consonar.recipes import RECIPES, find_recipe
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.vq import VQConfig
@@ -46,6 +47,14 @@ GENERATORS = {
     "llamagen": LlamaGenConfig(width=64, num_layers=3, num_heads=2, grid=Grid(16, 16), **SIZES),
     "alitok-ar": AliTokARConfig(width=64, num_layers=3, num_heads=2, attention_dropout=0.0, grid=Grid(16, 16), **SIZES),
 }
+CAPTIONS = LlamaGenConfig(
+    condition="text", caption_dim=48, num_condition_tokens=20, width=64, num_layers=3, num_heads=2, grid=Grid(16, 16),
+    vocab_size=256, num_tokens=256,
+)  # fmt: skip
+PROMPTS = JanusConfig(
+    width=64, num_layers=3, num_heads=2, mlp_width=128, text_vocab_size=80, pad_token=1, max_prompt_tokens=20,
+    vocab_size=256, num_tokens=256,
+)  # fmt: skip
 AR = AutoregressiveConfig(embedding_weight=1.0, head_width=64)
 VAPI = PolicyConfig(rewards={"mse": 1.0}, group_size=4, chunk=16, kl_weight=0.01)
 FREE = replace(VAPI, rollout="free", ce_weight=0.0)
@@ -57,6 +66,8 @@ CASES = {
     "two micro-batches": (GENERATORS["llamagen"], AR, {"accumulation": 2}),
     "bf16": (GENERATORS["llamagen"], AR, {"precision": "bf16"}),
     "VA-pi": (GENERATORS["llamagen"], VAPI, {}),
+    "captions": (CAPTIONS, AR, {}),
+    "prompts": (PROMPTS, VAPI, {}),
     "straight-through": (GENERATORS["rear"], STE, {}),
     "self-rollout": (GENERATORS["rear"], CE, {}),
     "tokenizer": (None, ReconstructionConfig(perceptual_weight=0.0, discriminator_weight=0.1), {}),
@@ -77,7 +88,7 @@ def configured(case: str) -> tuple[TrainConfig, Shapes]:
 def measured(config: TrainConfig, shapes: Shapes) -> tuple[int, float]:
     """(FLOPs, most bytes beside what was there before) of an update of the same run with numbers and memory."""
     tokenizer = TOKENIZERS["vq"].model(VQ, name="x")
-    batch = ImageBatch(torch.zeros(BATCH, 3, 64, 64), torch.zeros(BATCH, dtype=torch.int64))
+    batch = ImageBatch(torch.zeros(BATCH, 3, 64, 64), condition_of(shapes.generator, BATCH))
     if config.run == "tokenizer":
         trainee, known, given = TokenizerTrainee(tokenizer, discriminator=True), (), {}
     else:

@@ -203,7 +203,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Before the last norm, and without what pads the taps on the left.
 
-        Raises `UserError` for a condition that is no prompt, too long, or not padded on the left.
+        Raises `UserError` for a condition that is no prompt, and for prompts that are too long.
         """
         reads_prompt = cache is None or cache.read == 0
         if reads_prompt:
@@ -251,5 +251,3 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
                 f"condition: prompts of {condition.tokens.shape[1]} tokens; model.max_prompt_tokens is "
                 f"{self.prefix_length}"
             )
-        if not (condition.mask[:, -1].all() and (condition.mask.diff(dim=1).sum(1) <= 1).all()):
-            raise UserError("condition: prompts are not padded on the left, with the start-of-image token last")

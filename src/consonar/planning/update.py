@@ -31,7 +31,7 @@ from consonar.training.objectives.free import FreePolicy, FreeRollout
 from consonar.training.objectives.policy import PolicyConfig, PolicyGradient
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.trainee import HeadSpec, Trainee
-from consonar.types import ImageBatch, TokenBatch
+from consonar.types import Condition, ImageBatch, PromptCondition, TextCondition, TokenBatch
 
 ENCODER, DECODER, LOGITS = "tokenizer: encoder", "tokenizer: decoder", "logits"
 REWARDS, REFERENCE = "reward networks", "reference policy"
@@ -173,7 +173,7 @@ def update(config: TrainConfig, shapes: Shapes, batch_size: int, *, low: bool, c
             weights |= parts_of(tokenizer)
         ledger = stack.enter_context(Ledger(tensors_of(*chain(*weights.values())), cuda=cuda))
         follow(ledger, objective, tokenizer, trainee, prior)
-        prepared = prepare(objective, trainee, batch(config, tokenizer, batch_size))
+        prepared = prepare(objective, trainee, batch(config, tokenizer, shapes.generator, batch_size))
         run(config, ledger, objective, trainee, prepared, dtype)
         rows, cache = drawn_freely(settings, trainee, batch_size, dtype)
         return Update(
@@ -221,9 +221,22 @@ def follow(
         weight.register_hook(ledger.is_gradient)
 
 
-def batch(config: TrainConfig, tokenizer: CodebookTokenizer, size: int) -> ImageBatch | TokenBatch:
+def condition_of(shape: GeneratorConfig | None, size: int) -> Condition:
+    """Of so many images; captions fill all places that the generator has for them."""
+    if shape is None or shape.has_classes:
+        return torch.zeros(size, dtype=torch.int64)
+    length, width = shape.caption_shape
+    mask = torch.ones(size, length, dtype=torch.bool)
+    if width:
+        return TextCondition(torch.zeros(size, length, width), mask)
+    return PromptCondition(torch.zeros(size, length, dtype=torch.int64), mask)
+
+
+def batch(
+    config: TrainConfig, tokenizer: CodebookTokenizer, shape: GeneratorConfig | None, size: int
+) -> ImageBatch | TokenBatch:
     """What is read for an update."""
-    condition, side = torch.zeros(size, dtype=torch.int64), tokenizer.image_size
+    condition, side = condition_of(shape, size), tokenizer.image_size
     if config.run == "generator":
         return TokenBatch(torch.zeros(size, tokenizer.num_tokens, dtype=torch.int64), condition)
     return ImageBatch(torch.zeros(size, 3, side, side), condition)

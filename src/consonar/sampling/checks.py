@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.types import Condition, Generator
+from consonar.types import Condition, Generator, PromptCondition
 
 
 def class_ids(classes: Sequence[int] | Tensor) -> Tensor:
@@ -28,8 +28,13 @@ def check_batch_size(batch_size: int, key: str = "batch_size") -> None:
 
 
 def check_condition(condition: Condition, generator: Generator) -> None:
-    """Raises `UserError` for class ids that the generator does not have, and captions where it takes class ids."""
+    """Raises `UserError` for class ids that the generator does not have, captions where it takes class ids, and prompts
+    that are not padded on the left."""
     choices = f"0..{generator.num_classes - 1}"
+    if isinstance(condition, PromptCondition):  # here, and not where it is read: a device would be waited for
+        mask = condition.mask
+        if not (mask[:, -1].all() and (mask.diff(dim=1).sum(1) <= 1).all()):
+            raise UserError("condition: prompts are not padded on the left, with the start-of-image token last")
     if not isinstance(condition, Tensor):
         if generator.num_classes:
             raise UserError(f"condition: a {type(condition).__name__}, but this generator takes class ids {choices}")
