@@ -34,6 +34,7 @@ from consonar.networks.discriminator import PatchDiscriminator, save_discriminat
 from consonar.networks.efficientnet import EfficientNetLite0Features, PerceptualDistance
 from consonar.networks.inception import FRONT_ENDS, InceptionFeatures, InceptionV3
 from consonar.networks.lpips import LPIPS, VGG16Features
+from consonar.networks.text_encoders import PretrainedTextEncoder
 from consonar.networks.vision_transformers import KINDS as VISION_KINDS
 from consonar.networks.vision_transformers import VisionTransformerFeatures
 from consonar.precision import multiplying
@@ -191,6 +192,39 @@ def vision_transformer_case(kind: str, device: torch.device) -> str:
     return near("features", here, there, limit=1e-3)
 
 
+TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        )
+    ),
+    "t5": lambda: transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ),
+    "clip": lambda: transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        )
+    ),
+}
+
+
+def text_encoder_case(kind: str, device: torch.device) -> str:
+    """Features of three captions, whose words are numbers."""
+    network = seeded_module(TEXT_ENCODERS[kind]).eval()
+
+    def words(captions: list[str], **given: Any) -> dict[str, Tensor]:
+        numbers = nn.utils.rnn.pad_sequence([torch.tensor([*map(int, one.split())]) for one in captions], True)
+        return {"input_ids": numbers, "attention_mask": (numbers > 0).long()}
+
+    found = []
+    for place in (CPU, device):
+        encoder = PretrainedTextEncoder(kind, moved(network, place), words, 8, "x")
+        found.append(encoder.encode(["3 4 5 6 2", "7 2", "8 9 3 2"]))
+    assert torch.equal(found[0].mask, found[1].mask.cpu()), "another mask on the device"
+    return near("features", *(one.features for one in found))
+
+
 def seeded_module(make: Callable[[], nn.Module]) -> nn.Module:
     """A module with its own initialisation, from seed 0."""
     with torch.random.fork_rng(devices=[]):
@@ -221,6 +255,8 @@ def network_cases() -> Iterator[tuple[str, Case]]:
         yield f"features of {name}", partial(features_case, name)
     for kind in VISION_KINDS:
         yield f"features of {kind}", partial(vision_transformer_case, kind)
+    for kind in TEXT_ENCODERS:
+        yield f"text encoder {kind}", partial(text_encoder_case, kind)
     for name in PERCEPTUAL_DISTANCES:
         yield f"distance {name}", partial(differentiable_case, DISTANCES[name], 2)
     yield "patch discriminator", partial(differentiable_case, PatchDiscriminator, 1)

@@ -32,7 +32,7 @@ PARITY_CASES = [
     "generators: llamagen: a pass", "generators: rear: sampling, filtered", "tokenizers: vqgan-plus, signs",
     "objectives: post-training, vapi", "objectives: post-training, ste", "networks: features of inception-pytorch",
     "networks: features of efficientnet", "networks: features of clip", "networks: features of dinov2",
-    "networks: distance", "networks: patch", "rewards:",
+    "networks: text encoder t5", "networks: distance", "networks: patch", "rewards:",
 ]  # fmt: skip
 """Every function of the script; every case is in the other files here."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from consonar.compiling import compiled
 from consonar.components import load_generator
 from consonar.distributed import pick_device
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, folder_image_set
+from consonar.parallel import ParallelConfig
 from consonar.precision import multiplying, with_weights
 from consonar.records import to_device
 from consonar.sampling import decoder as decoding
@@ -134,6 +137,23 @@ def test_resume_on_cuda(make_config, tmp_path: Path) -> None:
     whole = losses(train(config, tmp_path / "whole", quiet=True))
     train(config, tmp_path / "cut", stop_at=3, quiet=True)
     assert losses(train(config, tmp_path / "cut", resume=True, quiet=True)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_process_that_holds_its_model_in_shards_trains_as_one_that_does_not(make_config, tmp_path: Path, monkeypatch):
+    """FSDP2 over NCCL in a group of one, resumed from its shards on the disk, with blocks that are calculated again."""
+    config = make_config(loop={"device": "cuda", "activation_checkpointing": 1, "ema_decay": 0.9})
+    whole = losses(train(config, tmp_path / "whole", quiet=True))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "none"}
+    for key, value in {**group, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(key, str(value))
+    sharded = replace(config, parallel=ParallelConfig(strategy="fsdp"))
+    train(sharded, tmp_path / "cut", stop_at=3, quiet=True)
+    assert all(path.is_dir() for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert losses(train(sharded, tmp_path / "cut", resume=True, quiet=True)) == pytest.approx(whole, rel=1e-4)
+    assert load_generator(tmp_path / "cut")
 
 
 def test_a_reference_is_encoded_as_on_the_cpu(tokenizer, picture_folder: Path) -> None:
