@@ -179,6 +179,18 @@ def test_bad_pictures_of_shards_are_left_out_with_their_names(tars, tokenizer, t
     assert lines[2] == "train\t2\ttrain-0000.tar/s/002: no picture beside cls"
 
 
+@pytest.mark.parametrize("bare", [0, 1])
+def test_shards_of_which_some_have_labels_are_refused_at_the_first_that_shows_it(bare, tmp_path, tokenizer):
+    for index in range(3):
+        files = [("u.png", encoded(2))] if index == bare else sample(index)
+        (tmp_path / f"{index}.tar").write_bytes(tar_of(*files))
+    source = open_source(f"webdataset:{tmp_path}/*.tar", image_size=16)
+    for _ in range(2):  # and once more where the shards are there
+        with pytest.raises(UserError, match=rf"{bare}\.tar/u: no label, though the data have classes; give it one"):
+            write_token_store(tmp_path / "t", source, tokenizer)
+        assert not (tmp_path / "t.parts" / "shard_00000002.tokens").exists()
+
+
 @pytest.mark.parametrize(("default", "expected"), [("1", [0, 1, 1]), ("drop", [0, 1])])
 def test_pictures_of_shards_without_a_label(default, expected, tmp_path, tokenizer):
     (tmp_path / "x.tar").write_bytes(tar_of(*sample(0), *sample(1), ("u.png", encoded(2))))

@@ -15,7 +15,7 @@ import torch
 
 from consonar.compiling import compiled
 from consonar.data.bad_images import STREAM_START, BadImages
-from consonar.data.labels import known_labels
+from consonar.data.labels import LABEL_REMEDY, known_labels
 from consonar.data.picture_files import ShardStream, prefetch
 from consonar.data.tokens import StoreWriter, TokenStore, check_free, new_store
 from consonar.data.transforms import VIEWS, from_uint8, make_views
@@ -146,7 +146,18 @@ class Shards:
                 writer.left_out = len(left_out)
                 (writer.folder / LEFT_OUT).write_text(json.dumps(list(left_out.items())))
         with removed_if_damaged(path):
-            self.done += len(TokenStore.open(path)) + len(left_out)
+            store = TokenStore.open(path)
+        self.done += len(store) + len(left_out)
+        self.check_labels(store)
+
+    def check_labels(self, store: TokenStore) -> None:
+        """Raises `UserError` where this shard has labels and the first one that is there has none, or the reverse: the
+        store of all would be refused, at the end of the job."""
+        others = (TokenStore.open(path) for path in self.paths if path.exists())
+        first = next((other for other in others if len(other)), store)
+        bare = [one for one in (first, store) if len(one) and not one.metadata.counts.labelled]
+        if len(bare) == 1 and len(store):
+            raise UserError(f"{bare[0].table['name'][0]}: no label, though the data have classes; {LABEL_REMEDY}")
 
     def met(self, index: int, row: int, error: BadImage) -> None:
         """`BadImages.met`; where nothing is to be left out, one that an earlier call left out stops this one."""
