@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,10 @@ def first_failure() -> Iterator[None]:
         raise next(iter(error.failures.values()))[0] from error
 
 
-def own_group() -> dist.ProcessGroup:
-    """All processes, for a thread of each: what they say to each other there goes its own way. All at once."""
-    group = dist.new_group(backend="gloo")
+def own_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """All processes, for a thread of each: what they say to each other there goes its own way. All at once. `timeout`:
+    how long one waits for another."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
     assert group is not None  # all are in it
     return group
 

@@ -5,6 +5,7 @@ A child is `consonar WORDS` in a folder of its own, whose writes are answered by
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,7 +24,19 @@ from consonar.cli import main
 from consonar.networks import FEATURE_NETWORKS
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "sample", "tokenize", "evaluate", "convert", "report", "sweep", "diagnose", "import_tokens")
+COMMANDS = (
+    "train",
+    "sample",
+    "tokenize",
+    "evaluate",
+    "convert",
+    "report",
+    "sweep",
+    "diagnose",
+    "import_tokens",
+    "plan",
+)
+VARIABLE = re.compile(r"[A-Z_]+=")
 WRITING = {
     "os.rename",
     "os.mkdir",
@@ -63,7 +76,8 @@ class Server:
     def run(
         self, words: Sequence[str], folder: Path, fault: Fault | None = None, kill_after: float | None = None
     ) -> Ended:
-        """`consonar WORDS` in `folder`, killed after some seconds where they are given."""
+        """`consonar WORDS` in `folder`, killed after some seconds where they are given; words `NAME=VALUE` are its
+        environment's."""
         fault = fault or Fault(folder.resolve())
         request = {"words": list(words), "folder": str(folder), "scratch": str(self.scratch)}
         self.socket.sendall(json.dumps(request).encode() + b"\n")
@@ -110,6 +124,8 @@ def serve(ours: socket.socket) -> None:
 
 def child(ours: socket.socket, words: list[str], folder: str, scratch: str) -> None:
     os.chdir(folder)
+    os.environ |= dict(word.split("=") for word in words if VARIABLE.match(word))
+    words = [word for word in words if not VARIABLE.match(word)]
     for name, number in (("out", 1), ("err", 2)):
         file = os.open(Path(scratch) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)

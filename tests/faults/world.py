@@ -1,5 +1,7 @@
 """A folder in which every command has something to do, all of it tiny, and a command of each kind."""
 
+import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +43,8 @@ FILES = {
                      "num_samples": 8, "reconstruct": False},
     },
 }  # fmt: skip
+ALONE = ["TORCHELASTIC_RUN_ID=none", "WORLD_SIZE=1", "RANK=0", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=0"]
+"""One process that torchrun has started."""
 TOKENIZE = ["tokenize", "--tokenizer", "vq/model", "--data", "pictures"]
 EVALUATE = ["--reference", "pictures", "--feature-network", "quarters", "--draws", "2"]
 MADE = (
@@ -74,6 +78,12 @@ COMMANDS = {
     "convert back .pt": ["convert", "vq/model", "--to-official", "back.pt"],
     "report": ["report", "run", "half", "--out", "new.html"],
     "report again": ["report", "run", "half", "--out", "page.html", "--overwrite"],
+    "train in shards": [*ALONE, "train", "ar.yaml", "--out", "new", "--parallel.strategy", "fsdp"],
+    "tokenize shards": ["tokenize", "--tokenizer", "vq/model", "--data", "webdataset:shards/{0..1}.tar",
+                        "--out", "new"],
+    "import tokens": ["import-tokens", "--format", "rar-jsonl", "--data", "some.jsonl", "--tokenizer", "vq/model",
+                      "--out", "new"],
+    "plan": ["plan", "ar.yaml", "--json", "plan.json"],
     "sweep": ["sweep", "study.yaml", "--out", "study"],
     "diagnose": ["diagnose", "run", "--data", "pictures", "--out", "diagnosis.html", "--num-images", "8",
                  "--parts", "gap,positions"],
@@ -84,6 +94,12 @@ def make(root: Path, server: Server) -> None:
     """Fills `root`. Raises AssertionError with what a command said that failed."""
     save_pictures(root / "pictures")
     (save_pictures(root / "mixed") / "train" / "a" / "broken.png").write_bytes(b"no picture")
+    lines = [json.dumps({"class_id": label, "tokens": [label] * 16}) for label in range(2)]
+    (root / "some.jsonl").write_text("\n".join(lines))
+    (root / "shards").mkdir()
+    for index in range(2):
+        with tarfile.open(root / "shards" / f"{index}.tar", "w") as tar:
+            tar.add(root / "pictures" / "train" / "abc"[index] / f"{index:03d}.png", "a.png")
     for name, content in FILES.items():
         (root / name).write_text(yaml.safe_dump(content, sort_keys=False))
     for words in MADE:

@@ -42,6 +42,7 @@ class Trials:
 
     def __init__(self, server: Server, before: Path, words: Sequence[str]) -> None:
         self.server, self.before, self.words = server, before, list(words)
+        self.trains, self.out = "train" in words, words[words.index("--out") + 1] if "--out" in words else ""
         self.folder = before.with_name("trial")
         self.had = contents(before)
         self.fresh()
@@ -77,7 +78,7 @@ class Trials:
         if len(fault.seen) <= at:
             return []
         wrong = self.kept()
-        if self.words[0] == "train":  # saved, or not begun
+        if self.trains:  # saved, or not begun
             told = (ended.code == 0 and "Traceback" not in ended.err) or ended.code == -signal.SIGTERM
         else:
             told = ended.code == 0 or (ended.code == 143 and re.fullmatch(r"consonar: asked to end; .*\n", ended.err))
@@ -108,7 +109,7 @@ class Trials:
     def goes_on(self) -> list[str]:
         """What is missing after the command was called again."""
         words = list(self.words)
-        if words[0] == "train" and "--resume" not in words and (self.folder / words[3] / "config.json").exists():
+        if self.trains and "--resume" not in words and (self.folder / self.out / "config.json").exists():
             words.append("--resume")
         ended = self.server.run(words, self.folder)
         if ended.code != 0 and not ("exists" in ended.err and not self.lacks()):

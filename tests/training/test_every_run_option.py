@@ -28,8 +28,8 @@ from consonar.training.tracking import read_metrics
 VALUES: dict[str, dict[str, Any]] = {
     "loop": {
         "steps": 4, "batch_size": 4, "accumulation": 2, "log_every": 2, "validate_every": 1, "sample_every": 1,
-        "save_every": 1, "keep_checkpoints": 1, "fd_samples": 8, "ema_decay": 0.5, "precision": "bf16",
-        "device": "cuda", "compile": True, "activation_checkpointing": 1, "trackers": ("nothing",),
+        "save_every": 1, "keep_checkpoints": 1, "fd_samples": 8, "keep_best": True, "ema_decay": 0.5,
+        "precision": "bf16", "device": "cuda", "compile": True, "activation_checkpointing": 1, "trackers": ("nothing",),
     },
     "optim": {
         "lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 1, "beta1": 0.5, "beta2": 0.5, "weight_decay": 0.9,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_VQ
 from torch.nn import functional as F
 
 from consonar.components import load_generator
@@ -19,9 +20,11 @@ from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.seeding import derive_seed
 from consonar.seeding import generator as seeded
 from consonar.training.checkpoints import State, list_resume, load_resume
+from consonar.training.config import DataConfig
 from consonar.training.loop import Built, Running, train_loop
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.run import train
 from consonar.training.tracking import Tracker, read_metrics
@@ -179,6 +182,32 @@ class OneBatch:
 
     def ordered(self, batch_size: int):
         return self.batches.ordered(batch_size)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "tokenizer"])
+def test_the_best_model_is_kept_beside_the_last_and_over_a_resume(kind, make_config, picture_folder, tmp_path):
+    loop = {"steps": 4, "validate_every": 1, "keep_best": True, "save_every": 1}
+    config = make_config(loop=loop, optim={"lr": 1.0, "min_lr": 1.0, "warmup_steps": 0})
+    if kind == "tokenizer":
+        data = DataConfig(images=str(picture_folder))
+        objective = ReconstructionConfig(perceptual_weight=0)
+        config = replace(config, tokenizer=None, model=TINY_VQ, objective=objective, data=data)
+    train(config, tmp_path / "run", stop_at=3, quiet=True)
+    run = train(config, tmp_path / "run", resume=True, quiet=True)
+    metric, pick = {"tokens": ("cross_entropy", min), "tokenizer": ("psnr", max)}[kind]
+    key = f"validation/{metric}"
+    values = {line["step"]: line[key] for line in read_metrics(run / "metrics.jsonl") if key in line}
+    best = json.loads((run / "best.json").read_text())
+    assert len(values) == 4 and best == {"step": pick(values, key=lambda step: values[step]), "metric": metric,
+                                         "value": pick(values.values())}  # fmt: skip
+    kept, last = (map_tensors(run / name / "model.safetensors") for name in ("best", "model"))
+    assert all(torch.equal(kept[name], last[name]) for name in kept) == (best["step"] == 4)
+
+
+def test_a_best_model_needs_data_for_validation(make_config, tmp_path):
+    config = make_config(loop={"keep_best": True})
+    with pytest.raises(UserError, match=r"loop\.keep_best: read only with data for validation"):
+        train(replace(config, data=replace(config.data, validation_tokens="")), tmp_path / "none")
 
 
 def test_one_batch_is_learnt_by_heart(make_config, tokenizer, tmp_path):

@@ -1,12 +1,16 @@
 """Checkpoints of a run whose weights lie in shards: on as many processes, on others, on one; damaged; without room."""
 
+import os
 import pickle
+import re
+import signal
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import same
-from two_processes import run_on_two
+from two_processes import fork_two, run_on_two
 
 from consonar.errors import UserError
 from consonar.generators.rear import ReARConfig
@@ -14,6 +18,7 @@ from consonar.parallel import ParallelConfig
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.run import train
+from consonar.training.tracking import read_metrics
 
 STEPS = 4
 WORKER = """
@@ -97,6 +102,52 @@ def test_shards_are_gone_on_with_on_two_processes_and_on_one(config, tmp_path):
     close(load_resume(runs["left"] / "step_00000004.pt"), theirs)
 
     check_damage(tmp_path / "half" / "checkpoints" / "step_00000004")
+
+
+WRITING = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+
+
+def killed_at(moment, who):
+    """From now on that file operation of a save, from 1 on, kills rank `who` or both, before it is done."""
+    passed = []
+
+    def see(event, about):
+        opened = event == "open" and (about[1] is None or set(about[1]) & set("wa+"))
+        if (opened or event in WRITING) and re.search(r"step_\d{8}|distcp|metadata|state.pt", str(about[0])):
+            passed.append(event)
+            if len(passed) == moment and who in (None, int(os.environ["RANK"])):
+                os.kill(os.getpid(), signal.SIGKILL) if who is not None else os.killpg(0, signal.SIGKILL)
+
+    sys.addaudithook(see)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "stride"), [(None, 1), (0, 4), (1, 4)])
+def test_processes_that_are_killed_at_any_moment_of_a_save_go_on(who, stride, config, tmp_path, monkeypatch):
+    """With one checkpoint kept; both ranks, or one, upon which the other ends by itself."""
+    monkeypatch.setenv("CONSONAR_TIMEOUT", "60")
+    loop = replace(config.loop, keep_checkpoints=1, sample_every=0)
+    config = replace(config, loop=loop, model=replace(config.model, num_layers=1, dropout=0.3), parallel=FSDP)
+    assert fork_two(lambda: train(config, tmp_path / "straight", quiet=True)) == [0, 0]
+    wanted = load_resume(tmp_path / "straight" / "checkpoints" / f"step_{STEPS:08d}")
+    for moment in range(1, 99, stride):
+        run = tmp_path / f"{moment}"
+
+        def killed(moment=moment, run=run):
+            killed_at(moment, who)
+            train(config, run, quiet=True)
+
+        ended = fork_two(killed)
+        if ended == [0, 0]:
+            break
+        assert ended == [-signal.SIGKILL] * 2 if who is None else ended[who] == -signal.SIGKILL != ended[1 - who] != 0
+        steps = [load_resume(path)["step"] for path in list_resume(run / "checkpoints")]
+        reached = max((line["step"] for line in read_metrics(run / "metrics.jsonl")), default=0)
+        assert reached - max(steps, default=0) <= 2 * loop.save_every, (moment, steps, reached)
+        assert fork_two(lambda run=run: train(config, run, quiet=True, resume=True)) == [0, 0]
+        assert same(load_resume(run / "checkpoints" / f"step_{STEPS:08d}"), wanted), moment
+        assert not list(run.rglob("*.partial"))
+    assert moment > 12
 
 
 class Evil:

@@ -1,10 +1,12 @@
-"""Runs the same script as ranks 0 and 1 of one gloo world."""
+"""Runs the same script, or a function in children of this process, as ranks 0 and 1 of one gloo world."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from consonar.config_io import to_dict
@@ -38,3 +40,26 @@ def run_on_two(script: str, configs: dict[str, TrainConfig], folder: Path) -> No
     for worker in workers:
         _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
+
+
+def fork_two(run: Callable[[], object]) -> list[int]:
+    """Calls `run` in two children, a process group of their own: how each ended, a signal below 0."""
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    children: list[int] = []
+    for rank in "01":
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setpgid(0, children[0] if children else 0)
+                os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+                run()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+        if len(children) == 1:
+            os.setpgid(child, child)  # whoever is first: the second one needs it
+    del os.environ["WORLD_SIZE"]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

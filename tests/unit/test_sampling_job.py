@@ -9,12 +9,14 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from consonar.components import save_generator
 from consonar.errors import UserError
+from consonar.files import shared_work
 from consonar.files.lock import hold
 from consonar.generators import build_generator
 from consonar.generators.llamagen import LlamaGenConfig
@@ -59,6 +61,30 @@ def counted(monkeypatch):
     drawn, original = [], jobs.draw
     monkeypatch.setattr(jobs, "draw", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
     return drawn
+
+
+def ended_while_it_tidies(monkeypatch):
+    """The next removal of a folder does not come to its end."""
+
+    def ended(folder):
+        monkeypatch.undo()
+        next(Path(folder).glob("shard_*")).rename(Path(folder) / "half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shared_work.shutil, "rmtree", ended)
+
+
+def test_shards_of_a_finished_job_are_removed_by_the_next_call(draw, tmp_path, monkeypatch):
+    ended_while_it_tidies(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        draw()
+    assert (tmp_path / "a.npz").exists() and (tmp_path / "a.npz.parts" / "half").exists()
+    with pytest.raises(UserError, match=r"a\.npz exists"):
+        draw(seed=5)
+    assert (tmp_path / "a.npz.parts" / "half").exists(), "they are another job's"
+    with pytest.raises(UserError, match=r"a\.npz exists"):
+        draw()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.png", "a"])

@@ -245,4 +245,9 @@ def test_the_other_store_is_kept_where_pictures_were_left_out_of_it(in_shards, t
     capsys.readouterr()
     cli.main(argv)
     assert "train: is there already" in capsys.readouterr().out
+    (tmp_path / "t.parts").mkdir()  # of a process that was ended while it tidied
+    (tmp_path / "t.parts" / "job.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert "t exists; choose another" in capsys.readouterr().err and not (tmp_path / "t.parts").exists()
     assert (tmp_path / "t-bad-images.txt").read_text() == listed and "2.png: not an image" in listed

@@ -23,6 +23,7 @@ from consonar.data.transforms import IMAGE_SIDE, VIEWS
 from consonar.distributed import World, barrier, joined
 from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
+from consonar.files.shared_work import remove_shards
 from consonar.precision import pick_precision
 from consonar.sampling.checks import check_batch_size
 from consonar.tokenizers.base import CodebookTokenizer
@@ -83,6 +84,8 @@ def tokenize(options: Options, world: World) -> None:
     taken = [name for name in sources if is_taken(stores[name])]
     # Of two stores, one that is there is kept when the command that made it was this one, ended in between.
     ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name], precision)]
+    for name in ours:  # of one that was ended while it tidied
+        remove_shards(stores[name])
     if taken and (ours != taken or len(taken) == len(sources)):
         changed = "" if len(taken) == len(sources) else ", and not of these images, labels and options"
         raise UserError(f"--out: {stores[taken[0]]} exists{changed}; choose another folder")

@@ -34,7 +34,7 @@ class SharedWork:
     @property
     def folder(self) -> Path:
         """Where the shards lie."""
-        return self.out.with_name(f"{self.out.name}.parts")
+        return parts_of(self.out)
 
     def run(
         self, shards: Sequence[Path], make: Callable[[int], object], finish: Callable[[], object], restart: bool = False
@@ -76,21 +76,11 @@ class SharedWork:
 
     def claim(self, restart: bool) -> None:
         """Makes the folder this job's; `UserError` when it is another's, unless `restart`."""
-        record, change = self.folder / RECORD, ""
-        if record.exists():
-            try:
-                before = dict(self.old) | read_json(record)
-                now = json.loads(json.dumps(self.settings))  # tuples are lists in JSON
-                differ = [key for key in {**now, **before} if now.get(key) != before.get(key)]
-                changed = [key for key in differ if key not in self.unread]
-                change = f"another {', '.join(changed)}" if changed else ""
-                if changed == ["precision"]:
-                    change += f": --precision {before['precision']} goes on"
-            except UserError:
-                change = f"its {RECORD} is damaged"
-        elif not is_unused(self.folder):
+        record = self.folder / RECORD
+        if not record.exists() and not is_unused(self.folder):
             what = f"where unfinished {self.what} would be, holds something else"
             raise UserError(f"--out: {self.folder}, {what}; choose another name")
+        change = self.change() if record.exists() else ""
         if change and not restart:
             what = f"holds unfinished {self.what} of another job ({change})"
             raise UserError(f"--out: {self.folder} {what}; remove it or choose another name")
@@ -99,8 +89,36 @@ class SharedWork:
                 path.unlink()
         write_json(record, self.settings)
 
+    def change(self) -> str:
+        """What is another than in the record of the folder, in words; empty where it is this job's."""
+        try:
+            before = dict(self.old) | read_json(self.folder / RECORD)
+        except UserError:
+            return f"its {RECORD} is damaged"
+        now = json.loads(json.dumps(self.settings))  # tuples are lists in JSON
+        differ = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+        changed = [key for key in differ if key not in self.unread]
+        way_out = f": --precision {before['precision']} goes on" if changed == ["precision"] else ""
+        return f"another {', '.join(changed)}{way_out}" if changed else ""
+
+    def tidy(self) -> None:
+        """Removes this job's shards beside a finished `out`: its last process was ended while it did."""
+        if is_taken(self.out) and (self.folder / RECORD).exists() and not self.change():
+            remove_shards(self.out)
+
     def remove_unused(self) -> None:
         """Removes the folder where no shard was made, so that other settings find no trace of these."""
         with suppress(Held), hold(self.folder):
             if {path.name for path in self.folder.iterdir()} == {LOCK_FILE, RECORD}:
                 shutil.rmtree(self.folder)
+
+
+def parts_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def remove_shards(out: Path) -> None:
+    """Removes OUT.parts where it is there, and no process at it."""
+    if parts_of(out).is_dir():
+        with suppress(Held), hold(parts_of(out)):
+            shutil.rmtree(parts_of(out))

@@ -160,9 +160,10 @@ def run_job(
     last makes `out` of them. Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, and
     when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
-    check_place(job, out, batch_size, shard_size)
     old = {"precision": "fp32"}  # older versions had no other
     work = SharedWork(out=out, settings=job.settings, what="samples", unread=PLACES, old=old)
+    work.tidy()
+    check_place(job, out, batch_size, shard_size)
     shards = [
         (work.folder / f"shard_{start:08d}_{shard_size}.npz", slice(start, start + shard_size))
         for start in range(0, len(job.labels), shard_size)

@@ -37,7 +37,7 @@ from consonar.sampling.sample import sample
 from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
-from consonar.training.best import KeepBest
+from consonar.training.best import METRIC, DistanceToHeldOut, KeepBest
 from consonar.training.captions import caption_features, captions_of_pictures, read_by, text_encoder_of
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
@@ -63,6 +63,11 @@ def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Buil
             f"data.validation_items: {config.data.validation_items} is read only with data for validation, and there "
             "are none; set it to 0"
         )
+    if config.loop.keep_best and built.held_out is None:
+        raise UserError("loop.keep_best: read only with data for validation, and there are none; set it to False")
+    if config.loop.keep_best or built.distance:
+        metric = METRIC if built.distance else "psnr" if config.run == "tokenizer" else "cross_entropy"
+        built.best = KeepBest(metric, out, built.origin)
     return built
 
 
@@ -133,7 +138,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     if pictures.held_out is not None:
         built.held_out = validation = made(pictures.held_out, captions=held_out, **place)
         if config.loop.fd_samples:
-            built.best = KeepBest(validation, tokenizer, config.loop.fd_samples, out, origin)
+            built.distance = DistanceToHeldOut(validation, tokenizer, config.loop.fd_samples)
     return built
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from consonar import parallel, shards
-from consonar.distributed import World, from_main
+from consonar.distributed import World, from_main, patience
 from consonar.errors import UserError, one_line, reading
 from consonar.files.readers import check_archive
 from consonar.files.weights import check_finite, check_plain, check_weights
@@ -112,7 +112,7 @@ class Saver:
         if shards.parted(payload)[1]:
             path = self.folder / f"step_{step:08d}"
             known = from_main(path.is_dir(), self.world)
-            self.group = self.group or shards.own_group()
+            self.group = self.group or shards.own_group(patience())
             write = partial(
                 save_shards, path, step, keep=self.keep, group=None if known else self.group, is_main=self.world.is_main
             )

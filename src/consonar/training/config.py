@@ -101,6 +101,8 @@ class LoopConfig(Options):
     fd_samples: Annotated[int, Range(2, or_zero=True, note="a distance needs 2 samples")] = 0
     """Images drawn at every validation for the Fréchet distance to the validation images (post-training); the model
     with the lowest one is kept in best/. 0: none."""
+    keep_best: bool = False
+    """Keep the model of the best validation in best/, by cross-entropy (tokens) or PSNR (tokenizers)."""
     ema_decay: ShareBelowOne = 0.0
     """Decay of the moving average of weights that is validated and exported; 0: none."""
     precision: Annotated[str, OneOf(CHOICES)] = "auto"
@@ -127,6 +129,7 @@ READ_IN = {
     ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
     ("generator", "post-training"): ("init", "tokenizer", "text_encoder", "loop.activation_checkpointing", "lora.rank"),
     ("generator",): ("data.tokens", "data.validation_tokens", "data.views", "data.weights", "lora.dropout"),
+    ("generator", "tokenizer"): ("loop.keep_best",),
 }
 """Options that only these kinds of run read."""
 

@@ -26,7 +26,7 @@ from consonar.errors import NonFiniteLoss, one_line
 from consonar.origin import Origin
 from consonar.records import split, to_device
 from consonar.seeding import derive_seed
-from consonar.training.best import METRIC, KeepBest
+from consonar.training.best import METRIC, DistanceToHeldOut, KeepBest
 from consonar.training.checkpoints import Saver, State, list_resume
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.reconstruction import TokenizerTrainee
@@ -53,8 +53,10 @@ class Built:
     """What the trainee is validated on, with its (averaged) weights."""
     preview: Callable[[Any, Path], None] | None = None
     """Writes a picture of what the trainee makes to the given path."""
+    distance: DistanceToHeldOut | None = None
+    """Of the generator's samples: one of the validation metrics, `METRIC`."""
     best: KeepBest | None = None
-    """Keeps the best model by a distance that is one of the validation metrics."""
+    """Keeps the best model by one of the validation metrics."""
     origin: Origin = field(default_factory=Origin)
     """What the run is made of, by content."""
     about: tuple[str, ...] = ()
@@ -245,12 +247,12 @@ class Running:
         with state.averaged() as model:
             here = (to_device(batch, self.world.device) for batch in batches)
             measured = built.objective.validate(model, here)
-            if built.best:
-                measured[METRIC] = built.best.distance(model.generator)
+            if built.distance:
+                measured[METRIC] = built.distance(model.generator)
             if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:
                 raise non_finite(self, state.step, f"validation {wrong[0]} is {measured[wrong[0]]}")
             if built.best and self.world.is_main:
-                built.best.keep(model.generator, state.step, measured[METRIC])
+                built.best.keep(model, state.step, measured[built.best.metric])
         self.tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
         return built.objective.breach(measured)
 

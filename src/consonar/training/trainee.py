@@ -68,9 +68,13 @@ class Trainee(nn.Module):
             taps[spec.name] = self.heads[spec.name](hidden[spec.layer][:, start : start + length])
         return Prediction(logits, taps)
 
+    def save(self, folder: Path, origin: Origin) -> None:
+        """Writes the released component, the generator without heads, to `folder`."""
+        save_generator(self.generator, folder, origin)
+
     def export(self, folder: Path, origin: Origin) -> None:
         """Writes the released component, the generator without heads, to model/ in the run `folder`."""
-        save_generator(self.generator, folder / "model", origin)
+        self.save(folder / "model", origin)
 
     def parts(self) -> list[nn.Module]:
         """What is compiled, and sharded, each on its own."""

@@ -104,9 +104,13 @@ class TokenizerTrainee(nn.Module):
         scores = self.discriminator(images), self.discriminator(output.reconstruction.detach()), live
         return output, *(score.float() for score in scores)  # means over patches are not for bf16
 
+    def save(self, folder: Path, origin: Origin) -> None:
+        """Writes the tokenizer to `folder`."""
+        save_tokenizer(self.tokenizer, folder)
+
     def export(self, folder: Path, origin: Origin) -> None:
         """Writes the tokenizer to model/ in the run `folder`, and to discriminator/ what it was trained against."""
-        save_tokenizer(self.tokenizer, folder / "model")
+        self.save(folder / "model", origin)
         if self.discriminator is not None:
             save_discriminator(self.discriminator, folder / "discriminator")
 
