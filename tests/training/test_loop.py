@@ -206,7 +206,7 @@ def test_the_best_model_is_kept_beside_the_last_and_over_a_resume(kind, make_con
 
 def test_a_best_model_needs_data_for_validation(make_config, tmp_path):
     config = make_config(loop={"keep_best": True})
-    with pytest.raises(UserError, match=r"loop\.keep_best: read only with data for validation"):
+    with pytest.raises(UserError, match=r"loop.keep_best: True is read only with data for validation"):
         train(replace(config, data=replace(config.data, validation_tokens="")), tmp_path / "none")
 
 

@@ -23,6 +23,8 @@ from consonar.types import Condition, Generator, Tokenizer
 
 NETWORK = "efficientnet-lite0"
 METRIC = f"FD({NETWORK}) validation"
+BEST_BY = {"generator": "cross_entropy", "post-training": METRIC, "tokenizer": "psnr"}
+"""The metric, by the kind of run."""
 
 
 @dataclass(frozen=True)

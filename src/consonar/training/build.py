@@ -37,7 +37,7 @@ from consonar.sampling.sample import sample
 from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
-from consonar.training.best import METRIC, DistanceToHeldOut, KeepBest
+from consonar.training.best import BEST_BY, DistanceToHeldOut, KeepBest
 from consonar.training.captions import caption_features, captions_of_pictures, read_by, text_encoder_of
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
@@ -58,16 +58,13 @@ def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Buil
     """All of a run that `resolve_start` has completed; `batch_size` is that of this process. Raises `UserError`."""
     place = Place(batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     built = RUNS[config.run](config, world, place, out)
-    if config.data.validation_items and built.held_out is None:
-        raise UserError(
-            f"data.validation_items: {config.data.validation_items} is read only with data for validation, and there "
-            "are none; set it to 0"
-        )
-    if config.loop.keep_best and built.held_out is None:
-        raise UserError("loop.keep_best: read only with data for validation, and there are none; set it to False")
+    unread = "is read only with data for validation, and there are none; set it to"
+    if built.held_out is None and config.data.validation_items:
+        raise UserError(f"data.validation_items: {config.data.validation_items} {unread} 0")
+    if built.held_out is None and config.loop.keep_best:
+        raise UserError(f"loop.keep_best: True {unread} False")
     if config.loop.keep_best or built.distance:
-        metric = METRIC if built.distance else "psnr" if config.run == "tokenizer" else "cross_entropy"
-        built.best = KeepBest(metric, out, built.origin)
+        built.best = KeepBest(BEST_BY[config.run], out, built.origin)
     return built
 
 
