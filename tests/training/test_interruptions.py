@@ -1,6 +1,7 @@
 """What a run keeps when something beside its steps fails, and when it is asked to end."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, ImageChops
 
 from consonar.data import loader
+from consonar.errors import UserError
 from consonar.generators.rear import ReARConfig
 from consonar.training import loop
 from consonar.training.checkpoints import list_resume, load_resume
@@ -192,3 +194,23 @@ def test_what_a_scheduler_ends_has_status_0_once_it_is_saved(config, tmp_path, m
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 0 and saved_steps(tmp_path / "run") == [2, 3]
+
+
+def test_a_token_store_that_vanishes_is_missed_by_the_next_resume_alone(config, stores, tmp_path, monkeypatch):
+    """What is mapped stays; put back, the run goes on."""
+    tokens, log = shutil.copytree(stores[0], tmp_path / "tokens"), loop.Running.log
+    config = replace(config, data=replace(config.data, tokens=str(tokens)))
+    straight = train(config, tmp_path / "straight", quiet=True)
+
+    def at_step_2(self, terms):
+        if self.state.step == 2:
+            tokens.rename(tmp_path / "away")
+        log(self, terms)
+
+    monkeypatch.setattr(loop.Running, "log", at_step_2)
+    run = train(config, tmp_path / "run", stop_at=4, quiet=True)
+    with pytest.raises(UserError, match=rf"no token store at {tokens}"):
+        train(config, run, resume=True, quiet=True)
+    (tmp_path / "away").rename(tokens)
+    train(config, run, resume=True, quiet=True)
+    assert_same_run(straight, run)

@@ -35,6 +35,8 @@ def write(self, source, shard, *rest):
     for count in inner(self, source, shard, *rest):
         if how == f"kill {shard}":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "ask" and shard > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         yield count
 tokenizing.Encoder.write = write
 cli.main(["tokenize", *sys.argv[1:]])
@@ -77,38 +79,61 @@ def test_a_killed_command_goes_on_to_the_same_store(command, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "whole"]
 
 
-@pytest.mark.parametrize("kind", ["torchrun", "independent"])
-def test_processes_share_a_store(kind, command, tmp_path):
+def by_two(command, together):
+    """The command in two processes, of one torchrun or of none: status, output and errors of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | (world | {"RANK": rank} if together else {}), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "independent"])
+def test_processes_share_a_store(kind, command, tmp_path):
     command.append(str(tmp_path / "t"))
     if kind == "independent":  # so that the second does not come to a finished store
         shutil.rmtree(tmp_path / "t", ignore_errors=True)
         command[3] = "kill 1"
         subprocess.run(command, capture_output=True)
         command[3] = "well"
-    ranks = [
-        subprocess.Popen(
-            command, env=os.environ | (world | {"RANK": rank} if kind == "torchrun" else {}), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=300) for rank in ranks]
-    lines = [line for out, _ in said for line in out.splitlines()]
+    ended = by_two(command, kind == "torchrun")
+    lines = [line for _, out, _ in ended for line in out.splitlines()]
     made = sorted(line for line in lines if line.startswith("made"))
     if kind == "torchrun":
-        assert [rank.returncode for rank in ranks] == [0, 0], said
+        assert [code for code, *_ in ended] == [0, 0], ended
         assert sum(" images x " in line for line in lines) == 1, "one of them says so"
     else:  # who comes late finds the store
-        assert all(rank.returncode == 0 or "exists" in err for rank, (_, err) in zip(ranks, said, strict=True)), said
-        assert 0 in [rank.returncode for rank in ranks]
+        assert all(code == 0 or "exists" in err for code, _, err in ended), ended
+        assert 0 in [code for code, *_ in ended]
     assert made == [f"made {shard}" for shard in range(kind == "independent", 6)], "each shard once"
     rows, metadata = content(tmp_path / "t")
     assert [row["name"] for row in rows] == [f"train/all/{index:03d}.png" for index in range(24)]
     assert metadata["counts"]["items"] == 24 and [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.slow
+def test_processes_that_are_asked_to_end_leave_nothing_half_made_and_go_on(command, tmp_path):
+    """SIGTERM comes to each in its second shard."""
+    command[3], out = "ask", tmp_path / "t"
+    ended = by_two([*command, str(out)], together=True)
+    assert [code for code, *_ in ended] == [143, 143], ended
+    assert all(err == "consonar: asked to end; the same command goes on\n" for *_, err in ended), ended
+    assert {path.name for path in (tmp_path / "t.parts").iterdir()} == {
+        "job.json", "shard_00000000.tokens", "shard_00000001.tokens"
+    }  # fmt: skip
+    command[3] = "well"
+    ended = by_two([*command, str(out)], together=True)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    made = sorted(line for _, said, _ in ended for line in said.splitlines() if line.startswith("made"))
+    assert made == [f"made {shard}" for shard in range(2, 6)] and len(content(out)[0]) == 24
 
 
 def test_while_another_process_is_at_a_shard_the_others_are_made(in_shards, tokenizer, tmp_path, picture_folder):

@@ -42,7 +42,6 @@ COMMANDS = {
 """What each does. Its module is imported when it is called, for PyTorch takes a second."""
 SHARED = ("train", "sample", "tokenize", "evaluate")
 """Those that several processes of torchrun do together."""
-GOES_ON = "the same command (train: with --resume, if its run folder is there) goes on"
 
 
 class Terminated(KeyboardInterrupt):
@@ -104,9 +103,9 @@ def errors_told(command: str) -> Iterator[None]:
         reason = f"{why}; what was complete is kept" if why else error.strerror or str(error)
         stop(printable(place + reason), 2)
     except Terminated:
-        stop(f"asked to end; {GOES_ON}", 143)  # as a shell says it
+        stop("asked to end; the same command goes on", 143)  # as a shell says it
     except KeyboardInterrupt:
-        stop(f"interrupted; {GOES_ON}", 130)
+        stop("interrupted; the same command (train: with --resume, if its run folder is there) goes on", 130)
 
 
 @contextmanager
