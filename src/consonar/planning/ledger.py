@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ATEN = torch.ops.aten
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -106,6 +106,34 @@ class Ledger(TorchDispatchMode):
         finally:
             self.label = before
 
+    def once(self, owner: object, method: str, name: str) -> None:
+        """From now on this method of an object is made once for tensors of the same shapes, as long as it makes no
+        gradient; what it took is booked again for those after it, and what they return on `name`."""
+        called = getattr(owner, method)
+        known: dict[object, tuple[Counter[tuple[str, torch.dtype]], dict[str, int], object]] = {}
+
+        @functools.wraps(called)
+        def booked(*args: Any, **kwargs: Any) -> Any:
+            key = tuple((t.shape, t.dtype) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            if torch.is_grad_enabled():
+                return called(*args, **kwargs)
+            if key not in known:
+                flops, alive, peak = self.flops.copy(), self.alive.copy(), self.peak
+                self.peak = alive.copy()
+                out = called(*args, **kwargs)
+                inside = {label: count - alive[label] for label, count in self.peak.items()}
+                known[key] = self.flops - flops, inside, tree_map_only(Tensor, shaped_like, out)
+                self.peak = max(self.peak, peak, key=Counter.total)
+                return out
+            flops, inside, out = known[key]
+            self.flops.update(flops)
+            now = Counter({label: self.alive[label] + inside.get(label, 0) for label in {*self.alive, *inside}})
+            self.peak, self.most = max(self.peak, now, key=Counter.total), self.most | now
+            with self.labelled(name):
+                return tree_map_only(functools.partial, lambda make: make(), out)
+
+        object.__setattr__(owner, method, booked)
+
     def follow(self, owner: object, method: str, name: str, *, of_trainee: bool = False) -> None:
         """From now on what this method of an object makes is booked on `name`; what is `of_trainee`, in the backward
         pass on `AGAIN`, and without a gradient on `UNTRAINED`."""
@@ -139,6 +167,11 @@ class AsOnCuda(TorchFunctionMode):
         elif func in (F.layer_norm, F.group_norm) and torch.is_autocast_enabled("cpu"):
             args = (args[0].float(), *args[1:])
         return func(*args, **named)
+
+
+def shaped_like(tensor: Tensor) -> functools.partial[Tensor]:
+    """What makes another of its shape."""
+    return functools.partial(torch.empty, tensor.shape, dtype=tensor.dtype)
 
 
 def fake(module: nn.Module) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 
 from consonar.json_types import Json
 from consonar.memory import GIB
-from consonar.planning.ledger import FORWARD
 from consonar.planning.plan import CONTEXT, FRAGMENTS, GPUS, Plan
 from consonar.training.objectives import method_of_config
 
@@ -35,8 +34,9 @@ def lines(plan: Plan, remedies: Iterable[tuple[str, Plan]]) -> Iterator[str]:
     )
     for assumption in plan.assumed:
         yield f"assumed: {assumption}"
-    frozen = sum(size for name, size in plan.update.weights.items() if name != FORWARD)
-    yield f"\nparameters: {sum(plan.update.trained) / 4e6:,.1f} million trained, {frozen / 4e6:,.1f} million frozen"
+    trained = sum(plan.update.trained)
+    frozen = plan.update.weights.total() - trained
+    yield f"\nparameters: {trained / 4e6:,.1f} million trained, {frozen / 4e6:,.1f} million frozen"
     yield f"\n{'memory of one GPU, GiB':52}{'most':>10}{'at the peak':>14}"
     for part, (most, peak) in plan.memory.items():
         if most >= GIB / 200:

@@ -18,6 +18,7 @@ import torch
 from consonar.errors import UserError
 from consonar.memory import GIB
 from consonar.options import Count, OneOf, Options, Positive, Range
+from consonar.parallel import ParallelConfig
 from consonar.planning.ledger import AGAIN, BACKWARD, CASTS, FORWARD, GRADIENTS, LOSSES, UNTRAINED
 from consonar.planning.shapes import shapes_of, tokenizer_of
 from consonar.planning.update import LOGITS, REFERENCE, Shapes, Update, decoding, update
@@ -112,6 +113,7 @@ class Plan:
             "gathered weights and gradients": self.gathered,
             **{name: size for name, size in weights.items() if name != FORWARD},
             "key-value cache": self.update.cache,
+            "weights with adapters in them": self.update.adapted if self.update.rollout_rows else 0,
         }
 
     @property
@@ -129,7 +131,8 @@ class Plan:
         whole, blocks = self.update.weights[FORWARD], self.update.blocks
         two = sum(sorted(blocks)[-2:]) or whole
         kept = two if self.config.parallel.reshard_after_forward else sum(blocks)
-        return whole - sum(blocks) + kept + two + (whole if self.update.rollout_rows else 0)
+        gradients = two * sum(self.update.trained) / whole
+        return whole - sum(blocks) + kept + gradients + (whole if self.update.rollout_rows else 0)
 
     @cached_property
     def memory(self) -> dict[str, tuple[float, float]]:
@@ -211,8 +214,13 @@ WORK = {
 """What the memory that a pass makes is called."""
 
 
-def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None) -> Plan:
-    """Raises `UserError` for a batch that does not divide and for models whose shapes are not known."""
+Made = dict[str, Update]
+"""Updates that were made, by what they depend on."""
+
+
+def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None, made: Made | None = None) -> Plan:
+    """`made` are those of other plans, which is added to. Raises `UserError` for a batch that does not divide and for
+    models whose shapes are not known."""
     processes, loop = machine.processes, config.loop
     if loop.batch_size % (processes * loop.accumulation):
         raise UserError(
@@ -220,11 +228,13 @@ def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None) 
             "micro-batches"
         )
     config, shapes, assumed = shapes_of(config, num_classes)
-    low = loop.precision in ("auto", "bf16")
+    low, made = loop.precision in ("auto", "bf16"), {} if made is None else made
 
     def planned(given: TrainConfig) -> Plan:
-        found = update(given, shapes, loop.batch_size // processes, low=low, cuda=True)
-        return Plan(given, machine, shapes, found, assumed)
+        key = repr((replace(given, parallel=ParallelConfig()), processes))
+        if key not in made:
+            made[key] = update(given, shapes, loop.batch_size // processes, low=low, cuda=True)
+        return Plan(given, machine, shapes, made[key], assumed)
 
     objective = config.objective
     if not (isinstance(objective, AlignmentConfig) and objective.chunk == 0):
@@ -241,10 +251,14 @@ def rows_decoded(found: Plan) -> int:
     return max(1, found.rows * found.group // found.config.loop.accumulation)
 
 
-def changes(config: TrainConfig, machine: Machine) -> Iterator[tuple[str, TrainConfig]]:
-    """What to change for less memory, in this order: first what costs nothing, then a forward pass, then exchange."""
+def changes(config: TrainConfig, machine: Machine) -> Iterator[dict[str, TrainConfig]]:
+    """What to change for less memory, in this order: first what costs nothing, then a forward pass, then exchange.
+
+    Each with more and more micro-batches, down to one image at a time.
+    """
     loop, most = config.loop, config.loop.batch_size // machine.processes
-    ways = [way for way in (2 * loop.accumulation, 4 * loop.accumulation, most) if way <= most and most % way == 0]
+    doubled = [loop.accumulation << power for power in range(1, most.bit_length())]
+    ways = [way for way in doubled if way < most and most % way == 0] + [most] * (most > loop.accumulation)
     recomputing = [loop]
     if config.run != "tokenizer" and loop.activation_checkpointing != 1:
         recomputing.append(replace(loop, activation_checkpointing=1))
@@ -252,19 +266,29 @@ def changes(config: TrainConfig, machine: Machine) -> Iterator[tuple[str, TrainC
     if machine.processes > 1 and not config.parallel.shards:
         shared.append(replace(config.parallel, strategy="fsdp"))
     for parallel, kept in product(shared, recomputing):
-        for more in dict.fromkeys([loop.accumulation, *ways]):
+        found = {}
+        for more in [loop.accumulation, *ways]:
             words = ["--parallel.strategy fsdp"] * (parallel != config.parallel)
             words += ["--loop.activation-checkpointing 1"] * (kept != loop)
             words += [f"--loop.accumulation {more}"] * (more != loop.accumulation)
             if words:
-                changed = replace(config, parallel=parallel, loop=replace(kept, accumulation=more))
-                yield " ".join(words), changed
+                found[" ".join(words)] = replace(config, parallel=parallel, loop=replace(kept, accumulation=more))
+        if found:
+            yield found
 
 
 def remedies(found: Plan, num_classes: int | None = None) -> Iterator[tuple[str, Plan]]:
-    """The changes in turn with their plans, up to the first that fits."""
-    for words, changed in changes(found.config, found.machine):
-        other = plan(changed, found.machine, num_classes)
-        yield words, other
-        if other.fits:
-            return
+    """The changes in turn with their plans, up to the first that fits; where one image at a time is too much, that
+    alone."""
+    made: Made = {}
+    for ways in changes(found.config, found.machine):
+        words, least = list(ways.items())[-1]
+        other = plan(least, found.machine, num_classes, made)
+        if not other.fits:
+            yield words, other
+            continue
+        for words, changed in ways.items():
+            other = plan(changed, found.machine, num_classes, made)
+            yield words, other
+            if other.fits:
+                return

@@ -25,6 +25,7 @@ from consonar.sampling.pictures import bytes_of_image
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig
 from consonar.training.config import TrainConfig
+from consonar.training.lora import StartModel, adapt, adapted, moving
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import CHUNK, AlignmentConfig, AlignmentTrainee
 from consonar.training.objectives.free import FreePolicy, FreeRollout
@@ -59,6 +60,8 @@ class Update:
     """Bytes of weights and buffers by model; `FORWARD` is the trainee."""
     blocks: list[int]
     """Bytes of each transformer block that is trained."""
+    adapted: int
+    """Bytes of weights that have adapters."""
     flops: Counter[tuple[str, torch.dtype]]
     peak: Counter[str]
     """Bytes beside weights and optimizer at the moment when they are most, by what made them ..."""
@@ -117,6 +120,7 @@ def trainee_of(config: TrainConfig, shapes: Shapes, tokenizer: CodebookTokenizer
         return TokenizerTrainee(tokenizer, discriminator=config.objective.has_discriminator)
     generator = built(shapes.generator)
     generator.recompute_every = config.loop.activation_checkpointing
+    adapt(generator, config.lora, config.seed)
     kind = AlignmentTrainee if config.run == "post-training" else Trainee
     return kind(generator, shapes.heads)
 
@@ -125,12 +129,13 @@ Models = tuple[CodebookTokenizer, Trainee | TokenizerTrainee, list[nn.Module]]
 
 
 def models(config: TrainConfig, shapes: Shapes) -> Models:
-    """The tokenizer, what is trained, and in a list the start model where it is kept; inside of a `FakeTensorMode`."""
+    """The tokenizer, what is trained, and in a list the start model where a copy of it is kept; inside of a
+    `FakeTensorMode`."""
     with torch.device("meta"):
         tokenizer = TOKENIZERS[shapes.tokenizer.kind].model(shapes.tokenizer, name="tokenizer")
         trainee = trainee_of(config, shapes, tokenizer)
         prior = list[nn.Module]()
-        if config.objective.needs_prior and shapes.generator is not None:
+        if config.objective.needs_prior and shapes.generator is not None and not config.lora.rank:
             prior.append(built(shapes.generator))
     for model in (tokenizer, trainee, *prior):
         plain(model)
@@ -156,8 +161,9 @@ def update(config: TrainConfig, shapes: Shapes, batch_size: int, *, low: bool, c
     given = {"autocast_dtype": dtype} if config.run == "post-training" else {}
     with without_memory(), ExitStack() as stack:
         tokenizer, trainee, prior = models(config, shapes)
-        known: dict[str, list[nn.Module | None]] = {
-            "generator": [tokenizer], "post-training": [tokenizer, prior[0] if prior else None], "tokenizer": [],
+        start = StartModel(trainee) if config.objective.needs_prior else None
+        known: dict[str, list[nn.Module | StartModel | None]] = {
+            "generator": [tokenizer], "post-training": [tokenizer, prior[0] if prior else start], "tokenizer": [],
         }  # fmt: skip
         # Networks have memory until they are fake: PyTorch moves no fake modules to a device.
         with unset_fake_temporarily(), weightless() as networks:
@@ -177,10 +183,11 @@ def update(config: TrainConfig, shapes: Shapes, batch_size: int, *, low: bool, c
         run(config, ledger, objective, trainee, prepared, dtype)
         rows, cache = drawn_freely(settings, trainee, batch_size, dtype)
         return Update(
-            trained=[weight.nbytes for weight in trainee.parameters()],
-            state=sum(value.nbytes for value in trainee.state_dict().values()),
+            trained=[weight.nbytes for weight in trained(trainee)],
+            state=sum(value.nbytes for value in moving(trainee).values()),
             weights=Counter({name: size_of(*modules) for name, modules in weights.items()}),
             blocks=[size_of(block) for block in trainee.generator.blocks] if isinstance(trainee, Trainee) else [],
+            adapted=sum(layer.get_base_layer().weight.nbytes for layer in adapted(trainee).values()),
             flops=ledger.flops, peak=ledger.peak, most=ledger.most, rollout_rows=rows, cache=cache,
             chunk=chunk if DECODER in ledger.most else 0,
         )  # fmt: skip
@@ -210,14 +217,16 @@ def follow(
     if isinstance(trainee, Trainee):
         ledger.follow(trainee.generator, "run_block", FORWARD, of_trainee=True)
         ledger.follow(trainee.generator, "logits", LOGITS, of_trainee=True)
+        ledger.once(tokenizer, "decode", DECODER)
         ledger.follow(tokenizer, "encode", ENCODER)
         ledger.follow(tokenizer, "decode_embeddings", DECODER)
     for model in prior:
         ledger.follow(model, "forward", REFERENCE)
     for name, method in (("rewards", "_chunk"), ("perceptual", "forward")):
         if (owner := getattr(objective, name, None)) is not None:
+            ledger.once(owner, method, REWARDS)
             ledger.follow(owner, method, REWARDS)
-    for weight in trainee.parameters():
+    for weight in trained(trainee):
         weight.register_hook(ledger.is_gradient)
 
 
@@ -230,6 +239,11 @@ def condition_of(shape: GeneratorConfig | None, size: int) -> Condition:
     if width:
         return TextCondition(torch.zeros(size, length, width), mask)
     return PromptCondition(torch.zeros(size, length, dtype=torch.int64), mask)
+
+
+def trained(trainee: nn.Module) -> list[nn.Parameter]:
+    """What gets a gradient."""
+    return [weight for weight in trainee.parameters() if weight.requires_grad]
 
 
 def batch(
@@ -261,7 +275,7 @@ def run(
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         loss, terms = objective.loss(trainee, records.split(prepared, config.loop.accumulation)[0], 0)
     with ledger.labelled(BACKWARD):
-        gradients = torch.autograd.grad(loss, list(trainee.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, trained(trainee), allow_unused=True)
     for key, count in ledger.flops.items():
         ledger.flops[key] += (count - before[key]) * (config.loop.accumulation - 1)
     del terms, gradients
