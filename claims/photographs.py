@@ -10,6 +10,7 @@ The profile `cpu` trains on a part of CIFAR-10, drawn by seed, `gpu` (claims/pho
 
 import argparse
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,8 +83,8 @@ ARTICLES = (
 guidance, 1.86 of L, else S; VA-pi (arXiv 2512.19680): LlamaGen-XL on ImageNet, no guidance."""
 
 
-def prepare(profile: str) -> None:
-    """The pictures and the tokens of a profile, where they are not there yet."""
+def prepare(profile: str, sweep: Sweep, out: Path) -> None:
+    """The pictures and the tokens of a profile, where they are not there yet, and pFID of the tokenizer."""
     folder, data = Path("runs") / NAMES[profile], "cifar10"
     if profile == "cpu":
         data = f"cifar10:{folder / 'data'}"
@@ -96,6 +97,7 @@ def prepare(profile: str) -> None:
         if not (folder / name).exists():
             source = open_source(data, split=split, image_size=tokenizer.image_size)
             write_token_store(folder / name, source, tokenizer, views=views)
+    forgiveness(out / "tokenizer.json", next(iter(sweep.cells.values())).evaluated)
 
 
 def write_part(split: str, count: int, path: Path) -> None:
@@ -130,26 +132,33 @@ def part_of(sweep: Sweep, results: dict[str, Json], rows: list[str], base: str) 
     return summarise(chosen, {name: result for name, result in results.items() if name in cells})
 
 
-def group_lines(summary: Summary, results: dict[str, Json]) -> list[str]:
-    """Cross-entropy, every row at its best temperature, all temperatures, and the differences of the best."""
+def group_lines(
+    summary: Summary, results: dict[str, Json], columns: Sequence[str] | None = None, frontier_of: str = ""
+) -> list[str]:
+    """Cross-entropy, every row at its best temperature, all temperatures, and the differences of the best.
+
+    `columns`: the metrics (None: `COLUMNS`), of which the first two make the frontier, called `frontier_of`.
+    """
+    columns = COLUMNS if columns is None else columns
+    frontier_of = frontier_of or f"{FD} to held-out / to training photographs"
     grid = [setting for setting in summary.settings if setting.temperature is not None]
     best = next(setting for setting in summary.settings if setting.title == BEST)
     kept = replace(
-        best, values={row: {key: of[key] for key in COLUMNS if key in of} for row, of in best.values.items()}
+        best, values={row: {key: of[key] for key in columns if key in of} for row, of in best.values.items()}
     )
-    headings = [metric_of(column).heading for column in COLUMNS]
+    headings = [metric_of(column).heading for column in columns]
     forced = {row: loss_cells(summary, row, results) for row in kept.values}
     frontier = {
-        row: [" / ".join(value_cells(setting, row, COLUMNS[:2])) for setting in grid]
+        row: [" / ".join(value_cells(setting, row, columns[:2])) for setting in grid]
         + value_cells(grid[0], row, [ENTROPY])
         for row in kept.values
     }
-    at = [f"{setting.temperature:g}" for setting in grid]
+    at = [setting.title.removeprefix("at temperature ") for setting in grid]
     lines = [
-        f"{FD} to held-out / to training photographs by temperature, and {ENTROPY} at {at[0]}:",
+        f"{frontier_of} by temperature, and {ENTROPY} at {at[0]}:",
         "", *table([*at, ENTROPY], frontier), "",
         "Each row at its own best temperature:",
-        "", *table(headings, {named(row, kept): value_cells(kept, row, COLUMNS) for row in kept.values}), "",
+        "", *table(headings, {named(row, kept): value_cells(kept, row, columns) for row in kept.values}), "",
         "Cross-entropy of held-out tokens, clean context:",
         "", *table(["at the end", "lowest on the way", "at step"], forced),
     ]  # fmt: skip
@@ -185,8 +194,8 @@ def article_rows(sweep: Sweep, results: dict[str, Json]) -> dict[str, list[str]]
     return found
 
 
-def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
-    """The section of docs/results.md."""
+def opening(name: str, title: tuple[str, str], sweep: Sweep, results: dict[str, Json]) -> list[str]:
+    """What a section begins with: what was done, how much of it is there, on what."""
     cells, settings = sweep.cells.values(), next(iter(sweep.cells.values())).evaluated
     done = {row: sum(cell.row == row and cell.name in results for cell in cells) for row in sweep.rows}
     wanted = {row: sum(cell.row == row for cell in cells) for row in sweep.rows}
@@ -198,27 +207,37 @@ def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
         }
     )
     minutes = sum(one["training_seconds"] or 0 for one in results.values() if not one["failure"]) / 60
-    lines = [
-        f"## {TITLES[name][0]}", "", f"{TITLES[name][1]} `claims/{name}.yaml` says what every row is.", "",
+    return [
+        f"## {title[0]}", "", f"{title[1]} `claims/{name}.yaml` says what every row is.", "",
         f"**{len(results)} of {len(cells)} runs have a result** (`claims/results/{name}/results`), {minutes:.0f} minutes of training on {' and '.join(machines) or 'no machine yet'}. "
         f"Not there: {', '.join(f'{row} ({wanted[row] - done[row]} of {wanted[row]})' for row in sweep.rows if done[row] < wanted[row]) or 'none'}.",
-        f"{settings.settings.num_samples:,} samples a temperature, the same classes and random numbers for all rows of a seed. `{FD}` is not FID. {HOW_TO_READ}",
+        f"{settings.settings.num_samples:,} samples a setting, the same conditions and random numbers for all rows of a seed. `{FD}` is not FID. {HOW_TO_READ}",
     ]  # fmt: skip
+
+
+def groups(sweep: Sweep, results: dict[str, Json]) -> dict[str, Summary]:
+    """By the headings of `GROUPS`, what their rows say that have results."""
+    done = {cell.row for name, cell in sweep.cells.items() if name in results}
+    found = {}
     for heading, (prefix, base) in GROUPS.items():
-        rows = [
-            row
-            for row in sweep.rows
-            if done[row] and (row.startswith(prefix) if prefix.endswith("+") else "+" not in row)
-        ]
+        of_group = [row.startswith(prefix) if prefix.endswith("+") else "+" not in row for row in sweep.rows]
+        rows = [row for row, belongs in zip(sweep.rows, of_group, strict=True) if belongs and row in done]
         if rows:
-            summary = part_of(sweep, results, rows, base if base in rows else rows[0])
-            lines += [
-                "",
-                f"### {heading}",
-                "",
-                *group_lines(summary, results),
-                *(f"- {note}" for note in summary.notes),
-            ]
+            found[heading] = part_of(sweep, results, rows, base if base in rows else rows[0])
+    return found
+
+
+def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
+    """The section of docs/results.md."""
+    lines = opening(name, TITLES[name], sweep, results)
+    for heading, summary in groups(sweep, results).items():
+        lines += [
+            "",
+            f"### {heading}",
+            "",
+            *group_lines(summary, results),
+            *(f"- {note}" for note in summary.notes),
+        ]
     if (path := HERE / "results" / name / "tokenizer.json").exists():
         known = read_json(path)
         count, said = known["provenance"]["pictures"]["held-out"]["count"], known["parts"]["forgiveness"]["summary"]
@@ -247,21 +266,32 @@ def write_section(name: str, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(after, encoding="utf-8"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=list(NAMES), default="cpu", help="which machine it is sized for")
+def run(
+    about: str | None,
+    names: Mapping[str, str],
+    prepare: Callable[[str, Sweep, Path], None],
+    page: Callable[[str, Sweep, dict[str, Json]], str],
+    finish: Callable[[Sweep, Path], None] = lambda sweep, out: None,
+) -> None:
+    """The command of a study: `prepare` what its profile needs, do its cells, `finish`, and write its `page`."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=list(names), default="cpu", help="which machine it is sized for")
     parser.add_argument(
         "--page", action="store_true", help="write the section from the results that are there, run nothing"
     )
     options = parser.parse_args()
-    name = NAMES[options.profile]
+    name = names[options.profile]
     file, out = HERE / f"{name}.yaml", HERE / "results" / name
     sweep = read_sweep(file, out)
     if not options.page:
-        prepare(options.profile)
-        forgiveness(out / "tokenizer.json", next(iter(sweep.cells.values())).evaluated)
+        prepare(options.profile, sweep, out)
         run_sweep(sweep, out, lambda text: print(text, flush=True))
+        finish(sweep, out)
     write_section(name, page(name, sweep, results_of(sweep, out)))
+
+
+def main() -> None:
+    run(__doc__, NAMES, prepare, page)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ CONFIGS = {
     "llamagen": LLAMAGEN,
     "llamagen, text": replace(LLAMAGEN, condition="text", num_condition_tokens=4, caption_dim=6, num_classes=0),
     "rear, text": replace(REAR, condition="text", num_condition_tokens=4, caption_dim=6),
-    "rear, text before the image alone": replace(
-        REAR, condition="text", num_condition_tokens=4, caption_dim=6, pooled=False
-    ),
+    "rear, pooled text": replace(REAR, condition="text", num_condition_tokens=4, caption_dim=6, pooled=True),
     "alitok-ar": AliTokARConfig(**ROTARY, num_classes=NUM_CLASSES, grid=Grid(3, 4, prefix=4)),
     "janus": JanusConfig(
         width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=48, text_vocab_size=20, pad_token=1,

@@ -64,8 +64,8 @@ class ReARConfig(GeneratorConfig):
     """Width of a caption feature (text only)."""
     num_condition_tokens: Annotated[Count, CAPTIONS] = 120
     """Positions of a caption (text only)."""
-    pooled: Annotated[bool, CAPTIONS] = True
-    """Whether AdaLN reads the mean of a caption's features (text only)."""
+    pooled: Annotated[bool, CAPTIONS] = False
+    """Whether AdaLN reads the mean of a caption's features as well (text only)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

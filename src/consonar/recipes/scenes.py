@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from consonar.generators.llamagen import LlamaGenConfig
+from consonar.generators.rear import REAR_PRESETS
 from consonar.recipes import openmoji
 from consonar.training.config import DataConfig, TrainConfig
 
@@ -12,9 +12,7 @@ SCENES = DataConfig(images="scenes", validation_items=1000)
 def ar_scenes() -> TrainConfig:
     """Plain AR on captions: tokens of `tokenize --tokenizer openmoji-64 --data scenes --out tokens/scenes`."""
     start = openmoji.ar_openmoji()
-    shape = LlamaGenConfig(
-        condition="text", caption_dim=384, num_condition_tokens=32, width=256, num_layers=6, num_heads=4
-    )
+    shape = replace(REAR_PRESETS["tiny"], condition="text", caption_dim=384, num_condition_tokens=32)
     return replace(
         start,
         recipe="ar-scenes",
