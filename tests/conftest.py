@@ -46,6 +46,26 @@ def rated(rewards: Rewards, images: torch.Tensor, originals: torch.Tensor, grid:
     return rewards.measure(images, ImageBatch(originals, zeros, captions=Captions(["a dog"], zeros)), grid=grid)
 
 
+def save_clip(folder: Path, words: list[str]) -> None:
+    """A tiny random CLIP that knows these words, with its tokenizer, as transformers saves them."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    known = {word: i for i, word in enumerate(["<end>", "[UNK]", "[PAD]", *words])}
+    text = {**small, "vocab_size": len(known), "max_position_embeddings": 8, "eos_token_id": 0, "bos_token_id": 0}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    for weight in model.parameters():  # so that pictures are told apart
+        torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    fast.save_pretrained(folder)
+
+
 def picture(index: int, size: int = 16) -> Image.Image:
     """A coloured disc on noise; every index another picture."""
     rng = np.random.default_rng(index)

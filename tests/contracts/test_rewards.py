@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import rated
+from conftest import rated, save_clip
 
+from consonar.data.scenes import Placed, picture_of
+from consonar.data.transforms import from_uint8
 from consonar.errors import UserError
 from consonar.networks import lpips
 from consonar.networks.discriminator import PatchDiscriminator, save_discriminator
@@ -14,7 +17,7 @@ from consonar.training.rewards import PLACED_REWARDS, REWARDS, PlacedReward, Res
 from consonar.types import Grid
 
 SIDE = 32
-RECONSTRUCTION_REWARDS = frozenset(REWARDS) - {"patch-discriminator"}
+RECONSTRUCTION_REWARDS = frozenset(REWARDS) - {"patch-discriminator", "compositional", "clip", "hpsv2"}
 """Those that compare with the original."""
 
 
@@ -27,7 +30,11 @@ def build(tmp_path_factory):
         torch.save(VGG16Features().state_dict(), folder / "vgg16.pth")
         save_discriminator(PatchDiscriminator(8), folder / "discriminator")
         patch.setattr(lpips, "WEIGHTS", replace(lpips.WEIGHTS, sha256_prefix=""))
-        files = Resources(torch.device("cpu"), None, str(folder / "vgg16.pth"), str(folder / "discriminator"))
+        save_clip(folder / "clip", ["a", "dog"])
+        of_clip = {"clip": str(folder / "clip"), "hpsv2": str(folder / "clip")}
+        files = Resources(
+            torch.device("cpu"), None, str(folder / "vgg16.pth"), str(folder / "discriminator"), **of_clip
+        )
         yield lambda weights, dtype=None, **options: build_rewards(weights, replace(files, dtype=dtype), **options)
     (folder / "vgg16.pth").unlink()
 
@@ -99,6 +106,9 @@ def test_no_image_is_better_than_the_original_itself(name, build, originals, rng
 @pytest.mark.parametrize("name", sorted(set(REWARDS) - RECONSTRUCTION_REWARDS))
 def test_rewards_that_need_no_original_ignore_it(name, build, originals):
     rewards = build({name: 1.0})
+    if name == "compositional":  # finds nothing in blocks of colour
+        dog = picture_of("white", [Placed("dog", "", 3, 2, 27)], 32)
+        originals = from_uint8(torch.from_numpy(np.stack([np.asarray(dog)] * 5)))
     total = rated(rewards, originals, originals)[0]
     assert torch.equal(rated(rewards, originals, torch.zeros_like(originals))[0], total)
     assert not torch.equal(rated(rewards, -originals, originals)[0], total)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from consonar.cli import main
 from consonar.components import load_generator, load_own_text_encoder, load_tokenizer
 from consonar.convert.layouts.generators import LLAMAGEN
-from consonar.data.scenes import COLOURS, NUMBERS, OBJECTS, RELATIONS, plural
+from consonar.data.scenes import COLOURS, KINDS, NUMBERS, OBJECTS, RELATIONS, plural
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import from_uint8
@@ -316,3 +316,78 @@ def test_captions_stand_under_pictures(place, tmp_path):
     assert heights["long"] > heights["short"] > 32 and heights["other"] > 32
     for preview in (place / "run/samples").glob("*.png"):
         assert Image.open(preview).height > 2 * 32 + 20
+
+
+def test_pictures_are_scored_by_what_their_prompts_say(place, tmp_path, capsys):
+    run, found = place / "run", place / "run/compositional.json"
+    words = ["evaluate", str(run), "--prompts", "scenes-validation:8", "--per-prompt", "2", "--guidance-scales", "1,2"]
+    main(words)
+    content, said = json.loads(found.read_text()), capsys.readouterr().out
+    assert [row["num_samples"] for row in content["rows"]] == [16, 16] and len(content["prompts"]["texts"]) == 8
+    of_row, of_true = content["rows"][0]["metrics"], content["ceilings"]["true pictures"]
+    score, top = of_row["compositional score"], of_true["compositional score"]
+    assert 0 <= score["interval"][0] <= score["value"] <= score["interval"][1] <= 1 and top["value"] > 0.5
+    assert set(content["ceilings"]) == {"true pictures", "reconstructions"}
+    assert {f"compositional score ({kind})" for kind in KINDS} <= set(content["rows"][0]["metrics"])
+    assert "temperature 1, guidance 2" in said and "reconstructions" in said
+    assert "exists; add --overwrite" in refusal(capsys, *words)
+    main(["evaluate", "--check", str(found)])
+    assert "reproduced: digit for digit" in capsys.readouterr().out
+
+
+def test_samples_remember_what_they_were_asked_for(place, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a dog\ntwo red apples\n")
+    for out in ("out.npz", "folder"):
+        main(["sample", str(place / "run"), "--prompts", str(tmp_path / "p.txt"), "--per-prompt", "2", "--out",
+              str(tmp_path / out)])  # fmt: skip
+        main(["evaluate", str(tmp_path / out), "--prompts", "stored", "--out", str(tmp_path / f"{out}.json")])
+    whole, pictures = (json.loads((tmp_path / f"{out}.json").read_text()) for out in ("out.npz", "folder"))
+    assert whole["metrics"] == pictures["metrics"] and whole["prompts"]["per_prompt"] == 2
+    assert whole["prompts"]["texts"] == ["a dog", "two red apples"]
+    main(["evaluate", "--check", str(tmp_path / "out.npz.json")])
+    assert "reproduced: digit for digit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompts", "scenes-validation:0"], "COUNT is a number of prompts"),
+        (["--prompts", "scenes"], "--prompts: unknown 'scenes'"),
+        (["--prompts", "stored"], "--prompts: 'stored' is of samples"),
+        (["--prompts", "scenes-validation", "--reference", "scenes"], "is read only without --prompts"),
+        (["--reference", "scenes", "--per-prompt", "3"], "--per-prompt: 3 is read only with --prompts"),
+        (["--prompts", "scenes-validation", "--per-prompt", "0"], "per_prompt: 0"),
+    ],
+)
+def test_wrong_prompts_to_score(place, capsys, words, said):
+    line = refusal(capsys, "evaluate", str(place / "run"), *words)
+    assert said in line and line.count("\n") == 1
+
+
+def test_folders_for_the_scorers_of_benchmarks(place, tmp_path, capsys):
+    lines = [json.dumps({"tag": "single_object", "prompt": text}) for text in ("a dog", "a red cat")]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg/7.txt").write_text("a dog\n")
+    asked = ["sample", str(place / "run"), "--precision", "fp32"]
+    of_lines = [*asked, "--prompts", str(tmp_path / "p.jsonl")]
+    main([*of_lines, "--per-prompt", "2", "--format", "geneval", "--out", str(tmp_path / "g")])
+    main([*of_lines, "--format", "geneval2", "--out", str(tmp_path / "g2")])
+    main([*asked, "--prompts", str(tmp_path / "dpg"), "--format", "dpg", "--out", str(tmp_path / "d")])
+    main([*of_lines, "--per-prompt", "2", "--out", str(tmp_path / "plain.npz")])
+    with np.load(tmp_path / "plain.npz") as plain:
+        drawn = plain["arr_0"]
+    for index, line in enumerate(lines):
+        folder = tmp_path / "g" / f"{index:05d}"
+        assert (folder / "metadata.jsonl").read_text() == line
+        shown = [np.asarray(Image.open(path)) for path in sorted((folder / "samples").iterdir())]
+        assert np.array_equal(np.stack(shown), drawn[2 * index : 2 * index + 2])
+    paths = json.loads((tmp_path / "g2/image_paths.json").read_text())
+    assert list(paths) == ["a dog", "a red cat"] and np.array_equal(np.asarray(Image.open(paths["a dog"])), drawn[0])
+    grid = np.asarray(Image.open(tmp_path / "d/images/7.png"))
+    assert grid.shape == (64, 64, 3) and np.array_equal(grid[:32, :32], drawn[0])
+    assert np.array_equal(grid[:32, 32:], drawn[1]) and not np.array_equal(grid[32:, :32], drawn[1])
+    line = refusal(capsys, *of_lines, "--format", "geneval2", "--per-prompt", "2", "--out", str(tmp_path / "x"))
+    assert "--per-prompt: 2; geneval2 reads 1 to 1" in line
+    main(["evaluate", str(tmp_path / "g"), "--prompts", "stored"])
+    assert "compositional score (single)" in capsys.readouterr().out

@@ -119,12 +119,18 @@ NEEDS: dict[tuple[type, str], dict[str, Any]] = {
         (kind, "discriminator"): {"rewards": {"patch-discriminator": 1.0}, "discriminator": "nowhere"}
         for kind in kinds("post-training").values()
     },
+    **{
+        (kind, name): {"rewards": {name: 1.0}, name: "nowhere"}
+        for kind in kinds("post-training").values()
+        for name in ("clip", "hpsv2")
+    },
 }
 # What the option is changed to, where the type does not say it.
 VALUES: dict[str, Any] = {
     "rewards": {"mse": 2.0}, "class_dropout": 0.5, "guard": GuardConfig(max_entropy=0.5),
     "noise": NoiseConfig(schedule="constant"),
     "lpips_weights": "elsewhere.pth", "perceptual_weights": "elsewhere.pth", "discriminator": "elsewhere",
+    "clip": "elsewhere", "hpsv2": "elsewhere",
     "min_entropy": 2.0, "max_entropy": 0.5, "max_kl": 0.5, "guidance_interval": 1, "clip_range_high": 0.01,
     "clip_range": 0.01, "advantage_clamp": 0.1, "grid": Grid(4, 4), "channel_multipliers": (1, 1),
     "num_decoder_blocks": 2, "top_k": 3, "top_p": 0.3, "revive_until": 0.1, "revive_after": 0,

@@ -244,7 +244,7 @@ def test_names_and_weights_are_checked_before_anything_is_loaded(own_module):
     for weights in ({}, {"mse": 0.0}):
         assert "no weight is over 0; choices: mse, l1" in check(weights)
     assert "'patch-discriminator' needs the folder" in check({"patch-discriminator": 1.0})
-    check_rewards({"patch-discriminator": 1.0, "nowhere:nothing": 2.0, "lpips": 0}, discriminator="nowhere")
+    check_rewards({"patch-discriminator": 1.0, "nowhere:nothing": 2.0, "lpips": 0}, {"discriminator": "nowhere"})
 
 
 def test_images_too_small_for_a_network_are_refused():

@@ -136,9 +136,9 @@ def test_an_old_folder_of_pictures_is_not_mixed_in(draw, tmp_path):
 def test_a_shard_that_goes_while_the_output_is_made_leaves_no_output(draw, tmp_path, monkeypatch):
     assemble = jobs.assemble
 
-    def racing(shards, job, out):
+    def racing(shards, *given):
         shards[0][0].unlink()
-        assemble(shards, job, out)
+        assemble(shards, *given)
 
     monkeypatch.setattr(jobs, "assemble", racing)
     with pytest.raises(UserError, match="the same command goes on"):

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -13,12 +13,14 @@ from rich.table import Table
 
 from consonar import memory
 from consonar.cli import counting, say
+from consonar.cli.compositional import score_of_run, score_of_samples, show_benchmark
 from consonar.cli.parsing import BadImageGroup, BadImageOptions
 from consonar.components import read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import World, failing_together, joined
 from consonar.errors import UserError
 from consonar.evaluation.check import check_results
+from consonar.evaluation.compositional import PromptSettings
 from consonar.evaluation.evaluate import evaluate, open_target
 from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
@@ -55,6 +57,14 @@ class Options:
     fd-infinity and fd-per-class)."""
     out: Path | None = None
     """Where to write the results of samples (JSON)."""
+    prompts: str | None = None
+    """Instead of --reference, for generators of captions: does every picture of a scene show what its prompt says?
+    scenes-validation[:COUNT] (400 held-out captions), a file of such captions, or, of samples, stored: those that they
+    were drawn for (docs/text-to-image.md)."""
+    format: Literal["geneval", "geneval2", "dpg"] | None = None
+    """SAMPLES is what the scorer of this benchmark wrote, and --prompts its own file of prompts."""
+    per_prompt: int = 4
+    """Of a run with --prompts: pictures of each."""
     tokenizer: str | None = None
     """Of samples: name or folder of their tokenizer, for the copy rate in tokens (default: the one that the file names,
     when it is a shipped one)."""
@@ -97,6 +107,10 @@ def command(options: Options) -> None:
 def measure(options: Options, world: World) -> None:
     """In each of the processes that share it; the first one says and writes what there is."""
     place, out = options.samples, options.out
+    if options.format is not None or options.prompts is not None:
+        measure_prompts(options, options.prompts, world)
+        return
+    check_read(options, ("per_prompt",), "with --prompts")
     if place is None or options.reference is None:
         missing = "name samples, or a run folder" if place is None else "--reference: missing; name one"
         raise UserError(f"evaluate: {missing}, or a file of results with --check")
@@ -164,6 +178,33 @@ def settings_of(kind: type[Settings], options: Options, device: str, **given: ob
     shared = {item.name for item in fields(kind)} & vars(options).keys()
     named: dict[str, Any] = {name: getattr(options, name) for name in shared}
     return kind(**named | {"metrics": metrics, "device": device} | given)
+
+
+def measure_prompts(options: Options, prompts: str | None, world: World) -> None:
+    """The compositional score, of a run or of samples; or what the scorer of a benchmark found."""
+    place = options.samples
+    unread = ("reference", "validation_split", "feature_network", "metrics", "match", "num_samples", "draws")
+    check_read(options, unread, "without --prompts and --format")
+    if place is None or not place.exists():
+        raise UserError(f"{place or 'evaluate'}: no such file or folder; name samples, or a run folder")
+    if options.format is not None or prompts is None:
+        read = ("samples", "format", "prompts", "out", "overwrite", *unread, "device", "bad", "check")
+        check_read(options, [item.name for item in fields(options) if item.name not in read], "without --format")
+        if world.is_main:
+            show_benchmark(str(options.format), place, prompts, options.out, overwrite=options.overwrite)
+        return
+    is_run, of_samples = (place / "config.json").is_file(), ("per_prompt", "guidance_scales", "temperatures")
+    check_read(options, ("out", "tokenizer") if is_run else of_samples, "of samples" if is_run else "of a run")
+    settings = PromptSettings(
+        per_prompt=options.per_prompt, temperatures=numbers_in(options.temperatures, "--temperatures"),
+        guidance_scales=numbers_in(options.guidance_scales or "1", "--guidance-scales"), seed=options.seed,
+        batch_size=options.batch_size, precision=options.precision, device=str(world.device),
+    )  # fmt: skip
+    with memory.explained(f"lower --batch-size ({options.batch_size})", world.device):
+        if is_run:
+            score_of_run(place, prompts, settings, overwrite=options.overwrite, world=world)
+        elif world.is_main:
+            score_of_samples(place, prompts, options.tokenizer, settings, options.out, overwrite=options.overwrite)
 
 
 def measure_tokenizer(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:

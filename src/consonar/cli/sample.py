@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -20,6 +20,7 @@ from consonar.distributed import joined
 from consonar.errors import UserError, unknown
 from consonar.origin import same_text
 from consonar.precision import pick_precision
+from consonar.sampling.exports import PER_PROMPT, BenchmarkPrompts, read_benchmark, write_export
 from consonar.sampling.job import Job, balanced_labels, check_count, run_job
 from consonar.sampling.sample import SamplerConfig
 
@@ -40,6 +41,10 @@ class Options:
     num_samples: int | None = None
     """How many images (default: one per class or prompt given). Those given repeat in turn; without any classes all
     are drawn equally often, and of more classes than images those at equal steps."""
+    per_prompt: int | None = None
+    """In the place of --num-samples: images of each prompt, which follow each other."""
+    format: Literal["geneval", "geneval2", "dpg"] | None = None
+    """Write the folder that the scorer of this benchmark reads, from its own file of --prompts (docs/evaluation.md)."""
     text_encoder: str | None = None
     """What reads prompts (default: what the generator was trained with): minilm, a folder, OWNER/NAME."""
     tokenizer: str | None = None
@@ -64,9 +69,10 @@ def command(options: Options) -> None:
         own = load_own_tokenizer(options.generator) if options.tokenizer is None else None
         codec = own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)
         origin = read_origin(options.generator)
-        if texts := asked_in_words(options):
+        asked = benchmark_prompts(options)
+        if texts := asked_in_words(options) if asked is None else list(asked.texts):
             prompts = prompts_for(model, options.generator, texts, options.text_encoder)
-            labels = repeated(torch.arange(len(texts)), options.num_samples)
+            labels = numbers_of_prompts(options, len(texts))
         else:
             prompts = None
             labels = class_list(options.classes, options.num_samples, model.num_classes, origin.class_names or ())
@@ -77,7 +83,10 @@ def command(options: Options) -> None:
         smaller = f"lower --batch-size ({options.batch_size})"
         with counting("sample", world.is_main) as count, memory.explained(smaller, world.device):
             progress = partial(count, total=len(labels))
-            run_job(job, options.out, batch_size=options.batch_size, progress=progress, world=world)
+            run_job(
+                job, options.out, batch_size=options.batch_size, progress=progress, world=world,
+                arrange=None if asked is None else partial(write_export, asked, len(labels) // len(texts)),
+            )  # fmt: skip
         if world.is_main:
             say(f"{len(labels)} images: {options.out}")
 
@@ -85,12 +94,42 @@ def command(options: Options) -> None:
 def asked_in_words(options: Options) -> list[str]:
     """The prompts that are given; none where classes are drawn. `UserError` for options that nothing reads then."""
     if options.prompt is None and options.prompts is None:
-        if options.text_encoder is not None:
-            raise UserError(f"--text-encoder: {options.text_encoder!r} is read only with --prompt or --prompts")
+        for key, value in (("--text-encoder", options.text_encoder), ("--per-prompt", options.per_prompt)):
+            if value is not None:
+                raise UserError(f"{key}: {value!r} is read only with --prompt or --prompts")
         return []
     if options.classes is not None:
         raise UserError("--classes: given together with a prompt; a generator takes one or the other")
     return read_prompts(options.prompt, options.prompts)
+
+
+def benchmark_prompts(options: Options) -> BenchmarkPrompts | None:
+    """Those of `--format`; None without it. `UserError` for what its scorer could not read."""
+    form, file = options.format, options.prompts
+    if form is None:
+        return None
+    if file is None or options.prompt is not None or options.classes is not None:
+        raise UserError(f"--format: {form} takes its prompts from --prompts FILE alone")
+    if options.out.suffix.lower() in (".png", ".npz"):
+        raise UserError(f"--out: {options.out} is no folder, as --format {form} needs")
+    if options.num_samples is not None:
+        raise UserError(f"--num-samples: {options.num_samples}; with --format say --per-prompt")
+    most = PER_PROMPT[form][1]
+    count = PER_PROMPT[form][0] if options.per_prompt is None else options.per_prompt
+    if not 1 <= count <= most or (form == "dpg" and count not in (1, 4)):
+        raise UserError(f"--per-prompt: {count}; {form} reads {'1 or 4' if form == 'dpg' else f'1 to {most}'}")
+    return read_benchmark(form, file)
+
+
+def numbers_of_prompts(options: Options, count: int) -> Tensor:
+    """The number of the prompt of every image, of `count` prompts."""
+    each = PER_PROMPT[options.format][0] if options.format and options.per_prompt is None else options.per_prompt
+    if each is None:
+        return repeated(torch.arange(count), options.num_samples)
+    if options.num_samples is not None:
+        raise UserError("--per-prompt: given together with --num-samples; give one of them")
+    check_count(each * count, "--per-prompt")
+    return torch.arange(count).repeat_interleave(each)
 
 
 def repeated(labels: Tensor, num_samples: int | None) -> Tensor:

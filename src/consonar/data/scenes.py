@@ -2,17 +2,15 @@
 
 A compositional data set for text to image, in the manner of GenEval's kinds of prompts (arXiv 2310.11513): objects,
 numbers, colours, sizes, relations. Scene i of a split is a function of the seed and i alone; it is drawn when it is
-read (less than a millisecond from emoji that are rendered once), so nothing is kept on a disk. The emoji are those of
-OpenMoji (CC BY-SA 4.0). What is asked together is divided between the splits: no object pairing, number, colour or size
-of an object that is in a validation scene of its kind is ever in a training scene, so validation asks for pairings that
-no picture showed. Single plain objects are in both.
+read, and nothing is kept on a disk. The emoji are OpenMoji's (CC BY-SA 4.0). No object pairing, number, colour or size
+of an object that is in a validation scene of its kind is ever in a training scene. Single plain objects are in both.
 """
 
 import hashlib
 import io
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -61,8 +59,7 @@ SIZES = {"small": 17, "": 25, "large": 31}
 NUMBERS = ("a", "two", "three", "four")
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single", "pair", "counting", "colour", "position", "attribution", "size", "mixed")
-"""As in GenEval: single object, two objects, counting, colours, position, colour attribution; then sizes, and several
-of all this in one scene. They are the classes of the data set."""
+"""The classes: GenEval's (single and two objects, counting, colours, position, attribution), sizes, several of them."""
 SPLITS = ("train", "validation")
 HELD_OUT = 0.1
 """Share of pairings that are for validation."""
@@ -102,14 +99,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placed:
-    """One emoji of a picture."""
+    """One emoji of a picture, in a square of `side` pixels."""
 
     object: str
     colour: str
     left: int
     top: int
     side: int
-    """Pixels of its square."""
 
 
 def plural(name: str) -> str:
@@ -133,11 +129,9 @@ def read_caption(text: str) -> Scene:
     groups = tuple(read_group(part, text) for part in (first, *rest[1::2]))
     asked = len({group.object for group in groups})
     if asked > 2 or asked < len(groups) or sum(group.count for group in groups) > 4:
-        raise UserError(
-            f"scenes: {text!r} asks for more than two kinds of objects, four objects, or twice for one kind"
-        )
-    relation = "".join(rest[:1]).replace("and", "")
-    return Scene(groups, relation, ground=ground[1] if ground else "")
+        most = "two kinds of objects, four objects, or twice for one kind"
+        raise UserError(f"scenes: {text!r} asks for more than {most}")
+    return Scene(groups, "".join(rest[:1]).replace("and", ""), ground=ground[1] if ground else "")
 
 
 def read_group(words: str, text: str) -> Group:
@@ -228,11 +222,8 @@ class Scenes:
     def read(self, index: int) -> ImageRecord:
         """Scene `index`, 0 <= index < len(self)."""
         scene, ground, placed = self.placed(index)
-        picture = Image.new("RGB", (self.image_size, self.image_size), GROUNDS[ground])
-        for one in placed:
-            emoji = sprite(one.object, one.colour, one.side)
-            picture.paste(emoji, (one.left, one.top), emoji)
-        return ImageRecord(picture, f"{self.split}-{index:07d}", int(self.labels[index]), str(scene))
+        about = f"{self.split}-{index:07d}", int(self.labels[index]), str(scene)
+        return ImageRecord(picture_of(ground, placed, self.image_size), *about)
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return map(self.read, range(len(self)))
@@ -253,14 +244,14 @@ def place(scene: Scene, image_size: int, rng: random.Random) -> list[Placed]:
     rows: list[tuple[Group, int]] = [(group, group.count) for group in order]
     if len(order) == 1 and total > 2:
         rows = [(order[0], 2), (order[0], total - 2)]
-    placed = []
+    placed: list[Placed] = []
     for row, (group, count) in enumerate(rows):
         for column in range(count):
             # Along the row, then across the rows; where the rows stand beside each other it is the other way round.
             corner, extent = (64 / count * column, 64 / len(rows) * row), (64 / count, 64 / len(rows))
             if not stacked:
                 corner, extent = corner[::-1], extent[::-1]
-            side = round(unit * min(SIZES[group.size] * (1.4 if total == 1 else 1), min(extent) - 1))
+            side = round(unit * side_of(group.size, min(extent), total))
             left, top = (
                 rng.randint(round(unit * low), max(round(unit * low), int(unit * (low + room)) - side))
                 for low, room in zip(corner, extent, strict=True)
@@ -269,12 +260,25 @@ def place(scene: Scene, image_size: int, rng: random.Random) -> list[Placed]:
     return placed
 
 
+def side_of(size: str, cell: float, total: int) -> float:
+    """The side of an emoji of a size in a cell so wide, one of `total` in a picture of 64 units."""
+    return min(SIZES[size] * (1.4 if total == 1 else 1), cell - 1)
+
+
+def picture_of(ground: str, placed: Sequence[Placed], image_size: int) -> Image.Image:
+    picture = Image.new("RGB", (image_size, image_size), GROUNDS[ground])
+    for one in placed:
+        emoji = sprite(one.object, one.colour, one.side)
+        picture.paste(emoji, (one.left, one.top), emoji)
+    return picture
+
+
 @lru_cache(maxsize=4096)
 def sprite(name: str, colour: str, side: int) -> Image.Image:
     """An object's emoji, (side, side) RGBA; in a colour its brightness is kept, so that outlines stay black."""
-    settings = {"width": side, "height": side, "skip_system_fonts": True}
-    png = package("resvg_py").svg_to_bytes(svg_path=str(svgs()[name]), **settings)
-    emoji = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    draw = package("resvg_py").svg_to_bytes
+    png = bytes(draw(svg_path=str(svgs()[name]), width=side, height=side, skip_system_fonts=True))
+    emoji = Image.open(io.BytesIO(png)).convert("RGBA")
     if not colour:
         return emoji
     pixels = np.asarray(emoji).astype(np.float32)

@@ -14,6 +14,7 @@ from consonar.components import load_generator, load_own_text_encoder, load_own_
 from consonar.config_io import from_dict
 from consonar.errors import UserError, reading
 from consonar.evaluation.compared import Check, compare, differences, image_counts, made_of, model_differs, numbers_of
+from consonar.evaluation.compositional import COMPOSITIONAL, PromptSettings, score_run, score_samples
 from consonar.evaluation.evaluate import evaluate, open_target
 from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
@@ -96,7 +97,10 @@ def check_results(
         before, made, sizes = numbers_of(record.content), made_of(record.content), image_counts(record.content)
     if not before:
         raise UserError(f"{path}: records no number; evaluate again")
-    again = run_again if "rows" in record.content else samples_again if "metrics" in record.content else codec_again
+    if "benchmark" in record.content:
+        raise UserError(f"{path}: holds what another scorer found, which is not measured here; read it again")
+    made_by = {"prompts": prompts_again, "rows": run_again, "metrics": samples_again}
+    again = next((function for key, function in made_by.items() if key in record.content), codec_again)
     with tempfile.TemporaryDirectory() as folder:
         now, redrawn = again(record, Path(folder))
     numbers = compare(before, numbers_of(now), sizes, redrawn)
@@ -179,6 +183,19 @@ def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
     return content, True
 
 
+def prompts_again(record: Record, folder: Path) -> tuple[Json, bool]:
+    """The compositional score of a run, which draws anew, or of samples."""
+    if "rows" in record.content:
+        settings = from_dict(record.settings(record.get("config.seed", int)), str(record.path), PromptSettings)
+        run = stand_in(record.samples or record.path.parent, folder, record.path)
+        texts, name = record.get("prompts.texts", list), record.get("prompts.name", str)
+        return score_run(run, texts, settings, name=name, progress=record.progress), True
+    place = record.samples or Path(record.get("samples.name", str))
+    codec = record.tokenizer or record.get("tokenizer", dict).get("name")
+    tokenizer = None if codec is None else load_tokenizer(codec).to(record.device)
+    return score_samples(place, tokenizer=tokenizer, seed=record.get("config.seed", int), device=record.device), False
+
+
 def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:
     """The reconstruction metrics of a tokenizer."""
     run, origin = stand_in(record.samples or record.path.parent, folder, record.path), record.get("origin", dict)
@@ -198,6 +215,6 @@ def stand_in(run: Path, folder: Path, path: Path) -> Path:
     made = folder / run.resolve().name
     made.mkdir()
     for entry in run.iterdir():
-        if not entry.name.startswith(("samples", ".")) and entry.name not in (RESULTS, RECONSTRUCTION):
+        if not entry.name.startswith(("samples", ".")) and entry.name not in (RESULTS, RECONSTRUCTION, COMPOSITIONAL):
             (made / entry.name).symlink_to(entry.resolve())
     return made

@@ -36,6 +36,8 @@ class Measurement:
     """Standard error of the value, of metrics that know one."""
     classes: dict[str, float] | None = None
     """By label, of a metric that is a mean over classes."""
+    interval: tuple[float, float] | None = None
+    """Of 95 %, of metrics that know one."""
 
     def record(self) -> Json:
         """For a file: without what there is not, but the spread."""

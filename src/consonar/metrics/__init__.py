@@ -54,6 +54,14 @@ METRICS = (
         "more of a score is memory",
     ),
     Metric(
+        "compositional score", unit="%", direction=1,
+        meaning="is the share of pictures that are all that their prompts say, meaned over kinds of prompts",
+    ),
+    Metric("compositional score (", unit="%", direction=1),
+    *(Metric(name, unit="%", direction=1) for name in ("GenEval", "GenEval (", "GenEval 2", "GenEval 2 (")),
+    *(Metric(name, unit="%", direction=1) for name in ("DPG-Bench", "DPG-Bench (")),
+    Metric("claims (", unit="%", direction=1, meaning="is the share of what prompts say of this that pictures show"),
+    Metric(
         "reward", unit="weighted sum", direction=1,
         meaning="is of one draw of every token, decoded, without a spread; a better one is not yet a better picture",
     ),

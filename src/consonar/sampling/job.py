@@ -9,7 +9,7 @@ a folder of PNG files.
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,9 @@ OTHER_ENDINGS = {
 
 PLACES = ("generator", "tokenizer", "origin")
 """Settings of a job that say where things lie or come from; the hashes beside them say what they are."""
+
+Arrange = Callable[[Path, Path, Iterator[np.ndarray]], None]
+"""(folder to fill, what it will be called, pictures (H, W, 3) in their order) -> None."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,10 @@ def run_job(
     progress: Callable[[int], None] | None = None,
     restart: bool = False,
     world: World = ALONE,
+    arrange: Arrange | None = None,
 ) -> Path:
-    """Draws the job into `out` (.png, .npz, or a folder) and returns it. `progress` gets the number of images done.
+    """Draws the job into `out` (.png, .npz, or a folder) and returns it. `progress` gets the number of images done;
+    `arrange` writes a folder in another way.
 
     Processes that call it with the same job share its shards, those of torchrun (`world`) as well as others; who ends
     last makes `out` of them. Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, and
@@ -183,7 +188,7 @@ def run_job(
 
     def finish() -> None:
         try:
-            assemble(shards, job, out)
+            assemble(shards, job, out, arrange)
         except (FileNotFoundError, zipfile.BadZipFile) as error:
             raise UserError(f"{work.folder}: changed while {out} was made of it; the same command goes on") from error
 
@@ -235,7 +240,7 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path) -> None:
+def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path, arrange: Arrange | None) -> None:
     """Writes the finished output from the job's shards, one shard in memory at a time."""
     if out.suffix.lower() == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path, _ in shards])
@@ -247,13 +252,21 @@ def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path) -> None:
         unfinished = shards[0][0].with_name("pictures")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        for path, rows in shards:
-            with np.load(path) as arrays:
-                for index, picture in enumerate(arrays["arr_0"], rows.start):
-                    what = "class" if job.prompts is None else "prompt"
-                    Image.fromarray(picture).save(unfinished / f"{index:06d}_{what}{int(job.labels[index])}.png")
+        if arrange is None:
+            what = "class" if job.prompts is None else "prompt"
+            for index, picture in enumerate(pictures_of(shards)):
+                Image.fromarray(picture).save(unfinished / f"{index:06d}_{what}{int(job.labels[index])}.png")
+        else:
+            arrange(unfinished, out, pictures_of(shards))
         (unfinished / "settings.json").write_text(json.dumps(job.settings, indent=1))
         unfinished.rename(out)
+
+
+def pictures_of(shards: Sequence[tuple[Path, slice]]) -> Iterator[np.ndarray]:
+    """uint8 (H, W, 3) each, a shard in memory at a time."""
+    for path, _ in shards:
+        with np.load(path) as arrays:
+            yield from arrays["arr_0"]
 
 
 def merge_npz(shards: Sequence[Path], job: Job, out: Path) -> None:

@@ -29,6 +29,7 @@ from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import load_discriminator
 from consonar.networks.efficientnet import EfficientNetLite0Features
 from consonar.records import to_device
+from consonar.training.caption_rewards import compositional, likeness
 from consonar.training.credit import resize_to_grid
 from consonar.types import Grid, ImageBatch, Reward
 
@@ -66,6 +67,8 @@ class Resources:
     """Of the run's autocast, for networks that bear it."""
     lpips_weights: str | None = None
     discriminator: str | None = None
+    clip: str | None = None
+    hpsv2: str | None = None
 
 
 def pixel_errors(size: Callable[[Tensor], Tensor], images: Tensor, originals: Tensor) -> list[Tensor]:
@@ -120,6 +123,9 @@ REWARDS: dict[str, Callable[[Resources], Reward]] = {
     "efficientnet-lite0": partial(perceptual, "efficientnet-lite0"),
     "embedding": embedding,
     "patch-discriminator": patch_discriminator,
+    "compositional": lambda resources: compositional(resources.device),
+    "clip": lambda resources: likeness("clip", resources.clip, resources.device),
+    "hpsv2": lambda resources: likeness("hpsv2", resources.hpsv2, resources.device),
 }
 PLACED_REWARDS = ("mse", "l1", "lpips", "efficientnet-lite0")
 """Those that say where in the image they were lost; a user's own does when it is a `PlacedReward`."""
@@ -264,7 +270,7 @@ def check_finite(values: Mapping[str, Tensor]) -> None:
         raise UserError(f"reward {name!r}: returned {float(values[name][image])} for image {image} of the batch")
 
 
-def check_rewards(weights: Mapping[str, float], *, discriminator: str | None) -> None:
+def check_rewards(weights: Mapping[str, float], networks: Mapping[str, str | None]) -> None:
     """Raises `UserError` unless the names are known or dotted paths and the weights can be used. Loads nothing."""
     for name, weight in weights.items():
         if name not in REWARDS and ":" not in name:
@@ -273,7 +279,10 @@ def check_rewards(weights: Mapping[str, float], *, discriminator: str | None) ->
             raise UserError(f"{KEY}.{name}: {weight} is not 0 or more; every reward is better when higher, losses too")
     if not any(weights.values()):
         raise UserError(f"{KEY}: no weight is over 0; choices: {', '.join([*REWARDS, DOTTED_PATH])}")
-    if "patch-discriminator" in weights and discriminator is None:
+    for name in ("clip", "hpsv2"):
+        if name in weights and networks[name] is None:
+            raise UserError(f"{KEY}: {name!r} needs --objective.{name}, a CLIP as transformers saves it, or OWNER/NAME")
+    if "patch-discriminator" in weights and networks["discriminator"] is None:
         raise UserError(
             f"{KEY}: 'patch-discriminator' needs the folder of a discriminator; one comes from training a tokenizer "
             "with objective.discriminator_weight over 0"

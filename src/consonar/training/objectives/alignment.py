@@ -96,6 +96,10 @@ class AlignmentConfig(ObjectiveConfig):
     """VGG16 weights for the reward lpips: a file or hf:owner/repository/file; None: vgg16-397923af.pth in the cache."""
     discriminator: Annotated[str | None, DISCRIMINATOR] = None
     """Folder of a discriminator, for the reward patch-discriminator."""
+    clip: Annotated[str | None, ReadOnlyWith(lambda given: "clip" in given.rewards, "'clip' in {}rewards")] = None
+    """For the reward clip: a folder with a CLIP and its tokenizer as transformers saves them, or OWNER/NAME."""
+    hpsv2: Annotated[str | None, ReadOnlyWith(lambda given: "hpsv2" in given.rewards, "'hpsv2' in {}rewards")] = None
+    """For the reward hpsv2: the same, with the weights of HPSv2, or of another such score."""
     chunk: CountOrZero = 0
     """Images decoded and rewarded at once; bounds memory. 0: on a GPU what half of the free memory holds, else 64."""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -105,7 +109,7 @@ class AlignmentConfig(ObjectiveConfig):
         super().__post_init__()
         if not self.rewards:
             raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
-        check_rewards(self.rewards, discriminator=self.discriminator)
+        check_rewards(self.rewards, {key: getattr(self, key) for key in ("discriminator", "clip", "hpsv2")})
 
     @property
     def needs_prior(self) -> bool:
@@ -171,7 +175,8 @@ class Alignment:
     ):
         self.config, self.tokenizer, self.prior, self.world, self.probe = config, tokenizer, prior, world, probe
         self.total_steps, self.seed, self.autocast_dtype = total_steps, seed, autocast_dtype
-        resources = Resources(world.device, autocast_dtype, config.lpips_weights, config.discriminator)
+        files = config.lpips_weights, config.discriminator, config.clip, config.hpsv2
+        resources = Resources(world.device, autocast_dtype, *files)
         self.rewards = build_rewards(config.rewards, resources, chunk=config.chunk or CHUNK)
         self.bytes_of_image = 0  # measured when the first are decoded
         self.rewards.check_size(tokenizer.image_size)

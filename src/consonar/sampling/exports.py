@@ -1,0 +1,98 @@
+"""Pictures of prompts in the folders that the scorers of benchmarks read, from their own files of prompts.
+
+GenEval (arXiv 2310.11513): a folder for each line of evaluation_metadata.jsonl, `00000/metadata.jsonl` with the line
+and `00000/samples/0000.png` and more. GenEval 2 (arXiv 2512.16853): one picture of each prompt, and
+`image_paths.json` from prompts to files. DPG-Bench (arXiv 2403.05135): `images/ID.png`, the four pictures of a prompt
+as one of 2 x 2.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from consonar.errors import UserError, reading
+from consonar.files.readers import parse_json
+
+PER_PROMPT = {"geneval": (4, 1000), "geneval2": (1, 1), "dpg": (4, 4)}
+"""Pictures of a prompt: how many are usual, and at most."""
+
+
+@dataclass(frozen=True)
+class BenchmarkPrompts:
+    """The prompts of a benchmark, and what its folder says of each: GenEval's line, GenEval 2's prompt, DPG's id."""
+
+    format: str
+    texts: tuple[str, ...]
+    items: tuple[str, ...]
+
+
+def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
+    """From the benchmark's own file; of DPG also from its folder of ID.txt. `UserError` for anything else."""
+    if form == "dpg":
+        pairs = dpg_prompts(place)
+    else:
+        with reading(place, "text in UTF-8"):
+            lines = [line for line in place.read_text(encoding="utf-8").split("\n") if line.strip()]
+        pairs = [(line if form == "geneval" else "", prompt_of(place, n, line)) for n, line in enumerate(lines, 1)]
+    items, texts = zip(*pairs, strict=True) if pairs else ((), ())
+    if not texts:
+        raise UserError(f"{place}: holds no prompts of {form}")
+    if twice := [text for text in texts if texts.count(text) > 1 and form == "geneval2"]:
+        raise UserError(f"{place}: {twice[0]!r} is there twice, and GenEval 2 knows its pictures by the prompt")
+    return BenchmarkPrompts(form, texts, items)
+
+
+def prompt_of(place: Path, number: int, line: str) -> str:
+    with reading(f"{place} line {number}", 'JSON such as {"prompt": "a dog"}'):
+        prompt = parse_json(line)["prompt"]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{prompt!r} is no prompt")
+    return prompt
+
+
+def dpg_prompts(place: Path) -> list[tuple[str, str]]:
+    """Ids and prompts, of dpg_bench.csv or the folder `prompts`."""
+    if place.is_dir():
+        with reading(place, "text in UTF-8"):
+            return [(path.stem, path.read_text(encoding="utf-8").strip()) for path in sorted(place.glob("*.txt"))]
+    return list({row["item_id"]: row["text"].strip() for row in dpg_rows(place)}.items())
+
+
+def dpg_rows(place: Path) -> list[dict[str, str]]:
+    """The rows of dpg_bench.csv, one for each question."""
+    with reading(place, "dpg_bench.csv"):
+        rows = list(csv.DictReader(io.StringIO(place.read_text(encoding="utf-8"))))
+        if not {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"} <= {*rows[0]}:
+            raise ValueError(f"has the columns {', '.join(rows[0])}")
+    return rows
+
+
+def write_export(
+    asked: BenchmarkPrompts, per_prompt: int, folder: Path, out: Path, pictures: Iterator[np.ndarray]
+) -> None:
+    """Writes `per_prompt` pictures (H, W, 3) of each prompt, which follow each other, into `folder`, that becomes
+    `out`."""
+    paths, across = {}, 2 if per_prompt > 1 else 1
+    for index, item in enumerate(asked.items):
+        some, place = list(islice(pictures, per_prompt)), folder / f"{index:05d}"
+        if asked.format == "geneval":
+            (place / "samples").mkdir(parents=True)
+            (place / "metadata.jsonl").write_text(item, encoding="utf-8")
+            for number, picture in enumerate(some):
+                Image.fromarray(picture).save(place / "samples" / f"{number:04d}.png")
+        elif asked.format == "geneval2":
+            Image.fromarray(some[0]).save(place.with_suffix(".png"))
+            paths[asked.texts[index]] = str(out.resolve() / f"{index:05d}.png")
+        else:
+            (folder / "images").mkdir(exist_ok=True)
+            rows = [np.concatenate(some[start : start + across], 1) for start in range(0, per_prompt, across)]
+            Image.fromarray(np.concatenate(rows)).save(folder / "images" / f"{item}.png")
+    if paths:
+        (folder / "image_paths.json").write_text(json.dumps(paths, indent=1))

@@ -1,0 +1,105 @@
+"""GenEval, GenEval 2 and DPG-Bench: results of their scorers read back, categories worked by hand."""
+
+import json
+
+import pytest
+
+from consonar.cli import main
+from consonar.errors import UserError
+from consonar.evaluation.benchmarks import hash_of, read_scores
+
+
+def values(content):
+    return {name: round(one["value"], 6) for name, one in content["metrics"].items()}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def geneval(tmp_path):
+    found = [("counting", "two dogs", True), ("counting", "two dogs", False), ("counting", "two cats", False),
+             ("counting", "two cats", False), ("colors", "a red dog", True), ("colors", "a red dog", True)]  # fmt: skip
+    rows = [{"tag": tag, "prompt": prompt, "correct": correct, "filename": "x"} for tag, prompt, correct in found]
+    return write_lines(tmp_path / "results.jsonl", rows)
+
+
+def test_geneval_is_the_mean_over_tasks(geneval, tmp_path, capsys):
+    main(["evaluate", str(geneval), "--format", "geneval", "--out", str(tmp_path / "ours.json")])
+    content = json.loads((tmp_path / "ours.json").read_text())
+    assert values(content) == {"GenEval": 0.625, "GenEval (counting)": 0.25, "GenEval (colors)": 1}
+    assert content["benchmark"]["prompts_sha256"] == hash_of(["a red dog", "two cats", "two dogs"])
+    assert "not the 553 published prompts: 3" in capsys.readouterr().out
+    low, high = content["metrics"]["GenEval (colors)"]["interval"]
+    assert low < 0.3 and high == 1  # of one prompt
+    prompts = write_lines(tmp_path / "p.jsonl", [{"tag": "x", "prompt": "two dogs"}])
+    with pytest.raises(UserError, match=r"is of other prompts than .*: 'a red dog' is in one of them"):
+        read_scores("geneval", geneval, prompts)
+
+
+def test_geneval2_averages_atoms_and_prompts(tmp_path):
+    asked = [
+        {"prompt": "two dogs", "atom_count": 2, "vqa_list": [], "skills": ["count", "object"]},
+        {"prompt": "a red cat", "atom_count": 3, "vqa_list": [], "skills": ["count", "attribute", "object"]},
+    ]
+    prompts, scores = write_lines(tmp_path / "data.jsonl", asked), tmp_path / "scores.json"
+    scores.write_text("[[0.25, 1.0], [1.0, 0.0, 0.5]]")
+    assert values(read_scores("geneval2", scores, prompts)) == {
+        "GenEval 2": 0.25, "GenEval 2 (AM)": 0.5625, "GenEval 2 (attribute)": 0, "GenEval 2 (count)": 0.625,
+        "GenEval 2 (object)": 0.75, "GenEval 2 (2 atoms)": 0.5, "GenEval 2 (3 atoms)": 0,
+    }  # fmt: skip
+    scores.write_text("[[0.25], [1.0, 0.0, 0.5]]")
+    with pytest.raises(UserError, match="not one for each question of 2 prompts"):
+        read_scores("geneval2", scores, prompts)
+    with pytest.raises(UserError, match="--prompts: missing"):
+        read_scores("geneval2", scores, None)
+
+
+COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed",
+           "tuple", "question_natural_language")  # fmt: skip
+
+
+@pytest.fixture
+def dpg(tmp_path):
+    """Two prompts; their scorer never asks the first question, on which the second depends."""
+    rows = [("a", "one, two", "", 1, "0", "", "", "entity - whole (dog)", "Is there a dog?"),
+            ("a", "one, two", "", 2, "1", "", "", "attribute - color (dog, red)", "Is it red, or so?"),
+            ("b", "three", "", 1, "0", "", "", "entity - whole (cat)", "Is there a cat?"),
+            ("b", "three", "", 2, "1", "", "", "attribute - color (cat, blue)", "Is the cat blue?"),
+            ("b", "three", "", 3, "2", "", "", "relation - spatial (cat, x)", "Is it left?")]  # fmt: skip
+    table = tmp_path / "dpg_bench.csv"
+    table.write_text("\n".join(",".join(f'"{cell}"' for cell in row) for row in [COLUMNS, *rows]) + "\n")
+    crops = ["(0, 0, 64, 64)", "(64, 0, 128, 64)"]
+    said = [("a", 0, "Is it red, or so?", "yes"), ("b", 0, "Is there a cat?", "no"),
+            ("b", 0, "Is the cat blue?", "yes"), ("b", 0, "Is it left?", "yes"), ("b", 1, "Is there a cat?", "yes"),
+            ("b", 1, "Is the cat blue?", "yes"), ("b", 1, "Is it left?", "no")]  # fmt: skip
+    detail = tmp_path / "r_detail.txt"
+    detail.write_text("".join(f"out, x/{item}.png, {crops[k]}, {asked}, {answer}\n" for item, k, asked, answer in said))
+    return detail, table
+
+
+def test_dpg_counts_all_pictures_and_says_what_its_scorer_says(dpg):
+    content = read_scores("dpg", *dpg)
+    found = values(content)
+    # b: in the first picture all depends on a no; in the second two of three.
+    assert found["DPG-Bench"] == round((1 + (0 + 2 / 3) / 2) / 2, 6)
+    assert found["DPG-Bench (attribute)"] == found["DPG-Bench (attribute - color)"] == 1
+    assert found["DPG-Bench (entity)"] == found["DPG-Bench (relation)"] == 0.5
+    theirs = content["as_their_scorer"]  # fails on a, and knows the last picture of b alone
+    assert theirs["DPG-Bench (entity)"] == 1 and theirs["DPG-Bench (relation)"] == 0
+    assert theirs["DPG-Bench"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "said"),
+    [("geneval", "{}\n", "not results of GenEval"), ("geneval", "", "it is empty"),
+     ("dpg", "a.png, yes\n", "line 1 has no file"),
+     ("dpg", "a.png, (0, 0, 1, 1), Why?, yes\n", "asks no such question of 'a'")],
+)  # fmt: skip
+def test_files_of_something_else(dpg, tmp_path, form, text, said):
+    path = tmp_path / "wrong"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_scores(form, path, dpg[1] if form == "dpg" else None)
