@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from conftest import same
 from PIL import Image
+from tiny_janus import WORDS, byte_words
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -40,8 +41,10 @@ from consonar.errors import BadImage
 from consonar.evaluation.inputs import load_samples, open_reference
 from consonar.files.weights import save_tensors
 from consonar.files.writers import write_json
+from consonar.generators.janus import JanusConfig
 from consonar.generators.rear import ReARConfig, ReARGenerator
 from consonar.networks.base import WeightFile
+from consonar.networks.prompts import load_prompt_tokenizer
 from consonar.origin import Origin
 from consonar.recipes import find_recipe, read_config
 from consonar.report import write_report
@@ -102,6 +105,15 @@ def tokenizer() -> VQTokenizer:
 
 def make_tokenizer(folder: Path) -> None:
     save_tokenizer(tokenizer(), folder / "t")
+
+
+def make_words(folder: Path) -> None:
+    byte_words(*WORDS).save(str(folder / "tokenizer.json"))
+
+
+def read_words(folder: Path) -> None:
+    shape = JanusConfig(text_vocab_size=300, pad_token=257, max_prompt_tokens=40)
+    load_prompt_tokenizer(str(folder), shape).encode(["a dog", "é"])
 
 
 def make_generator(folder: Path) -> None:
@@ -390,6 +402,7 @@ FORMATS = {
     "rar jsonl": Format("a.jsonl", make_jsonl, imported(import_rar_jsonl, "a.jsonl")),
     "tokenizer weights": Format("t/model.safetensors", make_tokenizer, lambda folder: load_tokenizer(folder / "t")),
     "tokenizer config": Format("t/config.json", make_tokenizer, lambda folder: load_tokenizer(folder / "t")),
+    "words of Janus": Format("tokenizer.json", make_words, read_words),
     "generator config": Format("g/config.json", make_generator, read_generator),
     "safetensors": Format("one.safetensors", make_shards, lambda folder: read_weights(folder / "one.safetensors")),
     "index json": Format(

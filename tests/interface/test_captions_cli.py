@@ -145,6 +145,7 @@ def test_wrong_prompts(place, tmp_path, capsys, words, said):
         ("p.txt", b"a dog\n\xff\n", "not text in UTF-8"),
         ("p.jsonl", b'{"prompt": "a dog"}\n{"text": "a cat"}\n', "line 2: not JSON such as"),
         ("p.jsonl", b'{"prompt": 3}\n', "line 1: 3 is no prompt"),
+        ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', "line 1: not text in UTF-8"),
     ],
 )
 def test_wrong_files_of_prompts(place, tmp_path, capsys, name, content, said):

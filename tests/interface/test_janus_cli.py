@@ -10,8 +10,10 @@ import torch
 from conftest import picture
 from tiny_janus import WORDS, byte_words, save_released_janus
 
+from consonar import hub
 from consonar.cli import main
-from consonar.components import load_generator, load_own_text_encoder, load_own_tokenizer
+from consonar.components import load_generator, load_own_text_encoder, load_own_tokenizer, model_folder, read_origin
+from consonar.model_folders import own_text_encoder
 from consonar.networks.prompts import ASSISTANT, BEGIN, IMAGE_START, USER
 from consonar.sampling.sample import SamplerConfig, sample
 
@@ -104,6 +106,20 @@ def test_the_control_trains_as_well_and_a_moved_folder_needs_nothing_else(place,
     origin = json.loads((tmp_path / "ce/origin.json").read_text())
     assert origin["text_encoder"] == str((tmp_path / "moved").resolve())
     (tmp_path / "moved").rename(place / "transformers/generator")
+
+
+def test_a_name_of_the_hub_brings_the_words(place, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append(f"{repository}/{file}")
+        return str(place / "authors-released" / file)
+
+    monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path))
+    folder = model_folder("hf:janus-pro-1b")
+    assert own_text_encoder(folder, read_origin(folder)) == str(folder)
+    assert asked == [f"deepseek-ai/Janus-Pro-1B/{file}" for file in ("pytorch_model.bin", "tokenizer.json")]
 
 
 def test_a_long_prompt_keeps_the_template(place, tmp_path, capsys):

@@ -29,7 +29,8 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
                 line = parse_json(line)["prompt"]
         if not isinstance(line, str) or not line.strip():
             raise UserError(f"--prompts: {file} line {number}: {line!r} is no prompt")
-        found.append(line)
+        with reading(f"--prompts: {file} line {number}", "text in UTF-8"):
+            found.append(line.encode().decode())
     if not found:
         raise UserError(f"--prompts: {file} is empty; give one prompt a line")
     return found

@@ -109,7 +109,8 @@ def in_lines(captions: Iterable[str]) -> str:
 def all_captions(captions: Iterable[str | None], where: str) -> list[tuple[str, ...]]:
     """The captions of each item, one a line (`in_lines`). `UserError`, which begins with `where`, if one has none with
     words."""
-    given = [tuple(line for line in (text or "").split("\n") if line.strip()) for text in captions]
+    whole = ((text or "").encode(errors="replace").decode() for text in captions)  # JSON may hold half a letter
+    given = [tuple(line for line in text.split("\n") if line.strip()) for text in whole]
     if missing := given.count(()):
         raise UserError(f"{where}: {missing} of {len(given)} items have no caption, and the generator takes captions")
     return given

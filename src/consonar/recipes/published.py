@@ -221,7 +221,8 @@ def vapi_janus_1b() -> TrainConfig:
     50,000 pairs of FLUX-Reason-6M, no caption dropped, no guidance; GenEval at guidance 5. The script takes for token i
     what the model says once it has read token i, and sets xi to 1, so that it reads nothing but noise; here token i is
     predicted from the place before it, as in the article, and xi is 0.5 as in the text script for LlamaGen. Its KL of
-    0.01 is behind a switch that is off; here it counts. Assumed: that learning rate for the aligned arithmetic.
+    0.01 is behind a switch that is off; here it counts. Assumed: that learning rate for the aligned arithmetic. All
+    weights are trained, as there; with `--lora.rank` adapters are, at a higher rate.
     """
     start = vapi_llamagen_t2i()
     return replace(
