@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from consonar import cli
 from consonar.cli import ceilings
 from consonar.components import load_generator
 from consonar.data.tokens import TokenStore
+from consonar.diagnostics.diagnose import PARTS
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vqgan import MaskGITConfig
 from consonar.training import policy_gradient as policy
@@ -89,15 +90,16 @@ def test_samples_of_a_run_are_drawn_and_measured(cuda, root: Path, tmp_path: Pat
     assert (tmp_path / "grid.png").is_file()
 
 
-def test_a_run_is_diagnosed(cuda, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [("exposure", "embedding", "layers"), pytest.param(PARTS, marks=pytest.mark.slow)])
+def test_a_run_is_diagnosed(cuda, root: Path, tmp_path: Path, parts: Collection[str]) -> None:
     cli.main(
         ["diagnose", str(root / "rear"), "--data", str(root / "pictures" / "train"), "--num-images", "8",
          "--validation-split", "0%",
-         "--parts", "exposure,embedding,layers", "--guidance-scale", "2",
+         "--parts", ",".join(parts), "--guidance-scale", "2",
          "--out", str(tmp_path / "page.html")]
     )  # fmt: skip
     content = json.loads((tmp_path / "page.json").read_text())
-    assert len(content["parts"]) == 3 and content["provenance"]["machine"] == "a pretended device"
+    assert content["parts"].keys() == set(parts) and content["provenance"]["machine"] == "a pretended device"
 
 
 def test_a_run_is_measured_over_temperatures_and_matched(cuda, root: Path) -> None:
