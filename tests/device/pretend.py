@@ -351,7 +351,7 @@ def pretended_cuda() -> Iterator[Log]:
             "memory_allocated": 2**30, "memory_reserved": 2**30,
             "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_tf32_supported": True,
             "mem_get_info": (2**30, 2**31), "current_stream": STREAM, "stream": nullcontext(),
-            "graph_pool_handle": (0, 1), "get_device_properties": PROPERTIES,
+            "graph_pool_handle": (0, 1), "is_current_stream_capturing": False, "get_device_properties": PROPERTIES,
         }  # fmt: skip
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *args, answer=answer, **settings: answer)
