@@ -296,7 +296,9 @@ def test_the_running_baseline_of_reinforce(make, batch):
     seen = []
     for step in range(3):
         rollout = objective.prepare(trainee, batch, step)
-        seen.append(float(objective.loss(trainee, rollout, step)[1]["reward"]))
+        terms = objective.loss(trainee, rollout, step)[1]
+        seen.append(float(terms["reward"]))
+        assert not any(key.startswith("reward_ties_") for key in terms)  # one draw of an image ties with no other
     expected = seen[0]
     for reward in seen:
         expected = 0.75 * expected + 0.25 * reward

@@ -159,7 +159,7 @@ def test_saved_data_set_columns_are_found_by_type(tmp_path):
 
 
 def test_a_column_of_lists_holds_several_captions(tmp_path):
-    rows = {"captions": [["a cat", "the\ncat"], []], "tags": [["x"], ["y"]]}
+    rows = {"captions": [["a cat", None, "the\ncat"], [None]], "tags": [["x"], ["y"]]}
     data = table().remove_columns("text")
     for name, values in rows.items():
         data = data.add_column(name, values)

@@ -480,6 +480,24 @@ def test_the_best_temperature_is_one_for_all_seeds_of_a_row(table, write, tmp_pa
     assert summarise(changed, results).settings[0].differences("plain")["FD(q) validation"].value == 4.5
 
 
+def test_at_equal_entropy_both_have_the_guidance_at_which_the_start_was_drawn(table, write, tmp_path):
+    sweep = read_sweep(write(table), tmp_path)
+    results = {}
+    for name, cell in sweep.cells.items():
+        rows = [
+            {"temperature": 1.0, "guidance_scale": scale, "metrics": {"FD(q) validation": {"value": scale}}}
+            for scale in (2.0, 4.0)
+        ]
+        if cell.row == "plain":
+            rows.append({**rows[0], "temperature": 0.8, "matched_to": f"ce-{cell.seed}"})
+        results[name] = scored(cell, {}) | {
+            "asked": {"evaluate": {"temperatures": [1.0], "guidance_scales": [2.0, 4.0]}}
+        }
+        results[name]["results"]["rows"] = rows
+    equal = next(setting for setting in summarise(sweep, results).settings if setting.title == "at equal entropy")
+    assert set(equal.values["ce"]["FD(q) validation"].values()) == {2.0}
+
+
 @pytest.mark.parametrize(
     "file", sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml")), ids=lambda file: file.stem
 )

@@ -37,9 +37,8 @@ def _pick_column(kind: str, candidates: list[str], preferred: tuple[str, ...], w
 
 def caption_of(told: object) -> str | None:
     """The captions that an entry of a table holds, one a line: a text is one, a list several."""
-    if told is None or told == []:
-        return None
-    return in_lines(map(str, told if isinstance(told, list) else [told]))
+    texts = [one for one in (told if isinstance(told, list) else [told]) if one is not None]
+    return in_lines(map(str, texts)) if texts else None
 
 
 class Columns:

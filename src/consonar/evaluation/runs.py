@@ -137,8 +137,8 @@ def evaluate_run(
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = run.sharpness(reference, settings, bad)
-    labels, prompts = run.asked(settings.num_samples, sharpness)
     with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():
+        labels, prompts = run.asked(settings.num_samples, sharpness)
         samplers = of_every(samplers_of(settings, sharpness, run.generator), world)[0]
         target = target_of(run, reference, target, settings, bad, world)
         # Now, for what is wrong is found before hours of sampling.

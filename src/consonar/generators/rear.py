@@ -187,7 +187,7 @@ class ReARGenerator(CausalGenerator[Tensor | TextCondition]):
         super().__init__(config, config.num_classes)
         self.mask_token = config.vocab_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        spare = (max(least, self.prefix_length) for least in (SPARE_POSITIONS, SPARE_STEPS))
+        spare = (max(least, self.prefix_length + 1) for least in (SPARE_POSITIONS, SPARE_STEPS))
         positions, steps = (config.num_tokens + rows for rows in spare)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))

@@ -131,23 +131,23 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     rows = [line for one in scored.values() for line in one["results"]["rows"]]
     deciding = deciding_metric(line["metrics"] for line in rows)
     grid: dict[tuple[float, float], Setting] = {}
-    entropy, training = Setting(EQUAL_ENTROPY), Setting(TRAINING)
+    entropy, training, guided = Setting(EQUAL_ENTROPY), Setting(TRAINING), dict[str, float]()
     for name, result in scored.items():
         row, seed = sweep.cells[name].row, sweep.cells[name].seed
         training.add(row, seed, {key: value for key, value in result["validation"].items() if value is not None})
         for line in result["results"]["rows"]:
             numbers, temperature = {key: one["value"] for key, one in line["metrics"].items()}, line["temperature"]
+            asked = result["asked"]["evaluate"]
+            guidance = line["guidance_scale"] if asked.get("guidance_scales") else 1.0
             if trained := sweep.cells.get(line.get("matched_to") or ""):
                 at = f"{row} at the entropy of {trained.row}"
                 entropy.add(at, trained.seed, numbers | {"temperature": temperature})
-                entropy.base[trained.row] = at
-            asked = result["asked"]["evaluate"]
+                entropy.base[trained.row], guided[trained.row] = at, guidance
             if temperature in asked["temperatures"]:
-                guidance = line["guidance_scale"] if asked.get("guidance_scales") else 1.0
                 setting = Setting(f"at {setting_text(temperature, guidance)}", temperature, guidance)
                 grid.setdefault((temperature, guidance), setting).add(row, seed, numbers)
-    for row in entropy.base:
-        entropy.values[row] = dict(grid[1.0, 1.0].values.get(row, {})) if (1.0, 1.0) in grid else {}
+    for row, guidance in guided.items():
+        entropy.values[row] = dict(grid[1.0, guidance].values.get(row, {})) if (1.0, guidance) in grid else {}
     of_grid = [in_rows(grid[place], sweep) for place in sorted(grid, key=lambda place: (place[1], -place[0]))]
     best = best_setting(sweep, grid, deciding)
     for setting in (*of_grid, best, training):

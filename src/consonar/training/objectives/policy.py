@@ -192,7 +192,7 @@ class PolicyGradient(Alignment):
         spread, tied = policy.group_spread(rewards, sizes)  # (B, 1 or N) each
         shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
         shown = {key: value.view(-1, group) for key, value in shown.items()}
-        for name in parts:
+        for name in parts if group > 1 else ():  # of a single draw the running mean is what it is compared with
             of_part, tied_part = policy.group_spread(shown[f"reward_{name}"])  # (B,) each
             shown |= {f"reward_spread_{name}": of_part, f"{TIES}{name}": tied_part.float()}
         old = actions.new_full(actions.shape, math.nan, dtype=torch.float32) if self.config.updates > 1 else None
