@@ -38,6 +38,7 @@ from consonar.data.tokens import TokenStore
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.demo.job import claim
 from consonar.errors import BadImage
+from consonar.evaluation.benchmarks import read_scores
 from consonar.evaluation.inputs import load_samples, open_reference
 from consonar.files.weights import save_tensors
 from consonar.files.writers import write_json
@@ -378,6 +379,24 @@ def read_sweep_result(folder: Path) -> None:
     markdown(summarise(replace(sweep, cells={"a-0": cell}, rows=("a",)), {"a-0": content} if content else {}))
 
 
+def make_benchmarks(folder: Path) -> None:
+    """What the scorers of three benchmarks read and write."""
+    asked = {"prompt": "two dogs", "atom_count": 2, "skills": ["count", "object"]}
+    (folder / "p.jsonl").write_text(json.dumps(asked) + "\n")
+    (folder / "scores.json").write_text("[[0.25, 1.0]]")
+    row = {"tag": "counting", "prompt": "two dogs", "correct": True}
+    (folder / "results.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "correct": False}) + "\n")
+    columns = "item_id,text,proposition_id,dependency,tuple,question_natural_language"
+    (folder / "dpg.csv").write_text(
+        f'{columns}\na,"one, two",1,0,entity - whole (dog),Is it?\na,"one, two",2,1,x (y),So?\n'
+    )
+    (folder / "detail.txt").write_text("o/a.png, (0, 0, 8, 8), Is it?, yes\no/a.png, (0, 0, 8, 8), So?, no\n")
+
+
+def benchmark(form: str, name: str, prompts: str) -> Callable[[Path], object]:
+    return lambda folder: read_scores(form, folder / name, folder / prompts)
+
+
 FORMATS = {
     "webdataset": shards("webdataset", "tar", make_tar),
     "parquet shard": shards("parquet", "parquet", partial(make_table, ending="parquet")),
@@ -438,5 +457,10 @@ FORMATS = {
     "class file": Format("classes.txt", make_class_file, lambda folder: read_class_file(folder / "classes.txt")),
     "sweep": Format("study.yaml", make_sweep, read_study),
     "result of a sweep": Format("run/results/a-0.json", make_result, read_sweep_result),
+    "results of GenEval": Format("results.jsonl", make_benchmarks, benchmark("geneval", "results.jsonl", "p.jsonl")),
+    "scores of GenEval 2": Format("scores.json", make_benchmarks, benchmark("geneval2", "scores.json", "p.jsonl")),
+    "prompts of GenEval 2": Format("p.jsonl", make_benchmarks, benchmark("geneval2", "scores.json", "p.jsonl")),
+    "answers of DPG-Bench": Format("detail.txt", make_benchmarks, benchmark("dpg", "detail.txt", "dpg.csv")),
+    "questions of DPG-Bench": Format("dpg.csv", make_benchmarks, benchmark("dpg", "detail.txt", "dpg.csv")),
     "source": Format("source.json", make_source, lambda folder: read_source(folder / "source.json")),
 }

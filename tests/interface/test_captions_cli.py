@@ -200,14 +200,16 @@ def test_an_encoder_that_nothing_reads_is_refused(place, tmp_path, capsys):
 def test_post_training_reads_the_captions_of_pictures(place, tmp_path, recipe):
     words = ["--init", str(place / "run"), "--data", "scenes:12", "--data.validation-items", "4", "--quiet",
              "--loop.steps", "2", "--loop.batch-size", "4", "--loop.save-every", "1", "--loop.precision", "fp32",
-             "--objective.rewards", "mse=1"]  # fmt: skip
+             "--objective.rewards", "mse=1,compositional=0"]  # fmt: skip
     main(["train", recipe, "--out", str(tmp_path / "whole"), *words])
-    main(["train", recipe, "--out", str(tmp_path / "parts"), *words, "--stop-at", "1"])
-    main(["train", recipe, "--out", str(tmp_path / "parts"), *words, "--resume"])
-    start, whole, parts = (
-        load_generator(folder).state_dict() for folder in (place / "run", tmp_path / "whole", tmp_path / "parts")
-    )
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().split("\n")[0])
+    assert 0 <= first["validation/reward_compositional"] <= 1
+    start, whole = (load_generator(folder).state_dict() for folder in (place / "run", tmp_path / "whole"))
+    if recipe == "vapi-scenes":  # one is enough, for each reads 2,000 pictures
+        main(["train", recipe, "--out", str(tmp_path / "parts"), *words, "--stop-at", "1"])
+        main(["train", recipe, "--out", str(tmp_path / "parts"), *words, "--resume"])
+        parts = load_generator(tmp_path / "parts").state_dict()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert not all(torch.equal(whole[key], start[key]) for key in whole)
     assert load_own_text_encoder(tmp_path / "whole", load_generator(tmp_path / "whole")).width == 8
 

@@ -8,7 +8,6 @@ the first prompt. Here all answers count, and what its scorer says is told besid
 """
 
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -97,15 +96,17 @@ def geneval(path: Path, prompts: Path | None) -> tuple[list[str], dict[str, Meas
 
 def geneval2(path: Path, prompts: Path) -> tuple[list[str], dict[str, Measurement]]:
     """Of the list of each prompt's scores that evaluation.py wrote for soft_tifa, in the order of its prompts."""
-    asked = [parse_json(line) for line in filter(str.strip, prompts.read_text(encoding="utf-8").split("\n"))]
+    texts = list(read_benchmark("geneval2", prompts).texts)
+    with reading(prompts, "the prompts of GenEval 2, with skills and atom_count"):
+        asked = [parse_json(line) for line in filter(str.strip, prompts.read_text(encoding="utf-8").split("\n"))]
+        skills = [[str(name) for name in one["skills"]] for one in asked]
+        atoms = [int(one["atom_count"]) for one in asked]
     with reading(path, "scores of GenEval 2", "name the output file of evaluation.py, of soft_tifa"):
-        lists = [[float(score) for score in scores] for scores in json.loads(path.read_text(encoding="utf-8"))]
-        skills, atoms = [one["skills"] for one in asked], [one["atom_count"] for one in asked]
-        if list(map(len, lists)) != list(map(len, skills)):
+        lists = [[float(score) for score in scores] for scores in parse_json(path.read_text(encoding="utf-8"))]
+        if list(map(len, lists)) != list(map(len, skills)) or [] in lists:
             raise ValueError(f"{len(lists)} lists of scores are not one for each question of {len(asked)} prompts")
         if any(not 0 <= score <= 1 for scores in lists for score in scores):
             raise ValueError("scores are from 0 to 1")
-    texts = list(read_benchmark("geneval2", prompts).texts)
     arithmetic = {text: [sum(scores) / len(scores)] for text, scores in zip(texts, lists, strict=True)}
     geometric = {text: [geometric_mean(scores)] for text, scores in zip(texts, lists, strict=True)}
     found = {"GenEval 2": mean_over(geometric), "GenEval 2 (AM)": mean_over(arithmetic)}
@@ -136,7 +137,7 @@ def dpg(path: Path, prompts: Path) -> tuple[list[str], dict[str, Measurement], d
             if (found := DETAIL.fullmatch(line)) is None:
                 raise ValueError(f"line {number} has no file, place, question and answer")
             item = PurePosixPath(found["file"]).stem
-            if found["question"] not in rows[item]:
+            if found["question"] not in rows.get(item, {}):
                 raise ValueError(f"line {number}: {prompts.name} asks no such question of {item!r}")
             answers[item][found["crop"]][found["question"]] = float(found["answer"].strip() == "yes")
         if not answers:

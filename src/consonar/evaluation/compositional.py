@@ -5,7 +5,6 @@ some, and of these after the tokenizer, which no generator of its tokens is expe
 kinds, as GenEval's is over tasks; intervals are over prompts, whose pictures are no independent trials.
 """
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from consonar.config_io import to_dict
 from consonar.data.scenes import GROUNDS, KINDS, Scenes, picture_of, place
 from consonar.data.transforms import from_uint8
 from consonar.distributed import ALONE, World, machine_name, of_every
-from consonar.errors import UserError
+from consonar.errors import UserError, reading
 from consonar.evaluation.inputs import as_input, load_samples
 from consonar.evaluation.results import Measurement, library_versions, replacing
 from consonar.evaluation.runs import FinishedRun
@@ -215,22 +214,21 @@ def of_pictures(detector: SceneDetector, place: Path, captions: Sequence[str]) -
 
 def captions_of(place: Path) -> list[str]:
     """What samples that `sample` drew were asked for, picture by picture; `UserError` where they do not say."""
-    said = f"--prompts: {place} does not say what its pictures were asked for; draw them by `sample`"
+    settings = place / "settings.json"
+    numbers: Sequence[int | str] = ()
     if place.is_file():
-        found = read_npz(place, ("labels", "settings"))
-        texts = json.loads(str(found.get("settings", "{}"))).get("prompts")
-        numbers = found["labels"].tolist() if texts and "labels" in found else []
+        texts = (load_samples(place).settings or {}).get("prompts")
+        numbers = read_npz(place, ("labels",))["labels"].tolist() if texts else []
     elif of_geneval := sorted(place.glob("[0-9]*/metadata.jsonl")):
-        texts = [str(read_json(path)["prompt"]) for path in of_geneval]
+        texts = [read_json(path).get("prompt") for path in of_geneval]
         numbers = [n for n, path in enumerate(of_geneval) for _ in path.with_name("samples").glob("*.png")]
-    elif (place / "settings.json").is_file():
-        texts = read_json(place / "settings.json").get("prompts")
-        numbers = [int(path.stem.rpartition("_prompt")[2]) for path in sorted(place.glob("*_prompt*.png"))]
     else:
-        raise UserError(said)
+        texts = read_json(settings).get("prompts") if settings.is_file() else None
+        numbers = [path.stem.rpartition("_prompt")[2] for path in sorted(place.glob("*_prompt*.png"))]
     if not texts or not numbers:
-        raise UserError(said)
-    return [texts[number] for number in numbers]
+        raise UserError(f"--prompts: {place} does not say what its pictures were asked for; draw them by `sample`")
+    with reading(place, "samples of prompts"):
+        return [str(texts[int(number)]) for number in numbers]
 
 
 def score_samples(place: Path, *, tokenizer: Tokenizer | None = None, seed: int = 0, device: str = "cpu") -> Json:

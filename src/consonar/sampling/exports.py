@@ -71,6 +71,8 @@ def dpg_rows(place: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(io.StringIO(place.read_text(encoding="utf-8"))))
         if not {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"} <= {*rows[0]}:
             raise ValueError(f"has the columns {', '.join(rows[0])}")
+        for row in rows:  # what is calculated with
+            int(row["proposition_id"]), [int(word) for word in row["dependency"].split(",")], row["tuple"].split()
     return rows
 
 
