@@ -34,9 +34,11 @@ fuzz: .venv/installed  ## every byte changed and every length cut of a file of e
 
 soak: .venv/installed  ## jobs killed at ROUNDS random moments each (default 50), and what they end with (ROUNDS=5: minutes)
 	$(BIN)/python -m tests.faults soak --rounds $(ROUNDS)
+	$(BIN)/python -m pytest -m slow tests/training/test_sharded_checkpoints.py
 
-failing-writes: .venv/installed  ## a write of each kind fails in every command (EVERY=--every: every write; hours)
+failing-writes: .venv/installed  ## a write of each kind fails in every command, then SIGTERM comes at it (EVERY=--every: every write; hours)
 	$(BIN)/python -m tests.faults writes $(EVERY)
+	$(BIN)/python -m tests.faults asked $(EVERY)
 
 test-slow: .venv/installed  ## the slower tests
 	$(BIN)/python -m pytest -m slow

@@ -13,6 +13,9 @@ OUT_OF_MEMORY = (
 )  # fmt: skip
 """What PyTorch and CUDA's libraries say where memory does not suffice."""
 
+AGAIN = 5.0
+"""Seconds in which a signal that comes again says nothing new: launchers pass on what their whole group got."""
+
 
 def printable(text: object) -> str:
     """In one line that every terminal and file takes: names of files need be neither UTF-8 nor one line."""

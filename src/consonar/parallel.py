@@ -6,6 +6,7 @@ A sharded model trains as any other does, by calling it. What samples from it, m
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], config: ParallelConfig, 
     empty = {id(w): nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad) for w in model.parameters()}
     vars(model)[SKELETON] = copy.deepcopy(model, empty)  # not set as an attribute: it would be a part of the model
     mesh = config.mesh(world)
+    # Of a view that a module returns: nothing here changes one in its place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -13,6 +13,7 @@ from consonar.data import loader
 from consonar.errors import UserError
 from consonar.generators.rear import ReARConfig
 from consonar.training import loop
+from consonar.training import run as runs
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import Autoregressive
@@ -183,7 +184,8 @@ def test_what_a_scheduler_ends_has_status_0_once_it_is_saved(config, tmp_path, m
 
     def at_step_3(self, terms):
         if self.state.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # a launcher passes on what all of its group got
+                os.kill(os.getpid(), signal.SIGTERM)
         log(self, terms)
 
     monkeypatch.setattr(loop.Running, "log", at_step_3)
@@ -214,3 +216,23 @@ def test_a_token_store_that_vanishes_is_missed_by_the_next_resume_alone(config, 
     (tmp_path / "away").rename(tokens)
     train(config, run, resume=True, quiet=True)
     assert_same_run(straight, run)
+
+
+def test_a_second_signal_acts_at_once_when_it_comes_later(config, tmp_path, monkeypatch):
+    log = loop.Running.log
+
+    def at_step_3(self, terms):
+        log(self, terms)
+        if self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(runs, "AGAIN", -1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.Running, "log", at_step_3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", quiet=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert saved_steps(tmp_path / "run") == [2]

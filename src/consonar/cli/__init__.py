@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -19,7 +20,7 @@ from rich.progress import Progress
 
 from consonar import __version__
 from consonar.cpu import hold_memory
-from consonar.errors import BadImage, NonFiniteLoss, UserError, check_choice, is_out_of_memory, printable
+from consonar.errors import AGAIN, BadImage, NonFiniteLoss, UserError, check_choice, is_out_of_memory, printable
 from consonar.files.readers import home_expanded
 from consonar.files.writers import no_room
 
@@ -112,13 +113,19 @@ def errors_told(command: str) -> Iterator[None]:
 def sigterm_raised(command: str) -> Iterator[None]:
     """Around a command: SIGTERM is an exception, so that what it has made is kept, and what is half made removed.
 
-    `train` has its own way, which saves first. Signals belong to the main thread; one that is caught or ignored already
-    stays so.
+    `train` has its own way, which saves first. One that comes `AGAIN` seconds later acts at once. Signals belong to the
+    main thread; one that is caught or ignored already stays so.
     """
+    first = None
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the tidying
-        raise Terminated
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise Terminated
+        if time.monotonic() - first > AGAIN:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
     caught = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +144,7 @@ class Running:
     tracker: Tracker
     folder: Path
     world: World
-    caught: Sequence[int] = ()
+    caught: Collection[int] = ()
     """Signals that ask the run to end."""
 
     idle: Counter[str] = field(default_factory=Counter)

@@ -4,7 +4,8 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from consonar.config_io import from_dict, to_dict
 from consonar.cpu import timing
 from consonar.data.mixture import store_paths
 from consonar.distributed import World
-from consonar.errors import UserError, reading
+from consonar.errors import AGAIN, UserError, reading
 from consonar.files.lock import hold, is_unused, remove_partials
 from consonar.files.readers import home_expanded, read_json
 from consonar.files.weights import finish_save, is_component
@@ -91,7 +92,11 @@ def train(
             if note:
                 tracker.warn(note)
             kept = {"moving average": (state.average or {}).values()}
-            with signals_held() as caught, closing(tracker), memory.explained(smaller(config), world.device, kept):
+            with (
+                signals_held(world.size == 1) as caught,
+                closing(tracker),
+                memory.explained(smaller(config), world.device, kept),
+            ):
                 train_loop(Running(config, built, state, tracker, out, world, caught), stop_at)
                 if state.interrupted and signal.SIGINT not in caught:  # Ctrl-C: the command line says so
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
@@ -148,20 +153,24 @@ def held(out: Path, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def signals_held() -> Iterator[list[int]]:
+def signals_held(alone: bool) -> Iterator[Collection[int]]:
     """SIGTERM (a scheduler that takes the machine back), Ctrl-C and a closed terminal end training after a checkpoint.
 
-    Inside of it the first signal is put into the list, for the loop to ask; a second one acts at once. At the end that
-    signal is raised again, so that the process ends as one that was interrupted; after SIGTERM, which nobody else
-    catches, with status 0. Signals belong to the main thread: in another one nothing is caught. One that the process
-    was started to ignore (nohup; jobs in the background of a script) stays ignored.
+    Inside of it signals are collected, for the loop to ask; where the process is `alone` one that comes `AGAIN` seconds
+    after the first acts at once. At the end they are raised again, so that the process ends as one that was
+    interrupted; after SIGTERM, which nobody else catches, with status 0. Signals belong to the main thread: in another
+    one nothing is caught. One that the process was started to ignore (nohup; jobs in the background of a script) stays
+    ignored.
     """
-    caught: list[int] = []
+    caught: dict[int, float] = {}
     with ExitStack() as before:
 
         def remember(number: int, frame: FrameType | None) -> None:
-            caught.append(number)
-            before.close()
+            now = time.monotonic()
+            if alone and caught and now - min(caught.values()) > AGAIN:
+                before.close()
+                signal.raise_signal(number)
+            caught.setdefault(number, now)
 
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
