@@ -92,11 +92,8 @@ def train(
             if note:
                 tracker.warn(note)
             kept = {"moving average": (state.average or {}).values()}
-            with (
-                signals_held(world.size == 1) as caught,
-                closing(tracker),
-                memory.explained(smaller(config), world.device, kept),
-            ):
+            explained = memory.explained(smaller(config), world.device, kept)
+            with signals_held(world.size == 1) as caught, closing(tracker), explained:
                 train_loop(Running(config, built, state, tracker, out, world, caught), stop_at)
                 if state.interrupted and signal.SIGINT not in caught:  # Ctrl-C: the command line says so
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
