@@ -13,8 +13,9 @@ from tiny_janus import WORDS, byte_words, save_released_janus
 from consonar import hub
 from consonar.cli import main
 from consonar.components import load_generator, load_own_text_encoder, load_own_tokenizer, model_folder, read_origin
+from consonar.generators.janus import JanusConfig
 from consonar.model_folders import own_text_encoder
-from consonar.networks.prompts import ASSISTANT, BEGIN, IMAGE_START, USER
+from consonar.networks.prompts import ASSISTANT, BEGIN, IMAGE_START, PAD, USER, load_prompt_tokenizer
 from consonar.sampling.sample import SamplerConfig, sample
 
 SIZES = ["--setting", "num_tokens=16", "max_prompt_tokens=64"]  # of byte_words, which has a token a letter
@@ -65,9 +66,19 @@ def test_a_prompt_is_the_released_template_whatever_the_file_says_about_cutting_
         assert not condition.mask[row][: -len(expected)].any()
     generator = load_generator(place / "authors/generator")
     null = generator.null_condition(condition)
-    begin, pad, start = (words.token_to_id(token) for token in (BEGIN, WORDS[1], IMAGE_START))
+    begin, pad, start = (words.token_to_id(token) for token in (BEGIN, PAD, IMAGE_START))
     shown = null.tokens[0][null.mask[0]].tolist()
     assert (shown[0], shown[-1], set(shown[1:-1])) == (begin, start, {pad})
+
+
+def test_words_without_marks_of_roles_get_plain_ones(tmp_path):
+    words = byte_words(BEGIN, PAD, IMAGE_START)
+    words.save(str(tmp_path / "tokenizer.json"))
+    shape = JanusConfig(text_vocab_size=300, pad_token=words.token_to_id(PAD))
+    words.no_truncation()
+    words.no_padding()
+    expected = words.encode(f"{BEGIN}User: a dog\n\nAssistant:{IMAGE_START}", add_special_tokens=False).ids
+    assert load_prompt_tokenizer(str(tmp_path), shape).encode(["a dog"]).tokens.tolist() == [expected]
 
 
 def test_both_layouts_are_one_model_and_are_sampled_and_post_trained_in_words(place, tmp_path):
