@@ -75,8 +75,10 @@ def test_generators_train_as_on_the_cpu(cuda, model, condition, rng) -> None:
         gradients = [parameter.grad.cpu() for parameter in net.parameters() if parameter.grad is not None]
         results.append((logits.detach().cpu(), gradients))
     torch.testing.assert_close(*results)
+    cuda.clear()  # tables that are kept have been made
     with torch.autocast("cuda", torch.bfloat16):
         moved(tokens.to(CUDA), to_device(condition, CUDA))[0].float().square().mean().backward()
+    assert all(where.startswith("device/") for _, where in cuda.waits)  # the copies of this test
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
