@@ -118,7 +118,12 @@ def split(record: Record, parts: int) -> list[Record]:
     """Equal slices along the first dimension, so that the mean of their losses is the loss of the whole."""
     if parts == 1:
         return [record]
-    return [map_tensors(lambda tensor, i=index: tensor.chunk(parts)[i], record) for index in range(parts)]
+    return [map_tensors(lambda tensor, i=index: piece(tensor, i, parts), record) for index in range(parts)]
+
+
+def piece(tensor: Tensor, index: int, parts: int) -> Tensor:
+    size = len(tensor) // parts
+    return tensor[index * size : (index + 1) * size]
 
 
 def concatenate(first: Record, *others: Record) -> Record:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import ChainMap
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,8 +251,8 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
     assert "475.3 million trained" in page and "It fits." in page and "models/maskgit-vqgan is the released" in page
     numbers = json.loads(file.read_text())
     assert numbers["fits"] and numbers["peak"] == sum(part["at_peak"] for part in numbers["memory"].values())
-    cli.main([*words[:6], "--loop.accumulation", "2"])
-    assert "It does not fit. What to change, in this order:\n  --loop.accumulation 4" in capsys.readouterr().out
+    cli.main([*words[:6], "--loop.accumulation", "8"])
+    assert "It does not fit. What to change, in this order:\n  --loop.accumulation 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -285,3 +287,14 @@ def test_shards_divide_what_each_process_keeps() -> None:
     assert fsdp.gathered == whole - 3 * block + 4 * block and found.gathered == 0
     assert "gradient buckets" in found.memory and "gradient buckets" not in fsdp.memory
     assert "--parallel.strategy fsdp" in ChainMap(*changes(config, found.machine))
+
+
+def test_the_table_of_the_published_recipes_is_what_is_planned() -> None:
+    """The row that takes least to make; all of them: python docs/make_scaling.py."""
+    path = Path(__file__).parents[2] / "docs" / "make_scaling.py"
+    spec = importlib.util.spec_from_file_location("make_scaling", path)
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    lines = table.TABLE.search(table.PAGE.read_text())[0].splitlines()
+    assert table.row("rear-s", 64) in lines and len(lines) == 2 + len(table.ROWS) * len(table.GPUS)
