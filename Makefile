@@ -6,7 +6,7 @@ BIN := .venv/bin
 # A process for each core, of one thread each (tests/conftest.py).
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-vapi clean
+.PHONY: help demo test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-text claims-vapi clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
@@ -78,6 +78,15 @@ ifeq ($(PROFILE),gpu)
 	$(BIN)/python claims/photographs.py --profile gpu --page
 else
 	$(BIN)/python claims/photographs.py
+endif
+
+# Ten minutes of a GPU at a time.
+claims-text: .venv/installed  ## the same on captions of scenes, with the compositional score (3 hours on 2 cores; PROFILE=gpu: at size, 10 minutes a call)
+ifeq ($(PROFILE),gpu)
+	timeout --signal=INT 600 $(BIN)/python claims/text.py --profile gpu || test $$? -eq 124
+	$(BIN)/python claims/text.py --profile gpu --page
+else
+	$(BIN)/python claims/text.py
 endif
 
 claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md; finished runs are kept (6 minutes each on 2 cores)

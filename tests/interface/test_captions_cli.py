@@ -11,12 +11,12 @@ import torch
 import transformers
 from conftest import save_pictures, save_tokenizer_of_32
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_encoder import save_encoder
 
 from consonar.cli import main
 from consonar.components import load_generator, load_own_text_encoder, load_tokenizer
 from consonar.convert.layouts.generators import LLAMAGEN
-from consonar.data.scenes import COLOURS, KINDS, NUMBERS, OBJECTS, RELATIONS, plural
+from consonar.data.scenes import KINDS
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import from_uint8
@@ -25,24 +25,10 @@ from consonar.sampling.sample import SamplerConfig, sample
 from consonar.seeding import generator as seeded
 from consonar.types import Grid
 
-WORDS = ["[PAD]", "[UNK]", "a", "an", "and", "of", *NUMBERS[1:], *COLOURS, *OBJECTS, *map(plural, OBJECTS)]
 MODEL = ["--model.width", "16", "--model.num-layers", "2", "--model.num-heads", "2", "--model.caption-dim", "8",
          "--model.num-condition-tokens", "12"]  # fmt: skip
 SHORT = ["--loop.batch-size", "4", "--loop.steps", "4", "--loop.save-every", "2", "--data.validation-items", "4",
          "--loop.precision", "fp32"]  # fmt: skip
-
-
-def save_encoder(folder: Path, seed: int = 0) -> None:
-    """A tiny random BERT that knows the words of scenes."""
-    torch.manual_seed(seed)
-    vocabulary = list(dict.fromkeys([*WORDS, *" ".join(RELATIONS).split(), "small", "large"]))
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    config = transformers.BertConfig(**shape, vocab_size=len(vocabulary), max_position_embeddings=40)
-    transformers.BertModel(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    fast.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -336,3 +336,31 @@ def test_labels_that_are_no_numbers_of_prompts_are_told(two_runs, tmp_path):
     ask_in_words(two_runs[0], ["one"])
     with pytest.raises(UserError, match=r"samples_t1\.0\.npz: settings: .*labels that are no numbers of prompts"):
         write_report(two_runs[:1], tmp_path / "r.html")
+
+
+def write_scores(run: Path, share: float, texts: list[str], weights: str | None = None) -> None:
+    """A file of compositional scores, as `evaluate --prompts` writes it."""
+    metrics = {
+        name: {"value": share, "spread": None, "interval": [share - 0.1, share + 0.1]}
+        for name in ("compositional score", "compositional score (pair)")
+    }
+    rows = [{"temperature": 1.0, "guidance_scale": scale, "metrics": metrics} for scale in (1.0, 3.0)]
+    content = {
+        "schema": 1, "prompts": {"name": "p", "texts": texts, "per_prompt": 4}, "rows": rows,
+        "ceilings": {"true pictures": {"compositional score": {"value": 0.97, "interval": [0.9, 1.0]}}},
+        "checkpoint_sha256": weights,
+    }  # fmt: skip
+    (run / "compositional.json").write_text(json.dumps(content))
+
+
+def test_scores_by_kind_stand_beside_their_ceiling_and_for_equal_prompts_alone(two_runs, tmp_path):
+    write_scores(two_runs[0], 0.5, ["a dog", "a cat"])
+    write_scores(two_runs[1], 0.25, ["a dog"])
+    page = Page(write_report(two_runs, tmp_path / "r.html").read_text())
+    part = " ".join(page.text.partition("Does it show what was asked?")[2].split())
+    assert "50 % [40, 60]" in part and "temperature 1, guidance 3" in part and "true pictures97 % [90, 100]–" in part
+    assert "25 %" not in part and f"The scores of {two_runs[1].name} are not shown: they are of other prompts." in part
+    assert "2 prompts, pictures of each: 4" in part
+    (two_runs[0] / "compositional.json").write_text('{"schema": 1, "prompts": {}}')
+    with pytest.raises(UserError, match=r"compositional\.json: not compositional scores"):
+        write_report(two_runs, tmp_path / "other.html")

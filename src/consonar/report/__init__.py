@@ -23,6 +23,7 @@ from consonar.report import images, tables
 from consonar.report.charts import frontier_charts, look_of
 from consonar.report.folders import MAX_RUNS, load_runs
 from consonar.report.records import Run, listed, start_text
+from consonar.report.scores import score_table
 
 __all__ = ["MAX_RUNS", "load_runs", "write_report"]
 
@@ -71,6 +72,7 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         verdicts=verdicts,
         opening=opening and images.picture(opening, "samples of the shipped generator, a row for each class"),
         reconstructions=images.reconstruction_groups(runs),
+        scores=score_table(runs),
         samples=samples,
         paired=paired,
         nearest=images.nearest_pairs(runs, sheets),

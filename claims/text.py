@@ -1,0 +1,109 @@
+# ruff: noqa: E501  (the sentences of the page)
+"""What the articles' parts do on captions, over seeds: python claims/text.py [--profile gpu] [--page].
+
+A sweep (claims/text.yaml) done and written down as that of claims/photographs.py, whose code it is. Beside its
+distances every finished run gets a compositional score (docs/text-to-image.md) over the same temperatures and guidance.
+"""
+
+from pathlib import Path
+
+from photographs import FD, group_lines, groups, opening, run
+
+from consonar.components import load_tokenizer
+from consonar.data.sources import open_source
+from consonar.data.tokenizing import write_token_store
+from consonar.distributed import pick_device
+from consonar.evaluation.compositional import SCORE, PromptSettings, score_run, validation_prompts
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
+from consonar.json_types import Json
+from consonar.sweeps.page import named, table
+from consonar.sweeps.plan import Sweep
+from consonar.sweeps.summary import BEST, value_cells
+from consonar.sweeps.work import Place
+
+HERE = Path(__file__).parent
+NAMES = {"cpu": "text", "gpu": "text-gpu"}
+SCENES = {"cpu": "scenes:8000", "gpu": "scenes:100000"}
+TOKENIZER = "openmoji-64"
+PROMPTS, PER_PROMPT = 400, 1
+"""Captions of held-out scenes, as many of each kind, and pictures of each."""
+TITLES = {
+    "text": ("The articles' parts on captions", "Made by `make claims-text`: 8,000 scenes with captions to train on; held-out scenes ask for pairings that none of them shows."),
+    "text-gpu": ("The articles' parts on captions, at size", "Made by `make claims-text PROFILE=gpu`: 100,000 scenes with captions to train on."),
+}  # fmt: skip
+COLUMNS = (f"{FD} validation", SCORE, f"{FD} train", "precision", "recall")
+
+
+def prepare(profile: str, sweep: Sweep, out: Path) -> None:
+    """The tokens of a profile, where they are not there yet."""
+    tokenizer = load_tokenizer(TOKENIZER)
+    for split, name in (("train", "tokens"), ("validation", "tokens-validation")):
+        path = Path("runs") / NAMES[profile] / name
+        if not path.exists():
+            source = open_source(SCENES[profile], split=split, image_size=tokenizer.image_size)
+            write_token_store(path, source, tokenizer)
+
+
+def score(sweep: Sweep, out: Path) -> None:
+    """The compositional score of every finished run that is here, at the settings that its samples were drawn with."""
+    place, texts = Place(out, sweep, print), validation_prompts(PROMPTS)
+    for name, cell in sweep.cells.items():
+        path = out / "scores" / f"{name}.json"
+        if path.exists() or not place.is_trained(cell):
+            continue
+        asked = cell.evaluated.settings
+        settings = PromptSettings(
+            per_prompt=PER_PROMPT, temperatures=asked.temperatures, guidance_scales=asked.guidance_scales,
+            batch_size=asked.batch_size, device=str(pick_device(cell.config.loop.device)),
+        )  # fmt: skip
+        found = score_run(
+            place.run(cell), texts, settings, name="scenes-validation", overwrite=True, progress=place.say
+        )
+        kept = {
+            key: found[key]
+            for key in ("rows", "ceilings", "detector_sha256", "checkpoint_sha256", "machine", "versions")
+        }
+        write_json(path, {"schema": 1, "prompts": len(texts), "per_prompt": PER_PROMPT, **kept})
+
+
+def scores_of(out: Path) -> dict[str, Json]:
+    """By the name of the run."""
+    return {path.stem: read_json(path) for path in sorted((out / "scores").glob("*.json"))}
+
+
+def with_scores(results: dict[str, Json], scores: dict[str, Json]) -> dict[str, Json]:
+    """The results with the score among the metrics of each setting."""
+    for name, scored in scores.items():
+        by_setting = {(row["temperature"], row["guidance_scale"]): row["metrics"] for row in scored["rows"]}
+        for row in (results.get(name, {}).get("results") or {}).get("rows", []):
+            row["metrics"] |= by_setting.get((row["temperature"], row["guidance_scale"]), {})
+    return results
+
+
+def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
+    """The section of docs/results.md."""
+    scores = scores_of(HERE / "results" / name)
+    results = with_scores(results, scores)
+    lines = opening(name, TITLES[name], sweep, results)
+    if scores:
+        known = next(iter(scores.values()))
+        ceilings = [f"{of} {known['ceilings'][of][SCORE]['value']:.1%}" for of in known["ceilings"]]
+        lines += [f"The score is of {known['prompts']:,} held-out captions, {known['per_prompt']} pictures each; the same of {', of '.join(ceilings)}."]  # fmt: skip
+    for heading, summary in groups(sweep, results).items():
+        best = next(setting for setting in summary.settings if setting.title == BEST)
+        kinds = [column for column in best.columns if column.startswith(f"{SCORE} (")]
+        by_kind = {named(row, best): value_cells(best, row, kinds) for row in best.values}
+        lines += [
+            "", f"### {heading}", "",
+            *group_lines(summary, results, COLUMNS, f"{FD} to held-out scenes / compositional score"),
+            *(f"- {note}" for note in summary.notes),
+        ]  # fmt: skip
+        if kinds:
+            lines += ["", "The score by kind of caption, each row at its own best temperature (of FD):", ""]
+            lines += table([kind[len(SCORE) + 2 : -1] for kind in kinds], by_kind)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(__doc__, NAMES, prepare, page, score)

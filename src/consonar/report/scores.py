@@ -1,0 +1,83 @@
+"""Whether pictures show what was asked: the compositional scores of runs by kind of caption, beside their ceilings."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from consonar.config_io import adapter
+from consonar.errors import reading
+from consonar.evaluation.compositional import COMPOSITIONAL, SCORE
+from consonar.evaluation.results import Measurement, outdated
+from consonar.json_types import JsonMap
+from consonar.report.folders import read_note
+from consonar.report.records import Run
+
+REMEDY = "score the run again"
+
+
+class ScoreLine(NamedTuple):
+    """What a run scored at one setting; without a run, what is to be had at most."""
+
+    run: Run | None
+    setting: str
+    cells: list[str]
+
+
+class ScoreTable(NamedTuple):
+    """Headings, which are the kinds of captions behind their mean; lines; and what must be known to read them."""
+
+    kinds: list[str]
+    lines: list[ScoreLine]
+    notes: list[str]
+
+
+def score_table(runs: Sequence[Run]) -> ScoreTable | None:
+    """Of the runs that were scored, on the prompts of the first of them; None where none was. `UserError` for a damaged
+    file."""
+    kinds: dict[str, None] = {}
+    found: list[tuple[Run | None, str, Mapping[str, Measurement]]] = []
+    notes: list[str] = []
+    prompts: tuple[list[str], float] | None = None
+    ceilings: dict[str, Mapping[str, Measurement]] = {}
+    for run in runs:
+        path = run.path / COMPOSITIONAL
+        content = read_note(path)
+        if not content:
+            continue
+        with reading(path, "compositional scores", REMEDY):
+            asked = content["prompts"]["texts"], content["prompts"]["per_prompt"]
+            rows = [(setting_of(row), metrics_of(row["metrics"])) for row in content["rows"]]
+            limits = {name: metrics_of(metrics) for name, metrics in content["ceilings"].items()}
+        if why := outdated(content, run.weights_sha256):
+            notes.append(f"The scores of {run.name} are not shown: they {why}.")
+        elif prompts not in (None, asked):
+            notes.append(f"The scores of {run.name} are not shown: they are of other prompts.")
+        else:
+            prompts, ceilings = asked, ceilings or limits
+            found += [(run, setting, metrics) for setting, metrics in rows]
+    if prompts is None:
+        return None
+    found += [(None, name, metrics) for name, metrics in ceilings.items()]
+    for _, _, metrics in found:
+        kinds |= {name: None for name in metrics if name == SCORE or name.startswith(f"{SCORE} (")}
+    lines = [ScoreLine(run, setting, [cell(metrics.get(kind)) for kind in kinds]) for run, setting, metrics in found]
+    said = f"{len(prompts[0]):,} prompts, pictures of each: {prompts[1]:g}; in brackets intervals of 95 % over prompts."
+    headings = [name.removeprefix(SCORE).strip(" ()") or "all" for name in kinds]
+    return ScoreTable(headings, lines, [said, *notes])
+
+
+def setting_of(row: JsonMap) -> str:
+    guidance = float(row.get("guidance_scale", 1.0))
+    return f"temperature {float(row['temperature']):g}" + ("" if guidance == 1 else f", guidance {guidance:g}")
+
+
+def metrics_of(metrics: object) -> Mapping[str, Measurement]:
+    read: dict[str, Measurement] = adapter(dict[str, Measurement]).validate_python(metrics)
+    return read
+
+
+def cell(measured: Measurement | None) -> str:
+    """ "62 % [55, 68]"."""
+    if measured is None:
+        return "–"
+    low, high = measured.interval or (measured.value, measured.value)
+    return f"{100 * measured.value:.0f}\u00a0% [{100 * low:.0f}, {100 * high:.0f}]"

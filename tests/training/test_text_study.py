@@ -1,0 +1,63 @@
+"""The study on captions, with a toy grid: from scenes to the section of the page, with the compositional score."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_encoder import save_encoder
+
+from consonar.data import scenes
+
+CLAIMS = Path(__file__).parents[2] / "claims"
+
+
+@pytest.mark.slow
+def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch, quarters):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    spec = importlib.util.spec_from_file_location("study_on_captions", CLAIMS / "text.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    photographs = sys.modules["photographs"]
+    save_encoder(tmp_path / "enc")
+    trained = {
+        "text_encoder": str(tmp_path / "enc"), "data.tokens": "runs/text/tokens", "data.validation_items": 4,
+        "model.width": 16, "model.num_layers": 2, "model.num_heads": 2, "model.caption_dim": 8,
+        "model.num_condition_tokens": 12, "loop.steps": 2, "loop.validate_every": 1, "loop.sample_every": 0,
+        "loop.batch_size": 4, "loop.precision": "fp32", "loop.device": "cpu",
+    }  # fmt: skip
+    after = {
+        "base": "ce-scenes", "init": {"cell": "plain", "seed": 0}, "seeds": 2, "objective.rewards": {"mse": 1.0},
+        "data.images": "scenes:16", "data.validation_items": 4, "loop.steps": 1, "loop.batch_size": 4,
+        "loop.precision": "fp32", "loop.device": "cpu",
+    }  # fmt: skip
+    rows = {
+        "plain": {"base": "ar-scenes", **trained}, "plain+ce": after, "plain+vapi": {**after, "base": "vapi-scenes"}
+    }  # fmt: skip
+    evaluated = {
+        "reference": "scenes:16", "feature_network": "quarters", "temperatures": [1], "guidance_scales": [1, 2],
+        "num_samples": 12, "metrics": ["fd", "precision"], "draws": 1, "reconstruct": False,
+    }  # fmt: skip
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text("# Results\n")
+    file = tmp_path / "claims" / "text.yaml"
+    file.write_text(yaml.safe_dump({"seeds": 1, "rows": rows, "evaluate": evaluated}, sort_keys=False))
+    for module in (study, photographs):
+        monkeypatch.setattr(module, "HERE", tmp_path / "claims")
+    monkeypatch.setitem(study.SCENES, "cpu", "scenes:16")
+    monkeypatch.setitem(scenes.DEFAULT_COUNTS, "validation", 16)
+    monkeypatch.setattr(study, "PROMPTS", 8)
+    monkeypatch.setattr(study, "COLUMNS", tuple(c.replace("efficientnet-lite0", "quarters") for c in study.COLUMNS))
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["text.py"])
+    monkeypatch.chdir(tmp_path)
+    study.run("about", study.NAMES, study.prepare, study.page, study.score)
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "**5 of 5 runs have a result**" in text and "true pictures" in text and "| attribution |" in text
+    assert "1, guidance 2" in text and "### Post-training of plain AR" in text and "| plain+vapi" in text
+    kept = json.loads((tmp_path / "claims/results/text/scores/plain+ce-1.json").read_text())
+    assert [(row["temperature"], row["guidance_scale"]) for row in kept["rows"]] == [(1.0, 1.0), (1.0, 2.0)]
+    assert 0 <= kept["rows"][0]["metrics"]["compositional score"]["value"] <= 1
