@@ -19,7 +19,9 @@ from consonar.types import Objective
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    alternatives: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each alternative, `rounds` times in turn after one warm-up each, so that drift hits all alike."""
     for run in alternatives.values():
         run()
@@ -28,11 +30,11 @@ def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int) -> d
         for name, run in alternatives.items():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

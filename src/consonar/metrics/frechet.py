@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
-from consonar.metrics.distribution import EPSILON, Moments, frechet_distance, symmetric_root
+from consonar.metrics.distribution import EPSILON, Moments, covariance_root, frechet_distance
 from consonar.seeding import derive_seed
 
 SUBSETS = (1, 2, 4)
@@ -41,7 +41,7 @@ def frechet_distance_at_infinity(
     """
     if len(samples) < 2 * SUBSETS[-1]:
         raise UserError(f"fd-infinity: {len(samples)} samples; it needs at least {2 * SUBSETS[-1]}")
-    root = symmetric_root(cov) if root is None else root
+    root = covariance_root(cov) if root is None else root
     sizes, distances, of_draws, smallest = [], [], [], [0.0]
     for count in SUBSETS:
         sizes.append(len(samples) // count)
@@ -70,7 +70,7 @@ def line_end(sizes: Sequence[int], distances: Sequence[float]) -> tuple[float, f
 def distance_of_draws(root: Tensor, count: int, seed: int) -> float:
     """Fréchet distance of `count` draws (2 or more) from a Gaussian to itself: what perfect samples would score.
 
-    `root` (F, F) is the root of its covariance. The covariance of the draws comes from Bartlett's decomposition of the
+    `root` (F, F) is the `covariance_root` of it. The covariance of the draws comes from Bartlett's decomposition of the
     Wishart distribution, so that the cost does not depend on `count`.
     """
     rng, size = np.random.default_rng(seed), min(len(root), count - 1)
@@ -78,7 +78,7 @@ def distance_of_draws(root: Tensor, count: int, seed: int) -> float:
     lower[range(size), range(size)] = np.sqrt(rng.chisquare(count - 1 - np.arange(size)))
     spread = root @ torch.from_numpy(lower) / math.sqrt(count - 1)  # (F, size)
     mean = root @ torch.from_numpy(rng.standard_normal(len(root))) / math.sqrt(count)
-    return frechet_distance(torch.zeros_like(mean), root @ root, mean, spread @ spread.T, root1=root)
+    return frechet_distance(torch.zeros_like(mean), root @ root.T, mean, spread @ spread.T, root1=root)
 
 
 def frechet_distance_of_rows(reference: Tensor, samples: Tensor) -> float:
