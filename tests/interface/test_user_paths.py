@@ -153,7 +153,7 @@ def test_wrong_options_of_evaluate_on_a_file(place: Path, tmp_path: Path, fails:
     reference = place / "images" / "flat"
     few = ("evaluate", reference, "--reference", reference)
     assert "batch_size" in fails(*few, "--draws", "1", "--batch-size", "0")
-    assert "over 3" in fails(*few, "--draws", "4")
+    assert "need 16 or more" in fails(*few, "--draws", "4")
 
 
 def test_pictures_of_an_older_unfinished_job_do_not_mix_in(place: Path, tmp_path: Path) -> None:

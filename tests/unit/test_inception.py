@@ -20,7 +20,7 @@ from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.settings import EvaluationSettings
-from consonar.networks import inception, load_feature_network
+from consonar.networks import inception, load_feature_network, record_of
 from consonar.networks.inception import InceptionFeatures, InceptionV3, load_inception, resize_from_corner
 
 TESTS = Path(__file__).parents[1]
@@ -176,6 +176,10 @@ def test_the_default_file_its_hash_and_both_names(weights, tmp_path, monkeypatch
     for name in ("inception", "inception-pytorch-fid"):
         network = load_feature_network(name)
         assert (network.name, network.weights_sha256) == (name, digest)
+        placed = record_of(load_feature_network(f"{name}:{weights}"))
+        assert placed == {"name": name, "sha256": digest, "place": f"{name}:{weights}"}
+    with pytest.raises(UserError, match=r"inception: no weights at nowhere\.pth"):
+        load_feature_network("inception:nowhere.pth")
     assert "choices: inception, inception-pytorch-fid" in refused(weights, name="fid")
     for folder, first in (("samples", 0), ("reference", 10)):
         (tmp_path / folder).mkdir()

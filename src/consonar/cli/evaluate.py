@@ -51,7 +51,7 @@ class Options:
     on, such as 5%, which `tokenize` and `train` hold out (default: the split validation, else test, else none)."""
     feature_network: str = "efficientnet-lite0"
     """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity), inception-pytorch-fid, or
-    dinov2:FOLDER, clip:FOLDER; the weights of all but the first you bring (docs/evaluation.md)."""
+    inception:FILE, dinov2:FOLDER, clip:FOLDER; the weights of all but the first you bring (docs/evaluation.md)."""
     metrics: str = ""
     """Of samples and runs: what is calculated, e.g. fd,kid,precision,recall,density,coverage (default: all but
     fd-infinity and fd-per-class)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from consonar.errors import check_choice
 from consonar.networks import efficientnet, lpips
 from consonar.networks.base import LayerDistance
-from consonar.networks.inception import FRONT_ENDS, load_inception
+from consonar.networks.inception import FRONT_ENDS, InceptionFeatures, load_inception
 from consonar.networks.vision_transformers import KINDS, VisionTransformerFeatures, load_vision_transformer
 
 
@@ -61,18 +61,23 @@ FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
     "efficientnet-lite0": efficientnet.EfficientNetLite0Features,
     **{name: partial(load_inception, name) for name in FRONT_ENDS},
 }
-"""Name to the network on a device. One of `vision_transformers.KINDS` is named with its place, as dinov2:FOLDER."""
+"""Name to the network on a device. One of `vision_transformers.KINDS` is named with its place, as dinov2:FOLDER; one of
+`inception.FRONT_ENDS` may be, as inception:FILE."""
 
 
 def record_of(network: FeatureNetwork) -> dict[str, str]:
     """What results say of a network: name, hash, and of one that was named with a place that name as well."""
-    place = {"place": network.place} if isinstance(network, VisionTransformerFeatures) else {}
-    return {"name": network.name, "sha256": network.weights_sha256, **place}
+    found = {"name": network.name, "sha256": network.weights_sha256}
+    placed = isinstance(network, VisionTransformerFeatures | InceptionFeatures) and network.place
+    return found | {"place": network.place} if placed else found
 
 
 def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
     """The feature network called `name` on `device`; UserError for another name, or where its weights are missing."""
-    if ":" in name and name.partition(":")[0] in KINDS:
+    kind, colon, file = name.partition(":")
+    if colon and kind in KINDS:
         return load_vision_transformer(name, device)
+    if colon and kind in FRONT_ENDS:
+        return load_inception(kind, device, path=file)
     check_choice("feature_network", name, [*FEATURE_NETWORKS, *(f"{kind}:FOLDER" for kind in KINDS)])
     return FEATURE_NETWORKS[name](device)

@@ -224,15 +224,16 @@ FRONT_ENDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class InceptionFeatures:
-    """The feature network `name`, a key of `FRONT_ENDS`; its features are `pool_3`, `outputs` gives all there is."""
+    """The feature network `name`, a key of `FRONT_ENDS`; its features are `pool_3`, `outputs` gives all there is.
+    `place` is what loads it again where the weights are not in the default place, else empty."""
 
     num_features = 2048
     num_spatial = SPATIAL_CHANNELS * 17 * 17
 
-    def __init__(self, name: str, network: InceptionV3, weights_sha256: str, device: str = "cpu"):
+    def __init__(self, name: str, network: InceptionV3, weights_sha256: str, device: str = "cpu", place: str = ""):
         check_choice("inception", name, FRONT_ENDS)
         self.name, self.weights_sha256, self.front_end = name, weights_sha256, FRONT_ENDS[name]
-        self.device = torch.device(device)
+        self.device, self.place = torch.device(device), place
         self.network = network.to(self.device)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -262,4 +263,4 @@ def load_inception(
     means = [key for key in state if key.endswith("running_mean")]
     counters = {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in means}
     network = with_weights(InceptionV3, {**counters, **state}, f"inception: {file}")
-    return InceptionFeatures(name, network, digest, device)
+    return InceptionFeatures(name, network, digest, device, "" if path is None else f"{name}:{path}")
