@@ -85,8 +85,8 @@ def embedding_unawareness(subject: Subject) -> Finding:
     }  # fmt: skip
     return Finding(
         f"With all wrong tokens replaced by the code nearest to the true one, the perceptual distance "
-        f"{resolved(fall, 'rises', 'falls', 'does not resolvably change')}: by {fall.text}, {relative.text} of it, "
-        f"with {correct.text} of the tokens correct as before. It falls beyond its interval in {steps} steps.",
+        f"{resolved(fall, 'rises', 'falls', 'does not resolvably change')}: the change is {fall.text}, {relative.text} "
+        f"of it, with {correct.text} of the tokens correct as before. It falls beyond its interval in {steps} steps.",
         numbers,
         (
             Figure(
