@@ -181,6 +181,19 @@ def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer, 
     assert not found.reproduced and found.differs == [f"torch: 1.0 then, {torch.__version__} now"]
 
 
+def test_a_model_folder_is_measured_where_it_is_one_of_a_tokenizer(
+    tmp_path, tokenizer, tiny_generator, picture_folder, capsys
+):
+    """As `convert` writes them: rFID and the like of a released tokenizer, into its folder."""
+    save_tokenizer(tokenizer, tmp_path / "codec")
+    save_generator(tiny_generator(), tmp_path / "generator", Origin())
+    cli.main(["evaluate", "codec", "--reference", str(picture_folder), "--feature-network", "quarters"])
+    assert "reconstructions by tiny-vq against their originals in" in capsys.readouterr().out
+    assert check_results(tmp_path / "codec" / "reconstruction.json").tolerance == "digit for digit"
+    assert status("generator", "--reference", picture_folder) == 2
+    assert "generator is the model of a generator, which keeps no results; first consonar" in capsys.readouterr().err
+
+
 def test_reconstructions_are_measured_again_of_the_pictures_that_were_held_out(tmp_path, tokenizer, picture_folder):
     save_tokenizer(tokenizer, tmp_path / "codec" / "model")
     (tmp_path / "codec" / "config.json").write_text("{}")

@@ -35,6 +35,8 @@ from consonar.options import default
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
 
+WEIGHTS, LINES = "model.safetensors", "metrics.jsonl"
+"""Files of a model folder and of a run."""
 NOT_SMALLER = "no setting takes less, another --device may have more"
 Settings = TypeVar("Settings", bound=EvaluationSettings)
 
@@ -42,8 +44,8 @@ Settings = TypeVar("Settings", bound=EvaluationSettings)
 @dataclass(frozen=True, kw_only=True)
 class Options:
     samples: tyro.conf.Positional[Path | None] = None
-    """Samples, or a run folder: a generator is sampled, a tokenizer reconstructs the validation images; the results are
-    written into the run, where `consonar report` finds them."""
+    """Samples, or a run folder: a generator is sampled, a tokenizer (also the folder of a converted one) reconstructs
+    the validation images; the results are written into the folder, where `consonar report` finds those of a run."""
     reference: str | None = None
     """openmoji-64, cifar10, an .npz of images or statistics, a folder, hf:owner/name."""
     validation_split: str | None = None
@@ -115,13 +117,16 @@ def measure(options: Options, world: World) -> None:
         missing = "name samples, or a run folder" if place is None else "--reference: missing; name one"
         raise UserError(f"evaluate: {missing}, or a file of results with --check")
     pick_precision(options.precision, world.device, "--precision", "measuring")
-    is_run = (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()
+    is_model, is_run = (all((place / name).is_file() for name in ("config.json", one)) for one in (WEIGHTS, LINES))
+    is_tokenizer = (is_run or is_model) and read_component_kind(place) == "tokenizer"
+    is_run = is_run or is_tokenizer
     listing = out and out.with_name(f"{out.name}-bad-images.txt")
     bad = options.bad.policy(place / "bad-images-evaluation.txt" if is_run else listing)
-    if not place.exists() and str(place) in SHIPPED["generator"]:
+    if (is_model and not is_run) or (not place.exists() and str(place) in SHIPPED["generator"]):
+        kind = "the model of a generator" if is_model else "a shipped generator"
         raise UserError(
-            f"evaluate: {place} is a shipped generator, which keeps no results; first "
-            f"consonar sample {place} --num-samples {options.num_samples} --out {place}.npz, then evaluate that file"
+            f"evaluate: {place} is {kind}, which keeps no results; first consonar sample {place} --num-samples "
+            f"{options.num_samples} --out {place.name}.npz, then evaluate that file"
         )
     if not place.exists():
         raise UserError(f"{place}: no such file or folder; name samples, or a run folder")
@@ -129,7 +134,6 @@ def measure(options: Options, world: World) -> None:
         raise UserError("--out: the results of a run are written into its folder; leave --out away")
     if is_run and options.tokenizer is not None:
         raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
-    is_tokenizer = is_run and read_component_kind(place) == "tokenizer"
     of_kind = measure_tokenizer if is_tokenizer else measure_generator if is_run else measure_samples
     smaller = NOT_SMALLER if is_tokenizer else f"lower --batch-size ({options.batch_size})"
     with memory.explained(smaller, world.device):

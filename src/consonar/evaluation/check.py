@@ -210,7 +210,7 @@ def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:
 
 def stand_in(run: Path, folder: Path, path: Path) -> Path:
     """A folder like the run, for results of its own: what is in the run, but its results, by links."""
-    if not (run / "model").is_dir():
+    if not (run / "model").is_dir() and not (run / "model.safetensors").is_file():
         raise UserError(f"{path}: no trained model in {run}; name the run: consonar evaluate RUN --check {path}")
     made = folder / run.resolve().name
     made.mkdir()

@@ -68,8 +68,8 @@ FEATURE_NETWORKS: dict[str, Callable[[str], FeatureNetwork]] = {
 def record_of(network: FeatureNetwork) -> dict[str, str]:
     """What results say of a network: name, hash, and of one that was named with a place that name as well."""
     found = {"name": network.name, "sha256": network.weights_sha256}
-    placed = isinstance(network, VisionTransformerFeatures | InceptionFeatures) and network.place
-    return found | {"place": network.place} if placed else found
+    place = network.place if isinstance(network, VisionTransformerFeatures | InceptionFeatures) else ""
+    return found | {"place": place} if place else found
 
 
 def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
