@@ -192,9 +192,11 @@ class PolicyGradient(Alignment):
         spread, tied = policy.group_spread(rewards, sizes)  # (B, 1 or N) each
         shown = {"reward": total, **{f"reward_{name}": part for name, part in parts.items()}}
         shown = {key: value.view(-1, group) for key, value in shown.items()}
-        for name in parts if group > 1 else ():  # of a single draw the running mean is what it is compared with
-            of_part, tied_part = policy.group_spread(shown[f"reward_{name}"])  # (B,) each
-            shown |= {f"reward_spread_{name}": of_part, f"{TIES}{name}": tied_part.float()}
+        if group > 1:  # a single draw is compared with the running mean
+            values = torch.stack(list(parts.values())).view(-1, group)  # (rewards * B, G)
+            spreads, ties = (found.float().chunk(len(parts)) for found in policy.group_spread(values))
+            for name, of_part, tied_part in zip(parts, spreads, ties, strict=True):
+                shown |= {f"reward_spread_{name}": of_part, f"{TIES}{name}": tied_part}
         old = actions.new_full(actions.shape, math.nan, dtype=torch.float32) if self.config.updates > 1 else None
         return Drawn(actions, advantages, {**shown, "reward_spread": spread, "reward_ties": tied.float()}, old)
 
