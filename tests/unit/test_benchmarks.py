@@ -7,6 +7,7 @@ import pytest
 from consonar.cli import main
 from consonar.errors import UserError
 from consonar.evaluation.benchmarks import hash_of, read_scores
+from consonar.sampling.exports import read_benchmark
 
 
 def values(content):
@@ -72,8 +73,8 @@ def dpg(tmp_path):
     table = tmp_path / "dpg_bench.csv"
     table.write_text("\n".join(",".join(f'"{cell}"' for cell in row) for row in [COLUMNS, *rows]) + "\n")
     crops = ["(0, 0, 64, 64)", "(64, 0, 128, 64)"]
-    said = [("a", 0, "Is it red, or so?", "yes"), ("b", 0, "Is there a cat?", "no"),
-            ("b", 0, "Is the cat blue?", "yes"), ("b", 0, "Is it left?", "yes"), ("b", 1, "Is there a cat?", "yes"),
+    said = [("a", 0, "Is it red, or so?", "yes"), ("b", 0, "Is it left?", "yes"),
+            ("b", 0, "Is the cat blue?", "yes"), ("b", 0, "Is there a cat?", "no"), ("b", 1, "Is there a cat?", "yes"),
             ("b", 1, "Is the cat blue?", "yes"), ("b", 1, "Is it left?", "no")]  # fmt: skip
     detail = tmp_path / "r_detail.txt"
     detail.write_text("".join(f"out, x/{item}.png, {crops[k]}, {asked}, {answer}\n" for item, k, asked, answer in said))
@@ -103,3 +104,13 @@ def test_files_of_something_else(dpg, tmp_path, form, text, said):
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         read_scores(form, path, dpg[1] if form == "dpg" else None)
+
+
+def test_prompts_are_told_by_their_line_and_ids_name_files(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": ""}\n')
+    with pytest.raises(UserError, match="line 3"):
+        read_benchmark("geneval", path)
+    path.write_text("item_id,text,proposition_id,dependency,tuple,question_natural_language\n../x,a,1,0,whole (a),A?\n")
+    with pytest.raises(UserError, match=r"'\.\./x' names no file"):
+        read_benchmark("dpg", path)

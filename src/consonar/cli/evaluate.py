@@ -167,7 +167,7 @@ def check(options: Options, path: Path, device: str) -> None:
         sys.exit(1)
 
 
-def check_read(options: Options, unread: Sequence[str], why: str) -> None:
+def check_read(options: Options | BadImageOptions, unread: Sequence[str], why: str) -> None:
     """Raises `UserError` for the first of the options `unread` that is not at its default."""
     for name in unread:
         if (value := getattr(options, name)) != default(options, name):
@@ -184,11 +184,16 @@ def settings_of(kind: type[Settings], options: Options, device: str, **given: ob
     return kind(**named | {"metrics": metrics, "device": device} | given)
 
 
+OF_DRAWING = ("per_prompt", "guidance_scales", "temperatures")
+"""Options that say how a run is asked."""
+
+
 def measure_prompts(options: Options, prompts: str | None, world: World) -> None:
     """The compositional score, of a run or of samples; or what the scorer of a benchmark found."""
     place = options.samples
     unread = ("reference", "validation_split", "feature_network", "metrics", "match", "num_samples", "draws")
     check_read(options, unread, "without --prompts and --format")
+    check_read(options.bad, ("bad_images", "bad_images_limit"), "without --prompts and --format")
     if place is None or not place.exists():
         raise UserError(f"{place or 'evaluate'}: no such file or folder; name samples, or a run folder")
     if options.format is not None or prompts is None:
@@ -197,7 +202,7 @@ def measure_prompts(options: Options, prompts: str | None, world: World) -> None
         if world.is_main:
             show_benchmark(str(options.format), place, prompts, options.out, overwrite=options.overwrite)
         return
-    is_run, of_samples = (place / "config.json").is_file(), ("per_prompt", "guidance_scales", "temperatures")
+    is_run, of_samples = (place / "config.json").is_file(), (*OF_DRAWING, "batch_size", "precision")
     check_read(options, ("out", "tokenizer") if is_run else of_samples, "of samples" if is_run else "of a run")
     settings = PromptSettings(
         per_prompt=options.per_prompt, temperatures=numbers_in(options.temperatures, "--temperatures"),

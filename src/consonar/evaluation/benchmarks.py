@@ -167,9 +167,12 @@ def picture_score(rows: Mapping[str, Mapping[str, str]], said: Mapping[str, floa
     """The share of "yes", without what depends on a "no", itself or by what it depends on."""
     by_number = {int(rows[question]["proposition_id"]): question for question in said}
     kept = {number: said[question] for number, question in by_number.items()}
-    for number, question in by_number.items():
-        if any(kept.get(parent) == 0 for parent in parents(rows[question])):
-            kept[number] = 0.0
+    while fallen := [
+        number
+        for number, question in by_number.items()
+        if kept[number] and any(kept.get(parent) == 0 for parent in parents(rows[question]))
+    ]:
+        kept |= dict.fromkeys(fallen, 0.0)
     return sum(kept.values()) / len(kept)
 
 

@@ -228,7 +228,8 @@ def captions_of(place: Path) -> list[str]:
     if not texts or not numbers:
         raise UserError(f"--prompts: {place} does not say what its pictures were asked for; draw them by `sample`")
     with reading(place, "samples of prompts"):
-        return [str(texts[int(number)]) for number in numbers]
+        by_number = dict(enumerate(map(str, texts)))  # of which none is before the first
+        return [by_number[int(number)] for number in numbers]
 
 
 def score_samples(place: Path, *, tokenizer: Tokenizer | None = None, seed: int = 0, device: str = "cpu") -> Json:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from consonar.errors import UserError, reading
-from consonar.files.readers import parse_json
+from consonar.files.readers import parse_json, plain_name
 
 PER_PROMPT = {"geneval": (4, 1000), "geneval2": (1, 1), "dpg": (4, 4)}
 """Pictures of a prompt: how many are usual, and at most."""
@@ -39,8 +39,8 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
         pairs = dpg_prompts(place)
     else:
         with reading(place, "text in UTF-8"):
-            lines = [line for line in place.read_text(encoding="utf-8").split("\n") if line.strip()]
-        pairs = [(line if form == "geneval" else "", prompt_of(place, n, line)) for n, line in enumerate(lines, 1)]
+            lines = [one for one in enumerate(place.read_text(encoding="utf-8").split("\n"), 1) if one[1].strip()]
+        pairs = [(line if form == "geneval" else "", prompt_of(place, n, line)) for n, line in lines]
     items, texts = zip(*pairs, strict=True) if pairs else ((), ())
     if not texts:
         raise UserError(f"{place}: holds no prompts of {form}")
@@ -71,7 +71,9 @@ def dpg_rows(place: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(io.StringIO(place.read_text(encoding="utf-8"))))
         if not {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"} <= {*rows[0]}:
             raise ValueError(f"has the columns {', '.join(rows[0])}")
-        for row in rows:  # what is calculated with
+        for row in rows:  # what is calculated with, and what names a file
+            if not plain_name(row["item_id"]):
+                raise ValueError(f"item_id {row['item_id']!r} names no file")
             int(row["proposition_id"]), [int(word) for word in row["dependency"].split(",")], row["tuple"].split()
     return rows
 
