@@ -6,7 +6,7 @@ What is read: the results of samples, of a run (which is sampled again), of a ce
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -147,19 +147,18 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
     if texts := made.get("prompts"):
         prompts = Prompts.read_by(load_own_text_encoder(source, generator), texts)
     balanced = balanced_labels(count, len(texts or ()) or generator.num_classes)
-    job = Job(
-        generator, tokenizer.to(settings.device), balanced,
-        seed=record.get("samples.settings.seed", int),
-        sampler=from_dict(record.get("samples.settings.sampler", dict), str(record.path), SamplerConfig),
-        source=source, origin=read_origin(source), precision=made.get("precision", "fp32"),
-        prompts=prompts,
-    )  # fmt: skip
-    in_turn_or_beside = (job, replace(job, labels=balanced.sort().values))  # --per-prompt: all of a prompt at once
-    job = next((one for one in in_turn_or_beside if one.settings["labels_sha256"] == made.get("labels_sha256")), None)
-    if job is None:
-        asked = "which prompt each of its images is of" if texts else "the classes of its images"
-        raise UserError(f"{record.path}: {named} is not there, and {asked} is not known; {remedy}")
-    return run_job(job, to, batch_size=settings.batch_size)
+    for labels in (balanced, balanced.sort().values):  # in turn, or by --per-prompt all of a prompt together
+        job = Job(
+            generator, tokenizer.to(settings.device), labels,
+            seed=record.get("samples.settings.seed", int),
+            sampler=from_dict(record.get("samples.settings.sampler", dict), str(record.path), SamplerConfig),
+            source=source, origin=read_origin(source), precision=made.get("precision", "fp32"),
+            prompts=prompts,
+        )  # fmt: skip
+        if job.settings["labels_sha256"] == made.get("labels_sha256"):
+            return run_job(job, to, batch_size=settings.batch_size)
+    asked = "which prompt each of its images is of" if texts else "the classes of its images"
+    raise UserError(f"{record.path}: {named} is not there, and {asked} is not known; {remedy}")
 
 
 def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
