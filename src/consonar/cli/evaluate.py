@@ -1,7 +1,7 @@
 """The command `evaluate`: of samples, or of a run, which is a generator that is sampled first or a tokenizer."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,7 +14,7 @@ from rich.table import Table
 from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.compositional import score_of_run, score_of_samples, show_benchmark
-from consonar.cli.parsing import BadImageGroup, BadImageOptions
+from consonar.cli.parsing import BadImageGroup, check_read
 from consonar.components import read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import World, failing_together, joined
@@ -31,7 +31,6 @@ from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_json
 from consonar.model_folders import SHIPPED
 from consonar.networks import load_feature_network
-from consonar.options import default
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
 
@@ -148,8 +147,7 @@ def check(options: Options, path: Path, device: str) -> None:
     read = ("samples", "reference", "tokenizer", "device", "check", "bad")
     unread = [item.name for item in fields(options) if item.name not in read]
     check_read(options, unread, "without --check, which measures as it was measured")
-    if options.bad != BadImageOptions():
-        raise UserError("--bad-images: is read only without --check; leave it away")
+    check_read(options.bad, BAD_IMAGES, "without --check")
     with memory.explained(NOT_SMALLER, torch.device(device)):
         found = check_results(
             path, samples=options.samples, reference=options.reference, tokenizer=options.tokenizer, device=device,
@@ -167,15 +165,6 @@ def check(options: Options, path: Path, device: str) -> None:
         sys.exit(1)
 
 
-def check_read(options: Options | BadImageOptions, unread: Sequence[str], why: str) -> None:
-    """Raises `UserError` for the first of the options `unread` that is not at its default."""
-    for name in unread:
-        if (value := getattr(options, name)) != default(options, name):
-            words = value if isinstance(value, tuple) else (value,)
-            value = " ".join(map(str, words)) if isinstance(words[0], Path) else value
-            raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
-
-
 def settings_of(kind: type[Settings], options: Options, device: str, **given: object) -> Settings:
     """The settings of measuring that options of the same names say, but for those `given`."""
     metrics = tuple(word.strip() for word in options.metrics.split(",")) if options.metrics else ()
@@ -184,6 +173,7 @@ def settings_of(kind: type[Settings], options: Options, device: str, **given: ob
     return kind(**named | {"metrics": metrics, "device": device} | given)
 
 
+BAD_IMAGES = ("bad_images", "bad_images_limit")
 OF_DRAWING = ("per_prompt", "guidance_scales", "temperatures")
 """Options that say how a run is asked."""
 
@@ -193,7 +183,7 @@ def measure_prompts(options: Options, prompts: str | None, world: World) -> None
     place = options.samples
     unread = ("reference", "validation_split", "feature_network", "metrics", "match", "num_samples", "draws")
     check_read(options, unread, "without --prompts and --format")
-    check_read(options.bad, ("bad_images", "bad_images_limit"), "without --prompts and --format")
+    check_read(options.bad, BAD_IMAGES, "without --prompts and --format")
     if place is None or not place.exists():
         raise UserError(f"{place or 'evaluate'}: no such file or folder; name samples, or a run folder")
     if options.format is not None or prompts is None:

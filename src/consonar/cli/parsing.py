@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
@@ -15,7 +15,10 @@ from consonar.cli import COMMANDS
 from consonar.data.bad_images import LIMIT, POLICIES, BadImages
 from consonar.errors import UserError, check_choice
 from consonar.files.writers import check_writable
-from consonar.options import Range
+from consonar.options import Range, default
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Parsed = TypeVar("Parsed")
 OUTPUTS = ("out", "to", "to_official")
@@ -41,6 +44,15 @@ class BadImageOptions:
 
 
 BadImageGroup = Annotated[BadImageOptions, tyro.conf.arg(name="")]
+
+
+def check_read(options: "DataclassInstance", unread: Sequence[str], why: str) -> None:
+    """Raises `UserError` for the first of the options `unread` that is not at its default."""
+    for name in unread:
+        if (value := getattr(options, name)) != default(options, name):
+            words = value if isinstance(value, tuple) else (value,)
+            value = " ".join(map(str, words)) if isinstance(words[0], Path) else value
+            raise UserError(f"--{name.replace('_', '-')}: {value!r} is read only {why}; leave it away")
 
 
 def parse(kind: type[Parsed], args: Sequence[str], command: str, default: Parsed | None = None) -> Parsed:
