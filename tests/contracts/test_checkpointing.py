@@ -25,10 +25,12 @@ def with_dropout(name: str):
     if name == "janus":  # has none
         pytest.importorskip("transformers")
         return make_generator(name)
-    config = replace(CONFIGS[name], **DROPOUT, num_layers=4)
+    kept = {"dropout": 0.2} if name.startswith("rear") else DROPOUT
+    config = replace(CONFIGS[name], **kept, num_layers=4)
     model = tune(GENERATORS[config.kind].model(config))
     model.reset_parameters(seeded(0, name))
-    torch.nn.init.normal_(model.output.weight, generator=seeded(1, name))  # zeros, and no gradient, before training
+    head = model.lm_head if config.kind == "rear" else model.output
+    torch.nn.init.normal_(head.weight, generator=seeded(1, name))  # zeros, and no gradient, before training
     return model
 
 

@@ -276,7 +276,7 @@ HAD_TO_KNOW = {
     "TiTokTokenizer": ["tokenizers/__init__.py", "tokenizers/titok.py"],
     "AliTokARGenerator": ["generators/__init__.py", "generators/alitok.py"],
     "open_dataset": ["data/cifar10.py", "data/huggingface.py", "data/sources.py"],
-    "InceptionFeatures": ["networks/inception.py"],
+    "InceptionFeatures": ["networks/__init__.py", "networks/inception.py"],
     "spatial_distance_to": ["evaluation/sample_metrics.py"],
 }  # fmt: skip
 

@@ -349,12 +349,13 @@ def test_samples_remember_what_they_were_asked_for(place, tmp_path, capsys):
     ],
 )
 def test_wrong_prompts_to_score(place, capsys, words, said):
-    line = refusal(capsys, "evaluate", str(place / "run"), *words)
+    line = refusal(capsys, "evaluate", str(place / "run"), *words, *([] if "--reference" in words else ["--overwrite"]))
     assert said in line and line.count("\n") == 1
 
 
 def test_folders_for_the_scorers_of_benchmarks(place, tmp_path, capsys):
-    lines = [json.dumps({"tag": "single_object", "prompt": text}) for text in ("a dog", "a red cat")]
+    of_both = {"tag": "single_object", "include": [], "skills": ["object"], "atom_count": 1}
+    lines = [json.dumps({**of_both, "prompt": text}) for text in ("a dog", "a red cat")]
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "dpg").mkdir()
     (tmp_path / "dpg/7.txt").write_text("a dog\n")

@@ -35,7 +35,7 @@ def test_geneval_is_the_mean_over_tasks(geneval, tmp_path, capsys):
     assert "not the 553 published prompts: 3" in capsys.readouterr().out
     low, high = content["metrics"]["GenEval (colors)"]["interval"]
     assert low < 0.3 and high == 1  # of one prompt
-    prompts = write_lines(tmp_path / "p.jsonl", [{"tag": "x", "prompt": "two dogs"}])
+    prompts = write_lines(tmp_path / "p.jsonl", [{"tag": "x", "include": [], "prompt": "two dogs"}])
     with pytest.raises(UserError, match=r"is of other prompts than .*: 'a red dog' is in one of them"):
         read_scores("geneval", geneval, prompts)
 
@@ -108,9 +108,12 @@ def test_files_of_something_else(dpg, tmp_path, form, text, said):
 
 def test_prompts_are_told_by_their_line_and_ids_name_files(tmp_path):
     path = tmp_path / "lines.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"prompt": ""}\n')
-    with pytest.raises(UserError, match="line 3"):
-        read_benchmark("geneval", path)
+    first = {"prompt": "a", "tag": "t", "include": []}
+    for second, said in ((first | {"prompt": ""}, "'' is no prompt"), ({"prompt": "x"}, "it has no 'tag'")):
+        rows = [first, second]
+        path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+        with pytest.raises(UserError, match=f"line 3: .*{said}"):
+            read_benchmark("geneval", path)
     path.write_text("item_id,text,proposition_id,dependency,tuple,question_natural_language\n../x,a,1,0,whole (a),A?\n")
     with pytest.raises(UserError, match=r"'\.\./x' names no file"):
         read_benchmark("dpg", path)

@@ -234,7 +234,7 @@ def test_dotted_paths_to_nowhere_are_refused(own_module):
 
 def test_names_and_weights_are_checked_before_anything_is_loaded(own_module):
     def check(weights, discriminator=None):
-        return refused(check_rewards, weights, discriminator=discriminator)
+        return refused(check_rewards, weights, {"discriminator": discriminator})
 
     message = check({"lpip": 1.0})
     assert "objective.rewards: unknown 'lpip' (did you mean 'lpips'?)" in message

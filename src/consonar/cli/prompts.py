@@ -22,7 +22,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
             return [str(prompt).encode().decode()]
     found = []
     with reading(f"--prompts: {file}", "text in UTF-8"):
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
         if file.suffix.lower() == ".jsonl":
             with reading(f"--prompts: {file} line {number}", 'JSON such as {"prompt": "a dog"}'):

@@ -128,7 +128,9 @@ def numbers_of_prompts(options: Options, count: int) -> Tensor:
         return repeated(torch.arange(count), options.num_samples)
     if options.num_samples is not None:
         raise UserError("--per-prompt: given together with --num-samples; give one of them")
-    check_count(each * count, "--per-prompt")
+    if each < 1:
+        raise UserError(f"--per-prompt: {each} is not 1 or more")
+    check_count(each * count, f"--per-prompt: {each} of each of {count:,} prompts")
     return torch.arange(count).repeat_interleave(each)
 
 

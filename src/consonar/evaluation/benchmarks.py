@@ -98,7 +98,7 @@ def geneval2(path: Path, prompts: Path) -> tuple[list[str], dict[str, Measuremen
     """Of the list of each prompt's scores that evaluation.py wrote for soft_tifa, in the order of its prompts."""
     texts = list(read_benchmark("geneval2", prompts).texts)
     with reading(prompts, "the prompts of GenEval 2, with skills and atom_count"):
-        asked = [parse_json(line) for line in filter(str.strip, prompts.read_text(encoding="utf-8").split("\n"))]
+        asked = [parse_json(line) for line in filter(str.strip, prompts.read_text(encoding="utf-8-sig").split("\n"))]
         skills = [[str(name) for name in one["skills"]] for one in asked]
         atoms = [int(one["atom_count"]) for one in asked]
     with reading(path, "scores of GenEval 2", "name the output file of evaluation.py, of soft_tifa"):

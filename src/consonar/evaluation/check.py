@@ -157,8 +157,8 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
         )  # fmt: skip
         if job.settings["labels_sha256"] == made.get("labels_sha256"):
             return run_job(job, to, batch_size=settings.batch_size)
-    asked = "which prompt each of its images is of" if texts else "the classes of its images"
-    raise UserError(f"{record.path}: {named} is not there, and {asked} is not known; {remedy}")
+    asked = "prompts" if texts else "classes"
+    raise UserError(f"{record.path}: {named} is not there, and the {asked} of its images are not known; {remedy}")
 
 
 def run_again(record: Record, folder: Path) -> tuple[Json, bool]:

@@ -245,56 +245,55 @@ class ReARGenerator(CausalGenerator[Tensor | TextCondition]):
         """(B, P - 1, D)."""
         if self.captions is None:
             assert isinstance(condition, Tensor), "this generator takes classes"
-            return self.embed_classes(condition)[:, None]
+            return self.embeddings(condition + self.vocab_size + 1)[:, None]
         return self.captions.checked(condition)
 
     def null_condition(self, condition: Tensor | TextCondition) -> Tensor | TextCondition:
         """The null class, or the null caption under the mask of the caption."""
         return super().null_condition(condition) if self.captions is None else self.captions.null(condition)
 
-    def embed_classes(self, classes: Tensor) -> Tensor:
-        """(B, D) <- (B,)."""
-        return self.embeddings(classes + self.vocab_size + 1)
-
-    def vectors(self, condition: Tensor | TextCondition, sampling: bool) -> tuple[Tensor, Tensor | None]:
-        """What AdaLN reads of conditions, (R, D), and which row is whose, see `Condition.rows`: of all classes where
-        these are few, else of those of the images; of captions the pooled ones, or one row of zeros for all."""
+    def rows_of(self, condition: Tensor | TextCondition, sampling: bool) -> Tensor | None:
+        """Which row of `vectors` is whose; None: each image has its own."""
         if isinstance(condition, TextCondition):
-            if self.captions is not None and (pooled := self.captions.pooled(condition)) is not None:
-                return pooled, None
-            rows = torch.zeros(len(condition.mask), dtype=torch.int64, device=condition.mask.device)
-            return torch.zeros_like(self.cls_token[0]), rows
+            return None if self.config.pooled else torch.zeros_like(condition.mask[:, 0], dtype=torch.int64)
         # While sampling the model decides and not the batch, so that a picture is rounded alike in any batch.
         few = self.num_classes < FEW_CLASSES if sampling else self.num_classes + 1 < len(condition)
-        if few:
-            return self.embeddings.weight[self.vocab_size + 1 :], condition
-        return self.embed_classes(condition), None
+        return condition if few else None
+
+    def vectors(self, condition: Tensor | TextCondition, rows: Tensor | None) -> Tensor:
+        """What AdaLN reads, (R, D): of all classes where these are few, or one row of zeros for all captions."""
+        if isinstance(condition, TextCondition):
+            pooled = self.captions.pooled(condition) if self.captions is not None else None
+            return torch.zeros_like(self.cls_token[0]) if pooled is None else pooled
+        first = self.vocab_size + 1  # of the rows of classes
+        return self.embeddings(condition + first) if rows is None else self.embeddings.weight[first:]
 
     def condition_at(
         self, places: slice | Tensor, condition: Tensor | TextCondition, cache: KVCache | None
     ) -> Condition:
         """For the positions of `places`, see `KVCache.places`."""
-        vectors, rows = self.vectors(condition, sampling=cache is not None)
-        piece = positions_ahead(len(vectors))
+        rows = self.rows_of(condition, sampling=cache is not None)
         if cache is not None and isinstance(places, Tensor):  # rows of one table of all positions and classes or images
-            rows = torch.arange(len(vectors), device=vectors.device) if rows is None else rows
-            rows = rows + places % piece * cache.tables[0].shape[1]
+            count = cache.tables[0].shape[1]
+            rows = torch.arange(count, device=places.device) if rows is None else rows
+            rows = rows + places % positions_ahead(count) * count
             return Condition(rows, projected=[table.flatten(0, 1)[:, None] for table in cache.tables])
         assert isinstance(places, slice)
+        vectors = self.vectors(condition, rows)
+        piece = positions_ahead(len(vectors))
         if cache is not None and places.start % piece + places.stop - places.start <= piece:
             self.look_ahead(condition, cache, places.start)
             here = slice(places.start - cache.first, places.stop - cache.first)
             return Condition(rows, projected=[table[here].transpose(0, 1) for table in cache.tables])
-        steps = self.timesteps_embeddings[:, places]
-        return Condition(rows, F.silu(vectors[:, None] + steps))
+        return Condition(rows, F.silu(vectors[:, None] + self.timesteps_embeddings[:, places]))
 
     def look_ahead(self, condition: Tensor | TextCondition, cache: KVCache, place: int) -> None:
         """Projects AdaLN for some positions at once: its weights, a third of the model, are then read once for all."""
-        given, _ = self.vectors(condition, sampling=True)
+        if cache.first >= 0 and place in range(cache.first, cache.first + len(cache.tables[0])):
+            return
+        given = self.vectors(condition, self.rows_of(condition, sampling=True))
         piece = positions_ahead(len(given))
-        first = place // piece * piece
-        if first != cache.first:
-            steps = self.timesteps_embeddings[0, first : min(first + piece, self.prefix_length + self.num_tokens), None]
-            vectors = F.silu(given + steps)  # (positions, R, D)
-            cache.keep(module.adaLN_modulation(vectors) for module in [*self.blocks, self.adaln_before_head])
-            cache.first = first
+        cache.first = first = place // piece * piece
+        steps = self.timesteps_embeddings[0, first : min(first + piece, self.prefix_length + self.num_tokens), None]
+        vectors = F.silu(given + steps)  # (positions, R, D)
+        cache.keep(module.adaLN_modulation(vectors) for module in [*self.blocks, self.adaln_before_head])

@@ -22,6 +22,8 @@ from consonar.files.readers import parse_json, plain_name
 
 PER_PROMPT = {"geneval": (4, 1000), "geneval2": (1, 1), "dpg": (4, 4)}
 """Pictures of a prompt: how many are usual, and at most."""
+READ = {"geneval": ("prompt", "tag", "include"), "geneval2": ("prompt", "skills", "atom_count")}
+"""What scorers read of each line."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
         pairs = dpg_prompts(place)
     else:
         with reading(place, "text in UTF-8"):
-            lines = [one for one in enumerate(place.read_text(encoding="utf-8").split("\n"), 1) if one[1].strip()]
-        pairs = [(line if form == "geneval" else "", prompt_of(place, n, line)) for n, line in lines]
+            lines = [one for one in enumerate(place.read_text(encoding="utf-8-sig").split("\n"), 1) if one[1].strip()]
+        pairs = [(line if form == "geneval" else "", prompt_of(form, place, n, line)) for n, line in lines]
     items, texts = zip(*pairs, strict=True) if pairs else ((), ())
     if not texts:
         raise UserError(f"{place}: holds no prompts of {form}")
@@ -49,9 +51,12 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
     return BenchmarkPrompts(form, texts, items)
 
 
-def prompt_of(place: Path, number: int, line: str) -> str:
-    with reading(f"{place} line {number}", 'JSON such as {"prompt": "a dog"}'):
-        prompt = parse_json(line)["prompt"]
+def prompt_of(form: str, place: Path, number: int, line: str) -> str:
+    with reading(f"--prompts: {place} line {number}", f"a line of {form}"):
+        row = parse_json(line)
+        if missing := [key for key in READ[form] if key not in row]:
+            raise ValueError(f"it has no {missing[0]!r}")
+        prompt = row["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{prompt!r} is no prompt")
     return prompt
@@ -61,14 +66,14 @@ def dpg_prompts(place: Path) -> list[tuple[str, str]]:
     """Ids and prompts, of dpg_bench.csv or the folder `prompts`."""
     if place.is_dir():
         with reading(place, "text in UTF-8"):
-            return [(path.stem, path.read_text(encoding="utf-8").strip()) for path in sorted(place.glob("*.txt"))]
+            return [(path.stem, path.read_text(encoding="utf-8-sig").strip()) for path in sorted(place.glob("*.txt"))]
     return list({row["item_id"]: row["text"].strip() for row in dpg_rows(place)}.items())
 
 
 def dpg_rows(place: Path) -> list[dict[str, str]]:
     """The rows of dpg_bench.csv, one for each question."""
     with reading(place, "dpg_bench.csv"):
-        rows = list(csv.DictReader(io.StringIO(place.read_text(encoding="utf-8"))))
+        rows = list(csv.DictReader(io.StringIO(place.read_text(encoding="utf-8-sig"))))
         if not {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"} <= {*rows[0]}:
             raise ValueError(f"has the columns {', '.join(rows[0])}")
         for row in rows:  # what is calculated with, and what names a file

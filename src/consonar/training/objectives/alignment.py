@@ -72,6 +72,8 @@ class GuardConfig(Options):
 
 NOISE = ReadOnlyWith(lambda given: given.context_noise > 0, "{}context_noise over 0")
 DISCRIMINATOR = ReadOnlyWith(lambda given: "patch-discriminator" in given.rewards, "'patch-discriminator' in {}rewards")
+CLIP = ReadOnlyWith(lambda given: "clip" in given.rewards, "'clip' in {}rewards")
+HPSV2 = ReadOnlyWith(lambda given: "hpsv2" in given.rewards, "'hpsv2' in {}rewards")
 LPIPS = ReadOnlyWith(
     lambda given: given.measures_lpips,
     "'lpips' in {}rewards (or {}perceptual 'lpips', in {}kind 'straight_through')",
@@ -96,9 +98,9 @@ class AlignmentConfig(ObjectiveConfig):
     """VGG16 weights for the reward lpips: a file or hf:owner/repository/file; None: vgg16-397923af.pth in the cache."""
     discriminator: Annotated[str | None, DISCRIMINATOR] = None
     """Folder of a discriminator, for the reward patch-discriminator."""
-    clip: Annotated[str | None, ReadOnlyWith(lambda given: "clip" in given.rewards, "'clip' in {}rewards")] = None
+    clip: Annotated[str | None, CLIP] = None
     """For the reward clip: a folder with a CLIP and its tokenizer as transformers saves them, or OWNER/NAME."""
-    hpsv2: Annotated[str | None, ReadOnlyWith(lambda given: "hpsv2" in given.rewards, "'hpsv2' in {}rewards")] = None
+    hpsv2: Annotated[str | None, HPSV2] = None
     """For the reward hpsv2: the same, with the weights of HPSv2, or of another such score."""
     chunk: CountOrZero = 0
     """Images decoded and rewarded at once; bounds memory. 0: on a GPU what half of the free memory holds, else 64."""
