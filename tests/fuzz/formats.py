@@ -381,7 +381,7 @@ def read_sweep_result(folder: Path) -> None:
 
 def make_benchmarks(folder: Path) -> None:
     """What the scorers of three benchmarks read and write."""
-    asked = {"prompt": "two dogs", "atom_count": 2, "skills": ["count", "object"]}
+    asked = {"prompt": "two dogs", "atom_count": 2, "skills": ["count", "object"], "tag": "counting", "include": []}
     (folder / "p.jsonl").write_text(json.dumps(asked) + "\n")
     (folder / "scores.json").write_text("[[0.25, 1.0]]")
     row = {"tag": "counting", "prompt": "two dogs", "correct": True}

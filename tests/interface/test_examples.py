@@ -59,8 +59,8 @@ def run(words: list[str], folder: Path, **environment: str) -> str:
 
 def test_the_slurm_job_saves_on_sigterm_goes_back_into_the_queue_and_resumes(tmp_path: Path) -> None:
     """`srun` stands for the run: asked to end, it saves after a while, which the job waits for."""
-    asked = 'echo "$@" >> called; mkdir -p out; touch out/config.json; kill -TERM $PPID; '
-    stub(tmp_path / "bin", "srun", asked + "trap 'sleep 0.3; touch saved; exit 0' TERM; while :; do sleep 0.05; done")
+    asked = """echo "$@" >> called; mkdir -p out; touch out/config.json; trap 'sleep 0.3; touch saved; exit 0' TERM; """
+    stub(tmp_path / "bin", "srun", asked + "sleep 0.5; kill -TERM $PPID; while :; do sleep 0.05; done")
     stub(tmp_path / "bin", "scontrol", '[ -f saved ] && echo "$@"')
     words = ["bash", str(SCRIPTS[0]), "rear-l", "out", "--seed", "1"]
     assert run(words, tmp_path) == "requeue 7\n"
