@@ -96,17 +96,23 @@ class CausalAttention(nn.Module):
         """
         if cache is not None:
             k, v = cache.update(k, v, layer)
-        shape, num_key_heads = q.shape, k.shape[1]
-        if num_key_heads != q.shape[1] and cache is not None and q.shape[2] == 1:
-            q = q.reshape(len(q), num_key_heads, -1, q.shape[-1])  # heads that share keys: queries of one, no copies
-        elif num_key_heads != q.shape[1]:  # grouped queries: neighbouring heads share keys
-            k, v = (x.repeat_interleave(q.shape[1] // num_key_heads, 1) for x in (k, v))
-        if cache is None and mask is None:
-            mixed = self.unmasked(q, k, v, dropout)
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        shape, num_key_heads, queries = q.shape, k.shape[1], [q]
+        # Neighbouring heads that share keys read them as they are. Not by `enable_gqa`: where CUDA has no fused kernel
+        # for it, in float32 and under masks, PyTorch copies the keys and makes all scores.
+        if num_key_heads != shape[1] and cache is not None and shape[2] == 1:
+            queries = [q.reshape(len(q), num_key_heads, -1, shape[-1])]  # of one head
+        elif num_key_heads != shape[1]:
+            queries = list(q.unflatten(1, (num_key_heads, -1)).unbind(2))  # in turn
+        mixed = [
+            self.unmasked(some, k, v, dropout)
+            if cache is None and mask is None
+            else F.scaled_dot_product_attention(some, k, v, attn_mask=mask, dropout_p=dropout)
+            for some in queries
+        ]
+        if len(mixed) > 1:
+            return torch.stack([some.transpose(1, 2) for some in mixed], 3).flatten(2)
         # CUDA's kernels give positions outside heads, in which grouped heads cannot be viewed apart.
-        return mixed.reshape(shape).transpose(1, 2).flatten(2)
+        return mixed[0].reshape(shape).transpose(1, 2).flatten(2)
 
     def unmasked(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Of whole sequences without padding: all (B, H, n, E)."""

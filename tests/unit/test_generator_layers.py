@@ -5,8 +5,11 @@ import torch
 from rounding import assert_rounding
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from consonar.attention import CausalAttention, KVCache, attention_mask, rotate
+from consonar.cpu import kernels
+from consonar.cpu.kernels import Attention
 from consonar.generators.rear import modulate
 from consonar.generators.rotary import RMSNorm, SwiGLU, rotary_table, swiglu_width
 from consonar.types import Grid
@@ -146,6 +149,45 @@ def test_attention_through_the_cache_equals_attention_without(num_key_heads, rng
         assert_rounding(mixed, whole[:, new], 64)
         cache.advance(piece)
         start += piece
+
+
+class FromKeys(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operation made of one of these."""
+
+    def __init__(self, *keys: torch.Tensor) -> None:
+        super().__init__()
+        self.stores, self.largest = {key.untyped_storage().data_ptr() for key in keys}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        stores = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in made if isinstance(made, tuple) else (made,):
+            if stores & self.stores and isinstance(x, torch.Tensor):
+                known = x.untyped_storage().data_ptr() in self.stores
+                self.largest = max(self.largest, 0 if known else x.numel())
+        return made
+
+
+@pytest.mark.parametrize("attend", [CausalAttention(), Attention()], ids=["fused", "plain"])
+@pytest.mark.parametrize("padded", [None, (2, 0, 1)], ids=["whole", "padded"])
+@pytest.mark.parametrize("num_key_heads", [1, 2])
+def test_heads_that_share_keys_read_them_without_copies(attend, padded, num_key_heads, rng, monkeypatch):
+    """The numbers and gradients of repeated keys, of which there are none, with padding and without."""
+    monkeypatch.setattr(kernels, "prefers_plain_attention", lambda *_: True)
+    q = torch.randn(3, 4, 6, 8, generator=rng, requires_grad=True)
+    k, v = (torch.randn(3, num_key_heads, 6, 8, generator=rng, requires_grad=True) for _ in range(2))
+    kept = None if padded is None else torch.arange(3) >= torch.tensor(padded)[:, None]
+    mask = attention_mask(6, kept, None, CPU)
+    with FromKeys(k, v) as made:
+        mixed = attend(q, k, v, mask=mask, cache=None, layer=0, dropout=0.0)
+    assert 0 < made.largest <= k.numel()
+    mixed.square().sum().backward()
+    found = [x.grad for x in (q, k, v)]
+    repeated = (x.repeat_interleave(4 // num_key_heads, 1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask, is_causal=mask is None)
+    assert_rounding(mixed, expected.transpose(1, 2).flatten(2), 64)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        assert_rounding(ours, theirs, 256)
 
 
 def test_dropout_acts_on_attention_weights(rng):
