@@ -174,6 +174,9 @@ class TextEncoder(HasFingerprint, Protocol):
     def is_cut(self, caption: str) -> bool:
         """Whether a caption has more tokens than are read."""
 
+    def knows(self, caption: str) -> bool:
+        """Whether all of a caption is in its vocabulary; whatever is not reads alike."""
+
 
 class Weights(Protocol):
     """What is asked of a model as a module; every `nn.Module` has it."""

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_encoder import save_encoder
 
 from consonar.cli import main
+from consonar.cli.prompts import read_prompts
 from consonar.components import load_generator, load_own_text_encoder, load_tokenizer
 from consonar.convert.layouts.generators import LLAMAGEN
 from consonar.data.scenes import KINDS
@@ -93,6 +94,19 @@ def test_what_is_drawn_follows_the_prompt_and_the_seed_alone(place, tmp_path):
     assert (tmp_path / "one/000000_prompt0.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "a dog\na cat\n\n \n\n"),
+        ("p.jsonl", '{"prompt": "a dog"}\n{"prompt": "a cat"}\n\n'),
+        ("p.json", '["a dog", {"prompt": "a cat", "tag": "single"}]\n'),
+    ],
+)
+def test_the_prompts_of_a_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(None, tmp_path / name) == ["a dog", "a cat"]
+
+
 def test_another_encoder_is_refused(place, tmp_path, capsys):
     save_encoder(place / "other", seed=1)
     line = refusal(capsys, "sample", str(place / "run"), "--prompt", "a dog", "--text-encoder", str(place / "other"),
@@ -132,6 +146,10 @@ def test_wrong_prompts(place, tmp_path, capsys, words, said):
         ("p.jsonl", b'{"prompt": "a dog"}\n{"text": "a cat"}\n', "line 2: not JSON such as"),
         ("p.jsonl", b'{"prompt": 3}\n', "line 1: 3 is no prompt"),
         ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', "line 1: not text in UTF-8"),
+        ("p.json", b'["a dog", 3]', "item 2: 3 is no prompt"),
+        ("p.json", b'[{"text": "a dog"}]', "item 1: None is no prompt"),
+        ("p.json", b'{"prompt": "a dog"}', "not a JSON list of prompts, or of tables such as"),
+        ("p.json", b"[]", "is empty"),
     ],
 )
 def test_wrong_files_of_prompts(place, tmp_path, capsys, name, content, said):
@@ -145,6 +163,16 @@ def test_a_long_prompt_is_cut_and_that_is_said(place, tmp_path, capsys):
     main(["sample", str(place / "run"), "--prompt", "a dog " * 2000, "--out", str(tmp_path / "x.png")])
     said = capsys.readouterr()
     assert re.search(r"cut after 12 tokens: a dog a dog", said.out) and "Token indices" not in said.err
+
+
+def test_words_that_the_encoder_does_not_know_are_said(place, tmp_path, capsys):
+    for number, prompts in enumerate((["a dog"], ["a unicorn", "a dog", "a griffin"])):
+        (tmp_path / "p.json").write_text(json.dumps(prompts))
+        main(
+            ["sample", str(place / "run"), "--prompts", str(tmp_path / "p.json"), "--out", str(tmp_path / f"{number}")]
+        )
+    said = [line for line in capsys.readouterr().out.splitlines() if "does not know" in line]
+    assert said == ["enc does not know all words of 'a unicorn' and 1 more, and reads those alike"]
 
 
 def test_generators_of_classes_take_no_prompts(tmp_path, capsys):

@@ -110,8 +110,9 @@ def test_the_ground_is_what_no_emoji_covers():
 
 def test_the_source_by_name(tmp_path):
     assert len(open_source("scenes", image_size=64)) == 20_000
-    assert len(open_source("scenes:7", image_size=64)) == 7
-    assert len(open_source("scenes:7", image_size=64, split="validation")) == 2_000
+    for count, held_out in ((7, 7), (100_000, 2_000)):
+        assert len(open_source(f"scenes:{count}", image_size=64)) == count
+        assert len(open_source(f"scenes:{count}", image_size=64, split="validation")) == held_out
     for bad in ("scenes:0", "scenes:-1", "scenes:1e3", "scenes:99999999999", "scenes:²"):
         with pytest.raises(UserError, match="is not a number of scenes"):
             open_source(bad, image_size=64)

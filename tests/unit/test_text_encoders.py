@@ -55,6 +55,7 @@ def test_features_are_the_last_hidden_states_and_stand_at_the_right(folder):
     direct = encoder.network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     torch.testing.assert_close(found.features[0, 3:], direct[0])
     assert [encoder.is_cut(caption) for caption in captions] == [False, True]
+    assert [encoder.knows(caption) for caption in (*captions, "a red unicorn")] == [True, True, False]
 
 
 def test_a_caption_does_not_change_that_of_another_row(folder):

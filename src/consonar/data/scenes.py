@@ -230,10 +230,11 @@ class Scenes:
 
 
 def open_scenes(count: str, split: str, image_size: int) -> Scenes:
-    """What `scenes` and `scenes:COUNT` name, COUNT scenes to train on; validation always has as many."""
+    """What `scenes` and `scenes:COUNT` name, COUNT scenes to train on; validation has as many, 2,000 at most."""
     if count and not (count.isdecimal() and 0 < int(count[:10]) < 10**9):
         raise UserError(f"scenes: {count!r} is not a number of scenes from 1 to {10**9 - 1:,}")
-    return Scenes(split, image_size, count=int(count) if count and split == "train" else None)
+    most = DEFAULT_COUNTS["validation"] if split == "validation" else 10**9
+    return Scenes(split, image_size, count=min(int(count), most) if count else None)
 
 
 def place(scene: Scene, image_size: int, rng: random.Random) -> list[Placed]:

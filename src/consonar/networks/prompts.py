@@ -69,6 +69,11 @@ class PromptTokenizer:
         """Whether the prompt of a caption has more tokens than are read."""
         return len(self.whole(caption)) > self.length
 
+    def knows(self, caption: str) -> bool:
+        """Whether all of a caption is in the vocabulary; one of bytes, as released, has all."""
+        unknown = getattr(self.words.model, "unk_token", None)
+        return unknown is None or self.words.token_to_id(unknown) not in self.ids(caption)
+
 
 def id_of(words: Any, token: str, where: str) -> int:
     """Of a token that a prompt needs."""

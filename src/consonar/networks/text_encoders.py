@@ -68,6 +68,11 @@ class PretrainedTextEncoder:
         tokens = self.tokenizer(caption, truncation=True, max_length=self.length + 1)["input_ids"]
         return len(tokens) > self.length
 
+    def knows(self, caption: str) -> bool:
+        """Whether all that is read of a caption is in the vocabulary."""
+        given = self.tokenizer(caption, add_special_tokens=False, truncation=True, max_length=self.length)
+        return self.tokenizer.unk_token_id not in given["input_ids"]
+
 
 def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device | str = "cpu") -> PretrainedTextEncoder:
     """The text encoder that `minilm`, a folder, or OWNER/NAME of the hub means, with captions of at most `length`
