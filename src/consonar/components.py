@@ -58,8 +58,8 @@ def read_origin(path: str | Path) -> Origin:
     return read_settings(model_folder(path), "generator", GENERATORS)[1]
 
 
-def weights_sha256(path: str | Path) -> str:
-    return file_sha256(model_folder(path) / "model.safetensors")
+def weights_sha256(path: str | Path, what: str = "generator") -> str:
+    return file_sha256(model_folder(path, what) / "model.safetensors")
 
 
 def load_generator(path: str | Path) -> Generator:

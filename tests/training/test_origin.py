@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from consonar.tokenizers.vq import VQTokenizer
 from consonar.training.config import DataConfig
 from consonar.training.objectives.alignment import GuardConfig
 from consonar.training.objectives.controls import CrossEntropy, CrossEntropyConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.run import train
 
 CE = CrossEntropyConfig(rewards={"mse": 1.0}, guard=GuardConfig(measure_kl=False))
@@ -325,3 +327,24 @@ def test_runs_and_stores_of_older_versions_go_on(make_config, stores, tmp_path):
 def test_training_says_what_it_reads(make_config, tmp_path, capsys):
     train(make_config(loop={"steps": 1}), tmp_path / "run")
     assert "tiny: 40 pictures, 3 classes (a … c), 0 without a label" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_trained_on_from_one_of_its_shape_and_resumed_on_that_alone(
+    make_config, picture_folder, other_tokenizer, tmp_path
+):
+    config = make_config(
+        init=str(other_tokenizer), tokenizer=None, model=TINY_VQ, data=DataConfig(images=str(picture_folder)),
+        objective=ReconstructionConfig(perceptual_weight=0, revive_after=0),
+        optim={"lr": 1e-6, "min_lr": 0.0}, loop={"steps": 2, "save_every": 1},
+    )  # fmt: skip
+    run = train(config, tmp_path / "run", quiet=True)
+    start, trained = (load_tokenizer(folder).state_dict() for folder in (other_tokenizer, run))
+    away = max(float((trained[key] - start[key]).abs().max()) for key in start)
+    assert 0 < away < 1e-5 and json.loads((run / "origin.json").read_text())["init_sha256"]
+    with pytest.raises(UserError, match=r"^model.vocab_size: 16, but the tokenizer in .* has 32"):
+        train(replace(config, model=replace(TINY_VQ, vocab_size=16)), tmp_path / "smaller", quiet=True)
+
+    parts = train(config, tmp_path / "parts", stop_at=1, quiet=True)
+    save_tokenizer(VQTokenizer(TINY_VQ, name="other-vq"), other_tokenizer)
+    with pytest.raises(UserError, match=r"^--resume: the start model is .* \(\w{12}\), in the start of"):
+        train(config, parts, resume=True, quiet=True)

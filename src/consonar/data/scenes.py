@@ -129,8 +129,7 @@ def read_caption(text: str) -> Scene:
     groups = tuple(read_group(part, text) for part in (first, *rest[1::2]))
     asked = len({group.object for group in groups})
     if asked > 2 or asked < len(groups) or sum(group.count for group in groups) > 4:
-        most = "two kinds of objects, four objects, or twice for one kind"
-        raise UserError(f"scenes: {text!r} asks for more than {most}")
+        raise UserError(f"scenes: {text!r} asks for more than two kinds of objects, four in all, or twice for one kind")
     return Scene(groups, "".join(rest[:1]).replace("and", ""), ground=ground[1] if ground else "")
 
 
@@ -233,8 +232,8 @@ def open_scenes(count: str, split: str, image_size: int) -> Scenes:
     """What `scenes` and `scenes:COUNT` name, COUNT scenes to train on; validation has as many, 2,000 at most."""
     if count and not (count.isdecimal() and 0 < int(count[:10]) < 10**9):
         raise UserError(f"scenes: {count!r} is not a number of scenes from 1 to {10**9 - 1:,}")
-    most = DEFAULT_COUNTS["validation"] if split == "validation" else 10**9
-    return Scenes(split, image_size, count=min(int(count), most) if count else None)
+    many = int(count or DEFAULT_COUNTS["train"])
+    return Scenes(split, image_size, count=many if split == "train" else min(many, DEFAULT_COUNTS["validation"]))
 
 
 def place(scene: Scene, image_size: int, rng: random.Random) -> list[Placed]:

@@ -45,7 +45,7 @@ from consonar.training.lora import StartModel, adapt
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
-from consonar.training.origins import load_start, origin_of, with_heads
+from consonar.training.origins import load_start, origin_of, start_tokenizer, with_heads
 from consonar.training.trainee import Trainee
 from consonar.types import Condition, Generator, ImageSource, Objective, Tokenizer
 
@@ -150,8 +150,8 @@ def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     objective = make_objective(config, world)
     batches = image_batches(pictures.train, tokenizer.image_size, flip=config.data.flip, **place)
     validation = image_batches(pictures.held_out, tokenizer.image_size, **place)
-    origin, about, bad = pictures.origin, pictures.about, pictures.bad
-    built = Built(trainee, objective, batches, validation, origin=origin, about=about, bad=bad)
+    origin = start_tokenizer(config.init, tokenizer, pictures.origin)
+    built = Built(trainee, objective, batches, validation, origin=origin, about=pictures.about, bad=pictures.bad)
     built.preview = lambda model, path: preview_reconstructions(model.tokenizer, validation, world, path)
     return built
 
@@ -265,7 +265,7 @@ def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
     splits = open_splits(
         data.images, data.validation_split, key=key, image_size=image_size, classes=data.classes,
         label_default=data.label_default,
-        model_classes=read_origin(config.init).class_names if config.init else None,
+        model_classes=read_origin(config.init).class_names if config.init and config.run != "tokenizer" else None,
     )  # fmt: skip
     train, held_out = splits.train, splits.validation
     if held_out is None and config.run == "tokenizer":

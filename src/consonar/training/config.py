@@ -127,7 +127,7 @@ def trainable_models() -> dict[str, type[ModelConfig]]:
 READ_IN = {
     ("post-training", "tokenizer"): ("data.images", "data.flip", "data.validation_split", "data.bad_images"),
     ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
-    ("generator", "post-training"): ("init", "tokenizer", "text_encoder", "loop.activation_checkpointing", "lora.rank"),
+    ("generator", "post-training"): ("tokenizer", "text_encoder", "loop.activation_checkpointing", "lora.rank"),
     ("generator",): ("data.tokens", "data.validation_tokens", "data.views", "data.weights", "lora.dropout"),
     ("generator", "tokenizer"): ("loop.keep_best",),
 }
@@ -141,7 +141,7 @@ class TrainConfig(Options):
     recipe: str
     """What the run is called in logs and reports."""
     init: str | None = None
-    """Run or model folder of the generator to start from; None: from random weights."""
+    """Run or model folder to start from, of a generator or, to train one, of a tokenizer; None: from random weights."""
     tokenizer: str | None = None
     """Name or folder of the frozen tokenizer (generators only); None: that of `init`."""
     text_encoder: str | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from consonar.components import load_generator, model_folder, read_origin, weights_sha256
+from consonar.components import load_generator, load_tokenizer, model_folder, read_origin, weights_sha256
 from consonar.config_io import from_dict
 from consonar.errors import UserError
 from consonar.files.readers import read_json
@@ -17,6 +17,7 @@ from consonar.generators.base import GeneratorConfig
 from consonar.json_types import Json
 from consonar.model_folders import from_anywhere, own_text_encoder, read_settings
 from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentTrainee
@@ -42,7 +43,8 @@ that had too little of it goes on with others."""
 
 
 def resolve_start(config: TrainConfig) -> TrainConfig:
-    """The configuration with what `init` decides filled in: the model, and the tokenizer where it was left open.
+    """The configuration with what `init` decides filled in: its whole path, the model, and the tokenizer where it was
+    left open.
 
     Raises `UserError` for post-training without `init`, a start model that names no tokenizer, and a folder that is no
     generator.
@@ -55,6 +57,8 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
                 "e.g. --init runs/demo/rear"
             )
         return config
+    if config.run == "tokenizer":
+        return replace(config, init=from_anywhere("tokenizer", start))
     folder = model_folder(start)
     _, origin, stored, _ = read_settings(folder, "generator", GENERATORS)
     tokenizer = origin.tokenizer if config.tokenizer is None else config.tokenizer
@@ -78,6 +82,17 @@ def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Gener
     generator = build_generator(shape)
     generator.load_state_dict(stored.state_dict(), assign=True)
     return generator.requires_grad_(True)
+
+
+def start_tokenizer(init: str | None, tokenizer: CodebookTokenizer, data: Origin) -> Origin:
+    """Gives a tokenizer to train the weights of `init`, where that is named, and returns the origin of the run on these
+    data. `UserError` for another shape."""
+    if init is None:
+        return data
+    stored = load_tokenizer(init)
+    check_same_shape(init, stored.config, tokenizer.config, "tokenizer")
+    tokenizer.load_state_dict(stored.state_dict())
+    return replace(data, init=init, init_sha256=weights_sha256(init, "tokenizer"))
 
 
 def with_heads(init: str, generator: Generator, tokenizer: Tokenizer) -> AlignmentTrainee:
@@ -110,12 +125,12 @@ def objective_of_heads(run: Path) -> ObjectiveConfig:
     return objective_of_heads(Path(config.init)) if config.init and config.objective.keeps_heads else config.objective
 
 
-def check_same_shape(where: str, stored: ModelConfig, wanted: ModelConfig) -> None:
+def check_same_shape(where: str, stored: ModelConfig, wanted: ModelConfig, what: str = "generator") -> None:
     """Raises `UserError` for the first key in which the configurations differ; not for dropouts and sizes left open."""
     held = asdict(stored)
     for key, value in asdict(wanted).items():
         if "drop" not in key and value not in (0, None) and held.get(key) != value:
-            raise UserError(f"model.{key}: {value!r}, but the generator in {where} has {held.get(key)!r}")
+            raise UserError(f"model.{key}: {value!r}, but the {what} in {where} has {held.get(key)!r}")
 
 
 def origin_of(config: TrainConfig, place: str, fingerprint: str, data: Origin) -> Origin:
