@@ -84,6 +84,34 @@ def test_a_validation_store_may_be_none(capsys):
     assert error == "optim.lr: 0.0 is not in (0, 10]"  # what the configuration says, and no more
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sample", "nowhere", "--out", "OUT"],
+        ["sample", "nowhere", "--prompts", "nowhere", "--format", "dpg", "--out", "OUT"],
+        ["tokenize", "--tokenizer", "nowhere", "--data", "nowhere", "--split", "train", "--out", "OUT"],
+        ["import-tokens", "--format", "rar-jsonl", "--data", "nowhere", "--tokenizer", "nowhere", "--out", "OUT"],
+        ["train", "vapi-openmoji", "--init", "nowhere", "--data", "nowhere", "--out", "OUT"],
+        ["convert", "nowhere", "--to", "OUT"],
+        ["diagnose", "nowhere", "--data", "nowhere", "--out", "OUT/a.html"],
+        ["report", "nowhere", "--out", "OUT/a.html"],
+    ],
+)
+def test_what_is_there_already_is_told_before_anything_is_read(argv, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a.html", "config.json", "metrics.jsonl", "results.json"):
+        (out / name).write_text('{"component": "generator"}')
+    line = told([word.replace("OUT", str(out)) for word in argv], capsys)
+    assert str(out) in line and ("exists" in line or "already holds a run" in line)
+
+
+def test_going_on_with_a_run_asks_for_one(tmp_path, capsys):
+    for words, wrong in ((["--resume"], "no run folder is named"), (["--resume", str(tmp_path)], "holds no run")):
+        line = told(["train", *words], capsys)
+        assert line.startswith("--resume: ") and wrong in line and "consonar train --resume RUN" in line
+
+
 def test_a_switch_that_is_put_on_and_off_is_refused():
     with pytest.raises(UserError, match=r"--loop\.no-compile: given together with --loop\.compile; keep one"):
         check_repeats(["--loop.compile", "--loop.no-compile"])

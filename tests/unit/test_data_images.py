@@ -90,7 +90,13 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
     (tmp_path / "dog").mkdir()
     with pytest.raises(UserError, match=r"class folder .*dog' holds no image"):
         open_source(str(tmp_path), image_size=8)
+    save(tmp_path / "dog/b.png", red(1))
+    save(tmp_path / "new cat/a.png", red(1))
+    save(tmp_path / "new\ncat/a.png", red(1))
+    with pytest.raises(UserError, match=r"class folders 'new\\ncat' and 'new cat' read alike; rename one"):
+        open_source(str(tmp_path), image_size=8)
     save(tmp_path / "stray.png", red(1))
+    (tmp_path / "new\ncat").rename(tmp_path / "old cat")
     with pytest.raises(UserError, match=r"stray\.png' lies beside class folders"):
         open_source(str(tmp_path), image_size=8)
     with pytest.raises(UserError, match="it is a file"):
@@ -181,6 +187,8 @@ def test_ambiguous_columns_are_listed_and_can_be_chosen(tmp_path):
         open_source(f"arrow:{tmp_path}/d?caption=nope", image_size=8)
     with pytest.raises(UserError, match=r"unknown 'lable'.*choices: image, label, caption"):
         open_source(f"arrow:{tmp_path}/d?lable=id", image_size=8)
+    with pytest.raises(UserError, match=r"\?caption=title&caption=note: caption is given twice; keep one"):
+        open_source(f"arrow:{tmp_path}/d?caption=title&caption=note", image_size=8)
     data.select_columns(["id"]).save_to_disk(tmp_path / "e")
     with pytest.raises(UserError, match=r"no image column .*its columns: id"):
         open_source(f"arrow:{tmp_path}/e", image_size=8)

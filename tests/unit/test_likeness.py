@@ -38,7 +38,7 @@ def test_it_is_the_cosine_that_transformers_finds(folder, rng):
 
 
 def test_what_is_missing_is_one_line(folder, tmp_path):
-    with pytest.raises(UserError, match=r"objective.clip: no folder .*nowhere; name one, or OWNER/NAME of the hub"):
+    with pytest.raises(UserError, match=r"objective.clip: no folder .*nowhere; choices: a folder, OWNER/NAME"):
         CaptionLikeness(str(tmp_path / "nowhere"), "objective.clip", torch.device("cpu"))
     with pytest.raises(UserError, match=r"objective.rewards: 'hpsv2' needs --objective.hpsv2"):
         check_rewards({"hpsv2": 1.0}, {"clip": "x", "hpsv2": None})

@@ -15,7 +15,7 @@ from PIL import Image
 
 from consonar.errors import UserError
 from consonar.evaluation.results import Measurement
-from consonar.report import MAX_RUNS, load_runs, write_report
+from consonar.report import MAX_RUNS, images, load_runs, write_report
 from consonar.report.records import measurement_text
 from consonar.report.tables import compared
 
@@ -317,18 +317,29 @@ def test_samples_of_prompts_stand_under_their_prompt_whatever_number_each_run_gi
     for run in two_runs:
         write_results(run, {1.0: 50.0})
     long = "a dog " * 60
+    cut = f"{long[:100]}…{long.strip()[-59:]}"
     ask_in_words(two_runs[0], ["two <b>cats</b> & 一只猫", long, "a\nhat"])
     ask_in_words(two_runs[1], [long, "a hat", "two <b>cats</b> & 一只猫"])
     html = write_report(two_runs, tmp_path / "r.html").read_text()
     page = Page(html)
     part = html[html.index('aria-label="Samples side by side"') :].split("</details>")[0]
     headings = re.findall(r"<h4>(.*?)</h4>", part)
-    assert headings == ["two &lt;b&gt;cats&lt;/b&gt; &amp; 一只猫", long[:159] + "…", "a hat"] and "b" not in page.tags
+    assert headings == ["two &lt;b&gt;cats&lt;/b&gt; &amp; 一只猫", cut, "a hat"] and "b" not in page.tags
     shown = re.findall(r'alt="(\w+): sample of a hat, seed (\d)"', part)
     # The red channel says which label a picture had: of the hat 2 in one run and 1 in the other.
     reds = {key: int(picture_of(part, f"{key[0]}: sample of a hat, seed {key[1]}")[0, 0, 0]) for key in shown}
     assert sorted(reds.values()) == [10, 11, 20, 21]
     assert "a line is one prompt" in page.text
+
+
+def test_long_prompts_that_begin_alike_have_rows_of_their_own(two_runs):
+    prompts = ["a hat", *(f"{'a dog ' * 60} and {other}" for other in ("a cat", "a car"))]
+    for run in two_runs:
+        write_results(run, {1.0: 50.0})
+        ask_in_words(run, prompts)
+    runs = load_runs(two_runs)
+    lines, _ = images.sample_lines(runs, images.load_sheets(runs))
+    assert [name[-5:] for name, _ in lines] == ["a hat", "a cat", "a car"]
 
 
 def test_labels_that_are_no_numbers_of_prompts_are_told(two_runs, tmp_path):

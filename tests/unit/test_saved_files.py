@@ -54,6 +54,15 @@ def test_missing_files(folder, tmp_path):
         load_generator(folder)
 
 
+def test_whole_numbers_are_not_taken_for_weights(folder):
+    """Those of a quantized file mean nothing without their scale."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    key = next(iter(state))
+    safetensors.torch.save_file({**state, key: state[key].int()}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"not the weights of this model: {key} is torch.int32, the model has torch"):
+        load_generator(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, 4000])
 def test_cut_weights(folder, keep):
     path = folder / "model.safetensors"

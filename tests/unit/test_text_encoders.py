@@ -90,6 +90,8 @@ def test_a_caption_without_words_is_refused(folder, caption):
 def test_what_is_missing_is_said(folder, tmp_path):
     with pytest.raises(UserError, match=r"^text_encoder: \./nowhere: no folder"):
         load_text_encoder("./nowhere")
+    with pytest.raises(UserError, match=r"^text_encoder: minim: .*choices: minilm, a folder, OWNER/NAME of the hub"):
+        load_text_encoder("minim")
     config = json.loads((folder / "config.json").read_text())
     if "clip" in config["model_type"]:
         with pytest.raises(UserError, match="length 120 is not from 1 to 20"):

@@ -140,7 +140,7 @@ def test_what_is_no_such_network_is_one_line(models, tmp_path, monkeypatch, capf
     for name, message in (
         ("dinov2", "feature_network: unknown 'dinov2'.*choices: efficientnet-lite0.*dinov2:FOLDER, clip:FOLDER"),
         ("dinov2:", "dinov2: names no folder; write dinov2:FOLDER or dinov2:OWNER/NAME"),
-        (f"dinov2:{tmp_path / 'nowhere'}", "no folder .*nowhere; name one, or OWNER/NAME of the hub"),
+        (f"dinov2:{tmp_path / 'nowhere'}", "no folder .*nowhere; choices: a folder, OWNER/NAME of the hub"),
         (f"dinov2:{clip}", r"model_type in config\.json: unknown 'clip'; choices: dinov2"),
         (f"clip:{dinov2}", "unknown 'dinov2'; choices: clip"),
         (f"dinov2:{empty}", r"config\.json"),

@@ -19,7 +19,7 @@ from consonar.evaluation.compositional import (
     score_samples,
     validation_prompts,
 )  # fmt: skip
-from consonar.evaluation.results import check_place
+from consonar.evaluation.results import check_place, check_unmeasured
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 
@@ -42,8 +42,7 @@ def prompts_named(name: str) -> list[str]:
 def score_of_run(place: Path, prompts: str, settings: PromptSettings, *, overwrite: bool, world: World) -> None:
     if prompts == STORED:
         raise UserError(f"--prompts: {prompts!r} is of samples; for a run name {VALIDATION} or a file")
-    if (place / COMPOSITIONAL).exists() and not overwrite:  # before thousands of scenes are made for their captions
-        raise UserError(f"{place / COMPOSITIONAL} exists; add --overwrite to measure again")
+    check_unmeasured(place, COMPOSITIONAL, overwrite=overwrite)  # before scenes are made for their captions
     content = score_run(
         place, prompts_named(prompts), settings, name=prompts, overwrite=overwrite,
         progress=say if world.is_main else lambda text: None, world=world,

@@ -8,6 +8,7 @@ from consonar.cli.parsing import check_name
 from consonar.components import load_tokenizer
 from consonar.data.upstream import import_llamagen_npy, import_rar_jsonl
 from consonar.errors import UserError, check_choice
+from consonar.files.lock import is_taken
 
 FORMATS = ("rar-jsonl", "llamagen-npy")
 
@@ -32,6 +33,8 @@ def command(options: Options) -> None:
     if (labels is None) != (options.format == "rar-jsonl"):
         raise UserError("--labels: needed by llamagen-npy and by nothing else")
     check_name(out)
+    if is_taken(out):
+        raise UserError(f"--out: {out} exists; choose another folder")
     model = load_tokenizer(options.tokenizer)
     store = import_rar_jsonl(data, out, model) if labels is None else import_llamagen_npy(data, labels, out, model)
     say(store.describe())

@@ -18,10 +18,11 @@ from consonar.cli.prompts import prompts_for, read_prompts
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.distributed import joined
 from consonar.errors import UserError, unknown
+from consonar.files.shared_work import parts_of
 from consonar.origin import same_text
 from consonar.precision import pick_precision
 from consonar.sampling.exports import PER_PROMPT, BenchmarkPrompts, read_benchmark, write_export
-from consonar.sampling.job import Job, balanced_labels, check_count, run_job
+from consonar.sampling.job import Job, balanced_labels, check_count, check_new, run_job
 from consonar.sampling.sample import SamplerConfig
 
 
@@ -63,14 +64,17 @@ class Options:
 
 def command(options: Options) -> None:
     check_name(options.out)
+    if not parts_of(options.out).exists():  # else a job that was ended while it tidied goes on to do so
+        check_new(options.out)
+    asked = benchmark_prompts(options)
+    texts = asked_in_words(options) if asked is None else list(asked.texts)
     with joined(options.device, "--device") as world:
         precision = pick_precision(options.precision, world.device, "--precision", "sampling")
         model = load_generator(options.generator)
         own = load_own_tokenizer(options.generator) if options.tokenizer is None else None
         codec = own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)
         origin = read_origin(options.generator)
-        asked = benchmark_prompts(options)
-        if texts := asked_in_words(options) if asked is None else list(asked.texts):
+        if texts:
             prompts = prompts_for(model, options.generator, texts, options.text_encoder)
             labels = numbers_of_prompts(options, len(texts))
         else:

@@ -23,7 +23,7 @@ from consonar.data.transforms import IMAGE_SIDE, VIEWS
 from consonar.distributed import World, barrier, joined
 from consonar.errors import MissingSplit, UserError, check_choice
 from consonar.files.lock import is_taken
-from consonar.files.shared_work import remove_shards
+from consonar.files.shared_work import parts_of, remove_shards
 from consonar.precision import pick_precision
 from consonar.sampling.checks import check_batch_size
 from consonar.tokenizers.base import CodebookTokenizer
@@ -72,13 +72,16 @@ def command(options: Options) -> None:
 def tokenize(options: Options, world: World) -> None:
     """In each of the processes that share it; the first one says what there is."""
     check_batch_size(options.batch_size, "--batch-size")
-    out, views = options.out, views_of(options)
-    bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
-    precision = pick_precision(options.precision, world.device, "--precision", "measuring")
-    model = tokenizer_for(options.tokenizer, options.image_size).to(world.device)
+    out = options.out
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
     if options.split is not None:
         stores = {options.split: out}
+    if all(is_taken(path) and not parts_of(path).exists() for path in stores.values()):  # before anything is read
+        raise UserError(f"--out: {out} exists; choose another folder")
+    views = views_of(options)
+    bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
+    precision = pick_precision(options.precision, world.device, "--precision", "measuring")
+    model = tokenizer_for(options.tokenizer, options.image_size).to(world.device)
     sources, note = open_sources(options, model.image_size)
     kinds = {name: views if name == "train" else "center" for name in sources}
     taken = [name for name in sources if is_taken(stores[name])]

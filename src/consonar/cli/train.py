@@ -14,7 +14,7 @@ from consonar.errors import UserError
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentConfig
-from consonar.training.run import CONFIG, train
+from consonar.training.run import CONFIG, check_folder, train
 
 SHORT = {
     "--data": "--data.images", "--classes": "--data.classes", "--label-default": "--data.label-default",
@@ -39,13 +39,17 @@ class Options:
 
 
 def command(args: Sequence[str]) -> None:
-    if args[:1] == ["--resume"] and not (args[1:] or ["-"])[0].startswith(
-        "-"
-    ):  # consonar train --resume RUN: all is in its folder
-        args = [str(Path(args[1]) / CONFIG), "--out", args[1], "--resume", *args[2:]]
+    if args[:1] == ["--resume"]:  # consonar train --resume RUN: all is in its folder
+        run = Path(args[1]) if len(args) > 1 and not args[1].startswith("-") else None
+        if run is None or not (run / CONFIG).is_file():
+            wrong = "no run folder is named" if run is None else f"{run} holds no run"
+            raise UserError(f"--resume: {wrong}; consonar train --resume RUN goes on with one as it was begun")
+        args = [str(run / CONFIG), "--out", str(run), "--resume", *args[2:]]
     options = parse_run("train", args, Options, out=tyro.MISSING)
     if options is not None:
         resume = options.resume or (None if options.resume_if_begun else False)
+        if resume is False:  # before a device is asked
+            check_folder(options.config, options.out, resume)
         sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
         train(options.config, options.out, resume=resume, stop_at=options.stop_at, quiet=options.quiet)
 

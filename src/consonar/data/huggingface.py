@@ -9,7 +9,7 @@ from consonar.data.captions import in_lines
 from consonar.data.image_folder import choose_split, label_of
 from consonar.data.picture_files import ShardStream, Unread, read_image
 from consonar.data.store_format import check_buffers
-from consonar.errors import BadImage, MissingSplit, UserError, reading, unknown
+from consonar.errors import BadImage, MissingSplit, UserError, check_choice, reading
 from consonar.files.readers import home_expanded, parse_json
 from consonar.json_types import JsonMap
 from consonar.origin import check_distinct, content_hash
@@ -178,10 +178,13 @@ class DatasetImages:
 
 
 def columns_wanted(query: str) -> dict[str, str]:
-    """{"label": "fine"} <- "label=fine"; `UserError` for other kinds of columns."""
-    columns = dict(parse_qsl(query, keep_blank_values=True))
-    for key in columns.keys() - {"image", "label", "caption"}:
-        raise unknown("data: column kind", key, ("image", "label", "caption"))
+    """{"label": "fine"} <- "label=fine"; `UserError` for other kinds of columns, and for one that is given twice."""
+    columns: dict[str, str] = {}
+    for key, name in parse_qsl(query, keep_blank_values=True):
+        check_choice("data: column kind", key, ("image", "label", "caption"))
+        if key in columns:
+            raise UserError(f"data: ?{query}: {key} is given twice; keep one")
+        columns[key] = name
     return columns
 
 

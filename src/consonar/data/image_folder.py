@@ -73,7 +73,11 @@ class ImageFolder:
         folder, class_folders = self._layout(root, split)
         self.root = root
         self.name = f"imagefolder:{root.resolve()}[{split if folder == root else label_of(split, folder.name)}]"
-        self.class_names = tuple(sorted({same_text(printable(path.name)) for path in class_folders})) or None
+        named: dict[str, str] = {}
+        for name in sorted(same_text(path.name) for path in class_folders):
+            if (other := named.setdefault(same_text(printable(name)), name)) != name:
+                raise UserError(f"data: class folders {other!r} and {name!r} read alike; rename one")
+        self.class_names = tuple(sorted(named)) or None
         self.found: PictureFiles = find_pictures(folder)
         self.files = self.found.files
         if not self.files:

@@ -69,7 +69,7 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
         lines = Path(__file__).with_name("imagenet.txt").read_text(encoding="utf-8").splitlines()
         return tuple(line.split()[0] for line in lines)
     path = home_expanded(path)
-    with reading(path, "a text file of class names, one a line"):
+    with reading(f"--classes: {path}", "a text file of class names, one a line", "name one, or imagenet"):
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     names = [same_text(line.strip()) for line in lines]
     seen: set[str] = set()

@@ -68,7 +68,7 @@ def import_rar_jsonl(jsonl: str | Path, out: str | Path, tokenizer: Tokenizer) -
     """
     jsonl = home_expanded(jsonl)
     if not jsonl.is_file():
-        raise UserError(f"jsonl: no file {str(jsonl)!r}")
+        raise UserError(f"--data: no file {str(jsonl)!r}")
     return _write(_rar_items(jsonl, tokenizer), out, tokenizer, 1, "rar jsonl", jsonl)
 
 
@@ -111,10 +111,10 @@ def import_llamagen_npy(
     the vocabulary and a negative class; otherwise as `new_store` does.
     """
     codes_dir = home_expanded(codes_dir)
-    codes = _numbered_files(codes_dir, "codes_dir")
-    labels = _numbered_files(home_expanded(labels_dir), "labels_dir")
+    codes = _numbered_files(codes_dir, "--data")
+    labels = _numbered_files(home_expanded(labels_dir), "--labels")
     if len(codes) != len(labels):
-        raise UserError(f"labels_dir: {len(labels)} label files for {len(codes)} code files")
+        raise UserError(f"--labels: {len(labels)} label files for {len(codes)} code files")
     items = _llamagen_items(codes, labels, tokenizer)
     first = next(items)
     return _write(chain([first], items), out, tokenizer, len(first[0]), "llamagen npy", codes_dir)

@@ -19,7 +19,7 @@ from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input, open_reference
-from consonar.evaluation.results import RECONSTRUCTION, library_versions, replacing
+from consonar.evaluation.results import RECONSTRUCTION, check_unmeasured, library_versions, replacing
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
 from consonar.metrics.distribution import Moments, frechet_distance
@@ -118,6 +118,7 @@ def evaluate_tokenizer(
 
     Raises `UserError` where the run has been measured, unless `overwrite`.
     """
+    check_unmeasured(run, RECONSTRUCTION, overwrite=overwrite)
     place = torch.device(device)
     chosen = pick_precision(precision, place, "precision", "measuring")
     sha256 = weights_sha256(run)

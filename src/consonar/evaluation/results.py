@@ -142,9 +142,7 @@ def replacing(run: Path, record: str, *, overwrite: bool, world: World = ALONE) 
         yield run / STAGED
         return
     with hold(run):
-        if (run / record).exists() and not overwrite:
-            of = " of weights that have changed since" if record == RESULTS and not is_measured(run) else ""
-            raise UserError(f"{run / record} exists{of}; add --overwrite to measure again")
+        check_unmeasured(run, record, overwrite=overwrite)
         staged, before = run / STAGED, sample_files(run)
         remove_partials(run)  # of a process that was killed, at what it staged and at its samples
         staged.mkdir()
@@ -182,6 +180,13 @@ def outdated(content: JsonMap, sha256: str | None) -> str | None:
         return None
     what = "do not say of which weights they are" if measured is None else "are of weights that have changed since"
     return f"{what}; evaluate again with --overwrite"
+
+
+def check_unmeasured(run: Path, record: str, *, overwrite: bool) -> None:
+    """Raises `UserError` where the file `record` is in a run, unless `overwrite`."""
+    if (run / record).exists() and not overwrite:
+        of = " of weights that have changed since" if record == RESULTS and not is_measured(run) else ""
+        raise UserError(f"{run / record} exists{of}; add --overwrite to measure again")
 
 
 def is_measured(run: Path) -> bool:

@@ -28,7 +28,14 @@ from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
 from consonar.evaluation.reconstruction import measure_reconstruction
 from consonar.evaluation.reference import PreparedReference
-from consonar.evaluation.results import RESULTS, Evaluation, Measurement, origin_of_numbers, replacing
+from consonar.evaluation.results import (
+    RESULTS,
+    Evaluation,
+    Measurement,
+    check_unmeasured,
+    origin_of_numbers,
+    replacing,
+)  # fmt: skip
 from consonar.evaluation.sample_metrics import check_metrics
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_npz
@@ -134,6 +141,7 @@ def evaluate_run(
     stays until all is measured. `progress` gets what is being done, in words. The processes of `world` share the work;
     the first one writes. Raises `UserError` for a run that is not finished, and when results exist, unless `overwrite`.
     """
+    check_unmeasured(folder, RESULTS, overwrite=overwrite)
     run = FinishedRun(folder, settings.device)
     network = load_feature_network(feature_network, settings.device)
     sharpness = run.sharpness(reference, settings, bad)

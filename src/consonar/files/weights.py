@@ -128,7 +128,8 @@ def read_tensors(path: Path, mapped: Mapping[str, Tensor], like: Mapping[str, Te
 
 
 def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
-    """`UserError` lists the keys of `own` that `state` lacks, those it has besides, and those of another shape."""
+    """`UserError` lists the keys of `own` that `state` lacks, those it has besides, those of another shape, and whole
+    numbers where fractions are meant (quantized weights, whose scale is elsewhere) or the reverse."""
     problems = []
     lists = {"missing": [key for key in own if key not in state], "unknown": [key for key in state if key not in own]}
     for kind, keys in lists.items():
@@ -140,6 +141,8 @@ def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where:
             problems.append(f"{key} is a {type(state[key]).__name__}")
         elif key in state and own[key].shape != state[key].shape:
             problems.append(f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}")
+        elif key in state and own[key].is_floating_point() != state[key].is_floating_point():
+            problems.append(f"{key} is {state[key].dtype}, the model has {own[key].dtype}")
     if problems:
         raise UserError(f"{where}: not the weights of this model: {'; '.join(problems[:4])}")
 

@@ -10,13 +10,14 @@ from consonar.files.readers import home_expanded
 from consonar.hub import read_name, released_file
 
 
-def find_folder(place: str, where: str, files: tuple[str, ...]) -> Path:
-    """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched."""
+def find_folder(place: str, where: str, files: tuple[str, ...], also: str = "") -> Path:
+    """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched; `also`:
+    what else might have been named, for the list of choices."""
     folder = home_expanded(place)
     if folder.is_dir():
         return folder
     if place.count("/") != 1 or place.startswith((".", "/", "~")):
-        raise UserError(f"{where}: no folder {folder}; name one, or OWNER/NAME of the hub")
+        raise UserError(f"{where}: no folder {folder}; choices: {also}a folder, OWNER/NAME of the hub")
     found = [released_file(read_name(f"hf:{place}/{file}")) for file in files]
     if len({file.parent for file in found}) > 1:
         raise UserError(f"{where}: put {' and '.join(file.name for file in found)} into one folder")

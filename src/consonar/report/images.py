@@ -21,7 +21,7 @@ from consonar.report.records import Run
 
 MAX_CLASSES, MAX_PROMPTS, LEADING_CLASSES = 10, 24, 6
 LONGEST = 160
-"""Letters of a prompt that are shown."""
+"""Letters of a prompt that are shown: of a longer one its beginning and its end."""
 MAX_RECONSTRUCTIONS, MAX_GRIDS = 16, 3
 MAX_NEAREST, MAX_NEAREST_OF_MANY = 8, 4
 """Samples beside their nearest training images, of each run; on a page of more than three runs."""
@@ -68,7 +68,7 @@ class Sheet:
 
     def sample(self, row: int, run: Run) -> Markup:
         """One of its pictures."""
-        name = self.class_name(int(self.labels[row]))
+        name = as_shown(self.class_name(int(self.labels[row])))
         return picture(self.images[row], f"{run.name}: sample of {name}, seed {int(self.seeds[row])}")
 
 
@@ -88,13 +88,17 @@ def load_sheets(runs: Sequence[Run]) -> list[Sheet | None]:
 
 
 def prompts_of(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """What the samples of a file were asked for by, which its labels number, cut to `LONGEST`; () for classes."""
+    """What the samples of a file were asked for by, which its labels number; () for classes."""
     with reading(f"{path}: settings", "what samples were drawn with", "write it again"):
         told = parse_json(str(arrays["settings"])).get("prompts", []) if "settings" in arrays else []
         if told and not (isinstance(told, list) and 0 <= arrays["labels"].min() <= arrays["labels"].max() < len(told)):
             raise ValueError("labels that are no numbers of prompts")
-        lines = [" ".join(str(text).split()) for text in told]
-    return tuple(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…" for line in lines)
+        return tuple(" ".join(str(text).split()) for text in told)
+
+
+def as_shown(name: str) -> str:
+    """The name of a class, or a prompt, as long as the page has it."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 60]}…{name[-59:]}"
 
 
 def by_prompt(sheets: Sequence[Sheet | None]) -> list[Sheet | None]:
@@ -166,7 +170,8 @@ def sample_lines(runs: Sequence[Run], sheets: Sequence[Sheet | None]) -> tuple[l
     lines = []
     for name, cells in [chosen[i] for i in spread_evenly(len(chosen), most)]:
         parts = zip(runs, sheets, cells, strict=True)
-        lines.append((name, [[sheet.sample(i, run) for i in cell] if sheet else [] for run, sheet, cell in parts]))
+        pictures = [[sheet.sample(i, run) for i in cell] if sheet else [] for run, sheet, cell in parts]
+        lines.append((as_shown(name), pictures))
     return lines, paired
 
 

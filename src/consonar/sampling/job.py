@@ -198,16 +198,21 @@ def run_job(
 
 
 def check_place(job: Job, out: Path, batch_size: int, shard_size: int) -> None:
-    """Raises `UserError` for an output that exists or cannot be, for no images, and for a size below 1."""
+    """Raises `UserError` as `check_new` does, for no images, more than a picture takes, and for a size below 1."""
     for key, count in (("num_samples", len(job.labels)), ("batch_size", batch_size), ("shard_size", shard_size)):
         check_batch_size(count, key)
+    check_new(out)
+    if out.suffix.lower() == ".png" and len(job.labels) > MAX_GRID_IMAGES:
+        many = f"{len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES})"
+        raise UserError(f"--out: {many}; use .npz or a folder")
+
+
+def check_new(out: Path) -> None:
+    """Raises `UserError` for an output that exists, and for one that is plainly another kind of file."""
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another name")
     stem, dot, last = out.name.rpartition(".")
     ending = (dot + last).lower()
-    if ending == ".png" and len(job.labels) > MAX_GRID_IMAGES:
-        many = f"{len(job.labels)} images do not fit one picture (at most {MAX_GRID_IMAGES})"
-        raise UserError(f"--out: {many}; use .npz or a folder")
     if ending in OTHER_ENDINGS or (ending in (".png", ".npz") and not stem):
         raise UserError(f"--out: samples are not written as {out.name}; choices: NAME.png, NAME.npz, or a folder")
 
