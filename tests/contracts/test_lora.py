@@ -129,3 +129,10 @@ def test_targets_are_layers_of_a_block_by_name(tiny_generator):
     for target in ("kv", "lm_head", ""):
         with pytest.raises(UserError, match=rf"lora\.targets: unknown '{target}'.*; choices: attn\.qkv, attn\.proj"):
             adapt(tiny_generator(), LoRAConfig(rank=2, targets=(target,)), seed=0)
+
+
+def test_a_rank_above_a_width_is_refused(tiny_generator):
+    """Of the narrowest layer that gets adapters: the generator is 32 wide, its MLP 128."""
+    adapt(tiny_generator(), LoRAConfig(rank=32), seed=0)
+    with pytest.raises(UserError, match=r"^lora\.rank: 33 is above the width of attn\.\w+, .*; at most 32$"):
+        adapt(tiny_generator(), LoRAConfig(rank=33), seed=0)

@@ -119,6 +119,27 @@ def test_the_control_trains_as_well_and_a_moved_folder_needs_nothing_else(place,
     (tmp_path / "moved").rename(place / "transformers/generator")
 
 
+@pytest.mark.slow
+def test_adapters_are_trained_resumed_and_sampled_from_and_end_in_the_weights(place, tmp_path, capsys):
+    pytest.importorskip("peft")
+    start, data = str(place / "authors/generator"), f"hf:{place / 'pictures'}"
+    words = ["train", "vapi-janus-1b", "--init", start, "--data", data, *SHORT, "--data.validation-items", "2"]
+    assert "lora.rank: 65 is above the width of" in refusal(
+        capsys, *words, "--out", tmp_path / "wide", "--lora.rank", "65"
+    )
+    for out, more in (("whole", []), ("parts", ["--stop-at", "1"])):
+        main([*words, "--lora.rank", "8", "--out", str(tmp_path / out), *more])
+    main(["train", "--resume", str(tmp_path / "parts"), "--quiet"])
+    before, whole, parts = (
+        load_generator(folder).state_dict() for folder in (start, tmp_path / "whole", tmp_path / "parts")
+    )
+    assert before.keys() == whole.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+    moved = {key for key in whole if not torch.equal(whole[key], before[key])}
+    assert moved and all(re.search("attn|mlp", key) for key in moved), moved
+    main(["sample", str(tmp_path / "parts"), "--prompt", "a disc", "--out", str(tmp_path / "after.png")])
+    assert (tmp_path / "after.png").is_file()
+
+
 def test_a_name_of_the_hub_brings_the_words(place, tmp_path, monkeypatch):
     asked = []
 

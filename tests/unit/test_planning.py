@@ -245,8 +245,9 @@ def test_free_rollouts_wait_for_the_memory_of_weights_and_cache() -> None:
 def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> None:
     file = tmp_path / "plan.json"
     words = ["plan", "rear-l", "--gpus", "8", "--gpu-memory", "24", "--loop.accumulation", "16", "--json", str(file)]
-    cli.main(words)
+    cli.main([*words, "--loop.compile"])
     page = capsys.readouterr().out
+    assert "assumed: loop.compile changes nothing" in page
     assert all(len(line) <= 100 for line in page.splitlines())
     assert "475.3 million trained" in page and "It fits." in page and "models/maskgit-vqgan is the released" in page
     numbers = json.loads(file.read_text())
@@ -264,6 +265,8 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
         (["rear-l", "--tokenizer", "nowhere"], r"tokenizer: .*'nowhere'.*hf:maskgit-vq"),
         (["vapi-openmoji"], r"init: 'vapi-openmoji' starts from a trained generator; name it"),
         (["vapi-openmoji", "--init", "hf:no"], r"init: .*'hf:no'.*hf:rear-s"),
+        (["vapi-llamagen-t2i", "--init", "hf:rear-s"], r"init: 'hf:rear-s' takes classes, and \S+ has captions"),
+        (["vapi-llamagen-xl", "--init", "hf:janus-pro-1b"], r"init: 'hf:janus-pro-1b' takes captions, .* has classes"),
         (["rear-l", "--num-classes", "0"], r"--num-classes: 0 is not positive"),
     ],
 )

@@ -228,6 +228,8 @@ def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None, 
             "micro-batches"
         )
     config, shapes, assumed = shapes_of(config, num_classes)
+    if loop.compile:
+        assumed.append("loop.compile changes nothing (fused kernels take less memory and time: not modelled)")
     low, made = loop.precision in ("auto", "bf16"), {} if made is None else made
 
     def planned(given: TrainConfig) -> Plan:

@@ -83,6 +83,7 @@ def shapes_of(config: TrainConfig, num_classes: int | None) -> tuple[TrainConfig
         model = stored if model is None or config.run == "post-training" else model
     if not isinstance(model, GeneratorConfig) or (init is None and config.run == "post-training"):
         raise UserError(f"init: {config.recipe!r} starts from a trained generator; name it, e.g. --init openmoji")
+    check_condition(config, model)
     if (name := config.tokenizer or own) is None:
         raise UserError(f"tokenizer: {init} does not say which tokenizer it goes with; add --tokenizer")
     shape = tokenizer_shape(name, model.num_tokens, assumed)
@@ -93,6 +94,14 @@ def shapes_of(config: TrainConfig, num_classes: int | None) -> tuple[TrainConfig
     model = model.sized(tokenizer.vocab_size, tokenizer.num_tokens, classes or CLASSES, grid=tokenizer.grid)
     heads = config.objective.head_specs(model.num_layers, tokenizer.code_dim)
     return replace(config, model=model, init=init), Shapes(shape, model, heads), assumed
+
+
+def check_condition(config: TrainConfig, model: GeneratorConfig) -> None:
+    """Raises `UserError` where the recipe has captions and the generator takes classes, or the other way round."""
+    usual = STARTS.get(config.recipe)
+    if usual and model.has_classes != GENERATORS_BY_NAME[usual][0].has_classes:
+        takes, has = ("classes", "captions") if model.has_classes else ("captions", "classes")
+        raise UserError(f"init: {config.init!r} takes {takes}, and {config.recipe} has {has}; e.g. --init hf:{usual}")
 
 
 def tokenizer_of(shape: TokenizerConfig) -> CodebookTokenizer:

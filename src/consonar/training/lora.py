@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from consonar.errors import needs, unknown
+from consonar.errors import UserError, needs, unknown
 from consonar.options import CountOrZero, Options, Positive, ReadOnlyWith, ShareBelowOne
 from consonar.seeding import derive_seed
 from consonar.types import Condition, Generator
@@ -49,17 +49,22 @@ class LoRAConfig(Options):
 def adapt(generator: Generator, config: LoRAConfig, seed: int) -> None:
     """Freezes the generator and gives its blocks adapters, where `config` says so.
 
-    Raises `UserError` without peft, and for a target that no block has.
+    Raises `UserError` without peft, for a target that no block has, and for a rank above the width of a layer that gets
+    adapters: they could say no more than its weights.
     """
     if not config.rank:
         return
+    layers = {name: layer for name, layer in generator.blocks.named_modules() if isinstance(layer, nn.Linear)}
+    targets = chosen(list(layers), config.targets)
+    most, narrow = min((min(layers[name].weight.shape), name.partition(".")[2]) for name in targets)
+    if config.rank > most:
+        raise UserError(f"lora.rank: {config.rank} is above the width of {narrow}, which gets adapters; at most {most}")
     with needs(f"lora.rank: {config.rank}", "lora"):
         from peft import LoraConfig, inject_adapter_in_model
     generator.requires_grad_(False)
-    names = [name for name, layer in generator.blocks.named_modules() if isinstance(layer, nn.Linear)]
     settings = LoraConfig(
         r=config.rank, lora_alpha=config.alpha or config.rank, lora_dropout=config.dropout,
-        target_modules=chosen(names, config.targets),
+        target_modules=targets,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
