@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from device.pretend import pretended_cuda
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rear_released import Released, pytorchs_own
 from versus import compare, published_llamagen, published_rear, published_vapi, rollout
 
+from consonar import distributed
 from consonar.cli.ceilings import copy_rate, operations_of, product_rate, weights_read
 from consonar.compiling import compile_for_training, compiled
 from consonar.distributed import World, pick_device
@@ -289,14 +291,15 @@ def memory(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, every
 
 
 def vapi(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, group: int, bench: Bench) -> dict[str, Any]:
-    """A VA-pi step with LPIPS and squared error as rewards, and the seconds of its parts."""
+    """A VA-pi step with LPIPS and squared error as rewards; the same with chunks of pictures one after the other; the
+    seconds of its parts, each from an idle device to an idle one."""
     shape = bench.sized(preset, vocab_size, side)
     vq = replace(RELEASED_VQ, image_size=16 * side)
     if bench.toy:
         rows, group = 2, 2
         vq = replace(vq, image_size=32, base_channels=32, latent_channels=32)
     tokenizer = bench.made(VQTokenizer, vq).requires_grad_(False)
-    config = PolicyConfig(rewards={"mse": 1.0}, group_size=group, chunk=16)
+    config = PolicyConfig(rewards={"mse": 1.0}, group_size=group, chunk=2 if bench.toy else 16)
     objective = method_of_config(config).objective(
         config, tokenizer, None, total_steps=1000, seed=0, world=World(0, 1, bench.device), autocast_dtype=BF16
     )
@@ -308,10 +311,13 @@ def vapi(preset: GeneratorConfig, vocab_size: int, side: int, rows: int, group: 
     batch = ImageBatch(images, torch.arange(rows, device=bench.device))
     step = step_of(trainee, objective, config, batch, bench)
     operations = operations_of(step)
-    owners = {"encode": objective, "decode": objective, "measure": objective.rewards}
-    parts = {name: timed(owner, name, bench) for name, owner in owners.items()}
     figures = bench.measured(step, rows, operations=operations)
-    return {**figures, **{f"{name}_s": statistics.median(times[1:]) for name, times in parts.items()}}
+    with patch.object(distributed, "beside", lambda *_: nullcontext()):
+        figures["one_stream_s"] = bench.seconds(step)
+    owners = {"encode": (objective, "encode"), "decode": (objective, "decode"), "judge": (objective.rewards, "_chunk")}
+    parts = {name: timed(*method, bench) for name, method in owners.items()}
+    step()
+    return {**figures, **{f"{name}_s": sum(times) for name, times in parts.items()}}
 
 
 def timed(owner: Any, name: str, bench: Bench) -> list[float]:

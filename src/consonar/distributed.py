@@ -5,7 +5,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,6 +88,35 @@ def beside(device: torch.device, *read: torch.Tensor) -> Iterator[None]:
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each device: the memory of what runs in it is kept for it."""
     return torch.cuda.Stream(device)
+
+
+def one_ahead_beside(
+    work: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """`work` of each of the parts. On a CUDA device the next one's runs beside what is asked with this one, and begins
+    when what was asked with the one before is done, so that memory is taken for two; elsewhere, and of one part, in
+    turn."""
+    device = parts[0].device
+    if device.type != "cuda" or len(parts) == 1:
+        yield from map(work, parts)
+        return
+    here, stream = torch.cuda.current_stream(device), side_stream(device)
+
+    def begun(part: torch.Tensor) -> torch.Tensor:
+        with beside(device, part):
+            return work(part)
+
+    def done(made: torch.Tensor) -> torch.Tensor:
+        here.wait_stream(stream)
+        made.record_stream(here)
+        return made
+
+    ahead = begun(parts[0])
+    for part in parts[1:]:
+        made = done(ahead)
+        ahead = begun(part)
+        yield made
+    yield done(ahead)
 
 
 def machine_name(device: torch.device | str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -279,14 +279,31 @@ class PretendedGenerator(torch.Generator):
 
 
 class PretendedStream:
-    """One in which everything is done at once, as in all of them here."""
+    """One in which everything is done at once, as in all of them here. `clock`: how much of each stream would be done
+    before what is asked of this one next; `ask` is to be called where that matters."""
 
-    def __init__(self, device: Any = None) -> None: ...
+    def __init__(self, device: Any = None) -> None:
+        self.clock: Counter[PretendedStream] = Counter()
 
-    def wait_stream(self, other: PretendedStream) -> None: ...
+    def wait_stream(self, other: PretendedStream) -> None:
+        self.clock |= other.clock
+
+    def ask(self) -> Counter[PretendedStream]:
+        self.clock[self] += 1
+        return self.clock.copy()
 
 
-STREAM = PretendedStream()
+STREAMS = [PretendedStream()]
+"""The last one is the current."""
+
+
+@contextmanager
+def in_stream(stream: PretendedStream) -> Iterator[None]:
+    STREAMS.append(stream)
+    yield
+    STREAMS.pop()
+
+
 PROPERTIES = SimpleNamespace(name="a pretended device", total_memory=2**31, major=9, minor=0)
 
 
@@ -350,12 +367,14 @@ def pretended_cuda() -> Iterator[Log]:
             "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 0,
             "memory_allocated": 2**30, "memory_reserved": 2**30,
             "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_tf32_supported": True,
-            "mem_get_info": (2**30, 2**31), "current_stream": STREAM, "stream": nullcontext(),
+            "mem_get_info": (2**30, 2**31),
             "graph_pool_handle": (0, 1), "is_current_stream_capturing": False, "get_device_properties": PROPERTIES,
         }  # fmt: skip
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *args, answer=answer, **settings: answer)
         patch.setattr(torch.cuda, "Stream", PretendedStream)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: STREAMS[-1])
+        patch.setattr(torch.cuda, "stream", in_stream)
         patch.setattr(torch.cuda, "Event", PretendedEvent)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         for name, pretended_one in (("CUDAGraph", graphs.Graph), ("graph", graphs.capture)):

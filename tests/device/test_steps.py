@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,10 @@ import torch
 from conftest import TINY_VQ, make_tiny_generator
 from contracts.test_alignment import CASES, HEADS, VAPI
 from contracts.test_objectives import CONSISTENCY, RECONSTRUCTION
-from device.pretend import LOG, Log
+from device.pretend import LOG, Log, PretendedStream
 from torch import nn
 
-from consonar.distributed import World
+from consonar.distributed import World, one_ahead_beside
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import draw_weights
@@ -174,9 +176,10 @@ def test_no_token_is_waited_for(cuda, sampler, tiny_generator) -> None:
     assert counts[0] == counts[1] == ({SAMPLING: 1}, {("to the device", "records.py:<lambda>"): copies})
 
 
-@pytest.mark.parametrize(("free", "chunk"), [(2**40, 12), (2 * 3 * 6 * 8192, 2), (1, 1)])
+@pytest.mark.parametrize(("free", "chunk"), [(2**40, 12), (4 * 3 * 6 * 8192, 2), (1, 1)])
 def test_pictures_are_judged_by_as_many_as_memory_holds(free, chunk, cuda, monkeypatch) -> None:
-    """Half of what is free holds all, 3 or none of 12: powers of two of it at once, recorded, and the same terms."""
+    """A quarter of what is free holds all, 3 or none of 12: powers of two of it at once, recorded, the same terms, and
+    one wait for all."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**41))
     sizes, decode = [], VQTokenizer.decode
     monkeypatch.setattr(
@@ -187,13 +190,57 @@ def test_pictures_are_judged_by_as_many_as_memory_holds(free, chunk, cuda, monke
     def taken(config: PolicyConfig) -> tuple[Objective, dict[str, float]]:
         objective, trainee = build(config, CUDA, torch.bfloat16)
         prepared = objective.prepare(trainee, ImageBatch(batch.images, batch.condition), 0)
+        cuda.clear()
         with objective.autocast():
-            return objective, {key: value.item() for key, value in objective.loss(trainee, prepared, 0)[1].items()}
+            terms = objective.loss(trainee, prepared, 0)[1]
+        assert cuda.waits == {REWARDS: 1}
+        return objective, {key: value.item() for key, value in terms.items()}
 
     objective, terms = taken(VAPI)
     assert sizes[0] == 1 and max(sizes[1:]) == chunk and sum(sizes[1:]) == 12
     assert min(objective.state(0)["chunk"], 12) == chunk
     assert terms == pytest.approx(taken(replace(VAPI, chunk=5))[1], rel=1e-4, abs=1e-5)
+
+
+def test_a_chunk_is_decoded_beside_the_judging_of_the_one_before(cuda) -> None:
+    """Which stands in no order with it, but begins when the one before that is judged; so two are in memory."""
+    objective, trainee = build(replace(VAPI, chunk=3), CUDA, None)
+    asked: dict[tuple[str, int], tuple[PretendedStream, Counter[PretendedStream]]] = {}
+    pictures: list[weakref.ref] = []
+
+    def decode(tokens: torch.Tensor, decode=objective.decode) -> torch.Tensor:
+        assert sum(made() is not None for made in pictures) <= 1
+        stream = torch.cuda.current_stream()
+        asked["decode", len(pictures)] = stream, stream.ask()
+        made = decode(tokens)
+        pictures.append(weakref.ref(made))
+        return made
+
+    def judge(*given: object, judge=objective.rewards._chunk) -> object:
+        stream = torch.cuda.current_stream()
+        asked["judge", len(asked) - len(pictures)] = stream, stream.ask()
+        return judge(*given)
+
+    def first(one: tuple[str, int], other: tuple[str, int]) -> bool:
+        stream, clock = asked[one]
+        return asked[other][1][stream] >= clock[stream]
+
+    objective.decode, objective.rewards._chunk = decode, judge
+    batch = to_device(make_batch(), CUDA)
+    objective.loss(trainee, objective.prepare(trainee, ImageBatch(batch.images, batch.condition), 0), 0)
+    assert len(pictures) == 4 == len(asked) / 2
+    for k in range(4):
+        assert first(("decode", k), ("judge", k))
+        if k < 3:
+            assert not first(("decode", k + 1), ("judge", k)) and not first(("judge", k), ("decode", k + 1))
+        if k < 2:
+            assert first(("judge", k), ("decode", k + 2))
+
+
+def test_on_a_cpu_chunks_are_made_when_they_are_asked_for() -> None:
+    made: list[int] = []
+    parts = one_ahead_beside(lambda part: made.append(len(made)) or part, torch.arange(3).split(1))
+    assert [len(made) for _ in parts] == [1, 2, 3]
 
 
 def launched(function: Callable[..., object], *given: object) -> int:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from consonar.generators.rear import ReARConfig
 from consonar.hub import PUBLISHED
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.parallel import ParallelConfig
-from consonar.planning.ledger import FORWARD, GRADIENTS
+from consonar.planning.ledger import FORWARD, GRADIENTS, Ledger
 from consonar.planning.plan import Machine, Plan, changes, plan, remedies
 from consonar.planning.shapes import GENERATORS_BY_NAME, TOKENIZERS_BY_NAME, shapes_of, tokenizer_of
 from consonar.planning.update import Shapes, condition_of, update
@@ -276,6 +277,18 @@ def test_what_cannot_be_planned_is_one_line(words, said, capsys) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 1
     assert re.search(said, lines[0]), lines[0]
+
+
+def test_what_another_stream_takes_is_in_memory_while_a_method_runs_again() -> None:
+    owner, peaks = SimpleNamespace(judge=lambda: torch.empty(30, dtype=torch.uint8)), []
+    with Ledger([], cuda=True) as ledger:
+        ledger.beside(owner, "judge", "decoder")
+        for _ in range(3):
+            with ledger.labelled("decoder"):
+                torch.empty(500, dtype=torch.uint8)
+            owner.judge()
+            peaks.append(ledger.peak.total())
+    assert peaks == [500, 530, 530] and not ledger.alive.total()
 
 
 def test_shards_divide_what_each_process_keeps() -> None:

@@ -5,6 +5,7 @@ counted, at any size, on any machine.
 """
 
 import functools
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -133,6 +134,21 @@ class Ledger(TorchDispatchMode):
                 return tree_map_only(functools.partial, lambda make: make(), out)
 
         object.__setattr__(owner, method, booked)
+
+    def beside(self, owner: object, method: str, label: str) -> None:
+        """From now on, while this method of an object runs again, what a label had at most is in memory: work in
+        another stream."""
+        called, calls = getattr(owner, method), itertools.count()
+
+        @functools.wraps(called)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            more = self.most[label] - self.alive[label] if next(calls) else 0
+            self.alive[label] += more
+            out = called(*args, **kwargs)
+            self.alive[label] -= more
+            return out
+
+        object.__setattr__(owner, method, inside)
 
     def follow(self, owner: object, method: str, name: str, *, of_trainee: bool = False) -> None:
         """From now on what this method of an object makes is booked on `name`; what is `of_trainee`, in the backward

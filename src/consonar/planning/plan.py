@@ -241,9 +241,9 @@ def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None, 
     objective = config.objective
     if not (isinstance(objective, AlignmentConfig) and objective.chunk == 0):
         return planned(config)
-    # What is decoded at once is what half of the memory holds that is free then: after a pass that decodes one image.
+    # What is decoded at once is what a quarter of the memory holds that is free then: after a pass that decodes one.
     first = planned(replace(config, objective=replace(objective, chunk=1)))
-    fitting = int(max(0, machine.memory - first.peak) // 2 // decoding(shapes))
+    fitting = int(max(0, machine.memory - first.peak) // 4 // decoding(shapes))
     chunk = 1 << max(0, fitting.bit_length() - 1)
     return planned(replace(config, objective=replace(objective, chunk=min(chunk, rows_decoded(first)))))
 

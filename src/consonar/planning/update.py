@@ -226,6 +226,8 @@ def follow(
         if (owner := getattr(objective, name, None)) is not None:
             ledger.once(owner, method, REWARDS)
             ledger.follow(owner, method, REWARDS)
+            if name == "rewards" and ledger.cuda:
+                ledger.beside(owner, method, DECODER)
     for weight in trained(trainee):
         weight.register_hook(ledger.is_gradient)
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from consonar import records
+from consonar.distributed import one_ahead_beside
 from consonar.errors import UserError, is_out_of_memory, unknown
 from consonar.float32 import exact
 from consonar.metrics import pixels
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.networks.discriminator import load_discriminator
 from consonar.networks.efficientnet import EfficientNetLite0Features
-from consonar.records import to_device
 from consonar.training.caption_rewards import compositional, likeness
 from consonar.training.credit import resize_to_grid
 from consonar.types import Grid, ImageBatch, Reward
@@ -129,8 +129,7 @@ REWARDS: dict[str, Callable[[Resources], Reward]] = {
 }
 PLACED_REWARDS = ("mse", "l1", "lpips", "efficientnet-lite0")
 """Those that say where in the image they were lost; a user's own does when it is a `PlacedReward`."""
-
-
+Decode = Callable[[Tensor], Tensor]
 Measured = tuple[Tensor, dict[str, Tensor], Tensor | None]
 """See `Rewards.measure`."""
 
@@ -144,14 +143,16 @@ class Rewards:
         self.functions, self.weights, self.chunk = dict(functions), dict(weights), chunk
 
     @torch.no_grad()
-    def measure(self, images: Tensor, batch: ImageBatch, *, grid: Grid | None = None) -> Measured:
+    def measure(
+        self, images: Tensor, batch: ImageBatch, *, grid: Grid | None = None, decode: Decode = torch.Tensor.detach
+    ) -> Measured:
         """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
 
-        `images` (B * G, 3, H, W) in [-1, 1], the G made from row b of `batch` one after the other, so that networks see
-        each original once. Raises `UserError` for images too small for a network, for a reward that raises or returns
-        anything but one finite number per image, and, with a grid, when a reward with a weight over 0 has no place.
+        `images` (B * G, 3, H, W) in [-1, 1], or what `decode` makes them of, a chunk beside the judging of the one
+        before; the G of row b of `batch` one after the other, so that networks see each original once. Raises
+        `UserError` for images too small for a network, for a reward that raises or returns anything but one finite
+        number per image, and, with a grid, when a reward with a weight over 0 has no place.
         """
-        self.check_size(min(images.shape[-2:]))
         counted = [name for name, weight in self.weights.items() if weight > 0 and grid is not None]
         if without := [name for name in counted if not isinstance(self.functions[name], PlacedReward)]:
             raise UserError(
@@ -161,13 +162,13 @@ class Rewards:
         group, rest = divmod(len(images), len(batch.images))
         assert not rest, "the same number of images for each row of the batch"
         step = max(1, self.chunk // group)
-        parts = []
-        # In float32 even inside an update in bf16: samples of one image may differ by less than bf16 would leave. The
-        # chunks wait for each other: each fills the device, so another stream would add nothing but its memory.
+        parts: list[tuple[dict[str, Tensor], Tensor]] = []
+        # In float32 even inside an update in bf16: samples of one image may differ by less than bf16 would leave.
         with exact(images.device):
-            for start in range(0, len(batch.images), step):
-                rows = records.rows(batch, slice(start, start + step))
-                parts.append(self._chunk(images[start * group :][: step * group].float(), rows, grid))
+            for pictures in one_ahead_beside(decode, images.split(step * group)):
+                start = len(parts) * step
+                parts.append(self._chunk(pictures.float(), records.rows(batch, slice(start, start + step)), grid))
+                del pictures  # before those after the next are made
         values = {name: torch.cat([part[name] for part, _ in parts]) for name in self.functions}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
         check_finite(values | {"weighted sum": total})
@@ -179,6 +180,7 @@ class Rewards:
 
     def _chunk(self, images: Tensor, batch: ImageBatch, grid: Grid | None) -> tuple[dict[str, Tensor], Tensor]:
         """Every reward of some images; their sum at the cells (empty: no grid)."""
+        self.check_size(min(images.shape[-2:]))
         originals = batch.images.float()
         chosen = torch.arange(len(originals), device=originals.device).repeat_interleave(len(images) // len(originals))
         values, cells = {}, []
@@ -187,13 +189,13 @@ class Rewards:
             with told_in_one_line(f"reward {name!r}"):
                 if isinstance(function, PlacedReward):
                     found = checked_maps(name, function.errors(seen, originals.clone()), len(images))
-                    layers = [to_device(layer, images.device) for layer in found]
+                    layers = [records.to_device(layer, images.device) for layer in found]
                     returned: object = reward_of(layers)
                     if grid is not None and self.weights[name] > 0:
                         cells += [-self.weights[name] * resize_to_grid(layer, grid) for layer in layers]
                 else:
                     returned = function(seen, originals[chosen], records.rows(batch, chosen))
-            values[name] = to_device(checked(name, returned, len(images)), images.device)
+            values[name] = records.to_device(checked(name, returned, len(images)), images.device)
         return values, torch.stack(cells).sum(0) if cells else images.new_empty(0)
 
     def check_size(self, side: int) -> None:

@@ -103,7 +103,7 @@ class AlignmentConfig(ObjectiveConfig):
     hpsv2: Annotated[str | None, HPSV2] = None
     """For the reward hpsv2: the same, with the weights of HPSv2, or of another such score."""
     chunk: CountOrZero = 0
-    """Images decoded and rewarded at once; bounds memory. 0: on a GPU what half of the free memory holds, else 64."""
+    """Images decoded and rewarded at once; bounds memory. 0: on a GPU what a quarter of free memory holds, else 64."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """When to stop early."""
 
@@ -228,9 +228,10 @@ class Alignment:
         if self.config.chunk == 0 and tokens.device.type == "cuda":
             with exact(tokens.device):
                 self.bytes_of_image = self.bytes_of_image or bytes_of_image(self.tokenizer, tokens[:1])
-            fitting = memory.bytes_free(tokens.device) // 2 // self.bytes_of_image
+            # Half of what is free is for two chunks: while one is judged, the next is decoded.
+            fitting = memory.bytes_free(tokens.device) // 4 // self.bytes_of_image
             self.rewards.chunk = 1 << max(0, fitting.bit_length() - 1)  # a power of two, so that it seldom changes
-        return self.rewards.measure(self.decode(tokens), batch, grid=grid)
+        return self.rewards.measure(tokens, batch, grid=grid, decode=self.decode)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
