@@ -69,6 +69,8 @@ REVIVAL = ("nonzero", "training/objectives/reconstruction.py:_revive")
 
 LAUNCHES = {"consistency": 800, "policy": 1750, "cross_entropy": 700, "straight_through": 1100, "reconstruction": 1750}
 """What the device is asked to do in one update of two micro-batches, of two layers, in float32: at most so much."""
+COPIES = {"consistency": 7, "policy": 6, "cross_entropy": 6, "straight_through": 6, "reconstruction": 6}
+"""To the device in a step: the batch and numbers drawn on the CPU, at most so many."""
 CASTS = 1.35
 """How many times as much in bf16."""
 
@@ -137,6 +139,7 @@ def test_a_step_has_the_terms_of_the_cpu_and_waits_for_what_is_named(name, cuda)
     config = CASES_BY_NAME[name]
     terms, seen, measured = take_steps(config, CUDA)
     assert seen.waits == waits_of(config)
+    assert seen.copies.total() <= COPIES[config.kind]
     assert seen.launches.total() <= LAUNCHES[config.kind] * config.updates
     once = {"_fused_adamw_": 2, "_foreach_lerp_": 1, "lerp_": 0}  # whatever the number of weights; AdamW of each group
     assert {name: seen.launches[name] for name in once} == {k: count * config.updates for k, count in once.items()}

@@ -134,17 +134,17 @@ def test_credit_in_closed_form():
     kernel = torch.zeros(3, 5)
     kernel[1, 2], kernel[1, 3] = 0.75, 0.25  # its own cell, and the one to the right
     influence = Influence(kernel, torch.ones(3, 5))
-    smoothed = spatial_credit(maps, influence, Grid(2, 3, prefix=1))
+    smoothed = spatial_credit(maps, influence.matrix(Grid(2, 3)), Grid(2, 3, prefix=1))
     torch.testing.assert_close(smoothed[0], torch.tensor([2.5, 0.25, 1.25, 2, 3.25, 4.25, 5]))
     below = torch.zeros(3, 5)
     below[2, 2] = below[1, 2] = 0.5
-    smoothed = spatial_credit(maps, Influence(below, torch.ones(3, 5)), Grid(2, 3))
+    smoothed = spatial_credit(maps, Influence(below, torch.ones(3, 5)).matrix(Grid(2, 3)), Grid(2, 3))
     torch.testing.assert_close(smoothed[0], torch.tensor([1.5, 2.5, 3.5, 3, 4, 5]))
 
 
 def test_equal_cells_stay_equal_under_smoothing(rng):
     kernel = torch.rand(7, 5, generator=rng)
-    influence = Influence(kernel / kernel.sum(), torch.rand(7, 5, generator=rng) + 0.1)
+    influence = Influence(kernel / kernel.sum(), torch.rand(7, 5, generator=rng) + 0.1).matrix(Grid(4, 3))
     credit = spatial_credit(torch.full((1, 4, 3), -2.5), influence, Grid(4, 3, prefix=2))
     torch.testing.assert_close(credit, torch.full((1, 14), -2.5))
     maps = torch.rand(2, 4, 3, generator=rng)

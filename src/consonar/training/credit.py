@@ -22,10 +22,11 @@ from consonar.seeding import integers, permutation
 from consonar.types import Grid, Tokenizer
 
 
-def area_weights(source: int, target: int) -> Tensor:
+def area_weights(source: int, target: int, device: torch.device) -> Tensor:
     """(target, source), rows sum to 1: how much of target interval i lies in source interval j, both over [0, 1]."""
     # In units of 1 / (source * target), where all borders are whole numbers.
-    edges, borders = torch.arange(target + 1)[:, None] * source, torch.arange(source + 1) * target
+    edges = torch.arange(target + 1, device=device)[:, None] * source
+    borders = torch.arange(source + 1, device=device) * target
     return (torch.minimum(edges[1:], borders[1:]) - torch.maximum(edges[:-1], borders[:-1])).clamp_min(0) / source
 
 
@@ -34,8 +35,8 @@ def resize_to_grid(maps: Tensor, grid: Grid) -> Tensor:
 
     Average pooling where the places divide evenly; where a map is coarser than the grid, cells share its values.
     """
-    vertical, horizontal = area_weights(maps.shape[1], grid.rows), area_weights(maps.shape[2], grid.columns)
-    vertical, horizontal = (to_device(table, maps.device).to(maps.dtype) for table in (vertical, horizontal))
+    sizes = zip(maps.shape[1:], (grid.rows, grid.columns), strict=True)
+    vertical, horizontal = (area_weights(*size, maps.device).to(maps.dtype) for size in sizes)
     return vertical @ maps @ horizontal.T
 
 
@@ -120,10 +121,11 @@ def measure_influence(
     return Influence((sums / total).float(), (counts / total).float())
 
 
-def spatial_credit(maps: Tensor, influence: Influence | None, grid: Grid) -> Tensor:
+def spatial_credit(maps: Tensor, influence: Tensor | None, grid: Grid) -> Tensor:
     """One reward for each token: (B, N) <- rewards of the cells (B, rows, columns).
 
-    Without `influence` a token gets its own cell's reward, with it the mean over cells weighted by `Influence.matrix`.
+    Without `influence`, an `Influence.matrix` (M, M), a token gets its own cell's reward, with it the mean over cells
+    that it weighs.
     Prefix tokens have no place: they get the mean over all cells.
     """
     cells = maps.flatten(1)  # (B, M)
@@ -131,5 +133,5 @@ def spatial_credit(maps: Tensor, influence: Influence | None, grid: Grid) -> Ten
     prefix = cells.mean(1, keepdim=True).expand(-1, grid.prefix)
     if influence is not None:
         with exact(cells.device):  # bf16 would round away what sets cells apart
-            cells = cells @ to_device(influence.matrix(grid), cells.device).to(cells.dtype).T
+            cells = cells @ influence.to(cells.dtype).T
     return torch.cat([prefix, cells], 1)

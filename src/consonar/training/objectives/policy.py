@@ -29,7 +29,7 @@ from consonar.options import Count, Divisor, NotNegative, Positive, ReadOnlyWith
 from consonar.seeding import generator, uniform
 from consonar.training import losses
 from consonar.training import policy_gradient as policy
-from consonar.training.credit import Influence, measure_influence, spatial_credit, token_grid
+from consonar.training.credit import measure_influence, spatial_credit, token_grid
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
 from consonar.training.objectives.base import alignment_terms
 from consonar.training.rewards import TIES
@@ -165,13 +165,14 @@ class PolicyGradient(Alignment):
     def __init__(self, config: PolicyConfig, *args: Any, **settings: Any):
         super().__init__(config, *args, **settings)
         self.grid: Grid | None = None
-        self.influence: Influence | None = None
+        self.influence: Tensor | None = None
         if config.credit == "token":
             self.grid = token_grid(self.tokenizer)  # found out now and not after the first draws
-        if config.smooth_credit:
+        if config.smooth_credit and self.grid is not None:
             assert self.probe is not None, "images to measure the decoder with"
             tokens, rng = self.tokenizer.encode(self.probe()), generator(self.seed, "influence")
-            self.influence = measure_influence(self.tokenizer, tokens, num_positions=INFLUENCE_POSITIONS, rng=rng)
+            found = measure_influence(self.tokenizer, tokens, num_positions=INFLUENCE_POSITIONS, rng=rng)
+            self.influence = records.to_device(found.matrix(self.grid), tokens.device)
 
     @torch.no_grad()
     def reward(self, trainee: AlignmentTrainee, actions: Tensor, batch: EncodedBatch) -> Drawn:
