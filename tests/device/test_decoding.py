@@ -24,8 +24,9 @@ from consonar.sampling.decoder import Batch
 from consonar.sampling.job import Job, run_job
 from consonar.sampling.sample import decoder_of, draw_batch, sample_tokens
 from consonar.seeding import generator as seeded
+from consonar.types import PromptCondition, TextCondition
 
-GUIDED = SAMPLERS["guided"]
+GUIDED, PROMPTS = SAMPLERS["guided"], (TextCondition, PromptCondition)
 
 
 @pytest.fixture(params=KINDS)
@@ -103,6 +104,15 @@ def test_graphs_draw_the_tokens_of_the_cpu(cuda, model, condition) -> None:
         torch.testing.assert_close(spread.cpu(), entropy)
         captures.append(len(graphs.STATE.made))
     assert len(set(captures)) == 1 == len(decoder.batches)
+
+
+def test_a_condition_is_read_in_one_pass(model, condition) -> None:
+    """Under guidance that of the null rows too; and every token but the last in one of its own."""
+    seen = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[:2]))
+    sample_tokens(model, condition, range(3), GUIDED)
+    prefix = records.first_tensor(condition).shape[1] if isinstance(condition, PROMPTS) else model.prefix_length
+    assert seen == [(6, prefix), *[(6, 1)] * (model.num_tokens - 1)]
 
 
 def test_a_graph_reads_the_weights_of_today(cuda, tiny_generator) -> None:
