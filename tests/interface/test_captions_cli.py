@@ -15,7 +15,7 @@ from tiny_encoder import save_encoder
 
 from consonar.cli import main
 from consonar.cli.prompts import read_prompts
-from consonar.components import load_generator, load_own_text_encoder, load_tokenizer
+from consonar.components import load_generator, load_own_text_encoder, load_tokenizer, read_origin
 from consonar.convert.layouts.generators import LLAMAGEN
 from consonar.data.scenes import KINDS
 from consonar.data.splits import open_splits
@@ -65,6 +65,17 @@ def test_a_run_says_what_read_its_captions(place):
     assert list((place / "run/samples").glob("*.png"))
     lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     assert any("validation/cross_entropy" in line for line in lines)
+
+
+def test_a_recipe_takes_the_tokenizer_that_made_its_tokens(place, tmp_path, capsys):
+    main(["tokenize", "--tokenizer", "openmoji-64", "--data", "scenes:4", "--split", "train", "--out",
+          str(tmp_path / "tokens")])  # fmt: skip
+    words = ["train", "ar-scenes", "--data.tokens", str(tmp_path / "tokens"), "--data.validation-items", "0",
+             "--text-encoder", str(place / "enc"), "--loop.steps", "1", "--loop.batch-size", "4", *MODEL]  # fmt: skip
+    main([*words, "--out", str(tmp_path / "run"), "--quiet"])
+    assert read_origin(tmp_path / "run").tokenizer == "openmoji-64"
+    line = refusal(capsys, *words, "--out", str(tmp_path / "other"), "--tokenizer", "openmoji-64-f4")
+    assert "the tokenizer is 'openmoji-64'" in line and "in this run it is 'openmoji-64-f4'" in line
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(place):

@@ -10,7 +10,11 @@ from typing import Annotated
 import tyro
 
 from consonar.cli.parsing import Parsed, check_repeats, pairs, parse, take_option
+from consonar.data.mixture import store_paths
+from consonar.data.store_format import read_metadata
 from consonar.errors import UserError
+from consonar.files.readers import home_expanded
+from consonar.model_folders import SHIPPED
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentConfig
@@ -47,11 +51,23 @@ def command(args: Sequence[str]) -> None:
         args = [str(run / CONFIG), "--out", str(run), "--resume", *args[2:]]
     options = parse_run("train", args, Options, out=tyro.MISSING)
     if options is not None:
+        config = options.config
+        if args[0] in RECIPES and "--tokenizer" not in {word.partition("=")[0] for word in args}:
+            config = of_tokens(config)
         resume = options.resume or (None if options.resume_if_begun else False)
         if resume is False:  # before a device is asked
             check_folder(options.config, options.out, resume)
         sys.path.append(str(Path.cwd()))  # a reward of one's own lies in the working directory more often than not
-        train(options.config, options.out, resume=resume, stop_at=options.stop_at, quiet=options.quiet)
+        train(config, options.out, resume=resume, stop_at=options.stop_at, quiet=options.quiet)
+
+
+def of_tokens(config: TrainConfig) -> TrainConfig:
+    """The configuration of a recipe with the tokenizer of the package that made its tokens."""
+    if config.run == "generator" and config.data.tokens:
+        store = home_expanded(store_paths(config.data.tokens)[0])
+        made = read_metadata(store).tokenizer if store.is_dir() else None
+        return replace(config, tokenizer=made) if made in SHIPPED["tokenizer"] else config
+    return config
 
 
 def parse_run(command: str, args: Sequence[str], kind: Callable[..., Parsed], **needed: object) -> Parsed | None:
