@@ -14,7 +14,7 @@ from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap
 from consonar.errors import UserError
 from consonar.files.readers import has_keys
 from consonar.files.writers import check_replaced, write_json
-from consonar.report import check_page, filled, write_page
+from consonar.report import check_page, filled, shows_openmoji, write_page
 from consonar.report.charts import LOOKS, Line, Look, svg_chart
 from consonar.report.images import picture
 from consonar.report.tables import text_of
@@ -48,7 +48,6 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> Path:
 def render(diagnosis: Diagnosis, numbers: str) -> str:
     """The page as one string of HTML; `numbers` is the name of the file beside it."""
     source = diagnosis.provenance
-    said = str([source["data"], source["pictures"], source.get("tokenizer")]).lower()
     return filled(
         "diagnosis.html.jinja",
         runs=(),
@@ -57,7 +56,7 @@ def render(diagnosis: Diagnosis, numbers: str) -> str:
         parts=[(name, PARTS[name], finding, drawn(name, finding)) for name, finding in diagnosis.findings.items()],
         missing=[(PARTS[name].title, why) for name, why in diagnosis.unavailable.items()],
         provenance=[(key, text_of(value)) for key, value in flat(source, "")],
-        openmoji="openmoji" in said,
+        openmoji=shows_openmoji([source["data"], source["pictures"], source.get("tokenizer")]),
     )  # fmt: skip
 
 
