@@ -1,6 +1,7 @@
 """Memory: what is free; and when it is not enough, where it went, by part, and what to change, noted on the error."""
 
 import gc
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,12 @@ from consonar.attention import KVCache
 from consonar.errors import is_out_of_memory
 
 GIB = 2**30
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Of a control group of version 2, and of version 1: files of its limit and use, and the entry of memory.stat of what
+can be given up."""
 
 
 @contextmanager
@@ -50,9 +57,39 @@ def bytes_in_use(device: torch.device) -> int:
 
 
 def bytes_free(device: torch.device) -> int:
-    """Of a GPU's memory, what tensors may still take: what is nobody's, and what PyTorch keeps for such."""
+    """Of a GPU's memory, what tensors may still take: what is nobody's, and what PyTorch keeps for such. Of a CPU's,
+    what the system has left, and less where a group that this process is in (a container's, a job's) may take less; 0
+    where nothing is told."""
+    if device.type != "cuda":
+        return min([*left_in_system(), *left_in_groups()], default=0)
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def left_in_system() -> Iterator[int]:
+    """Of the whole machine; not on Linux all that it has, where that is told."""
+    told = Path("/proc/meminfo")
+    for line in told.read_text().splitlines() if told.exists() else []:
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+    if not told.exists() and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def left_in_groups(root: Path = Path("/")) -> Iterator[int]:
+    """What each control group of Linux, of either version, and each that it is in, may take yet; pages of files that
+    were not used of late are given up for it. `root`: where the system's files lie."""
+    told = root / "proc/self/cgroup"
+    groups = [line.split(":", 2) for line in told.read_text().splitlines()] if told.exists() else []
+    for kind, path in ((kind, path) for _, kinds, path in groups for kind in kinds.split(",") if kind in GROUP_FILES):
+        top, (most, used, idle) = root / "sys/fs/cgroup" / kind, GROUP_FILES[kind]
+        place = top / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if folder.is_relative_to(top) and (folder / used).exists() and (folder / most).exists():
+                limit, stat = (folder / most).read_text().strip(), (folder / "memory.stat").read_text().split()
+                unused = int(stat[stat.index(idle) + 1]) if idle in stat else 0
+                if limit.isdecimal():  # else "max"
+                    yield max(0, int(limit) - int((folder / used).read_text()) + unused)
 
 
 def parts_in_use(device: torch.device) -> dict[str, int]:

@@ -8,6 +8,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from consonar.errors import UserError
+from consonar.networks import text_encoders
+from consonar.networks.cleaning import cleaned
 from consonar.networks.text_encoders import load_text_encoder
 from consonar.types import TextEncoder
 
@@ -56,6 +58,34 @@ def test_features_are_the_last_hidden_states_and_stand_at_the_right(folder):
     torch.testing.assert_close(found.features[0, 3:], direct[0])
     assert [encoder.is_cut(caption) for caption in captions] == [False, True]
     assert [encoder.knows(caption) for caption in (*captions, "a red unicorn")] == [True, True, False]
+
+
+CLEANED = {
+    "A RED Dog,two cats": "a red dog, two cats",
+    "“A Dog’s” life — www.dogs.com/best": '"a dog\'s" life',
+    "this-is-my-cute-cat_2": "this is my cute cat 2",
+    "<b>Bold</b> &amp; #12 (IMG_0001.JPG)": "bold",
+    "@nick: 10x20 print, free shipping": "print",
+    "fish%20and+chips...": "fish and chips",
+    "猫 & ＣＡＴ": "cat",
+    "Page 3 of jc6640, 12.34.56.78": "of",
+}
+"""Captions, and what LlamaGen's released code makes of them."""
+
+
+def test_captions_are_cleaned_as_released():
+    assert {caption: cleaned(caption) for caption in CLEANED} == CLEANED
+    assert cleaned("<![a dog") == "<! a dog"  # where the released code fails
+
+
+def test_t5_reads_what_llamagen_cleaned_and_says_so(folder, monkeypatch):
+    encoder = load_text_encoder(str(folder), length=6)
+    is_t5 = encoder.network.config.model_type == "t5"
+    found = encoder.encode(["A RED dog (photo.jpg)", "a red dog"])
+    assert torch.equal(found.features[0], found.features[1]) == is_t5
+    assert encoder.is_cut("a dog (left of a cat)") != is_t5 == encoder.knows("(a dog)")
+    monkeypatch.setattr(text_encoders, "CLEANED", {})
+    assert (load_text_encoder(str(folder), length=6).fingerprint != encoder.fingerprint) == is_t5
 
 
 def test_a_caption_does_not_change_that_of_another_row(folder):

@@ -4,7 +4,6 @@
 Letters: `B` batch, `L` positions.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from consonar.attention import CausalAttention
 from consonar.cpu import kernels_mode, timing
 from consonar.cpu.timing import Way
+from consonar.memory import bytes_free
 from consonar.seeding import generator_of
 from consonar.types import Weights
 
@@ -31,8 +31,9 @@ TIMED_BYTES = 2**25
 # Tokens of a batch from which on copies of the weights are worth making: a copy takes the time of some four products,
 # and with it a product three quarters of what it takes without.
 FEWEST_TOKENS = 64
-# Share of the machine's memory that they may take.
+# Share of the free memory that they may take.
 MOST_MEMORY = 1 / 8
+CPU = torch.device("cpu")
 Model = TypeVar("Model", bound=Weights)
 
 
@@ -80,7 +81,7 @@ def ordered_weights(generator: object, num_rows: int, num_tokens: int) -> Iterat
     """
     layers = [one for one in generator.modules() if isinstance(one, Linear)] if isinstance(generator, nn.Module) else []
     layers = [one for one in layers if can_be_ordered(one.weight) and prefers_order(num_rows, *one.weight.shape)]
-    enough = sum(one.weight.nbytes for one in layers) <= MOST_MEMORY * physical_memory()
+    enough = sum(one.weight.nbytes for one in layers) <= MOST_MEMORY * bytes_free(CPU)
     layers = layers if enough and num_tokens >= FEWEST_TOKENS else []
     try:
         for layer in layers:
@@ -94,11 +95,6 @@ def ordered_weights(generator: object, num_rows: int, num_tokens: int) -> Iterat
 def can_be_ordered(weight: Tensor) -> bool:
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST_WEIGHT
     return HAS_ONEDNN and fits and not torch.is_autocast_enabled("cpu")
-
-
-def physical_memory() -> int:
-    """Bytes; 0 where the system does not say."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def prefers_onednn(num_rows: int, width_out: int, width_in: int) -> bool:

