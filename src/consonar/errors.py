@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+MOST_CHOICES = 60
+"""Choices that are listed."""
 LONGEST_CAUSE = 200
 """Characters kept of what a parser said."""
 OUT_OF_MEMORY = (
@@ -49,7 +51,8 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     folded = {name.casefold(): name for name in reversed(names)}
     close = get_close_matches(str(value).casefold(), folded, n=1)
     hint = f" (did you mean {folded[close[0]]!r}?)" if close else ""
-    listed = f"choices: {', '.join(names)}" if names else "there are none"
+    more = f" and {len(names) - MOST_CHOICES} more" if len(names) > MOST_CHOICES else ""
+    listed = f"choices: {', '.join(names[:MOST_CHOICES])}{more}" if names else "there are none"
     return UserError(f"{what}: unknown {value!r}{hint}; {listed}")
 
 

@@ -10,6 +10,7 @@ by the official implementation, which ours reproduces, and the list of all keys 
 converter takes. No released file was at hand when this was written.
 """
 
+import logging
 import re
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -257,7 +258,13 @@ def download(repository: str, file: str) -> str:
     """The path of a hub file on this machine; the only place that touches the network."""
     from huggingface_hub import hf_hub_download
 
-    return hf_hub_download(repo_id=repository, filename=file)
+    told = logging.getLogger("huggingface_hub")  # of every attempt that failed; the last one is an error
+    level = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        return hf_hub_download(repo_id=repository, filename=file)
+    finally:
+        told.setLevel(level)
 
 
 def read_index(index: Path) -> dict[str, str]:

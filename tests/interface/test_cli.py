@@ -272,7 +272,10 @@ WRONG = {
     "device": (["sample", "RUN", "--out", "OUT.png", "--device", "tpu"], "cuda"),
     "run exists": (["train", "YAML", "--out", "RUN"], "--resume"),
     "resume of another": (["train", "YAML", "--out", "RUN", "--resume", "--seed", "3"], "optim.lr"),
-    "no tokens": (["train", "YAML", "--out", "OUT", "--data.tokens", "nowhere"], "consonar tokenize"),
+    "no tokens": (
+        ["train", "YAML", "--out", "OUT", "--data.tokens", "no/scenes-2"],
+        "--data scenes --out no/scenes-2",
+    ),
     "samples missing": (["evaluate", "nowhere.npz", "--reference", "openmoji"], "nowhere.npz"),
     "report of nothing": (["report", "nowhere", "--out", "OUT.html"], "nowhere"),
 }

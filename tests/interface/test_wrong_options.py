@@ -143,6 +143,8 @@ def test_the_nearest_choice_is_suggested_in_any_case():
     assert "did you mean 'fp32'?" in str(unknown("loop.precision", "FP32", ["auto", "fp32", "bf16"]))
     assert "did you mean 'Objects'?" in str(unknown("--classes", "objects", ["Objects", "Flags"]))
     assert "did you mean" not in str(unknown("x", "nothing", ["FP32", "A"]))
+    many = str(unknown("--classes", "N 999", [f"n{i}" for i in range(1000)]))
+    assert "did you mean 'n999'" in many and many.endswith("n58, n59 and 940 more")
 
 
 def test_a_tracker_that_is_named_twice_is_refused():

@@ -1,6 +1,7 @@
 """`hf:` names: which file they mean, conversion once, and one line when a file cannot be had. Nothing is downloaded."""
 
 import json
+import logging
 import shutil
 import threading
 import time
@@ -95,6 +96,17 @@ def test_names_that_mean_nothing(name, cache):
         load_tokenizer(name)
     with pytest.raises(UserError, match="'big' behind @ is not an image size"):
         load_tokenizer("hf:rar-b@big")
+
+
+def test_attempts_to_download_that_fail_are_one_line_together(cache, monkeypatch, caplog):
+    def fail(**_: str) -> str:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(UserError, match=r"cannot download rar_b\.bin of https.*\(no network\); get it elsewhere"):
+        load_generator("hf:rar-b")
+    assert not caplog.records
 
 
 def test_a_file_is_downloaded_and_converted_once(hub_files, cache):

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 from consonar.data.cifar10 import open_cifar10
 from consonar.data.huggingface import dataset_splits, open_dataset
@@ -78,6 +79,12 @@ def find_source(spec: str) -> tuple[SourceKind, str]:
     if home_expanded(spec).exists():
         return SOURCES["imagefolder"], spec
     raise UserError(f"data: {spec!r} is neither a folder nor a known source; choices: {choices()}")
+
+
+def named_after(place: str) -> str:
+    """The source that a folder at `place` is called after, as tokens/scenes is; "..." for none."""
+    own = [name for name, kind in SOURCES.items() if "" in kind.targets and Path(place).name.startswith(name)]
+    return own[0] if own else "..."
 
 
 def check_mirrored(spec: str, key: str, value: object) -> None:

@@ -21,7 +21,7 @@ from consonar.data.labels import describe
 from consonar.data.loader import ImageBatches, Place, TokenBatches, image_batches
 from consonar.data.mixture import TokenStores, as_one, store_paths
 from consonar.data.picture_files import save_grid
-from consonar.data.sources import check_mirrored, choices
+from consonar.data.sources import check_mirrored, choices, named_after
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
@@ -203,7 +203,7 @@ def open_store(words: str | None, key: str, tokenizer: str, views: str | None = 
     for path in store_paths(words):
         if not home_expanded(path).exists():
             split = " --split validation" if "validation" in key else ""
-            made = f"{command} --data openmoji{split} --out {path}"
+            made = f"{command} --data {named_after(path)}{split} --out {path}"
             raise UserError(f"{key}: no token store at {path}; make it with: {made}")
         stores.append(store := TokenStore.open(path))
         if views not in (None, store.metadata.views):
