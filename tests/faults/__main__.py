@@ -1,18 +1,21 @@
-"""`python -m tests.faults writes [COMMAND ...] [--every]`: a write of each kind (or every one) fails, in every command.
-`python -m tests.faults asked [COMMAND ...] [--every]`: at each of them the command gets SIGTERM.
+"""`python -m tests.faults writes [COMMAND ...] [--every] [--from N]`: a write of each kind (or every one) fails, in
+every command. Ctrl-C says with what words it goes on.
+`python -m tests.faults asked [COMMAND ...] [--every] [--from N]`: at each of them the command gets SIGTERM.
 `python -m tests.faults soak [--rounds N] [--seed S] [JOB ...]`: jobs are killed N times each, and go on."""
 
 import argparse
 import random
+import shlex
 import sys
 import tempfile
+from bisect import bisect_left
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from faults.server import Server
 from faults.soak import JOBS, Soak
-from faults.world import COMMANDS, make
+from faults.world import COMMANDS, fill, make
 from faults.writes import Trials, kinds
 
 
@@ -29,16 +32,23 @@ def soak(names: list[str], rounds: int, seed: int, before: Path, server: Server)
     return wrong
 
 
-def writes(names: list[str], every: bool, before: Path, server: Server, asked: bool = False) -> int:
+def writes(names: list[str], every: bool, first: int, before: Path, server: Server, asked: bool = False) -> int:
     wrong = 0
-    for name in names or COMMANDS:
+    for name in names:
         trials = Trials(server, before, COMMANDS[name])
         chosen = range(len(trials.writes)) if every else kinds(trials.writes)
         print(f"{name}: {len(chosen)} of {len(trials.writes)} writes", flush=True)
-        for at in chosen:
-            for fault in trials.asked(at) if asked else trials.fail(at):
+        for at in chosen[bisect_left(chosen, first) :]:
+            try:
+                faults = trials.asked(at) if asked else trials.fail(at)
+            except KeyboardInterrupt:
+                left = " ".join(map(shlex.quote, names[names.index(name) :]))
+                print(f"stopped: what is left is {left} --from {at}{' --every' * every}", flush=True)
+                return wrong + 1
+            for fault in faults:
                 print(f"  {fault}", flush=True)
                 wrong += 1
+        first = 0
     return wrong
 
 
@@ -49,16 +59,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--every", action="store_true")
+    parser.add_argument("--from", dest="first", type=int, default=0, help="number of a write of the first command")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder).resolve() / "before"
         before.mkdir()
         server = Server(before.with_name("scratch"), CONSONAR_KERNELS="pytorch", CONSONAR_CACHE="cache")
+        fill(before)
         make(before, server)
         if given.what == "soak":
             wrong = soak(given.names, given.rounds, given.seed, before, server)
         else:
-            wrong = writes(given.names, given.every, before, server, given.what == "asked")
+            names = given.names or list(COMMANDS)
+            wrong = writes(names, given.every, given.first, before, server, given.what == "asked")
         server.close()
     return 1 if wrong else 0
 

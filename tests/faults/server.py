@@ -1,16 +1,21 @@
-"""One process that has imported everything starts each command as a child of its own: a start takes milliseconds.
+"""One process that has imported what commands import starts each as a child of its own: a start takes milliseconds.
 
-A child is `consonar WORDS` in a folder of its own, whose writes are answered by who asked for it (`syscalls`).
+A child is `consonar WORDS` in a folder of its own, whose writes are answered by who asked for it (`syscalls`). What it
+imported while it ran, the server imports before the next.
 """
 
+import atexit
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,18 +29,6 @@ from consonar.cli import main
 from consonar.networks import FEATURE_NETWORKS
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = (
-    "train",
-    "sample",
-    "tokenize",
-    "evaluate",
-    "convert",
-    "report",
-    "sweep",
-    "diagnose",
-    "import_tokens",
-    "plan",
-)
 VARIABLE = re.compile(r"[A-Z_]+=")
 WRITING = {
     "os.rename",
@@ -104,20 +97,23 @@ class Server:
 
     def close(self) -> None:
         self.socket.close()
+        self.process.kill()  # sooner than it takes PyTorch to pieces
         self.process.wait()
 
 
 def serve(ours: socket.socket) -> None:
     FEATURE_NETWORKS["quarters"] = lambda device: Quarters()
-    for name in COMMANDS:
-        import_module(f"consonar.cli.{name}")
     asked = ours.makefile("r")
     while line := asked.readline():
         request = json.loads(line)
+        imported = Path(request["scratch"]) / "imported"
+        for name in imported.read_text().split() if imported.exists() else ():
+            with suppress(Exception):  # one that only what runs can import
+                import_module(name)
+        imported.unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
             child(ours, **request)
-            return
         _, status = os.waitpid(pid, 0)
         ours.sendall(str(os.waitstatus_to_exitcode(status)).encode())
 
@@ -131,6 +127,7 @@ def child(ours: socket.socket, words: list[str], folder: str, scratch: str) -> N
         os.dup2(file, number)
     (Path(scratch) / "lines").unlink(missing_ok=True)
     found: set[str] = set()
+    had = set(sys.modules)
     sys.addaudithook(lambda event, about: note_lines(event, about, found))
     try:
         descriptor = listener()
@@ -140,10 +137,28 @@ def child(ours: socket.socket, words: list[str], folder: str, scratch: str) -> N
     socket.send_fds(ours, [str(os.getpid()).encode()], [descriptor])
     os.close(descriptor)
     ours.close()
+    code = status(words)
+    (Path(scratch) / "lines").write_text("\n".join(found))
+    (Path(scratch) / "imported").write_text("\n".join(sys.modules.keys() - had))
+    os._exit(code)
+
+
+def status(words: list[str]) -> int:
+    """`consonar WORDS` to the end of its threads, and its status: of how an interpreter ends without the second that
+    taking PyTorch to pieces takes."""
     try:
         main(words)
-    finally:
-        (Path(scratch) / "lines").write_text("\n".join(found))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def note_lines(event: str, about: tuple[object, ...], found: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,8 +91,8 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def make(root: Path, server: Server) -> None:
-    """Fills `root`. Raises AssertionError with what a command said that failed."""
+def fill(root: Path) -> None:
+    """Writes into `root` what no command makes: pictures, configurations, files of others."""
     save_pictures(root / "pictures")
     (save_pictures(root / "mixed") / "train" / "a" / "broken.png").write_bytes(b"no picture")
     lines = [json.dumps({"class_id": label, "tokens": [label] * 16}) for label in range(2)]
@@ -102,6 +103,10 @@ def make(root: Path, server: Server) -> None:
             tar.add(root / "pictures" / "train" / "abc"[index] / f"{index:03d}.png", "a.png")
     for name, content in FILES.items():
         (root / name).write_text(yaml.safe_dump(content, sort_keys=False))
-    for words in MADE:
+
+
+def make(root: Path, server: Server, commands: Sequence[Sequence[str]] = MADE) -> None:
+    """Calls commands in `root`. Raises AssertionError with what one said that failed."""
+    for words in commands:
         ended = server.run(words, root)
         assert ended.code == 0, (words, ended.err)
