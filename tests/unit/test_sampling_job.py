@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from consonar.components import save_generator
+from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.files import shared_work
 from consonar.files.lock import hold
@@ -61,6 +64,25 @@ def counted(monkeypatch):
     drawn, original = [], jobs.draw
     monkeypatch.setattr(jobs, "draw", lambda *a, **k: drawn.append(len(a[2])) or original(*a, **k))
     return drawn
+
+
+def test_pictures_are_reduced_before_they_are_clamped(tiny_generator, tokenizer, tmp_path):
+    def job(image_size):
+        labels = jobs.balanced_labels(COUNT, 3)
+        return jobs.Job(
+            tiny_generator(), tokenizer, labels, seed=0, sampler=SamplerConfig(), source="x", image_size=image_size
+        )
+
+    with np.load(jobs.run_job(job(12), tmp_path / "a.npz")) as found:
+        pictures, tokens = found["arr_0"], torch.from_numpy(found["tokens"])
+        assert json.loads(str(found["settings"]))["image_size"] == 12
+    whole = tokenizer.decode(tokens)
+    expected = to_uint8(F.interpolate(whole, (12, 12), mode="bicubic").clamp(-1, 1)).numpy()
+    assert np.abs(pictures.astype(int) - expected).max() <= 1 < np.ptp(expected)
+    assert "image_size" not in job(None).settings
+    for wrong in (0, 17, "12"):
+        with pytest.raises(UserError, match=f"^image_size: {wrong} is not from 1 to 16"):
+            job(wrong)
 
 
 def ended_while_it_tidies(monkeypatch):

@@ -50,6 +50,8 @@ class Options:
     """What reads prompts (default: what the generator was trained with): minilm, a folder, OWNER/NAME."""
     tokenizer: str | None = None
     """Name or folder (default: the one it was trained with)."""
+    image_size: int | None = None
+    """Pixels that pictures are reduced to, bicubic, such as 256 of 384 for ADM's reference (default: as decoded)."""
     seed: int = 0
     """Seed of the first image; image i has seed + i."""
     batch_size: int = 64
@@ -83,6 +85,7 @@ def command(options: Options) -> None:
         job = Job(
             model, codec, labels, seed=options.seed, sampler=options.sampler, source=options.generator, origin=origin,
             precision=precision, device=world.device, compile=options.compile, prompts=prompts,
+            image_size=options.image_size,
         )  # fmt: skip
         smaller = f"lower --batch-size ({options.batch_size})"
         with counting("sample", world.is_main) as count, memory.explained(smaller, world.device):

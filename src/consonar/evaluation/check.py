@@ -153,7 +153,7 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
             seed=record.get("samples.settings.seed", int),
             sampler=from_dict(record.get("samples.settings.sampler", dict), str(record.path), SamplerConfig),
             source=source, origin=read_origin(source), precision=made.get("precision", "fp32"),
-            prompts=prompts,
+            prompts=prompts, image_size=made.get("image_size"),
         )  # fmt: skip
         if job.settings["labels_sha256"] == made.get("labels_sha256"):
             return run_job(job, to, batch_size=settings.batch_size)

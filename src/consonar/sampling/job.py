@@ -76,9 +76,9 @@ class Job:
     generator of captions it is of prompt labels[i] of `prompts`, with their features.
 
     The generator is called `source`, and `origin` is what it was made of. `device`: where both models are moved to;
-    None: where the generator is. `precision` is one of `precision.CHOICES`; `compile` compiles the decoder. Raises
-    `UserError` for a seed outside that range, wrong classes, a tokenizer that does not fit, one that `origin` does not
-    name, and another precision.
+    None: where the generator is. `precision` is one of `precision.CHOICES`; `compile` compiles the decoder; pictures
+    are reduced to `image_size`. Raises `UserError` for a seed outside that range, wrong classes, a tokenizer that does
+    not fit, one that `origin` does not name, another precision, and a size above the tokenizer's.
     """
 
     def __init__(
@@ -95,8 +95,11 @@ class Job:
         device: torch.device | None = None,
         compile: bool = False,
         prompts: Prompts | None = None,
+        image_size: int | None = None,
     ) -> None:
         check_seed(seed, "seed", len(labels))
+        if image_size is not None and image_size not in range(1, tokenizer.image_size + 1):
+            raise UserError(f"image_size: {image_size} is not from 1 to {tokenizer.image_size}, which are decoded")
         device = device or device_of(generator)
         self.precision = pick_precision(precision, device, "precision", "sampling")
         check_fit(generator, tokenizer, sampler)
@@ -118,12 +121,14 @@ class Job:
             "num_samples": len(labels),
             "labels_sha256": component_fingerprint({}, {"labels": labels}),
             **({} if prompts is None else {"prompts": list(prompts.texts), "text_encoder": prompts.fingerprint}),
+            **({} if image_size is None else {"image_size": image_size}),
             "precision": self.precision,
             "torch": torch.__version__,
         }
         # By now hashed as they came.
         self.generator = with_weights(generator, self.precision, device)
-        self.pictures = PictureDecoder(with_weights(tokenizer, self.precision, device), compile=compile)
+        decoding = with_weights(tokenizer, self.precision, device)
+        self.pictures = PictureDecoder(decoding, compile=compile, image_size=image_size)
 
     def condition(self, rows: slice) -> Condition:
         """Of the images `rows`."""

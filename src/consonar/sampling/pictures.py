@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from consonar import memory
 from consonar.compiling import compiled
@@ -41,20 +42,26 @@ def bytes_of_image(tokenizer: Tokenizer, tokens: Tensor) -> int:
 class PictureDecoder:
     """Decodes the batches of a job, each in equal parts that are as large as the first batch found to fit.
 
-    `compile`: the network is compiled for the largest part so far (`Compiled`). Raises `UserError` for a tokenizer that
-    has no `pixels`.
+    `compile`: the network is compiled for the largest part so far (`Compiled`). `image_size`: pictures are reduced to
+    it as LlamaGen's sampler reduces them, bicubic, not antialiased, before they are clamped. Raises `UserError` for a
+    tokenizer that has no `pixels`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, compile: bool = False):
-        self.tokenizer, self.at_once = tokenizer, 0
+    def __init__(self, tokenizer: Tokenizer, *, compile: bool = False, image_size: int | None = None):
+        self.tokenizer, self.at_once, self.image_size = tokenizer, 0, image_size
         self.codec = compiled(tokenizer, "pixels") if compile else tokenizer
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of tokens (B, N)."""
         self.at_once = self.at_once or images_at_once(self.tokenizer, tokens)
         parts = tokens.chunk(-(-len(tokens) // self.at_once))
-        images = [self.codec.decode(part).float().clamp(-1, 1) for part in parts]
+        images = [self.reduced(self.codec.decode(part).float()).clamp(-1, 1) for part in parts]
         return torch.cat(images) if len(images) > 1 else images[0]
+
+    def reduced(self, images: Tensor) -> Tensor:
+        if self.image_size in (None, images.shape[-1]):
+            return images
+        return F.interpolate(images, (self.image_size, self.image_size), mode="bicubic")
 
 
 @contextmanager
