@@ -61,7 +61,7 @@ class PictureDecoder:
     def reduced(self, images: Tensor) -> Tensor:
         if self.image_size in (None, images.shape[-1]):
             return images
-        return F.interpolate(images, (self.image_size, self.image_size), mode="bicubic")
+        return F.interpolate(images, self.image_size, mode="bicubic")
 
 
 @contextmanager
