@@ -254,7 +254,7 @@ def measure(count: int) -> None:
         images[f"{size} px"], truths = drawn(scenes.Scenes("validation", size, count=count))
     plain = images["64 px"]
     images["64 px, softened"] = 2 * soften((plain + 1) / 2, torch.Generator().manual_seed(0)) - 1
-    for name in ("openmoji-64-f4", "openmoji-64"):
+    for name in ("scenes-64-f4", "scenes-64", "openmoji-64-f4", "openmoji-64"):
         tokenizer = load_tokenizer(name)
         images[f"64 px, through {name}"] = torch.cat([tokenizer.decode(tokenizer.encode(x)) for x in plain.split(64)])
     figures = {name: accuracy(look(detector, of), truths) for name, of in images.items()}

@@ -25,7 +25,7 @@ from consonar.sweeps.work import Place
 HERE = Path(__file__).parent
 NAMES = {"cpu": "text", "gpu": "text-gpu"}
 SCENES = {"cpu": "scenes:8000", "gpu": "scenes:100000"}
-TOKENIZER = "openmoji-64"
+TOKENIZER = "scenes-64"
 PROMPTS, PER_PROMPT = 400, 1
 """Captions of held-out scenes, as many of each kind, and pictures of each."""
 TITLES = {

@@ -17,7 +17,10 @@ from consonar.tokenizers import TOKENIZERS, resized
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Kind, ModelConfig
 
-SHIPPED = {"generator": ("openmoji",), "tokenizer": ("openmoji-64", "openmoji-64-f4", "cifar10-32")}
+SHIPPED = {
+    "generator": ("openmoji",),
+    "tokenizer": ("openmoji-64", "openmoji-64-f4", "cifar10-32", "scenes-64", "scenes-64-f4"),
+}
 """Models whose weights are part of the package."""
 PACKAGE = Path(__file__).parent
 Config = TypeVar("Config", bound=ModelConfig)

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from consonar.components import load_tokenizer
 from consonar.data.scenes import KINDS, Scenes, read_caption
 from consonar.data.transforms import from_uint8
 from consonar.errors import UserError
 from consonar.evaluation.compositional import SCORE, ceilings, shares
 from consonar.metrics.shares import mean_of, wilson
+from consonar.model_folders import shipped_or_folder
 from consonar.networks.scene_claims import claims, degree, degrees, holds, kind_of
 from consonar.networks.scene_detector import Found, Sight, load_scene_detector, look
+from consonar.recipes import find_recipe
 
 CAPTION = "two red apples above a small dog on a pale blue ground"
 APPLES = [Found("apple", "red", 0.9, x, 0.25, 0.4) for x in (0.25, 0.75)]
@@ -72,6 +75,20 @@ def test_the_detector_sees_held_out_scenes_and_tells_wrong_captions(size):
     assert look(detector, torch.zeros(1, 3, size, size))[0].ground == ""
     with pytest.raises(UserError, match="pictures of 32 px or more, not of 16"):
         look(detector, images[:, :, :16, :16])
+
+
+@pytest.mark.parametrize(("name", "least"), [("scenes-64", 18), ("scenes-64-f4", 26)])
+def test_the_shipped_tokenizers_keep_what_captions_say(name, least):
+    """Of 32 scenes; the model cards have 400."""
+    tokenizer, folder = load_tokenizer(name), shipped_or_folder("tokenizer", name)
+    assert tokenizer.config == find_recipe(f"tokenizer-{name}").model and tokenizer.name == name
+    assert (folder / "model.safetensors").stat().st_size < 8e6
+    assert tokenizer.fingerprint in (folder / "README.md").read_text()
+    scenes = list(Scenes("validation", count=32))
+    images = from_uint8(torch.from_numpy(np.stack([np.asarray(record.image) for record in scenes])))
+    sights = look(load_scene_detector(), tokenizer.decode(tokenizer.encode(images)))
+    kept = [holds(read_caption(str(scene.caption)), sight) for scene, sight in zip(scenes, sights, strict=True)]
+    assert sum(kept) >= least
 
 
 def test_ceilings_are_of_each_different_prompt():
