@@ -24,9 +24,9 @@ from consonar.sampling.decoder import Batch
 from consonar.sampling.job import Job, run_job
 from consonar.sampling.sample import decoder_of, draw_batch, sample_tokens
 from consonar.seeding import generator as seeded
-from consonar.types import PromptCondition, TextCondition
+from consonar.types import PromptCondition
 
-GUIDED, PROMPTS = SAMPLERS["guided"], (TextCondition, PromptCondition)
+GUIDED = SAMPLERS["guided"]
 
 
 @pytest.fixture(params=KINDS)
@@ -111,7 +111,7 @@ def test_a_condition_is_read_in_one_pass(model, condition) -> None:
     seen = []
     model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[:2]))
     sample_tokens(model, condition, range(3), GUIDED)
-    prefix = records.first_tensor(condition).shape[1] if isinstance(condition, PROMPTS) else model.prefix_length
+    prefix = condition.tokens.shape[1] if isinstance(condition, PromptCondition) else model.prefix_length
     assert seen == [(6, prefix), *[(6, 1)] * (model.num_tokens - 1)]
 
 
