@@ -69,7 +69,7 @@ REVIVAL = ("nonzero", "training/objectives/reconstruction.py:_revive")
 
 LAUNCHES = {"consistency": 800, "policy": 1750, "cross_entropy": 700, "straight_through": 1100, "reconstruction": 1750}
 """What the device is asked to do in one update of two micro-batches, of two layers, in float32: at most so much."""
-COPIES = {"consistency": 7, "policy": 6, "cross_entropy": 6, "straight_through": 6, "reconstruction": 6}
+COPIES = {"consistency": 7, "policy": 6, "cross_entropy": 5, "straight_through": 2, "reconstruction": 3}
 """To the device in a step: the batch and numbers drawn on the CPU, at most so many."""
 CASTS = 1.35
 """How many times as much in bf16."""
