@@ -27,7 +27,9 @@ from consonar.sampling.sample import SamplerConfig, decoder_of, draw_batch, samp
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import gumbel_noise
+from consonar.training.rewards import PlacedReward, Rewards, squared_errors
 from consonar.training.run import train
+from consonar.types import ImageBatch
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +114,25 @@ def test_samples_are_decoded_beside_the_next_tokens(tiny_generator, tokenizer) -
     low = sample(*models, labels, batch_size=4)
     assert low.precision == "bf16" and low.images.isfinite().all() and low.entropy.min() > 0
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # PyTorch's default
+
+
+def test_chunks_decoded_beside_the_judging_of_others_are_worth_the_same(tokenizer) -> None:
+    """Either takes its time before it reads or writes, so that what is not waited for would be seen."""
+    model, rng = tokenizer.cuda(), torch.Generator().manual_seed(0)
+    tokens = torch.randint(32, (24, 16), generator=rng).cuda()
+    images = torch.rand(24, 3, model.image_size, model.image_size, generator=rng).cuda()
+    batch = ImageBatch(images, torch.zeros(24, dtype=torch.int64).cuda())
+
+    def late(work):
+        return lambda *given: (torch.cuda._sleep(2**23), work(*given))[1]
+
+    rewards = {"mse": PlacedReward(late(squared_errors))}
+    worth = [
+        Rewards(rewards, {"mse": 1.0}, chunk=chunk).measure(tokens, batch, decode=late(model.decode))[0]
+        for chunk in (24, 2, 3)
+    ]
+    for parts in worth[1:]:
+        torch.testing.assert_close(parts, worth[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_decoder_makes_the_same_pictures(tokenizer) -> None:
