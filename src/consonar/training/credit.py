@@ -35,9 +35,9 @@ def resize_to_grid(maps: Tensor, grid: Grid) -> Tensor:
 
     Average pooling where the places divide evenly; where a map is coarser than the grid, cells share its values.
     """
-    sizes = zip(maps.shape[1:], (grid.rows, grid.columns), strict=True)
-    vertical, horizontal = (area_weights(*size, maps.device).to(maps.dtype) for size in sizes)
-    return vertical @ maps @ horizontal.T
+    tall, wide = (maps.shape[1], grid.rows), (maps.shape[2], grid.columns)
+    tables = {size: area_weights(*size, maps.device).to(maps.dtype) for size in {tall, wide}}  # a square has one
+    return tables[tall] @ maps @ tables[wide].T
 
 
 def relative_offsets(grid: Grid) -> tuple[Tensor, Tensor]:
