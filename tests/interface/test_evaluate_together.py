@@ -2,58 +2,50 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Quarters
+from processes import call, on_two
+from torch.nn import functional
 
-from consonar import cli
+from consonar import cli, networks
 from consonar.components import save_generator, save_tokenizer
+from consonar.errors import UserError
 from consonar.origin import Origin
 
-PROGRAM = """
-import os, sys, torch
-from glob import glob
-from torch.nn import functional
-from consonar import cli, networks
 
-class Quarters:
-    name, weights_sha256, num_features, num_spatial = "quarters", "q" * 64, 12, 48
+class Spatial(Quarters):
+    """`Quarters` with maps and classes, that rank `breaks` does not have."""
+
+    num_spatial = 48
+
+    def __init__(self, breaks):
+        self.breaks = breaks
+
     def __call__(self, images):
-        if sys.argv[1] == os.environ.get("RANK"):
-            from consonar.errors import UserError
+        if self.breaks == os.environ.get("RANK"):
             raise UserError("this process has no network")
-        return functional.adaptive_avg_pool2d(images, 2).flatten(1)
+        return super().__call__(images)
+
     def outputs(self, images):
         maps = functional.adaptive_avg_pool2d(images, 4).flatten(1)
         return self(images), maps, maps.softmax(1)
 
-networks.FEATURE_NETWORKS["quarters"] = lambda device: Quarters()
-torch.set_num_threads(1)
-cli.main(sys.argv[2:])
-# Those of the group end with it: alive when the interpreter ends they abort, now and then.
-assert not any("gloo" in open(name).read() for name in glob("/proc/self/task/*/comm"))
-"""
-TOGETHER = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+
+def evaluate(breaks, words):
+    networks.FEATURE_NETWORKS["quarters"] = lambda device: Spatial(breaks)
+    try:
+        cli.main(["evaluate", *map(str, words), "--feature-network", "quarters"])
+    finally:  # threads of the group end with it: alive when the interpreter ends they abort, now and then
+        assert not any("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
 
 
-def processes(words, cache, ranks=("0", "1"), breaks="-"):
-    """Status, output and errors of every process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        world = TOGETHER | {"MASTER_PORT": str(free.getsockname()[1])} if len(ranks) > 1 else {}
-    words = [sys.executable, "-c", PROGRAM, breaks, "evaluate", *map(str, words), "--feature-network", "quarters"]
-    started = [
-        subprocess.Popen(
-            words, env=os.environ | world | {"RANK": rank, "CONSONAR_CACHE": str(cache)}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in ranks
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in started]
-    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+def processes(words, cache, ranks=2, breaks="-"):
+    """How every process ended."""
+    start = on_two if ranks == 2 else lambda *given, **settings: [call(*given, **settings)]
+    return start(evaluate, breaks, words, CONSONAR_CACHE=str(cache))
 
 
 @pytest.fixture
@@ -70,7 +62,7 @@ def samples(tmp_path):
 def test_two_processes_give_the_numbers_of_one_in_any_order_and_batch(samples):
     wanted = "fd,sfd,kid,is,precision,recall,density,coverage,fd-infinity,fd-per-class"
     words = ["--reference", samples / "known.npz", "--metrics", wanted, "--draws", "3"]
-    alone = processes([samples / "a.npz", *words, "--out", samples / "1.json"], samples / "cache-1", ranks=("0",))
+    alone = processes([samples / "a.npz", *words, "--out", samples / "1.json"], samples / "cache-1", ranks=1)
     assert alone[0][0] == 0, alone
     both = processes([samples / "b.npz", *words, "--out", samples / "2.json", "--batch-size", "7"], samples / "cache-2")
     assert [status for status, *_ in both] == [0, 0], both
@@ -115,7 +107,7 @@ def test_two_processes_share_runs(tiny_generator, tokenizer, tokenizer_folder, p
             words = [run, "--reference", picture_folder]
             if name == "generator":
                 words += ["--num-samples", "10", "--draws", "2", "--batch-size", "4", "--temperatures", "1,0.8"]
-            ended = processes(words, tmp_path / f"cache-{count}", ranks=("0", "1")[:count])
+            ended = processes(words, tmp_path / f"cache-{count}", ranks=count)
             assert [status for status, *_ in ended] == [0] * count, ended
             assert all(out == "" for _, out, _ in ended[1:])
         of = "results.json" if name == "generator" else "reconstruction.json"

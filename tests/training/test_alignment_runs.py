@@ -249,16 +249,8 @@ def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
     load_generator(run / "best")
 
 
-WORKER = """
-import os, sys, torch
-from pathlib import Path
-from consonar.recipes import read_config
-from consonar.training.run import train
-torch.set_num_threads(1)
-for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
-    os.environ["MASTER_PORT"] = port
-    train(read_config(Path(path)), Path(path).with_suffix(""), quiet=True)
-"""
+def train_quietly(config, out):
+    train(config, out, quiet=True)
 
 
 def test_two_processes_draw_and_learn_what_one_does(make, tmp_path):
@@ -272,7 +264,7 @@ def test_two_processes_draw_and_learn_what_one_does(make, tmp_path):
         "held": make(OBJECTIVES["held"], loop=steps),
         "ste": make(OBJECTIVES["ste"], loop=steps),
     }
-    run_on_two(WORKER, configs, tmp_path)
+    run_on_two(train_quietly, configs, tmp_path)
     for name, config in configs.items():
         alone = train(config, tmp_path / f"{name}-alone", quiet=True)
         curves = [

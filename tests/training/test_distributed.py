@@ -1,5 +1,6 @@
 """Two processes on gloo give what one process gives for the same global batch."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from two_processes import run_on_two
 
 from consonar.distributed import ALONE
 from consonar.generators.rear import ReARConfig
+from consonar.training import run
 from consonar.training.checkpoints import State, load_resume
 from consonar.training.config import DataConfig
-from consonar.training.loop import Built, Running, update
+from consonar.training.loop import Built, Running, train_loop, update
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig, NoisyTokens
 from consonar.training.objectives.policy import PolicyConfig
@@ -23,23 +25,6 @@ from consonar.training.run import train
 from consonar.training.tracking import Tracker, read_metrics
 from consonar.training.trainee import Trainee
 
-# Keeps the weights of both ranks: only rank 0 writes a run folder.
-WORKER = """
-import os, sys, torch
-from pathlib import Path
-import consonar.training.run as run
-from consonar.recipes import read_config
-torch.set_num_threads(1)
-inner = run.train_loop
-def recording(running, *args):
-    inner(running, *args)
-    torch.save(running.state.model.state_dict(), f"{out}.rank{os.environ['RANK']}.pt")
-run.train_loop = recording
-for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
-    out = Path(path).with_suffix("")
-    os.environ["MASTER_PORT"] = port
-    run.train(read_config(Path(path)), out, quiet=True)
-"""
 NO_GRADIENT = "k_norm.bias"  # see test_loop.py
 
 
@@ -64,11 +49,22 @@ def configs(make_config, tokenizer, picture_folder):
     }  # fmt: skip
 
 
+def train_and_keep(config, out):
+    """Keeps the weights of both ranks: only rank 0 writes a run folder."""
+
+    def recording(running, *args):
+        train_loop(running, *args)
+        torch.save(running.state.model.state_dict(), f"{out}.rank{os.environ['RANK']}.pt")
+
+    run.train_loop = recording
+    train(config, out, quiet=True)
+
+
 def test_two_processes_equal_one(configs, tmp_path):
     # One more tokenizer run, in which codes are revived: the ranks see different vectors and must still agree.
     revived = replace(configs["tokenizer"].objective, revive_after=1)
     both = configs | {"revived": replace(configs["tokenizer"], objective=revived)}
-    run_on_two(WORKER, both, tmp_path)
+    run_on_two(train_and_keep, both, tmp_path)
     for name in both:
         first, second = (torch.load(tmp_path / f"{name}.rank{rank}.pt") for rank in "01")
         assert all(torch.equal(first[key], second[key]) for key in first), name
@@ -115,27 +111,18 @@ def test_gradients_are_exchanged_once_per_step(accumulation, lone_process_group,
     prepared = NoisyTokens(tokens, tokens, torch.arange(8) % 3, torch.zeros_like(tokens, dtype=torch.bool))
     objective = Autoregressive(config.objective, None, total_steps=2, seed=0)
     tracker = Tracker(tmp_path, config, enabled=False)
-    run = Running(config, Built(trainee, objective, None), state, tracker, tmp_path, ALONE)
+    running = Running(config, Built(trainee, objective, None), state, tracker, tmp_path, ALONE)
     for _ in range(2):
         exchanged.clear()
-        update(run, model, prepared, None)
+        update(running, model, prepared, None)
         assert exchanged == [0]
 
 
-STOP_AND_RESUME = """
-import os, sys, torch
-from pathlib import Path
-from consonar.recipes import read_config
-from consonar.training.run import train
-torch.set_num_threads(1)
-for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
-    kind, part = Path(path).stem.split()
+def train_part(config, out):
+    kind, part = out.name.split()
     settings = {"whole": {}, "first": {"stop_at": 3}, "second": {"resume": True}}[part]
-    out = Path(path).with_name(f"{kind}-{part.replace('first', 'half').replace('second', 'half')}")
-    os.environ["MASTER_PORT"] = port
     torch.manual_seed(len(part))  # another process would be in another state
-    train(read_config(Path(path)), out, quiet=True, **settings)
-"""
+    train(config, out.with_name(f"{kind}-{'whole' if part == 'whole' else 'half'}"), quiet=True, **settings)
 
 
 def test_two_processes_resume_exactly(make_config, configs, tmp_path):
@@ -155,7 +142,7 @@ def test_two_processes_resume_exactly(make_config, configs, tmp_path):
         "tokenizer": replace(configs["tokenizer"], loop=replace(configs["tokenizer"].loop, **loop)),
     }  # fmt: skip
     parts = {f"{kind} {part}": config for kind, config in kinds.items() for part in ("whole", "first", "second")}
-    run_on_two(STOP_AND_RESUME, parts, tmp_path)
+    run_on_two(train_part, parts, tmp_path)
     for kind in kinds:
         runs = [tmp_path / f"{kind}-{how}" for how in ("whole", "half")]
         whole, half = (load_resume(run / "checkpoints" / "step_00000007.pt") for run in runs)

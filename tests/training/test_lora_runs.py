@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import NUM_CLASSES, picture, same
-from training.test_parallel import STEPS, WORKER, last, sharded
+from training.test_parallel import STEPS, last, sharded, steadily
 from two_processes import run_on_two
 
 from consonar.errors import UserError
@@ -87,8 +87,8 @@ def test_two_processes_resume_exactly(configs, tmp_path):
     policy = replace(policy, loop=replace(policy.loop, steps=STEPS, fd_samples=0))
     whole = {"ddp": policy, "fsdp": sharded(policy)}
     halves = {f"{name}-half": config for name, config in whole.items()}
-    run_on_two(WORKER, whole | halves, tmp_path)
-    run_on_two(WORKER, halves, tmp_path)
+    run_on_two(steadily, whole | halves, tmp_path)
+    run_on_two(steadily, halves, tmp_path)
     for name in whole:
         assert same(last(tmp_path / name), last(tmp_path / f"{name}-half"))
 

@@ -25,6 +25,7 @@ from consonar.training.objectives.autoregressive import AutoregressiveConfig
 from consonar.training.objectives.controls import CrossEntropyConfig, StraightThroughConfig
 from consonar.training.objectives.policy import PolicyConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
+from consonar.training.optim import build_optimizer
 from consonar.training.tracking import read_metrics
 from consonar.training.trainee import Trainee
 
@@ -33,26 +34,6 @@ STEPS = 20
 # above that rounding (k_norm.bias and the like, whose gradient is 0 in exact arithmetic, are such weights): with 1e-8
 # they end up anywhere and the others reach 6e-6, with this one all are compared. Real gradients here are 1e-4 and more.
 EPSILON = 1e-5
-WORKER = f"""
-import os, sys, torch
-from pathlib import Path
-import consonar.training.run as run
-from consonar.recipes import read_config
-torch.set_num_threads(1)
-inner = run.build_optimizer
-def build(*args):
-    optimizer = inner(*args)
-    for group in optimizer.param_groups:
-        group["eps"] = {EPSILON}
-    return optimizer
-run.build_optimizer = build
-for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
-    out = Path(path).with_suffix("")
-    os.environ["MASTER_PORT"] = port
-    begun = (out / "config.json").exists()
-    stop_at = {STEPS // 2} if "half" in out.name and not begun else None
-    run.train(read_config(Path(path)), out, quiet=True, resume=begun, stop_at=stop_at)
-"""
 POLICY = PolicyConfig(rewards={"mse": 1.0}, group_size=4, context_noise=0.2)
 ALIGNED = {
     **{name: replace(POLICY, estimator=name) for name in ("grpo", "dr_grpo", "rloo", "gspo", "dapo", "reinforce")},
@@ -101,18 +82,20 @@ def configs(make_config, tokenizer, picture_folder, tmp_path):
     }  # fmt: skip
 
 
-@pytest.fixture
-def steady(monkeypatch):
-    """The single process has the other processes' epsilon."""
-    inner = runs.build_optimizer
+def steadily(config, out):
+    """`train` with that epsilon; a run called a half stops in the middle, and goes on at the next call."""
+    begun = (out / "config.json").exists()
+    stop_at = STEPS // 2 if "half" in out.name and not begun else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "build_optimizer", build_steady)
+        return runs.train(config, out, quiet=True, resume=begun, stop_at=stop_at)
 
-    def build(*args):
-        optimizer = inner(*args)
-        for group in optimizer.param_groups:
-            group["eps"] = EPSILON
-        return optimizer
 
-    monkeypatch.setattr(runs, "build_optimizer", build)
+def build_steady(*args):
+    optimizer = build_optimizer(*args)
+    for group in optimizer.param_groups:
+        group["eps"] = EPSILON
+    return optimizer
 
 
 def sharded(config, strategy="fsdp", **settings):
@@ -142,12 +125,14 @@ def curve(run, key):
 @pytest.mark.parametrize(
     "names", [QUICK, pytest.param(set(EVERY) - QUICK, marks=pytest.mark.slow)], ids=["some", "others"]
 )
-def test_two_processes_equal_one_for_every_objective(names, configs, tmp_path, steady):
+def test_two_processes_equal_one_for_every_objective(names, configs, tmp_path):
     """Losses and weights after 20 steps, within 1e-5 of their size."""
     chosen = {name: configs[name] for name in configs if name in names}
-    run_on_two(WORKER, {f"{n}-{way}": sharded(c, way) for n, c in chosen.items() for way in ("ddp", "fsdp")}, tmp_path)
+    run_on_two(
+        steadily, {f"{n}-{way}": sharded(c, way) for n, c in chosen.items() for way in ("ddp", "fsdp")}, tmp_path
+    )
     for name, config in chosen.items():
-        alone = runs.train(config, tmp_path / f"{name}-alone", quiet=True)
+        alone = steadily(config, tmp_path / f"{name}-alone")
         theirs = last(alone)
         for way in ("ddp", "fsdp"):
             run = tmp_path / f"{name}-{way}"
@@ -167,22 +152,22 @@ def test_two_processes_equal_one_for_every_objective(names, configs, tmp_path, s
             assert float((found - expected).abs().max() / size) < 1e-5, (name, way)
 
 
-def test_runs_go_on_in_other_processes(configs, tmp_path, steady):
+def test_runs_go_on_in_other_processes(configs, tmp_path):
     """Ten steps in shards, ten in one process, and the reverse, give the twenty of one; sessions.json says which."""
     rear, grpo = configs["rear"], configs["grpo"]
-    runs.train(grpo, tmp_path / "single-half", stop_at=STEPS // 2, quiet=True)
+    steadily(grpo, tmp_path / "single-half")
     halves = {"shards-half": sharded(rear), "hybrid-half": sharded(rear, "hybrid", shard_size=1)}
-    run_on_two(WORKER, halves | {"single-half": sharded(grpo)}, tmp_path)
+    run_on_two(steadily, halves | {"single-half": sharded(grpo)}, tmp_path)
+    for name in halves:
+        steadily(rear, tmp_path / name)
+    alone = {config: steadily(config, tmp_path / f"alone-{index}") for index, config in enumerate((rear, grpo))}
     for name, config, ways in (
         ("shards-half", rear, ["fsdp", "single"]), ("hybrid-half", rear, ["hybrid", "single"]),
         ("single-half", grpo, ["single", "fsdp"]),
     ):  # fmt: skip
         run = tmp_path / name
-        if name != "single-half":
-            runs.train(config, run, resume=True, quiet=True)
-        alone = runs.train(config, tmp_path / f"{name}-alone", quiet=True)
         for part in ("model", "average") if config.loop.ema_decay else ("model",):
-            assert apart(last(run)[part], last(alone)[part]) < 1e-5, name
+            assert apart(last(run)[part], last(alone[config])[part]) < 1e-5, name
         assert [session["parallel"] for session in read_json(run / "sessions.json")["sessions"]] == ways
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run whose weights lie in shards: on as many processes, on others, on one; damaged; without room."""
 
+import errno
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import torch
 from conftest import same
 from two_processes import fork_two, run_on_two
 
+from consonar import shards
 from consonar.errors import UserError
 from consonar.generators.rear import ReARConfig
 from consonar.parallel import ParallelConfig
@@ -21,37 +23,6 @@ from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 
 STEPS = 4
-WORKER = """
-import errno, os, sys, torch
-from pathlib import Path
-from consonar import shards
-from consonar.errors import UserError
-from consonar.recipes import read_config
-from consonar.training.run import train
-torch.set_num_threads(1)
-for path, port in zip(sys.argv[1::2], sys.argv[2::2]):
-    name, how = Path(path).stem.split()
-    os.environ["MASTER_PORT"] = port
-    torch.manual_seed(len(how))
-    out, inner = Path(path).with_name(name), shards.Writer.write_data
-    settings = {"whole": {}, "first": {"stop_at": 2}, "second": {"resume": True}, "full": {}}[how]
-    if how == "second":  # what SIGKILL leaves of a save
-        left = out / "checkpoints" / ".step_00000004.partial"
-        left.mkdir(exist_ok=True)
-        (left / ".metadata").write_text("half")
-    if how == "full":
-        def full(writer, *arguments):
-            if os.environ["RANK"] == "1" and "step_00000004" in str(writer.path):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return inner(writer, *arguments)
-        shards.Writer.write_data = full
-    try:
-        train(read_config(Path(path)), out, quiet=True, **settings)
-        assert how != "full"
-    except UserError as error:
-        assert how == "full" and "step_00000004: the disk is full" in str(error), error
-    shards.Writer.write_data = inner
-"""
 FSDP = ParallelConfig(strategy="fsdp")
 
 
@@ -72,13 +43,37 @@ def close(ours, theirs):
                 torch.testing.assert_close(ours[part][key], value, rtol=1e-3, atol=2e-4)
 
 
+def train_part(config, place):
+    name, how = place.name.split()
+    torch.manual_seed(len(how))
+    out, inner = place.with_name(name), shards.Writer.write_data
+    settings = {"whole": {}, "first": {"stop_at": 2}, "second": {"resume": True}, "full": {}}[how]
+    if how == "second":  # what SIGKILL leaves of a save
+        left = out / "checkpoints" / ".step_00000004.partial"
+        left.mkdir(exist_ok=True)
+        (left / ".metadata").write_text("half")
+
+    def full(writer, *arguments):
+        if how == "full" and os.environ["RANK"] == "1" and "step_00000004" in str(writer.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return inner(writer, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.Writer, "write_data", full)
+        try:
+            train(config, out, quiet=True, **settings)
+            assert how != "full"
+        except UserError as error:
+            assert how == "full" and "step_00000004: the disk is full" in str(error), error
+
+
 def test_shards_are_gone_on_with_on_two_processes_and_on_one(config, tmp_path):
     alone = train(config, tmp_path / "alone", quiet=True)
     train(config, tmp_path / "joined", stop_at=2, quiet=True)  # by one process, gone on with in shards
     dropped = replace(config, model=replace(config.model, dropout=0.3), parallel=FSDP)
     sharded = replace(config, parallel=FSDP)
     run_on_two(
-        WORKER,
+        train_part,
         {
             "exact whole": dropped, "half first": dropped, "half second": dropped,
             "joined second": sharded, "left full": sharded,

@@ -1,45 +1,31 @@
-"""Runs the same script, or a function in children of this process, as ranks 0 and 1 of one gloo world."""
+"""Calls a function as ranks 0 and 1 of one gloo world: processes of a server, or children of this one."""
 
-import json
 import os
-import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from consonar.config_io import to_dict
+from processes import free_port, on_two
+
 from consonar.training.config import TrainConfig
 
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
+Job = Callable[[TrainConfig, Path], object]
 
 
-def run_on_two(script: str, configs: dict[str, TrainConfig], folder: Path) -> None:
-    """Writes folder/NAME.json for every configuration; `script` gets each path and a free port for it as arguments.
+def run_on_two(run: Job, configs: dict[str, TrainConfig], folder: Path) -> None:
+    """`run(config, folder / name)` for every configuration, each in a world of its own; `run` is a module's function.
 
     Raises AssertionError with what a rank wrote to stderr when it fails.
     """
-    arguments = []
-    for name, config in configs.items():
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(to_dict(config)))
-        arguments += [str(path), free_port()]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors
+    jobs = [(config, folder / name, free_port()) for name, config in configs.items()]
+    for rank in on_two(run_each, run, jobs):
+        assert rank.code == 0, rank.err
+
+
+def run_each(run: Job, jobs: list[tuple[TrainConfig, Path, str]]) -> None:
+    for config, out, port in jobs:
+        os.environ["MASTER_PORT"] = port
+        run(config, out)
 
 
 def fork_two(run: Callable[[], object]) -> list[int]:

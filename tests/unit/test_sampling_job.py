@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import call, on_two
 from torch.nn import functional as F
 
+from consonar import cli
 from consonar.components import save_generator
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
@@ -269,68 +268,49 @@ def test_the_record_knows_the_architecture(tokenizer):
     assert records[0]["generator_sha256"] != records[1]["generator_sha256"]
 
 
-def test_a_killed_command_goes_on(tiny_generator, tokenizer, tokenizer_folder, tmp_path):
-    """SIGKILL in the middle of the second shard."""
+@pytest.fixture
+def model(tiny_generator, tokenizer, tokenizer_folder, tmp_path):
     origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint)
     save_generator(tiny_generator(), tmp_path / "model", origin)
-    program = """
-import os, signal, sys
-from consonar import cli
-from consonar.sampling import job as jobs
-jobs.run_job.__kwdefaults__["shard_size"] = 2
-if sys.argv.pop(1) == "kill":
+    return tmp_path / "model"
+
+
+def sample(model, out, size, killed=False):
+    """The command, in shards of `size`; killed in the middle of the second, or not."""
+    jobs.run_job.__kwdefaults__["shard_size"] = size
     inner, calls = jobs.write_npz, []
+
     def write(path, arrays):
+        print("drew", path.name[:15], flush=True)
         calls.append(path)
-        if len(calls) == 2:
+        if killed and len(calls) == 2:
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         inner(path, arrays)
+
     jobs.write_npz = write
-cli.main(["sample", sys.argv[1], "--num-samples", "6", "--out", sys.argv[2]])
-"""
-    command = [sys.executable, "-c", program]
-    places = [str(tmp_path / "model"), str(tmp_path / "a.npz")]
-    killed = subprocess.run([*command, "kill", *places], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "a.npz").exists()
-    parts = tmp_path / "a.npz.parts"
+    cli.main(["sample", str(model), "--num-samples", str(COUNT), "--out", str(out)])
+
+
+def test_a_killed_command_goes_on(model, tmp_path):
+    """SIGKILL in the middle of the second shard."""
+    out, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    assert call(sample, model, out, 2, True).code == -signal.SIGKILL and not out.exists()
     assert {"job.json", "shard_00000000_2.npz"} < {path.name for path in parts.iterdir()}
-    done = subprocess.run([*command, "again", *places], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "a.npz") as arrays:
+    done = call(sample, model, out, 2)
+    assert done.code == 0, done.err
+    with np.load(out) as arrays:
         assert arrays["seeds"].tolist() == list(range(6)) and json.loads(str(arrays["settings"]))["num_samples"] == 6
     assert not parts.exists()
 
 
-def test_torchrun_shares_a_job(tiny_generator, tokenizer, tokenizer_folder, tmp_path):
+def test_torchrun_shares_a_job(model, tmp_path):
     """Two ranks draw each shard once, both end well, and one says so."""
-    origin = Origin(tokenizer=str(tokenizer_folder), tokenizer_fingerprint=tokenizer.fingerprint)
-    save_generator(tiny_generator(), tmp_path / "model", origin)
-    program = """
-import sys
-from consonar import cli
-from consonar.sampling import job as jobs
-jobs.run_job.__kwdefaults__["shard_size"] = 1
-inner = jobs.write_npz
-def write(path, arrays):
-    print("drew", path.name[:15], flush=True)
-    inner(path, arrays)
-jobs.write_npz = write
-cli.main(["sample", sys.argv[1], "--num-samples", "6", "--out", sys.argv[2]])
-"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-    command = [sys.executable, "-c", program, str(tmp_path / "model"), str(tmp_path / "a.npz")]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | world | {"RANK": rank}, stdout=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    lines = [line for rank in ranks for line in rank.communicate(timeout=300)[0].splitlines()]
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    ranks = on_two(sample, model, tmp_path / "a.npz", 1)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
     drawn = [f"drew .shard_{index:08d}" for index in range(6)]
-    assert sorted(lines) == sorted([f"6 images: {tmp_path / 'a.npz'}", *drawn])
+    lines = sorted(line for rank in ranks for line in rank.out.splitlines())
+    assert lines == sorted([f"6 images: {tmp_path / 'a.npz'}", *drawn])
     with np.load(tmp_path / "a.npz") as arrays:
         assert arrays["seeds"].tolist() == list(range(6))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "model"]

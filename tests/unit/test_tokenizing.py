@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import Pictures, picture
+from processes import Child, call, on_two
 
 from consonar import cli
 from consonar.data import bad_images, tokenizing
@@ -24,23 +22,22 @@ from consonar.data.tokens import TokenStore
 from consonar.errors import BadImage, UserError
 from consonar.files.lock import hold
 
-PROGRAM = """
-import os, signal, sys
-from consonar import cli
-from consonar.data import tokenizing
-tokenizing.ITEMS_PER_SHARD = 4
-inner, how = tokenizing.Encoder.write, sys.argv.pop(1)
-def write(self, source, shard, *rest):
-    print("made", shard, flush=True)
-    for count in inner(self, source, shard, *rest):
-        if how == f"kill {shard}":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if how == "ask" and shard > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        yield count
-tokenizing.Encoder.write = write
-cli.main(["tokenize", *sys.argv[1:]])
-"""
+
+def tokenize(how, words):
+    """The command, in shards of four; `how` says what befalls it."""
+    inner = tokenizing.Encoder.write
+
+    def write(self, source, shard, *rest):
+        print("made", shard, flush=True)
+        for count in inner(self, source, shard, *rest):
+            if how == f"kill {shard}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "ask" and shard > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield count
+
+    tokenizing.ITEMS_PER_SHARD, tokenizing.Encoder.write = 4, write
+    cli.main(["tokenize", *words])
 
 
 def content(store: Path) -> tuple[list[dict], dict]:
@@ -50,11 +47,11 @@ def content(store: Path) -> tuple[list[dict], dict]:
 
 
 @pytest.fixture
-def command(picture_folder, tokenizer_folder):
-    """Tokenises the 24 pictures of the split train in six shards; the first word says what befalls it."""
+def words(picture_folder, tokenizer_folder):
+    """They tokenise the 24 pictures of the split train in six shards."""
     return [
-        sys.executable, "-c", PROGRAM, "well", "--tokenizer", str(tokenizer_folder), "--data", str(picture_folder),
-        "--split", "train", "--batch-size", "4", "--device", "cpu", "--out",
+        "--tokenizer", str(tokenizer_folder), "--data", str(picture_folder), "--split", "train", "--batch-size", "4",
+        "--device", "cpu", "--out",
     ]  # fmt: skip
 
 
@@ -63,56 +60,33 @@ def in_shards(monkeypatch):
     monkeypatch.setattr(tokenizing, "ITEMS_PER_SHARD", 4)
 
 
-def test_a_killed_command_goes_on_to_the_same_store(command, tmp_path):
-    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    out = str(tmp_path / "t")
+def test_a_killed_command_goes_on_to_the_same_store(words, tmp_path):
+    whole = call(tokenize, "well", [*words, str(tmp_path / "whole")])
+    assert whole.code == 0, whole.err
+    words.append(str(tmp_path / "t"))
     for shard in (2, 4):
-        command[3] = f"kill {shard}"
-        killed = subprocess.run([*command, out], capture_output=True, text=True)
-        assert killed.returncode == -signal.SIGKILL and not (tmp_path / "t").exists()
-    command[3] = "well"
-    done = subprocess.run([*command, out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:3] == ["made 4", "made 5"], "of what was there nothing is made again"
+        killed = call(tokenize, f"kill {shard}", words)
+        assert killed.code == -signal.SIGKILL and not (tmp_path / "t").exists()
+    done = call(tokenize, "well", words)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1:3] == ["made 4", "made 5"], "of what was there nothing is made again"
     assert content(tmp_path / "t") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "whole"]
 
 
-def by_two(command, together):
-    """The command in two processes, of one torchrun or of none: status, output and errors of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-    ranks = [
-        subprocess.Popen(
-            command, env=os.environ | (world | {"RANK": rank} if together else {}), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=300) for rank in ranks]
-    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
-
-
 @pytest.mark.parametrize("kind", ["torchrun", "independent"])
-def test_processes_share_a_store(kind, command, tmp_path):
-    command.append(str(tmp_path / "t"))
-    if kind == "independent":  # so that the second does not come to a finished store
-        shutil.rmtree(tmp_path / "t", ignore_errors=True)
-        command[3] = "kill 1"
-        subprocess.run(command, capture_output=True)
-        command[3] = "well"
-    ended = by_two(command, kind == "torchrun")
-    lines = [line for _, out, _ in ended for line in out.splitlines()]
-    made = sorted(line for line in lines if line.startswith("made"))
+def test_processes_share_a_store(kind, words, tmp_path):
+    words.append(str(tmp_path / "t"))
     if kind == "torchrun":
-        assert [code for code, *_ in ended] == [0, 0], ended
-        assert sum(" images x " in line for line in lines) == 1, "one of them says so"
-    else:  # who comes late finds the store
-        assert all(code == 0 or "exists" in err for code, _, err in ended), ended
-        assert 0 in [code for code, *_ in ended]
+        ended = on_two(tokenize, "well", words)
+        assert [rank.code for rank in ended] == [0, 0], ended
+        assert sum(" images x " in rank.out for rank in ended) == 1, "one of them says so"
+    else:  # who comes late finds the store; neither comes to a finished one
+        call(tokenize, "kill 1", words)
+        ended = [each.end() for each in [Child(tokenize, "well", words) for _ in range(2)]]
+        assert all(each.code == 0 or "exists" in each.err for each in ended), ended
+        assert 0 in [each.code for each in ended]
+    made = sorted(line for each in ended for line in each.out.splitlines() if line.startswith("made"))
     assert made == [f"made {shard}" for shard in range(kind == "independent", 6)], "each shard once"
     rows, metadata = content(tmp_path / "t")
     assert [row["name"] for row in rows] == [f"train/all/{index:03d}.png" for index in range(24)]
@@ -120,19 +94,18 @@ def test_processes_share_a_store(kind, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_are_asked_to_end_leave_nothing_half_made_and_go_on(command, tmp_path):
+def test_processes_that_are_asked_to_end_leave_nothing_half_made_and_go_on(words, tmp_path):
     """SIGTERM comes to each in its second shard."""
-    command[3], out = "ask", tmp_path / "t"
-    ended = by_two([*command, str(out)], together=True)
-    assert [code for code, *_ in ended] == [143, 143], ended
-    assert all(err == "consonar: asked to end; the same command goes on\n" for *_, err in ended), ended
+    out = tmp_path / "t"
+    ended = on_two(tokenize, "ask", [*words, str(out)])
+    assert [rank.code for rank in ended] == [143, 143], ended
+    assert all(rank.err == "consonar: asked to end; the same command goes on\n" for rank in ended), ended
     assert {path.name for path in (tmp_path / "t.parts").iterdir()} == {
         "job.json", "shard_00000000.tokens", "shard_00000001.tokens"
     }  # fmt: skip
-    command[3] = "well"
-    ended = by_two([*command, str(out)], together=True)
-    assert [code for code, *_ in ended] == [0, 0], ended
-    made = sorted(line for _, said, _ in ended for line in said.splitlines() if line.startswith("made"))
+    ended = on_two(tokenize, "well", [*words, str(out)])
+    assert [rank.code for rank in ended] == [0, 0], ended
+    made = sorted(line for rank in ended for line in rank.out.splitlines() if line.startswith("made"))
     assert made == [f"made {shard}" for shard in range(2, 6)] and len(content(out)[0]) == 24
 
 
