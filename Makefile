@@ -3,10 +3,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 MINUTES ?= 18
 ROUNDS ?= 50
 BIN := .venv/bin
-# A process for each core, of one thread each (tests/conftest.py).
-WORKERS := -n auto --maxprocesses 8 --dist loadfile
+# A process for each core, of one thread each (tests/conftest.py). Files in their order: many small ones come last, not
+# the few long tests of one file, for which all other processes would wait.
+WORKERS := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-text claims-vapi clean
+.PHONY: help demo style types lint fast test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-text claims-vapi clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
@@ -21,13 +22,20 @@ help:  ## this list
 demo: .venv/installed  ## pictures of the shipped generator; plain AR, reAR and VA-pi trained and measured; runs/demo/report.html (MINUTES=18, of this machine)
 	$(BIN)/consonar demo --out runs/demo --minutes $(MINUTES)
 
-lint: .venv/installed  ## ruff and mypy
+style: .venv/installed
 	$(BIN)/ruff check src tests benchmarks docs claims
 	$(BIN)/ruff format --check src tests benchmarks docs claims
+
+types: .venv/installed
 	$(BIN)/mypy
 
-test: lint  ## lint, types and the fast tests
+lint: style types  ## ruff and mypy
+
+fast: .venv/installed
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(WORKERS)
+
+test: style  ## lint, and types beside the fast tests
+	$(MAKE) --no-print-directory -j 2 types fast
 
 fuzz: .venv/installed  ## every byte changed and every length cut of a file of each format (hours)
 	$(BIN)/python -m tests.fuzz

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,13 +13,16 @@ from typing import NamedTuple
 
 import torch
 
+from consonar.training.config import TrainConfig
+
+Job = Callable[[TrainConfig, Path], object]
 SERVER = multiprocessing.get_context("forkserver")
 """Processes are forked from it before anything was calculated: threads and devices are not forked."""
 COMMANDS = ("evaluate", "sample", "tokenize", "train")
 SERVER.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.fsdp", "datasets", "pytest", *(f"consonar.cli.{name}" for name in COMMANDS)]
 )
-SECONDS = 300
+SECONDS = 900
 
 
 class Ended(NamedTuple):
@@ -39,7 +43,7 @@ class Child:
         self.process.start()
 
     def end(self) -> Ended:
-        """Waits for it; one that takes minutes is killed."""
+        """Waits for it; one that takes `SECONDS` is killed."""
         self.process.join(SECONDS)
         self.process.kill()
         self.process.join()
@@ -74,3 +78,42 @@ def two(run: Callable[..., object], *arguments: object, **environment: str) -> l
 
 def on_two(run: Callable[..., object], *arguments: object, **environment: str) -> list[Ended]:
     return [rank.end() for rank in two(run, *arguments, **environment)]
+
+
+def run_on_two(run: Job, configs: dict[str, TrainConfig], folder: Path) -> None:
+    """`run(config, folder / name)` for every configuration, each in a world of its own; `run` is a module's function.
+
+    Raises AssertionError with what a rank wrote to stderr when it fails.
+    """
+    jobs = [(config, folder / name, free_port()) for name, config in configs.items()]
+    for rank in on_two(run_each, run, jobs):
+        assert rank.code == 0, rank.err
+
+
+def run_each(run: Job, jobs: list[tuple[TrainConfig, Path, str]]) -> None:
+    for config, out, port in jobs:
+        os.environ["MASTER_PORT"] = port
+        run(config, out)
+
+
+def fork_two(run: Callable[[], object]) -> list[int]:
+    """Calls `run` in two children, a process group of their own: how each ended, a signal below 0."""
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    children: list[int] = []
+    for rank in "01":
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setpgid(0, children[0] if children else 0)
+                os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+                run()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+        if len(children) == 1:
+            os.setpgid(child, child)  # whoever is first: the second one needs it
+    del os.environ["WORLD_SIZE"]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from processes import call
 
 from consonar import cli
 from consonar.components import model_folder
@@ -359,6 +360,11 @@ def test_who_leaves_before_the_end_of_the_output_is_told_nothing(args):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def to_a_terminal(encoding: str, words: list[str]) -> None:
+    sys.stdout.reconfigure(encoding=encoding)
+    cli.main(words)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_of_few_characters_ends_no_command(encoding: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     """ "cat … dog" is no Latin-1."""
@@ -366,9 +372,8 @@ def test_a_terminal_of_few_characters_ends_no_command(encoding: str, tokenizer_f
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / place / "0.png")
     words = ["tokenize", "--tokenizer", str(tokenizer_folder), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-m", "consonar", *words], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and r"cat \u2026 dog" in done.stdout, done.stderr
+    done = call(to_a_terminal, encoding, words)
+    assert done.code == 0 and r"cat \u2026 dog" in done.out, done.err
 
 
 @pytest.mark.parametrize("form", [["--out", "~/t"], ["--out=~/t"]], ids=" ".join)

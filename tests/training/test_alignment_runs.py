@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import NUM_CLASSES, TINY_VQ, picture
 from PIL import Image
-from two_processes import run_on_two
+from processes import run_on_two
 
 from consonar.components import load_generator, load_tokenizer, read_origin, save_tokenizer
 from consonar.errors import UserError

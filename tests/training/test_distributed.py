@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import same, save_pictures
+from processes import run_on_two
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import run_on_two
 
 from consonar.distributed import ALONE
 from consonar.generators.rear import ReARConfig

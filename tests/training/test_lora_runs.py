@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import NUM_CLASSES, picture, same
+from processes import run_on_two
 from training.test_parallel import STEPS, last, sharded, steadily
-from two_processes import run_on_two
 
 from consonar.errors import UserError
 from consonar.files.weights import map_tensors

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import NUM_CLASSES, picture
+from processes import run_on_two
 from torch.distributed.tensor import DTensor
-from two_processes import run_on_two
 
 from consonar.distributed import ALONE, World
 from consonar.errors import UserError

@@ -1,16 +1,15 @@
 """An error for want of memory says where it went, by part, and what to change: on a CPU that has none, and a GPU."""
 
 import errno
-import os
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from processes import call
 from torch import nn
 
-from consonar import memory
+from consonar import cli, memory
 from consonar.attention import KVCache
 from consonar.errors import UserError, is_out_of_memory, reading
 
@@ -98,23 +97,26 @@ def test_only_an_error_for_want_of_memory_gets_a_note_and_it_stays_what_it_is():
     assert not hasattr(caught.value, "__notes__")
 
 
-LIMITED = """
-import resource, sys
-import consonar.cli.sample, torch  # before the limit: what is left then is for the work
-used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
-from consonar import cli
-cli.main(sys.argv[1:])
-"""
+def limited(words: list[str]) -> None:
+    """The command, with 700 MiB more than this process has already."""
+    used = (
+        int(
+            next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize")
+            ).split()[1]
+        )
+        * 1024
+    )
+    resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
+    cli.main(words)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set by what /proc says")
 def test_a_command_that_has_too_little_memory_ends_in_one_line(tmp_path: Path) -> None:
     words = ["sample", "openmoji", "--num-samples", "30000", "--batch-size", "30000", "--out", str(tmp_path / "s.npz")]
-    environment = os.environ | {"CONSONAR_KERNELS": "pytorch", "OMP_NUM_THREADS": "1"}  # no memory is kept for later
-    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    done = call(limited, words, CONSONAR_KERNELS="pytorch")  # no memory is kept for later
+    assert done.code == 2, done.err
+    (line,) = done.err.splitlines()
     assert line.startswith("consonar: not enough memory; ") and "GiB in use: weights 0.0" in line
     assert "activations and the rest" in line and line.endswith("; lower --batch-size (30000)")
 
