@@ -38,11 +38,12 @@ from consonar.training.rewards import REWARDS
 from consonar.types import ImageBatch, ImageRecord, Kind
 
 SOURCE = Path(consonar.__file__).parent
+QUARTERS = ("--feature-network", "quarters")
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch) -> Path:
-    """A folder of labelled pictures to work in."""
+def folder(tmp_path: Path, monkeypatch, quarters) -> Path:
+    """A folder of labelled pictures to work in, where "quarters" is a network that is soon done."""
     for split, first, count in (("train", 0, 12), ("validation", 100, 6)):
         for index in range(first, first + count):
             path = tmp_path / "data" / split / "abc"[index % NUM_CLASSES] / f"{index}.png"
@@ -139,7 +140,9 @@ def test_a_metric(folder: Path, make_config, monkeypatch, capsys) -> None:
     row = metrics.Metric("gap", "gap between means", direction=-1)
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, row))
     run = consonar.train(make_config(loop={"steps": 2}), folder / "run", quiet=True)
-    cli.main(["evaluate", "run", "--reference", "data", "--num-samples", "8", "--draws", "2", "--device", "cpu"])
+    cli.main(
+        ["evaluate", "run", *QUARTERS, "--reference", "data", "--num-samples", "8", "--draws", "2", "--device", "cpu"]
+    )
     entry = json.loads((run / "results.json").read_text())["rows"][0]["metrics"]["gap"]
     assert entry["value"] > 0 and entry["spread"] > 0
     assert re.search(rf"gap +│ {entry['value']:.4g} ", capsys.readouterr().out)
@@ -171,7 +174,7 @@ def test_a_trainable_tokenizer(folder: Path, monkeypatch) -> None:
     images = load_tokenizer("run").decode(torch.zeros(1, 4, dtype=torch.int64))
     assert torch.equal(images[:, 0], images[:, 1])
     cli.main(["tokenize", "--tokenizer", "run", "--data", "data", "--out", "tokens", "--device", "cpu"])
-    cli.main(["evaluate", "run", "--reference", "data", "--device", "cpu"])
+    cli.main(["evaluate", "run", *QUARTERS, "--reference", "data", "--device", "cpu"])
     cli.main(["report", "run", "--out", "page.html"])
 
 
@@ -231,7 +234,9 @@ def test_a_generator(folder: Path, tokenizer_folder: Path, monkeypatch) -> None:
     following = torch.cat([torch.tensor([[0], [2]]) + 32, torch.from_numpy(tokens)], 1)
     table = model.output(model.blocks[0](model.embeddings.weight, None, None, None, 0)).argmax(-1)
     assert isinstance(model, BigramGenerator) and torch.equal(table[following[:, :-1]], following[:, 1:])
-    cli.main(["evaluate", "run", "--reference", "data", "--num-samples", "8", "--draws", "1", "--device", "cpu"])
+    cli.main(
+        ["evaluate", "run", *QUARTERS, "--reference", "data", "--num-samples", "8", "--draws", "1", "--device", "cpu"]
+    )
     cli.main(["report", "run", "--out", "page.html"])
 
 
@@ -258,7 +263,7 @@ def test_a_data_source(folder: Path, tokenizer_folder: Path, monkeypatch, capsys
     stores = [TokenStore.open(name) for name in ("tokens", "tokens-validation")]
     assert [len(store) for store in stores] == [25, 25] and stores[0].class_names == ("dark", "light")
     assert stores[0].source == "greys/train@16" and stores[0].labels.tolist() == [0] * 13 + [1] * 12
-    argv = ["evaluate", "data/train", "--draws", "1", "--device", "cpu", "--out", "r.json"]
+    argv = ["evaluate", "data/train", *QUARTERS, "--draws", "1", "--device", "cpu", "--out", "r.json"]
     cli.main([*argv, "--reference", "greys-16"])
     assert json.loads(Path("r.json").read_text())["num_reference"] == {"train": 25, "validation": 25}
     with pytest.raises(SystemExit):

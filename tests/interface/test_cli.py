@@ -391,12 +391,13 @@ def test_a_home_folder_is_written_out_wherever_it_stands(
 
 
 def test_samples_of_another_tokenizer_of_a_shipped_name_are_measured_without_it(
-    picture_folder: Path, tmp_path: Path, capsys
+    picture_folder: Path, tmp_path: Path, quarters, capsys
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     settings = json.dumps({"tokenizer": "openmoji-64", "tokenizer_fingerprint": "0" * 64})
     np.savez(tmp_path / "samples.npz", arr_0=images, tokens=np.zeros((6, 16), np.int64), settings=settings)
     command = ["evaluate", str(tmp_path / "samples.npz"), "--reference", str(picture_folder), "--draws", "1"]
+    command += ["--feature-network", "quarters"]
     cli.main(command)
     assert "copy rate (tokens): not measured" in capsys.readouterr().out
     assert "the tokenizer is 'openmoji-64'" in fails([*command, "--tokenizer", "openmoji-64"], capsys)

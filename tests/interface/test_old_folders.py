@@ -51,15 +51,13 @@ def test_runs_that_were_stopped_are_gone_on_with(old: Path, name: str) -> None:
     assert load_generator(old / name).num_tokens == 64
 
 
-def test_runs_are_shown_and_measured_again(old: Path, capsys) -> None:
+def test_runs_are_shown_and_measured_again(old: Path, quarters, capsys) -> None:
     cli.main(["report", "rear", "vapi", "--out", "page.html"])
     page = Path("page.html").read_text()
     assert "reAR" in page and "VA-pi" in page and "not shown" not in page
-    cli.main([
-        "evaluate", "rear", "--reference", "images", "--num-samples", "16", "--draws", "2", "--device", "cpu",
-        "--overwrite",
-    ])  # fmt: skip
-    cli.main(["evaluate", "samples.npz", "--reference", "images", "--draws", "1", "--device", "cpu"])
+    known = ["--reference", "images", "--feature-network", "quarters", "--device", "cpu"]
+    cli.main(["evaluate", "rear", *known, "--num-samples", "16", "--draws", "2", "--overwrite"])
+    cli.main(["evaluate", "samples.npz", *known, "--draws", "1"])
     assert "copy rate (features)" in capsys.readouterr().out
 
 

@@ -77,10 +77,10 @@ def test_images_without_classes_from_tokens_to_report(place: Path, tmp_path: Pat
     assert "<html" in (tmp_path / "page.html").read_text()
 
 
-def test_class_names_travel_from_the_images_to_the_page(place: Path, tmp_path: Path) -> None:
+def test_class_names_travel_from_the_images_to_the_page(place: Path, tmp_path: Path, quarters) -> None:
     consonar("train", place / "tiny.yaml", "--out", tmp_path / "run", "--data.tokens", place / "odd")
     reference, few = place / "images" / "odd", ("--num-samples", "6", "--draws", "1")
-    consonar("evaluate", tmp_path / "run", "--reference", reference, *few)
+    consonar("evaluate", tmp_path / "run", "--reference", reference, *few, "--feature-network", "quarters")
     consonar("report", tmp_path / "run", "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "größer" in page and "<b>cats" not in page and "&lt;b&gt;cats" in page

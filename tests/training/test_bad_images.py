@@ -138,11 +138,12 @@ def test_a_run_that_skips_is_resumed_exactly_and_looks_at_nothing_twice(memory, 
     assert lines[0] == lines[1]
 
 
-def test_evaluate_leaves_out_samples_and_references_that_cannot_be_read(tmp_path, capsys):
+def test_evaluate_leaves_out_samples_and_references_that_cannot_be_read(tmp_path, quarters, capsys):
     samples = fill(tmp_path / "samples", 12, 3)
     for split in ("train", "validation"):
         fill(tmp_path / "reference" / split, 12, 4)
     argv = ["evaluate", str(samples), "--reference", str(tmp_path / "reference"), "--draws", "1", "--device", "cpu"]
+    argv += ["--feature-network", "quarters"]
     out = tmp_path / "results.json"
     assert ".png: the image is truncated" in fails([*argv, "--out", str(out)], capsys)
     cli.main([*argv, "--out", str(out), "--bad-images", "skip"])

@@ -165,9 +165,9 @@ def test_pictures_to_validate_on_are_tokenised_without_any_to_train_on(folder, t
     assert len(TokenStore.open(tmp_path / "t")) == 6
 
 
-def test_samples_are_compared_with_a_share_that_is_held_out(tmp_path, capsys):
+def test_samples_are_compared_with_a_share_that_is_held_out(tmp_path, quarters, capsys):
     argv = ["evaluate", fill(tmp_path / "samples", 12), "--reference", fill(tmp_path / "data", 20), "--draws", 1]
-    argv += ["--device", "cpu", "--out", tmp_path / "r.json"]
+    argv += ["--device", "cpu", "--feature-network", "quarters", "--out", tmp_path / "r.json"]
     cli.main([str(word) for word in [*argv, "--validation-split", "25%"]])
     assert json.loads((tmp_path / "r.json").read_text())["num_reference"] == {"train": 15, "validation": 5}
     assert [*open_reference(tmp_path / "data", 16).images] == ["reference"]
