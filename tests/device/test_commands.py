@@ -117,11 +117,12 @@ def test_a_run_is_measured_over_temperatures_and_matched(cuda, root: Path) -> No
     cli.main(["report", str(run), "--out", str(run / "report.html")])
 
 
-def test_a_sweep_is_trained_and_measured(cuda, root: Path) -> None:
+def test_a_sweep_is_trained_and_measured(cuda, quarters, root: Path) -> None:
     options = {f"loop.{name}": value for name, value in LOOP.items()} | {"data.tokens": str(root / "tokens")}
     study = {
         "base": "ar-openmoji", "options": {**options, "tokenizer": str(root / "tokenizer"), "model.num_layers": 1},
-        "rows": {"plain": {}}, "evaluate": {"reference": str(root / "pictures"), "num_samples": 8, "draws": 2},
+        "rows": {"plain": {}},
+        "evaluate": {"reference": str(root / "pictures"), "feature_network": "quarters", "num_samples": 8, "draws": 2},
     }  # fmt: skip
     (root / "study.yaml").write_text(yaml.safe_dump(study))
     cli.main(["sweep", str(root / "study.yaml"), "--out", str(root / "sweep")])

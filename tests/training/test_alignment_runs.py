@@ -16,6 +16,7 @@ from consonar.errors import UserError
 from consonar.files.weights import map_tensors
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vq import VQTokenizer
+from consonar.training import best as best_model
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.objectives import policy as policy_objective
@@ -233,13 +234,14 @@ def test_the_guard_also_reads_validation(make, tmp_path):
     assert reason["step"] == 2 and reason["reason"].startswith("kl ")
 
 
-def test_the_best_model_is_kept_beside_the_last(make, tmp_path):
+def test_the_best_model_is_kept_beside_the_last(make, tmp_path, quarters, monkeypatch):
+    monkeypatch.setattr(best_model, "NETWORK", "quarters")
     config = make(
         loop={"steps": 3, "validate_every": 1, "fd_samples": 8},
         optim={"lr": 2e-2, "min_lr": 2e-2, "warmup_steps": 0},
     )  # fmt: skip
     run = train(config, tmp_path / "run", quiet=True)
-    key = "validation/FD(efficientnet-lite0) validation"
+    key = f"validation/{best_model.METRIC}"
     distances = {line["step"]: line[key] for line in read_metrics(run / "metrics.jsonl") if key in line}
     best = json.loads((run / "best.json").read_text())
     assert len(distances) == 4 and best["value"] == min(distances.values()) == distances[best["step"]]

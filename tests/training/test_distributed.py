@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import same, save_pictures
+from conftest import Quarters, same, save_pictures
 from processes import run_on_two
 from torch.nn.parallel import DistributedDataParallel
 
 from consonar.distributed import ALONE
 from consonar.generators.rear import ReARConfig
-from consonar.training import run
+from consonar.networks import FEATURE_NETWORKS
+from consonar.training import best, run
 from consonar.training.checkpoints import State, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.loop import Built, Running, train_loop, update
@@ -122,6 +123,7 @@ def train_part(config, out):
     kind, part = out.name.split()
     settings = {"whole": {}, "first": {"stop_at": 3}, "second": {"resume": True}}[part]
     torch.manual_seed(len(part))  # another process would be in another state
+    best.NETWORK, FEATURE_NETWORKS["quarters"] = "quarters", lambda device: Quarters()
     train(config, out.with_name(f"{kind}-{'whole' if part == 'whole' else 'half'}"), quiet=True, **settings)
 
 
