@@ -1,6 +1,7 @@
 """An error for want of memory says where it went, by part, and what to change: on a CPU that has none, and a GPU."""
 
 import errno
+import os
 import resource
 from pathlib import Path
 
