@@ -117,7 +117,7 @@ def load_own_text_encoder(path: str | Path, generator: Generator, name: str | No
         raise UserError(
             f"text_encoder: {path} does not say what reads its captions; add --text-encoder: {readers(shape)}"
         )
-    encoder = load_caption_reader(shape, chosen)
+    encoder = load_caption_reader(shape, chosen, recorded=origin.text_encoder_fingerprint)
     here = Origin(text_encoder=chosen, text_encoder_fingerprint=encoder.fingerprint)
     check("text_encoder", here, origin, str(path), "its features mean something else; give the one it was trained with")
     return encoder

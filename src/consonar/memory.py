@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,12 +13,8 @@ from consonar.attention import KVCache
 from consonar.errors import is_out_of_memory
 
 GIB = 2**30
-GROUP_FILES = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-"""Of a control group of version 2, and of version 1: files of its limit and use, and the entry of memory.stat of what
-can be given up."""
+GROUP_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
+"""File of the limit of a control group of Linux, of version 2 and of version 1."""
 
 
 @contextmanager
@@ -57,39 +53,30 @@ def bytes_in_use(device: torch.device) -> int:
 
 
 def bytes_free(device: torch.device) -> int:
-    """Of a GPU's memory, what tensors may still take: what is nobody's, and what PyTorch keeps for such. Of a CPU's,
-    what the system has left, and less where a group that this process is in (a container's, a job's) may take less; 0
-    where nothing is told."""
-    if device.type != "cuda":
-        return min([*left_in_system(), *left_in_groups()], default=0)
+    """Of a GPU's memory, what tensors may still take: what is nobody's, and what PyTorch keeps for such."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def left_in_system() -> Iterator[int]:
-    """Of the whole machine; not on Linux all that it has, where that is told."""
-    told = Path("/proc/meminfo")
-    for line in told.read_text().splitlines() if told.exists() else []:
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024
-    if not told.exists() and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def bytes_of_machine() -> int:
+    """What all processes may take here: the machine's memory, or what a control group that this process is in (a
+    container's, a job's) may take, where that is less; 0 where nothing is told."""
+    told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    return min([*told, *limits_of_groups()], default=0)
 
 
-def left_in_groups(root: Path = Path("/")) -> Iterator[int]:
-    """What each control group of Linux, of either version, and each that it is in, may take yet; pages of files that
-    were not used of late are given up for it. `root`: where the system's files lie."""
-    told = root / "proc/self/cgroup"
-    groups = [line.split(":", 2) for line in told.read_text().splitlines()] if told.exists() else []
-    for kind, path in ((kind, path) for _, kinds, path in groups for kind in kinds.split(",") if kind in GROUP_FILES):
-        top, (most, used, idle) = root / "sys/fs/cgroup" / kind, GROUP_FILES[kind]
-        place = top / path.lstrip("/")
-        for folder in (place, *place.parents):
-            if folder.is_relative_to(top) and (folder / used).exists() and (folder / most).exists():
-                limit, stat = (folder / most).read_text().strip(), (folder / "memory.stat").read_text().split()
-                unused = int(stat[stat.index(idle) + 1]) if idle in stat else 0
-                if limit.isdecimal():  # else "max"
-                    yield max(0, int(limit) - int((folder / used).read_text()) + unused)
+def limits_of_groups(root: Path = Path("/")) -> Iterator[int]:
+    """Of each control group of Linux, of either version, that this process is in; what cannot be read tells nothing.
+    `root`: where the system's files lie."""
+    with suppress(OSError):
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        for kind, path in ((kind, path) for _, kinds, path in groups for kind in kinds.split(",")):
+            top = root / "sys/fs/cgroup" / kind
+            place = top / path.lstrip("/")
+            for folder in (place, *place.parents) if kind in GROUP_LIMITS else ():
+                limit = folder / GROUP_LIMITS[kind]
+                if folder.is_relative_to(top) and limit.is_file() and limit.read_text().strip().isdecimal():  # or max
+                    yield int(limit.read_text())
 
 
 def parts_in_use(device: torch.device) -> dict[str, int]:

@@ -24,6 +24,8 @@ from device import graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from consonar.distributed import side_stream
+
 CUDA = torch.device("cuda", 0)
 STAND_IN = torch.device("cpu", 0)
 MAY_MIX = {"copy_", "_to_copy", "index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
@@ -396,3 +398,4 @@ def pretended_cuda() -> Iterator[Log]:
                 yield LOG
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(before)
+            side_stream.cache_clear()  # a device that is there has others

@@ -18,7 +18,7 @@ from contracts.test_objectives import CONSISTENCY, RECONSTRUCTION
 from device.pretend import LOG, Log, PretendedStream
 from torch import nn
 
-from consonar.distributed import World, one_ahead_beside
+from consonar.distributed import World, one_ahead_beside, side_stream
 from consonar.records import to_device
 from consonar.sampling.sample import SamplerConfig, sample_tokens
 from consonar.seeding import draw_weights
@@ -238,6 +238,15 @@ def test_a_chunk_is_decoded_beside_the_judging_of_the_one_before(cuda) -> None:
             assert not first(("decode", k + 1), ("judge", k)) and not first(("judge", k), ("decode", k + 1))
         if k < 2:
             assert first(("judge", k), ("decode", k + 2))
+
+
+def test_what_another_stream_still_reads_is_not_given_away(cuda, monkeypatch) -> None:
+    kept: list[tuple[torch.Tensor, object]] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((tensor, stream)))
+    parts, here = torch.arange(3, device=CUDA).split(1), torch.cuda.current_stream()
+    made = list(one_ahead_beside(lambda part: part + 1, parts))
+    wanted = [*((part, side_stream(CUDA)) for part in parts), *((one, here) for one in made)]
+    assert len(kept) == 6 and all(any(a is tensor and b is stream for a, b in kept) for tensor, stream in wanted)
 
 
 def test_on_a_cpu_chunks_are_made_when_they_are_asked_for() -> None:

@@ -343,6 +343,9 @@ def test_a_tokenizer_is_trained_on_from_one_of_its_shape_and_resumed_on_that_alo
     assert 0 < away < 1e-5 and json.loads((run / "origin.json").read_text())["init_sha256"]
     with pytest.raises(UserError, match=r"^model.vocab_size: 16, but the tokenizer in .* has 32"):
         train(replace(config, model=replace(TINY_VQ, vocab_size=16)), tmp_path / "smaller", quiet=True)
+    rule = not TINY_VQ.l2_normalize
+    with pytest.raises(UserError, match=rf"^model.l2_normalize: {rule}, but the tokenizer in .* has {not rule}"):
+        train(replace(config, model=replace(TINY_VQ, l2_normalize=rule)), tmp_path / "other", quiet=True)
 
     parts = train(config, tmp_path / "parts", stop_at=1, quiet=True)
     save_tokenizer(VQTokenizer(TINY_VQ, name="other-vq"), other_tokenizer)

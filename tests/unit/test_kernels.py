@@ -101,7 +101,7 @@ def test_weights_in_another_order_are_the_same_weights_for_as_long_as_a_batch_is
 def test_weights_keep_their_order_where_another_does_not_pay(reason, monkeypatch):
     linear = Linear(8, 8) if reason == "small" else Linear(512, 256)
     linear = linear.bfloat16() if reason == "bf16" else linear
-    monkeypatch.setattr(kernels, "bytes_free", lambda device: 8 * linear.weight.nbytes - (reason == "memory"))
+    monkeypatch.setattr(kernels, "bytes_of_machine", lambda: 8 * linear.weight.nbytes - (reason == "memory"))
     given = {**ORDERED, "tokens": kernels.FEWEST_TOKENS - (reason == "few tokens")}.values()
     with (
         timing.forced("linear", reason != "slower"), torch.autocast("cpu", enabled=reason == "autocast"),

@@ -25,30 +25,27 @@ def test_what_no_part_has_is_activations_and_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("line", "top", "names"),
-    [
-        ("0::/job/step", "", ("memory.max", "memory.current", "inactive_file")),
-        ("4:cpu,memory:/job/step", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
-    ],
+    ("line", "top", "name"),
+    [("0::/job/step", "", "memory.max"), ("4:cpu,memory:/job/step", "memory", "memory.limit_in_bytes")],
 )
-def test_free_memory_is_that_of_every_group_the_process_is_in(line, top, names, tmp_path):
-    def limit(folder: str, most: str, used: int, idle: int) -> None:
+def test_the_limits_are_those_of_every_group_the_process_is_in(line, top, name, tmp_path):
+    def limit(folder: str, most: str) -> None:
         place = tmp_path / "sys/fs/cgroup" / top / folder
         place.mkdir(parents=True, exist_ok=True)
-        for name, text in zip((*names[:2], "memory.stat"), (most, used, f"cache 5\n{names[2]} {idle}"), strict=True):
-            (place / name).write_text(f"{text}\n")
+        (place / name).write_text(f"{most}\n")
 
-    assert list(memory.left_in_groups(tmp_path)) == []
+    assert list(memory.limits_of_groups(tmp_path)) == []
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(f"9:cpuset:/\n{line}\n")
-    limit("job/step", "max", 700, 0)
-    limit("job", "1000", 900, 150)
-    limit("", "5000", 5200, 0)
-    assert list(memory.left_in_groups(tmp_path)) == [250, 0]
+    limit("job/step", "max")
+    limit("job", "1000")
+    limit("", "5000")
+    limit("other", "10")
+    assert list(memory.limits_of_groups(tmp_path)) == [1000, 5000]
 
 
-def test_free_memory_of_this_machine_is_no_more_than_it_has():
-    assert 0 < memory.bytes_free(CPU) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def test_the_memory_of_this_machine_is_told():
+    assert 0 < memory.bytes_of_machine() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_each_tensor_is_counted_once_in_its_part():

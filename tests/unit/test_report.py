@@ -118,7 +118,10 @@ def test_the_page_is_one_file_that_parses_and_loads_nothing(two_runs, tmp_path):
     assert page.tags.count("img") == len([a for a in page.attributes if a[:2] == ("img", "alt") and a[2]])
 
 
-@pytest.mark.parametrize(("images", "named"), [("openmoji", True), ("scenes:8000", True), ("photographs", False)])
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [("openmoji", True), ("scenes", True), ("scenes:8000", True), ("imagefolder:street-scenes", False)],
+)
 def test_whose_emoji_they_are_is_said(tmp_path, images, named):
     write_run(tmp_path / "run", config={"data": {"images": images}})
     assert ("CC BY-SA 4.0" in write_report([tmp_path / "run"], tmp_path / "r.html").read_text()) == named

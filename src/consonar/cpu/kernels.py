@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from consonar.attention import CausalAttention
 from consonar.cpu import kernels_mode, timing
 from consonar.cpu.timing import Way
-from consonar.memory import bytes_free
+from consonar.memory import bytes_of_machine
 from consonar.seeding import generator_of
 from consonar.types import Weights
 
@@ -31,9 +31,8 @@ TIMED_BYTES = 2**25
 # Tokens of a batch from which on copies of the weights are worth making: a copy takes the time of some four products,
 # and with it a product three quarters of what it takes without.
 FEWEST_TOKENS = 64
-# Share of the free memory that they may take.
+# Share of the machine's memory that they may take: of all, not of what is free, for another choice rounds otherwise.
 MOST_MEMORY = 1 / 8
-CPU = torch.device("cpu")
 Model = TypeVar("Model", bound=Weights)
 
 
@@ -81,7 +80,7 @@ def ordered_weights(generator: object, num_rows: int, num_tokens: int) -> Iterat
     """
     layers = [one for one in generator.modules() if isinstance(one, Linear)] if isinstance(generator, nn.Module) else []
     layers = [one for one in layers if can_be_ordered(one.weight) and prefers_order(num_rows, *one.weight.shape)]
-    enough = sum(one.weight.nbytes for one in layers) <= MOST_MEMORY * bytes_free(CPU)
+    enough = sum(one.weight.nbytes for one in layers) <= MOST_MEMORY * bytes_of_machine()
     layers = layers if enough and num_tokens >= FEWEST_TOKENS else []
     try:
         for layer in layers:

@@ -1,7 +1,7 @@
 """Captions as LlamaGen's were before Flan-T5 read them (arXiv 2406.06525; the cleaning of IF and PixArt-alpha).
 
 Lower case, no addresses, names of files and accounts, tags, Chinese, brackets and most signs. The rules and their order
-are those of the released code, with whose results 50,000 random captions were compared, without a difference.
+are those of the released code, whose results the test holds.
 Deviations: its packages ftfy and BeautifulSoup are not needed; what the parser of HTML refuses (`<![`) stays as it is.
 """
 

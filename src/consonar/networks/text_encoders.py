@@ -81,11 +81,14 @@ class PretrainedTextEncoder:
         return self.tokenizer.unk_token_id not in given["input_ids"]
 
 
-def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device | str = "cpu") -> PretrainedTextEncoder:
+def load_text_encoder(
+    name: str, *, length: int = LENGTH, device: torch.device | str = "cpu", recorded: str | None = None
+) -> PretrainedTextEncoder:
     """The text encoder that `minilm`, a folder, or OWNER/NAME of the hub means, with captions of at most `length`
     tokens.
 
-    A folder holds config.json, weights and tokenizer.json as transformers saves them. Raises `UserError` where a
+    A folder holds config.json, weights and tokenizer.json as transformers saves them. `recorded`: the fingerprint that
+    a generator asks for, which may be that of T5 from before captions were cleaned for it. Raises `UserError` where a
     package or file is missing, for a network of another kind, files that lack weights, and a length it cannot read.
     """
     where = f"text_encoder: {name}"
@@ -109,8 +112,11 @@ def load_text_encoder(name: str, *, length: int = LENGTH, device: torch.device |
         raise UserError(f"{where}: its tokenizer has no padding token")
     about = {"length": length, "tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}
     clean = CLEANED.get(str(config["model_type"]), str)
-    about |= {"cleaning": "llamagen"} if clean is cleaned else {}
     fingerprint = component_fingerprint(about, network.state_dict())
+    if clean is cleaned and fingerprint == recorded:
+        clean = str
+    elif clean is cleaned:
+        fingerprint = component_fingerprint({**about, "cleaning": "llamagen"}, network.state_dict())
     shown = name if name == MINILM else printable(Path(place).name)
     return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint, clean)
 
@@ -122,15 +128,18 @@ def readers(shape: GeneratorConfig) -> str:
     return "the folder, or OWNER/NAME of the hub, that has the tokenizer.json of its release"
 
 
-def load_caption_reader(shape: GeneratorConfig, name: str, device: torch.device | str = "cpu") -> TextEncoder:
+def load_caption_reader(
+    shape: GeneratorConfig, name: str, device: torch.device | str = "cpu", recorded: str | None = None
+) -> TextEncoder:
     """The text encoder that `name` means, for a generator of captions of this shape; networks are on the device.
+    `recorded`: as of `load_text_encoder`.
 
     Raises `UserError` where it cannot be loaded, and for one whose features or tokens the generator does not read.
     """
     if isinstance(shape, JanusConfig):
         return load_prompt_tokenizer(name, shape)
     length, width = shape.caption_shape
-    encoder = load_text_encoder(name, length=length, device=device)
+    encoder = load_text_encoder(name, length=length, device=device, recorded=recorded)
     if encoder.width != width:
         raise UserError(
             f"model.caption_dim: {width}, but the features of {name} have {encoder.width}; give the text encoder that "

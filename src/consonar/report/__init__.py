@@ -10,6 +10,7 @@ A run folder holds `config.json`, and any of `metrics.jsonl`, `results.json` (sc
 What is missing is left out of the page; what is there and broken is a `UserError`.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,4 +139,4 @@ def record_of(run: Run, runs: Sequence[Run]) -> Json:
 def shows_openmoji(named: object) -> bool:
     """Whether these names of data, tokenizers and recipes are of OpenMoji, or of scenes of its emoji: the licence asks
     for attribution."""
-    return any(word in str(named).lower() for word in ("openmoji", "scenes"))
+    return re.search(r"openmoji|['\"](?:[a-z]+-)*scenes(?:[:-][\w:-]*)?['\"]", str([named]).lower()) is not None

@@ -129,7 +129,7 @@ def check_same_shape(where: str, stored: ModelConfig, wanted: ModelConfig, what:
     """Raises `UserError` for the first key in which the configurations differ; not for dropouts and sizes left open."""
     held = asdict(stored)
     for key, value in asdict(wanted).items():
-        if "drop" not in key and value not in (0, None) and held.get(key) != value:
+        if "drop" not in key and (value is False or value not in (0, None)) and held.get(key) != value:
             raise UserError(f"model.{key}: {value!r}, but the {what} in {where} has {held.get(key)!r}")
 
 
