@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from faults.server import Server
 from faults.soak import JOBS, Soak
-from faults.world import COMMANDS, fill, make
+from faults.world import COMMANDS, fill, fill_captions, make
 from faults.writes import Trials, kinds
 
 
@@ -66,6 +66,7 @@ def main() -> int:
         before.mkdir()
         server = Server(before.with_name("scratch"), CONSONAR_KERNELS="pytorch", CONSONAR_CACHE="cache")
         fill(before)
+        fill_captions(before)
         make(before, server)
         if given.what == "soak":
             wrong = soak(given.names, given.rounds, given.seed, before, server)

@@ -5,9 +5,10 @@ import random
 
 import pytest
 from faults.server import Server
+from faults.sites import UNREACHED, unreached
 from faults.soak import JOBS, Soak
 from faults.syscalls import NAMES
-from faults.world import COMMANDS, MADE, fill, make
+from faults.world import COMMANDS, MADE, fill, fill_captions, make
 from faults.writes import Trials, kinds
 
 SEED = 7
@@ -36,6 +37,7 @@ def place(tmp_path_factory):
 def whole(place):
     """The same, where every command has something to do."""
     server, before = place
+    fill_captions(before)
     make(before, server, MADE[4:])
     return place
 
@@ -64,6 +66,13 @@ def test_a_command_that_is_asked_to_end_says_so_and_goes_on(name, place):
     trials = Trials(server, before, COMMANDS[name])
     chosen = random.Random(SEED).sample(kinds(trials.writes), 1)
     assert [fault for at in chosen for fault in trials.asked(at)] == []
+
+
+@pytest.mark.slow
+def test_every_place_that_writes_is_reached_by_a_command(whole):
+    server, before = whole
+    lines = set().union(*(Trials(server, before, words).lines for words in COMMANDS.values()))
+    assert unreached(lines) == set(UNREACHED)
 
 
 def test_a_folder_that_becomes_read_only_is_a_line_and_costs_nothing(place):

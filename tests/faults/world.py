@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from conftest import TINY_VQ, save_pictures
+from conftest import TINY_VQ, save_pictures, save_tokenizer_of_32
 from faults.server import Server
+from processes import free_port
 
 from consonar.config_io import to_dict
 
@@ -28,6 +29,11 @@ FILES = {
         "base": "vapi-openmoji", "init": "run", "loop": LOOP, "data": {"images": "pictures"},
         "objective": {"rewards": {"mse": 1.0}, "group_size": 2}, "optim": {"warmup_steps": 1},
     },
+    "words.yaml": {
+        "base": "ar-scenes", "tokenizer": "codec32", "text_encoder": "encoder", "loop": LOOP,
+        "model": {**TINY, "condition": "text", "caption_dim": 8, "num_condition_tokens": 12},
+        "data": {"tokens": "scenes", "validation_items": 4}, "optim": {"warmup_steps": 1},
+    },
     "vq.yaml": {
         "base": "tokenizer-openmoji-64", "model": to_dict(CODEC), "loop": LOOP, "data": {"images": "pictures"},
         "objective": {"perceptual_weight": 0.0, "discriminator_weight": 0.1, "discriminator_start": 2},
@@ -44,10 +50,21 @@ FILES = {
                      "num_samples": 8, "reconstruct": False},
     },
 }  # fmt: skip
+SCENES = ["a dog", "two red apples"]
 ALONE = ["TORCHELASTIC_RUN_ID=none", "WORLD_SIZE=1", "RANK=0", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=0"]
 """One process that torchrun has started."""
+TWO = [
+    *ALONE[:1],
+    "WORLD_SIZE=2",
+    "RANK=0",
+    "MASTER_ADDR=127.0.0.1",
+    f"MASTER_PORT={free_port()}",
+    "CONSONAR_TIMEOUT=10",
+]
+"""Two of them: the server starts the second."""
 TOKENIZE = ["tokenize", "--tokenizer", "vq/model", "--data", "pictures"]
 EVALUATE = ["--reference", "pictures", "--feature-network", "quarters", "--draws", "2"]
+LORA = ["--init", "run", "--lora.rank", "2"]
 MADE = (
     ["train", "vq.yaml", "--out", "vq"],
     [*TOKENIZE, "--out", "tokens"],
@@ -58,6 +75,12 @@ MADE = (
     ["evaluate", "run", *EVALUATE, "--num-samples", "8", "--temperatures", "1"],
     ["convert", "vq/model", "--to-official", "released.pt"],
     ["report", "run", "--out", "page.html"],
+    ["tokenize", "--tokenizer", "codec32", "--data", "pictures", "--out", "tokens32"],
+    ["train", "ar.yaml", "--tokenizer", "codec32", "--data.tokens", "tokens32", "--out", "run32"],
+    ["tokenize", "--tokenizer", "codec32", "--data", "scenes:12", "--out", "scenes"],
+    ["train", "words.yaml", "--out", "words"],
+    ["sample", "words", "--prompts", "prompts.txt", "--per-prompt", "2", "--out", "words.npz"],
+    ["train", "ar.yaml", *LORA, "--out", "lora-half", "--stop-at", "3"],
 )
 COMMANDS = {
     "train": ["train", "ar.yaml", "--out", "new"],
@@ -86,8 +109,21 @@ COMMANDS = {
                       "--out", "new"],
     "plan": ["plan", "ar.yaml", "--json", "plan.json"],
     "sweep": ["sweep", "study.yaml", "--out", "study"],
-    "diagnose": ["diagnose", "run", "--data", "pictures", "--out", "diagnosis.html", "--num-images", "8",
+    "diagnose": ["diagnose", "run32", "--data", "many", "--out", "diagnosis.html", "--num-images", "8",
                  "--parts", "gap,positions"],
+    "keep the best": ["train", "ar.yaml", "--out", "new", "--loop.keep-best"],
+    "train adapters": ["train", "ar.yaml", *LORA, "--out", "new"],
+    "resume adapters": ["train", "ar.yaml", *LORA, "--out", "lora-half", "--resume"],
+    "tokenize captions": ["tokenize", "--tokenizer", "codec32", "--data", "scenes:12", "--out", "new"],
+    "train on captions": ["CONSONAR_CACHE=new-cache", "train", "words.yaml", "--out", "new"],
+    "sample for GenEval": ["sample", "words", "--format", "geneval", "--prompts", "prompts.jsonl", "--out", "new"],
+    "sample for GenEval 2": ["sample", "words", "--format", "geneval2", "--prompts", "prompts.jsonl", "--out", "new"],
+    "sample for DPG": ["sample", "words", "--format", "dpg", "--prompts", "dpg", "--out", "new"],
+    "score a run": ["evaluate", "words", "--prompts", "prompts.txt", "--per-prompt", "2"],
+    "score samples": ["evaluate", "words.npz", "--prompts", "stored", "--out", "new.json"],
+    "read scores": ["evaluate", "geneval.jsonl", "--format", "geneval", "--out", "new.json"],
+    "evaluate by two": [*TWO, "evaluate", "run", *EVALUATE, "--num-samples", "8", "--temperatures", "0.9",
+                        "--overwrite"],
 }  # fmt: skip
 
 
@@ -103,6 +139,21 @@ def fill(root: Path) -> None:
             tar.add(root / "pictures" / "train" / "abc"[index] / f"{index:03d}.png", "a.png")
     for name, content in FILES.items():
         (root / name).write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def fill_captions(root: Path) -> None:
+    """The same for commands that read captions."""
+    from tiny_encoder import save_encoder  # transformers takes seconds to import
+
+    save_pictures(root / "many", validation=9)
+    save_tokenizer_of_32(root / "codec32")
+    save_encoder(root / "encoder")
+    asked = {"tag": "single_object", "include": [], "skills": ["object"], "atom_count": 1}
+    asked_lines = [json.dumps({**asked, "prompt": text, "correct": True}) for text in SCENES]
+    for name, text in {"prompts.txt": SCENES, "prompts.jsonl": asked_lines, "geneval.jsonl": asked_lines}.items():
+        (root / name).write_text("\n".join(text) + "\n")
+    (root / "dpg").mkdir()
+    (root / "dpg" / "7.txt").write_text(SCENES[0])
 
 
 def make(root: Path, server: Server, commands: Sequence[Sequence[str]] = MADE) -> None:

@@ -41,8 +41,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())  # else a name may outlive a power cut without its content
             partial.replace(path)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -40,8 +40,14 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> Path:
     """Writes the page, and all its numbers beside it; returns the page's path."""
     numbers = out.with_suffix(".json")
     html = render(diagnosis, numbers.name)
+    is_new = not numbers.exists()
     write_json(numbers, diagnosis.content(), allow_nan=False)
-    write_page(html, out)
+    try:
+        write_page(html, out)
+    except BaseException:  # alone they would be in the way of the same command
+        if is_new:
+            numbers.unlink()
+        raise
     return out
 
 
