@@ -138,7 +138,12 @@ def test_report_on_a_run(trained: Path, tmp_path: Path, capsys) -> None:
 def test_options_that_a_command_does_not_read_here_are_refused(trained: Path, tmp_path: Path, capsys) -> None:
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
     samples = ["evaluate", str(tmp_path / "samples.npz"), "--reference", "openmoji-64"]
-    for option, value in (("--temperatures", "1,0.9"), ("--match", "x"), ("--num-samples", "16")):
+    for option, value in (
+        ("--temperatures", "1,0.9"),
+        ("--match", "x"),
+        ("--num-samples", "16"),
+        ("--perceptual", "x"),
+    ):
         assert f"{option}: " in fails([*samples, option, value], capsys)
     assert "--overwrite: True is read only with --out" in fails([*samples, "--overwrite"], capsys)
     tokenizer = tmp_path / "run"
@@ -194,7 +199,7 @@ def test_evaluate_a_run_and_samples(trained: Path, picture_folder: Path, tmp_pat
     )
 
 
-def test_train_and_evaluate_a_tokenizer(picture_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_train_and_evaluate_a_tokenizer(picture_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
     changes = {
         "base": "tokenizer-openmoji-64",
@@ -211,9 +216,16 @@ def test_train_and_evaluate_a_tokenizer(picture_folder: Path, tmp_path: Path, mo
     }
     (tmp_path / "tok.yaml").write_text(yaml.safe_dump(changes))
     cli.main(["train", str(tmp_path / "tok.yaml"), "--out", str(tmp_path / "mine")])
-    cli.main(["evaluate", str(tmp_path / "mine"), "--reference", str(picture_folder)])
+    cli.main(["evaluate", str(tmp_path / "mine")])
     metrics = json.loads((tmp_path / "mine" / "reconstruction.json").read_text())
     assert metrics["num_images"] == 6 and 0 < metrics["usage"] <= 1 and metrics["psnr"] > 0
+    assert metrics["origin"]["protocol"].endswith("efficientnet-lite0")
+    shutil.copytree(picture_folder, tmp_path / "changed")
+    next((tmp_path / "changed" / "validation").rglob("*.png")).unlink()
+    changed = {"images": str(tmp_path / "changed")}
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({"data": changed}))
+    cli.main(["evaluate", str(tmp_path / "mine"), "--overwrite"])
+    assert "; not the pictures that were held out when it was trained" in capsys.readouterr().out
     cli.main(["report", str(tmp_path / "mine"), "--out", str(tmp_path / "tok.html")])
     model = str(tmp_path / "mine" / "model")
     config = json.loads((tmp_path / "mine" / "model" / "config.json").read_text())

@@ -14,7 +14,7 @@ from consonar.errors import UserError
 from consonar.evaluation.check import check_results
 from consonar.evaluation.compared import Check, Compared, allowed, compare, image_counts
 from consonar.evaluation.evaluate import evaluate
-from consonar.evaluation.reconstruction import evaluate_tokenizer
+from consonar.evaluation.reconstruction import evaluate_tokenizer, trained_on
 from consonar.evaluation.results import Measurement
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.files.weights import component_fingerprint
@@ -133,25 +133,27 @@ def test_samples_that_are_gone_are_drawn_again_as_they_were(run, tiny_generator,
         check_results(tmp_path / "results.json")
 
 
+AT = "temperature 0.5, guidance 2"
+
+
 def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tiny_generator):
-    settings = RunSettings(
-        num_samples=12, draws=2, temperatures=(1.0, 0.5), seed=4, reconstruct=False,
-        sampler=SamplerConfig(top_k=7),
-    )  # fmt: skip
-    evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters")
+    settings = RunSettings(num_samples=12, draws=2, guidance_scales=(1, 2), seed=4, reconstruct=False)
+    grid = [SamplerConfig(top_k=7), SamplerConfig(temperature=0.5, top_k=7, guidance_scale=2)]
+    content = evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters", grid=grid)
+    assert content["remarks"][-1].startswith("entropy (teacher-forced) is that of the model alone")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    found = check_results(run / "results.json")
+    said = []
+    found = check_results(run / "results.json", progress=said.append)
     assert found.reproduced and found.redrawn and found.differs == []
+    assert sum(" samples at " in line for line in said) == len(grid), "no row is drawn twice, nor any that was not"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert {number.name.partition(": ")[0] for number in found.numbers} == {"temperature 1", "temperature 0.5"}
+    assert {number.name.partition(": ")[0] for number in found.numbers} == {"temperature 1", AT}
     metric = "FD(quarters) validation"
     entry = json.loads((run / "results.json").read_text())["rows"][1]["metrics"][metric]
     changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 1.9 * entry["spread"]})
     assert check_results(run / "results.json").reproduced
     changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 2.1 * entry["spread"]})
-    assert [one.name for one in check_results(run / "results.json").numbers if not one.holds] == [
-        f"temperature 0.5: {metric}"
-    ]
+    assert [one.name for one in check_results(run / "results.json").numbers if not one.holds] == [f"{AT}: {metric}"]
 
 
 def test_a_cell_of_a_sweep_is_checked_by_its_run(run, picture_folder, tmp_path):
@@ -170,9 +172,9 @@ def test_a_cell_of_a_sweep_is_checked_by_its_run(run, picture_folder, tmp_path):
 
 
 def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer, picture_folder):
-    save_tokenizer(tokenizer, tmp_path / "codec" / "model")
-    (tmp_path / "codec" / "config.json").write_text('{"data": {"images": "elsewhere"}}')
-    evaluate_tokenizer(tmp_path / "codec", reference=str(picture_folder), feature_network="quarters")
+    save_tokenizer(tokenizer, (codec := tmp_path / "codec") / "model")
+    (codec / "config.json").write_text('{"data": {"images": "elsewhere"}}')
+    evaluate_tokenizer(codec, into=codec, reference=str(picture_folder), feature_network="quarters")
     found = check_results(tmp_path / "codec" / "reconstruction.json")
     assert found.tolerance == "digit for digit" and found.differs == []
     assert {"psnr", "rFD(quarters)", "usage"} <= {number.name for number in found.numbers}
@@ -195,14 +197,40 @@ def test_a_model_folder_is_measured_where_it_is_one_of_a_tokenizer(
 
 
 def test_reconstructions_are_measured_again_of_the_pictures_that_were_held_out(tmp_path, tokenizer, picture_folder):
-    save_tokenizer(tokenizer, tmp_path / "codec" / "model")
-    (tmp_path / "codec" / "config.json").write_text("{}")
+    save_tokenizer(tokenizer, (codec := tmp_path / "codec") / "model")
+    (codec / "config.json").write_text("{}")
     evaluate_tokenizer(
-        tmp_path / "codec", reference=str(picture_folder), feature_network="quarters", validation_split="50%"
+        codec, into=codec, reference=str(picture_folder), feature_network="quarters", validation_split="50%"
     )
     found = check_results(tmp_path / "codec" / "reconstruction.json")
     assert {number.name: number.before for number in found.numbers}["num_images"] == 12
     assert found.tolerance == "digit for digit"
+
+
+def test_a_tokenizer_that_is_named_is_measured_into_a_file(tmp_path, tokenizer, picture_folder, capsys):
+    save_tokenizer(tokenizer, tmp_path / "codec")
+    words = ["--data", str(picture_folder), "--feature-network", "quarters", "--out", "rfd.json"]
+    cli.main(["evaluate", "--tokenizer", "codec", *words])
+    assert "reconstructions by tiny-vq" in capsys.readouterr().out and not list(tmp_path.glob("codec/recon*"))
+    assert check_results(tmp_path / "rfd.json").tolerance == "digit for digit"
+    assert status("--tokenizer", "codec", *words) == 2 and status("codec", *words[2:4]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "--out: rfd.json already exists" in said[0] and "--data: missing; name the images that codec" in said[1]
+    cli.main(["evaluate", "openmoji-64", *words, "--overwrite", "--batch-size", "4"])
+    content = json.loads((tmp_path / "rfd.json").read_text())
+    assert content["num_images"] == 6 and content["perceptual(efficientnet-lite0)"] > 0
+    assert check_results(tmp_path / "rfd.json").tolerance == "digit for digit"
+    assert trained_on("openmoji-64") == {"images": "openmoji"} and trained_on("cifar10-32") == {"images": "cifar10"}
+    for wrong, expected in (
+        (["openmoji-46"], "unknown 'openmoji-46' (did you mean 'openmoji-64'?); choices: samples"),
+        (["openmoji-64", "--tokenizer", "codec"], "openmoji-64 is the tokenizer that is measured"),
+        (["--tokenizer", "openmoji-46"], "tokenizer: unknown 'openmoji-46'"),
+        (["codec", "--reference", "x", "--data", "y"], "--data: given together with --reference"),
+        (["codec", "--perceptual", "lpips"], "lpips"),
+    ):
+        reference = [] if "--reference" in wrong else ["--reference", picture_folder]
+        assert status(*wrong, *reference) == 2
+        assert expected in capsys.readouterr().err
 
 
 WRONG = (

@@ -1,24 +1,22 @@
-"""The command `evaluate`: of samples, or of a run, which is a generator that is sampled first or a tokenizer."""
+"""The command `evaluate`: of samples, of a run, which is a generator that is sampled first, or of a tokenizer."""
 
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.compositional import score_of_run, score_of_samples, show_benchmark
-from consonar.cli.parsing import BadImageGroup, check_read
+from consonar.cli.measured import beside, print_metrics, say_about, say_bad, show_check
+from consonar.cli.parsing import BadImageGroup, check_read, numbers_in
 from consonar.components import read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import World, failing_together, joined
-from consonar.errors import UserError
+from consonar.errors import UserError, unknown
 from consonar.evaluation.check import check_results
 from consonar.evaluation.compositional import PromptSettings
 from consonar.evaluation.evaluate import evaluate, open_target
@@ -28,7 +26,7 @@ from consonar.evaluation.results import RECONSTRUCTION, Measurement, check_place
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.evaluation.sample_metrics import check_metrics
 from consonar.evaluation.settings import EvaluationSettings
-from consonar.files.readers import read_json
+from consonar.files.writers import write_json
 from consonar.model_folders import SHIPPED
 from consonar.networks import load_feature_network
 from consonar.precision import pick_precision
@@ -43,21 +41,27 @@ Settings = TypeVar("Settings", bound=EvaluationSettings)
 @dataclass(frozen=True, kw_only=True)
 class Options:
     samples: tyro.conf.Positional[Path | None] = None
-    """Samples, or a run folder: a generator is sampled, a tokenizer (also the folder of a converted one) reconstructs
-    the validation images; the results are written into the folder, where `consonar report` finds those of a run."""
+    """Samples, or a run folder: a generator is sampled, a tokenizer (a run, the folder of a converted one, openmoji-64,
+    ...) reconstructs the validation images; the results are written into the folder, where `consonar report` finds
+    those of a run."""
     reference: str | None = None
     """openmoji-64, cifar10, an .npz of images or statistics, a folder, hf:owner/name."""
+    data: str | None = None
+    """The same by another name, of a tokenizer: the images to reconstruct (default: those it was trained on, where they
+    are known; in any case held-out ones)."""
     validation_split: str | None = None
     """Images of the reference to compare with as validation images: the name of a split, or a share of those to train
     on, such as 5%, which `tokenize` and `train` hold out (default: the split validation, else test, else none)."""
     feature_network: str = "efficientnet-lite0"
     """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity), inception-pytorch-fid, or
     inception:FILE, dinov2:FOLDER, clip:FOLDER; the weights of all but the first you bring (docs/evaluation.md)."""
+    perceptual: str | None = None
+    """Of a tokenizer: efficientnet-lite0 (default, of images of 32 px or more) or lpips (you bring its VGG weights)."""
     metrics: str = ""
     """Of samples and runs: what is calculated, e.g. fd,kid,precision,recall,density,coverage (default: all but
     fd-infinity and fd-per-class)."""
     out: Path | None = None
-    """Where to write the results of samples (JSON)."""
+    """Where to write the results of samples, or of a tokenizer, which then go nowhere else (JSON)."""
     prompts: str | None = None
     """Instead of --reference, for generators of captions: does every picture of a scene show what its prompt says?
     scenes-validation[:COUNT] (400 held-out captions), a file of such captions, or, of samples, stored: those that they
@@ -67,8 +71,8 @@ class Options:
     per_prompt: int = 4
     """Of a run with --prompts: pictures of each."""
     tokenizer: str | None = None
-    """Of samples: name or folder of their tokenizer, for the copy rate in tokens (default: the one that the file names,
-    when it is a shipped one)."""
+    """Without SAMPLES: the one to measure, by name or folder. Of samples: their tokenizer, for the copy rate in tokens
+    (default: the one that the file names, when it is a shipped one)."""
     temperatures: str = "1"
     """Of a run: the grid, e.g. 1,0.9,0.8."""
     guidance_scales: str = ""
@@ -90,12 +94,14 @@ class Options:
     bad: BadImageGroup
     check: Path | None = None
     """A file of results: measure again what it records, and say whether it reproduces (status 1: it does not). SAMPLES,
-    --reference and --tokenizer then say where these lie now, if not where they lay."""
+    --reference (--data) and --tokenizer then say where these lie now, if not where they lay."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace results that are there."""
 
 
 def command(options: Options) -> None:
+    if options.data is not None and options.reference is not None:
+        raise UserError("--data: given together with --reference, which says the same; keep one")
     with joined(options.device, "--device") as world, failing_together(world):
         if options.check is None:
             measure(options, world)
@@ -112,15 +118,16 @@ def measure(options: Options, world: World) -> None:
         measure_prompts(options, options.prompts, world)
         return
     check_read(options, ("per_prompt",), "with --prompts")
-    if place is None or options.reference is None:
-        missing = "name samples, or a run folder" if place is None else "--reference: missing; name one"
-        raise UserError(f"evaluate: {missing}, or a file of results with --check")
     pick_precision(options.precision, world.device, "--precision", "measuring")
+    if (codec := tokenizer_meant(options)) is not None:
+        with memory.explained(f"lower --batch-size ({options.batch_size})", world.device):
+            measure_tokenizer(options, codec, world)
+        return
+    check_read(options, ("data", "perceptual"), "where a tokenizer is measured")
+    if place is None or options.reference is None:
+        missing = "name samples, a run folder or a tokenizer" if place is None else "--reference: missing; name one"
+        raise UserError(f"evaluate: {missing}, or a file of results with --check")
     is_model, is_run = (all((place / name).is_file() for name in ("config.json", one)) for one in (WEIGHTS, LINES))
-    is_tokenizer = (is_run or is_model) and read_component_kind(place) == "tokenizer"
-    is_run = is_run or is_tokenizer
-    listing = out and out.with_name(f"{out.name}-bad-images.txt")
-    bad = options.bad.policy(place / "bad-images-evaluation.txt" if is_run else listing)
     if (is_model and not is_run) or (not place.exists() and str(place) in SHIPPED["generator"]):
         kind = "the model of a generator" if is_model else "a shipped generator"
         raise UserError(
@@ -128,39 +135,43 @@ def measure(options: Options, world: World) -> None:
             f"{options.num_samples} --out {place.name}.npz, then evaluate that file"
         )
     if not place.exists():
-        raise UserError(f"{place}: no such file or folder; name samples, or a run folder")
+        raise unknown("evaluate", str(place), ["samples (.npz, a folder)", "a run folder", *SHIPPED["tokenizer"]])
     if is_run and out is not None:
         raise UserError("--out: the results of a run are written into its folder; leave --out away")
     if is_run and options.tokenizer is not None:
         raise UserError("--tokenizer: a run knows its own; leave --tokenizer away")
-    of_kind = measure_tokenizer if is_tokenizer else measure_generator if is_run else measure_samples
-    smaller = NOT_SMALLER if is_tokenizer else f"lower --batch-size ({options.batch_size})"
-    with memory.explained(smaller, world.device):
-        of_kind(options, place, options.reference, world, bad)
-    if bad.note and world.is_main:
-        say(bad.note)
-        bad.write()
+    bad = options.bad.policy(place / "bad-images-evaluation.txt" if is_run else beside(out))
+    with memory.explained(f"lower --batch-size ({options.batch_size})", world.device):
+        (measure_generator if is_run else measure_samples)(options, place, options.reference, world, bad)
+    say_bad(bad, world)
+
+
+def tokenizer_meant(options: Options) -> Path | str | None:
+    """The tokenizer that is to be measured, a folder or a name; None where samples or a generator are."""
+    place = options.samples
+    if place is None:
+        return options.tokenizer
+    is_model = any(all((place / name).is_file() for name in ("config.json", one)) for one in (WEIGHTS, LINES))
+    is_name = not place.exists() and str(place) in SHIPPED["tokenizer"]
+    is_folder = is_model and read_component_kind(place) == "tokenizer"
+    found = str(place) if is_name else place if is_folder else None
+    if found is not None and options.tokenizer is not None:
+        raise UserError(f"--tokenizer: {place} is the tokenizer that is measured; leave --tokenizer away")
+    return found
 
 
 def check(options: Options, path: Path, device: str) -> None:
     """Whether the results in `path` reproduce; the process ends with status 1 where they do not."""
-    read = ("samples", "reference", "tokenizer", "device", "check", "bad")
+    read = ("samples", "reference", "data", "tokenizer", "device", "check", "bad")
     unread = [item.name for item in fields(options) if item.name not in read]
     check_read(options, unread, "without --check, which measures as it was measured")
     check_read(options.bad, BAD_IMAGES, "without --check")
     with memory.explained(NOT_SMALLER, torch.device(device)):
         found = check_results(
-            path, samples=options.samples, reference=options.reference, tokenizer=options.tokenizer, device=device,
-            progress=say,
+            path, samples=options.samples, reference=options.reference or options.data, tokenizer=options.tokenizer,
+            device=device, progress=say,
         )  # fmt: skip
-    table = Table("metric", "then", "now", "off by", "allowed", "", title=str(path), title_justify="left")
-    for one in found.numbers:
-        now, off = ("", "") if one.now is None else (f"{one.now:.6g}", f"{one.now - one.before:.2g}")
-        table.add_row(one.name, f"{one.before:.6g}", now, off, f"{one.allowed:.2g}", "" if one.holds else "differs")
-    Console(highlight=False).print(table)
-    for line in found.differs:
-        say(f"differs: {line}")
-    say(found.verdict)
+    show_check(found, str(path))
     if not found.reproduced:
         sys.exit(1)
 
@@ -181,7 +192,8 @@ OF_DRAWING = ("per_prompt", "guidance_scales", "temperatures")
 def measure_prompts(options: Options, prompts: str | None, world: World) -> None:
     """The compositional score, of a run or of samples; or what the scorer of a benchmark found."""
     place = options.samples
-    unread = ("reference", "validation_split", "feature_network", "metrics", "match", "num_samples", "draws")
+    of_others = ("validation_split", "feature_network", "perceptual", "metrics", "match", "num_samples", "draws")
+    unread = ("reference", "data", *of_others)
     check_read(options, unread, "without --prompts and --format")
     check_read(options.bad, BAD_IMAGES, "without --prompts and --format")
     if place is None or not place.exists():
@@ -206,18 +218,31 @@ def measure_prompts(options: Options, prompts: str | None, world: World) -> None
             score_of_samples(place, prompts, options.tokenizer, settings, options.out, overwrite=options.overwrite)
 
 
-def measure_tokenizer(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
-    unread = ("metrics", "temperatures", "guidance_scales", "match", "num_samples", "draws", "seed", "batch_size")
+def measure_tokenizer(options: Options, name: Path | str, world: World) -> None:
+    """Into its folder; of one that has a name, and none of its own, or with --out: there, or nowhere."""
+    unread = ("metrics", "temperatures", "guidance_scales", "match", "num_samples", "draws", "seed")
     check_read(options, unread, "where samples of a generator are measured")
-    metrics = evaluate_tokenizer(
-        place, reference=reference, feature_network=options.feature_network, device=str(world.device),
+    out, has_folder = options.out, name not in SHIPPED["tokenizer"] and Path(name).is_dir()
+    into = Path(name) if has_folder and out is None else None
+    check_read(options, ("overwrite",) if into is None and out is None else (), "with --out")
+    if out is not None:
+        check_place(out, overwrite=options.overwrite, key="--out", keys={"psnr", "origin"})
+    bad = options.bad.policy(beside(out) if into is None else into / "bad-images-evaluation.txt")
+    content = evaluate_tokenizer(
+        name, reference=options.reference or options.data, into=into, feature_network=options.feature_network,
+        perceptual=options.perceptual, batch_size=options.batch_size, device=str(world.device),
         precision=options.precision, overwrite=options.overwrite, validation_split=options.validation_split, bad=bad,
         world=world,
     )  # fmt: skip
-    if not world.is_main:
-        return
-    print_metrics({name: Measurement(value) for name, value in metrics.items()}, str(place))
-    say(read_json(place / RECONSTRUCTION)["origin"]["protocol"])
+    if world.is_main:
+        origin = content.pop("origin")
+        print_metrics({key: Measurement(value) for key, value in content.items()}, str(name))
+        say(origin["protocol"])
+        if out is not None:
+            write_json(out, {**content, "origin": origin})
+        if (path := into / RECONSTRUCTION if into else out) is not None:
+            say(f"results: {path}")
+    say_bad(bad, world)
 
 
 def measure_generator(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
@@ -236,13 +261,6 @@ def measure_generator(options: Options, place: Path, reference: str, world: Worl
         print_metrics(metrics, f"temperature {row['temperature']:g}{guided}")
     say_about(content["protocol"], content["unavailable"], content["remarks"])
     say(f"results: {place / 'results.json'}")
-
-
-def numbers_in(words: str, key: str) -> list[float]:
-    try:
-        return [float(word) for word in words.split(",")]
-    except ValueError as error:
-        raise UserError(f"{key}: {words!r} is not a list of numbers such as 1,0.9,0.8") from error
 
 
 def measure_samples(options: Options, place: Path, reference: str, world: World, bad: BadImages) -> None:
@@ -278,17 +296,3 @@ def measure_samples(options: Options, place: Path, reference: str, world: World,
     if out is not None:
         results.to_json(out, overwrite=options.overwrite)
         say(f"results: {out}")
-
-
-def say_about(protocol: str, unavailable: Mapping[str, str], remarks: Iterable[str]) -> None:
-    for line in (protocol, *(f"{name}: not measured ({why})" for name, why in unavailable.items()), *remarks):
-        say(line)
-
-
-def print_metrics(metrics: Mapping[str, Measurement], title: str) -> None:
-    extra = ["spread", *(["error"] if any(found.error is not None for found in metrics.values()) else [])]
-    table = Table("metric", "value", *extra, title=title, title_justify="left")
-    for name, found in metrics.items():
-        numbers = [getattr(found, column) for column in extra]
-        table.add_row(name, f"{found.value:.4g}", *("" if one is None else f"{one:.2g}" for one in numbers))
-    Console(highlight=False).print(table)

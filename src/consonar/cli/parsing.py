@@ -146,6 +146,13 @@ def pairs(words: Sequence[str], key: str, form: str) -> dict[str, str]:
     return found
 
 
+def numbers_in(words: str, key: str) -> list[float]:
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UserError(f"{key}: {words!r} is not a list of numbers such as 1,0.9,0.8") from error
+
+
 def check_output(out: Path | None, key: str) -> None:
     """Raises `UserError` for an output whose name is not UTF-8, which not all that write files take, for one at or
     below a link that leads nowhere, which some would follow and others replace, and where nothing can be written."""

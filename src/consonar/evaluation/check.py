@@ -6,11 +6,19 @@ What is read: the results of samples, of a run (which is sampled again), of a ce
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from consonar.components import load_generator, load_own_text_encoder, load_own_tokenizer, load_tokenizer, read_origin
+from consonar.components import (
+    load_generator,
+    load_own_text_encoder,
+    load_own_tokenizer,
+    load_tokenizer,
+    read_component_kind,
+    read_origin,
+)  # fmt: skip
 from consonar.config_io import from_dict
 from consonar.errors import UserError, reading
 from consonar.evaluation.compared import Check, compare, differences, image_counts, made_of, model_differs, numbers_of
@@ -162,26 +170,23 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
 
 
 def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
-    """Results of a run, sampled again at all temperatures."""
+    """Results of a run, sampled again as every row says."""
     rows = record.get("rows", list)
-    scales = list(dict.fromkeys(one.get("guidance_scale", 1.0) for one in rows))
-    row = max(rows, key=lambda one: one.get("guidance_scale", 1.0))  # which says how it is guided
-    names = [item.name for item in fields(SamplerConfig) if item.name in row and item.name != "temperature"]
+    names = [item.name for item in fields(SamplerConfig) if item.name in rows[0]]
+    grid = [from_dict({name: row[name] for name in names}, str(record.path), SamplerConfig) for row in rows]
     settings = from_dict(
         {
-            **record.settings(row["seed"]),
-            "sampler": {name: row[name] for name in names},
-            "num_samples": row["num_samples"],
-            "temperatures": list(dict.fromkeys(float(one["temperature"]) for one in rows)),
-            "guidance_scales": scales if len(scales) > 1 else [],
+            **record.settings(rows[0]["seed"]),
+            "num_samples": rows[0]["num_samples"],
+            "guidance_scales": list(dict.fromkeys(sampler.guidance_scale for sampler in grid)),
             "reconstruct": False,
         },
         str(record.path), RunSettings,
     )  # fmt: skip
     run = stand_in(record.samples or record.path.parent, folder, record.path)
     content = evaluate_run(
-        run, settings, reference=record.target("reference.name"),
-        feature_network=record.network(), progress=record.progress,
+        run, settings, reference=record.target("reference.name"), feature_network=record.network(), grid=grid,
+        progress=record.progress,
     )  # fmt: skip
     return content, True
 
@@ -200,15 +205,21 @@ def prompts_again(record: Record, folder: Path) -> tuple[Json, bool]:
 
 
 def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:
-    """The reconstruction metrics of a tokenizer."""
-    run, origin = stand_in(record.samples or record.path.parent, folder, record.path), record.get("origin", dict)
+    """The reconstruction metrics of a tokenizer: of that beside the record, else of that which it names."""
+    origin, beside = record.get("origin", dict), record.path.parent
+    named = record.samples or record.tokenizer
+    if named is None:
+        with suppress(UserError):
+            named = beside if read_component_kind(beside) == "tokenizer" else None
+    if named is None and (named := origin.get("tokenizer_place")) is None:
+        raise UserError(f"{record.path}: {beside} holds no tokenizer; name it: --tokenizer FOLDER")
     network = next((name[4:-1] for name in record.content if name.startswith("rFD(")), "efficientnet-lite0")
-    evaluate_tokenizer(
-        run, reference=record.target("origin.reference"), feature_network=origin.get("feature_network", network),
-        device=record.device, precision=record.get("origin.precision", str),
-        validation_split=origin.get("validation_split"),
+    found = evaluate_tokenizer(
+        named, reference=record.target("origin.reference"), feature_network=origin.get("feature_network", network),
+        perceptual=origin.get("perceptual"), batch_size=origin.get("batch_size", 64), device=record.device,
+        precision=record.get("origin.precision", str), validation_split=origin.get("validation_split"),
     )  # fmt: skip
-    return read_json(run / RECONSTRUCTION), False
+    return found, False
 
 
 def stand_in(run: Path, folder: Path, path: Path) -> Path:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from consonar.components import load_own_text_encoder
 from consonar.config_io import to_dict
 from consonar.data.scenes import GROUNDS, KINDS, Scenes, picture_of, place
 from consonar.data.transforms import from_uint8
-from consonar.distributed import ALONE, World, machine_name, of_every
+from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, reading
 from consonar.evaluation.inputs import as_input, load_samples
 from consonar.evaluation.results import Measurement, library_versions, replacing
@@ -186,12 +187,12 @@ def score_run(
             )  # fmt: skip
             drawn = staged / "drawn.npz"
             run_job(job, drawn, batch_size=settings.batch_size, world=world)
-            metrics = of_pictures(detector, drawn, captions)
+            [metrics] = in_turn(partial(of_pictures, detector, drawn), [captions], world)  # by the first one alone
             rows += [{**to_dict(sampler), "num_samples": len(labels), "seed": settings.seed, "metrics": metrics}]
-            of_every(None, world)
             if world.is_main:
                 drawn.unlink()
-        found = ceilings(detector, texts, run.tokenizer.image_size, run.tokenizer, settings.seed)
+        size = run.tokenizer.image_size
+        [found] = in_turn(lambda all: ceilings(detector, all, size, run.tokenizer, settings.seed), [texts], world)
         content = {
             **record(texts, name, settings.per_prompt, found),
             "rows": rows,

@@ -37,6 +37,8 @@ class ImageSet:
     """Batch size -> uint8 (B, H, W, 3) arrays, always in the same order; the last one may be short."""
     labels: Callable[[], Tensor | None] = lambda: None
     """The class of every image (count,), where all have one."""
+    content_hash: Callable[[], str | None] = lambda: None
+    """Of the source that it is read from, where that has one."""
 
     def pick(self, rows: Tensor) -> np.ndarray:
         """The images at `rows` (n,), in that order, for which all are walked through: uint8 (n, H, W, 3)."""
@@ -99,8 +101,8 @@ def check_integers(path: Path, key: str, array: np.ndarray, count: int) -> None:
 def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageSet, tuple[int, ...], str]:
     """The pictures below `folder` (`find_pictures`) by path, the shape (count, H, W, 3), and a SHA-256 of it all.
 
-    Raises UserError for an empty folder and, while streaming, for an image that cannot be read or whose size differs
-    from the first one's.
+    Raises UserError for an empty folder, for one with the grids of a run (also below: of a sweep), and, while
+    streaming, for an image that cannot be read or whose size differs from the first one's.
     """
     found = find_pictures(folder)
     files = found.files
@@ -110,6 +112,9 @@ def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageS
     if bad is not None and bad.skips:
         readable = readable_rows(lambda row: read_image(files[row], str(files[row])), len(files), bad, "samples")
         files = [files[row] for row in readable]
+    for place in {file.parent.parent for file in files}:
+        if (place / "metrics.jsonl").is_file():
+            raise UserError(f"{folder}: holds grids of the run {place}, which are no samples; name samples, or one run")
     width, height = read_image(files[0], str(files[0])).size
     digest = hashlib.sha256()
     for file in files:
@@ -134,7 +139,7 @@ def source_image_set(source: ImageSource, image_size: int) -> ImageSet:
         known = known_labels(source) or [record.label for record in source]
         return None if None in known else torch.tensor(known)
 
-    return replace(images, labels=labels)
+    return replace(images, labels=labels, content_hash=lambda: getattr(source, "content_hash", None))
 
 
 def cropped(image: Image.Image, image_size: int) -> np.ndarray:

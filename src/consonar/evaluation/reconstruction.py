@@ -4,30 +4,36 @@ rFD is the Fréchet distance between the features of originals and reconstructio
 Shapes: `B` batch, `N` tokens per image, `V` vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.components import load_tokenizer, model_folder, weights_sha256
+from consonar.components import load_tokenizer, weights_sha256
 from consonar.data.bad_images import BadImages
 from consonar.data.splits import HELD_OUT
 from consonar.data.transforms import to_uint8
 from consonar.distributed import ALONE, World, in_turn, machine_name
-from consonar.errors import UserError
+from consonar.errors import UserError, check_choice
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input, open_reference
 from consonar.evaluation.results import RECONSTRUCTION, check_unmeasured, library_versions, replacing
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
+from consonar.json_types import Json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import SSIM_WINDOW, psnr, ssim
-from consonar.networks import FeatureNetwork, load_feature_network, record_of
+from consonar.model_folders import SHIPPED, from_anywhere
+from consonar.networks import PERCEPTUAL_DISTANCES, FeatureNetwork, load_feature_network, record_of
+from consonar.networks.base import LayerDistance
 from consonar.precision import multiplying, pick_precision
+from consonar.records import device_of
 from consonar.sampling.job import write_npz
 from consonar.tokenizers import quantizer
+from consonar.training.origins import FILE as ORIGIN
 from consonar.types import Tokenizer
 
 RECONSTRUCTIONS = 32
@@ -45,7 +51,7 @@ def reconstruction_metrics(
     batches: Iterable[Tensor],
     *,
     feature_network: FeatureNetwork | None = None,
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    perceptual: LayerDistance | None = None,
     world: World = ALONE,
 ) -> dict[str, float]:
     """Metrics of `tokenizer` over `batches` of images (B, 3, H, W) in [-1, 1] on its device.
@@ -53,13 +59,12 @@ def reconstruction_metrics(
     `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` (of images of 11 px or more) and `l1`
     (mean absolute difference), all of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share
     of the vocabulary that occurs) and `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called
-    with 8-bit-rounded images in [-1, 1], also `perceptual`; with `feature_network` also `rFD(NAME)`. Memory does
+    with 8-bit-rounded images in [-1, 1], also `perceptual(NAME)`; with `feature_network` also `rFD(NAME)`. Memory does
     not grow with the number of images. The processes of `world` take turns at the batches; all get the same. Raises
     UserError for no images, tokens outside the vocabulary, or one image with rFD.
     """
-    with_ssim = tokenizer.image_size >= SSIM_WINDOW
-    names = ("psnr", *(["ssim"] if with_ssim else []), "l1", *(["perceptual"] if perceptual else []))
-    sums = dict.fromkeys(names, 0.0)
+    with_ssim, judged = tokenizer.image_size >= SSIM_WINDOW, f"perceptual({perceptual.name})" if perceptual else None
+    sums = dict.fromkeys(("psnr", *(["ssim"] if with_ssim else []), "l1", *([judged] if judged else [])), 0.0)
     num_images, size = 0, tokenizer.vocab_size
     counts = torch.zeros(size, dtype=torch.int64)  # (V,)
     moments = [Moments(feature_network.num_features) for _ in range(2)] if feature_network else []
@@ -76,8 +81,8 @@ def reconstruction_metrics(
         if with_ssim:
             found["ssim"] = float(ssim(*pair).sum())
         rounded = [(side * 2 - 1).float() for side in pair]
-        if perceptual:
-            found["perceptual"] = float(perceptual(*rounded).sum())
+        if perceptual and judged:
+            found[judged] = float(perceptual(*rounded).sum())
         features = [feature_network(side).cpu() for side in rounded] if feature_network else []
         return len(images), quantizer.code_counts(tokens, size).cpu(), found, features
 
@@ -102,56 +107,125 @@ def reconstruction_metrics(
 
 
 def evaluate_tokenizer(
-    run: Path,
+    name: str | Path,
     *,
-    reference: str,
+    reference: str | None = None,
+    into: Path | None = None,
     feature_network: str = "efficientnet-lite0",
+    perceptual: str | None = None,
+    batch_size: int = 64,
     device: str = "cpu",
     precision: str = "fp32",
     overwrite: bool = False,
     validation_split: str | None = None,
     bad: BadImages | None = None,
     world: World = ALONE,
-) -> dict[str, float]:
-    """`measure_reconstruction` of a run's tokenizer on the validation images of `reference` (of the data that it was
-    trained on those that were held out, unless `validation_split` says otherwise), or on its one set.
+) -> Json:
+    """`measure_reconstruction` of a tokenizer (as `load_tokenizer` takes it) on the validation images of `reference` or
+    its one set. None: of the data that it was trained on; of these always what was held out then, unless
+    `validation_split` says otherwise. Written into the folder `into`, where one is named.
 
-    Raises `UserError` where the run has been measured, unless `overwrite`.
+    The protocol says so where what is held out now is not what was when it was trained: pictures came or went.
+
+    Raises `UserError` where `into` has such results, unless `overwrite`.
     """
     check_unmeasured(run, RECONSTRUCTION, overwrite=overwrite)
     place = torch.device(device)
     chosen = pick_precision(precision, place, "precision", "measuring")
-    sha256 = weights_sha256(run)
-    tokenizer = load_tokenizer(model_folder(run)).to(device)
-    trained = read_json(run / "config.json").get("data") or {}
-    is_same = trained.get("images") == reference
-    split = validation_split or (trained.get("validation_split") if is_same else None)
+    tokenizer = load_tokenizer(name).to(device)
+    known = trained_on(name)
+    spec = known.get("images") if reference is None else reference
+    if spec is None:
+        raise UserError(f"--data: missing; name the images that {name} is to reconstruct")
+    is_same = spec == known.get("images")
+    split = validation_split or (known.get("validation_split") if is_same else None)
     held_out = HELD_OUT if is_same else 0
-    images = open_reference(reference, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split).images
+    images = open_reference(spec, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split).images
     if not images:
-        raise UserError(f"--reference: {reference} holds statistics, but a tokenizer is measured on images")
+        raise UserError(f"--reference: {spec} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
+    hashes = {known.get("validation_sha256"), measured.content_hash()}
+    changed = is_same and validation_split is None and None not in hashes and len(hashes) > 1
     network = load_feature_network(feature_network, device)
-    saved = replacing(run, RECONSTRUCTION, overwrite=overwrite, world=world)
+    judge = load_perceptual_distance(perceptual, tokenizer.image_size, device)
+    saved = nullcontext() if into is None else replacing(into, RECONSTRUCTION, overwrite=overwrite, world=world)
     with saved as staged, multiplying(chosen, place, autocast=True):
-        origin = {"checkpoint_sha256": sha256, "precision": chosen, "reference": reference}
-        origin |= {"validation_split": split} if split else {}
-        origin |= {"machine": machine_name(device), **library_versions()}
-        return measure_reconstruction(staged, tokenizer, measured, network, world, **origin)
+        return measure_reconstruction(
+            staged, tokenizer, measured, network, judge, world, batch_size=batch_size,
+            checkpoint_sha256=weights_sha256(name, "tokenizer"), tokenizer_place=from_anywhere("tokenizer", str(name)),
+            note="; not the pictures that were held out when it was trained" if changed else "", reference=spec,
+            validation_split=split, precision=chosen,
+        )  # fmt: skip
+
+
+def trained_on(name: str | Path) -> Json:
+    """What is known of the data of a tokenizer, as `data` of a run's settings has it, and the hash of what was held
+    out."""
+    if name in SHIPPED["tokenizer"]:
+        return {"images": str(name).partition("-")[0]}
+    paths = (Path(name) / "config.json", Path(name) / ORIGIN)
+    config, origin = (read_json(path) if path.is_file() else {} for path in paths)
+    return {**(config.get("data") or {}), "validation_sha256": origin.get("validation_sha256")}
+
+
+def load_perceptual_distance(name: str | None, image_size: int, device: str) -> LayerDistance | None:
+    """The one called `name`; None: the offline one, where pictures are large enough. `UserError` for another name, and
+    where they are too small for the one that is named."""
+    check_choice("--perceptual", chosen := name or "efficientnet-lite0", PERCEPTUAL_DISTANCES)
+    kind = PERCEPTUAL_DISTANCES[chosen]
+    if image_size >= kind.smallest_input:
+        return kind.load(None).to(device)
+    if name is None:
+        return None
+    raise UserError(f"--perceptual: {name} reads images of {kind.smallest_input} px or more, not of {image_size}")
 
 
 def measure_reconstruction(
-    folder: Path, tokenizer: Tokenizer, images: ImageSet, network: FeatureNetwork, world: World = ALONE, **origin: str
-) -> dict[str, float]:
-    """Metrics over the set, written into reconstruction.json with `origin`; some images to reconstructions.npz.
+    folder: Path | None,
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    network: FeatureNetwork,
+    judge: LayerDistance | None = None,
+    world: World = ALONE,
+    *,
+    batch_size: int = 64,
+    note: str = "",
+    **origin: str | None,
+) -> Json:
+    """Metrics over the set, and as `origin` what they are of; also written into reconstruction.json of `folder`, where
+    there is one, and some images to reconstructions.npz. `note` ends the protocol.
 
     Of the processes of `world`, which share the work, the first one writes.
     """
-    batches = (as_input(batch, tokenizer) for batch in images.stream(64))
-    metrics = reconstruction_metrics(tokenizer, batches, feature_network=network, world=world)
-    if not world.is_main:
-        return metrics
+    batches = (as_input(batch, tokenizer) for batch in images.stream(batch_size))
+    metrics = reconstruction_metrics(tokenizer, batches, feature_network=network, perceptual=judge, world=world)
     count = int(metrics["num_images"])
+    against = f"reconstructions by {tokenizer.name} against their originals in {images.name}"
+    known = record_of(network)
+    judged = {"perceptual": judge.name, "perceptual_sha256": judge.weights_sha256} if judge else {}
+    content = {
+        **metrics,
+        "origin": {
+            **{key: value for key, value in origin.items() if value is not None},
+            "protocol": f"{count:,} {against}, {network.name}{note}",
+            "images": images.name,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "feature_network": known.get("place", network.name),
+            "feature_network_sha256": known["sha256"],
+            **judged,
+            "batch_size": batch_size,
+            "machine": machine_name(str(device_of(tokenizer))),
+            **library_versions(),
+        },
+    }
+    if folder is not None and world.is_main:
+        keep_some(folder, tokenizer, images, count)
+        write_json(folder / RECONSTRUCTION, content)
+    return content
+
+
+def keep_some(folder: Path, tokenizer: Tokenizer, images: ImageSet, count: int) -> None:
+    """Some of `count` images, evenly spaced, and what the tokenizer makes of them, in reconstructions.npz."""
     rows = torch.linspace(0, count - 1, min(RECONSTRUCTIONS, count)).long()
     originals = images.pick(rows)
     with torch.inference_mode():
@@ -162,13 +236,3 @@ def measure_reconstruction(
         "names": np.array([f"{images.name} {i}" for i in rows]),
     }
     write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))
-    against = f"reconstructions by {tokenizer.name} against their originals in {images.name}"
-    origin |= {
-        "protocol": f"{count:,} {against}, {network.name}",
-        "images": images.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-    }
-    known = record_of(network)
-    origin |= {"feature_network": known.get("place", network.name), "feature_network_sha256": known["sha256"]}
-    write_json(folder / RECONSTRUCTION, {**metrics, "origin": origin})
-    return metrics

@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -62,9 +62,10 @@ def library_versions() -> dict[str, str]:
     return {"python": python, "torch": torch.__version__, "numpy": numpy, "consonar": __version__}
 
 
-def check_place(path: Path, *, overwrite: bool, key: str) -> None:
-    """Makes the folder of results; `UserError` where they cannot be written, or would replace anything but results."""
-    is_ours = partial(has_keys, keys={"schema", "metrics"})
+def check_place(path: Path, *, overwrite: bool, key: str, keys: Set[str] = frozenset(("schema", "metrics"))) -> None:
+    """Makes the folder of results; `UserError` where they cannot be written, or would replace anything but results,
+    which have these `keys`."""
+    is_ours = partial(has_keys, keys=keys)
     check_replaced(path, key, "results.json", "holds no results", is_ours, overwrite=overwrite)
     check_writable(path, key)
     path.parent.mkdir(parents=True, exist_ok=True)

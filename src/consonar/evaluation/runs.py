@@ -4,7 +4,7 @@ Regularisation changes how sharp a model is, and temperature alone moves the FrÃ
 curve. All rows of all runs share classes and seeds (common random numbers).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from consonar.types import Generator
 KEPT_IMAGES = 80
 RESULTS_SCHEMA = 1
 ENTROPY = "entropy (teacher-forced)"
+UNGUIDED = f"{ENTROPY} is that of the model alone, without guidance, in rows that are drawn with it too"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,7 @@ def evaluate_run(
     reference: str = "openmoji-64",
     feature_network: str = "efficientnet-lite0",
     target: ReferenceSet | None = None,
+    grid: Sequence[SamplerConfig] = (),
     overwrite: bool = False,
     bad: BadImages | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -135,7 +137,8 @@ def evaluate_run(
 ) -> Json:
     """Samples a finished run at every temperature, measures each against `reference`, and writes results.json into it.
 
-    `target` is the encoded reference where several runs share it; else it is opened here without `bad` images. Beside
+    `target` is the encoded reference where several runs share it; else it is opened here without `bad` images. `grid`
+    says how the rows are drawn in the place of the settings' own. Beside
     results.json, whose content is returned: samples_tX.npz (some images of each row, with their nearest training
     images) and, of validation images and where wanted, reconstructions.npz and reconstruction.json. What was there
     stays until all is measured. `progress` gets what is being done, in words. The processes of `world` share the work;
@@ -147,7 +150,8 @@ def evaluate_run(
     sharpness = run.sharpness(reference, settings, bad)
     with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():
         labels, prompts = run.asked(settings.num_samples, sharpness)
-        samplers = of_every(samplers_of(settings, sharpness, run.generator), world)[0]
+        samplers = of_every(samplers_of(settings, grid or settings.grid(), sharpness, run.generator), world)[0]
+        guided = any(sampler.guidance_scale != 1 for sampler in samplers)
         target = target_of(run, reference, target, settings, bad, world)
         # Now, for what is wrong is found before hours of sampling.
         prepared = PreparedReference(target, network, settings, world=world)
@@ -173,11 +177,16 @@ def evaluate_run(
             "origin": to_dict(run.origin),
             "unavailable": unavailable | results.unavailable,
             **origin_of_numbers(results),
+            "remarks": [*results.remarks, *([UNGUIDED] if entropies and guided else [])],
             "draws": settings.draws,
             "machine": results.machine,
         }
         if settings.reconstruct and (held_out := target.images.get("validation")):
-            measure_reconstruction(staged, run.tokenizer, held_out, network, world, precision=settings.precision)
+            measure_reconstruction(
+                staged, run.tokenizer, held_out, network, world=world, batch_size=settings.batch_size,
+                tokenizer_place=run.origin.tokenizer, reference=reference, validation_split=settings.validation_split,
+                precision=settings.precision,
+            )  # fmt: skip
         if world.is_main:
             write_json(staged / RESULTS, content)
     return content
@@ -189,9 +198,11 @@ def setting_name(sampler: SamplerConfig) -> str:
     return f"temperature {sampler.temperature:g}{guided}"
 
 
-def samplers_of(settings: RunSettings, sharpness: Sharpness, generator: Generator) -> dict[SamplerConfig, list[Path]]:
+def samplers_of(
+    settings: RunSettings, grid: Iterable[SamplerConfig], sharpness: Sharpness, generator: Generator
+) -> dict[SamplerConfig, list[Path]]:
     """The sampler of every row, and the runs whose entropy it was chosen to reach."""
-    samplers: dict[SamplerConfig, list[Path]] = {sampler: [] for sampler in settings.grid()}
+    samplers: dict[SamplerConfig, list[Path]] = {sampler: [] for sampler in grid}
     for other in settings.match:
         samplers.setdefault(settings.at(round(sharpness.match(generator, other), 4)), []).append(other)
     return samplers

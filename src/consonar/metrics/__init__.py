@@ -90,6 +90,7 @@ METRICS = (
     Metric("rFD(", direction=-1),
     Metric("mse", "squared error", direction=-1),
     Metric("perceptual", "perceptual distance", direction=-1),
+    Metric("perceptual(", "perceptual distance ({}", direction=-1),
     Metric("usage", "codes used", "share of the codebook", 1, meaning="leaves out codes that are capacity lost"),
     Metric("perplexity", "code perplexity", "effective number of codes"),
     Metric("num_images", "images measured"),
