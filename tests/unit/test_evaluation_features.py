@@ -103,7 +103,7 @@ def test_a_folder_is_streamed_in_the_order_of_names(tmp_path, images):
         inputs.folder_image_set(tmp_path / "empty")
     grids = tmp_path / "sweep" / "runs" / "plain-0" / "samples"
     grids.mkdir(parents=True)
-    picture(0).save(grids / "step_000001.png")
+    Image.fromarray(images[0]).save(grids / "step_000001.png")
     (grids.parent / "metrics.jsonl").touch()
     for folder in (tmp_path / "sweep", grids):
         with pytest.raises(UserError, match=r"holds grids of the run .*plain-0, which are no samples"):
