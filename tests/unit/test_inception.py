@@ -20,6 +20,7 @@ from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.settings import EvaluationSettings
+from consonar.files.writers import file_sha256
 from consonar.networks import inception, load_feature_network, record_of
 from consonar.networks.inception import InceptionFeatures, InceptionV3, load_inception, resize_from_corner
 
@@ -169,28 +170,28 @@ def test_a_missing_file_is_named_with_where_to_get_it(tmp_path, monkeypatch):
 def test_the_default_file_its_hash_and_both_names(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path))
     (tmp_path / inception.WEIGHTS.name).symlink_to(weights)
-    digest = load_inception(check_hash=False).weights_sha256
+    digest = file_sha256(weights)
     message = refused(None, check_hash=True)
     assert digest[:8] in message and "6726825d" in message
     monkeypatch.setattr(inception, "WEIGHTS", replace(inception.WEIGHTS, sha256_prefix=digest[:8]))
-    for name in ("inception", "inception-pytorch-fid"):
-        network = load_feature_network(name)
-        assert (network.name, network.weights_sha256) == (name, digest)
-        placed = record_of(load_feature_network(f"{name}:{weights}"))
-        assert placed == {"name": name, "sha256": digest, "place": f"{name}:{weights}"}
+    assert record_of(load_feature_network("inception")) == {"name": "inception", "sha256": digest}
+    placed = f"inception-pytorch-fid:{weights}"
+    assert record_of(load_feature_network(placed)) == {
+        "name": "inception-pytorch-fid", "sha256": digest, "place": placed,
+    }  # fmt: skip
     with pytest.raises(UserError, match=r"inception: no weights at nowhere\.pth"):
         load_feature_network("inception:nowhere.pth")
     assert "choices: inception, inception-pytorch-fid" in refused(weights, name="fid")
     for folder, first in (("samples", 0), ("reference", 10)):
         (tmp_path / folder).mkdir()
-        for index in range(first, first + 10):
+        for index in range(first, first + 4):
             picture(index).save(tmp_path / folder / f"{index:02d}.png")
     out = tmp_path / "results.json"
     command = ["evaluate", str(tmp_path / "samples"), "--reference", str(tmp_path / "reference"), "--draws", "1"]
-    cli.main([*command, "--feature-network", "inception-pytorch-fid", "--out", str(out)])
+    cli.main([*command, "--metrics", "kid", "--feature-network", "inception-pytorch-fid", "--out", str(out)])
     results = json.loads(out.read_text())
     assert results["feature_network"] == {"name": "inception-pytorch-fid", "sha256": digest}
-    assert any(key.startswith("FD(inception-pytorch-fid)") for key in results["metrics"])
+    assert any(key.startswith("KID(inception-pytorch-fid)") for key in results["metrics"])
 
 
 def test_damaged_and_other_files_are_refused_in_one_line(weights, tmp_path):

@@ -129,7 +129,8 @@ def evaluate_tokenizer(
 
     Raises `UserError` where `into` has such results, unless `overwrite`.
     """
-    check_unmeasured(run, RECONSTRUCTION, overwrite=overwrite)
+    if into is not None:
+        check_unmeasured(into, RECONSTRUCTION, overwrite=overwrite)
     place = torch.device(device)
     chosen = pick_precision(precision, place, "precision", "measuring")
     tokenizer = load_tokenizer(name).to(device)
