@@ -9,7 +9,7 @@ from conftest import picture
 
 from consonar.components import load_tokenizer, save_generator, save_tokenizer
 from consonar.errors import UserError
-from consonar.evaluation import runs
+from consonar.evaluation import kept, runs
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import is_measured, read_results, replacing
 from consonar.evaluation.runs import RunSettings
@@ -128,12 +128,12 @@ def test_a_shared_reference_is_that_of_the_run(run, picture_folder, tokenizer, t
 
 
 def test_more_classes_than_pictures_are_kept_of_are_shown_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "KEPT_IMAGES", 4)
+    monkeypatch.setattr(kept, "KEPT_IMAGES", 4)
     for count, labels in ((12, [0, 3, 6, 9]), (5, [0, 2, 4, 7])):
         classes = np.arange(count) * 10 // count if count < 10 else np.arange(count) % 10
         images = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
         np.savez(tmp_path / "drawn.npz", arr_0=images, labels=classes, seeds=np.arange(count))
-        runs.keep_some(tmp_path / "drawn.npz", tmp_path / "kept.npz", None, {}, None)
+        kept.keep_samples(tmp_path / "drawn.npz", tmp_path / "kept.npz", None, {}, None)
         with np.load(tmp_path / "kept.npz") as kept:
             assert len(kept["labels"]) == 4 and np.abs(kept["labels"] - labels).max() <= 2
             assert (kept["images"][:, 0, 0, 0] == kept["seeds"]).all()

@@ -8,21 +8,20 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from consonar.components import load_tokenizer, weights_sha256
 from consonar.data.bad_images import BadImages
 from consonar.data.splits import HELD_OUT
-from consonar.data.transforms import to_uint8
 from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, check_choice
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input, open_reference
+from consonar.evaluation.kept import keep_reconstructions
 from consonar.evaluation.results import RECONSTRUCTION, check_unmeasured, library_versions, replacing
 from consonar.files.readers import read_json
-from consonar.files.writers import write_atomically, write_json
+from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.metrics.pixels import SSIM_WINDOW, psnr, ssim
@@ -31,13 +30,9 @@ from consonar.networks import PERCEPTUAL_DISTANCES, FeatureNetwork, load_feature
 from consonar.networks.base import LayerDistance
 from consonar.precision import multiplying, pick_precision
 from consonar.records import device_of
-from consonar.sampling.job import write_npz
 from consonar.tokenizers import quantizer
 from consonar.training.origins import FILE as ORIGIN
 from consonar.types import Tokenizer
-
-RECONSTRUCTIONS = 32
-"""Images that are kept beside their originals."""
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:
@@ -220,20 +215,6 @@ def measure_reconstruction(
         },
     }
     if folder is not None and world.is_main:
-        keep_some(folder, tokenizer, images, count)
+        keep_reconstructions(folder, tokenizer, images, count)
         write_json(folder / RECONSTRUCTION, content)
     return content
-
-
-def keep_some(folder: Path, tokenizer: Tokenizer, images: ImageSet, count: int) -> None:
-    """Some of `count` images, evenly spaced, and what the tokenizer makes of them, in reconstructions.npz."""
-    rows = torch.linspace(0, count - 1, min(RECONSTRUCTIONS, count)).long()
-    originals = images.pick(rows)
-    with torch.inference_mode():
-        decoded = tokenizer.decode(tokenizer.encode(as_input(originals, tokenizer))).clamp(-1, 1)
-    arrays = {
-        "originals": originals,
-        "reconstructions": to_uint8(decoded).cpu().numpy(),
-        "names": np.array([f"{images.name} {i}" for i in rows]),
-    }
-    write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))

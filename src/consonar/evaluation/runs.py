@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from consonar.components import (
@@ -26,6 +24,7 @@ from consonar.errors import UserError
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import compare
 from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
+from consonar.evaluation.kept import keep_samples
 from consonar.evaluation.reconstruction import measure_reconstruction
 from consonar.evaluation.reference import PreparedReference
 from consonar.evaluation.results import (
@@ -39,17 +38,15 @@ from consonar.evaluation.results import (
 from consonar.evaluation.sample_metrics import check_metrics
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_npz
-from consonar.files.writers import file_sha256, write_atomically, write_json
+from consonar.files.writers import file_sha256, write_json
 from consonar.json_types import Json
 from consonar.metrics import decides
-from consonar.metrics.copying import CopyRate
 from consonar.networks import load_feature_network
 from consonar.origin import check
-from consonar.sampling.job import Job, Prompts, balanced_labels, check_count, run_job, write_npz
+from consonar.sampling.job import Job, Prompts, balanced_labels, check_count, run_job
 from consonar.sampling.sample import SamplerConfig
 from consonar.types import Generator
 
-KEPT_IMAGES = 80
 RESULTS_SCHEMA = 1
 ENTROPY = "entropy (teacher-forced)"
 UNGUIDED = f"{ENTROPY} is that of the model alone, without guidance, in rows that are drawn with it too"
@@ -257,7 +254,7 @@ def measure_row(
     entropy = float(read_npz(drawn, ["entropy"])["entropy"].mean())
     of_every(None, world)
     if world.is_main:
-        keep_some(drawn, kept, reference.given, results.copies, run.origin.class_names)
+        keep_samples(drawn, kept, reference.given, results.copies, run.origin.class_names)
         drawn.unlink()
     of_every(None, world)
     metrics = results.metrics | {"entropy": Measurement(entropy)}
@@ -283,28 +280,3 @@ def best_row(rows: list[Json]) -> int:
     names = [name for name in rows[0]["metrics"] if name.startswith("FD(")]
     name = next(filter(decides, names), names[0])
     return min(range(len(rows)), key=lambda i: rows[i]["metrics"][name]["value"])
-
-
-def keep_some(
-    drawn: Path, kept: Path, reference: ReferenceSet, copies: dict[str, CopyRate], class_names: tuple[str, ...] | None
-) -> None:
-    """Some images of a sample file, with the nearest training image of each, into a small file for reports.
-
-    The first ones, whose classes and seeds are the same for every run; of more classes than that, one of each of so
-    many classes, evenly spaced.
-    """
-    stored, images = read_npz(drawn, ("labels", "seeds", "settings")), load_samples(drawn).images
-    count, num_classes = len(stored["labels"]), int(stored["labels"].max()) + 1
-    rows = torch.arange(min(KEPT_IMAGES, count))
-    if num_classes > KEPT_IMAGES:
-        rows = (torch.arange(KEPT_IMAGES) * min(num_classes, count) // KEPT_IMAGES).unique()
-    of_rows = {key: stored[key][rows.numpy()] for key in ("labels", "seeds")}
-    arrays = {"images": images.pick(rows), **stored, **of_rows}
-    # By features, or by tokens where not all of these have features.
-    covering = [found for found in copies.values() if torch.isin(rows, found.rows).all()]
-    if covering:
-        nearest = covering[0].indices[torch.searchsorted(covering[0].rows, rows)]
-        arrays["nearest_train"] = reference.images["train"].pick(nearest)
-    if class_names is not None:
-        arrays["class_names"] = np.array(class_names)
-    write_atomically(kept, lambda partial: write_npz(partial, arrays))
