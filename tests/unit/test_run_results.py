@@ -134,9 +134,9 @@ def test_more_classes_than_pictures_are_kept_of_are_shown_evenly(tmp_path, monke
         images = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
         np.savez(tmp_path / "drawn.npz", arr_0=images, labels=classes, seeds=np.arange(count))
         kept.keep_samples(tmp_path / "drawn.npz", tmp_path / "kept.npz", None, {}, None)
-        with np.load(tmp_path / "kept.npz") as kept:
-            assert len(kept["labels"]) == 4 and np.abs(kept["labels"] - labels).max() <= 2
-            assert (kept["images"][:, 0, 0, 0] == kept["seeds"]).all()
+        with np.load(tmp_path / "kept.npz") as found:
+            assert len(found["labels"]) == 4 and np.abs(found["labels"] - labels).max() <= 2
+            assert (found["images"][:, 0, 0, 0] == found["seeds"]).all()
 
 
 def test_a_run_says_why_metrics_of_its_samples_are_missing(run, picture_folder):
