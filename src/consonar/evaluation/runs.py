@@ -135,11 +135,11 @@ def evaluate_run(
     """Samples a finished run at every temperature, measures each against `reference`, and writes results.json into it.
 
     `target` is the encoded reference where several runs share it; else it is opened here without `bad` images. `grid`
-    says how the rows are drawn in the place of the settings' own. Beside
-    results.json, whose content is returned: samples_tX.npz (some images of each row, with their nearest training
-    images) and, of validation images and where wanted, reconstructions.npz and reconstruction.json. What was there
-    stays until all is measured. `progress` gets what is being done, in words. The processes of `world` share the work;
-    the first one writes. Raises `UserError` for a run that is not finished, and when results exist, unless `overwrite`.
+    says how the rows are drawn in the place of the settings' own. Beside results.json, whose content is returned:
+    samples_tX.npz (some images of each row, with their nearest training images) and, of validation images and where
+    wanted, reconstructions.npz and reconstruction.json. What was there stays until all is measured. `progress` gets
+    what is being done, in words. The processes of `world` share the work; the first one writes. Raises `UserError` for
+    a run that is not finished, and when results exist, unless `overwrite`.
     """
     check_unmeasured(folder, RESULTS, overwrite=overwrite)
     run = FinishedRun(folder, settings.device)
@@ -148,7 +148,6 @@ def evaluate_run(
     with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():
         labels, prompts = run.asked(settings.num_samples, sharpness)
         samplers = of_every(samplers_of(settings, grid or settings.grid(), sharpness, run.generator), world)[0]
-        guided = any(sampler.guidance_scale != 1 for sampler in samplers)
         target = target_of(run, reference, target, settings, bad, world)
         # Now, for what is wrong is found before hours of sampling.
         prepared = PreparedReference(target, network, settings, world=world)
@@ -165,19 +164,7 @@ def evaluate_run(
                 row["metrics"][ENTROPY] = Measurement(entropies[sampler.temperature]).record()
             matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(other)} for other in matched]
             rows += [row | match for match in matches or [{}]]
-        content = {
-            "schema": RESULTS_SCHEMA,
-            "rows": rows,
-            "best": best_row(rows),
-            "checkpoint_sha256": run.sha256,
-            "tokenizer": {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint},
-            "origin": to_dict(run.origin),
-            "unavailable": unavailable | results.unavailable,
-            **origin_of_numbers(results),
-            "remarks": [*results.remarks, *([UNGUIDED] if entropies and guided else [])],
-            "draws": settings.draws,
-            "machine": results.machine,
-        }
+        content = record_of_run(run, rows, results, settings, unavailable)
         if settings.reconstruct and (held_out := target.images.get("validation")):
             measure_reconstruction(
                 staged, run.tokenizer, held_out, network, world=world, batch_size=settings.batch_size,
@@ -187,6 +174,26 @@ def evaluate_run(
         if world.is_main:
             write_json(staged / RESULTS, content)
     return content
+
+
+def record_of_run(
+    run: FinishedRun, rows: list[Json], results: Evaluation, settings: RunSettings, unavailable: dict[str, str]
+) -> Json:
+    """The content of results.json; `results` are those of the last row."""
+    guided = any(row["guidance_scale"] != 1 and ENTROPY in row["metrics"] for row in rows)
+    return {
+        "schema": RESULTS_SCHEMA,
+        "rows": rows,
+        "best": best_row(rows),
+        "checkpoint_sha256": run.sha256,
+        "tokenizer": {"name": run.tokenizer.name, "fingerprint": run.tokenizer.fingerprint},
+        "origin": to_dict(run.origin),
+        "unavailable": unavailable | results.unavailable,
+        **origin_of_numbers(results),
+        "remarks": [*results.remarks, *([UNGUIDED] if guided else [])],
+        "draws": settings.draws,
+        "machine": results.machine,
+    }
 
 
 def setting_name(sampler: SamplerConfig) -> str:
