@@ -152,10 +152,11 @@ def evaluate_run(
         # Now, for what is wrong is found before hours of sampling.
         prepared = PreparedReference(target, network, settings, world=world)
         progress(f"reference: {target.about}")
-        entropies, unavailable = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers]), {}
+        unavailable: dict[str, str] = {}
+        entropies = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers])
         if isinstance(entropies, str):
             progress(f"{ENTROPY}: not measured ({entropies})")
-            entropies, unavailable = {}, {ENTROPY: entropies}
+            unavailable[ENTROPY], entropies = entropies, {}
         rows = []
         for sampler, matched in samplers.items():
             progress(f"{folder.name}: {settings.num_samples} samples at {setting_name(sampler)}")
