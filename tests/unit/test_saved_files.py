@@ -118,6 +118,7 @@ NO_ROOM = [
     (safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),
     (safetensors.SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), TOO_LARGE),
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), f"{FULL}, or {TOO_LARGE}"),
+    (RuntimeError("basic_ios::clear: iostream error"), f"{FULL}, or {TOO_LARGE}"),
 ]
 
 

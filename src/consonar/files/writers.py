@@ -65,7 +65,7 @@ def no_room(error: BaseException) -> str:
     if why := NO_ROOM.get(int(said[1]) if said else getattr(error, "errno", None)):
         return why
     # What PyTorch says of a write that stopped half way, whatever stopped it.
-    cut = re.search(r"No space left|unexpected pos|PytorchStreamWriter|file write failed", str(error))
+    cut = re.search(r"No space left|unexpected pos|PytorchStreamWriter|file write failed|iostream error", str(error))
     return "the disk is full, or files may not be so large here (ulimit -f)" if cut else ""
 
 
