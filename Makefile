@@ -7,7 +7,7 @@ BIN := .venv/bin
 # the few long tests of one file, for which all other processes would wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo style types lint fast test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results claims claims-text claims-vapi clean
+.PHONY: help demo style types lint fast test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results results-whole claims claims-text claims-vapi clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
@@ -78,6 +78,9 @@ clean:  ## remove what the targets above have made, but no runs
 
 results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the section of claims-vapi
 	$(BIN)/python docs/make_results.py runs/demo
+
+results-whole: demo  ## every number and figure of docs/results.md: a demo, then what is missing of the three studies (hours)
+	$(MAKE) results claims-vapi claims claims-text
 
 # Twelve minutes of a GPU at a time; what was not finished is gone on with by the next call.
 claims: .venv/installed  ## the articles' parts on photographs over seeds, into docs/results.md; goes on where it ended (PROFILE=gpu: at size, 12 minutes a call)

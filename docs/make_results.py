@@ -112,7 +112,8 @@ def main() -> None:
     lines = [
         "# Results", "",
         "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own. The section on VA-pi is "
-        "written by `make claims-vapi`, those on photographs by `make claims`; only the paragraphs on how to read them are by hand.", "",
+        "written by `make claims-vapi`, those on photographs by `make claims`, and all of it by `make results-whole`; "
+        "only the paragraphs on how to read them are by hand, and so is the section on diagnoses.", "",
         f"- Command: `make demo` (`consonar demo --minutes {settings['minutes']:g} --seed {settings['seed']:g}`), "
         f"{settings['steps']:g} steps of batch 64 per training run, "
         f"{last['rear-vapi'][-1]['step']} updates of batch 32 per post-training run (VA-pi with spatial credit).",

@@ -33,6 +33,10 @@ TIMEOUT = "CONSONAR_TIMEOUT"
 CUDA devices 10."""
 LATE = 2.0
 """Seconds by which others may notice later that one of them is missing."""
+LAST_TENSORS = 0.1
+"""Seconds for gloo's threads to free what was exchanged last. They hold gloo's lock and ask for Python's; whoever frees
+the group, as one that wraps a model may do once it is destroyed, holds Python's and asks for gloo's: both would wait
+for ever, which was seen once on a busy machine (torch 2.13)."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ def joined(device_name: str = "auto", key: str = "loop.device") -> Iterator[Worl
             f"rank {rank}: {missing(store, rank, size)}; the same command goes on (train: --resume)"
         ) from error
     finally:
+        if backend == "gloo":
+            time.sleep(LAST_TENSORS)
         dist.destroy_process_group()
 
 
