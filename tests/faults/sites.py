@@ -23,6 +23,7 @@ UNREACHED = {
     "evaluation/check.py:stand_in": "in a temporary folder",
     "evaluation/reconstruction.py:evaluate_tokenizer": "entered in a line below the call",
     "files/lock.py:folder_at_once": "a lock on an empty folder that was there; the other calls are reached",
+    "files/shared_work.py:remove_shards": "a lock, of a job that was killed while it tidied",
     "files/shared_work.py:remove_unused": "a lock, of a job that failed before its first shard",
     "files/weights.py:finish_save": "what a killed process did not get to",
     "sweeps/work.py:run_sweep": "a lock that another process has",
