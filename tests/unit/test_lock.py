@@ -1,5 +1,6 @@
 """One writer per folder, also when the one before was killed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -162,3 +163,17 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
 def test_where_no_folder_can_be_made_nobody_waits_for_ever():
     with pytest.raises(OSError), lock.hold(Path("/proc/consonar/x.parts")):
         pass
+
+
+def test_a_lock_file_that_cannot_be_removed_stops_nobody(tmp_path, monkeypatch):
+    def refused(path: Path) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", refused)
+        with lock.hold(tmp_path):
+            (tmp_path / "work").touch()
+    assert (tmp_path / lock.LOCK_FILE).exists()
+    with lock.hold(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]

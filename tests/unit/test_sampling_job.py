@@ -92,7 +92,7 @@ def ended_while_it_tidies(monkeypatch):
         next(Path(folder).glob("shard_*")).rename(Path(folder) / "half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shared_work.shutil, "rmtree", ended)
+    monkeypatch.setattr(shared_work, "remove", ended)
 
 
 def test_shards_of_a_finished_job_are_removed_by_the_next_call(draw, tmp_path, monkeypatch):
@@ -106,6 +106,21 @@ def test_shards_of_a_finished_job_are_removed_by_the_next_call(draw, tmp_path, m
     with pytest.raises(UserError, match=r"a\.npz exists"):
         draw()
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_what_a_failing_removal_leaves_is_still_the_jobs(tmp_path, monkeypatch):
+    for name in ("job.json", "shard_0.npz", "shard_1.npz"):
+        (tmp_path / name).touch()
+
+    def refused(path):
+        raise OSError(5, "no")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no"):
+        broken.setattr(Path, "unlink", refused)
+        shared_work.remove(tmp_path)
+    assert (tmp_path / "job.json").exists()
+    shared_work.remove(tmp_path)
+    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.png", "a"])

@@ -55,7 +55,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
         # Both before the lock is given back: nobody else can hold this file, and who waits for it makes the folders
         # again, and knows then that it did.
         at_end.callback(_remove_empty, made)
-        at_end.callback(path.unlink, missing_ok=True)
+        at_end.callback(_unlink, path)
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
@@ -101,6 +101,11 @@ def _make(folder: Path) -> bool:
             raise
         return False
     return True
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):  # one that stays stops nobody
+        path.unlink()
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -68,7 +68,7 @@ class SharedWork:
                     for half in self.out.parent.glob(f".{escape(self.out.name)}.*.partial"):  # of one that was killed
                         half.unlink()
                     finish()
-                    shutil.rmtree(self.folder)
+                    remove(self.folder)
         except BaseException:
             if is_ours:
                 self.remove_unused()
@@ -121,4 +121,12 @@ def remove_shards(out: Path) -> None:
     """Removes OUT.parts where it is there, and no process at it."""
     if parts_of(out).is_dir():
         with suppress(Held), hold(parts_of(out)):
-            shutil.rmtree(parts_of(out))
+            remove(parts_of(out))
+
+
+def remove(folder: Path) -> None:
+    """The shards, then the record: what a removal that fails leaves is this job's."""
+    for path in folder.iterdir():
+        if path.name not in (LOCK_FILE, RECORD):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder)
