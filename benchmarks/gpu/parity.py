@@ -221,7 +221,7 @@ def text_encoder_case(kind: str, device: torch.device) -> str:
 
     found = []
     for place in (CPU, device):
-        encoder = PretrainedTextEncoder(kind, moved(network, place), words, 8, "x")
+        encoder = PretrainedTextEncoder(kind, moved(network, place), words, 8, "x", {})
         found.append(encoder.encode(["3 4 5 6 2", "7 2", "8 9 3 2"]))
     assert torch.equal(found[0].mask, found[1].mask.cpu()), "another mask on the device"
     return near("features", *(one.features for one in found))

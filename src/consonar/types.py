@@ -168,6 +168,10 @@ class TextEncoder(HasFingerprint, Protocol):
     length: int
     """L: a caption's places, padded on the left; of tokens the most."""
 
+    @property
+    def uncut(self) -> str:
+        """Fingerprint without L: of two encoders that share it, what neither cuts has the same features, or tokens."""
+
     def encode(self, captions: Sequence[str]) -> TextCondition | PromptCondition:
         """Features (B, L, F) float32, or tokens (B, longest), and the mask, on one device."""
 

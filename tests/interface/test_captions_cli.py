@@ -5,11 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import save_pictures, save_tokenizer_of_32
+from conftest import picture, save_pictures, save_tokenizer_of_32
 from PIL import Image
 from tiny_encoder import save_encoder
 
@@ -213,6 +214,56 @@ def test_tokens_without_captions_are_refused(place, tmp_path, capsys):
                    str(tmp_path / "tokens"), "--text-encoder", str(place / "enc"), "--out", str(tmp_path / "bad"),
                    *MODEL)  # fmt: skip
     assert re.search(r"tokens: .*: 12 of 12 items have no caption", line) and not (tmp_path / "bad").exists()
+
+
+def test_tokenize_makes_the_features_that_train_reads(place, tmp_path, capsys, monkeypatch):
+    """For any length that cuts no caption; ended between the two, the same command makes what is left."""
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    words = ["tokenize", "--tokenizer", str(place / "tok"), "--data", "scenes:10", "--text-encoder", str(place / "enc"),
+             "--out", str(tmp_path / "scenes")]  # fmt: skip
+    with monkeypatch.context() as ended:
+        ended.setattr("consonar.cli.tokenize.CaptionFeatures", lambda *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(words)
+    main(words)
+    said = capsys.readouterr().out
+    assert f"train: is there already: {tmp_path / 'scenes'}" in said
+    line = r"validation: captions: \d+ different, read by enc, (\d+) tokens at most; 0 cut after 40; (\d+) with words"
+    found = re.search(line, said)
+    assert found and int(found[1]) <= 12
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/captions").iterdir()}
+    assert len(files) == 4
+    main(["train", "ar-scenes", "--tokenizer", str(place / "tok"), "--data.tokens", str(tmp_path / "scenes"),
+          "--text-encoder", str(place / "enc"), "--out", str(tmp_path / "run"), "--quiet", *MODEL,
+          *SHORT])  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/captions").iterdir()} == files
+
+
+def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, tmp_path, capsys, monkeypatch):
+    def given(captions: list[str | None]) -> str:
+        dataset = datasets.Dataset.from_dict(
+            {"image": [picture(index, 32) for index in range(len(captions))], "caption": captions},
+            features=datasets.Features(image=datasets.Image(), caption=datasets.Value("string")),
+        )
+        dataset.save_to_disk(tmp_path / "data")
+        return f"arrow:{tmp_path / 'data'}"
+
+    words = ["tokenize", "--tokenizer", str(place / "tok"), "--out", str(tmp_path / "out"), "--data"]
+    few = given(["a dog", "", None, *["a cat"] * 5])
+    line = refusal(capsys, *words, few, "--captions", "--validation-split", "0%")
+    assert re.search(r"--captions: arrow:\S+: 2 of 8 items have no caption; give them one, or leave --captions", line)
+    folder = save_pictures(tmp_path / "pictures", size=32)
+    for option in (["--captions"], ["--text-encoder", str(place / "enc")]):
+        line = refusal(capsys, *words, str(folder), *option)
+        assert f"--captions: no picture of {str(folder)!r} has one; leave --captions" in line
+    assert refusal(capsys, *words, "scenes:8", "--text-encoder", "nowhere").count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.parts").exists()
+    # Where captions are known only when pictures are read: at the first shard in which they lack.
+    monkeypatch.delattr("consonar.data.huggingface.DatasetImages.captions")
+    line = refusal(capsys, *words, few, "--captions", "--validation-split", "0%")
+    assert re.search(r"--captions: arrow:\S+, shard 0: 2 of 8 items have no caption", line)
+    main([*words, few, "--validation-split", "0%"])  # goes on with that shard
+    assert TokenStore.open(tmp_path / "out").metadata.counts.captioned == 7
 
 
 def test_an_encoder_that_nothing_reads_is_refused(place, tmp_path, capsys):

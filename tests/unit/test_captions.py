@@ -20,7 +20,7 @@ class Spelling:
     name, width, length = "spelling", 3, 6
 
     def __init__(self, fingerprint="one"):
-        self.fingerprint, self.asked = fingerprint, []
+        self.fingerprint, self.uncut, self.asked = f"{fingerprint}, {self.length}", fingerprint, []
 
     def encode(self, captions):
         self.asked += captions
@@ -105,6 +105,28 @@ def test_different_captions_are_encoded_once_and_an_ended_job_goes_on(tmp_path):
     assert seen[-1] == (6, 6)
     CaptionFeatures(CAPTIONS, third, folder=tmp_path)
     assert sorted(third.asked) == sorted(set(CAPTIONS))
+
+
+def test_what_no_length_cuts_is_encoded_once_for_all_lengths(tmp_path):
+    """A file of captions that all have room serves other lengths, as far as these cut none of them either."""
+
+    class Shorter(Spelling):
+        length = 4
+
+        def encode(self, captions):
+            found = super().encode([caption[:4] for caption in captions])
+            return TextCondition(found.features[:, 2:], found.mask[:, 2:])
+
+    long = Spelling()
+    first = CaptionFeatures(CAPTIONS, long, folder=tmp_path)  # two a file: a ant, bee cow, dog elephants
+    assert len(long.asked) == 6 and first.longest == 6
+    for encoder, asked in ((Shorter(), ["dog", "elep"]), (Shorter(), []), (Spelling(), [])):
+        features = CaptionFeatures(CAPTIONS, encoder, folder=tmp_path)
+        assert encoder.asked == asked
+        rows, expected = torch.arange(7), type(encoder)().encode(CAPTIONS)
+        found = features.read(rows)
+        assert torch.equal(found.features, expected.features) and torch.equal(found.mask, expected.mask)
+    assert len([file for file in tmp_path.glob("*.npy") if "counts" not in file.name]) == 4
 
 
 def test_files_are_mapped_and_damage_is_said(tmp_path):

@@ -131,7 +131,8 @@ def test_what_is_missing_is_said(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     if "clip" in config["model_type"]:
         with pytest.raises(UserError, match="length 120 is not from 1 to 20"):
-            load_text_encoder(str(folder))
+            load_text_encoder(str(folder), length=120)
+        assert load_text_encoder(str(folder)).length == 20
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(UserError, match=r"model_type in config.json.*'gpt2'.*bert, t5"):
         load_text_encoder(str(folder), length=6)

@@ -6,24 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup, check_name
 from consonar.components import load_tokenizer
+from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe, known_labels
-from consonar.data.sources import check_mirrored, find_source, open_source
+from consonar.data.sources import check_captioned, check_mirrored, find_source, open_source
 from consonar.data.splits import open_splits
 from consonar.data.store_format import METADATA_FILE
-from consonar.data.tokenizing import write_token_store
+from consonar.data.tokenizing import CAPTION_REMEDY, write_token_store
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import IMAGE_SIDE, VIEWS
 from consonar.distributed import World, barrier, joined
-from consonar.errors import MissingSplit, UserError, check_choice
+from consonar.errors import MissingSplit, UserError, check_choice, printable
 from consonar.files.lock import is_taken
 from consonar.files.shared_work import parts_of, remove_shards
+from consonar.networks.text_encoders import PretrainedTextEncoder, load_text_encoder
 from consonar.precision import pick_precision
 from consonar.sampling.checks import check_batch_size
 from consonar.tokenizers.base import CodebookTokenizer
@@ -53,8 +56,13 @@ class Options:
     views: str | None = None
     """Crops kept of each training image: center, center_flip, ten_crop, shift_flip (default: center_flip, of scenes
     center); of other splits the centre is kept."""
+    captions: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Refuse images without a caption (default: those that there are go into the store)."""
+    text_encoder: str | None = None
+    """Make its features of all captions, too, where train finds them: minilm, a folder, or OWNER/NAME of the hub, with
+    T5, CLIP or BERT. Implies --captions."""
     batch_size: int = 64
-    """Crops per call of the encoder."""
+    """Crops per call of the encoder, captions per call of the text encoder."""
     precision: str = "fp32"
     """fp32, tf32 or bf16, in which pictures get other tokens now and then; docs/gpu.md."""
     compile: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -76,12 +84,16 @@ def tokenize(options: Options, world: World) -> None:
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
     if options.split is not None:
         stores = {options.split: out}
-    if all(is_taken(path) and not parts_of(path).exists() for path in stores.values()):  # before anything is read
+    if captioned := options.captions or options.text_encoder is not None:
+        check_captioned(options.data)
+    done = options.text_encoder is None  # with it the features of stores that are there may be left to make
+    if done and all(is_taken(path) and not parts_of(path).exists() for path in stores.values()):  # nothing is read yet
         raise UserError(f"--out: {out} exists; choose another folder")
     views = views_of(options)
     bad = options.bad.policy(out.with_name(f"{out.name}-bad-images.txt"))
     precision = pick_precision(options.precision, world.device, "--precision", "measuring")
     model = tokenizer_for(options.tokenizer, options.image_size).to(world.device)
+    encoder = load_text_encoder(options.text_encoder) if options.text_encoder is not None and world.is_main else None
     sources, note = open_sources(options, model.image_size)
     kinds = {name: views if name == "train" else "center" for name in sources}
     taken = [name for name in sources if is_taken(stores[name])]
@@ -89,9 +101,13 @@ def tokenize(options: Options, world: World) -> None:
     ours = [name for name in taken if is_store_of(stores[name], sources[name], model, kinds[name], precision)]
     for name in ours:  # of one that was ended while it tidied
         remove_shards(stores[name])
-    if taken and (ours != taken or len(taken) == len(sources)):
-        changed = "" if len(taken) == len(sources) else ", and not of these images, labels and options"
+    done = done and len(taken) == len(sources)
+    if taken and (ours != taken or done):
+        changed = "" if done else ", and not of these images, labels and options"
         raise UserError(f"--out: {stores[taken[0]]} exists{changed}; choose another folder")
+    for name, source in sources.items() if captioned else ():
+        known = TokenStore.open(stores[name]).captions if name in ours else getattr(source, "captions", None)
+        all_captions(known or (), f"--captions: {source.name}", CAPTION_REMEDY)
     barrier(world)  # nobody looks for stores after another process has made them
     tell = say if world.is_main else ignore
     if note:
@@ -100,23 +116,39 @@ def tokenize(options: Options, world: World) -> None:
         if name in ours:
             tell(f"{name}: is there already: {stores[name]}")
             continue
-        known = known_labels(source) is not None
-        if known:
+        if labelled := known_labels(source) is not None:
             tell(f"{name}: {describe(source)}")
         smaller = f"lower --batch-size ({options.batch_size})"
         with counting(f"tokenize {name}", world.is_main) as count, memory.explained(smaller, world.device):
             store = write_token_store(
                 stores[name], source, model, views=kinds[name], batch_size=options.batch_size, precision=precision,
                 compile=options.compile, progress=count, bad=bad, part=name,
-                settings={"data": options.data, "label_default": options.label_default}, world=world,
+                settings={"data": options.data, "label_default": options.label_default}, captions=captioned,
+                world=world,
             )  # fmt: skip
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
-        tell(f"{name}: {shape}: {store.path}" if known else f"{name}: {store.describe()}: {store.path}")
+        tell(f"{name}: {shape}: {store.path}" if labelled else f"{name}: {store.describe()}: {store.path}")
         if left := other_files(source):
             tell(f"{name}: not read: {left}")
     bad.load()
     if bad.note:
         tell(bad.note)
+    if encoder is not None:  # in the first process; the others have nothing to wait for
+        for name in sources:
+            tell(f"{name}: {make_features(stores[name], encoder, options.batch_size, world.device)}")
+
+
+def make_features(path: Path, encoder: PretrainedTextEncoder, batch_size: int, device: torch.device) -> str:
+    """Makes the features of a store's captions, where they are not there; says which captions are not read whole."""
+    captions = all_captions(TokenStore.open(path).captions, f"--captions: {path}", CAPTION_REMEDY)
+    encoder.network.to(device)
+    with counting(f"captions of {path.name}") as count, memory.explained(f"lower --batch-size ({batch_size})", device):
+        features = CaptionFeatures(captions, encoder, batch_size=batch_size, progress=count)
+    cut = sum(map(encoder.is_cut, features.texts))
+    strange = [text for text in features.texts if not encoder.knows(text)]
+    example = f" ({printable(strange[0][:60])!r})" if strange else ""
+    read = f"{features.about}, {features.longest} tokens at most; {cut:,} cut after {encoder.length}"
+    return f"{read}; {len(strange):,} with words that it does not know{example}"
 
 
 def views_of(options: Options) -> str:

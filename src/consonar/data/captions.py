@@ -1,8 +1,8 @@
 """Captions as features of a text encoder, or as tokens of the generator's own, kept on the disk.
 
 The captions of a data set are encoded once, each different one, and read from memory-mapped files afterwards. A file
-holds `PER_FILE` captions and is named by them and the encoder's fingerprint, so that what is there is used whatever
-made it, and a job that was ended goes on. Padding is not kept.
+holds `PER_FILE` captions and is named by them and the encoder's fingerprint (without its length where it cut none of
+them), so that what is there is used whatever made it, and a job that was ended goes on. Padding is not kept.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ class CaptionFeatures:
             if progress is not None:
                 progress(start + len(some), len(different))
         # Of tokens as many as are there, which are all the positions that the generator gives them.
-        longest = max((int(np.diff(ends, prepend=0).max()) for _, ends in self.files), default=0)
-        self.length = encoder.length if self.width else longest
+        self.longest = max((int(np.diff(ends, prepend=0).max()) for _, ends in self.files), default=0)
+        self.length = encoder.length if self.width else self.longest
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -106,28 +106,32 @@ def in_lines(captions: Iterable[str]) -> str:
     return "\n".join(" ".join(caption.split("\n")) for caption in captions)
 
 
-def all_captions(captions: Iterable[str | None], where: str) -> list[tuple[str, ...]]:
-    """The captions of each item, one a line (`in_lines`). `UserError`, which begins with `where`, if one has none with
-    words."""
+def all_captions(
+    captions: Iterable[str | None], where: str, why: str = ", and the generator takes captions"
+) -> list[tuple[str, ...]]:
+    """The captions of each item, one a line (`in_lines`). `UserError`, which begins with `where` and ends with `why`,
+    if one has none with words."""
     whole = ((text or "").encode(errors="replace").decode() for text in captions)  # JSON may hold half a letter
     given = [tuple(line for line in text.split("\n") if line.strip()) for text in whole]
     if missing := given.count(()):
-        raise UserError(f"{where}: {missing} of {len(given)} items have no caption, and the generator takes captions")
+        raise UserError(f"{where}: {missing} of {len(given)} items have no caption{why}")
     return given
 
 
 def load(folder: Path, captions: Sequence[str], encoder: TextEncoder, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of these captions, (T, F) or (T,), and where each ends (n,); encoded where no file has them."""
-    named = hashlib.sha256("\0".join([encoder.fingerprint, *captions]).encode()).hexdigest()[:32]
-    path, counted = folder / f"{named}.npy", folder / f"{named}.counts.npy"
-    if path.exists():  # written last
-        counts = read_npy(counted)
+    paths = [folder / f"{named(by, captions)}.npy" for by in (encoder.uncut, encoder.fingerprint)]
+    for path in paths:
+        if not path.exists():  # written last
+            continue
+        counts = read_npy(path.with_suffix(".counts.npy"))
         with reading(path, "features of captions", REMEDY):
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
             inner, kind = of_token(encoder.width)
             if rows.shape != (counts.sum(), *inner) or len(counts) != len(captions) or rows.dtype != kind:
                 raise ValueError(f"{rows.dtype} of shape {rows.shape} for {counts.sum()} tokens")
-        return rows, counts.cumsum()
+        if counts.max() <= encoder.length:  # else this one cuts what one that reads more did not
+            return rows, counts.cumsum()
     parts, masks = [], []
     for start in range(0, len(captions), batch_size):
         found = encoder.encode(captions[start : start + batch_size])
@@ -135,6 +139,11 @@ def load(folder: Path, captions: Sequence[str], encoder: TextEncoder, batch_size
         parts.append(values[found.mask].cpu().numpy())
         masks.append(found.mask.sum(1).cpu().numpy())
     rows, counts = np.concatenate(parts), np.concatenate(masks)
-    keep(counted, lambda file: np.save(file, counts))
+    path = paths[int(counts.max() >= encoder.length)]  # one that fills its places may be cut
+    keep(path.with_suffix(".counts.npy"), lambda file: np.save(file, counts))
     keep(path, lambda file: np.save(file, rows))
     return rows, counts.cumsum()
+
+
+def named(fingerprint: str, captions: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join([fingerprint, *captions]).encode()).hexdigest()[:32]

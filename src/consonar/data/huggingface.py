@@ -158,6 +158,14 @@ class DatasetImages:
         with reading(self.name, "a data set"):
             return [None if label == -1 else label for label in self.dataset.with_format(None)[self.columns.label]]
 
+    @property
+    def captions(self) -> list[str | None]:
+        """Of every row."""
+        if (column := self.columns.caption) is None:
+            return [None] * len(self)
+        with reading(self.name, "a data set"):
+            return [caption_of(told) for told in self.dataset.with_format(None)[column]]
+
     @cached_property
     def content_hash(self) -> str:
         """`origin.content_hash` of the rows, the same wherever they lie."""

@@ -33,6 +33,8 @@ class SourceKind:
     """The names of a target's splits, for which no picture is read; none where all of it is one."""
     mirrors: bool = True
     """Whether a picture may be mirrored, which makes captions of left and right untrue."""
+    has_captions: bool = True
+    """Whether a picture may have a caption."""
     is_drawn: bool = False
     """Whether images are drawn at the image size; others keep theirs and are cropped when they are used."""
 
@@ -55,8 +57,12 @@ def arrow_splits(target: str) -> Sequence[str]:
 SOURCES: dict[str, SourceKind] = {
     "openmoji": SourceKind(lambda _, split, size: OpenMoji(split, size), splits=lambda _: SPLITS, is_drawn=True),
     "scenes": SourceKind(open_scenes, ("", "COUNT"), lambda _: SPLITS, mirrors=False, is_drawn=True),
-    "imagefolder": SourceKind(lambda path, split, _: ImageFolder(path, split), ("PATH",), folder_splits),
-    "cifar10": SourceKind(lambda path, split, _: open_cifar10(path, split), ("", "PATH"), lambda _: ("train", "test")),
+    "imagefolder": SourceKind(
+        lambda path, split, _: ImageFolder(path, split), ("PATH",), folder_splits, has_captions=False
+    ),
+    "cifar10": SourceKind(
+        lambda path, split, _: open_cifar10(path, split), ("", "PATH"), lambda _: ("train", "test"), has_captions=False
+    ),
     "webdataset": SourceKind(partial(open_shards, "webdataset"), ("SHARDS",)),
     "parquet": SourceKind(partial(open_shards, "parquet"), ("SHARDS",)),
     "arrow": SourceKind(open_arrow, ("PATH", "SHARDS"), arrow_splits),
@@ -91,6 +97,15 @@ def check_mirrored(spec: str, key: str, value: object) -> None:
     """Raises `UserError` for images that `key` with this value would mirror, and that must not be."""
     if not find_source(spec)[0].mirrors:
         raise UserError(f"{key}: {value!r} mirrors pictures, and the captions of {spec} tell left from right")
+
+
+def check_captioned(spec: str) -> None:
+    """Raises `UserError` for images of a kind that has no captions."""
+    if not find_source(spec)[0].has_captions:
+        kinds = ", ".join(name for name, kind in SOURCES.items() if kind.has_captions)
+        raise UserError(
+            f"--captions: no picture of {spec!r} has one; leave --captions and --text-encoder away, or take {kinds}"
+        )
 
 
 def at_size(spec: str) -> tuple[str, int | None]:
@@ -166,6 +181,12 @@ class Part:
         if self.relabel or content is None:
             return content
         return hashlib.sha256(f"{content} {self.rows}".encode()).hexdigest()
+
+    @property
+    def captions(self) -> list[str | None] | None:
+        """Of its rows; None where the source does not know them before it is read."""
+        known = getattr(self.source, "captions", None)
+        return None if known is None else [known[row] for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

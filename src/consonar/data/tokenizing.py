@@ -15,6 +15,7 @@ import torch
 
 from consonar.compiling import compiled
 from consonar.data.bad_images import STREAM_START, BadImages
+from consonar.data.captions import all_captions
 from consonar.data.labels import LABEL_REMEDY, known_labels
 from consonar.data.picture_files import ShardStream, prefetch
 from consonar.data.tokens import StoreWriter, TokenStore, check_free, new_store
@@ -31,6 +32,7 @@ from consonar.types import ImageRecord, ImageSource, IndexedSource, Tokenizer
 
 ITEMS_PER_SHARD = 1024
 """Of a source whose pictures have numbers; others have the shards they have, or are one."""
+CAPTION_REMEDY = "; give them one, or leave --captions and --text-encoder away"
 LEFT_OUT = "left-out.json"
 """Row in the shard and reason of its pictures that cannot be read."""
 
@@ -111,6 +113,8 @@ class Shards:
     bad: BadImages
     part: str
     progress: Callable[[int, int | None], None] | None
+    captions: bool
+    """Whether every picture must have one."""
     done: int = 0
     """Images in the shards that were made, or found, here."""
 
@@ -149,6 +153,8 @@ class Shards:
             store = TokenStore.open(path)
         self.done += len(store) + len(left_out)
         self.check_labels(store)
+        if self.captions:
+            all_captions(store.captions, f"--captions: {self.source.name}, shard {index}", CAPTION_REMEDY)
 
     def check_labels(self, store: TokenStore) -> None:
         """Raises `UserError` where this shard has labels and the first one that is there has none, or the reverse: the
@@ -222,6 +228,7 @@ def write_token_store(
     bad: BadImages | None = None,
     part: str = "train",
     settings: Mapping[str, object] | None = None,
+    captions: bool = False,
     world: World = ALONE,
 ) -> TokenStore:
     """Tokenise every image of `source` and return the store, opened.
@@ -234,7 +241,8 @@ def write_token_store(
 
     Processes that call it alike share the shards of PATH.parts (`SharedWork`), and a later call goes on with those that
     are there; `settings` are further ones that have to be the same. Raises `UserError` as `new_store`, `SharedWork` and
-    the source do. `world`: the processes of torchrun that call it together.
+    the source do, and with `captions` at the first shard in which a picture has none. `world`: the processes of
+    torchrun that call it together.
     """
     path, bad = home_expanded(path), bad or BadImages()
     encoder = Encoder(tokenizer, views, batch_size, num_workers, precision, compile)
@@ -246,7 +254,7 @@ def write_token_store(
     # Twice: as shards, of which some may be there, and as the store that is made of them.
     there = ITEMS_PER_SHARD * sum(1 for _ in work.folder.glob("shard_*.tokens"))
     check_free(path, max(2 * len(source) - there, 0) if isinstance(source, Sized) else 0, tokenizer, VIEWS[views])
-    shards = Shards(work, source, encoder, bad, part, progress)
+    shards = Shards(work, source, encoder, bad, part, progress, captions)
     barrier(world)  # nobody looks for the store after another process has made it
     work.run(shards.paths, shards.make, shards.finish)
     return TokenStore.open(path)

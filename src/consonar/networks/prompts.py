@@ -36,8 +36,9 @@ class PromptTokenizer:
 
     width = 0
 
-    def __init__(self, name: str, words: Any, length: int, fingerprint: str, where: str) -> None:
-        self.name, self.words, self.length, self.fingerprint = name, words, length, fingerprint
+    def __init__(self, name: str, words: Any, length: int, fingerprint: str, uncut: str, where: str) -> None:
+        self.name, self.words, self.length = name, words, length
+        self.fingerprint, self.uncut = fingerprint, uncut
         words.no_truncation()
         words.no_padding()
         self.begin, self.pad, _ = (id_of(words, token, where) for token in (BEGIN, PAD, IMAGE_START))
@@ -104,9 +105,9 @@ def load_prompt_tokenizer(name: str, shape: JanusConfig) -> PromptTokenizer:
     most = max(words.get_vocab().values(), default=0) + 1
     if most > shape.text_vocab_size:
         raise UserError(f"{where}: has {most} tokens, the generator reads {shape.text_vocab_size}; give its own")
-    about = {"tokenizer": file_sha256(path), "length": shape.max_prompt_tokens, "kind": shape.kind}
-    fingerprint = component_fingerprint(about, {})
-    made = PromptTokenizer(printable(path.parent.name), words, shape.max_prompt_tokens, fingerprint, where)
+    about, length = {"tokenizer": file_sha256(path), "kind": shape.kind}, shape.max_prompt_tokens
+    fingerprint, uncut = (component_fingerprint(one, {}) for one in ({**about, "length": length}, about))
+    made = PromptTokenizer(printable(path.parent.name), words, length, fingerprint, uncut, where)
     if made.pad != shape.pad_token:
         raise UserError(f"{where}: pads with token {made.pad}, the generator with model.pad_token {shape.pad_token}")
     return made

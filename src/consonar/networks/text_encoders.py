@@ -8,7 +8,8 @@ captions are cleaned first as LlamaGen's were (`cleaning`).
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,26 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 class PretrainedTextEncoder:
     """Follows `consonar.types.TextEncoder`; `network` and `tokenizer` are transformers' own, the network frozen, and
-    `clean` is done to every caption before it is read."""
+    `clean` is done to every caption before it is read. The fingerprint is of `about`, the length and the weights."""
 
     def __init__(
-        self, name: str, network: Any, tokenizer: Any, length: int, fingerprint: str, clean: Callable[[str], str] = str
+        self,
+        name: str,
+        network: Any,
+        tokenizer: Any,
+        length: int,
+        fingerprint: str,
+        about: Mapping[str, object],
+        clean: Callable[[str], str] = str,
     ) -> None:
         self.name, self.network, self.tokenizer, self.length = name, network, tokenizer, length
-        self.clean = clean
+        self.about, self.clean = about, clean
         self.width: int = network.config.hidden_size
         self.fingerprint = fingerprint
+
+    @cached_property
+    def uncut(self) -> str:
+        return component_fingerprint(self.about, self.network.state_dict())
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextCondition:
@@ -82,10 +94,10 @@ class PretrainedTextEncoder:
 
 
 def load_text_encoder(
-    name: str, *, length: int = LENGTH, device: torch.device | str = "cpu", recorded: str | None = None
+    name: str, *, length: int | None = None, device: torch.device | str = "cpu", recorded: str | None = None
 ) -> PretrainedTextEncoder:
     """The text encoder that `minilm`, a folder, or OWNER/NAME of the hub means, with captions of at most `length`
-    tokens.
+    tokens (None: `LENGTH`, or as many as it was made for).
 
     A folder holds config.json, weights and tokenizer.json as transformers saves them. `recorded`: the fingerprint that
     a generator asks for, which may be that of T5 from before captions were cleaned for it. Raises `UserError` where a
@@ -105,20 +117,22 @@ def load_text_encoder(
     network = read_network(LOADERS[str(config["model_type"])], folder, where)
     with needs(where, "text"), reading(f"{where}: {folder}", "a tokenizer that transformers saved"):
         tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    most = min(getattr(network.config, "max_position_embeddings", None) or length, tokenizer.model_max_length)
+    most = min(getattr(network.config, "max_position_embeddings", None) or length or LENGTH, tokenizer.model_max_length)
+    length = min(LENGTH, most) if length is None else length
     if not 1 <= length <= most:
         raise UserError(f"{where}: length {length} is not from 1 to {most}, which it was made for")
     if tokenizer.pad_token is None:
         raise UserError(f"{where}: its tokenizer has no padding token")
-    about = {"length": length, "tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}
+    about = {"tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}
     clean = CLEANED.get(str(config["model_type"]), str)
-    fingerprint = component_fingerprint(about, network.state_dict())
+    fingerprint = component_fingerprint({**about, "length": length}, network.state_dict())
     if clean is cleaned and fingerprint == recorded:
         clean = str
     elif clean is cleaned:
-        fingerprint = component_fingerprint({**about, "cleaning": "llamagen"}, network.state_dict())
+        about["cleaning"] = "llamagen"
+        fingerprint = component_fingerprint({**about, "length": length}, network.state_dict())
     shown = name if name == MINILM else printable(Path(place).name)
-    return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint, clean)
+    return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint, about, clean)
 
 
 def readers(shape: GeneratorConfig) -> str:
