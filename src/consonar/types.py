@@ -223,11 +223,9 @@ class Generator(Weights, Protocol):
     def __call__(
         self, context: Tensor, condition: Condition, *, cache: Cache | None = None, tap_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits (B, N, V) and the hidden states (B, P + N, D) after each layer of `tap_layers`.
-
-        With a cache, `context` holds only the tokens that the cache has not read yet (none at the first call) and the
-        logits are those of the next token, (B, 1, V).
-        """
+        """Logits (B, N, V) and the hidden states (B, P + N, D) after each layer of `tap_layers`. With a cache,
+        `context` holds only the tokens that the cache has not read yet (none at the first call) and the logits are
+        those of the next token, (B, 1, V)."""
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -263,10 +261,8 @@ class Kind(NamedTuple, Generic[Config, Model]):
 
 
 class Reward(Protocol):
-    """A plain function is enough: (images, originals, batch) -> (B,), higher is better.
-
-    Row b of `batch` is what image b was made from: images, condition, indices, captions, and in training tokens.
-    """
+    """A plain function is enough: (images, originals, batch) -> (B,), higher is better. Row b of `batch` is what image
+    b was made from: images, condition, indices, captions, and in training tokens."""
 
     def __call__(self, images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor: ...
 
