@@ -117,16 +117,16 @@ def test_what_no_length_cuts_is_encoded_once_for_all_lengths(tmp_path):
             found = super().encode([caption[:4] for caption in captions])
             return TextCondition(found.features[:, 2:], found.mask[:, 2:])
 
-    long = Spelling()
-    first = CaptionFeatures(CAPTIONS, long, folder=tmp_path)  # two a file: a ant, bee cow, dog elephants
-    assert len(long.asked) == 6 and first.longest == 6
-    for encoder, asked in ((Shorter(), ["dog", "elep"]), (Shorter(), []), (Spelling(), [])):
-        features = CaptionFeatures(CAPTIONS, encoder, folder=tmp_path)
+    long, captions = Spelling(), [*CAPTIONS, "sheep"]
+    first = CaptionFeatures(captions, long, folder=tmp_path)  # two a file: a ant, bee cow, dog elephants, sheep
+    assert len(long.asked) == 7 and first.longest == 6
+    for encoder, asked in ((Shorter(), ["dog", "elep", "shee"]), (Shorter(), []), (Spelling(), [])):
+        features = CaptionFeatures(captions, encoder, folder=tmp_path)
         assert encoder.asked == asked
-        rows, expected = torch.arange(7), type(encoder)().encode(CAPTIONS)
+        rows, expected = torch.arange(8), type(encoder)().encode(captions)
         found = features.read(rows)
         assert torch.equal(found.features, expected.features) and torch.equal(found.mask, expected.mask)
-    assert len([file for file in tmp_path.glob("*.npy") if "counts" not in file.name]) == 4
+    assert len([file for file in tmp_path.glob("*.npy") if "counts" not in file.name]) == 6
 
 
 def test_files_are_mapped_and_damage_is_said(tmp_path):
