@@ -258,7 +258,7 @@ def test_samples_are_not_written_as_what_is_plainly_another_file(name, tmp_path,
 
 def test_samples_that_are_not_there_are_named_first(tmp_path, capsys):
     missing = ["evaluate", str(tmp_path / "mistyped"), "--reference", "openmoji-64", "--temperatures", "1,0.9"]
-    assert told(missing, capsys).startswith(f"{tmp_path / 'mistyped'}: no such file or folder")
+    assert told(missing, capsys).startswith(f"evaluate: unknown {str(tmp_path / 'mistyped')!r}; choices: samples (.npz")
 
 
 def test_an_option_of_runs_is_told_as_it_was_given(tmp_path, capsys):
