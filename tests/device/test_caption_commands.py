@@ -28,8 +28,8 @@ def models(tmp_path: Path) -> None:
 
 
 def test_captions_go_through_every_command_on_the_device(models, cuda, tmp_path: Path) -> None:
-    cli.main(["tokenize", "--tokenizer", str(tmp_path / "tok"), "--data", "scenes:8", "--split", "train", "--out",
-              str(tmp_path / "scenes")])  # fmt: skip
+    cli.main(["tokenize", "--tokenizer", str(tmp_path / "tok"), "--data", "scenes:8", "--split", "train",
+              "--text-encoder", str(tmp_path / "enc"), "--out", str(tmp_path / "scenes")])  # fmt: skip
     cli.main(["train", "ar-scenes", "--tokenizer", str(tmp_path / "tok"), "--data.tokens", str(tmp_path / "scenes"),
               "--data.validation-tokens", str(tmp_path / "scenes"), "--text-encoder", str(tmp_path / "enc"), "--out",
               str(tmp_path / "run"), *MODEL, *LOOP])  # fmt: skip
