@@ -117,3 +117,11 @@ def test_prompts_are_told_by_their_line_and_ids_name_files(tmp_path):
     path.write_text("item_id,text,proposition_id,dependency,tuple,question_natural_language\n../x,a,1,0,whole (a),A?\n")
     with pytest.raises(UserError, match=r"'\.\./x' names no file"):
         read_benchmark("dpg", path)
+
+
+def test_geneval_takes_plain_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('a "dog"\n\nzwei Bäume \n', encoding="utf-8-sig")
+    read = read_benchmark("geneval", path)
+    assert read.texts == ('a "dog"', "zwei Bäume")
+    assert [json.loads(item) for item in read.items] == [{"prompt": text} for text in read.texts]

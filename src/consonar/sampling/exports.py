@@ -36,13 +36,20 @@ class BenchmarkPrompts:
 
 
 def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
-    """From the benchmark's own file; of DPG also from its folder of ID.txt. `UserError` for anything else."""
+    """From the benchmark's own file; of GenEval also from a .txt of prompts, a line each, of DPG from its folder of ID.txt.
+
+    `UserError` for anything else.
+    """
     if form == "dpg":
         pairs = dpg_prompts(place)
     else:
         with reading(place, "text in UTF-8"):
             lines = [one for one in enumerate(place.read_text(encoding="utf-8-sig").split("\n"), 1) if one[1].strip()]
-        pairs = [(line if form == "geneval" else "", prompt_of(form, place, n, line)) for n, line in lines]
+        if form == "geneval" and place.suffix == ".txt":  # without tasks, for which GenEval's own scorer asks
+            texts = [line.strip() for _, line in lines]
+            pairs = [(json.dumps({"prompt": text}, ensure_ascii=False), text) for text in texts]
+        else:
+            pairs = [(line if form == "geneval" else "", prompt_of(form, place, n, line)) for n, line in lines]
     items, texts = zip(*pairs, strict=True) if pairs else ((), ())
     if not texts:
         raise UserError(f"{place}: holds no prompts of {form}")
