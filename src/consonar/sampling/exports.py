@@ -36,7 +36,7 @@ class BenchmarkPrompts:
 
 
 def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
-    """From the benchmark's own file; of GenEval also from a .txt of prompts, a line each, of DPG from its folder of ID.txt.
+    """From the benchmark's own file; of GenEval also from a .txt of prompts, of DPG from its folder of ID.txt.
 
     `UserError` for anything else.
     """
