@@ -54,7 +54,7 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
         if aligns or config.model is None:
             raise UserError(
                 f"init: {config.recipe!r} starts from a trained generator; give its run or model folder, "
-                "e.g. --init runs/demo/rear"
+                "e.g. --init runs/rear"
             )
         return config
     if config.run == "tokenizer":
@@ -142,7 +142,7 @@ def origin_of(config: TrainConfig, place: str, fingerprint: str, data: Origin) -
     start = Origin()
     if config.init:
         start = read_origin(config.init)
-        remedy = "bring the data into the order of the model's classes with --classes FILE"
+        remedy = "bring the data into the model's order with --classes FILE, or start from a model of such data"
         check(place, data, start, config.init, remedy, parts=("classes",))
         check("text_encoder", data, start, config.init, "its features mean something else", parts=("text_encoder",))
     return replace(

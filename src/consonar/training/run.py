@@ -81,7 +81,7 @@ def train(
             if resume:
                 check_same_origin(out, built.origin)
             state = start_state(config, built, world)
-            note = restore(state, out, world, config.objective.updates) if resume else None
+            note = restore(state, out, world, config) if resume else None
             describe(config, built, out, world)
             if state.step < config.loop.steps and not state.stopped:
                 add_session(config, chosen, state.step, out, world)
@@ -97,6 +97,8 @@ def train(
                 train_loop(Running(config, built, state, tracker, out, world, caught), stop_at)
                 if state.interrupted and signal.SIGINT not in caught:  # Ctrl-C: the command line says so
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
+                elif not state.stopped and state.step < config.loop.steps:
+                    tracker.say(f"step {state.step} of {config.loop.steps} is saved, --resume goes on from there")
             if not state.interrupted and (state.step == config.loop.steps or state.stopped):
                 export(built, state, out, world)
             tracker.say(f"run folder: {out}")
@@ -236,16 +238,17 @@ def export(built: Built, state: State, out: Path, world: World) -> None:
         model.export(out, built.origin)
 
 
-def restore(state: State, out: Path, world: World, updates: int) -> str | None:
-    """Restores the last checkpoint of the run, where there is one; says when other processes than these wrote it.
+def restore(state: State, out: Path, world: World, config: TrainConfig) -> str | None:
+    """Restores the last checkpoint of the run, where there is one; says when other processes than these wrote it,
+    where that changes anything.
 
-    Raises `UserError` for a run with several `updates` on each batch that an older version began: it counted them as
+    Raises `UserError` for a run with several updates on each batch that an older version began: it counted them as
     one step.
     """
     saved = list_resume(out / "checkpoints")
     if not saved:
         return None
-    payload = load_resume(saved[-1], state.place)
+    payload, updates = load_resume(saved[-1], state.place), config.objective.updates
     if payload.get("updates", 1) != updates:
         raise UserError(
             f"--resume: {saved[-1]} counts the {updates} updates on a batch as one step, as older versions did; start "
@@ -253,7 +256,9 @@ def restore(state: State, out: Path, world: World, updates: int) -> str | None:
         )
     state.restore(payload, str(saved[-1]))
     before = payload.get("processes", world.size)  # older checkpoints do not say
-    if before == world.size:
+    parts = [vars(part) for part in (config.model, config.lora) if part is not None]
+    drops = any(value for settings in parts for name, value in settings.items() if "drop" in name)
+    if before == world.size or not drops:
         return None
     return (
         f"step {state.step} was reached on {before} processes, now there are {world.size}: dropout is drawn otherwise"
