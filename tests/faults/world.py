@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from conftest import TINY_VQ, save_pictures, save_tokenizer_of_32
 from faults.server import Server
-from processes import free_port
+from forked import free_port
 
 from consonar.config_io import to_dict
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from forked import call
 from PIL import Image
-from processes import call
 
 from consonar import cli
 from consonar.components import model_folder

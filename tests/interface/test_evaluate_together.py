@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Quarters
-from processes import call, on_two
+from forked import call, on_two
 from torch.nn import functional
 
 from consonar import cli, networks

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_CLASSES, TINY_VQ, picture
+from forked import run_on_two
 from PIL import Image
-from processes import run_on_two
 
 from consonar.components import load_generator, load_tokenizer, read_origin, save_tokenizer
 from consonar.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import Quarters, same, save_pictures
-from processes import run_on_two
+from forked import run_on_two
 from torch.nn.parallel import DistributedDataParallel
 
 from consonar.distributed import ALONE

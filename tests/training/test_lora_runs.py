@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import NUM_CLASSES, picture, same
-from processes import run_on_two
+from forked import run_on_two
 from training.test_parallel import STEPS, last, sharded, steadily
 
 from consonar.errors import UserError

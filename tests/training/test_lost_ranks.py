@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from processes import two
+from forked import two
 
 from consonar import cli
 from consonar.config_io import to_dict

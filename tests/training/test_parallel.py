@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import NUM_CLASSES, picture
-from processes import run_on_two
+from forked import run_on_two
 from torch.distributed.tensor import DTensor
 
 from consonar.distributed import ALONE, World

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import same
-from processes import fork_two, run_on_two
+from forked import fork_two, run_on_two
 
 from consonar import shards
 from consonar.errors import UserError

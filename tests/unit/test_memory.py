@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import call
+from forked import call
 from torch import nn
 
 from consonar import cli, memory

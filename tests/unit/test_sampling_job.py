@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import call, on_two
+from forked import call, on_two
 from torch.nn import functional as F
 
 from consonar import cli

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Pictures, picture
-from processes import Child, call, on_two
+from forked import Child, call, on_two
 
 from consonar import cli
 from consonar.data import bad_images, tokenizing

@@ -46,8 +46,7 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
         with reading(place, "text in UTF-8"):
             lines = [one for one in enumerate(place.read_text(encoding="utf-8-sig").split("\n"), 1) if one[1].strip()]
         if form == "geneval" and place.suffix == ".txt":  # without tasks, for which GenEval's own scorer asks
-            texts = [line.strip() for _, line in lines]
-            pairs = [(json.dumps({"prompt": text}, ensure_ascii=False), text) for text in texts]
+            pairs = [(json.dumps({"prompt": line.strip()}, ensure_ascii=False), line.strip()) for _, line in lines]
         else:
             pairs = [(line if form == "geneval" else "", prompt_of(form, place, n, line)) for n, line in lines]
     items, texts = zip(*pairs, strict=True) if pairs else ((), ())
