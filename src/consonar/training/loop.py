@@ -101,6 +101,8 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
             run.measure()
     if state.stopped:
         run.tracker.warn(f"stopped at step {state.step}: {state.stopped}; the model of this step is kept")
+    elif state.step < loop.steps and not state.interrupted:
+        run.tracker.say(f"step {state.step} of {loop.steps} is saved, --resume goes on from there")
     distributed.barrier(run.world)
 
 

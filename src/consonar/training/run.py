@@ -97,8 +97,6 @@ def train(
                 train_loop(Running(config, built, state, tracker, out, world, caught), stop_at)
                 if state.interrupted and signal.SIGINT not in caught:  # Ctrl-C: the command line says so
                     tracker.warn(f"asked to end; step {state.step} is saved, --resume goes on from there")
-                elif not state.stopped and state.step < config.loop.steps:
-                    tracker.say(f"step {state.step} of {config.loop.steps} is saved, --resume goes on from there")
             if not state.interrupted and (state.step == config.loop.steps or state.stopped):
                 export(built, state, out, world)
             tracker.say(f"run folder: {out}")
