@@ -22,7 +22,7 @@ COMMANDS = ("evaluate", "sample", "tokenize", "train")
 SERVER.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.fsdp", "datasets", "pytest", *(f"consonar.cli.{name}" for name in COMMANDS)]
 )
-SECONDS = 900
+SECONDS = 300
 
 
 class Ended(NamedTuple):

@@ -14,6 +14,7 @@ from faults.syscalls import Fault, Write
 
 STABLE = {".safetensors", ".npz", ".png", ".arrow", ".yaml"}
 """Files whose bytes are the same in every run of the same command: no time and no version in them."""
+OF_THE_MOMENT = rb'\d+\.\d+(e-?\d+)?|\d{4}-\d\d-\d\d[T ]|\d\d:\d\d(:\d\d)?|"pid": \d+'
 LEFT = re.compile(r"(^|/)(\.lock|\..*partial|.*\.parts)(/|$)")
 """What only a process that was ended leaves."""
 HALF = re.compile(r"(^|/)\.[^/]*partial$")
@@ -45,12 +46,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def state(folder: Path) -> str:
-    """What a command finds in `folder`: the bytes of every file, but the numbers in texts and names, which time and
-    chance put there."""
+    """What a command finds in `folder`: the bytes of every file, but what time and chance put there: the numbers in
+    names, and in texts fractions, dates, times and processes."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         held = path.read_bytes() if path.is_file() else b""
-        held = held if path.suffix in {*STABLE, ".pt", ".npy"} else re.sub(rb"\d+", b"#", held)
+        held = held if path.suffix in {*STABLE, ".pt", ".npy"} else re.sub(OF_THE_MOMENT, b"#", held)
         found.update(repr((kind_of(path.relative_to(folder).as_posix()), hashlib.sha256(held).digest())).encode())
     return found.hexdigest()
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +134,9 @@ def test_one_process_checks(samples, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate"])
     assert "name samples" in capsys.readouterr().err
+
+
+def test_what_would_keep_a_group_is_imported_before_there_is_one():
+    """The server of the others has imported it in any case."""
+    told = "import sys, consonar.distributed; sys.exit('torch.distributed.nn' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

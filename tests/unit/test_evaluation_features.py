@@ -108,6 +108,9 @@ def test_a_folder_is_streamed_in_the_order_of_names(tmp_path, images):
     for folder in (tmp_path / "sweep", grids):
         with pytest.raises(UserError, match=r"holds grids of the run .*plain-0, which are no samples"):
             inputs.folder_image_set(folder)
+    (grids.parent / "mine").mkdir()
+    Image.fromarray(images[0]).save(grids.parent / "mine" / "000000.png")
+    assert inputs.folder_image_set(grids.parent / "mine")[1] == (1, 8, 8, 3)
 
 
 def test_a_source_is_cropped_to_the_size(images):

@@ -112,7 +112,7 @@ def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageS
     if bad is not None and bad.skips:
         readable = readable_rows(lambda row: read_image(files[row], str(files[row])), len(files), bad, "samples")
         files = [files[row] for row in readable]
-    for place in {file.parent.parent for file in files}:
+    for place in {file.parents[1] for file in files if file.parent.name == "samples" and file.name.startswith("step_")}:
         if (place / "metrics.jsonl").is_file():
             raise UserError(f"{folder}: holds grids of the run {place}, which are no samples; name samples, or one run")
     width, height = read_image(files[0], str(files[0])).size
