@@ -153,4 +153,4 @@ def may_lack(name: str, said: str, failed: Write) -> bool:
     """Whether a command may end well so: a picture that it says it goes on without, what a cache could not keep (it is
     made again), a lock file that could not be removed (it stops nobody)."""
     is_lock = failed.call.startswith("unlink") and failed.path == name and name.endswith(".lock")
-    return ("/samples/" in name and NO_PICTURE in said) or name.startswith("new-cache/") or is_lock
+    return ("/samples/" in name and NO_PICTURE in said) or name.startswith(("cache/", "new-cache/")) or is_lock
