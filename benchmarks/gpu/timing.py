@@ -26,7 +26,6 @@ from unittest.mock import patch
 
 import torch
 from device.pretend import pretended_cuda
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,7 +34,7 @@ from rear_released import Released, pytorchs_own
 from versus import compare, published_llamagen, published_rear, published_vapi, rollout
 
 from consonar import distributed
-from consonar.cli.ceilings import copy_rate, operations_of, product_rate, weights_read
+from consonar.cli.ceilings import copy_rate, drawn_on, operations_of, product_rate, weights_read
 from consonar.compiling import compile_for_training, compiled
 from consonar.distributed import World, pick_device
 from consonar.evaluation.results import library_versions
@@ -125,13 +124,7 @@ class Bench:
         return preset.sized(vocab_size, side * side, 1000, grid=Grid(side, side))
 
     def made(self, make: Callable[[Any], Any], config: Any) -> Any:
-        """A model with weights drawn on the device: a CPU takes its time with a billion."""
-        with torch.device("meta"):
-            model = make(config)
-        model.to_empty(device=self.device)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        return model.eval()
+        return drawn_on(self.device, make, config)
 
 
 def machine(bench: Bench) -> dict[str, Any]:

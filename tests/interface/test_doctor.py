@@ -13,6 +13,7 @@ from consonar.cli import ceilings
 from consonar.cli.doctor import optional_packages
 from consonar.cpu import timing
 from consonar.generators import build_generator
+from consonar.generators.captions import CaptionEmbedding
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer
 
@@ -131,3 +132,14 @@ def test_weights_that_are_read_once_for_several_tokens_count_so():
     for rows, tokens in ((8, 16), (512, 2), (4096, 1)):
         found = ceilings.weights_read(blocks, rows) / 64**2
         assert found == pytest.approx(12 + 6 / tokens, abs=0.4)  # biases and norms
+
+
+def test_all_of_a_drawn_model_is_drawn(monkeypatch):
+    def with_garbage(module, *, device, to_empty=torch.nn.Module.to_empty):
+        to_empty(module, device=device)
+        for weight in module.state_dict().values():
+            weight.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", with_garbage)
+    drawn = ceilings.drawn_on(torch.device("cpu"), lambda dim: CaptionEmbedding(3, dim, 8), 4).state_dict()
+    assert "uncond_embedding" in drawn and all(weight.isfinite().all() for weight in drawn.values())

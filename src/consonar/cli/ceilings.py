@@ -128,8 +128,8 @@ def drawn_on(device: torch.device, make: Callable[[Any], Any], config: object) -
     with torch.device("meta"):
         model = make(config)
     model.to_empty(device=device)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
+    for weight in (*model.parameters(), *model.buffers()):  # buffers too: the null caption is one
+        nn.init.normal_(weight, std=0.02)
     return model.eval()
 
 
