@@ -43,11 +43,7 @@ class Options:
 
 
 def command(args: Sequence[str]) -> None:
-    if args[:1] == ["--resume"] and args[1:2] not in (
-        ["-h"],
-        ["--help"],
-    ):
-        # consonar train --resume RUN: all is in its folder
+    if args[:1] == ["--resume"] and not {"-h", "--help"} & {*args[1:2]}:  # train --resume RUN: all is in its folder
         run = Path(args[1]) if len(args) > 1 and not args[1].startswith("-") else None
         if run is None or not (run / CONFIG).is_file():
             wrong = "no run folder is named" if run is None else f"{run} holds no run"
