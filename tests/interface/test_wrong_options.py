@@ -200,7 +200,7 @@ def test_an_evaluation_does_not_work_for_results_that_it_cannot_keep(tmp_path, c
     command = ["evaluate", str(tmp_path / "s.npz"), "--reference", str(tmp_path / "s.npz"), "--out"]
     assert "is a folder; name a file" in told([*command, str(tmp_path), "--overwrite"], capsys)
     many = told([*command[:-1], f"--draws={10**20}"], capsys)
-    assert "100000000000000000000 draws (parts whose spread is reported) of 3 neighbours need 4000" in many
+    assert "100000000000000000000 draws (--draws: parts whose spread is reported) of 3 neighbours need 4000" in many
     unread = told([*command[:-1], "--tokenizer", "no such"], capsys)
     assert "--tokenizer: 'no such' is read only for samples with tokens" in unread
     for nowhere in ("/proc/r.json", "/proc/new/r.json", str(tmp_path / "s.npz" / "r.json")):

@@ -253,6 +253,16 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
     assert "475.3 million trained" in page and "It fits." in page and "models/maskgit-vqgan is the released" in page
     numbers = json.loads(file.read_text())
     assert numbers["fits"] and numbers["peak"] == sum(part["at_peak"] for part in numbers["memory"].values())
+    cli.main([*words, "--overwrite"])
+    file.write_text("{}")
+    for more, said in (
+        ([], "already exists; choose another name, or add --overwrite"),
+        (["--overwrite"], "holds no plan"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*words, *more])
+        error = capsys.readouterr().err
+        assert error.startswith(f"consonar: --json: {file}") and said in error and file.read_text() == "{}"
     cli.main([*words[:6], "--loop.accumulation", "8"])
     assert "It does not fit. What to change, in this order:\n  --loop.accumulation 16" in capsys.readouterr().out
 

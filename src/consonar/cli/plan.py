@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import tyro
 
 from consonar.cli import say
 from consonar.cli.train import parse_run
-from consonar.files.writers import write_json
+from consonar.files.readers import has_keys
+from consonar.files.writers import check_replaced, check_writable, write_json
 from consonar.options import Range
 from consonar.planning.page import lines, record
 from consonar.planning.plan import Machine, plan, remedies
@@ -24,6 +26,8 @@ class Options:
     """Classes of a generator whose token store is not there yet (default: ImageNet's 1,000)."""
     json: Path | None = None
     """Also write all numbers to this file."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace a plan that lies there."""
 
 
 def command(args: Sequence[str]) -> None:
@@ -32,6 +36,10 @@ def command(args: Sequence[str]) -> None:
         return
     if options.num_classes is not None:
         Range(1).check("--num-classes", options.num_classes)
+    if options.json is not None:
+        is_ours = partial(has_keys, keys={"gpus", "fits"})
+        check_replaced(options.json, "--json", "plan.json", "holds no plan", is_ours, overwrite=options.overwrite)
+        check_writable(options.json, "--json")
     found = plan(options.config, options.machine, options.num_classes)
     if options.json is not None:
         write_json(options.json, record(found))

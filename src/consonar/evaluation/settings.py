@@ -77,7 +77,9 @@ class EvaluationSettings:
             raise UserError(f"draws: {self.draws}; choose 1 or more")
         if min(count, self.max_neighbours_images) // self.draws <= self.num_neighbours:
             needed = self.draws * (self.num_neighbours + 1)
-            parts = f"{self.draws} draws (parts whose spread is reported)" if self.draws > 1 else "a measurement"
+            parts = (
+                f"{self.draws} draws (--draws: parts whose spread is reported)" if self.draws > 1 else "a measurement"
+            )
             raise UserError(
                 f"{what}: {count} images; {parts} of {self.num_neighbours} neighbours need {needed} or more"
             )
