@@ -75,6 +75,12 @@ ARTICLES = (
     ("drawn rates beat a constant one", "2.08 → 2.05", "rear-uniform", "rear-constant"),
     ("the decode head at ¾ of the depth beats an early layer", "figures not in our copy", "rear", "rear-decode-early"),
     ("and the last layer", "figures not in our copy", "rear", "rear-decode-last"),
+    (
+        "the embedding term beats a codebook tied to the token embedding",
+        "figures not in our copy",
+        "embedding",
+        "plain-tied",
+    ),
     ("a larger reAR is better", "2.00 → 1.86", "rear-wide", "rear"),
     ("VA-pi beats its start", "15.55 → 9.23", "plain+vapi", "plain"),
     ("VA-pi beats as much cross-entropy", "not measured", "plain+vapi", "plain+ce"),

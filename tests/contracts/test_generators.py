@@ -35,6 +35,7 @@ CONFIGS = {
     "llamagen": LLAMAGEN,
     "llamagen, text": replace(LLAMAGEN, condition="text", num_condition_tokens=4, caption_dim=6, num_classes=0),
     "rear, text": replace(REAR, condition="text", num_condition_tokens=4, caption_dim=6),
+    "rear, tied": replace(REAR, num_classes=NUM_CLASSES, tied_code_dim=5),
     "rear, pooled text": replace(REAR, condition="text", num_condition_tokens=4, caption_dim=6, pooled=True),
     "alitok-ar": AliTokARConfig(**ROTARY, num_classes=NUM_CLASSES, grid=Grid(3, 4, prefix=4)),
     "janus": JanusConfig(
@@ -53,6 +54,8 @@ def make_generator(name: str) -> Generator:
     generator, rng = tune(GENERATORS[config.kind].model(config)), seeded(0, name)
     generator.reset_parameters(rng)
     stir(generator, rng)
+    if name == "rear, tied":
+        generator.embeddings.tie(torch.randn(32, 5, generator=rng))
     return generator.eval()
 
 

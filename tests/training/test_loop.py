@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_VQ
 from torch.nn import functional as F
 
-from consonar.components import load_generator
+from consonar.components import load_generator, load_tokenizer
 from consonar.data.loader import TokenBatches
 from consonar.data.tokens import TokenStore
 from consonar.distributed import World
@@ -24,6 +24,7 @@ from consonar.training.config import DataConfig
 from consonar.training.loop import Built, Running, train_loop
 from consonar.training.noise import NoiseConfig
 from consonar.training.objectives.autoregressive import Autoregressive, AutoregressiveConfig
+from consonar.training.objectives.base import codebook_of
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.run import train
@@ -116,6 +117,20 @@ def test_heads_are_in_the_resume_file_and_never_in_the_model(make_config, tmp_pa
     for part in ("model", "average"):
         heads = {key for key in stored[part] if key.startswith("heads.")}
         assert len(heads) == 12 and set(stored[part]) - heads == {f"generator.{key}" for key in exported}
+
+
+def test_codes_are_read_by_the_embeddings_of_the_tokenizer_which_stay_as_they_are(make_config, tmp_path):
+    tokenizer = load_tokenizer(make_config().tokenizer)
+    codes = codebook_of(tokenizer, torch.device("cpu"))
+    shape = ReARConfig(width=32, num_layers=1, num_heads=4, dropout=0.0, tied_code_dim=codes.shape[1])
+    rows = load_generator(train(make_config(loop={"steps": 2}, model=shape), tmp_path / "tied", quiet=True)).embeddings
+    assert codes.std() > 0 and torch.equal(rows.codebook, codes)
+    torch.testing.assert_close(rows(torch.arange(len(codes))[None])[0], rows.projection(codes))
+    assert rows.weight.shape == (1 + 3 + 1, 32)  # mask, classes, the null class
+    other = make_config(model=replace(shape, tied_code_dim=codes.shape[1] + 1))
+    said = f"model.tied_code_dim: {codes.shape[1] + 1}, but the tokenizer's embeddings have {codes.shape[1]}"
+    with pytest.raises(UserError, match=said):
+        train(other, tmp_path / "other", quiet=True)
 
 
 def test_accumulation_does_not_change_the_step(make_config, tmp_path):

@@ -31,14 +31,13 @@ from consonar.errors import UserError
 from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig
 from consonar.generators.captions import CAPTIONS, CaptionEmbedding
+from consonar.generators.tied import embedding_of
 from consonar.options import Count, CountOrZero, Depth, Divides, Positive, ShareBelowOne
 from consonar.seeding import draw_weights
 from consonar.types import TextCondition
 
-# Spare rows of the position tables in the released checkpoints.
-SPARE_POSITIONS, SPARE_STEPS = 1024, 100
-# Up to here projecting every class costs little next to a batch of pictures.
-FEW_CLASSES = 32
+SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # of the position tables in the released checkpoints
+FEW_CLASSES = 32  # up to here projecting every class costs little next to a batch of pictures
 # While sampling, AdaLN is projected for so many positions at once, fewer where that were more rows than so many.
 MOST_AHEAD, MOST_ROWS_AHEAD = 16, 1024
 
@@ -66,6 +65,8 @@ class ReARConfig(GeneratorConfig):
     """Positions of a caption (text only)."""
     pooled: Annotated[bool, CAPTIONS] = False
     """Whether AdaLN reads the mean of a caption's features as well (text only)."""
+    tied_code_dim: CountOrZero = 0
+    """Width of the tokenizer's embeddings, of which codes are then projections; 0: codes have rows of their own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +197,7 @@ class ReARGenerator(CausalGenerator[Tensor | TextCondition]):
         takes_text, shape = config.condition == "text", (*config.caption_shape, config.width)
         self.captions = CaptionEmbedding(*shape, pooled=config.pooled) if takes_text else None
         conditions = 0 if takes_text else config.num_classes + 1
-        self.embeddings = nn.Embedding(config.vocab_size + 1 + conditions, config.width)
+        self.embeddings = embedding_of(config.vocab_size, 1 + conditions, config.width, config.tied_code_dim)
         self.adaln_before_head = HeadModulation(config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size)
         self.reset_parameters()
@@ -265,8 +266,8 @@ class ReARGenerator(CausalGenerator[Tensor | TextCondition]):
         if isinstance(condition, TextCondition):
             pooled = self.captions.pooled(condition) if self.captions is not None else None
             return torch.zeros_like(self.cls_token[0]) if pooled is None else pooled
-        first = self.vocab_size + 1  # of the rows of classes
-        return self.embeddings(condition + first) if rows is None else self.embeddings.weight[first:]
+        last = -self.num_classes - 1  # rows are those of the classes
+        return self.embeddings(condition + self.vocab_size + 1) if rows is None else self.embeddings.weight[last:]
 
     def condition_at(
         self, places: slice | Tensor, condition: Tensor | TextCondition, cache: KVCache | None

@@ -27,7 +27,6 @@ from consonar.data.tokens import TokenStore
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.files.readers import home_expanded
-from consonar.generators import build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.origin import Origin, check
 from consonar.precision import autocast_type, pick_precision
@@ -45,7 +44,7 @@ from consonar.training.lora import StartModel, adapt
 from consonar.training.objectives import method_of_config
 from consonar.training.objectives.alignment import AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
-from consonar.training.origins import load_start, origin_of, start_tokenizer, with_heads
+from consonar.training.origins import load_start, origin_of, random_start, start_tokenizer, with_heads
 from consonar.training.trainee import Trainee
 from consonar.types import Condition, Generator, ImageSource, Objective, Tokenizer
 
@@ -76,7 +75,7 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=store.num_tokens).to(world.device)
     store.check_tokenizer(tokenizer)
     shape = shape.sized(store.vocab_size, store.num_tokens, max(1, store.num_classes), grid=tokenizer.grid)
-    model = start_of(config, shape, tokenizer)
+    model = start_of(config, shape, tokenizer, world.device)
     trainee = Trainee(model, config.objective.head_specs(model.num_layers, tokenizer.code_dim))
     draw_weights(trainee.heads, rng=generator(config.seed, "init_heads"))  # of their own: they never move its start
     objective = make_objective(config, world, tokenizer)
@@ -101,7 +100,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     # `resolve_start`
     assert isinstance(shape, GeneratorConfig) and config.tokenizer is not None and init is not None
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=shape.num_tokens).to(world.device)
-    model = start_of(config, shape, tokenizer)
+    model = start_of(config, shape, tokenizer, world.device)
     encoder = text_encoder_of(config, shape, world.device)
     pictures = open_pictures(config, tokenizer.image_size, out)
     shown = captions_of_pictures(pictures.train, encoder)
@@ -170,11 +169,10 @@ def make_objective(config: TrainConfig, world: World, *models: object, **setting
     )
 
 
-def start_of(config: TrainConfig, shape: GeneratorConfig, tokenizer: Tokenizer) -> Generator:
-    """The generator to train, of `init` or with random weights."""
-    model = load_start(config.init, shape, tokenizer) if config.init else build_generator(shape)
-    if not config.init:
-        model.reset_parameters(generator(config.seed, "init"))
+def start_of(config: TrainConfig, shape: GeneratorConfig, tokenizer: Tokenizer, device: torch.device) -> Generator:
+    """The generator to train, of `init` or with random weights; `device`: the tokenizer's."""
+    given = shape, tokenizer
+    model = load_start(config.init, *given) if config.init else random_start(config.seed, *given, device)
     model.recompute_every = config.loop.activation_checkpointing
     adapt(model, config.lora, config.seed)
     return model

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from consonar.components import load_generator, load_tokenizer, model_folder, read_origin, weights_sha256
 from consonar.config_io import from_dict
 from consonar.errors import UserError
@@ -14,14 +16,16 @@ from consonar.files.readers import read_json
 from consonar.files.weights import load_weights
 from consonar.generators import GENERATORS, build_generator
 from consonar.generators.base import GeneratorConfig
+from consonar.generators.tied import TiedEmbedding
 from consonar.json_types import Json
 from consonar.model_folders import from_anywhere, own_text_encoder, read_settings
 from consonar.origin import MEANING, PARTS, Origin, check, of_tokenizer
+from consonar.seeding import generator as seeded
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentTrainee
-from consonar.training.objectives.base import ObjectiveConfig
+from consonar.training.objectives.base import ObjectiveConfig, codebook_of
 from consonar.types import Generator, ModelConfig, Tokenizer
 
 FILE = "origin.json"
@@ -79,9 +83,18 @@ def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Gener
     check("tokenizer", of_tokenizer(tokenizer), read_origin(init), init, "its tokens mean other codes")
     stored = load_generator(init)
     check_same_shape(init, stored.config, shape)
-    generator = build_generator(shape)
-    generator.load_state_dict(stored.state_dict(), assign=True)
-    return generator.requires_grad_(True)
+    model = build_generator(shape)
+    model.load_state_dict(stored.state_dict(), assign=True)
+    return model.requires_grad_(True)
+
+
+def random_start(seed: int, shape: GeneratorConfig, tokenizer: Tokenizer, device: torch.device) -> Generator:
+    """A generator with random weights, and with the embeddings of the tokenizer, on `device`, if it is tied to them."""
+    model = build_generator(shape)
+    model.reset_parameters(seeded(seed, "init"))
+    if isinstance(rows := getattr(model, "embeddings", None), TiedEmbedding):
+        rows.tie(codebook_of(tokenizer, device))
+    return model
 
 
 def start_tokenizer(init: str | None, tokenizer: CodebookTokenizer, data: Origin) -> Origin:
