@@ -57,26 +57,34 @@ def run(words: list[str], folder: Path, **environment: str) -> str:
     return subprocess.run(words, cwd=folder, env=given, capture_output=True, text=True, check=True).stdout
 
 
+def slurm(folder: Path) -> None:
+    """Slurm's part: `srun` kills its task when it is asked to end, `scancel` asks the task; `hostname` is this one."""
+    asked = """trap 'kill -KILL "$task"; exit 137' TERM; while [[ $1 == --* ]]; do shift; done; "$@" & task=$!; """
+    stub(folder, "srun", asked + 'echo "$task" > task; wait "$task"')
+    stub(folder, "scancel", '[ "$*" = "--signal=TERM 7" ] && kill -TERM "$(cat task)"')
+    stub(folder, "hostname", "echo 127.0.0.1")
+
+
 def test_the_slurm_job_saves_on_sigterm_goes_back_into_the_queue_and_resumes(tmp_path: Path) -> None:
-    """`srun` stands for the run: asked to end, it saves after a while, which the job waits for."""
-    asked = """echo "$@" >> called; mkdir -p out; touch out/config.json; trap 'sleep 0.3; touch saved; exit 0' TERM; """
-    stub(tmp_path / "bin", "srun", asked + "sleep 0.5; kill -TERM $PPID; while :; do sleep 0.05; done")
+    """`torchrun` stands for the run: asked to end, it saves after a while, which the job waits for."""
+    slurm(tmp_path / "bin")
     stub(tmp_path / "bin", "scontrol", '[ -f saved ] && echo "$@"')
-    words = ["bash", str(SCRIPTS[0]), "rear-l", "out", "--seed", "1"]
-    assert run(words, tmp_path) == "requeue 7\n"
-    stub(tmp_path / "bin", "srun", 'echo "$@" >> called')
-    assert run(words, tmp_path) == ""
-    first, second = (tmp_path / "called").read_text().splitlines()
-    assert first == second and first.endswith("-m consonar train rear-l --out out --resume-if-begun --seed 1")
+    saves = """trap 'sleep 0.3; touch saved; exit 1' TERM; kill -TERM "$JOB"; while :; do sleep 0.05; done"""
+    stub(tmp_path / "bin", "torchrun", f'echo "$@" >> called; [ -f saved ] || {{ JOB=$(ps -o ppid= $PPID); {saves}; }}')
+    assert run(["bash", str(SCRIPTS[0])], tmp_path) == "requeue 7\n"
+    assert run(["bash", str(SCRIPTS[0])], tmp_path) == ""
+    assert run(["bash", str(SCRIPTS[0]), "rear-b", "out", "--seed", "1"], tmp_path) == ""
+    first, second, third = (tmp_path / "called").read_text().splitlines()
+    assert first == second and first.endswith("-m consonar train rear-l --out runs/rear-l --resume-if-begun")
+    assert third.endswith("-m consonar train rear-b --out out --resume-if-begun --seed 1")
 
 
 @pytest.mark.slow
 def test_the_slurm_job_trains_on_two_processes_is_taken_off_and_goes_on(
     make_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """With torchrun and two processes of gloo; `srun` starts what it is given. After each save the step is there."""
-    stub(tmp_path / "bin", "srun", 'exec "$@"')
-    stub(tmp_path / "bin", "hostname", "echo 127.0.0.1")
+    """With torchrun and two processes of gloo. After each save the step is there."""
+    slurm(tmp_path / "bin")
     stub(tmp_path / "bin", "scontrol", 'echo "$@" >> requeued')
     (tmp_path / "bin" / "torchrun").symlink_to(Path(sys.executable).with_name("torchrun"))
     config = make_config(loop={"steps": 100_000, "save_every": 10, "log_every": 5, "validate_every": 100_000})
@@ -104,13 +112,13 @@ def test_the_slurm_job_trains_on_two_processes_is_taken_off_and_goes_on(
 
 def test_the_ssh_script_starts_every_node_alike(tmp_path: Path) -> None:
     stub(tmp_path / "bin", "ssh-stub", 'echo "$@"')
-    words = ["bash", str(SCRIPTS[1]), "a b", "rear-l", "out", "--seed", "1"]
+    stub(tmp_path / "bin", "torchrun", "")
+    torchrun = tmp_path / "bin" / "torchrun"
+    words = ["bash", str(SCRIPTS[1]), "me@a b", "rear-l", "out", "--seed", "1"]
     lines = sorted(run(words, tmp_path, SSH="ssh-stub").splitlines())
-    assert [line[:2] for line in lines] == ["a ", "b "] and lines[0][2:] == lines[1][2:]
-    assert (
-        f"cd {tmp_path} && exec env TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570 torchrun --nnodes 2" in lines[0]
-        and "--rdzv-endpoint a:29500" in lines[0]
-    )
+    assert [line.split()[0] for line in lines] == ["b", "me@a"] and lines[0].split()[1:] == lines[1].split()[1:]
+    command = f"cd {tmp_path} && exec env TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570 {torchrun} --nnodes 2"
+    assert command in lines[0] and "--rdzv-endpoint a:29500" in lines[0]
     assert "-m consonar train rear-l --out out --resume-if-begun --seed 1" in lines[0]
 
 
@@ -134,3 +142,20 @@ def test_the_kubernetes_job_has_what_an_indexed_job_needs() -> None:
     )
     assert text.split("consonar train ")[1].split()[0] in RECIPES
     assert f"{job['metadata']['name']}-0.{pod['subdomain']}:" in text
+    (place,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "runs")
+    assert container["workingDir"] == place  # tokens, models and the run are named relative to it
+    (shared,) = (mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm")
+    assert {"name": shared, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+
+
+def test_a_pod_saves_when_it_is_taken_off_and_starts_again_until_the_model_is_there(tmp_path: Path) -> None:
+    _, job = yaml.safe_load_all((EXAMPLES / "kubernetes" / "train.yaml").read_text())
+    words = ["bash", "-c", job["spec"]["template"]["spec"]["containers"][0]["args"][0]]
+    asked = """trap 'sleep 0.3; touch saved; exit 1' TERM; sleep 0.3; kill -TERM $PPID; while :; do sleep 0.05; done"""
+    for of_torchrun in (asked, "exit 0"):  # taken off; its neighbour was
+        stub(tmp_path / "bin", "torchrun", of_torchrun)
+        with pytest.raises(subprocess.CalledProcessError):
+            run(words, tmp_path)
+        assert (tmp_path / "saved").exists()
+    stub(tmp_path / "bin", "torchrun", "mkdir -p rear-l/model; touch rear-l/model/config.json")
+    assert run(words, tmp_path) == ""
