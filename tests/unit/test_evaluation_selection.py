@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from consonar import cli, networks
@@ -126,9 +127,64 @@ def test_classes_of_fewer_images_than_features_are_said():
         found = evaluate(
             given, ReferenceSet("r", {"reference": in_memory(*other)}), settings, feature_network=Quarters()
         )
-        (line,) = found.remarks if few else ("",)
-        assert not few or f"FD per class(quarters) is biased upwards: the smallest class has {few} images" in line
-        assert few or not found.remarks
+        *lines, paired = found.remarks
+        said = f"FD per class(quarters) is biased upwards: the smallest class has {few} images"
+        assert [line.startswith(said) for line in lines] == [True] * bool(few) and "by their numbers" in paired
+
+
+def of_classes(images, labels, path, class_names):
+    """Samples as a job writes them."""
+    settings = json.dumps({"origin": {"class_names": class_names}})
+    np.savez(path, arr_0=images, labels=labels, **({"settings": settings} if class_names else {}))
+    return path
+
+
+def in_folders(path, images, labels, class_names):
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (path / class_names[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / class_names[label] / f"{row:03d}.png")
+    return path
+
+
+def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path):
+    """A folder counts classes by name; the samples count them the other way."""
+    per_class, (images, labels) = EvaluationSettings(metrics=("fd-per-class",)), pictures(60, 0)
+    bright = (labels == 2).astype(int)
+    folder = in_folders(tmp_path / "known", *pictures(60, 1)[:1], bright, ("z_dark", "a_bright"))
+    named = of_classes(images, bright, tmp_path / "named.npz", ["z_dark", "a_bright"])
+    found = evaluate(named, folder, per_class, feature_network=Quarters())
+    classes = found.metrics["FD per class(quarters)"].classes
+    assert classes.keys() == {"0", "1"} and max(classes.values()) < 0.4, classes
+    assert not any("numbers" in line for line in found.remarks)
+    bare = of_classes(images, bright, tmp_path / "bare.npz", None)
+    found = evaluate(bare, folder, per_class, feature_network=Quarters())
+    assert min(found.metrics["FD per class(quarters)"].classes.values()) > 4, "dark ones against bright ones"
+    assert "FD per class(quarters) pairs classes by their numbers: the samples name none" in found.remarks
+    other = of_classes(images, bright, tmp_path / "other.npz", ["z_dark", "b_bright"])
+    line = "class of reference .*known, which the samples do not have: unknown 'a_bright'.*z_dark, b_bright"
+    with pytest.raises(UserError, match=line):
+        evaluate(other, folder, per_class, feature_network=Quarters())
+    found = evaluate(other, folder, metrics=("kid",), feature_network=Quarters())
+    (line,) = found.remarks
+    assert line.startswith("samples of 2 classes, a reference of 2, and 1 are in both (by name): every distance")
+    five = of_classes(images, np.arange(60) % 5, tmp_path / "five.npz", None)
+    (line,) = evaluate(five, folder, metrics=("kid",), feature_network=Quarters()).remarks
+    assert line.startswith("samples of 5 classes, a reference of 2, and 2 are in both (by number)")
+    plain = of_classes(images, 0 * bright, tmp_path / "plain.npz", None)
+    assert evaluate(plain, folder, metrics=("kid",), feature_network=Quarters()).remarks == ()
+
+
+def test_a_reference_is_enlarged_only_where_that_is_said(tmp_path):
+    images, labels = pictures(60, 0)
+    large = images.repeat(2, 1).repeat(2, 2)
+    np.savez(tmp_path / "samples.npz", arr_0=large)
+    folder = in_folders(tmp_path / "known", images, labels, "abc")
+    with pytest.raises(UserError, match=r"its pictures \(reference\) have 4 px, but the samples have 8 px; .*enlarged"):
+        evaluate(tmp_path / "samples.npz", folder, metrics=("kid",), feature_network=Quarters())
+    for row, picture in enumerate(sorted(folder.rglob("*.png"))[3:]):
+        Image.fromarray(large[row]).save(picture)
+    found = evaluate(tmp_path / "samples.npz", folder, metrics=("kid",), feature_network=Quarters())
+    assert found.remarks == ("3 of 60 images as reference are smaller than the samples and were enlarged to 8 px",)
 
 
 def test_metrics_are_chosen_on_the_command_line_and_their_protocol_is_said(tmp_path, capsys):

@@ -82,6 +82,15 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def places_among(class_names: Sequence[str], own: Sequence[str], where: str) -> tuple[int, ...]:
+    """The place of each of `own` among `class_names`; `UserError`, with `where`, for one that is not there."""
+    index = {same_text(name): label for label, name in enumerate(class_names)}
+    for name in own:
+        if same_text(name) not in index:
+            raise unknown(where, name, class_names)
+    return tuple(index[same_text(name)] for name in own)
+
+
 def class_id(word: str, names: Sequence[str] | None) -> int:
     """The class that `--label-default` means: an id or a name. `UserError` lists the choices, or why it may be two."""
     ids = {same_text(name): label for label, name in enumerate(names or ())}

@@ -10,12 +10,12 @@ from pathlib import Path
 from consonar.data.cifar10 import open_cifar10
 from consonar.data.huggingface import dataset_splits, open_dataset
 from consonar.data.image_folder import ImageFolder, folder_splits
-from consonar.data.labels import DROP, class_id, known_labels, read_class_file
+from consonar.data.labels import DROP, class_id, known_labels, places_among, read_class_file
 from consonar.data.openmoji import SPLITS, OpenMoji
 from consonar.data.picture_files import ShardStream, Unread
 from consonar.data.scenes import open_scenes
 from consonar.data.shards import is_pattern, open_shards
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError
 from consonar.files.readers import home_expanded
 from consonar.origin import class_difference, same_text
 from consonar.types import ImageRecord, ImageSource, IndexedSource
@@ -228,11 +228,7 @@ def relabelled(
         return source
     own, order = source.class_names, None
     if own is not None and class_names is not None:
-        index = {same_text(name): label for label, name in enumerate(class_names)}
-        for name in own:
-            if same_text(name) not in index:
-                raise unknown(f"--classes: class of {source.name}", name, class_names)
-        order = tuple(index[same_text(name)] for name in own)
+        order = places_among(class_names, own, f"--classes: class of {source.name}")
     given = class_names or own
     missing = None if default is None or default == DROP else class_id(default, given or names)
 

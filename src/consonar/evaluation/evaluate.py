@@ -6,7 +6,7 @@ into that many disjoint equal parts, and the standard deviation of a metric over
 distance is biased upwards for few samples, so parts compare among themselves only, and their values are not reported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import stdev
@@ -38,7 +38,7 @@ from consonar.metrics.distribution import random_parts
 from consonar.metrics.frechet import distance_of_draws
 from consonar.model_folders import SHIPPED
 from consonar.networks import FeatureNetwork, load_feature_network, record_of
-from consonar.origin import Origin
+from consonar.origin import Origin, same_text
 from consonar.seeding import derive_seed
 
 ENOUGH = 10
@@ -88,7 +88,7 @@ def compare(
 ) -> Evaluation:
     """`evaluate` of samples that were checked, against a reference that was prepared with the same settings."""
     network, seed = reference.network, settings.seed
-    reference.check_labels(samples.labels)
+    reference.check_labels(samples.labels, samples.class_names)
     places, _ = drawn_places(samples.images, settings)  # (S,)
     part_of = random_parts(places, settings.draws)
     found = extract_features(
@@ -108,7 +108,7 @@ def compare(
     return Evaluation(
         metrics={name: replace(value, spread=spreads.get(name)) for name, value in values.items()},
         unavailable=unavailable,
-        remarks=tuple(remarks(found, reference, copies, samples.labels, seed)),
+        remarks=(*remarks(found, reference, copies, samples.labels, seed), *remarks_on_sets(samples, reference)),
         noise_floor=reference.noise_floor,
         copies=copies,
         num_samples=samples.count,
@@ -209,3 +209,32 @@ def remarks(
             )
     if found.scores and count < ENOUGH * (num_classes := found.scores.num_classes):
         yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
+
+
+def remarks_on_sets(samples: SampleSet, reference: PreparedReference) -> Iterator[str]:
+    """What is not the same on both sides, one line each: the size that pictures had, and their classes."""
+    for name, images in reference.given.images.items():
+        if few := images.enlarged():
+            count, size = reference.features[name].moments.count, samples.image_size
+            yield f"{few:,} of {count:,} images as {name} are smaller than the samples and were enlarged to {size} px"
+    sets = [(labels, reference.given.images[name].class_names) for name, labels in reference.labels.items()]
+    if samples.labels is None or not sets:
+        return
+    ours, named = (samples.labels, samples.class_names), None not in (samples.class_names, *(own for _, own in sets))
+    if reference.settings.wants("fd-per-class"):  # for which other classes are refused
+        if not named:
+            unnamed = "samples name" if samples.class_names is None else "reference names"
+            yield f"FD per class({reference.network.name}) pairs classes by their numbers: the {unnamed} none"
+        return
+    own, known = class_set(*ours, named), set[int | str]().union(*(class_set(*one, named) for one in sets))
+    if own not in (known, {0}):  # {0}: of a generator without classes
+        yield (
+            f"samples of {len(own):,} classes, a reference of {len(known):,}, and {len(own & known):,} are in both (by "
+            f"{'name' if named else 'number'}): every distance is also one of the classes"
+        )
+
+
+def class_set(labels: Tensor, class_names: Sequence[str] | None, named: bool) -> set[int | str]:
+    """The classes that there are, by name or by number."""
+    names = class_names if named and class_names else ()
+    return {same_text(names[label]) if label < len(names) else label for label in labels.unique().tolist()}

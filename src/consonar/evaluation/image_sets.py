@@ -37,6 +37,12 @@ class ImageSet:
     """Batch size -> uint8 (B, H, W, 3) arrays, always in the same order; the last one may be short."""
     labels: Callable[[], Tensor | None] = lambda: None
     """The class of every image (count,), where all have one."""
+    class_names: tuple[str, ...] | None = None
+    """Of the classes that labels count; None: they have numbers only."""
+    knows_labels: bool = True
+    """Whether labels are there before pictures are decoded."""
+    enlarged: Callable[[], int] = lambda: 0
+    """How many of the images that were streamed so far are smaller than the size, to which they were enlarged."""
     content_hash: Callable[[], str | None] = lambda: None
     """Of the source that it is read from, where that has one."""
 
@@ -133,13 +139,22 @@ def folder_image_set(folder: Path, bad: BadImages | None = None) -> tuple[ImageS
 
 def source_image_set(source: ImageSource, image_size: int) -> ImageSet:
     """The images of `source`, `cropped` to `image_size` px, with their labels."""
-    images = stacked(source.name, lambda: (cropped(record.image, image_size) for record in source))
+    small: set[int] = set()
+
+    def images() -> Iterator[np.ndarray]:
+        for row, record in enumerate(source):
+            if min(record.image.size) < image_size:
+                small.add(row)
+            yield cropped(record.image, image_size)
 
     def labels() -> Tensor | None:
         known = known_labels(source) or [record.label for record in source]
         return None if None in known else torch.tensor(known)
 
-    return replace(images, labels=labels, content_hash=lambda: getattr(source, "content_hash", None))
+    return replace(
+        stacked(source.name, images), labels=labels, content_hash=lambda: getattr(source, "content_hash", None),
+        class_names=source.class_names, knows_labels=known_labels(source) is not None, enlarged=lambda: len(small),
+    )  # fmt: skip
 
 
 def cropped(image: Image.Image, image_size: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Shapes: `B` batch, `S` samples, `T` images of a reference, `N` tokens, `F` featu
 arrays, always of one size in a set, and are never held as floats.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +34,10 @@ from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import multiplying, pick_precision
 from consonar.records import device_of, to_device
-from consonar.types import Tokenizer
+from consonar.types import ImageSource, IndexedSource, Tokenizer
+
+LOOKED_AT = 8
+"""Pictures of a reference whose size is looked at before any work."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,13 @@ class SampleSet:
     """(S,) int64."""
     settings: Json | None = None
     """Of the sampler."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of the classes that labels count, where the sampler's settings say where its generator comes from."""
+        origin = (self.settings or {}).get("origin")
+        names = origin.get("class_names") if isinstance(origin, dict) else None
+        return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ def open_reference(
     validation_split: str | None = None,
     held_out: float = 0,
     bad: BadImages | None = None,
+    enlarge: bool = False,
 ) -> ReferenceSet:
     """The reference called `spec`, for samples of `image_size` px; UserError for an unknown one or another image size.
 
@@ -116,7 +128,8 @@ def open_reference(
     `sigma` (F, F), and for sFID `mu_s`, `sigma_s`) or of both, as ADM publishes them: then distances are to the
     statistics, and neighbours come from the images; otherwise what `open_source` takes, centre-cropped. Such a
     source is the sets train and validation (`open_splits` of `validation_split`), where it has splits or a share is
-    `held_out`, else one set. `bad`: what is done about images that cannot be read.
+    `held_out`, else one set. `bad`: what is done about images that cannot be read. `enlarge`: whether all pictures may
+    be smaller than `image_size`, to which they are then enlarged; some always may, as a few of ImageNet's are.
     """
     spec = str(spec)
     source, size = at_size(spec)
@@ -134,9 +147,24 @@ def open_reference(
     if splits.validation:
         sources = {"train": splits.train, "validation": splits.validation}
     sources = {name: leave_out(source, bad, f"reference {name}") for name, source in sources.items()}
+    for name, one in sources.items():
+        if not enlarge and (side := largest_looked_at(one)) < image_size:
+            raise UserError(
+                f"reference {spec}: its pictures ({name}) have {side} px, but the samples have {image_size} px; they "
+                "would be enlarged: name larger ones, or reduce the samples (sample --image-size)"
+            )
     sets = {name: source_image_set(source, image_size) for name, source in sources.items()}
     about = "; ".join(f"{name.replace('reference', 'all')}: {describe(one)}" for name, one in sources.items())
     return ReferenceSet(spec, sets, about=about)
+
+
+def largest_looked_at(source: ImageSource) -> float:
+    """The largest shorter side among some pictures of a source, evenly spaced; infinite for a stream, which has no
+    pictures before it is read."""
+    if not isinstance(source, IndexedSource):
+        return math.inf
+    rows = {i * len(source) // LOOKED_AT for i in range(LOOKED_AT)}
+    return max(min(source.read(row).image.size) for row in rows)
 
 
 def _open_npz_reference(path: Path, image_size: int) -> ReferenceSet:

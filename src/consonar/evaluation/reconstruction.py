@@ -136,7 +136,9 @@ def evaluate_tokenizer(
     is_same = spec == known.get("images")
     split = validation_split or (known.get("validation_split") if is_same else None)
     held_out = HELD_OUT if is_same else 0
-    images = open_reference(spec, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split).images
+    images = open_reference(
+        spec, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split, enlarge=True
+    ).images
     if not images:
         raise UserError(f"--reference: {spec} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
@@ -197,6 +199,8 @@ def measure_reconstruction(
     metrics = reconstruction_metrics(tokenizer, batches, feature_network=network, perceptual=judge, world=world)
     count = int(metrics["num_images"])
     against = f"reconstructions by {tokenizer.name} against their originals in {images.name}"
+    if few := images.enlarged():
+        note = f", {few:,} of them enlarged to {tokenizer.image_size} px{note}"
     known = record_of(network)
     judged = {"perceptual": judge.name, "perceptual_sha256": judge.weights_sha256} if judge else {}
     content = {

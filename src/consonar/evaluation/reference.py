@@ -3,10 +3,13 @@
 Shapes: `R` images of a set, `F` features.
 """
 
+from collections.abc import Sequence
 from functools import cache, cached_property
 
+import torch
 from torch import Tensor
 
+from consonar.data.labels import places_among
 from consonar.distributed import ALONE, World
 from consonar.errors import UserError
 from consonar.evaluation.features import ImagesDone, cached_features
@@ -91,14 +94,28 @@ class PreparedReference:
 
     @cached_property
     def labels(self) -> dict[str, Tensor]:
-        """Of the images of each set that has them, (count,)."""
-        found = {name: images.labels() for name, images in self.given.images.items()}
+        """Of the images of each set that has them, (count,); of pictures that must be decoded for it, where they are
+        wanted."""
+        wanted = self.settings.wants("fd-per-class")
+        sets = {name: one for name, one in self.given.images.items() if wanted or one.knows_labels}
+        found = {name: images.labels() for name, images in sets.items()}
         return {name: labels for name, labels in found.items() if labels is not None}
 
-    def check_labels(self, labels: Tensor | None) -> None:
+    def labels_as(self, class_names: Sequence[str] | None) -> dict[str, Tensor]:
+        """`labels` that count `class_names`, where both sides name their classes; `UserError` for a class of the
+        reference that is not among these."""
+        found = dict(self.labels)
+        for name, labels in found.items():
+            own = self.given.images[name].class_names
+            if own is not None and class_names is not None:
+                where = f"fd-per-class: class of reference {self.given.name}, which the samples do not have"
+                found[name] = torch.tensor(places_among(class_names, own, where))[labels]
+        return found
+
+    def check_labels(self, labels: Tensor | None, class_names: Sequence[str] | None) -> None:
         """Raises `UserError` where distances per class are wanted, of samples with labels (S,) of other classes."""
         if self.settings.wants("fd-per-class") and labels is not None:
-            for known in self.labels.values():
+            for known in self.labels_as(class_names).values():
                 check_classes(known, labels)
 
     @property

@@ -246,7 +246,7 @@ def measure_row(
     world: World,
 ) -> tuple[Json, Evaluation]:
     """Draws the samples of one row of results.json, measures them, and keeps some in `staged`."""
-    reference.check_labels(None if prompts else labels)  # before hours of sampling
+    reference.check_labels(None if prompts else labels, run.origin.class_names)  # before hours of sampling
     job = Job(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
         origin=run.origin, precision=settings.precision, prompts=prompts,

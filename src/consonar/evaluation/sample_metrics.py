@@ -36,6 +36,8 @@ class Measured:
     """Of all samples, and where a metric asks for that with every vector; None for a part."""
     labels: Tensor | None = None
     """Of all samples, (S,)."""
+    class_names: tuple[str, ...] | None = None
+    """Of the classes that labels count."""
 
     @cached_property
     def precision_recall(self) -> tuple[float, float] | str:
@@ -91,7 +93,8 @@ def distance_per_class_to(name: str, measured: Measured) -> Measurement | str | 
     if measured.labels is None or name not in reference.labels:
         return f"the {'samples carry' if measured.labels is None else 'reference carries'} no labels"
     known = reference.features[name]
-    of_classes = class_distances(known.rows, reference.labels[name], every.rows, measured.labels)
+    theirs = reference.labels_as(measured.class_names)[name]
+    of_classes = class_distances(known.rows, theirs, every.rows, measured.labels)
     return Measurement(fmean(of_classes.values()), classes={str(label): one for label, one in of_classes.items()})
 
 
@@ -177,7 +180,7 @@ def measure(
         }
         rows = vectors if index < 0 else vectors[of_vectors == index]
         whole = found if index < 0 else None
-        measured = Measured(reference, statistics, rows, of_members, whole, samples.labels)
+        measured = Measured(reference, statistics, rows, of_members, whole, samples.labels, samples.class_names)
         values: dict[str, Measurement] = {}
         unavailable: dict[str, str] = {}
         for template, metric in SAMPLE_METRICS.items():
