@@ -53,13 +53,26 @@ class ParallelConfig(Options):
             return self.strategy
         return "ddp" if world.size > 1 else "single"
 
+    def group(self, processes: int, of_machine: int | None = None) -> int:
+        """How many of so many processes hold a copy together; `of_machine`: those of one machine, None: as torchrun
+        says. Raises `UserError` for a group that does not divide them."""
+        if processes == 1 or not self.shards:
+            return 1
+        here = of_machine or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        size = processes if self.strategy == "fsdp" else self.shard_size or here
+        if processes % size:
+            said = f"{size}" if self.shard_size else f"0 (the {size} of a machine)"
+            choices = ", ".join(str(count) for count in range(1, processes + 1) if processes % count == 0)
+            raise UserError(
+                f"parallel.shard_size: {said} does not divide the {processes} processes; choices: {choices}"
+            )
+        return size
+
     def mesh(self, world: World) -> DeviceMesh:
         """The processes in one row of shards, or in several rows that hold a copy each."""
         if self.strategy == "fsdp":
             return init_device_mesh(world.device.type, (world.size,))
-        size = self.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-        if world.size % size:
-            raise UserError(f"parallel.shard_size: {size} does not divide the {world.size} processes")
+        size = self.group(world.size)
         return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
@@ -67,8 +80,7 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], config: ParallelConfig, 
     """Leaves this process its shard of every weight, on its device, where `config` says so; all processes at once.
 
     Each of the `parts` is gathered for its own pass alone, the rest for that of the model; in float32, as autocast and
-    what it leaves in float32 (norms) find them otherwise. Raises `UserError` for a group that does not divide the
-    processes.
+    what it leaves in float32 (norms) find them otherwise.
     """
     if config.used(world) not in ("fsdp", "hybrid"):
         return

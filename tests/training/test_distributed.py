@@ -1,7 +1,9 @@
 """Two processes on gloo give what one process gives for the same global batch."""
 
+import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from forked import run_on_two
 from torch.nn.parallel import DistributedDataParallel
 
 from consonar.distributed import ALONE
+from consonar.errors import NonFiniteLoss
+from consonar.files.readers import read_json
 from consonar.generators.rear import ReARConfig
 from consonar.networks import FEATURE_NETWORKS
 from consonar.training import best, run
@@ -157,3 +161,41 @@ def test_two_processes_resume_exactly(make_config, configs, tmp_path):
         if kind == "vapi":
             assert whole["model"]["num_baseline_updates"] == 7 and whole["model"]["reward_baseline"].any()
             assert len({(run / "best.json").read_text() for run in runs}) == 1
+
+
+def at_a_bound(config, out):
+    """Each rank measures something else, as by rounding; the bound lies between them. The second one alone meets a
+    loss that is no number, with a gradient that is one."""
+    rank, step_of = float(os.environ["RANK"]), config.loop.steps // 2
+    loss = Autoregressive.loss
+
+    def breaking(self, model, prepared, step):
+        value, terms = loss(self, model, prepared, step)
+        return value + (math.inf if rank and step == step_of and out.name == "loss" else 0), terms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Autoregressive, "loss", breaking)
+        if out.name == "bound":
+            patch.setattr(Autoregressive, "validate", lambda *_: {"cross_entropy": 1 + rank})
+            patch.setattr(Autoregressive, "breach", lambda _, values: "above" if values["cross_entropy"] < 2 else None)
+        if out.name == "validation":
+            patch.setattr(Autoregressive, "validate", lambda *_: {"cross_entropy": math.nan if rank else 1.0})
+        try:
+            train(config, out, quiet=True)
+            ended = "done"
+        except NonFiniteLoss as error:
+            ended = str(error)
+    Path(f"{out}.rank{int(rank)}").write_text(ended)
+
+
+def test_processes_decide_alike_whatever_each_has_measured(make_config, tmp_path):
+    """A bound between their numbers, a loss or a metric that only one cannot count: all stop, or none does."""
+    settings = {"steps": 4, "log_every": 4}
+    names = {"bound": {"validate_every": 2}, "loss": {}, "validation": {"validate_every": 2}}
+    configs = {name: make_config(loop=settings | more) for name, more in names.items()}
+    run_on_two(at_a_bound, configs, tmp_path)
+    first, second = ([(tmp_path / f"{name}.rank{rank}").read_text() for name in names] for rank in "01")
+    assert first == second
+    assert first[0] == first[2] == "done" and first[1].startswith("step 2: loss inf, gradient norm")
+    assert read_json(tmp_path / "bound" / "stopped.json") == {"step": 2, "reason": "above"}
+    assert not (tmp_path / "validation" / "stopped.json").exists()

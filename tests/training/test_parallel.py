@@ -1,5 +1,6 @@
 """Two gloo processes, each with the whole model or with a shard of it, give what one process gives."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -217,11 +218,19 @@ def test_shards_calculate_in_bf16_what_the_whole_does(group_of_one, tiny_generat
     assert {one.grad.dtype for one in trainee.parameters()} == {torch.float32}
 
 
-def test_settings_that_only_shards_read():
+def test_settings_that_only_shards_read(make_config, tmp_path, monkeypatch):
     for settings in ({"shard_size": 2}, {"strategy": "fsdp", "shard_size": 2}, {"reshard_after_forward": False}):
         with pytest.raises(UserError, match=r"parallel\..* is read only with"):
             ParallelConfig(**settings)
     three = ParallelConfig(strategy="hybrid", shard_size=3)
-    with pytest.raises(UserError, match=r"parallel\.shard_size: 3 does not divide the 2 processes"):
-        three.mesh(World(0, 2, torch.device("cpu")))
+    with pytest.raises(
+        UserError, match=r"parallel\.shard_size: 3 does not divide the 8 processes; choices: 1, 2, 4, 8"
+    ):
+        three.group(8)
+    with pytest.raises(UserError, match=r"parallel\.shard_size: 0 \(the 4 of a machine\) does not divide the 6"):
+        ParallelConfig(strategy="hybrid").group(6, 4)
+    assert three.group(9) == 3 and three.group(1) == ParallelConfig().group(8) == 1
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="shard_size: 3 does not divide the 2"):
+        patch.setattr(runs.distributed, "joined", lambda _: nullcontext(World(0, 2, torch.device("cpu"))))
+        runs.train(replace(make_config(), parallel=three), tmp_path / "run")
     assert ParallelConfig(strategy="fsdp").used(ALONE) == ParallelConfig().used(ALONE) == "single"

@@ -31,7 +31,7 @@ from consonar.parallel import ParallelConfig
 from consonar.planning.ledger import FORWARD, GRADIENTS, Ledger
 from consonar.planning.plan import Machine, Plan, changes, plan, remedies
 from consonar.planning.shapes import GENERATORS_BY_NAME, TOKENIZERS_BY_NAME, shapes_of, tokenizer_of
-from consonar.planning.update import Shapes, condition_of, update
+from consonar.planning.update import REFERENCE, Shapes, condition_of, update
 from consonar.recipes import RECIPES, find_recipe
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.vq import VQConfig
@@ -271,6 +271,10 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
     ("words", "said"),
     [
         (["rear-l", "--gpus", "3"], r"loop\.batch_size: 2048 is not a multiple of 3 processes x 2 micro-batches"),
+        (
+            ["rear-l", "--gpus", "8", "--parallel.strategy", "hybrid", "--parallel.shard-size", "3"],
+            r"parallel\.shard_size: 3 does not divide the 8 processes; choices: 1, 2, 4, 8",
+        ),
         (["rear-l", "--gpu", "z9"], r"gpu: unknown 'z9'.*a100, a800, h100"),
         (["rear-l", "--utilisation", "0"], r"utilisation: 0\.0 is not in \(0, 1\]"),
         (["rear-l", "--tokenizer", "nowhere"], r"tokenizer: .*'nowhere'.*hf:maskgit-vq"),
@@ -310,9 +314,30 @@ def test_shards_divide_what_each_process_keeps() -> None:
         assert fsdp.static[part] * 8 == hybrid.static[part] * 4 == found.static[part]
     assert fsdp.memory["gradients"][0] == found.memory["gradients"][0] // 8
     block, whole = found.update.blocks[0], found.update.weights[FORWARD]
-    assert fsdp.gathered == whole - 3 * block + 4 * block and found.gathered == 0
+    rest = whole - 3 * block
+    assert fsdp.gathered == 2 * (rest + 2 * block) and found.gathered == 0
+    kept = replace(fsdp.config, parallel=ParallelConfig(strategy="fsdp", reshard_after_forward=False))
+    assert replace(fsdp, config=kept).gathered == whole + rest + 2 * block
+    several = replace(fsdp.config, loop=replace(config.loop, accumulation=2))
+    assert replace(fsdp, config=several).memory["gradients"] == (whole, whole)
     assert "gradient buckets" in found.memory and "gradient buckets" not in fsdp.memory
     assert "--parallel.strategy fsdp" in ChainMap(*changes(config, found.machine))
+
+
+def test_what_is_in_shards_beside_a_trained_generator() -> None:
+    """The start model of post-training, whose blocks are whole one after another; a tokenizer's two networks."""
+    made = {}
+    for case in ("VA-pi", "tokenizer"):
+        config, shapes = configured(case)
+        config = replace(config, parallel=ParallelConfig(strategy="fsdp"))
+        made[case] = Plan(config, Machine(gpus=2), shapes, update(config, shapes, 1, low=False, cuda=True), [])
+    aligned, tokenizer = made["VA-pi"], made["tokenizer"]
+    prior, block = aligned.update.weights[REFERENCE], aligned.update.blocks[0]
+    assert aligned.static[REFERENCE] * 2 == prior
+    kept = replace(aligned.config, parallel=ParallelConfig(strategy="fsdp", reshard_after_forward=False))
+    assert replace(aligned, config=kept).gathered - aligned.gathered == pytest.approx(4 * block)
+    whole, trained = tokenizer.update.weights[FORWARD], sum(tokenizer.update.trained)
+    assert len(tokenizer.update.blocks) == 2 and tokenizer.gathered == whole + trained
 
 
 def test_the_table_of_the_published_recipes_is_what_is_planned() -> None:

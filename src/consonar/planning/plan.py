@@ -15,7 +15,6 @@ from typing import Annotated
 
 import torch
 
-from consonar.errors import UserError
 from consonar.memory import GIB
 from consonar.options import Count, OneOf, Options, Positive, Range
 from consonar.parallel import ParallelConfig
@@ -107,11 +106,12 @@ class Plan:
         trained, weights, shards = sum(self.update.trained), self.update.weights, self.shards
         return {
             "weights": weights[FORWARD] / shards,
+            REFERENCE: weights[REFERENCE] / shards,
             "optimizer": 2 * trained / shards,
             "gradient buckets": trained if self.machine.processes > 1 and shards == 1 else 0,
             "moving average": self.update.state / shards if self.config.loop.ema_decay else 0,
             "gathered weights and gradients": self.gathered,
-            **{name: size for name, size in weights.items() if name != FORWARD},
+            **{name: size for name, size in weights.items() if name not in (FORWARD, REFERENCE)},
             "key-value cache": self.update.cache,
             "weights with adapters in them": self.update.adapted if self.update.rollout_rows else 0,
         }
@@ -119,30 +119,33 @@ class Plan:
     @property
     def shards(self) -> int:
         """Processes that share a copy of weights, gradients and optimizer."""
-        parallel, machine = self.config.parallel, self.machine
-        return {"fsdp": machine.processes, "hybrid": parallel.shard_size or machine.gpus}.get(parallel.strategy, 1)
+        return self.config.parallel.group(self.machine.processes, self.machine.gpus)
 
     @property
     def gathered(self) -> float:
         """Bytes of float32 weights that are whole at once: what is in no block, and two blocks (the next is gathered
-        meanwhile) with their gradients, or all that are not let go of; and for free rollouts a copy of the model."""
+        meanwhile) with their gradients, or all that are not let go of; of the start model the same, but its blocks go
+        before those; and for free rollouts a copy of the model."""
         if self.shards == 1:
             return 0
-        whole, blocks = self.update.weights[FORWARD], self.update.blocks
-        two = sum(sorted(blocks)[-2:]) or whole
-        kept = two if self.config.parallel.reshard_after_forward else sum(blocks)
-        gradients = two * sum(self.update.trained) / whole
-        return whole - sum(blocks) + kept + gradients + (whole if self.update.rollout_rows else 0)
+        weights, blocks, goes = self.update.weights, self.update.blocks, self.config.parallel.reshard_after_forward
+        whole, prior = weights[FORWARD], weights[REFERENCE]
+        rest, two = whole - sum(blocks), sum(sorted(blocks)[-2:])
+        kept = rest + (two if goes else sum(blocks))
+        of_prior = prior - sum(blocks) if prior and goes else prior
+        # Of several micro-batches all gradients are whole until they are exchanged, see `memory`.
+        gradients = (rest + two) * sum(self.update.trained) / whole if self.config.loop.accumulation == 1 else 0
+        return kept + of_prior + gradients + (whole if self.update.rollout_rows else 0)
 
     @cached_property
     def memory(self) -> dict[str, tuple[float, float]]:
-        """(most, at the peak) bytes of one process by part. Of several micro-batches gradients stand from the first."""
+        """(most, at the peak) bytes of one process by part. Of several micro-batches gradients stand from the first,
+        and whole: they are exchanged, and cut into shards, in the last."""
         parts = {name: (size, size) for name, size in self.static.items() if size}
-        gradients = sum(self.update.trained) // self.shards
+        several = self.config.loop.accumulation > 1
+        gradients = sum(self.update.trained) // (1 if several else self.shards)
         peak = self.update.peak.copy()
-        peak[GRADIENTS] //= self.shards
-        if self.config.loop.accumulation > 1:
-            peak[GRADIENTS] = gradients
+        peak[GRADIENTS] = gradients if several else peak[GRADIENTS] // self.shards
         if gradients > peak.total():  # when the optimizer steps there is nothing else
             peak = Counter({GRADIENTS: gradients})
         parts["gradients"] = (gradients, peak[GRADIENTS])
@@ -219,14 +222,11 @@ Made = dict[str, Update]
 
 
 def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None, made: Made | None = None) -> Plan:
-    """`made` are those of other plans, which is added to. Raises `UserError` for a batch that does not divide and for
-    models whose shapes are not known."""
+    """`made` are those of other plans, which is added to. Raises `UserError` for a batch or a group of processes that
+    does not divide, as `train` does, and for models whose shapes are not known."""
     processes, loop = machine.processes, config.loop
-    if loop.batch_size % (processes * loop.accumulation):
-        raise UserError(
-            f"loop.batch_size: {loop.batch_size} is not a multiple of {processes} processes x {loop.accumulation} "
-            "micro-batches"
-        )
+    rows = loop.batch_of_process(processes)
+    config.parallel.group(processes, machine.gpus)
     config, shapes, assumed = shapes_of(config, num_classes)
     if loop.compile:
         assumed.append("loop.compile changes nothing (fused kernels take less memory and time: not modelled)")
@@ -235,7 +235,7 @@ def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None, 
     def planned(given: TrainConfig) -> Plan:
         key = repr((replace(given, parallel=ParallelConfig()), processes))
         if key not in made:
-            made[key] = update(given, shapes, loop.batch_size // processes, low=low, cuda=True)
+            made[key] = update(given, shapes, rows, low=low, cuda=True)
         return Plan(given, machine, shapes, made[key], assumed)
 
     objective = config.objective

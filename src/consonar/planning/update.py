@@ -59,7 +59,7 @@ class Update:
     weights: Counter[str]
     """Bytes of weights and buffers by model; `FORWARD` is the trainee."""
     blocks: list[int]
-    """Bytes of each transformer block that is trained."""
+    """Bytes of each part of what is trained that is sharded on its own."""
     adapted: int
     """Bytes of weights that have adapters."""
     flops: Counter[tuple[str, torch.dtype]]
@@ -186,7 +186,7 @@ def update(config: TrainConfig, shapes: Shapes, batch_size: int, *, low: bool, c
             trained=[weight.nbytes for weight in trained(trainee)],
             state=sum(value.nbytes for value in moving(trainee).values()),
             weights=Counter({name: size_of(*modules) for name, modules in weights.items()}),
-            blocks=[size_of(block) for block in trainee.generator.blocks] if isinstance(trainee, Trainee) else [],
+            blocks=[size_of(part) for part in trainee.parts()],
             adapted=sum(layer.get_base_layer().weight.nbytes for layer in adapted(trainee).values()),
             flops=ledger.flops, peak=ledger.peak, most=ledger.most, rollout_rows=rows, cache=cache,
             chunk=chunk if DECODER in ledger.most else 0,

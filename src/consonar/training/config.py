@@ -117,6 +117,16 @@ class LoopConfig(Options):
     trackers: tuple[str, ...] = ()
     """Copies of the metrics: tensorboard, wandb, trackio."""
 
+    def batch_of_process(self, processes: int) -> int:
+        """Images of a step that each of so many processes reads; `UserError` where they are no whole number of
+        micro-batches."""
+        if self.batch_size % (processes * self.accumulation):
+            raise UserError(
+                f"loop.batch_size: {self.batch_size} is not a multiple of {processes} processes x {self.accumulation} "
+                "micro-batches"
+            )
+        return self.batch_size // processes
+
 
 def trainable_models() -> dict[str, type[ModelConfig]]:
     """The configurations of what can be trained, by what files call them."""

@@ -124,9 +124,11 @@ def update(run: Running, model: nn.Module, prepared: object, autocast_dtype: tor
         for key, value in {"loss": loss, **terms}.items():
             sums[key] = sums.get(key, 0) + value.detach().float() / len(parts)
     norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm))
-    if not torch.isfinite(norm + sums["loss"]):  # the one number of a step that is waited for
+    # Of all processes: one that ended alone, for a loss that only it has, would leave the others waiting.
+    found = distributed.sum_over_ranks(torch.stack([sums["loss"], norm]), run.world) / run.world.size
+    if not torch.isfinite(found.sum()):  # the one number of a step that is waited for
         state.optimizer.zero_grad(set_to_none=True)
-        raise non_finite(run, step, f"loss {float(sums['loss'])}, gradient norm {float(norm)}")
+        raise non_finite(run, step, f"loss {float(found[0])}, gradient norm {float(found[1])}")
     state.optimizer.step()
     torch.clear_autocast_cache()  # PyTorch does so at the end of the outermost context alone, which is around the run
     state.optimizer.zero_grad(set_to_none=True)
@@ -173,6 +175,7 @@ class Running:
     def check_weights(self) -> None:
         """Raises `NonFiniteLoss` for weights that are not finite; called before anything is made of those of a step."""
         size = parallel.full(torch.nn.utils.get_total_norm(self.state.model.parameters()))
+        size = distributed.sum_over_ranks(size, self.world) / self.world.size
         if not torch.isfinite(size.square()):  # weights whose squares are not float32 make no finite activations either
             raise non_finite(self, self.state.step - 1, f"the step made weights of norm {float(size)}")
 
@@ -190,18 +193,23 @@ class Running:
         self.clock, self.clock_step = time.monotonic(), step
         if step == 0:
             if self.config.init:
-                self.validate()  # where the run starts from is worth a line
+                self.judge(self.measured())  # where the run starts from is worth a line
             return
-        known = distributed.from_main(self.tracker.has(step, "validation/"), self.world)
+        there = self.tracker.has(step, "validation/"), self.picture.exists()
+        known, drawn = distributed.from_main(there, self.world)
         if not known and (self.due(loop.validate_every) or self.ends):
+            failed, measured = "", dict[str, float]()
             try:
-                breach = self.validate()
-                state.stopped = state.stopped or breach
+                measured = self.measured()
             except NonFiniteLoss:
                 raise
             except Exception as error:
-                self.tracker.warn(f"the validation of step {step} is left out: {one_line(error)}")
-        if (self.due(loop.sample_every) or self.ends) and not self.picture.exists():
+                failed = one_line(error)
+            if faults := list(filter(None, distributed.of_every(failed, self.world))):
+                self.tracker.warn(f"the validation of step {step} is left out: {faults[0]}")
+            elif breach := self.judge(measured):
+                state.stopped = state.stopped or breach
+        if (self.due(loop.sample_every) or self.ends) and not drawn:
             self.preview()
 
     def log(self, terms: Mapping[str, Tensor]) -> None:
@@ -213,7 +221,7 @@ class Running:
         values = {key: float(value) for key, value in terms.items()} | {INTERRUPTED: float(bool(self.caught))}
         values = distributed.mean_over_ranks(values, self.world)
         state.interrupted = values.pop(INTERRUPTED) > 0
-        state.stopped = self.built.objective.breach(values)
+        state.stopped = distributed.from_main(self.built.objective.breach(values), self.world)
         rate = (state.step - self.clock_step) / (time.monotonic() - self.clock)
         rates = {"learning_rate": state.optimizer.param_groups[0]["lr"], **self.built.objective.state(state.step - 1)}
         self.tracker.log(state.step, {f"train/{key}": value for key, value in (values | rates).items()}, rate=rate)
@@ -233,30 +241,37 @@ class Running:
         """Validation and a picture where they are due; a breach that validation finds is `state.stopped`, and saved."""
         state, loop = self.state, self.config.loop
         if self.due(loop.validate_every) or self.ends:
-            breach = self.validate()
+            breach = self.judge(self.measured())
             if breach and not state.stopped:
                 state.stopped = breach
                 self.save()
         if self.due(loop.sample_every) or self.ends:
             self.preview()
 
-    def validate(self) -> str | None:
-        """Logs validation metrics, where there are data for it; keeps the best model; says why training must stop."""
+    def measured(self) -> dict[str, float]:
+        """Validation metrics as this process finds them, none without data for it; rank 0 keeps the best model."""
         state, built, held_out = self.state, self.built, self.built.held_out
         if held_out is None:
-            return None
+            return {}
         batches = held_out.ordered(held_out.batch_size, self.config.data.validation_items)
         with state.averaged() as model:
             here = (to_device(batch, self.world.device) for batch in batches)
             measured = built.objective.validate(model, here)
             if built.distance:
                 measured[METRIC] = built.distance(model.generator)
-            if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:
-                raise non_finite(self, state.step, f"validation {wrong[0]} is {measured[wrong[0]]}")
-            if built.best and self.world.is_main:
+            if built.best and self.world.is_main and all(map(math.isfinite, measured.values())):
                 built.best.keep(model, state.step, measured[built.best.metric])
-        self.tracker.log(state.step, {f"validation/{key}": value for key, value in measured.items()})
-        return built.objective.breach(measured)
+        return measured
+
+    def judge(self, measured: dict[str, float]) -> str | None:
+        """Logs the metrics of rank 0 and says why training must stop: by rounding another process may see a number on
+        the other side of a bound."""
+        if not (measured := distributed.from_main(measured, self.world)):
+            return None
+        if wrong := [key for key, value in measured.items() if not math.isfinite(value)]:
+            raise non_finite(self, self.state.step, f"validation {wrong[0]} is {measured[wrong[0]]}")
+        self.tracker.log(self.state.step, {f"validation/{key}": value for key, value in measured.items()})
+        return self.built.objective.breach(measured)
 
     def preview(self) -> None:
         """Writes a picture of what the trainee makes. No result depends on it, so failing is a warning."""

@@ -67,7 +67,8 @@ def train(
     # Float32 beside the steps, which `loop.precision` is of.
     with distributed.joined(config.loop.device) as world, multiplying("fp32", world.device):
         chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
-        batch_size = batch_of_process(config, world)
+        batch_size = config.loop.batch_of_process(world.size)
+        config.parallel.group(world.size)
         config = with_validation(resolve_start(config))
         check_sinks(config.loop.trackers)
         if resume is None:
@@ -116,16 +117,6 @@ def smaller(config: TrainConfig) -> str:
     if config.run != "post-training":
         ways.append("make the model smaller (model.*)")
     return " or ".join(ways)
-
-
-def batch_of_process(config: TrainConfig, world: World) -> int:
-    """The batch of one process; `UserError` where that is no whole number of micro-batches."""
-    if config.loop.batch_size % (world.size * config.loop.accumulation):
-        raise UserError(
-            f"loop.batch_size: {config.loop.batch_size} is not a multiple of {world.size} processes "
-            f"x {config.loop.accumulation} micro-batches"
-        )
-    return config.loop.batch_size // world.size
 
 
 @contextmanager
