@@ -139,6 +139,12 @@ def test_the_sizes_that_vapi_starts_from_have_the_published_parameters(size, rel
     assert count(generator) == manifest(released)["total_parameters"]
 
 
+@pytest.mark.parametrize("name", [*POST_TRAINING, *IN_WORDS, "rear-l", "ar-b-alitok"])
+def test_a_run_that_is_killed_loses_a_small_part_of_itself(name):
+    loop = find_recipe(name).loop
+    assert 0 < loop.save_every <= loop.steps / 5
+
+
 def test_vapi_has_the_published_settings_and_no_second_model():
     for name in POST_TRAINING:
         config = find_recipe(name)

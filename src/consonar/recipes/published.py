@@ -176,7 +176,7 @@ def vapi_llamagen_xxl() -> TrainConfig:
         optim=OptimConfig(
             lr=1e-6, min_lr=1e-6, warmup_steps=0, beta1=0.9, beta2=0.999, weight_decay=1e-4, max_grad_norm=1.0
         ),
-        loop=LoopConfig(steps=100, batch_size=128, precision="bf16", log_every=1, save_every=0),
+        loop=LoopConfig(steps=100, batch_size=128, precision="bf16", log_every=1, save_every=20),
     )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def vapi_llamagen_t2i() -> TrainConfig:
         start,
         recipe="vapi-llamagen-t2i",
         objective=replace(IN_WORDS, class_dropout=0.1),
-        loop=replace(start.loop, steps=200, save_every=100),
+        loop=replace(start.loop, steps=200),
     )
 
 
@@ -230,7 +230,7 @@ def vapi_janus_1b() -> TrainConfig:
         recipe="vapi-janus-1b",
         objective=IN_WORDS,
         optim=replace(start.optim, lr=1e-7, min_lr=1e-7),
-        loop=replace(start.loop, steps=100, batch_size=64, save_every=0),
+        loop=replace(start.loop, steps=100, batch_size=64),
     )
 
 
