@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from consonar.evaluation.results import Measurement
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.files.weights import component_fingerprint
 from consonar.origin import Origin
+from consonar.recipes import read_config
 from consonar.sampling.job import Job, balanced_labels, run_job
 from consonar.sampling.sample import SamplerConfig
 
@@ -167,8 +169,34 @@ def test_a_cell_of_a_sweep_is_checked_by_its_run(run, picture_folder, tmp_path):
     with pytest.raises(UserError, match="records a run that failed"):
         check_results(tmp_path / "results" / "cell-0.json")
     (tmp_path / "results" / "cell-0.json").write_text(json.dumps(result | {"run": "../gone"}))
+    with pytest.raises(UserError, match=r"its run is not in .*gone; .*consonar train .*cell-0.json --out RUN"):
+        check_results(tmp_path / "results" / "cell-0.json")
+    (tmp_path / "gone").mkdir()
     with pytest.raises(UserError, match=r"no trained model in .*gone; name the run"):
         check_results(tmp_path / "results" / "cell-0.json")
+
+
+def test_the_files_of_claims_say_how_they_are_made_again(tmp_path):
+    """Those that are committed, where no run is."""
+    shutil.copytree(Path(__file__).parents[2] / "claims" / "results", tmp_path / "claims", ignore=lambda *_: ["runs"])
+    for place, line in (
+        (
+            "diagnosis/rear.json",
+            "made again rather than checked: consonar diagnose runs/demo/rear --data openmoji --parts",
+        ),
+        ("photographs/tokenizer.json", "checked: consonar diagnose cifar10-32 --data .* --parts forgiveness;"),
+        ("photographs/results/plain-0.json", r"consonar train \S+/plain-0.json --out RUN"),
+        (
+            "photographs/results/plain[+]ce-0.json",
+            r"consonar train \S+/plain[+]ce-0.json --init START --out RUN",
+        ),
+        ("vapi/start.json", "no results of samples, a run, a cell of a sweep or a tokenizer"),
+        ("entropy_bandit.json", "no results of samples"),
+    ):
+        with pytest.raises(UserError, match=line):
+            check_results(tmp_path / "claims" / place.replace("[+]", "+"))
+    config = read_config(tmp_path / "claims/photographs/results/plain-0.json")
+    assert (config.recipe, config.loop.steps, config.model.width) == ("plain", 600, 128)
 
 
 def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer, picture_folder):

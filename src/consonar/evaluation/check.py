@@ -20,7 +20,7 @@ from consonar.components import (
     read_origin,
 )  # fmt: skip
 from consonar.config_io import from_dict
-from consonar.errors import UserError, reading
+from consonar.errors import UserError, printable, reading
 from consonar.evaluation.compared import Check, compare, differences, image_counts, made_of, model_differs, numbers_of
 from consonar.evaluation.compositional import COMPOSITIONAL, PromptSettings, score_run, score_samples
 from consonar.evaluation.evaluate import evaluate, open_target
@@ -91,8 +91,11 @@ def check_results(
     record = Record(path, read_json(path), samples, reference, tokenizer, device, progress)
     if (schema := record.content.get("schema", 1)) != 1:
         raise UserError(f"{path}: schema is {schema!r:.60}; this version reads 1")
-    if "parts" in record.content:
-        raise UserError(f"{path}: is of a diagnosis, whose settings are in it; make it again with consonar diagnose")
+    if again := diagnosed_by(record.content):
+        raise UserError(
+            f"{path}: is of a diagnosis, which is made again rather than checked: {again}; of which model, pictures "
+            "and settings it is stands in it under provenance"
+        )
     cell: Json = {}
     if "asked" in record.content:  # a cell of a sweep
         cell = record.content
@@ -100,22 +103,44 @@ def check_results(
         if failure is not None:
             raise UserError(f"{path}: records a run that failed ({failure}); there is nothing to measure")
         run = samples or path.parent / record.get("run", str)
+        if not run.exists():
+            started = " --init START" if cell.get("start_weights") else ""
+            raise UserError(
+                f"{path}: its run is not in {run}; name it, or train it again: consonar train {path}{started} --out "
+                f"RUN; consonar evaluate RUN --check {path}"
+            )
         record = Record(path, record.get("results", dict), run, reference, tokenizer, device, progress)
     with reading(path, "results as `evaluate` writes them"):
         before, made, sizes = numbers_of(record.content), made_of(record.content), image_counts(record.content)
-    if not before:
-        raise UserError(f"{path}: records no number; evaluate again")
     if "benchmark" in record.content:
         raise UserError(f"{path}: holds what another scorer found, which is not measured here; read it again")
-    made_by = {"prompts": prompts_again, "rows": run_again, "metrics": samples_again}
-    again = next((function for key, function in made_by.items() if key in record.content), codec_again)
+    made_by = {"prompts": prompts_again, "rows": run_again, "metrics": samples_again, "psnr": codec_again}
+    measure = next((function for key, function in made_by.items() if key in record.content), None)
+    if measure is None:
+        raise UserError(
+            f"{path}: no results of samples, a run, a cell of a sweep or a tokenizer; others are not checked"
+        )
+    if not before:
+        raise UserError(f"{path}: records no number; evaluate again")
     with tempfile.TemporaryDirectory() as folder:
-        now, redrawn = again(record, Path(folder))
+        now, redrawn = measure(record, Path(folder))
     numbers = compare(before, numbers_of(now), sizes, redrawn)
     after = made_of(now)
     if cell and component_fingerprint({}, load_generator(str(record.samples)).state_dict()) == cell.get("weights"):
         made["weights"] = after["weights"]  # in another file
     return Check(numbers, redrawn, differences(made, after), model_differs(made, after))
+
+
+def diagnosed_by(content: Json) -> str | None:
+    """The command that makes a file of `diagnose` again, or one that is condensed from it; None for other files."""
+    if {"command", "numbers"} <= content.keys():
+        return printable(str(content["command"]))
+    if "parts" not in content:
+        return None
+    made = content.get("provenance")
+    data = made.get("data") if isinstance(made, dict) else None
+    parts = ",".join(content["parts"]) if isinstance(content["parts"], dict) else ""
+    return printable(f"consonar diagnose {content.get('subject')} --data {data} --parts {parts}")
 
 
 def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:

@@ -70,8 +70,11 @@ def read_table(path: Path) -> Json:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """A YAML or JSON file of a `TrainConfig`, or of the changes to the recipe named under `base`."""
+    """A YAML or JSON file of a `TrainConfig`, of the changes to the recipe named under `base`, or the result of a cell
+    of a sweep, whose training it records."""
     values = read_table(path)
+    if isinstance(asked := values.get("asked"), dict) and isinstance(asked.get("config"), dict):
+        values = asked["config"]
     if "base" in values:
         base = values.pop("base")
         if not isinstance(base, str):
