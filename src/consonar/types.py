@@ -173,7 +173,11 @@ class TextEncoder(HasFingerprint, Protocol):
         """Fingerprint without L: of two encoders that share it, what neither cuts has the same features, or tokens."""
 
     def encode(self, captions: Sequence[str]) -> TextCondition | PromptCondition:
-        """Features (B, L, F) float32, or tokens (B, longest), and the mask, on one device."""
+        """Features (B, L, F) float32, or tokens (B, longest), and the mask, on one device; of a caption without words
+        the mask is all False."""
+
+    def has_words(self, caption: str) -> bool:
+        """Whether there is anything for it to read in a caption: a token that is not a special one."""
 
     def is_cut(self, caption: str) -> bool:
         """Whether a caption has more tokens than are read."""

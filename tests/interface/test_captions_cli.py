@@ -136,7 +136,8 @@ def test_another_encoder_is_refused(place, tmp_path, capsys):
     ("words", "said"),
     [
         ([], "classes: this generator has none, it takes captions: give --prompt"),
-        (["--prompt", "  "], "caption: '  ' has no words"),
+        (["--prompt", "  "], "caption: '  ' has no words for enc"),
+        (["--prompt", "[PAD]"], "caption: '[PAD]' has no words for enc"),
         (["--prompt", "a dog", "--classes", "1"], "--classes: given together with a prompt"),
         (["--prompt", "a dog", "--prompts", "x.txt"], "--prompt: give either it or --prompts FILE"),
         (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: cannot be read"),
@@ -231,12 +232,12 @@ def test_tokenize_makes_the_features_that_train_reads(place, tmp_path, capsys, m
     line = r"validation: captions: \d+ different, read by enc, (\d+) tokens at most; 0 cut after 40; (\d+) with words"
     found = re.search(line, said)
     assert found and int(found[1]) <= 12
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/captions").iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/captions").glob("*/*")}
     assert len(files) == 4
     main(["train", "ar-scenes", "--tokenizer", str(place / "tok"), "--data.tokens", str(tmp_path / "scenes"),
           "--text-encoder", str(place / "enc"), "--out", str(tmp_path / "run"), "--quiet", *MODEL,
           *SHORT])  # fmt: skip
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/captions").iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/captions").glob("*/*")} == files
 
 
 def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, tmp_path, capsys, monkeypatch):
@@ -251,7 +252,14 @@ def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, 
     words = ["tokenize", "--tokenizer", str(place / "tok"), "--out", str(tmp_path / "out"), "--data"]
     few = given(["a dog", "", None, *["a cat"] * 5])
     line = refusal(capsys, *words, few, "--captions", "--validation-split", "0%")
-    assert re.search(r"--captions: arrow:\S+: 2 of 8 items have no caption; give them one, or leave --captions", line)
+    assert re.search(
+        r"--captions: arrow:\S+: 2 of 8 items have no caption \(the first: number 1 of 0 to 7, ''\); give them one, or",
+        line,
+    )
+    odd = given(["a dog", "[PAD]", *["a cat"] * 6])
+    line = refusal(capsys, *words, odd, "--text-encoder", str(place / "enc"), "--validation-split", "0%")
+    assert "1 of 8 items have no caption (the first: number 1 of 0 to 7, '[PAD]')" in line
+    few = given(["a dog", "", None, *["a cat"] * 5])
     folder = save_pictures(tmp_path / "pictures", size=32)
     for option in (["--captions"], ["--text-encoder", str(place / "enc")]):
         line = refusal(capsys, *words, str(folder), *option)

@@ -109,19 +109,29 @@ def test_files_of_something_else(dpg, tmp_path, form, text, said):
 def test_prompts_are_told_by_their_line_and_ids_name_files(tmp_path):
     path = tmp_path / "lines.jsonl"
     first = {"prompt": "a", "tag": "t", "include": []}
-    for second, said in ((first | {"prompt": ""}, "'' is no prompt"), ({"prompt": "x"}, "it has no 'tag'")):
-        rows = [first, second]
-        path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
-        with pytest.raises(UserError, match=f"line 3: .*{said}"):
+    for second, said in (
+        (first | {"prompt": ""}, "'' is no prompt"), ({"prompt": "x"}, "it has no 'tag'"),
+        ("", "not a line of geneval"), (first | {"prompt": "x\ud83d"}, "not text in UTF-8"),
+    ):  # fmt: skip
+        rows = [first, second, first]
+        path.write_text("\n".join(json.dumps(row) if row else "" for row in rows), encoding="utf-8-sig")
+        with pytest.raises(UserError, match=f"line 2: .*{said}"):
             read_benchmark("geneval", path)
     path.write_text("item_id,text,proposition_id,dependency,tuple,question_natural_language\n../x,a,1,0,whole (a),A?\n")
     with pytest.raises(UserError, match=r"'\.\./x' names no file"):
         read_benchmark("dpg", path)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/0.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"p, 0: ' \\n' is no prompt"):
+        read_benchmark("dpg", tmp_path / "p")
 
 
 def test_geneval_takes_plain_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text('a "dog"\n\nzwei Bäume \n', encoding="utf-8-sig")
+    with pytest.raises(UserError, match="line 2: '' is no prompt"):  # else no folder has the number of its line
+        read_benchmark("geneval", path)
+    path.write_text('a "dog"\nzwei Bäume \n\n', encoding="utf-8-sig")
     read = read_benchmark("geneval", path)
     assert read.texts == ('a "dog"', "zwei Bäume")
     assert [json.loads(item) for item in read.items] == [{"prompt": text} for text in read.texts]

@@ -29,6 +29,7 @@ class Spelling:
             letters = torch.tensor([float(ord(letter)) for letter in text[:6]])
             features[row, 6 - len(letters) :] = letters[:, None] * torch.tensor([1.0, 0.5, 1 / 3])
             mask[row, 6 - len(letters) :] = True
+        mask &= torch.tensor([text != "<b>" for text in captions])[:, None]
         return TextCondition(features, mask)
 
 
@@ -86,7 +87,7 @@ def test_a_step_draws_one_caption_of_each_item_whatever_the_number_of_processes(
 
 def test_lines_are_captions():
     assert all_captions([in_lines(["a\ndog", "a cat"]), "one"], "here") == [("a dog", "a cat"), ("one",)]
-    with pytest.raises(UserError, match="here: 2 of 3 items have no caption"):
+    with pytest.raises(UserError, match=r"here: 2 of 3 items have no caption \(the first: number 1 of 0 to 2, ' .n'\)"):
         all_captions(["x", " \n", None], "here")
 
 
@@ -101,10 +102,30 @@ def test_different_captions_are_encoded_once_and_an_ended_job_goes_on(tmp_path):
         CaptionFeatures(CAPTIONS, Ends(), folder=tmp_path)
     second, third, seen = Spelling(), Spelling("other weights"), []
     CaptionFeatures(CAPTIONS, second, folder=tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert second.asked == ["cow", "dog", "elephants"][1:] or second.asked == ["dog", "elephants"]
+    assert second.asked == ["dog", "elephants"]  # two a file: a ant, bee cow, dog elephants
     assert seen[-1] == (6, 6)
     CaptionFeatures(CAPTIONS, third, folder=tmp_path)
     assert sorted(third.asked) == sorted(set(CAPTIONS))
+    more = CaptionFeatures(["ape", *CAPTIONS, "zebu"], second := Spelling(), folder=tmp_path)
+    assert second.asked == ["ape", "zebu"]  # each is known by itself, whatever stands beside it
+    expected = Spelling().encode(["zebu", "cow", "ape"])
+    assert torch.equal(more.read(torch.tensor([8, 5, 0])).features, expected.features)
+
+
+def test_captions_without_words_are_left_out_and_items_without_others_are_told(tmp_path):
+    items = ["bee", ("<b>", "cow"), ("dog", "<b>", "ant")]
+    for encoder in (Spelling(), Spelling()):  # encoded; then from the files
+        features = CaptionFeatures(items, encoder, folder=tmp_path)
+        assert "; 1 in which it finds no words are left out" in features.about
+        found = features.read(torch.tensor([1, 1, 2, 2]), torch.tensor([0, 1, 0, 1]))
+        assert torch.equal(found.features, Spelling().encode(["cow", "cow", "dog", "ant"]).features)
+        with pytest.raises(
+            UserError, match=r"^here: '<b>' \(number 1 of 0 to 2; 1 more have none\) has no words for sp"
+        ):
+            CaptionFeatures(["bee", "<b>", ("<b>",)], encoder, folder=tmp_path, where="here")
+    assert encoder.asked == []
+    with pytest.raises(UserError, match=r"^caption: '<b>' has no words for spelling$"):
+        CaptionFeatures(["<b>"], Spelling(), folder=tmp_path)
 
 
 def test_what_no_length_cuts_is_encoded_once_for_all_lengths(tmp_path):
@@ -120,25 +141,29 @@ def test_what_no_length_cuts_is_encoded_once_for_all_lengths(tmp_path):
     long, captions = Spelling(), [*CAPTIONS, "sheep"]
     first = CaptionFeatures(captions, long, folder=tmp_path)  # two a file: a ant, bee cow, dog elephants, sheep
     assert len(long.asked) == 7 and first.longest == 6
-    for encoder, asked in ((Shorter(), ["dog", "elep", "shee"]), (Shorter(), []), (Spelling(), [])):
+    for encoder, asked in ((Shorter(), ["elep", "shee"]), (Shorter(), []), (Spelling(), [])):
         features = CaptionFeatures(captions, encoder, folder=tmp_path)
         assert encoder.asked == asked
         rows, expected = torch.arange(8), type(encoder)().encode(captions)
         found = features.read(rows)
         assert torch.equal(found.features, expected.features) and torch.equal(found.mask, expected.mask)
-    assert len([file for file in tmp_path.glob("*.npy") if "counts" not in file.name]) == 6
+    assert len(list(tmp_path.glob("*/*.index.npy"))) == 6  # those of one that is cut and one that is not are two
 
 
 def test_files_are_mapped_and_damage_is_said(tmp_path):
     CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
     features = CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
-    assert all(isinstance(tokens, np.memmap) for tokens, _ in features.files)
-    path = next(file for file in tmp_path.glob("*.npy") if "counts" not in file.name)
-    whole = path.read_bytes()
-    for bad in (whole[:-5], b"", b"x" * 200):
-        path.write_bytes(bad)
-        with pytest.raises(UserError, match="delete it, it is made again"):
-            CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
+    assert all(isinstance(tokens, np.memmap) for tokens, _ in features.encoded.files)
+    index = next(tmp_path.glob("*/*.index.npy"))
+    for path in (index, index.with_name(index.name.replace(".index", ""))):
+        whole = path.read_bytes()
+        for bad in (whole[:-5], b"", b"x" * 200):
+            path.write_bytes(bad)
+            with pytest.raises(UserError, match="delete it, it is made again"):
+                CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
+        path.unlink()
+        CaptionFeatures(CAPTIONS, encoder := Spelling(), folder=tmp_path)
+        assert len(encoder.asked) == 2
 
 
 def test_without_room_features_stay_in_memory(tmp_path, capsys):

@@ -117,10 +117,15 @@ def test_a_fingerprint_is_of_weights_words_and_length(folder):
     assert len(others | {first.fingerprint}) == 4
 
 
-@pytest.mark.parametrize("caption", ["", "  \n"])
-def test_a_caption_without_words_is_refused(folder, caption):
-    with pytest.raises(UserError, match=r"^caption: .* has no words"):
-        load_text_encoder(str(folder), length=6).encode(["a dog", caption])
+def test_a_caption_without_words_shows_nothing(folder):
+    encoder = load_text_encoder(str(folder), length=6)
+    cleaned_away, special = ["<b>", "一只狗", "http://x.y/z.jpg"], ["[PAD]", "[EOS] [EOS]"]
+    is_t5 = encoder.network.config.model_type == "t5"  # which reads captions cleaned
+    captions = ["", "  \n", *(cleaned_away if is_t5 else special), *(special if is_t5 else cleaned_away), "a dog"]
+    given = encoder.encode(captions)
+    shown = [index >= (5 if is_t5 else 4) for index in range(len(captions))]
+    assert given.mask.any(1).tolist() == shown == list(map(encoder.has_words, captions))
+    assert not given.features[: shown.index(True)].any()
 
 
 def test_what_is_missing_is_said(folder, tmp_path):
@@ -150,3 +155,7 @@ def test_minilm_knows_what_is_alike():
     alike = torch.nn.functional.cosine_similarity(means[:1], means[1:])
     assert encoder.width == 384 and alike[0] > 0.7 and alike[1] < 0.2
     assert given.features.shape == (3, 120, 384)
+    # What leaves it nothing but the tokens that it puts around every caption.
+    assert [encoder.has_words(caption) for caption in ("\u200b", "\x00", "[SEP]", "?", "\u732b")] == [False] * 3 + [
+        True
+    ] * 2

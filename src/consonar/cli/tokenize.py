@@ -107,7 +107,8 @@ def tokenize(options: Options, world: World) -> None:
         raise UserError(f"--out: {stores[taken[0]]} exists{changed}; choose another folder")
     for name, source in sources.items() if captioned else ():
         known = TokenStore.open(stores[name]).captions if name in ours else getattr(source, "captions", None)
-        all_captions(known or (), f"--captions: {source.name}", CAPTION_REMEDY)
+        has_words = str.strip if encoder is None else encoder.has_words
+        all_captions(known or (), f"--captions: {source.name}", CAPTION_REMEDY, has_words)
     barrier(world)  # nobody looks for stores after another process has made them
     tell = say if world.is_main else ignore
     if note:
@@ -143,7 +144,8 @@ def make_features(path: Path, encoder: PretrainedTextEncoder, batch_size: int, d
     captions = all_captions(TokenStore.open(path).captions, f"--captions: {path}", CAPTION_REMEDY)
     encoder.network.to(device)
     with counting(f"captions of {path.name}") as count, memory.explained(f"lower --batch-size ({batch_size})", device):
-        features = CaptionFeatures(captions, encoder, batch_size=batch_size, progress=count)
+        where = f"--captions: {path}"
+        features = CaptionFeatures(captions, encoder, batch_size=batch_size, progress=count, where=where)
     cut = sum(map(encoder.is_cut, features.texts))
     strange = [text for text in features.texts if not encoder.knows(text)]
     example = f" ({printable(strange[0][:60])!r})" if strange else ""

@@ -1,8 +1,10 @@
 """Captions as features of a text encoder, or as tokens of the generator's own, kept on the disk.
 
-The captions of a data set are encoded once, each different one, and read from memory-mapped files afterwards. A file
-holds `PER_FILE` captions and is named by them and the encoder's fingerprint (without its length where it cut none of
-them), so that what is there is used whatever made it, and a job that was ended goes on. Padding is not kept.
+Every different caption is encoded once and read from memory-mapped files afterwards. An encoder has a folder, named by
+its fingerprint (without its length, for captions that it has read whole), to which files of up to `PER_FILE` captions
+are added, and in which none changes. An index beside each has the hash of every caption and how many tokens it has:
+none where the encoder finds no words. So what is there is used whatever made it, a job that was ended goes on, and
+processes do not disturb each other. Padding is not kept.
 """
 
 import hashlib
@@ -13,22 +15,110 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.errors import UserError, reading
+from consonar.errors import UserError, printable, reading
 from consonar.files.readers import read_npy
 from consonar.files.writers import cache_dir, keep
 from consonar.records import Captions
 from consonar.types import PromptCondition, TextCondition, TextEncoder
 
 PER_FILE = 1024
+INDEX = ".index.npy"
 REMEDY = "delete it, it is made again"
+
+
+class EncodedTexts:
+    """The tokens of different `texts` by an encoder: those that `folder` has, and the others encoded and kept there, or
+    in memory where nothing can be kept. `progress(done, total)` counts texts. Raises as `CaptionFeatures`."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        encoder: TextEncoder,
+        folder: Path,
+        batch_size: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.encoder = encoder
+        self.sizes = np.zeros(len(texts), np.int64)
+        """Of every text the number of its tokens."""
+        self.places = np.full((len(texts), 2), -1)
+        """Which of `files` has it, and which of the texts there it is."""
+        self.files: list[tuple[np.ndarray, np.ndarray]] = []
+        """The tokens of some texts, (T, F) or (T,), and where each ends (n,)."""
+        self.wanted = {hash_of(text): index for index, text in enumerate(texts)}
+        whole, own = (folder / named(by.encode()) for by in (encoder.uncut, encoder.fingerprint))
+        for path in [path for place in (whole, own) for path in sorted(place.glob(f"*{INDEX}"))]:
+            self.look_in(path)
+        missing = np.flatnonzero(self.places[:, 0] < 0).tolist()
+        for start in range(0, len(missing), PER_FILE):
+            some, rows = [texts[index] for index in missing[start : start + PER_FILE]], list[np.ndarray]()
+            for first in range(0, len(some), batch_size):
+                found = encoder.encode(some[first : first + batch_size])
+                values = found.features if isinstance(found, TextCondition) else found.tokens
+                rows += [row[shown].cpu().numpy() for row, shown in zip(values, found.mask, strict=True)]
+                progress(len(texts) - len(missing) + start + len(rows), len(texts))
+            full = [len(row) >= encoder.length for row in rows]  # one that fills its places may be cut
+            for place, cut in ((whole, False), (own, True)):
+                if part := [(text, row) for text, row, maybe in zip(some, rows, full, strict=True) if maybe == cut]:
+                    self.keep(place, *zip(*part, strict=True))
+
+    def of(self, index: int) -> np.ndarray:
+        """The tokens of a text."""
+        file, at = self.places[index]
+        tokens, ends = self.files[file]
+        return tokens[ends[at - 1] if at else 0 : ends[at]]
+
+    def keep(self, place: Path, texts: Sequence[str], rows: Sequence[np.ndarray]) -> None:
+        hashes = b"".join(map(hash_of, texts))
+        index = np.column_stack([np.frombuffer(hashes, "<u8").reshape(-1, 2), np.array(list(map(len, rows)), "<u8")])
+        path, tokens = place / f"{named(hashes)}{INDEX}", np.concatenate(rows)
+        keep(tokens_beside(path), lambda file: np.save(file, tokens))
+        keep(path, lambda file: np.save(file, index))
+        if path.exists():
+            self.look_in(path)
+        else:
+            self.take(index, lambda: tokens)
+
+    def look_in(self, path: Path) -> None:
+        """Takes what is wanted from the file of this index, where it is there."""
+        if not (beside := tokens_beside(path)).exists():
+            return
+        with reading(path, "an index of captions", REMEDY):
+            index = read_npy(path, REMEDY)
+            if index.ndim != 2 or index.shape[1] != 3 or index.dtype != "<u8":
+                raise ValueError(f"{index.dtype} of shape {index.shape}")
+
+        def tokens() -> np.ndarray:
+            with reading(beside, "features of captions", REMEDY):
+                rows: np.ndarray = np.load(beside, mmap_mode="r", allow_pickle=False)
+                inner, kind = of_token(self.encoder.width)
+                if rows.shape != (index[:, 2].sum(), *inner) or rows.dtype != kind:
+                    raise ValueError(f"{rows.dtype} of shape {rows.shape} for {index[:, 2].sum()} tokens")
+            return rows
+
+        self.take(index, tokens)
+
+    def take(self, index: np.ndarray, tokens: Callable[[], np.ndarray]) -> None:
+        """Takes the texts that are not there yet, but those that this encoder cuts where another did not."""
+        hashes = np.ascontiguousarray(index[:, :2]).view("V16")[:, 0].tolist()
+        found = [
+            (self.wanted[one], at)
+            for at, (one, size) in enumerate(zip(hashes, index[:, 2].tolist(), strict=True))
+            if one in self.wanted and size <= self.encoder.length and self.places[self.wanted[one], 0] < 0
+        ]
+        if found:
+            texts, ats = map(list, zip(*found, strict=True))
+            self.places[texts, 0], self.places[texts, 1], self.sizes[texts] = len(self.files), ats, index[ats, 2]
+            self.files.append((tokens(), index[:, 2].cumsum().astype(np.int64)))
 
 
 class CaptionFeatures:
     """The features of `captions` by `encoder`, in batches of rows; they equal what the encoder gives.
 
-    An item may have several captions: a tuple of them, of which one is read at a time. `folder`: where features are
-    kept (`captions` in the cache folder). Where nothing can be kept they stay in memory.
-    `progress(done, total)` counts captions. Raises `UserError` as the encoder does, and for a damaged file.
+    An item may have several captions: a tuple of them, of which one is read at a time; those in which the encoder finds
+    no words are left out, which `about` counts. `folder`: where features are kept (`captions` in the cache folder).
+    `progress(done, total)` counts captions. Raises `UserError`, which begins with `where`, for an item that has no
+    words, and for a damaged file.
     """
 
     def __init__(
@@ -38,28 +128,31 @@ class CaptionFeatures:
         *,
         folder: Path | None = None,
         batch_size: int = 64,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        where: str = "caption",
     ) -> None:
         self.width = encoder.width
         items = [(caption,) if isinstance(caption, str) else caption for caption in captions]
-        self.counts = np.array([len(item) for item in items], np.int64)
-        self.firsts = self.counts.cumsum() - self.counts
-        different = sorted({caption for item in items for caption in item})
         written = "\0".join("\n".join(item) for item in items)
         self.content = hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()
-        self.about = f"captions: {len(different):,} different, read by {encoder.name}"
-        self.texts = different
-        place = {caption: index for index, caption in enumerate(different)}
-        self.index = np.array([place[caption] for item in items for caption in item], np.int64)
+        self.texts = sorted({caption for item in items for caption in item})
         folder = cache_dir() / "captions" if folder is None else folder
-        self.files: list[tuple[np.ndarray, np.ndarray]] = []
-        for start in range(0, len(different), PER_FILE):
-            some = different[start : start + PER_FILE]
-            self.files.append(load(folder, some, encoder, batch_size))
-            if progress is not None:
-                progress(start + len(some), len(different))
+        self.encoded = EncodedTexts(self.texts, encoder, folder, batch_size, progress)
+        place = {text: index for index, text in enumerate(self.texts) if self.encoded.sizes[index]}
+        worded = [[place[caption] for caption in item if caption in place] for item in items]
+        if [] in worded:
+            first, more = worded.index([]), worded.count([]) - 1
+            number = f" (number {first} of 0 to {len(items) - 1:,}{f'; {more:,} more have none' if more else ''})"
+            text = printable(items[first][0][:60])
+            raise UserError(f"{where}: {text!r}{number if len(items) > 1 else ''} has no words for {encoder.name}")
+        self.about = f"captions: {len(self.texts):,} different, read by {encoder.name}"
+        if left := len(self.texts) - len(place):
+            self.about += f"; {left:,} in which it finds no words are left out"
+        self.counts = np.array(list(map(len, worded)), np.int64)
+        self.firsts = self.counts.cumsum() - self.counts
+        self.index = np.array([index for item in worded for index in item], np.int64)
         # Of tokens as many as are there, which are all the positions that the generator gives them.
-        self.longest = max((int(np.diff(ends, prepend=0).max()) for _, ends in self.files), default=0)
+        self.longest = int(self.encoded.sizes.max(initial=0))
         self.length = encoder.length if self.width else self.longest
 
     def __len__(self) -> int:
@@ -87,9 +180,7 @@ class CaptionFeatures:
         mask = np.zeros((len(rows), self.length), bool)
         values = np.zeros((*mask.shape, *of_token(self.width)[0]), of_token(self.width)[1])
         for row, index in enumerate(self.chosen(rows, draws).tolist()):
-            tokens, ends = self.files[index // PER_FILE]
-            at = index % PER_FILE
-            found = tokens[ends[at - 1] if at else 0 : ends[at]]
+            found = self.encoded.of(index)
             values[row, self.length - len(found) :] = found
             mask[row, self.length - len(found) :] = True
         given = torch.from_numpy(values), torch.from_numpy(mask)
@@ -107,43 +198,29 @@ def in_lines(captions: Iterable[str]) -> str:
 
 
 def all_captions(
-    captions: Iterable[str | None], where: str, why: str = ", and the generator takes captions"
+    captions: Iterable[str | None],
+    where: str,
+    why: str = ", and the generator takes captions",
+    has_words: Callable[[str], object] = str.strip,
 ) -> list[tuple[str, ...]]:
     """The captions of each item, one a line (`in_lines`). `UserError`, which begins with `where` and ends with `why`,
     if one has none with words."""
-    whole = ((text or "").encode(errors="replace").decode() for text in captions)  # JSON may hold half a letter
-    given = [tuple(line for line in text.split("\n") if line.strip()) for text in whole]
+    whole = [(text or "").encode(errors="replace").decode() for text in captions]  # JSON may hold half a letter
+    given = [tuple(line for line in text.split("\n") if has_words(line)) for text in whole]
     if missing := given.count(()):
-        raise UserError(f"{where}: {missing} of {len(given)} items have no caption{why}")
+        first = f"number {(row := given.index(())):,} of 0 to {len(given) - 1:,}, {whole[row][:60]!r}"
+        raise UserError(f"{where}: {missing} of {len(given)} items have no caption (the first: {first}){why}")
     return given
 
 
-def load(folder: Path, captions: Sequence[str], encoder: TextEncoder, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of these captions, (T, F) or (T,), and where each ends (n,); encoded where no file has them."""
-    paths = [folder / f"{named(by, captions)}.npy" for by in (encoder.uncut, encoder.fingerprint)]
-    for path in paths:
-        if not path.exists():  # written last
-            continue
-        counts = read_npy(path.with_suffix(".counts.npy"))
-        with reading(path, "features of captions", REMEDY):
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            inner, kind = of_token(encoder.width)
-            if rows.shape != (counts.sum(), *inner) or len(counts) != len(captions) or rows.dtype != kind:
-                raise ValueError(f"{rows.dtype} of shape {rows.shape} for {counts.sum()} tokens")
-        if counts.max() <= encoder.length:  # else this one cuts what one that reads more did not
-            return rows, counts.cumsum()
-    parts, masks = [], []
-    for start in range(0, len(captions), batch_size):
-        found = encoder.encode(captions[start : start + batch_size])
-        values = found.features if isinstance(found, TextCondition) else found.tokens
-        parts.append(values[found.mask].cpu().numpy())
-        masks.append(found.mask.sum(1).cpu().numpy())
-    rows, counts = np.concatenate(parts), np.concatenate(masks)
-    path = paths[int(counts.max() >= encoder.length)]  # one that fills its places may be cut
-    keep(path.with_suffix(".counts.npy"), lambda file: np.save(file, counts))
-    keep(path, lambda file: np.save(file, rows))
-    return rows, counts.cumsum()
+def hash_of(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
 
 
-def named(fingerprint: str, captions: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join([fingerprint, *captions]).encode()).hexdigest()[:32]
+def named(content: bytes) -> str:
+    """A name for a file or folder of this content."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def tokens_beside(index: Path) -> Path:
+    return index.with_name(index.name.replace(INDEX, ".npy"))

@@ -178,7 +178,8 @@ def encoded(
     if encoder is None:
         condition = torch.tensor([check_label(record.label, num_classes, record.name) for record in records])
     else:
-        captions = all_captions([record.caption for record in records], f"--data: {name}")
+        told = [record.caption for record in records]
+        captions = all_captions(told, f"--data: {name}", has_words=encoder.has_words)
         condition = CaptionFeatures(captions, encoder).read(torch.arange(len(captions)))
     images = np.stack([cropped(record.image, tokenizer.image_size) for record in records])
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))

@@ -106,7 +106,8 @@ class Sharpness:
                 f"reference: samples are drawn for the captions of its validation images, and {self.source}; "
                 "--validation-split says which they are"
             )
-        return all_captions(self.encoded[2], f"reference {self.source.name}")
+        has_words = self.encoder.has_words if self.encoder else str.strip
+        return all_captions(self.encoded[2], f"reference {self.source.name}", has_words=has_words)
 
     @cached_property
     def features(self) -> CaptionFeatures:

@@ -125,8 +125,8 @@ def _after_header(file: IO[bytes], size: int) -> ArrayFile:
     return ArrayFile(file, shape, fortran_order, dtype)
 
 
-def read_npy(path: Path) -> np.ndarray:
-    with reading(path, "a .npy file"), path.open("rb") as file:
+def read_npy(path: Path, remedy: str = "") -> np.ndarray:
+    with reading(path, "a .npy file", remedy), path.open("rb") as file:
         return _after_header(file, os.fstat(file.fileno()).st_size).read()
 
 

@@ -11,8 +11,11 @@ Deviation: a caption that is too long loses its end, never the template.
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from consonar.errors import UserError, needs, printable, reading
 from consonar.files.weights import component_fingerprint
@@ -56,15 +59,17 @@ class PromptTokenizer:
         return [self.begin, *self.ids(self.before + caption.strip() + self.after)]
 
     def encode(self, captions: Sequence[str]) -> PromptCondition:
-        """Tokens and mask (B, length of the longest). `UserError` for a caption without a word; one that is too long is
-        cut (`is_cut` tells)."""
+        """Tokens and mask (B, length of the longest). A caption without words has nothing to show; one that is too long
+        is cut (`is_cut` tells)."""
         prompts, end = [], self.ids(self.after)
         for caption in captions:
-            if not caption.strip():
-                raise UserError(f"caption: {caption!r} has no words")
             found = self.whole(caption)
             prompts.append(found if len(found) <= self.length else found[: self.length - len(end)] + end)
-        return pad_prompts(prompts, self.pad)
+        given = pad_prompts(prompts, self.pad)
+        return replace(given, mask=given.mask & torch.tensor([*map(self.has_words, captions)])[:, None])
+
+    def has_words(self, caption: str) -> bool:
+        return bool(caption.strip())
 
     def is_cut(self, caption: str) -> bool:
         """Whether the prompt of a caption has more tokens than are read."""

@@ -36,6 +36,8 @@ LOADERS = {
 """By the `model_type` of config.json, the class of transformers that reads the text half."""
 CLEANED: dict[str, Callable[[str], str]] = {"t5": cleaned}
 """By the `model_type`, what is done to captions first."""
+SPACE = "\u2581"
+"""A token of T5 that is nothing but white space."""
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -57,6 +59,7 @@ class PretrainedTextEncoder:
         self.about, self.clean = about, clean
         self.width: int = network.config.hidden_size
         self.fingerprint = fingerprint
+        self.without_words = {*tokenizer.all_special_tokens, SPACE} - {tokenizer.unk_token}
 
     @cached_property
     def uncut(self) -> str:
@@ -66,21 +69,31 @@ class PretrainedTextEncoder:
     def encode(self, captions: Sequence[str]) -> TextCondition:
         """Features (B, L, F) float32 and mask (B, L) on the network's device.
 
-        `UserError` for a caption without a word; one that is longer than L tokens is cut (`is_cut` tells).
+        A caption without words has nothing to show; one that is longer than L tokens is cut (`is_cut` tells).
         """
-        for caption in captions:
-            if not caption.strip():
-                raise UserError(f"caption: {caption!r} has no words")
-        texts = [self.clean(caption) for caption in captions]
-        given = self.tokenizer(texts, padding="longest", truncation=True, max_length=self.length, return_tensors="pt")
+        features = torch.zeros(len(captions), self.length, self.width, device=self.network.device)
+        shown = torch.zeros(features.shape[:2], dtype=torch.bool, device=self.network.device)
+        texts = {row: text for row, caption in enumerate(captions) if self.words_of(text := self.clean(caption))}
+        if not texts:
+            return TextCondition(features, shown)
+        given = self.tokenizer(
+            [*texts.values()], padding="longest", truncation=True, max_length=self.length, return_tensors="pt"
+        )
         ids, mask = (given[key].to(self.network.device) for key in ("input_ids", "attention_mask"))
-        found = self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, l, F)
-        features = found.new_zeros(len(captions), self.length, self.width)
-        shown = torch.zeros(features.shape[:2], dtype=torch.bool, device=found.device)
-        for row, count in enumerate(mask.sum(1).tolist()):  # whichever side the tokenizer pads on
-            features[row, self.length - count :] = found[row, mask[row].bool()]
-            shown[row, self.length - count :] = True
+        found = self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (b, l, F)
+        for row, states, kept in zip(texts, found, mask.bool(), strict=True):  # whichever side the tokenizer pads on
+            states = states[kept]
+            features[row, self.length - len(states) :] = states
+            shown[row, self.length - len(states) :] = True
         return TextCondition(features, shown)
+
+    def has_words(self, caption: str) -> bool:
+        return bool(self.words_of(self.clean(caption)))
+
+    def words_of(self, text: str) -> list[str]:
+        """The tokens of a cleaned caption but those that stand for no part of it."""
+        given = self.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.length)["input_ids"]
+        return [token for token in self.tokenizer.convert_ids_to_tokens(given) if token not in self.without_words]
 
     def is_cut(self, caption: str) -> bool:
         """Whether a caption has more tokens than are read."""

@@ -19,6 +19,7 @@ from PIL import Image
 
 from consonar.errors import UserError, reading
 from consonar.files.readers import parse_json, plain_name
+from consonar.sampling.prompt_files import checked, lines_of, read_prompt_file
 
 PER_PROMPT = {"geneval": (4, 1000), "geneval2": (1, 1), "dpg": (4, 4)}
 """Pictures of a prompt: how many are usual, and at most."""
@@ -42,13 +43,11 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
     """
     if form == "dpg":
         pairs = dpg_prompts(place)
+    elif form == "geneval" and place.suffix.lower() == ".txt":  # without tasks, for which GenEval's own scorer asks
+        pairs = [(json.dumps({"prompt": text}, ensure_ascii=False), text) for text in read_prompt_file(place)]
     else:
-        with reading(place, "text in UTF-8"):
-            lines = [one for one in enumerate(place.read_text(encoding="utf-8-sig").split("\n"), 1) if one[1].strip()]
-        if form == "geneval" and place.suffix == ".txt":  # without tasks, for which GenEval's own scorer asks
-            pairs = [(json.dumps({"prompt": line.strip()}, ensure_ascii=False), line.strip()) for _, line in lines]
-        else:
-            pairs = [(line if form == "geneval" else "", prompt_of(form, place, n, line)) for n, line in lines]
+        lines = enumerate(lines_of(place), 1)
+        pairs = [(line if form == "geneval" else "", prompt_of(form, place, n, line)) for n, line in lines]
     items, texts = zip(*pairs, strict=True) if pairs else ((), ())
     if not texts:
         raise UserError(f"{place}: holds no prompts of {form}")
@@ -58,22 +57,22 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
 
 
 def prompt_of(form: str, place: Path, number: int, line: str) -> str:
-    with reading(f"--prompts: {place} line {number}", f"a line of {form}"):
+    at = f"--prompts: {place} line {number}"
+    with reading(at, f"a line of {form}"):
         row = parse_json(line)
         if missing := [key for key in READ[form] if key not in row]:
             raise ValueError(f"it has no {missing[0]!r}")
-        prompt = row["prompt"]
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{prompt!r} is no prompt")
-    return prompt
+    return checked(row["prompt"], at)
 
 
 def dpg_prompts(place: Path) -> list[tuple[str, str]]:
     """Ids and prompts, of dpg_bench.csv or the folder `prompts`."""
     if place.is_dir():
         with reading(place, "text in UTF-8"):
-            return [(path.stem, path.read_text(encoding="utf-8-sig").strip()) for path in sorted(place.glob("*.txt"))]
-    return list({row["item_id"]: row["text"].strip() for row in dpg_rows(place)}.items())
+            read = {path.stem: path.read_text(encoding="utf-8-sig") for path in sorted(place.glob("*.txt"))}
+    else:
+        read = {row["item_id"]: row["text"] for row in dpg_rows(place)}
+    return [(item, checked(text, f"--prompts: {place}, {item}").strip()) for item, text in read.items()]
 
 
 def dpg_rows(place: Path) -> list[dict[str, str]]:

@@ -44,7 +44,7 @@ def captions_of_pictures(source: ImageSource, encoder: TextEncoder | None) -> Ca
 
 
 def features(captions: Iterable[str | None], encoder: TextEncoder | None, where: str) -> CaptionFeatures | None:
-    return None if encoder is None else CaptionFeatures(all_captions(captions, where), encoder)
+    return None if encoder is None else CaptionFeatures(all_captions(captions, where), encoder, where=where)
 
 
 def read_by(

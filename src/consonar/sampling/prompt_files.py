@@ -1,0 +1,51 @@
+"""Prompts in files, told by their line or item where they are none."""
+
+from pathlib import Path
+
+from consonar.errors import UserError, reading
+from consonar.files.readers import parse_json
+
+
+def lines_of(file: Path) -> list[str]:
+    """Without empty ones at the end. `UserError` for what is no text."""
+    with reading(f"--prompts: {file}", "text in UTF-8"):
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def checked(prompt: object, at: str) -> str:
+    """The prompt; `UserError`, which begins with `at`, for what is none: JSON may hold half a letter."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{at}: {prompt!r} is no prompt")
+    with reading(at, "text in UTF-8"):
+        return prompt.encode().decode()
+
+
+def read_prompt_file(file: Path) -> list[str]:
+    """One a line; of a .jsonl file the entry `prompt` of each line; of a .json file those of a list, texts or tables
+    with that entry.
+
+    Raises `UserError`, with the number of the line or item, for one that is empty and for JSON that has no prompt.
+    """
+    where, suffix, found = f"--prompts: {file}", file.suffix.lower(), []
+    items: list[object] = [*lines_of(file)]
+    if suffix == ".json":
+        with reading(where, 'a JSON list of prompts, or of tables such as {"prompt": "a dog"}'):
+            if not isinstance(given := parse_json("\n".join(map(str, items))), list):
+                raise ValueError(f"it holds a {type(given).__name__}")
+        items = given
+    for number, item in enumerate(items, start=1):
+        at = f"{where} {'item' if suffix == '.json' else 'line'} {number}"
+        if suffix == ".jsonl":
+            with reading(at, 'JSON such as {"prompt": "a dog"}'):
+                item = parse_json(str(item))["prompt"]
+        elif isinstance(item, dict):
+            item = item.get("prompt")
+        elif suffix != ".json":
+            item = str(item).strip()
+        found.append(checked(item, at))
+    if not found:
+        raise UserError(f"{where} is empty; give one prompt a line")
+    return found
