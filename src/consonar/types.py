@@ -173,8 +173,7 @@ class TextEncoder(HasFingerprint, Protocol):
         """Fingerprint without L: of two encoders that share it, what neither cuts has the same features, or tokens."""
 
     def encode(self, captions: Sequence[str]) -> TextCondition | PromptCondition:
-        """Features (B, L, F) float32, or tokens (B, longest), and the mask, on one device; of a caption without words
-        the mask is all False."""
+        """Features (B, L, F) float32, or tokens (B, longest), and the mask (without words: False), on one device."""
 
     def has_words(self, caption: str) -> bool:
         """Whether there is anything for it to read in a caption: a token that is not a special one."""
@@ -278,19 +277,15 @@ Prepared = TypeVar("Prepared")
 
 
 class Objective(Protocol[Item, Prepared]):
-    """What a method is: what it makes of a batch, and what is minimised; to inherit, or to follow.
-
-    The model is the trainee of its kind of run, or that wrapped for several processes, hence `Any`.
-    """
+    """What a method is: what it makes of a batch, and what is minimised; to inherit, or to follow. The model is the
+    trainee of its kind of run, or that wrapped for several processes, hence `Any`."""
 
     def prepare(self, model: Any, batch: Item, step: int) -> Prepared:
         """Whatever is corrupted, drawn or rewarded before the model is updated, without gradient."""
 
     def loss(self, model: Any, prepared: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise and its named terms, for the log, of a prepared batch or some rows of it.
-
-        What is drawn from the very logits that are updated is drawn and rewarded here.
-        """
+        """The scalar to minimise and its named terms, for the log, of a prepared batch or some rows of it. What is
+        drawn from the very logits that are updated is drawn and rewarded here."""
 
     def state(self, step: int) -> dict[str, float]:
         """What else moves over training at this step (a noise rate, say), by name, for the log."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.errors import UserError, printable, reading
+from consonar.errors import UserError, reading
 from consonar.files.readers import read_npy
 from consonar.files.writers import cache_dir, keep
 from consonar.records import Captions
@@ -143,7 +143,7 @@ class CaptionFeatures:
         if [] in worded:
             first, more = worded.index([]), worded.count([]) - 1
             number = f" (number {first} of 0 to {len(items) - 1:,}{f'; {more:,} more have none' if more else ''})"
-            text = printable(items[first][0][:60])
+            text = items[first][0][:60]
             raise UserError(f"{where}: {text!r}{number if len(items) > 1 else ''} has no words for {encoder.name}")
         self.about = f"captions: {len(self.texts):,} different, read by {encoder.name}"
         if left := len(self.texts) - len(place):
