@@ -47,6 +47,20 @@ def test_results_of_a_model_that_was_trained_on_since_are_not_shown_and_the_page
     )
 
 
+def test_what_the_numbers_are_of_stands_under_every_table_of_them(runs, tmp_path):
+    for run in runs:
+        change(run, protocol="2,048 samples, inception, against VIRTUAL.npz: statistics of the file for FD and sFD")
+        origin = {"protocol": "9 reconstructions by codec against their originals in val, inception"}
+        (run / "reconstruction.json").write_text(json.dumps({"rFD(inception)": 1.0, "origin": origin}))
+    text = text_of(runs, tmp_path / "page.html")
+    line = "Protocol: 2,048 samples, inception, against VIRTUAL.npz: statistics of the file for FD and sFD."
+    assert text.count(line) == 3 and text.count("9 reconstructions by codec against their originals in val") == 1
+    change(runs[1], protocol="2,048 samples, inception, against there/VIRTUAL.npz")
+    text = text_of(runs, tmp_path / "page.html")
+    assert text.count("Protocol of rear: 2,048 samples, inception, against there/VIRTUAL.npz.") == 3
+    assert "Protocol of plain: 2,048 samples" in text
+
+
 def test_results_whose_model_was_not_kept_are_shown(runs, tmp_path):
     (runs[1] / "model" / "model.safetensors").unlink()
     assert load_runs(runs)[1].results.rows

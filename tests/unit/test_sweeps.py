@@ -17,7 +17,7 @@ from consonar.config_io import to_dict
 from consonar.errors import NonFiniteLoss, UserError
 from consonar.files.lock import hold
 from consonar.sweeps import work
-from consonar.sweeps.page import write_summary
+from consonar.sweeps.page import markdown, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
 from consonar.sweeps.summary import T_95, Difference, judge, paired, summarise
@@ -478,6 +478,29 @@ def test_the_best_temperature_is_one_for_all_seeds_of_a_row(table, write, tmp_pa
     assert [one.word for one in verdicts["rear"]] == ["no difference"] * 3 and "plain" not in verdicts
     changed = replace(sweep, compare_with="rear")
     assert summarise(changed, results).settings[0].differences("plain")["FD(q) validation"].value == 4.5
+
+
+def test_numbers_of_two_protocols_are_told_apart_and_not_compared(table, write, tmp_path):
+    """Of rows against ADM's file and against a folder, whose distance has one name."""
+    del table["rows"]["plain"]["match"]
+    sweep = read_sweep(write(table), tmp_path)
+    results = {name: scored(cell, {1.0: 5.0, 0.5: 4.0}) for name, cell in sweep.cells.items()}
+    for name, one in results.items():
+        one["results"] |= {"reference": {"name": "adm.npz", "statistics_sha256": "a"}, "protocol": "against adm.npz"}
+        one |= {"config_sha256": "0"}
+        if name == "rear-1":  # which has moved
+            one["results"] |= {"reference": {"name": "b", "statistics_sha256": "a"}, "protocol": "against b"}
+    same = markdown(summarise(sweep, results))
+    assert same.count("Protocol: against adm.npz.") == 4 and "protocol 1" not in same and "| rear − plain |" in same
+    for seed in (0, 1):
+        results[f"rear-{seed}"]["results"] |= {"reference": {"name": "val", "reference_sha256": "b"}}
+        results[f"rear-{seed}"]["results"]["protocol"] = "against val"
+    summary = summarise(sweep, results)
+    text, (titles, verdicts) = markdown(summary), summary.verdicts()
+    assert text.count("Protocol 1: against adm.npz.") == text.count("Protocol 2: against val.") == 4
+    assert "| rear (temperature 0.5; protocol 2) |" in text and "| ce (protocol 1) |" in text
+    assert "rear" not in verdicts and "ce" in verdicts and len(titles) == 3
+    assert text.count("| rear − plain |") == 1, "of training alone"
 
 
 def test_at_equal_entropy_both_have_the_guidance_at_which_the_start_was_drawn(table, write, tmp_path):

@@ -81,6 +81,7 @@ def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | Non
         nearest=images.nearest_pairs(runs, sheets),
         columns=columns,
         sections=tables.result_sections(runs, columns),
+        protocols=protocols(runs),
         frontier=frontier_charts(runs),
         noise_floor=noise_floor(runs),
         training=tables.training_groups(runs),
@@ -111,6 +112,16 @@ def noise_floor(runs: Sequence[Run]) -> str:
     floors = [run.results.noise_floor for run in runs if run.results.rows]
     said = {f"{one[name].value:.3g}" for one in floors for name in one if name.startswith("FD(")}
     return said.pop() if len(said) == 1 else ""
+
+
+def protocols(runs: Sequence[Run]) -> list[str]:
+    """What the numbers are of, in a line; where runs say it in other words (a reference has moved), a line for each."""
+    said = {run.name: text for run in runs if run.results.rows and (text := run.results.provenance.get("protocol"))}
+    alike = len(set(map(str, said.values()))) == 1
+    return [
+        f"Protocol{'' if alike else f' of {name}'}: {text}."
+        for name, text in list(said.items())[: 1 if alike else None]
+    ]
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:

@@ -125,8 +125,11 @@ def without_outdated(run: Run) -> Run:
     if run.results.rows and (why := outdated(run.results.provenance, run.weights_sha256)):
         run = withhold(run, f"The results of {run.name} are not shown: they {why}.", results=Results())
     values = dict(run.reconstruction)
-    if why := outdated_reconstruction(values.pop("origin", {}), run):
+    origin = values.pop("origin", {})
+    if why := outdated_reconstruction(origin, run):
         return withhold(run, f"The reconstructions of {run.name} are not shown: they {why}.", reconstruction={})
+    if isinstance(origin, Mapping) and "protocol" in origin:
+        values["protocol"] = str(origin["protocol"])
     return replace(run, reconstruction=values)
 
 

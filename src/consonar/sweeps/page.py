@@ -11,7 +11,7 @@ from consonar.report.charts import frontier_charts
 from consonar.report.records import ResultRow, Results, Run
 from consonar.report.tables import compared
 from consonar.sweeps.plan import Sweep
-from consonar.sweeps.summary import Setting, Summary, difference_cells, over_seeds, summarise, value_cells
+from consonar.sweeps.summary import TRAINING, Setting, Summary, difference_cells, over_seeds, summarise, value_cells
 from consonar.training.objectives import completed, method_of
 
 MARKDOWN, PAGE = "sweep.md", "sweep.html"
@@ -48,15 +48,21 @@ def markdown(summary: Summary) -> str:
     if verdicts:
         lines += [f"## {summary.deciding}: who is ahead of {summary.sweep.compare_with}", ""]
         cells = {row: [f"{one.word} {one.text}".strip() for one in found] for row, found in verdicts.items()}
-        lines += [*table(titles, cells), ""]
+        lines += [*table(titles, cells), "", *protocol_lines(summary)]
     for setting in summary.settings:
         headings = [metric_of(name).heading for name in setting.columns]
         values = {named(row, setting): value_cells(setting, row, setting.columns) for row in setting.values}
         lines += [f"## {setting.title.capitalize()}", "", *table(headings, values), ""]
         if differences := difference_rows(setting):
             lines += ["Differences:", "", *table(headings, differences), ""]
+        lines += [] if setting.title == TRAINING else protocol_lines(summary)
     lines += [f"- {note}" for note in summary.notes]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def protocol_lines(summary: Summary) -> list[str]:
+    """What the numbers of a table above are of."""
+    return [text for line in summary.protocols for text in (line, "")]
 
 
 def table(headings: list[str], rows: Mapping[str, list[str]]) -> list[str]:
@@ -105,11 +111,13 @@ def page(summary: Summary, results: Mapping[str, Json]) -> str:
                 "columns": setting.columns,
                 "rows": {named(row, setting): value_cells(setting, row, setting.columns) for row in setting.values},
                 "differences": difference_rows(setting),
+                "protocols": [] if setting.title == TRAINING else summary.protocols,
             }
             for setting in summary.settings
         ],
         meaning=meanings({name: None for setting in summary.settings for name in setting.columns}),
         notes=summary.notes,
+        protocols=summary.protocols,
         records=compared(runs, [dict(run.config) for run in runs]),
         results={name: origin_of(result) for name, result in results.items()},
     )

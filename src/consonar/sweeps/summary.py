@@ -111,6 +111,8 @@ class Summary:
     deciding: str | None
     """The metric by which rows are judged; None: nothing was measured."""
     notes: list[str]
+    protocols: list[str]
+    """What the numbers are of (`protocol` of the results), a line each; of several each row names its own."""
 
     def verdicts(self) -> tuple[list[str], dict[str, list[Verdict]]]:
         """Titles of the settings that were compared by `deciding`, and {row: a verdict for each}."""
@@ -129,11 +131,13 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     """The results of all cells, by name."""
     scored = {name: one for name, one in results.items() if not one["failure"]}
     rows = [line for one in scored.values() for line in one["results"]["rows"]]
+    protocols = Protocols({})
     deciding = deciding_metric(line["metrics"] for line in rows)
     grid: dict[tuple[float, float], Setting] = {}
     entropy, training, guided = Setting(EQUAL_ENTROPY), Setting(TRAINING), dict[str, float]()
     for name, result in scored.items():
         row, seed = sweep.cells[name].row, sweep.cells[name].seed
+        protocols.add(row, result["results"])
         training.add(row, seed, {key: value for key, value in result["validation"].items() if value is not None})
         for line in result["results"]["rows"]:
             numbers, temperature = {key: one["value"] for key, one in line["metrics"].items()}, line["temperature"]
@@ -142,6 +146,7 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
             if trained := sweep.cells.get(line.get("matched_to") or ""):
                 at = f"{row} at the entropy of {trained.row}"
                 entropy.add(at, trained.seed, numbers | {"temperature": temperature})
+                protocols.add(at, result["results"])
                 entropy.base[trained.row], guided[trained.row] = at, guidance
             if temperature in asked["temperatures"]:
                 setting = Setting(f"at {setting_text(temperature, guidance)}", temperature, guidance)
@@ -150,10 +155,54 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
         entropy.values[row] = dict(grid[1.0, guidance].values.get(row, {})) if (1.0, guidance) in grid else {}
     of_grid = [in_rows(grid[place], sweep) for place in sorted(grid, key=lambda place: (place[1], -place[0]))]
     best = best_setting(sweep, grid, deciding)
+    shown = [*of_grid, *([best] if len(grid) > 1 else ()), entropy]
     for setting in (*of_grid, best, training):
         setting.base = {row: sweep.compare_with for row in sweep.rows if row != sweep.compare_with}
-    shown = [*of_grid, *([best] if len(grid) > 1 else ()), entropy, in_rows(training, sweep)]
-    return Summary(sweep, [one for one in shown if one.values], deciding, notes_of(sweep, results))
+    for setting in shown:
+        setting.base = {row: base for row, base in setting.base.items() if protocols.same(row, base)}
+        for row in setting.values:
+            setting.notes[row] = "; ".join(filter(None, (setting.notes.get(row), protocols.name(row))))
+        setting.notes = {row: note for row, note in setting.notes.items() if note}
+    shown = [one for one in (*shown, in_rows(training, sweep)) if one.values]
+    return Summary(sweep, shown, deciding, notes_of(sweep, results), protocols.lines)
+
+
+@dataclass(frozen=True)
+class Protocols:
+    """What the numbers of rows are of; numbers of two protocols are told apart and not compared."""
+
+    of_rows: dict[str, dict[str, str]]
+    """Row: what tells its protocols from others, with the text of each."""
+
+    def add(self, row: str, results: JsonMap) -> None:
+        reference, config = (one if isinstance(one, dict) else {} for one in map(results.get, ("reference", "config")))
+        hashes = {key: value for key, value in reference.items() if key.endswith("_sha256")}
+        counts = sorted({str(line.get("num_samples")) for line in results["rows"]})
+        network = results.get("feature_network")
+        name = network.get("name") if isinstance(network, dict) else None
+        key = str([hashes or reference.get("name"), name, counts, config.get("max_neighbours_images")])
+        text = results.get("protocol") or f"{', '.join(counts)} samples, {name}, against {reference.get('name')}"
+        self.of_rows.setdefault(row, {}).setdefault(key, str(text))
+
+    @property
+    def known(self) -> dict[str, str]:
+        """All there are."""
+        return {key: text for found in self.of_rows.values() for key, text in found.items()}
+
+    @property
+    def lines(self) -> list[str]:
+        if len(self.known) == 1:
+            return [f"Protocol: {text}." for text in self.known.values()]
+        return [f"Protocol {number}: {text}." for number, text in enumerate(self.known.values(), start=1)]
+
+    def name(self, row: str) -> str:
+        """What a row says of its own; "" where all have the same."""
+        places = [list(self.known).index(key) + 1 for key in self.of_rows.get(row, ())]
+        return f"protocol {' and '.join(map(str, places))}" if len(self.known) > 1 and places else ""
+
+    def same(self, row: str, other: str) -> bool:
+        """Whether two rows may be compared, as far as they were measured."""
+        return self.of_rows.get(row, {}).keys() == self.of_rows.get(other, {}).keys()
 
 
 def setting_text(temperature: float, guidance: float) -> str:
@@ -203,7 +252,6 @@ def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
     for what, values in (
         ("machines", [one["results"]["machine"] for one in scored.values()]),
         ("versions of torch", [one["versions"]["torch"] for one in scored.values()]),
-        ("references", [str(one["results"]["reference"]) for one in scored.values()]),
     ):
         if len(set(values)) > 1:
             notes.append(f"The cells were run with different {what}: {', '.join(sorted(set(values)))}.")
