@@ -19,6 +19,7 @@ import torch.distributed as dist
 # Its functions have the group of all processes as their default. Imported while there is one, as what draws does, they
 # would keep it, and with it gloo's threads, until the interpreter ends under them, which can abort.
 import torch.distributed.nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from consonar.cpu.timing import processor
@@ -30,7 +31,7 @@ Item = TypeVar("Item")
 DEVICES = ("auto", "cpu", "cuda")
 TIMEOUT = "CONSONAR_TIMEOUT"
 """The variable that says how many seconds a process waits for the others; PyTorch's own time without: 30 minutes, of
-CUDA devices 10."""
+CUDA devices 10. Of work that processes share, for how long it sees no sign that another gets on."""
 LATE = 2.0
 """Seconds by which others may notice later that one of them is missing."""
 LAST_TENSORS = 0.1
@@ -169,6 +170,11 @@ def patience() -> timedelta | None:
     if not said.isdecimal() or int(said) == 0:
         raise UserError(f"{TIMEOUT}: {said!r} is not a whole number of seconds, 1 or more")
     return timedelta(seconds=int(said))
+
+
+def seconds_of_patience() -> float:
+    """The same of processes that meet in files alone; without a time of the user's gloo's."""
+    return (patience() or default_pg_timeout).total_seconds()
 
 
 def missing(store: Any, rank: int, size: int) -> str:

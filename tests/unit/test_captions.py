@@ -1,5 +1,7 @@
 """Features of captions on the disk: what is read is what the encoder gives, and nothing is encoded twice."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,21 @@ def test_captions_without_words_are_left_out_and_items_without_others_are_told(t
     assert encoder.asked == []
     with pytest.raises(UserError, match=r"^caption: '<b>' has no words for spelling$"):
         CaptionFeatures(["<b>"], Spelling(), folder=tmp_path)
+
+
+def test_who_comes_second_waits_and_reads(tmp_path):
+    second = Spelling()
+    thread = threading.Thread(target=lambda: CaptionFeatures(["a", "bee"], second, folder=tmp_path))
+
+    class First(Spelling):
+        def encode(self, captions):
+            thread.start()
+            thread.join(0.1)
+            return super().encode(captions)
+
+    CaptionFeatures(["a", "bee"], First(), folder=tmp_path)
+    thread.join()
+    assert second.asked == []
 
 
 def test_what_no_length_cuts_is_encoded_once_for_all_lengths(tmp_path):

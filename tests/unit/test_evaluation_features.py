@@ -1,5 +1,7 @@
 """Streaming image sets, feature extraction and the feature cache; the shipped feature network when it is installed."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,21 @@ def test_reference_features_are_calculated_once(cache, images):
     assert len(list(cache.iterdir())) == 4
 
 
+def test_who_comes_second_waits_and_reads(cache, images):
+    settings, second = EvaluationSettings(), MeanColour()
+    thread = threading.Thread(target=lambda: sets.cached_features(second, in_memory(images), settings))
+
+    class First(MeanColour):
+        def __call__(self, images):
+            thread.start()
+            thread.join(0.1)
+            return super().__call__(images)
+
+    sets.cached_features(First(), in_memory(images), settings)
+    thread.join()
+    assert second.calls == 0 and len(list(cache.iterdir())) == 1
+
+
 def test_a_damaged_cache_entry_is_named(cache, images):
     sets.cached_features(MeanColour(), in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
     (entry,) = cache.iterdir()
@@ -199,7 +216,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_not_the_work(tmp
 
     monkeypatch.setattr(np, "savez", full)
     sets.cached_features(MeanColour(), in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
-    assert "the disk is full" in capsys.readouterr().err and not list((tmp_path / "cache" / "features").iterdir())
+    assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "cache").exists()
     assert (tmp_path / "file").read_text() == "mine"
 
 

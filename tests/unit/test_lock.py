@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -85,6 +86,29 @@ def test_many_who_wait_are_inside_one_after_the_other(tmp_path):
     with ThreadPool(8) as pool:
         pool.map(enter, range(8), chunksize=1)
     assert most == [1] * 800
+
+
+def test_who_hangs_is_named_and_who_works_is_waited_for(tmp_path):
+    work = tmp_path / "work"
+
+    def works():
+        with lock.hold(work) as beat:
+            held.set()
+            for _ in range(7):
+                time.sleep(0.2)
+                beat()
+
+    held = threading.Event()
+    thread = threading.Thread(target=works)
+    thread.start()
+    held.wait()
+    with lock.hold(work, wait=True, patience=1):
+        thread.join()
+        with (
+            pytest.raises(UserError, match=rf"work: process {os.getpid()} on .* has not got on for \d s; end it"),
+            lock.hold(work, wait=True, patience=0.1),
+        ):
+            pass
 
 
 def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):

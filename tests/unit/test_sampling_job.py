@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import signal
-from contextlib import ExitStack
+from collections import Counter
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,6 +260,31 @@ def test_processes_share_a_job(ended, draw, counted, tmp_path):
     assert messages == [(2, [2]), (4, [2, 2]), (6, last)]
     assert content(tmp_path / "a.npz") == content(draw("b.npz"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+def test_a_process_that_hangs_is_named_and_one_that_works_says_so(draw, tmp_path, monkeypatch):
+    """The hung one holds the first shard; the others are drawn before."""
+    beats = Counter()
+
+    @contextmanager
+    def counting(folder, **how):
+        with hold(folder, **how) as beat:
+            yield lambda: (beat(), beats.update([folder.name]))
+
+    monkeypatch.setattr(shared_work, "hold", counting)
+    monkeypatch.setenv("CONSONAR_TIMEOUT", "1")
+    with pytest.raises(KeyboardInterrupt):
+        draw(stop=2)
+    (tmp_path / "a.npz.parts" / "shard_00000000_2.npz").unlink()
+    with (
+        hold(tmp_path / "a.npz.parts" / "shard_00000000_2"),
+        pytest.raises(UserError, match=rf"shard_00000000_2: process {os.getpid()} on .* has not got on for 1 s"),
+    ):
+        draw()
+    draw()
+    assert beats.pop("a.npz.parts") >= 3 and beats == {
+        f"shard_0000000{first}_2": 1 + (first == 0) for first in (0, 2, 4)
+    }
 
 
 def test_who_comes_last_finds_the_output(draw, tmp_path, monkeypatch):

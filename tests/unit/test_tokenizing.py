@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import Pictures, picture
-from forked import Child, call, on_two
+from forked import Child, call, on_two, two
 
 from consonar import cli
 from consonar.data import bad_images, tokenizing
@@ -34,6 +36,8 @@ def tokenize(how, words):
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "ask" and shard > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if how == "hang" and os.environ["RANK"] == "1":
+                time.sleep(60)
             yield count
 
     tokenizing.ITEMS_PER_SHARD, tokenizing.Encoder.write = 4, write
@@ -107,6 +111,35 @@ def test_processes_that_are_asked_to_end_leave_nothing_half_made_and_go_on(words
     assert [rank.code for rank in ended] == [0, 0], ended
     made = sorted(line for rank in ended for line in rank.out.splitlines() if line.startswith("made"))
     assert made == [f"made {shard}" for shard in range(2, 6)] and len(content(out)[0]) == 24
+
+
+def test_a_process_that_hangs_at_a_shard_is_named(in_shards, tokenizer, tmp_path, picture_folder, monkeypatch):
+    monkeypatch.setenv("CONSONAR_TIMEOUT", "1")
+    others = []
+
+    def hangs(done, total):
+        if not others:
+            others.append(hold(tmp_path / "t.parts" / "shard_00000005"))
+            others[0].__enter__()
+
+    with pytest.raises(UserError, match=rf"shard_00000005: process {os.getpid()} on .* has not got on for 1 s"):
+        write_token_store(tmp_path / "t", ImageFolder(picture_folder), tokenizer, batch_size=4, progress=hangs)
+    others[0].__exit__(None, None, None)
+    assert len(write_token_store(tmp_path / "t", ImageFolder(picture_folder), tokenizer)) == 24
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named_and_ends_the_other(words, tmp_path):
+    other, hung = two(tokenize, "hang", [*words, str(tmp_path / "t")], CONSONAR_TIMEOUT="2")
+    try:
+        ended = other.end()
+    finally:
+        hung.process.kill()
+        hung.end()
+    named = (
+        rf"consonar: \S+: process {hung.process.pid} on \S+ \(since .*\) holds it and has not got on for \d s; end it"
+    )
+    assert ended.code == 2 and re.fullmatch(named + ", and the same command goes on\n", ended.err), ended.err
 
 
 def test_while_another_process_is_at_a_shard_the_others_are_made(in_shards, tokenizer, tmp_path, picture_folder):

@@ -20,7 +20,7 @@ import torch
 
 from consonar.cpu import kernels_mode
 from consonar.errors import UserError
-from consonar.files.lock import hold
+from consonar.files.lock import QUIET, hold
 from consonar.files.readers import read_json
 from consonar.files.writers import cache_dir, write_json
 
@@ -118,7 +118,7 @@ def _measure_and_keep(key: str, choice: str, ways: Callable[[], tuple[Way, Way]]
         return 1.0
     try:
         folder = cache_dir()
-        with hold(folder, wait=True):  # processes that start together measure once, one after the other
+        with hold(folder, wait=True, patience=QUIET):  # processes that start together measure once, one after the other
             everything = _read(folder / "kernels.json")
             answers = everything.setdefault(key, {})
             if choice in answers:

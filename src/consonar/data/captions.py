@@ -2,13 +2,13 @@
 
 Every different caption is encoded once and read from memory-mapped files afterwards. An encoder has a folder, named by
 its fingerprint (without its length, for captions that it has read whole), to which files of up to `PER_FILE` captions
-are added, and in which none changes. An index beside each has the hash of every caption and how many tokens it has:
-none where the encoder finds no words. So what is there is used whatever made it, a job that was ended goes on, and
-processes do not disturb each other. Padding is not kept.
+are added by one process at a time, and in which none changes. An index beside each has the hash of every caption and
+how many tokens it has: none where the encoder finds no words. So what is there is used whatever made it, and a job that
+was ended goes on. Padding is not kept.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError, reading
+from consonar.files.lock import making
 from consonar.files.readers import read_npy
 from consonar.files.writers import cache_dir, keep
 from consonar.records import Captions
@@ -46,9 +47,23 @@ class EncodedTexts:
         self.files: list[tuple[np.ndarray, np.ndarray]] = []
         """The tokens of some texts, (T, F) or (T,), and where each ends (n,)."""
         self.wanted = {hash_of(text): index for index, text in enumerate(texts)}
-        whole, own = (folder / named(by.encode()) for by in (encoder.uncut, encoder.fingerprint))
-        for path in [path for place in (whole, own) for path in sorted(place.glob(f"*{INDEX}"))]:
+        self.folders = [folder / named(by.encode()) for by in (encoder.uncut, encoder.fingerprint)]
+        self.look()
+        if (self.places[:, 0] < 0).any():
+            with making(self.folders[0]) as beat:
+                self.look()  # another process may have made them meanwhile
+                for done in self.encode_missing(texts, batch_size):
+                    beat()
+                    progress(done, len(texts))
+
+    def look(self) -> None:
+        """Takes what is wanted from all files that there are."""
+        for path in [path for place in self.folders for path in sorted(place.glob(f"*{INDEX}"))]:
             self.look_in(path)
+
+    def encode_missing(self, texts: Sequence[str], batch_size: int) -> Iterator[int]:
+        """Encodes and keeps what is not there; gives after each batch how many texts are done."""
+        encoder, (whole, own) = self.encoder, self.folders
         missing = np.flatnonzero(self.places[:, 0] < 0).tolist()
         for start in range(0, len(missing), PER_FILE):
             some, rows = [texts[index] for index in missing[start : start + PER_FILE]], list[np.ndarray]()
@@ -56,7 +71,7 @@ class EncodedTexts:
                 found = encoder.encode(some[first : first + batch_size])
                 values = found.features if isinstance(found, TextCondition) else found.tokens
                 rows += [row[shown].cpu().numpy() for row, shown in zip(values, found.mask, strict=True)]
-                progress(len(texts) - len(missing) + start + len(rows), len(texts))
+                yield len(texts) - len(missing) + start + len(rows)
             full = [len(row) >= encoder.length for row in rows]  # one that fills its places may be cut
             for place, cut in ((whole, False), (own, True)):
                 if part := [(text, row) for text, row, maybe in zip(some, rows, full, strict=True) if maybe == cut]:

@@ -20,8 +20,9 @@ from consonar.data.labels import LABEL_REMEDY, known_labels
 from consonar.data.picture_files import ShardStream, prefetch
 from consonar.data.tokens import StoreWriter, TokenStore, check_free, new_store
 from consonar.data.transforms import VIEWS, from_uint8, make_views
-from consonar.distributed import ALONE, World, barrier
+from consonar.distributed import ALONE, World, barrier, seconds_of_patience
 from consonar.errors import BadImage, UserError, check_choice, reading
+from consonar.files.lock import Beat
 from consonar.files.readers import home_expanded
 from consonar.files.shared_work import SharedWork
 from consonar.json_types import Json
@@ -130,7 +131,7 @@ class Shards:
             precision=encoder.precision, **more,
         )  # fmt: skip
 
-    def make(self, index: int) -> None:
+    def make(self, index: int, beat: Beat) -> None:
         """Makes a shard where it is not there, and counts what was left out of it."""
         path, left_out = self.paths[index], dict[int, str]()
 
@@ -145,6 +146,7 @@ class Shards:
         else:
             with self.new(path, may_be_empty=True) as writer:
                 for count in self.encoder.write(self.source, index, writer, met if self.bad.skips else None):
+                    beat()
                     if self.progress:
                         self.progress(self.done + count, self.total)
                 writer.left_out = len(left_out)
@@ -172,12 +174,13 @@ class Shards:
         seen = max(self.done + row + 1, STREAM_START) if self.total is None else self.total
         self.bad.met(self.part, index << 32 | row, error, seen)
 
-    def finish(self) -> None:
+    def finish(self, beat: Beat) -> None:
         """Makes the store of all shards, and the list of what was left out."""
         found: dict[int, str] = {}
         read = 0
         with self.new(self.work.out, source_sha256=getattr(self.source, "content_hash", None)) as writer:
             for path in self.paths:
+                beat()
                 store = whole(path)
                 found |= {read + row: reason for row, reason in left_out_of(path).items()}
                 for batch in store.table.to_batches():
@@ -249,7 +252,9 @@ def write_token_store(
     if isinstance(source, Sized) and len(source) == 0:
         raise UserError(f"data: {source.name} holds no items")
     given = settings_of(source, tokenizer, encoder) | dict(settings or {})
-    work = SharedWork(out=path, settings=given, what="tokens", unread=("tokenizer",), old={})
+    work = SharedWork(
+        out=path, settings=given, what="tokens", unread=("tokenizer",), old={}, patience=seconds_of_patience()
+    )
     bad.forget(part)
     # Twice: as shards, of which some may be there, and as the store that is made of them.
     there = ITEMS_PER_SHARD * sum(1 for _ in work.folder.glob("shard_*.tokens"))

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from consonar.errors import UserError, reading
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input
 from consonar.evaluation.settings import EvaluationSettings
+from consonar.files.lock import making
 from consonar.files.readers import read_npz
 from consonar.files.writers import cache_dir, keep
 from consonar.metrics.distribution import InceptionScore, Moments
@@ -186,24 +188,39 @@ def cached_features(
     parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"
     path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
     if all(of_every(path.exists(), world)):
-        remedy = "delete it, it is made again"
-        known = read_npz(path, remedy=remedy)
-        spatial = {key.removeprefix("spatial_"): known[key] for key in known if key.startswith("spatial_")}
-        with reading(f"feature cache: {path}", "features", remedy):
-            return FeatureSet(
-                moments=Moments.restored(known),
-                spatial=Moments.restored(spatial) if spatial else None,
-                rows=torch.from_numpy(known["rows"]),
-                indices=torch.from_numpy(known["indices"]),
-                places=places,
-                content=content,
-            )
-    features = extract_features(network, images, settings, places, max_rows=max_rows, progress=progress, world=world)
-    if not world.is_main:
-        return replace(features, content=content)
-    arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
-    for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
-        if moments is not None:
-            arrays |= {f"{prefix}{key}": value for key, value in moments.state().items()}
-    keep(path, lambda file: np.savez(file, **arrays))
+        return kept_features(path, places, content)
+    with making(path) as beat:  # one process of `world` holds it; the others work beside
+        if all(of_every(path.exists(), world)):  # another job has made it meanwhile
+            return kept_features(path, places, content)
+
+        def advanced(name: str, done: int) -> None:
+            beat()
+            if progress:
+                progress(name, done)
+
+        features = extract_features(
+            network, images, settings, places, max_rows=max_rows, progress=advanced, world=world
+        )  # fmt: skip
+        if world.is_main:
+            arrays: dict[str, Any] = {"rows": features.rows.numpy(), "indices": features.indices.numpy()}
+            for prefix, moments in (("", features.moments), ("spatial_", features.spatial)):
+                if moments is not None:
+                    arrays |= {f"{prefix}{key}": value for key, value in moments.state().items()}
+            keep(path, lambda file: np.savez(file, **arrays))
     return replace(features, content=content)
+
+
+def kept_features(path: Path, places: Tensor, content: str) -> FeatureSet:
+    """Those of a file of the cache; `UserError` for a damaged one."""
+    remedy = "delete it, it is made again"
+    known = read_npz(path, remedy=remedy)
+    spatial = {key.removeprefix("spatial_"): known[key] for key in known if key.startswith("spatial_")}
+    with reading(f"feature cache: {path}", "features", remedy):
+        return FeatureSet(
+            moments=Moments.restored(known),
+            spatial=Moments.restored(spatial) if spatial else None,
+            rows=torch.from_numpy(known["rows"]),
+            indices=torch.from_numpy(known["indices"]),
+            places=places,
+            content=content,
+        )

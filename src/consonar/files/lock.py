@@ -1,18 +1,20 @@
 """One writer per folder, by a lock that the system takes back when its process ends, however it ends.
 
-The lock is on the file `.lock` in the folder, which says who holds it. After SIGKILL or a crash the file stays, held by
-nobody, and stops nobody. It is advisory: it keeps processes of this library apart, not editors. On NFS the server
-has to support locks (NFSv4 does). Where there are none, and on systems without `fcntl`, a line on stderr says so.
+The lock is on the file `.lock` in the folder, which says who holds it, and by its time when that last said that it
+works. After SIGKILL or a crash the file stays, held by nobody, and stops nobody. It is advisory: it keeps processes of
+this library apart, not editors. On NFS the server has to support locks (NFSv4 does). Where there are none, and on
+systems without `fcntl`, a line on stderr says so.
 """
 
 import errno
-import itertools
 import json
+import math
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -29,21 +31,49 @@ LOCK_FILE = ".lock"
 PARTIAL = ".*.partial"
 """What a file or folder is called while it is written."""
 MAX_TRIES = 1000
+LOOKS = 0.001, 0.5
+"""Seconds between two looks of who waits: first, and at most."""
+Beat = Callable[[], None]
+"""To be called by who works at something that others may wait for, each time that it got on with it."""
+QUIET = 1800.0
+"""Patience with who makes an entry of the cache."""
 
 
 class Held(UserError):
-    """Another process holds `folder`."""
+    """Another process holds `folder`; `sign` changes while it works. `silent`: for so many seconds it did not."""
 
-    def __init__(self, folder: Path, holder: str) -> None:
-        super().__init__(f"{folder}: {holder} is writing it; wait until that has ended, or end it")
-        self.folder = folder
+    def __init__(self, folder: Path, holder: str, sign: object, silent: float = 0.0) -> None:
+        what = "is writing it; wait until that has ended, or end it"
+        if silent:
+            what = f"holds it and has not got on for {silent:.0f} s; end it, and the same command goes on"
+        super().__init__(f"{folder}: {holder} {what}")
+        self.folder, self.holder, self.sign = folder, holder, sign
+
+
+class Waiting:
+    """Waits for others who hold something, unless for `patience` seconds there is no sign that they work."""
+
+    def __init__(self, patience: float = math.inf) -> None:
+        self.patience, self.pause = patience, LOOKS[0]
+        self.sign, self.since = object(), time.monotonic()
+
+    def look(self, held: Held) -> None:
+        """Sleeps for a moment. Raises a `Held` that says how long its holder gave no sign, once that is too long."""
+        now = time.monotonic()
+        if held.sign != self.sign:
+            self.sign, self.since = held.sign, now
+        if now - self.since > self.patience:
+            raise Held(held.folder, held.holder, held.sign, now - self.since)
+        time.sleep(self.pause)
+        self.pause = min(2 * self.pause, LOOKS[1])
 
 
 @contextmanager
-def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def hold(folder: Path, *, wait: bool = False, patience: float = math.inf) -> Iterator[Beat]:
     """Keeps other processes out of `folder`, which is made where it is missing and removed again when it stays empty.
 
-    Raises `Held` that names who holds it; with `wait`, waits for them instead.
+    Gives what its holder calls while it works (`Beat`). Raises `Held` that names who holds it; with `wait`, waits for
+    them instead, as `Waiting` does.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
@@ -51,7 +81,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
     path = folder / LOCK_FILE
     with ExitStack() as at_end:
         at_end.callback(_remove_empty, made)
-        file = at_end.enter_context(_locked(path, wait, made))
+        file = at_end.enter_context(_locked(path, Waiting(patience) if wait else None, made))
         # Both before the lock is given back: nobody else can hold this file, and who waits for it makes the folders
         # again, and knows then that it did.
         at_end.callback(_remove_empty, made)
@@ -60,28 +90,52 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         file.flush()
-        yield
+
+        def beat() -> None:
+            with suppress(OSError):  # it was removed with its folder
+                os.utime(path)
+
+        yield beat
 
 
 @contextmanager
-def _locked(path: Path, wait: bool, made: list[Path]) -> Iterator[IO[str]]:
+def making(entry: Path) -> Iterator[Beat]:
+    """Around making an `entry` of the cache: who comes second waits, and should look whether it is there by then. Where
+    that cannot be locked, or its holder is silent for `QUIET` seconds, both make it.
+    """
+    with ExitStack() as held:
+        beat: Beat = lambda: None  # noqa: E731
+        with suppress(Held, OSError):
+            beat = held.enter_context(hold(entry.with_name(f".{entry.name}.making"), wait=True, patience=QUIET))
+        yield beat
+
+
+@contextmanager
+def _locked(path: Path, waiting: Waiting | None, made: list[Path]) -> Iterator[IO[str]]:
     """The open lock file, locked; the folders that were made for it, inner ones first, are added to `made`."""
-    for tries in itertools.count(1):
+    tries = 0
+    while True:
         try:
             for place in reversed(path.parents):
                 if not place.is_dir() and _make(place):
                     made.insert(0, place)
             file = path.open("a+")
         except FileNotFoundError:  # its holder ended in between and removed it
+            tries += 1
             if tries == MAX_TRIES:  # nothing can be made there at all, as in /proc
                 raise
             continue
         with file:
-            if not _take(file, path, wait):
-                raise Held(path.parent, _holder(file))
-            if _is_at(file, path):
-                yield file
-                return
+            if _take(file, path):
+                if _is_at(file, path):
+                    yield file
+                    return
+                continue
+            holder = _holder(file)
+            held = Held(path.parent, holder, (path, holder, os.fstat(file.fileno()).st_mtime_ns))
+        if waiting is None:
+            raise held
+        waiting.look(held)
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
@@ -115,12 +169,12 @@ def _remove_empty(folders: list[Path]) -> None:
             folders.pop(0).rmdir()
 
 
-def _take(file: IO[str], path: Path, wait: bool) -> bool:
+def _take(file: IO[str], path: Path) -> bool:
     """Whether the lock is ours now; True as well where there are no locks, after saying so."""
     reason = "this system has no fcntl"
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):

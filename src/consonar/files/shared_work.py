@@ -3,13 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
 from consonar.errors import UserError
-from consonar.files.lock import LOCK_FILE, Held, hold, is_taken, is_unused
+from consonar.files.lock import LOCK_FILE, Beat, Held, Waiting, hold, is_taken, is_unused
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
@@ -30,6 +30,8 @@ class SharedWork:
     """Keys of `settings` that do not matter: where things lie."""
     old: Mapping[str, object]
     """Settings that the records of older versions do not name."""
+    patience: float
+    """Seconds for which who waits for another process is content to see no sign that it works."""
 
     @property
     def folder(self) -> Path:
@@ -37,42 +39,65 @@ class SharedWork:
         return parts_of(self.out)
 
     def run(
-        self, shards: Sequence[Path], make: Callable[[int], object], finish: Callable[[], object], restart: bool = False
+        self,
+        shards: Sequence[Path],
+        make: Callable[[int, Beat], object],
+        finish: Callable[[Beat], object],
+        restart: bool = False,
     ) -> None:
         """Calls `make` with the number of every shard, one process at a time (of one that is there it has nothing to
-        do), then in the process that ends last `finish`, which makes `out` of the shards.
+        do), then in the process that ends last `finish`, which makes `out` of the shards. Both call their `Beat` at
+        least once in `patience`, else who waits for them takes them for hung.
 
-        Raises `UserError` when the folder holds work of other settings (`restart`: it is removed) or other things.
+        Raises `UserError` when the folder holds work of other settings (`restart`: it is removed) or other things, and
+        for another process that hangs.
         """
-        left, is_ours = dict(enumerate(shards)), False
+        left, is_ours, waiting = dict(enumerate(shards)), False, Waiting(self.patience)
         try:
-            for wait in (False, True):  # first what no other process makes, then what one did that may have ended
+            while left:  # those that other processes make come up again: they may have ended
+                held = None
                 for index, path in list(left.items()):
                     with ExitStack() as working:
-                        with hold(self.folder, wait=True):
+                        with self.alone():
                             if is_taken(self.out):
                                 return
                             self.claim(restart)
                             is_ours = True
                             try:
-                                working.enter_context(hold(path.with_suffix(""), wait=wait))
-                            except Held:
+                                beat = working.enter_context(hold(path.with_suffix("")))
+                            except Held as error:
+                                held = held or error
                                 continue
-                        make(index)
+                        make(index, beat)
                     del left[index]
-            with hold(self.folder, wait=True):
-                if not is_taken(self.out):
-                    for path in shards:  # one that another process still looks at
-                        with hold(path.with_suffix(""), wait=True):
-                            pass
-                    for half in self.out.parent.glob(f".{escape(self.out.name)}.*.partial"):  # of one that was killed
-                        half.unlink()
-                    finish()
-                    remove(self.folder)
+                if held:
+                    waiting.look(held)
+            while (still := self.finished(shards, finish)) is not None:
+                waiting.look(still)
         except BaseException:
             if is_ours:
                 self.remove_unused()
             raise
+
+    def alone(self) -> AbstractContextManager[Beat]:
+        """Keeps the others from claiming and finishing."""
+        return hold(self.folder, wait=True, patience=self.patience)
+
+    def finished(self, shards: Sequence[Path], finish: Callable[[Beat], object]) -> Held | None:
+        """Makes `out` where it is not there; or who still looks at a shard."""
+        with self.alone() as beat:
+            if not is_taken(self.out):
+                for path in shards:
+                    try:
+                        with hold(path.with_suffix("")):
+                            beat()
+                    except Held as error:
+                        return error
+                for half in self.out.parent.glob(f".{escape(self.out.name)}.*.partial"):  # of one that was killed
+                    half.unlink()
+                finish(beat)
+                remove(self.folder)
+        return None
 
     def claim(self, restart: bool) -> None:
         """Makes the folder this job's; `UserError` when it is another's, unless `restart`."""

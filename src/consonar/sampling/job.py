@@ -24,8 +24,9 @@ from consonar.config_io import to_dict
 from consonar.data.captions import CaptionFeatures
 from consonar.data.picture_files import IMAGE_ENDINGS, save_grid
 from consonar.data.transforms import from_uint8, to_uint8
-from consonar.distributed import ALONE, World, of_every
+from consonar.distributed import ALONE, World, of_every, seconds_of_patience
 from consonar.errors import UserError
+from consonar.files.lock import Beat
 from consonar.files.readers import read_npz
 from consonar.files.shared_work import SharedWork
 from consonar.files.weights import component_fingerprint
@@ -171,7 +172,9 @@ def run_job(
     when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
     old = {"precision": "fp32"}  # older versions had no other
-    work = SharedWork(out=out, settings=job.settings, what="samples", unread=PLACES, old=old)
+    work = SharedWork(
+        out=out, settings=job.settings, what="samples", unread=PLACES, old=old, patience=seconds_of_patience()
+    )
     work.tidy()
     check_place(job, out, batch_size, shard_size)
     shards = [
@@ -180,20 +183,20 @@ def run_job(
     ]
     decoder, done = decoder_of(job.generator, job.sampler), 0
 
-    def make(index: int) -> None:
+    def make(index: int, beat: Beat) -> None:
         nonlocal done
         path, rows = shards[index]
         labels, seeds = job.labels[rows], job.seeds[rows]
         if not is_whole(path, labels, seeds):
-            drawn = draw(decoder, job.pictures, job.condition(rows), seeds, batch_size, job.precision)
+            drawn = draw(decoder, job.pictures, job.condition(rows), seeds, batch_size, job.precision, beat)
             write_atomically(path, partial(write_npz, arrays=as_arrays(drawn, labels, seeds)))
         done += len(labels)
         if progress:
             progress(done)
 
-    def finish() -> None:
+    def finish(beat: Beat) -> None:
         try:
-            assemble(shards, job, out, arrange)
+            assemble(shards, job, out, arrange, beat)
         except (FileNotFoundError, zipfile.BadZipFile) as error:
             raise UserError(f"{work.folder}: changed while {out} was made of it; the same command goes on") from error
 
@@ -250,36 +253,37 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path, arrange: Arrange | None) -> None:
+def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path, arrange: Arrange | None, beat: Beat) -> None:
     """Writes the finished output from the job's shards, one shard in memory at a time."""
     if out.suffix.lower() == ".png":
         images = np.concatenate([np.load(path)["arr_0"] for path, _ in shards])
         asked = [] if job.prompts is None else [job.prompts.texts[label] for label in job.labels.tolist()]
         save_grid(from_uint8(torch.from_numpy(images)), out, captions=asked)
     elif out.suffix.lower() == ".npz":
-        write_atomically(out, partial(merge_npz, [path for path, _ in shards], job))
+        write_atomically(out, partial(merge_npz, [path for path, _ in shards], job, beat))
     else:
         unfinished = shards[0][0].with_name("pictures")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         if arrange is None:
             what = "class" if job.prompts is None else "prompt"
-            for index, picture in enumerate(pictures_of(shards)):
+            for index, picture in enumerate(pictures_of(shards, beat)):
                 Image.fromarray(picture).save(unfinished / f"{index:06d}_{what}{int(job.labels[index])}.png")
         else:
-            arrange(unfinished, out, pictures_of(shards))
+            arrange(unfinished, out, pictures_of(shards, beat))
         (unfinished / "settings.json").write_text(json.dumps(job.settings, indent=1))
         unfinished.rename(out)
 
 
-def pictures_of(shards: Sequence[tuple[Path, slice]]) -> Iterator[np.ndarray]:
+def pictures_of(shards: Sequence[tuple[Path, slice]], beat: Beat) -> Iterator[np.ndarray]:
     """uint8 (H, W, 3) each, a shard in memory at a time."""
     for path, _ in shards:
+        beat()
         with np.load(path) as arrays:
             yield from arrays["arr_0"]
 
 
-def merge_npz(shards: Sequence[Path], job: Job, out: Path) -> None:
+def merge_npz(shards: Sequence[Path], job: Job, beat: Beat, out: Path) -> None:
     """Concatenates the arrays of all shards into one .npz without holding the images of more than one shard."""
     with np.load(shards[0]) as first, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for key in first.files:
@@ -288,6 +292,7 @@ def merge_npz(shards: Sequence[Path], job: Job, out: Path) -> None:
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for path in shards:
+                    beat()
                     with np.load(path) as arrays:
                         member.write(np.ascontiguousarray(arrays[key]).tobytes())
         with archive.open("settings.npy", "w") as member:

@@ -237,9 +237,9 @@ def sample(
 @torch.inference_mode()
 def draw(
     decoder: Decoder, pictures: PictureDecoder, condition: Condition, seeds: Sequence[int], batch_size: int,
-    precision: str,
+    precision: str, beat: Callable[[], object] | None = None,
 ) -> Samples:  # fmt: skip
-    """`sample` of what was checked, by models with the weights of the precision."""
+    """`sample` of what was checked, by models with the weights of the precision; `beat` is called for every batch."""
     device = device_of(decoder.generator)
 
     def batches() -> Iterator[Fetched[Samples]]:
@@ -248,6 +248,8 @@ def draw(
             tokens, entropy = draw_batch(decoder, rows, seeds[start : start + batch_size])
             with beside(device, tokens, entropy):
                 drawn = Fetched(Samples(pictures(tokens), tokens, entropy, precision))
+            if beat:
+                beat()
             yield drawn
 
     with multiplying(precision, device), evaluating(decoder.generator, pictures.tokenizer):
