@@ -6,10 +6,12 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from scipy.stats import spearmanr
 
 from consonar.diagnostics import codes, context, decoding, exposure, forcing, layers, statistics
@@ -436,14 +438,39 @@ class Source:
         return ImageRecord(None, str(index))  # type: ignore[arg-type]
 
 
-def test_pictures_are_drawn_evenly_by_the_seed_and_the_others_are_others() -> None:
-    measured, others = ([int(record.name) for record in part] for part in choose(Source(), 20, 0))
+def test_pictures_that_no_file_orders_are_drawn_evenly_by_the_seed_and_the_others_are_others() -> None:
+    measured, others = ([int(record.name) for record in part] for part in choose(Source(), 20, 0, None))
     assert [row // 5 for row in measured] == list(range(20)) and len(set(others)) == 20
     assert not set(measured) & set(others)
-    assert choose(Source(), 20, 0) == choose(Source(), 20, 0) != choose(Source(), 20, 1)
-    measured, others = choose(Source(), 80, 0)
+    assert choose(Source(), 20, 0, None) == choose(Source(), 20, 0, None) != choose(Source(), 20, 1, None)
+    measured, others = choose(Source(), 80, 0, None)
     assert len(measured) == 80 and len(others) == 20
     assert spread(seeded(0, "x"), 9, 3).tolist() == [0, 1, 2]
+
+
+def test_pictures_are_drawn_by_seed_and_pixels_in_any_order_of_a_file(monkeypatch) -> None:
+    made = [picture(index) for index in range(40)]
+
+    class Ordered(Source):
+        order: ClassVar[list[int]] = list(range(40))
+
+        def __len__(self) -> int:
+            return 40
+
+        def read(self, index: int) -> ImageRecord:
+            return ImageRecord(made[self.order[index]], str(self.order[index]))
+
+    def names(source: Source, wanted: int, seed: int = 0) -> list[list[str]]:
+        return [[record.name for record in part] for part in choose(source, wanted, seed, 16)]
+
+    moved = Ordered()
+    moved.order = list(reversed(range(40)))
+    measured, others = names(Ordered(), 10)
+    assert names(moved, 10) == [measured, others] != names(moved, 10, seed=1)
+    assert len({*measured, *others}) == 20
+    assert [len(part) for part in names(Ordered(), 30)] == [30, 10]
+    monkeypatch.setattr("consonar.diagnostics.subject.MOST_READ", 39)
+    assert names(moved, 10) != names(Ordered(), 10), "of a larger set by number"
 
 
 def test_a_record_of_findings_is_json_and_says_every_number() -> None:

@@ -24,12 +24,14 @@ from consonar.components import (
 )  # fmt: skip
 from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.labels import check_label
-from consonar.data.sources import at_size, in_order_of
+from consonar.data.sources import at_size, find_source, in_order_of
 from consonar.data.splits import open_splits
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError, check_choice
-from consonar.evaluation.image_sets import cropped
+from consonar.evaluation.features import drawn_places
+from consonar.evaluation.image_sets import cropped, source_image_set
 from consonar.evaluation.inputs import as_input
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.model_folders import SHIPPED
 from consonar.networks import PERCEPTUAL_DISTANCES, FeatureNetwork, load_feature_network
 from consonar.networks.base import LayerDistance
@@ -42,6 +44,8 @@ from consonar.seeding import check_seed, generator, spread, uniform
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Condition, Generator, ImageRecord, ImageSource, IndexedSource, TextEncoder, Tokenizer
 
+MOST_READ = 50_000
+"""Pictures that are all read to draw some of them by their content."""
 SHOWN = 6
 """Pictures in a row of examples."""
 
@@ -153,8 +157,16 @@ class Subject:
         return torch.cat(batches)
 
 
-def choose(source: ImageSource, wanted: int, seed: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """So many pictures of a source, and as many others, by `spread`; of a stream, of its first ones."""
+def choose(
+    source: ImageSource, wanted: int, seed: int, image_size: int | None
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """So many pictures of a source, and as many others, drawn by seed and pixels at `image_size`, in whatever order a
+    file has them; with None, and of more than `MOST_READ`, evenly by number, and of a stream among its first ones."""
+    if isinstance(source, IndexedSource) and image_size is not None and len(source) <= MOST_READ:
+        places, _ = drawn_places(source_image_set(source, image_size), EvaluationSettings(seed=seed))
+        order = places.argsort().tolist()
+        drawn = [[source.read(row) for row in order[start : start + wanted]] for start in (0, wanted)]
+        return drawn[0], drawn[1]
     rng = generator(seed, "diagnosis", "pictures")
     first = [] if isinstance(source, IndexedSource) else list(itertools.islice(source, 2 * wanted))
     count = len(source) if isinstance(source, IndexedSource) else len(first)
@@ -254,13 +266,17 @@ def open_subject(
     num_classes = model.num_classes if model else None
     encoder = load_own_text_encoder(name, model) if model and not num_classes else None
     made = partial(encoded, tokenizer=codec, num_classes=num_classes, batch_size=settings.batch_size, encoder=encoder)
-    measured, others = choose(held_out, settings.num_images, settings.seed)
+    drawn_here = find_source(at_size(data)[0])[0].is_drawn  # in an order that no file has
+    chosen = partial(
+        choose, wanted=settings.num_images, seed=settings.seed, image_size=None if drawn_here else codec.image_size
+    )
+    measured, others = chosen(held_out)
     if len(measured) < 8:
         raise UserError(
             f"--data: {held_out.name} has {len(measured)} pictures to measure; 8 or more are needed "
             "(--validation-split says which)"
         )
-    train, more = choose(seen, settings.num_images, settings.seed) if seen else ([], [])
+    train, more = chosen(seen) if seen else ([], [])
     source = held_out
     if seen and len(others) * 2 < len(measured):  # too few are left to compare with
         others, source = more or train, seen
