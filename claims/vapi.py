@@ -68,7 +68,7 @@ METHODS = {
 }
 MATCHED = ("vapi", "spatial", "held", "held-spatial")
 """Rows at whose entropy the start model is measured as well."""
-START_STEPS = 240
+START_STEPS, SEEDS = 240, 3
 TEMPERATURES = (1.0, 0.8, 0.6)
 FD = "FD(efficientnet-lite0) validation"
 ENTROPY = "entropy (teacher-forced)"
@@ -79,8 +79,8 @@ Result = dict[str, Any]
 
 
 def run_config(run: str, out: Path, steps: int) -> TrainConfig:
-    """That of a start or of METHOD-SEED. A start stops where its validation cross-entropy is lowest (later it copies
-    more than it learns); nothing but the objective differs between the methods from one start."""
+    """That of a start or of METHOD-SEED. A start stops where its validation cross-entropy is lowest (later it
+    overfits); nothing but the objective differs between the methods from one start."""
     if run in STARTS:
         recipe = find_recipe(STARTS[run][0])
         loop = replace(recipe.loop, steps=START_STEPS, validate_every=60, sample_every=0, save_every=0)
@@ -186,12 +186,13 @@ def page(results: dict[str, Result]) -> str:
     first, minutes = next(iter(of.values()))[0], sum(result["minutes"] for result in results.values())
     starts = sorted({result["start_sha256"][:12] for result in results.values()})
     machines = sorted({f"{result['machine']} (torch {result['versions']['torch']})" for result in results.values()})
-    counts = sorted({len(runs) for runs in of.values()})
+    counts, wanted = sorted({len(runs) for runs in of.values()}), len(STARTS) + SEEDS * len(METHODS)
+    missing = ", ".join(f"`{name}`" for name in METHODS if name not in of)
     lines = [
         "## VA-pi on OpenMoji against its controls",
         "",
-        f"Made by `make claims-vapi` in {minutes:.0f} minutes on {' and '.join(machines)}; numbers in",
-        f"`claims/results/vapi`. One start model (plain AR, {START_STEPS} steps; weights {', '.join(starts)}), then",
+        f"**{len(results)} of {wanted} runs of `make claims-vapi` have a result** (`claims/results/vapi`), made in {minutes:.0f} minutes on {' and '.join(machines)}.",
+        f"Methods without one: {missing or 'none'}. One start model (plain AR, {START_STEPS} steps; weights {', '.join(starts)}), then",
         f"{first['settings']['steps']} updates of 32 images with each method, {' or '.join(map(str, counts))} seeds, the same images in the same order for all methods of a",
         f"seed. Samples: {first['settings']['samples']} per row, the same classes and random numbers in every row. ± is the standard deviation over",
         "seeds; for the start model, which is one, the spread over four disjoint parts of the samples.",
@@ -276,6 +277,10 @@ def page(results: dict[str, Result]) -> str:
             rows = [run["frontier"][index] for run in runs]
             cells = [cell([row[key]["value"] for row in rows]) for key in COLUMNS]
             lines.append(f"| {METHODS[name].title} | {temperature:g} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Protocol: {first['settings']['samples']:,} samples, efficientnet-lite0, against openmoji-64: FD to its validation images.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -292,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/claims-vapi"))
     parser.add_argument("--methods", default=",".join(METHODS), help="rows to make: " + ", ".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--samples", type=int, default=2560)
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")

@@ -107,6 +107,9 @@ def main() -> None:
     first = results["rear"]
     row = first["rows"][0]
     floor = next((entry["value"] for entry in first["noise_floor"].values()), None)
+    batch = {
+        run: json.loads((demo / run / "config.json").read_text())["loop"]["batch_size"] for run in ("rear", "rear-vapi")
+    }
     pictures(demo, results)
     overview(demo, results)
     lines = [
@@ -115,9 +118,9 @@ def main() -> None:
         "written by `make claims-vapi`, those on photographs by `make claims`, and all of it by `make results-whole`; "
         "only the paragraphs on how to read them are by hand, and so is the section on diagnoses.", "",
         f"- Command: `make demo` (`consonar demo --minutes {settings['minutes']:g} --seed {settings['seed']:g}`), "
-        f"{settings['steps']:g} steps of batch 64 per training run, "
-        f"{last['rear-vapi'][-1]['step']} updates of batch 32 per post-training run (VA-pi with spatial credit).",
-        f"- Machine: {first['machine']}, 2 cores; {', '.join(f'{k} {v}' for k, v in first['versions'].items())}.",
+        f"{settings['steps']:g} steps of batch {batch['rear']} per training run, "
+        f"{last['rear-vapi'][-1]['step']} updates of batch {batch['rear-vapi']} per post-training run (VA-pi with spatial credit).",
+        f"- Machine: {first['machine']}; {', '.join(f'{k} {v}' for k, v in first['versions'].items())}.",
         f"- Data: OpenMoji, {first['reference']['num_train']} training and {first['reference']['num_validation']} validation images.",
         f"- Tokenizer: `{first['tokenizer']['name']}` (fingerprint {first['tokenizer']['fingerprint'][:12]}): validation PSNR "
         f"{reconstruction['psnr']:.2f} dB, SSIM {reconstruction['ssim']:.3f}, code usage {reconstruction['usage']:.1%}, "
@@ -126,7 +129,7 @@ def main() -> None:
         "`FD(efficientnet-lite0)` is not FID.",
         f"- {row['num_samples']} samples per row, the same classes and seeds for all rows; ± is the standard deviation over "
         f"{first['draws']} disjoint parts of them (parts are smaller than the whole, so it overstates the uncertainty of the value).",
-        "", "## Plain AR, reAR, and both post-trained", "", *table(results), "",
+        "", "## Plain AR, reAR, and both post-trained", "", *table(results), "", f"Protocol: {first['protocol']}.", "",
         "Checkpoints: " + ", ".join(f"{NAMES[run]} {content['checkpoint_sha256'][:12]}" for run, content in results.items()) + ".",
         "", "Teacher-forced on the validation images (clean context): "
         + "; ".join(
