@@ -70,23 +70,26 @@ def free_port() -> str:
         return str(sock.getsockname()[1])
 
 
-def two(run: Callable[..., object], *arguments: object, **environment: str) -> list[Child]:
-    """Ranks 0 and 1 of one world, as torchrun starts them."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "none"}
-    return [Child(run, *arguments, **world, **environment, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+def two(run: Callable[..., object], *arguments: object, count: int = 2, **environment: str) -> list[Child]:
+    """The ranks of one world, 0 and 1 where no other `count` is given, as torchrun starts them."""
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    world = {"WORLD_SIZE": str(count), **port, "TORCHELASTIC_RUN_ID": "none"}
+    ranks = map(str, range(count))
+    return [Child(run, *arguments, **world, **environment, RANK=rank, LOCAL_RANK=rank) for rank in ranks]
 
 
 def on_two(run: Callable[..., object], *arguments: object, **environment: str) -> list[Ended]:
     return [rank.end() for rank in two(run, *arguments, **environment)]
 
 
-def run_on_two(run: Job, configs: dict[str, TrainConfig], folder: Path) -> None:
-    """`run(config, folder / name)` for every configuration, each in a world of its own; `run` is a module's function.
+def run_on_two(run: Job, configs: dict[str, TrainConfig], folder: Path, count: int = 2) -> None:
+    """`run(config, folder / name)` for every configuration, each in a world of its own, of two processes where no other
+    `count` is given; `run` is a module's function.
 
     Raises AssertionError with what a rank wrote to stderr when it fails.
     """
     jobs = [(config, folder / name, free_port()) for name, config in configs.items()]
-    for rank in on_two(run_each, run, jobs):
+    for rank in [child.end() for child in two(run_each, run, jobs, count=count)]:
         assert rank.code == 0, rank.err
 
 

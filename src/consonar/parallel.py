@@ -9,25 +9,28 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.options import CountOrZero, Options, ReadOnlyWith
+from consonar.precision import autocast_type
 
 Module = TypeVar("Module", bound=nn.Module)
 SKELETON = "whole_without_weights"
 HYBRID = ReadOnlyWith(lambda given: given.strategy == "hybrid", "{}strategy 'hybrid'")
 SHARDED = ReadOnlyWith(lambda given: given.shards, "{}strategy 'fsdp' or 'hybrid'")
+MULTIPLIED = nn.Linear, nn.Conv2d
+"""What autocast multiplies in bf16, and would cast its weights to that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,14 @@ class ParallelConfig(Options):
     """Processes in a group, which hold one copy together; 0: those of a machine."""
     reshard_after_forward: Annotated[bool, SHARDED] = True
     """Let go of a block's weights between forward and backward; without, less is exchanged and more kept."""
+    param_dtype: Annotated[Literal["fp32", "bf16"], SHARDED] = "fp32"
+    """What blocks gather the weights of their products in; bf16 changes nothing in a run of bf16 but what it takes."""
+    reduce_dtype: Annotated[Literal["fp32", "bf16"], SHARDED] = "fp32"
+    """What gradients are summed in, over processes and micro-batches."""
+    prefetch_forward: Annotated[CountOrZero, SHARDED] = 0
+    """Blocks that are gathered ahead in a forward pass; 0: PyTorch's own way, the next one when its turn comes."""
+    prefetch_backward: Annotated[CountOrZero, SHARDED] = 0
+    """Blocks that are gathered ahead in a backward pass; 0: PyTorch's own way, the next one."""
 
     @property
     def shards(self) -> bool:
@@ -68,6 +79,16 @@ class ParallelConfig(Options):
             )
         return size
 
+    def check(self, precision: str, processes: int, of_machine: int | None = None) -> None:
+        """Raises `UserError` for what does not go with so many processes (`group`), and for weights that are gathered
+        in fewer bits than a run of this precision multiplies."""
+        self.group(processes, of_machine)
+        if self.param_dtype == "bf16" != precision:
+            raise UserError(
+                f"parallel.param_dtype: 'bf16' is read only with loop.precision bf16, and this run is in {precision}; "
+                "remove it, or set it to its default 'fp32'"
+            )
+
     def mesh(self, world: World) -> DeviceMesh:
         """The processes in one row of shards, or in several rows that hold a copy each."""
         if self.strategy == "fsdp":
@@ -79,8 +100,9 @@ class ParallelConfig(Options):
 def shard(model: nn.Module, parts: Iterable[nn.Module], config: ParallelConfig, world: World) -> None:
     """Leaves this process its shard of every weight, on its device, where `config` says so; all processes at once.
 
-    Each of the `parts` is gathered for its own pass alone, the rest for that of the model; in float32, as autocast and
-    what it leaves in float32 (norms) find them otherwise.
+    Each of the `parts` is gathered for its own pass alone, the rest for that of the model; in float32, or of the parts
+    the layers whose weights autocast would cast, in bf16, to the same numbers. What it leaves in float32 (norms) has
+    then gathers of its own.
     """
     if config.used(world) not in ("fsdp", "hybrid"):
         return
@@ -89,9 +111,26 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], config: ParallelConfig, 
     mesh = config.mesh(world)
     # Of a view that a module returns: nothing here changes one in its place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    summed = autocast_type(config.reduce_dtype) or torch.float32
+    kept = MixedPrecisionPolicy(reduce_dtype=summed, cast_forward_inputs=False)
+    low = autocast_type(config.param_dtype)
+    sharded = list[FSDPModule]()
     for part in parts:
-        fully_shard(part, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        for module in part.modules() if low else ():
+            if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, MULTIPLIED):
+                fully_shard(module, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=kept)
+        gathered = replace(kept, param_dtype=low)
+        sharded.append(
+            fully_shard(part, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=gathered)
+        )
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=kept)
+    # Norms with gathers of their own would be what PyTorch takes for the next one of a backward pass.
+    backward = config.prefetch_backward or (1 if low else 0)
+    for index, one in enumerate(sharded):
+        if config.prefetch_forward:
+            one.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + config.prefetch_forward])
+        if backward:
+            one.set_modules_to_backward_prefetch(sharded[max(0, index - backward) : index][::-1])
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -149,5 +188,8 @@ def exchange_of_gradients(model: nn.Module, wanted: bool) -> AbstractContextMana
     """Around both passes of a micro-batch (the forward decides); gradients are `wanted` in the last one of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
+        # A cast that autocast keeps from the micro-batch before gets its gradient after those of its block are
+        # exchanged, so that it would be one of the next step.
+        torch.clear_autocast_cache()
         return nullcontext()
     return nullcontext() if wanted or not isinstance(model, DistributedDataParallel) else model.no_sync()

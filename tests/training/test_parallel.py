@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -11,12 +12,13 @@ from conftest import NUM_CLASSES, picture
 from forked import run_on_two
 from torch.distributed.tensor import DTensor
 
+from consonar.compiling import compile_for_training
 from consonar.distributed import ALONE, World
 from consonar.errors import UserError
 from consonar.files.readers import read_json
 from consonar.files.weights import map_tensors
 from consonar.memory import size_of
-from consonar.parallel import ParallelConfig, exchange_of_gradients, is_sharded, shard, whole
+from consonar.parallel import ParallelConfig, exchange_of_gradients, full, is_sharded, shard, whole
 from consonar.training import run as runs
 from consonar.training.checkpoints import list_resume, load_resume
 from consonar.training.config import DataConfig
@@ -103,10 +105,10 @@ def sharded(config, strategy="fsdp", **settings):
     return replace(config, parallel=ParallelConfig(strategy=strategy, **settings))
 
 
-def last(run):
-    """The last checkpoint of 20 steps, in shards or not."""
+def last(run, steps=STEPS):
+    """The last checkpoint of so many steps, in shards or not."""
     path = list_resume(run / "checkpoints")[-1]
-    assert path.name.startswith(f"step_{STEPS:08d}")
+    assert path.name.startswith(f"step_{steps:08d}")
     return load_resume(path)
 
 
@@ -151,6 +153,64 @@ def test_two_processes_equal_one_for_every_objective(names, configs, tmp_path):
             # A policy's loss is a mean of advantages, of size 1, that cancel.
             size = max(1.0, float(expected.abs().max())) if config.objective.kind == "policy" else expected.abs().max()
             assert float((found - expected).abs().max() / size) < 1e-5, (name, way)
+
+
+@pytest.mark.slow
+def test_weights_in_bf16_and_blocks_ahead_change_no_number_of_a_run_in_bf16(configs, tmp_path):
+    """On two processes; gradients that are summed in bf16 change them by its rounding."""
+    ways = {
+        "plain": {},
+        "low": {"param_dtype": "bf16", "prefetch_forward": 1, "prefetch_backward": 2},
+        "whole": {"param_dtype": "bf16", "reshard_after_forward": False},
+        "summed": {"param_dtype": "bf16", "reduce_dtype": "bf16"},
+    }
+    chosen = {name: configs[name] for name in configs if name in QUICK}
+    chosen = {n: replace(c, loop=replace(c.loop, steps=4, precision="bf16")) for n, c in chosen.items()}
+    run_on_two(
+        runs.train,
+        {f"{n}-{way}": sharded(c, **more) for n, c in chosen.items() for way, more in ways.items()},
+        tmp_path,
+    )
+    for name, config in chosen.items():
+        alone = runs.train(config, tmp_path / f"{name}-alone", quiet=True)
+        found = {way: last(tmp_path / f"{name}-{way}", 4)["model"] for way in ways}
+        distance = {way: apart(found[way], found["plain"]) for way in ways}
+        assert distance["low"] < 1e-6 and distance["whole"] < 1e-6, (name, distance)
+        assert 0 < distance["summed"] < 1e-2, (name, distance)
+        losses = [curve(run, "train/loss")[0] for run in (tmp_path / f"{name}-plain", alone)]
+        assert torch.isclose(*losses, rtol=1e-2, atol=1e-2), (name, losses)
+
+
+@pytest.mark.slow
+def test_four_processes_in_two_copies_equal_one(configs, tmp_path):
+    """Each copy in two shards."""
+    chosen = {name: configs[name] for name in ("rear", "tokenizer", "grpo")}
+    in_copies = {name: sharded(config, "hybrid", shard_size=2) for name, config in chosen.items()}
+    run_on_two(steadily, in_copies, tmp_path, count=4)
+    for name, config in chosen.items():
+        alone = steadily(config, tmp_path / f"{name}-alone")
+        assert apart(last(tmp_path / name)["model"], last(alone)["model"]) < 1e-5, name
+        found, expected = curve(tmp_path / name, "train/loss"), curve(alone, "train/loss")
+        assert float((found - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max())), name
+
+
+def compiled(config, out):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "compile_for_training", partial(compile_for_training, backend="aot_eager"))
+        return steadily(config, out)
+
+
+@pytest.mark.slow
+def test_shards_are_compiled(configs, tmp_path):
+    """Two processes, recomputed blocks, micro-batches: what one gives as it is written; in bf16 what two do."""
+    rear = configs["rear"]
+    low = replace(sharded(rear, param_dtype="bf16"), loop=replace(rear.loop, precision="bf16"))
+    ways = {"fsdp": sharded(rear), "low": low}
+    run_on_two(compiled, {way: replace(c, loop=replace(c.loop, compile=True)) for way, c in ways.items()}, tmp_path)
+    run_on_two(steadily, {"low-written": low}, tmp_path)
+    steadily(rear, tmp_path / "fsdp-written")
+    for way, bound in (("fsdp", 1e-5), ("low", 1e-2)):
+        assert apart(last(tmp_path / way)["model"], last(tmp_path / f"{way}-written")["model"]) < bound, way
 
 
 def test_runs_go_on_in_other_processes(configs, tmp_path):
@@ -206,20 +266,41 @@ def test_shards_exchange_gradients_in_the_last_micro_batch_alone(group_of_one, t
         assert {one.grad is not None for one in trainee.parameters()} == {wanted}
 
 
-def test_shards_calculate_in_bf16_what_the_whole_does(group_of_one, tiny_generator):
-    """Autocast alone decides what is multiplied in bf16: weights are gathered as they are, gradients summed so."""
+@pytest.mark.parametrize("param_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_shards_calculate_in_bf16_what_the_whole_does(param_dtype, recompute, group_of_one, tiny_generator):
+    """Autocast alone decides what is multiplied in bf16: weights that are gathered so are those that it would cast."""
     trainee = Trainee(tiny_generator().train())
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = trainee(TOKENS, CLASSES).logits
-        shard(trainee, trainee.parts(), ParallelConfig(strategy="fsdp"), ALONE)
-        found = trainee(TOKENS, CLASSES).logits
-        found.float().square().mean().backward()
+    for weight in trainee.parameters():  # blocks that do something, norms that are no numbers of bf16
+        torch.nn.init.normal_(weight, 0.1, 0.1)
+    trainee.generator.recompute_every = recompute
+
+    def passed():
+        """Two micro-batches; the exchange of gradients is of both."""
+        torch.clear_autocast_cache()
+        with torch.autocast("cpu", torch.bfloat16):
+            for wanted in (False, True):
+                with exchange_of_gradients(trainee, wanted):
+                    logits = trainee(TOKENS, CLASSES).logits
+                    logits.float().square().mean().backward()
+        return logits, [full(one.grad) for one in trainee.parameters()]
+
+    expected, gradients = passed()
+    trainee.zero_grad()
+    config = ParallelConfig(strategy="fsdp", param_dtype=param_dtype, prefetch_forward=1, prefetch_backward=2)
+    shard(trainee, trainee.parts(), config, ALONE)
+    found, theirs = passed()
     assert found.dtype == expected.dtype and torch.equal(found, expected)
-    assert {one.grad.dtype for one in trainee.parameters()} == {torch.float32}
+    assert all(torch.equal(ours, other) for ours, other in zip(theirs, gradients, strict=True))
+    trainee.generator.blocks[0].unshard()
+    assert trainee.generator.blocks[0].attn.qkv.weight.dtype == {"fp32": torch.float32}.get(param_dtype, torch.bfloat16)
+    assert {one.dtype for one in trainee.state_dict().values()} == {torch.float32}
 
 
 def test_settings_that_only_shards_read(make_config, tmp_path, monkeypatch):
-    for settings in ({"shard_size": 2}, {"strategy": "fsdp", "shard_size": 2}, {"reshard_after_forward": False}):
+    of_shards = {"reshard_after_forward": False, "param_dtype": "bf16", "reduce_dtype": "bf16", "prefetch_forward": 1}
+    alone = [{"shard_size": 2}, {"prefetch_backward": 1}, *({key: value} for key, value in of_shards.items())]
+    for settings in [*alone, {"strategy": "fsdp", "shard_size": 2}]:
         with pytest.raises(UserError, match=r"parallel\..* is read only with"):
             ParallelConfig(**settings)
     three = ParallelConfig(strategy="hybrid", shard_size=3)
@@ -229,6 +310,10 @@ def test_settings_that_only_shards_read(make_config, tmp_path, monkeypatch):
         three.group(8)
     with pytest.raises(UserError, match=r"parallel\.shard_size: 0 \(the 4 of a machine\) does not divide the 6"):
         ParallelConfig(strategy="hybrid").group(6, 4)
+    with pytest.raises(UserError, match=r"parallel\.param_dtype: 'bf16' is read only with loop\.precision bf16"):
+        runs.train(
+            replace(make_config(), parallel=ParallelConfig(strategy="fsdp", param_dtype="bf16")), tmp_path / "run"
+        )
     assert three.group(9) == 3 and three.group(1) == ParallelConfig().group(8) == 1
     with monkeypatch.context() as patch, pytest.raises(UserError, match="shard_size: 3 does not divide the 2"):
         patch.setattr(runs.distributed, "joined", lambda _: nullcontext(World(0, 2, torch.device("cpu"))))

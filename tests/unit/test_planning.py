@@ -275,6 +275,10 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
             ["rear-l", "--gpus", "8", "--parallel.strategy", "hybrid", "--parallel.shard-size", "3"],
             r"parallel\.shard_size: 3 does not divide the 8 processes; choices: 1, 2, 4, 8",
         ),
+        (
+            ["rear-l", "--loop.precision", "tf32", "--parallel.strategy", "fsdp", "--parallel.param-dtype", "bf16"],
+            r"parallel\.param_dtype: 'bf16' is read only with loop\.precision bf16, and this run is in tf32",
+        ),
         (["rear-l", "--gpu", "z9"], r"gpu: unknown 'z9'.*a100, a800, h100"),
         (["rear-l", "--utilisation", "0"], r"utilisation: 0\.0 is not in \(0, 1\]"),
         (["rear-l", "--tokenizer", "nowhere"], r"tokenizer: .*'nowhere'.*hf:maskgit-vq"),
@@ -318,6 +322,8 @@ def test_shards_divide_what_each_process_keeps() -> None:
     assert fsdp.gathered == 2 * (rest + 2 * block) and found.gathered == 0
     kept = replace(fsdp.config, parallel=ParallelConfig(strategy="fsdp", reshard_after_forward=False))
     assert replace(fsdp, config=kept).gathered == whole + rest + 2 * block
+    low = replace(fsdp.config, parallel=ParallelConfig(strategy="fsdp", param_dtype="bf16", prefetch_backward=2))
+    assert replace(fsdp, config=low).gathered == pytest.approx(rest + 3 * block / 2 + rest + 2 * block)
     several = replace(fsdp.config, loop=replace(config.loop, accumulation=2))
     assert replace(fsdp, config=several).memory["gradients"] == (whole, whole)
     assert "gradient buckets" in found.memory and "gradient buckets" not in fsdp.memory

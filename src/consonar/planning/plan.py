@@ -123,37 +123,41 @@ class Plan:
 
     @property
     def gathered(self) -> float:
-        """Bytes of float32 weights that are whole at once: what is in no block, and two blocks (the next is gathered
-        meanwhile) with their gradients, or all that are not let go of; of the start model the same, but its blocks go
-        before those; and for free rollouts a copy of the model."""
+        """Bytes of weights that are whole at once: what is in no block, in float32, and a block with those that are
+        gathered meanwhile, or all that are not let go of; the gradients of two; of the start model the same, but its
+        blocks go before those; and for free rollouts a copy of the model."""
         if self.shards == 1:
             return 0
-        weights, blocks, goes = self.update.weights, self.update.blocks, self.config.parallel.reshard_after_forward
-        whole, prior = weights[FORWARD], weights[REFERENCE]
-        rest, two = whole - sum(blocks), sum(sorted(blocks)[-2:])
-        kept = rest + (two if goes else sum(blocks))
-        of_prior = prior - sum(blocks) if prior and goes else prior
+        parallel, weights, blocks = self.config.parallel, self.update.weights, sorted(self.update.blocks)
+        whole, prior, goes = weights[FORWARD], weights[REFERENCE], parallel.reshard_after_forward
+        rest, ahead = whole - sum(blocks), max(1, parallel.prefetch_forward, parallel.prefetch_backward)
+        size = 0.5 if parallel.param_dtype == "bf16" else 1
+        kept = rest + size * sum(blocks[-1 - ahead :] if goes else blocks)
+        of_prior = prior and prior - sum(blocks) + (0 if goes else size * sum(blocks))
         # Of several micro-batches all gradients are whole until they are exchanged, see `memory`.
-        gradients = (rest + two) * sum(self.update.trained) / whole if self.config.loop.accumulation == 1 else 0
-        return kept + of_prior + gradients + (whole if self.update.rollout_rows else 0)
+        share = sum(self.update.trained) / whole if self.config.loop.accumulation == 1 else 0
+        return kept + of_prior + share * (rest + sum(blocks[-2:])) + (whole if self.update.rollout_rows else 0)
 
     @cached_property
     def memory(self) -> dict[str, tuple[float, float]]:
         """(most, at the peak) bytes of one process by part. Of several micro-batches gradients stand from the first,
         and whole: they are exchanged, and cut into shards, in the last."""
         parts = {name: (size, size) for name, size in self.static.items() if size}
-        several = self.config.loop.accumulation > 1
-        gradients = sum(self.update.trained) // (1 if several else self.shards)
-        peak = self.update.peak.copy()
+        several, update, cut = self.config.loop.accumulation > 1, self.update, self.shards > 1
+        halves = 2 if cut and self.config.parallel.reduce_dtype == "bf16" else 1
+        gradients = sum(update.trained) // (halves if several else self.shards)
+        # What autocast finds cast: weights of blocks.
+        cast = sum(update.blocks) // 2 if cut and self.config.parallel.param_dtype == "bf16" else 0
+        peak, most = (Counter({**now, CASTS: max(0, now[CASTS] - cast)}) for now in (update.peak, update.most))
         peak[GRADIENTS] = gradients if several else peak[GRADIENTS] // self.shards
         if gradients > peak.total():  # when the optimizer steps there is nothing else
             peak = Counter({GRADIENTS: gradients})
         parts["gradients"] = (gradients, peak[GRADIENTS])
-        for label, most in self.update.most.items():
+        for label, size in most.items():
             if label != GRADIENTS:
                 name = WORK.get(label, f"work of {label}")
                 before = parts.get(name, (0, 0))
-                parts[name] = (before[0] + most, before[1] + peak[label])
+                parts[name] = (before[0] + size, before[1] + peak[label])
         return parts
 
     @property
@@ -225,12 +229,12 @@ def plan(config: TrainConfig, machine: Machine, num_classes: int | None = None, 
     """`made` are those of other plans, which is added to. Raises `UserError` for a batch or a group of processes that
     does not divide, as `train` does, and for models whose shapes are not known."""
     processes, loop = machine.processes, config.loop
-    rows = loop.batch_of_process(processes)
-    config.parallel.group(processes, machine.gpus)
+    rows, low = loop.batch_of_process(processes), loop.precision in ("auto", "bf16")
+    config.parallel.check("bf16" if low else loop.precision, processes, machine.gpus)
     config, shapes, assumed = shapes_of(config, num_classes)
     if loop.compile:
         assumed.append("loop.compile changes nothing (fused kernels take less memory and time: not modelled)")
-    low, made = loop.precision in ("auto", "bf16"), {} if made is None else made
+    made = {} if made is None else made
 
     def planned(given: TrainConfig) -> Plan:
         key = repr((replace(given, parallel=ParallelConfig()), processes))

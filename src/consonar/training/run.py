@@ -68,7 +68,7 @@ def train(
     with distributed.joined(config.loop.device) as world, multiplying("fp32", world.device):
         chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
         batch_size = config.loop.batch_of_process(world.size)
-        config.parallel.group(world.size)
+        config.parallel.check(chosen, world.size)
         config = with_validation(resolve_start(config))
         check_sinks(config.loop.trackers)
         if resume is None:
