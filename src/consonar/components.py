@@ -20,6 +20,7 @@ from consonar.model_folders import own_text_encoder, read_settings, read_tokeniz
 from consonar.networks.text_encoders import load_caption_reader, readers
 from consonar.options import is_whole
 from consonar.origin import Origin, check, check_distinct
+from consonar.records import device_of
 from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Generator, TextEncoder, Weights
 
@@ -103,8 +104,11 @@ def load_own_tokenizer(path: str | Path) -> CodebookTokenizer:
     return tokenizer
 
 
-def load_own_text_encoder(path: str | Path, generator: Generator, name: str | None = None) -> TextEncoder:
-    """The text encoder that a stored generator of captions was trained with, or `name`, which has to be the same.
+def load_own_text_encoder(
+    path: str | Path, generator: Generator, name: str | None = None, *, device: torch.device | None = None
+) -> TextEncoder:
+    """The text encoder that a stored generator of captions was trained with, or `name`, which has to be the same, on
+    `device` (None: where the generator is).
 
     `UserError` for a generator that takes no captions, and where the encoder is not there or has changed.
     """
@@ -117,7 +121,7 @@ def load_own_text_encoder(path: str | Path, generator: Generator, name: str | No
         raise UserError(
             f"text_encoder: {path} does not say what reads its captions; add --text-encoder: {readers(shape)}"
         )
-    encoder = load_caption_reader(shape, chosen, recorded=origin.text_encoder_fingerprint)
+    encoder = load_caption_reader(shape, chosen, device or device_of(generator), origin.text_encoder_fingerprint)
     here = Origin(text_encoder=chosen, text_encoder_fingerprint=encoder.fingerprint)
     check("text_encoder", here, origin, str(path), "its features mean something else; give the one it was trained with")
     return encoder

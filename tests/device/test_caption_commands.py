@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from device import graphs
 from interface.test_captions_cli import MODEL, save_encoder, save_tokenizer_of_32
 
 from consonar import cli
-from consonar.networks.text_encoders import load_text_encoder
+from consonar.components import load_generator, load_own_text_encoder
+from consonar.networks.text_encoders import PretrainedTextEncoder, load_text_encoder
+from consonar.types import TextCondition
 
 pytest.importorskip("transformers")
 LOOP = ["--loop.batch-size", "4", "--loop.steps", "2", "--loop.log-every", "1", "--data.validation-items", "4",
@@ -27,7 +30,15 @@ def models(tmp_path: Path) -> None:
     load_text_encoder(str(tmp_path / "enc"), length=12)
 
 
-def test_captions_go_through_every_command_on_the_device(models, cuda, tmp_path: Path) -> None:
+def test_captions_go_through_every_command_on_the_device(models, cuda, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))  # no caption is known
+    plain, read_on = PretrainedTextEncoder.encode, list[str]()
+
+    def encode(self: PretrainedTextEncoder, captions: Sequence[str]) -> TextCondition:
+        read_on.append(self.network.device.type)
+        return plain(self, captions)
+
+    monkeypatch.setattr(PretrainedTextEncoder, "encode", encode)
     cli.main(["tokenize", "--tokenizer", str(tmp_path / "tok"), "--data", "scenes:8", "--split", "train",
               "--text-encoder", str(tmp_path / "enc"), "--out", str(tmp_path / "scenes")])  # fmt: skip
     cli.main(["train", "ar-scenes", "--tokenizer", str(tmp_path / "tok"), "--data.tokens", str(tmp_path / "scenes"),
@@ -49,3 +60,6 @@ def test_captions_go_through_every_command_on_the_device(models, cuda, tmp_path:
         with np.load(out) as found:
             drawn.append(found["tokens"])
     assert len(graphs.STATE.made) > made and np.array_equal(*drawn)
+    encoder = load_own_text_encoder(tmp_path / "vapi", load_generator(tmp_path / "vapi").to("cuda"))
+    assert encoder.network.device.type == "cuda"  # as evaluate and diagnose load it
+    assert read_on == ["cuda", "cuda"]  # for tokenize and the first sample; what is read is kept

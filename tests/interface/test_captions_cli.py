@@ -250,6 +250,15 @@ def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, 
         return f"arrow:{tmp_path / 'data'}"
 
     words = ["tokenize", "--tokenizer", str(place / "tok"), "--out", str(tmp_path / "out"), "--data"]
+    main([*words[:-2], str(tmp_path / "kept"), "--data", given(["a dog", "a cat"]), "--captions", "--split", "train"])
+    assert TokenStore.open(tmp_path / "kept").metadata.views == "center"  # mirrored, captions may be untrue
+    without = f"{given(['a dog', 'a cat'])}?caption="
+    for asked in ([*words, without, "--captions"], ["train", "ce-scenes", "--init", str(place / "run"), "--out",
+                  str(tmp_path / "ce"), "--data", without]):  # fmt: skip
+        with monkeypatch.context() as untouched:  # before a picture is read
+            untouched.delattr("consonar.data.huggingface.DatasetImages.read")
+            line = refusal(capsys, *asked)
+        assert "data: no caption column in 'arrow:" in line and line.endswith("; its columns: image, caption\n")
     few = given(["a dog", "", None, *["a cat"] * 5])
     line = refusal(capsys, *words, few, "--captions", "--validation-split", "0%")
     assert re.search(
@@ -270,7 +279,7 @@ def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, 
     monkeypatch.delattr("consonar.data.huggingface.DatasetImages.captions")
     line = refusal(capsys, *words, few, "--captions", "--validation-split", "0%")
     assert re.search(r"--captions: arrow:\S+, shard 0: 2 of 8 items have no caption", line)
-    main([*words, few, "--validation-split", "0%"])  # goes on with that shard
+    main([*words, few, "--validation-split", "0%", "--views", "center"])  # goes on with that shard
     assert TokenStore.open(tmp_path / "out").metadata.counts.captioned == 7
 
 
@@ -281,11 +290,18 @@ def test_an_encoder_that_nothing_reads_is_refused(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", ["vapi-scenes", "vapi-spatial-scenes", "ce-scenes"])
-def test_post_training_reads_the_captions_of_pictures(place, tmp_path, recipe):
+def test_post_training_reads_the_captions_of_pictures(place, tmp_path, recipe, monkeypatch):
     words = ["--init", str(place / "run"), "--data", "scenes:12", "--data.validation-items", "4", "--quiet",
              "--loop.steps", "2", "--loop.batch-size", "4", "--loop.save-every", "1", "--loop.precision", "fp32",
              "--objective.rewards", "mse=1,compositional=0"]  # fmt: skip
-    main(["train", recipe, "--out", str(tmp_path / "whole"), *words])
+    seen = []
+    with monkeypatch.context() as first:  # nothing is known of any caption
+        first.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+        first.setattr(
+            "consonar.training.run.how_far", lambda *what, **how: lambda *done: seen.append((what, how, done))
+        )
+        main(["train", recipe, "--out", str(tmp_path / "whole"), *words])
+    assert seen[0][:2] == ((f"{recipe}: captions",), {"quiet": True}) and seen[0][2][0] == seen[0][2][1] > 4
     first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().split("\n")[0])
     assert 0 <= first["validation/reward_compositional"] <= 1
     start, whole = (load_generator(folder).state_dict() for folder in (place / "run", tmp_path / "whole"))

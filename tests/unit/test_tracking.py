@@ -14,6 +14,16 @@ CONFIG = TrainConfig(recipe="tiny", tokenizer="t", loop=LoopConfig(steps=10))
 LONG = replace(CONFIG, loop=LoopConfig(steps=120))
 
 
+def test_how_far_something_is_says_a_line_now_and_then(capsys, monkeypatch):
+    for every, quiet, lines in ((0, False, 2), (60, False, 1), (0, True, 0)):
+        monkeypatch.setattr(tracking, "EVERY", every)
+        told = tracking.how_far("captions", quiet=quiet)
+        for done in (64, 128, 1500):
+            told(done, 1500)
+        said = capsys.readouterr().out.splitlines()
+        assert said == ["captions: 64 of 1,500 are read", "captions: 128 of 1,500 are read"][:lines]
+
+
 def test_metrics_are_lines_of_json(tmp_path):
     tracker = Tracker(tmp_path, CONFIG, quiet=True)
     tracker.log(1, {"train/loss": 0.5, "train/rate": 2.0}, rate=3.0)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from consonar.cli import say
 from consonar.components import load_own_text_encoder
 from consonar.errors import UserError, printable, reading
@@ -20,10 +22,12 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [str(prompt).encode().decode()]
 
 
-def prompts_for(generator: Generator, source: str, texts: list[str], encoder_name: str | None) -> Prompts:
+def prompts_for(
+    generator: Generator, source: str, texts: list[str], encoder_name: str | None, device: torch.device
+) -> Prompts:
     """Their features by the generator's own text encoder; a prompt that is too long for it is cut, which is said, as it
     is of words that it does not know."""
-    encoder = load_own_text_encoder(source, generator, encoder_name)
+    encoder = load_own_text_encoder(source, generator, encoder_name, device=device)
     different = list(dict.fromkeys(texts))
     for text in different:
         if encoder.is_cut(text):

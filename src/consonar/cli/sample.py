@@ -77,7 +77,7 @@ def command(options: Options) -> None:
         codec = own or load_tokenizer(str(options.tokenizer), num_tokens=model.num_tokens)
         origin = read_origin(options.generator)
         if texts:
-            prompts = prompts_for(model, options.generator, texts, options.text_encoder)
+            prompts = prompts_for(model, options.generator, texts, options.text_encoder, world.device)
             labels = numbers_of_prompts(options, len(texts))
         else:
             prompts = None

@@ -54,8 +54,8 @@ class Options:
     """What images without a label become in data with classes: the id or name of a class, or drop."""
     bad: BadImageGroup
     views: str | None = None
-    """Crops kept of each training image: center, center_flip, ten_crop, shift_flip (default: center_flip, of scenes
-    center); of other splits the centre is kept."""
+    """Crops kept of each training image: center, center_flip, ten_crop, shift_flip (default: center_flip; of scenes,
+    and with captions, which may tell left from right, center); of other splits the centre is kept."""
     captions: tyro.conf.FlagCreatePairsOff[bool] = False
     """Refuse images without a caption (default: those that there are go into the store)."""
     text_encoder: str | None = None
@@ -155,8 +155,9 @@ def make_features(path: Path, encoder: PretrainedTextEncoder, batch_size: int, d
 
 def views_of(options: Options) -> str:
     """The views of the training images. `UserError` for unknown ones, and for those that these images must not have."""
+    captioned = options.captions or options.text_encoder is not None
     if (views := options.views) is None:
-        return "center_flip" if find_source(options.data)[0].mirrors else "center"
+        return "center_flip" if find_source(options.data)[0].mirrors and not captioned else "center"
     check_choice("--views", views, VIEWS)
     if views != "center":
         check_mirrored(options.data, "--views", views)

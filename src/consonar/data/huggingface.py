@@ -88,6 +88,7 @@ class Columns:
         label_feature = features[self.label] if self.label else None
         self.class_names = tuple(label_feature.names) if isinstance(label_feature, ClassLabel) else None
         check_distinct(self.class_names, f"data: {name}")
+        self.names = tuple(features)
         self.kept = [c for c in (self.image, self.label, self.caption) if c]
 
     def label_of(self, row: JsonMap) -> int | None:
@@ -160,9 +161,9 @@ class DatasetImages:
 
     @property
     def captions(self) -> list[str | None]:
-        """Of every row."""
+        """Of every row. `UserError` where no column has them."""
         if (column := self.columns.caption) is None:
-            return [None] * len(self)
+            raise UserError(f"data: no caption column in {self.name!r}; its columns: {', '.join(self.columns.names)}")
         with reading(self.name, "a data set"):
             return [caption_of(told) for told in self.dataset.with_format(None)[column]]
 

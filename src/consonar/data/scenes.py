@@ -1,9 +1,8 @@
 """Scenes: one to four emoji on a plain or tinted ground, with captions made by rules, as many as wanted.
 
-A compositional data set for text to image, in the manner of GenEval's kinds of prompts (arXiv 2310.11513): objects,
-numbers, colours, sizes, relations. Scene i of a split is a function of the seed and i alone; it is drawn when it is
-read, and nothing is kept on a disk. The emoji are OpenMoji's (CC BY-SA 4.0). No object pairing, number, colour or size
-of an object that is in a validation scene of its kind is ever in a training scene. Single plain objects are in both.
+Kinds of prompts are GenEval's (arXiv 2310.11513) and more. Scene i of a split is a function of the seed and i alone,
+drawn when it is read; nothing is kept on a disk. At least one pairing (two objects; a number, colour or size of one) of
+a validation scene is in no training scene; single plain objects are in both. The emoji are OpenMoji's (CC BY-SA 4.0).
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +75,7 @@ class Group:
     size: str = ""
 
     def __str__(self) -> str:
-        words = [self.size, self.colour, self.object if self.count == 1 else plural(self.object)]
-        text = " ".join(word for word in words if word)
+        text = " ".join(filter(None, (self.size, self.colour, self.object if self.count == 1 else plural(self.object))))
         article = "an" if text[0] in "aeiou" else "a"
         return f"{article if self.count == 1 else NUMBERS[self.count - 1]} {text}"
 
@@ -135,7 +133,7 @@ def read_caption(text: str) -> Scene:
 
 def read_group(words: str, text: str) -> Group:
     """The group of `words`, which are part of the caption `text`."""
-    found, names = GROUP.fullmatch(words), {**{plural(name): name for name in OBJECTS}, **{n: n for n in OBJECTS}}
+    found, names = GROUP.fullmatch(words), {word: name for name in OBJECTS for word in (plural(name), name)}
     if found is None or (name := found["object"]) not in names:
         form = f"[{', '.join(NUMBERS)}] [small, large] [{', '.join(COLOURS)}] OBJECT"
         raise UserError(f"scenes: {words!r} in {text!r} is not of the form {form}; objects: {', '.join(OBJECTS)}")
@@ -148,8 +146,8 @@ def pairings(scene: Scene) -> list[str]:
     names = sorted(group.object for group in scene.groups)
     found = [" ".join(names)] if len(names) == 2 else []
     for group in scene.groups:
-        found += [f"{word} {group.object}" for word in (group.colour, group.size) if word]
-        found += [f"{group.count} {group.object}"] if group.count > 1 else []
+        words = group.colour, group.size, group.count if group.count > 1 else ""
+        found += [f"{word} {group.object}" for word in words if word]
     return found
 
 
@@ -200,6 +198,11 @@ class Scenes:
     def __len__(self) -> int:
         return self.count
 
+    @cached_property
+    def captions(self) -> list[str | None]:
+        """Of every picture, none of which is drawn for them."""
+        return [str(self.placed(index)[0]) for index in range(self.count)]
+
     def scene(self, index: int) -> tuple[Scene, random.Random]:
         """What picture `index` shows, and what draws it."""
         rng = random.Random(f"{VERSION}/{self.seed}/{self.split}/{index}")
@@ -241,9 +244,7 @@ def place(scene: Scene, image_size: int, rng: random.Random) -> list[Placed]:
     unit, total = image_size / 64, sum(group.count for group in scene.groups)
     stacked = scene.relation in ("above", "below") or (not scene.relation and rng.random() < 0.5)
     order = scene.groups[::-1] if scene.relation in ("right of", "below") else scene.groups
-    rows: list[tuple[Group, int]] = [(group, group.count) for group in order]
-    if len(order) == 1 and total > 2:
-        rows = [(order[0], 2), (order[0], total - 2)]
+    rows = [(order[0], 2), (order[0], total - 2)] if len(order) == 1 and total > 2 else [(g, g.count) for g in order]
     placed: list[Placed] = []
     for row, (group, count) in enumerate(rows):
         for column in range(count):
@@ -268,8 +269,7 @@ def side_of(size: str, cell: float, total: int) -> float:
 def picture_of(ground: str, placed: Sequence[Placed], image_size: int) -> Image.Image:
     picture = Image.new("RGB", (image_size, image_size), GROUNDS[ground])
     for one in placed:
-        emoji = sprite(one.object, one.colour, one.side)
-        picture.paste(emoji, (one.left, one.top), emoji)
+        picture.paste(emoji := sprite(one.object, one.colour, one.side), (one.left, one.top), emoji)
     return picture
 
 

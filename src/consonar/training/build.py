@@ -37,7 +37,7 @@ from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
 from consonar.training.best import BEST_BY, DistanceToHeldOut, KeepBest
-from consonar.training.captions import caption_features, captions_of_pictures, read_by, text_encoder_of
+from consonar.training.captions import Progress, caption_features, captions_of_pictures, read_by, text_encoder_of
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
 from consonar.training.lora import StartModel, adapt
@@ -53,10 +53,10 @@ PROBE_IMAGES = 8
 """From how many images, drawn over all of them, the decoder's receptive field is measured."""
 
 
-def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Built:
+def build(config: TrainConfig, world: World, batch_size: int, out: Path, progress: Progress) -> Built:
     """All of a run that `resolve_start` has completed; `batch_size` is that of this process. Raises `UserError`."""
     place = Place(batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
-    built = RUNS[config.run](config, world, place, out)
+    built = RUNS[config.run](config, world, place, out, progress)
     unread = "is read only with data for validation, and there are none; set it to"
     if built.held_out is None and config.data.validation_items:
         raise UserError(f"data.validation_items: {config.data.validation_items} {unread} 0")
@@ -67,7 +67,7 @@ def build(config: TrainConfig, world: World, batch_size: int, out: Path) -> Buil
     return built
 
 
-def generator_run(config: TrainConfig, world: World, place: Place, out: Path) -> Built:
+def generator_run(config: TrainConfig, world: World, place: Place, out: Path, progress: Progress) -> Built:
     """Training on tokens: plain AR and reAR, from random weights or from those of `init`."""
     data, shape = config.data, config.model
     assert isinstance(shape, GeneratorConfig) and config.tokenizer is not None  # `resolve_start`
@@ -81,20 +81,20 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     objective = make_objective(config, world, tokenizer)
     encoder = text_encoder_of(config, shape, world.device)
     origin = read_by(store.origin, encoder, config.text_encoder)
-    batches = TokenBatches(store, data.weights, caption_features(store, encoder), **place)
+    batches = TokenBatches(store, data.weights, caption_features(store, encoder, progress), **place)
     about = (store.describe(), *((batches.captions.about,) if batches.captions else ()))
     built, shown = Built(trainee, objective, batches, about=about), batches
     if data.validation_tokens:
         held_out = open_held_out(data.validation_tokens, config.tokenizer, store)
         held_out.check_tokenizer(tokenizer)
-        built.held_out = shown = TokenBatches(held_out, captions=caption_features(held_out, encoder), **place)
+        built.held_out = shown = TokenBatches(held_out, captions=caption_features(held_out, encoder, progress), **place)
         origin = replace(origin, validation_sha256=held_out.origin.data_sha256)
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, shown.captions)
     built.origin = origin_of(config, f"data.tokens: {data.tokens}", store.fingerprint, origin)
     return built
 
 
-def post_training_run(config: TrainConfig, world: World, place: Place, out: Path) -> Built:
+def post_training_run(config: TrainConfig, world: World, place: Place, out: Path, progress: Progress) -> Built:
     """Post-training on images: VA-pi and its controls, from the generator of `init`."""
     data, shape, init = config.data, config.model, config.init
     # `resolve_start`
@@ -103,8 +103,8 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     model = start_of(config, shape, tokenizer, world.device)
     encoder = text_encoder_of(config, shape, world.device)
     pictures = open_pictures(config, tokenizer.image_size, out)
-    shown = captions_of_pictures(pictures.train, encoder)
-    held_out = captions_of_pictures(pictures.held_out, encoder) if pictures.held_out else None
+    shown = captions_of_pictures(pictures.train, encoder, progress)
+    held_out = captions_of_pictures(pictures.held_out, encoder, progress) if pictures.held_out else None
     origin = read_by(pictures.origin, encoder, config.text_encoder, shown, held_out)
     origin = origin_of(config, f"data.images: {data.images}", tokenizer.fingerprint, origin)
     # Where every class is dropped none is needed: the condition that all get is the null class, behind the others.
@@ -138,7 +138,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     return built
 
 
-def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path) -> Built:
+def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path, progress: Progress) -> Built:
     shape = config.model
     assert shape is not None  # its configuration is not valid without
     tokenizer = TOKENIZERS[shape.kind].model(shape, name=out.absolute().name)
@@ -155,7 +155,7 @@ def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path) ->
     return built
 
 
-RUNS: dict[str, Callable[[TrainConfig, World, Place, Path], Built]] = {
+RUNS: dict[str, Callable[[TrainConfig, World, Place, Path, Progress], Built]] = {
     "generator": generator_run,
     "post-training": post_training_run,
     "tokenizer": tokenizer_run,

@@ -1,7 +1,7 @@
 """Captions as what a generator is conditioned on: its text encoder, and the features of a store's captions."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,9 @@ from consonar.networks.text_encoders import load_caption_reader, readers
 from consonar.origin import Origin
 from consonar.training.config import TrainConfig
 from consonar.types import ImageSource, TextEncoder
+
+Progress = Callable[[int, int], None]
+"""Gets how many captions of how many are read."""
 
 
 def text_encoder_of(config: TrainConfig, shape: GeneratorConfig, device: torch.device) -> TextEncoder | None:
@@ -33,18 +36,27 @@ def text_encoder_of(config: TrainConfig, shape: GeneratorConfig, device: torch.d
     return load_caption_reader(shape, name, device)
 
 
-def caption_features(store: TokenStore | TokenStores, encoder: TextEncoder | None) -> CaptionFeatures | None:
+def caption_features(
+    store: TokenStore | TokenStores, encoder: TextEncoder | None, progress: Progress
+) -> CaptionFeatures | None:
     """Those of every item; None without an encoder. `UserError` where an item has no caption."""
-    return features(store.captions if encoder else (), encoder, f"tokens: {str(store.path)!r}")
+    return None if encoder is None else features(store.captions, encoder, f"tokens: {str(store.path)!r}", progress)
 
 
-def captions_of_pictures(source: ImageSource, encoder: TextEncoder | None) -> CaptionFeatures | None:
-    """Those of every picture, all of which are read for it; None without an encoder. `UserError` where one has none."""
-    return features((record.caption for record in source), encoder, f"data.images: {source.name}")
+def captions_of_pictures(
+    source: ImageSource, encoder: TextEncoder | None, progress: Progress
+) -> CaptionFeatures | None:
+    """Those of every picture, all of which are read where the source knows its captions no other way; None without an
+    encoder. `UserError` where one has none."""
+    if encoder is None:
+        return None
+    known: Iterable[str | None] | None = getattr(source, "captions", None)
+    captions = (record.caption for record in source) if known is None else known
+    return features(captions, encoder, f"data.images: {source.name}", progress)
 
 
-def features(captions: Iterable[str | None], encoder: TextEncoder | None, where: str) -> CaptionFeatures | None:
-    return None if encoder is None else CaptionFeatures(all_captions(captions, where), encoder, where=where)
+def features(captions: Iterable[str | None], encoder: TextEncoder, where: str, progress: Progress) -> CaptionFeatures:
+    return CaptionFeatures(all_captions(captions, where), encoder, where=where, progress=progress)
 
 
 def read_by(

@@ -35,7 +35,7 @@ from consonar.training.lora import moving
 from consonar.training.objectives.alignment import AlignmentConfig
 from consonar.training.optim import build_optimizer
 from consonar.training.origins import FILE, check_same_origin, comparable, resolve_start
-from consonar.training.tracking import Tracker, check_sinks
+from consonar.training.tracking import Tracker, check_sinks, how_far
 
 CONFIG = "config.json"
 SESSIONS = "sessions.json"
@@ -78,7 +78,8 @@ def train(
             check_folder(config, out, resume)  # it may have become another process's run before it was held
             if resume:
                 timing.go_on_with(out / KERNELS)
-            built = build(config, world, batch_size, out)
+            progress = how_far(f"{config.recipe}: captions", quiet=quiet or not world.is_main)
+            built = build(config, world, batch_size, out, progress)
             if resume:
                 check_same_origin(out, built.origin)
             state = start_state(config, built, world)

@@ -20,6 +20,9 @@ from consonar.files.writers import write_atomically
 from consonar.json_types import Json
 from consonar.training.config import TrainConfig
 
+EVERY = 20.0
+"""Seconds between two lines about one thing."""
+
 
 @dataclass(frozen=True)
 class Sink:
@@ -61,6 +64,19 @@ def show(console: Console, text: str) -> None:
         console.print(text, soft_wrap=True)
     except (OSError, UnicodeEncodeError, SystemExit):  # what rich does about a closed pipe is to end the process
         console.quiet = True
+
+
+def how_far(what: str, *, quiet: bool) -> Callable[[int, int], None]:
+    """A progress callback (done, total) that shows a line at first and every `EVERY` seconds, unless it is quiet."""
+    console, said = Console(quiet=quiet, highlight=False, markup=False), -math.inf
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if done < total and time.monotonic() - said >= EVERY:
+            said = time.monotonic()
+            show(console, f"{what}: {done:,} of {total:,} are read")
+
+    return progress
 
 
 def check_sinks(names: tuple[str, ...]) -> None:
