@@ -78,8 +78,8 @@ def train(
             check_folder(config, out, resume)  # it may have become another process's run before it was held
             if resume:
                 timing.go_on_with(out / KERNELS)
-            progress = how_far(f"{config.recipe}: captions", quiet=quiet or not world.is_main)
-            built = build(config, world, batch_size, out, progress)
+            captions = how_far(f"{config.recipe}: captions", quiet=quiet or not world.is_main)
+            built = build(config, world, batch_size, out, captions)
             if resume:
                 check_same_origin(out, built.origin)
             state = start_state(config, built, world)
@@ -87,8 +87,7 @@ def train(
             describe(config, built, out, world)
             if state.step < config.loop.steps and not state.stopped:
                 add_session(config, chosen, state.step, out, world)
-            enabled = world.is_main
-            tracker = Tracker(out, config, resume_step=state.step, enabled=enabled, quiet=quiet, on_step=on_step)
+            tracker = Tracker(out, config, resume_step=state.step, enabled=world.is_main, quiet=quiet, on_step=on_step)
             for line in built.about:
                 tracker.say(line)
             if note:
