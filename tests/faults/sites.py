@@ -18,6 +18,7 @@ UNREACHED = {
     "cpu/timing.py:_measure_and_keep": "what is faster here, which the commands are told not to measure",
     "cpu/timing.py:keep_for_run": "the same",
     "data/openmoji.py:_render_all": "thousands of emoji, into the cache",
+    "data/shard_index.py:index_of": "where pictures lie in shards, into the cache",
     "demo/job.py:claim": "minutes of the other commands",
     "demo/job.py:run_demo": "the same",
     "evaluation/check.py:stand_in": "in a temporary folder",

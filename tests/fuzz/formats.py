@@ -31,6 +31,7 @@ from consonar.data.bad_images import BadImages, readable_rows
 from consonar.data.labels import read_class_file
 from consonar.data.loader import TokenBatches
 from consonar.data.picture_files import read_image
+from consonar.data.shard_index import SCHEMA, kept_index
 from consonar.data.shards import open_shards
 from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
@@ -164,6 +165,12 @@ def make_table(folder: Path, ending: str) -> None:
 
 def shards(kind: str, ending: str, make: Callable[[Path], None]) -> Format:
     return Format(f"a.{ending}", make, lambda folder: list(open_shards(kind, str(folder / f"a.{ending}"), "train")))
+
+
+def make_index(folder: Path) -> None:
+    table = pa.table([[0, 1, 1], [0, 0, 512], [512, 512, 1024], [1, None, 2], ["x", None, "yy"]], schema=SCHEMA)
+    with pa.ipc.new_file(str(folder / "i.arrow"), SCHEMA) as writer:
+        writer.write_table(table)
 
 
 def make_samples(folder: Path) -> None:
@@ -401,6 +408,7 @@ FORMATS = {
     "webdataset": shards("webdataset", "tar", make_tar),
     "parquet shard": shards("parquet", "parquet", partial(make_table, ending="parquet")),
     "arrow shard": shards("arrow", "arrow", partial(make_table, ending="arrow")),
+    "shard index": Format("i.arrow", make_index, lambda folder: kept_index(folder / "i.arrow", 2).to_pylist()),
     "png": picture("PNG"),
     "palette png": Format(
         "a.png",

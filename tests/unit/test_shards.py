@@ -5,24 +5,34 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import picture
+from conftest import picture, same
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 
 from consonar import cli
+from consonar.data import loader, tables
 from consonar.data.bad_images import BadImages
+from consonar.data.loader import image_batches
 from consonar.data.picture_files import ShardStream
+from consonar.data.shard_index import in_any_order
 from consonar.data.shards import expanded, open_shards
 from consonar.data.sources import open_source
+from consonar.data.splits import open_splits
 from consonar.data.tokenizing import write_token_store
 from consonar.data.tokens import TokenStore
-from consonar.errors import UserError
+from consonar.errors import BadImage, UserError
+from consonar.training.config import DataConfig
+from consonar.training.objectives.reconstruction import ReconstructionConfig
+from consonar.training.run import train
+from consonar.training.tracking import read_metrics
+from consonar.types import IndexedSource
 
 
 def encoded(index: int, kind: str = "PNG") -> bytes:
@@ -200,6 +210,99 @@ def test_pictures_of_shards_without_a_label(default, expected, tmp_path, tokeniz
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def told(record) -> tuple:
+    return record.name, record.label, record.caption, record.image.tobytes()
+
+
+def assert_in_any_order(source) -> None:
+    """As an indexed source it has the pictures of the stream, and knows labels and captions before it reads one."""
+    expected, indexed = list(source), in_any_order(source)
+    assert isinstance(indexed, IndexedSource) and len(indexed) == len(expected) > 6
+    for index in (5, 0, len(expected) - 1, 3):
+        assert told(indexed.read(index)) == told(expected[index])
+    assert indexed.labels == [record.label for record in expected]
+    assert indexed.captions == [record.caption for record in expected]
+    assert (indexed.name, indexed.class_names, indexed.content_hash) == (
+        source.name, source.class_names, source.content_hash
+    )  # fmt: skip
+
+
+def test_tars_are_read_in_any_order_by_an_index_that_is_made_once(tars, cache, monkeypatch):
+    """Long names have headers of their own; what is no picture may stand between the files of a sample."""
+    files = [("x" * 120 + ".txt", b"said"), ("x" * 120 + ".npy", b"left out"), ("x" * 120 + ".png", encoded(12))]
+    (tars / "train-0004.tar").write_bytes(tar_of(*files, ("last.json", b'{"caption": "no picture"}')))
+    assert_in_any_order(open_source(f"webdataset:{tars}/train-{{0000..0003}}.tar", image_size=16))
+    last = in_any_order(open_source(f"webdataset:{tars}", image_size=16))
+    assert last.labels[-2:] == [None, None] and last.captions[-2:] == ["said", "no picture"]
+    assert last.read(12).image.tobytes() == picture(12).tobytes()
+    with pytest.raises(BadImage, match=r"train-0004\.tar/last: no picture beside json"):
+        last.read(13)
+    monkeypatch.setattr("consonar.data.tars.tar_members", None)
+    assert in_any_order(open_source(f"webdataset:{tars}", image_size=16)).labels == last.labels
+    for path in (cache / "shards").iterdir():
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"shards/\w+\.arrow: not an index of shards.*delete it"):
+        in_any_order(open_source(f"webdataset:{tars}", image_size=16))
+
+
+def test_more_pictures_than_memory_holds_are_read_by_the_index_or_refused(tars, cache, monkeypatch):
+    spec = f"webdataset:{tars}/train-{{0000..0003}}.tar"
+
+    def batches(memory, **place):
+        monkeypatch.setattr(loader, "MAX_MEMORY", memory)
+        source = open_splits(spec, key="split", image_size=16, any_order=True).train
+        return image_batches(source, 16, num_classes=3, batch_size=5, seed=0, **place)
+
+    for held, read in zip(*([made.batch(step) for step in range(3)] for made in map(batches, (4e9, 1))), strict=True):
+        assert same(vars(held), vars(read))
+    monkeypatch.setattr(loader, "MAX_MEMORY", 7 * 3 * 16**2)
+    packed = tars.parent / "packed.tar.gz"
+    packed.write_bytes(tar_of(*(file for index in range(8) for file in sample(index)), mode="w:gz"))
+    for spec in (f"file://{tars}/train-{{0000..0003}}.tar", str(packed)):
+        source = open_splits(f"webdataset:{spec}", key="split", image_size=16, any_order=True).train
+        with pytest.raises(UserError, match=r"^data\.images: webdataset:.* holds over 7 pictures of 16 px, .*; put sh"):
+            image_batches(source, 16, num_classes=3, batch_size=5, seed=0)
+
+
+def test_a_share_of_shards_is_held_out_where_it_is_asked_for(tars, cache, tmp_path, tokenizer_folder):
+    argv = [
+        "tokenize",
+        "--tokenizer",
+        str(tokenizer_folder),
+        "--data",
+        f"webdataset:{tars}",
+        "--validation-split",
+        "25%",
+    ]
+    cli.main([*argv, "--out", str(tmp_path / "t")])
+    stores = [TokenStore.open(tmp_path / name) for name in ("t", "t-validation")]
+    names = [store.table.column("name").to_pylist() for store in stores]
+    assert len(names[1]) == 3 and sorted(names[0] + names[1]) == [name for name, _ in EXPECTED]
+
+
+def test_a_tokenizer_is_trained_on_shards(tars, cache, tmp_path, tokenizer, make_config, monkeypatch):
+    """On a part that is held out for it, read when it is needed; of itself nothing is."""
+    monkeypatch.setattr(loader, "MAX_MEMORY", 1)
+    config = make_config(
+        recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config,
+        objective=ReconstructionConfig(perceptual_weight=0), loop={"steps": 1},
+        data=DataConfig(images=f"webdataset:{tars}"),
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"data\.validation_split: nothing is held out of webdataset:.*or a share such as"
+    ):
+        train(config, tmp_path / "run")
+    run = train(replace(config, data=replace(config.data, validation_split="25%")), tmp_path / "run", quiet=True)
+    assert (run / "model" / "config.json").is_file()
+    assert "validation/psnr" in read_metrics(run / "metrics.jsonl")[-1]
+
+
+@pytest.fixture
 def table() -> Dataset:
     features = Features(image=ImageFeature(), label=ClassLabel(names=["a", "b"]), caption=Value("string"))
     rows = {
@@ -211,7 +314,7 @@ def table() -> Dataset:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow stream", "arrow file", "parquet of bytes"])
-def test_shards_that_are_tables(kind, table, tmp_path, tokenizer):
+def test_shards_that_are_tables(kind, table, tmp_path, tokenizer, cache, monkeypatch):
     name = kind.split()[0]
     for shard in range(2):
         part = table.shard(2, shard, contiguous=True).with_format("arrow")[:]
@@ -232,6 +335,12 @@ def test_shards_that_are_tables(kind, table, tmp_path, tokenizer):
     assert [r.label for r in records] == [i % 2 for i in range(8)]
     assert [r.caption for r in records] == [None if "bytes" in kind else f"c{i}" for i in range(8)]
     assert records[5].image.tobytes() == picture(5).tobytes()
+    assert_in_any_order(source)
+    if kind == "parquet":
+        monkeypatch.setattr(tables, "MAX_GROUP", 100)
+        (cache / "shards").rename(cache / "before")
+        with pytest.raises(UserError, match=r"0\.parquet: row groups of .* MB, all .*; write smaller ones, or"):
+            in_any_order(source)
     (tmp_path / f"1.{name}").write_bytes((tmp_path / f"1.{name}").read_bytes()[:-300])
     with pytest.raises(UserError, match=rf"1\.{name}: not a shard \({name}\), damaged or cut short"):
         write_token_store(tmp_path / "t", source, tokenizer)

@@ -95,6 +95,9 @@ class Columns:
         label: int | None = row[self.label] if self.label else None
         return None if label == -1 else label
 
+    def caption_in(self, row: JsonMap) -> str | None:
+        return caption_of(row[self.caption]) if self.caption else None
+
     def record(self, row: JsonMap, name: str) -> ImageRecord:
         """The picture of a row, decoded."""
         encoded = row[self.image]
@@ -108,9 +111,7 @@ class Columns:
 
             with reading(name, "a picture elsewhere", kind=BadImage), fsspec.open(data, "rb") as file:
                 data = file.read()
-        return ImageRecord(
-            read_image(data, name), name, self.label_of(row), caption_of(row[self.caption]) if self.caption else None
-        )
+        return ImageRecord(read_image(data, name), name, self.label_of(row), self.caption_in(row))
 
     def unread(self, row: JsonMap, name: str) -> Unread:
         """The picture of a row, not decoded."""

@@ -32,7 +32,7 @@ MANY = 2**31
 BLOCK = 10_000
 """Items after which several stores have given exactly their shares."""
 MAX_MEMORY = 4e9
-"""Bytes of decoded images held in memory; a larger source is read again in every epoch."""
+"""Bytes of decoded images held in memory; a larger source is read again in every epoch, and must be `IndexedSource`."""
 
 
 @lru_cache(maxsize=64)
@@ -273,9 +273,18 @@ def image_batches(
 def load_images(
     source: ImageSource, image_size: int, *, num_classes: int | None = None, missing: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """All images (n, S, S, 3) uint8 of a source, and their conditions (n,), see `item_of`."""
+    """All images (n, S, S, 3) uint8 of a source, and their conditions (n,), see `item_of`; `UserError` for more of them
+    than `MAX_MEMORY`."""
     check_labels(source, num_classes, missing)
-    items = [item_of(record, image_size, num_classes, missing) for record in source]
+    items, room = list[tuple[np.ndarray, int]](), MAX_MEMORY // (3 * image_size**2)
+    for record in source:
+        if len(items) >= room:
+            held = f"holds over {room:,.0f} pictures of {image_size} px, {MAX_MEMORY / 1e9:.3g} GB in every process"
+            remedy = (
+                "put shards (tars as they are, Parquet, Arrow) or a folder on this machine, or take hf: for hf-stream:"
+            )
+            raise UserError(f"data.images: {source.name} {held}, and is read from its beginning alone; {remedy}")
+        items.append(item_of(record, image_size, num_classes, missing))
     if not items:
         raise UserError(f"data.images: {source.name} holds no image")
     return stacked(items)

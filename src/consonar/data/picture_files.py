@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -53,6 +53,17 @@ class Unread:
     label: int | None
     read: Callable[[], ImageRecord]
     """Decodes it; from any thread."""
+    caption: str | None = None
+
+
+class Row(NamedTuple):
+    """Where a picture lies in a shard, and what is said of it."""
+
+    start: int
+    stop: int
+    """Of a tar its first and last byte; of a table the number of the piece, and of the row in it."""
+    label: int | None
+    caption: str | None
 
 
 @dataclass(eq=False)
@@ -65,6 +76,8 @@ class ShardStream:
     shard: Callable[[int], Iterator[Unread]]
     """The pictures of a shard, 0 <= index < num_shards, anew each time."""
     content_hash: str | None = None
+    indexed: Callable[[], IndexedSource] | None = None
+    """The same pictures in any order, where that is possible."""
 
     def __iter__(self) -> Iterator[ImageRecord]:
         unread = itertools.chain.from_iterable(map(self.shard, range(self.num_shards)))

@@ -241,7 +241,9 @@ def relabelled(
         return replace(record, label=relabel(record.label))
 
     if isinstance(source, ShardStream):
-        return replace(source, class_names=given, shard=partial(moved_shard, source, relabel, default == DROP))
+        return replace(
+            source, class_names=given, shard=partial(moved_shard, source, relabel, default == DROP), indexed=None
+        )
     if not isinstance(source, IndexedSource):
         kept = partial(filter, lambda record: default != DROP or record.label is not None)
         # No generator: these go on behind a picture that could not be read.

@@ -12,6 +12,7 @@ from typing import Any
 
 from consonar.data.image_folder import choose_split
 from consonar.data.labels import describe
+from consonar.data.shard_index import in_any_order
 from consonar.data.sources import Part, find_source, labelled, open_source
 from consonar.errors import MissingSplit, UserError
 from consonar.seeding import generator, permutation
@@ -43,12 +44,21 @@ def share_of(wanted: str | None, key: str) -> float | None:
 
 
 def open_splits(
-    spec: str, wanted: str | None = None, *, key: str, image_size: int, otherwise: float = HELD_OUT, **labels: Any
+    spec: str,
+    wanted: str | None = None,
+    *,
+    key: str,
+    image_size: int,
+    otherwise: float = HELD_OUT,
+    any_order: bool = False,
+    **labels: Any,
 ) -> Splits:
     """The images that `spec` names, opened with the `labels` of `open_source`, to train on and to validate on.
 
     `wanted` is the name of the split to validate on, or a share of `train` such as 5% (0%: none is held out). None: the
     split validation, else test, else the share `otherwise` of `train`, where that has two pictures and is no stream.
+    Shards that have an order of their own are read in any order (`in_any_order`) where a share of them is wanted, and
+    for `any_order`.
     Which splits there are is asked before pictures are read. Raises `UserError` that begins with `key` for a split that
     is not there or is trained on, and where what is wanted cannot be held out; otherwise as `open_source` does.
     """
@@ -74,6 +84,8 @@ def open_splits(
     source = opened(split="train")
     if share is None:
         share = otherwise if isinstance(source, IndexedSource) and len(source) > 1 else 0
+    if share or any_order:
+        source = in_any_order(source)
     return hold_out(source, share, key, label=label) if share else Splits(label(source), None)
 
 

@@ -261,13 +261,13 @@ def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
     if data.flip:
         check_mirrored(data.images, "data.flip", data.flip)
     splits = open_splits(
-        data.images, data.validation_split, key=key, image_size=image_size, classes=data.classes,
-        label_default=data.label_default,
+        data.images, data.validation_split, key=key, image_size=image_size, any_order=True,
+        classes=data.classes, label_default=data.label_default,
         model_classes=read_origin(config.init).class_names if config.init and config.run != "tokenizer" else None,
     )  # fmt: skip
     train, held_out = splits.train, splits.validation
     if held_out is None and config.run == "tokenizer":
-        found = data.validation_split or f"nothing can be held out of {train.name}"
+        found = data.validation_split or f"nothing is held out of {train.name}"
         raise UserError(
             f"{key}: {found}, and a tokenizer is validated; name a split of the data, or a share such as 5%"
         )

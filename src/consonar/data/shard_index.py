@@ -1,0 +1,113 @@
+"""Shards on this machine in any order: where every picture lies, what is said of it, found once and kept in the cache.
+
+An index takes some 30 bytes a picture and its caption, mapped from the disk.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+
+from consonar.data.picture_files import Row, ShardStream, Unread, decoding_threads
+from consonar.data.store_format import check_buffers
+from consonar.errors import reading
+from consonar.files.lock import making
+from consonar.files.writers import cache_dir, keep
+from consonar.types import ImageRecord, ImageSource
+
+VERSION = 1
+SCHEMA = pa.schema(
+    {"shard": pa.int32(), "start": pa.int64(), "stop": pa.int64(), "label": pa.int64(), "caption": pa.string()}
+)
+REMEDY = "delete it, it is made again"
+
+
+@dataclass(eq=False)
+class IndexedShards:
+    """An `IndexedSource` of the `pictures` that an index says; each of them is found by `picture`, from its shard, its
+    number there, and what its `Row` has as start and stop."""
+
+    name: str
+    class_names: tuple[str, ...] | None
+    pictures: pa.Table
+    picture: Callable[[int, int, int, int], Unread]
+    content_hash: str
+
+    def __post_init__(self) -> None:
+        self.shards, self.starts, self.stops = (
+            self.pictures.column(name).to_numpy() for name in ("shard", "start", "stop")
+        )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.read, range(len(self)))
+
+    def read(self, index: int) -> ImageRecord:
+        """Picture `index`, decoded."""
+        shard = int(self.shards[index])
+        number = index - int(np.searchsorted(self.shards, shard))
+        return self.picture(shard, number, int(self.starts[index]), int(self.stops[index])).read()
+
+    @property
+    def labels(self) -> list[int | None] | None:
+        """Of every picture; None where none has one."""
+        column = self.pictures.column("label")
+        return None if column.null_count == len(column) else column.to_pylist()
+
+    @property
+    def captions(self) -> list[str | None]:
+        return self.pictures.column("caption").to_pylist()
+
+
+def in_any_order(source: ImageSource) -> ImageSource:
+    """The same pictures as an `IndexedSource`, where they can be read so."""
+    return source.indexed() if isinstance(source, ShardStream) and source.indexed else source
+
+
+def index_of(content: str, num_shards: int, rows: Callable[[int], Iterable[Row]]) -> pa.Table:
+    """All `rows` of the shards with this content: from the cache, or found, by threads, and kept there."""
+    name = hashlib.sha256(f"{VERSION} {content}".encode()).hexdigest()[:32]
+    path = cache_dir() / "shards" / f"{name}.arrow"
+    if path.exists():
+        return kept_index(path, num_shards)
+    with making(path) as beat:
+        if path.exists():  # another process has made it meanwhile
+            return kept_index(path, num_shards)
+
+        def part(shard: int) -> pa.Table:
+            found = list(rows(shard))
+            columns = list(zip(*found, strict=True)) if found else [()] * 4
+            return pa.table([[shard] * len(found), *map(list, columns)], schema=SCHEMA)
+
+        parts, pool = [], decoding_threads()
+        try:
+            for table in pool.map(part, range(num_shards)):
+                beat()
+                parts.append(table)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        whole = pa.concat_tables(parts).combine_chunks()
+
+        def write(file: IO[bytes]) -> None:
+            with pa.ipc.new_file(file, SCHEMA) as writer:
+                writer.write_table(whole)
+
+        keep(path, write)
+    return whole
+
+
+def kept_index(path: Path, num_shards: int) -> pa.Table:
+    """That of a file of the cache; `UserError` for a damaged one."""
+    with reading(path, "an index of shards", REMEDY):
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+        check_buffers(table)
+        shards = table.column("shard").to_numpy() if table.schema.equals(SCHEMA) else np.array([-1])
+        if (np.diff(shards, prepend=0, append=num_shards) < 0).any():
+            raise ValueError(f"not of {num_shards} shards")
+    return table
