@@ -15,6 +15,7 @@ from PIL import Image
 
 from consonar.errors import UserError
 from consonar.evaluation.results import Measurement
+from consonar.networks.scene_detector import detector_sha256
 from consonar.report import MAX_RUNS, images, load_runs, write_report
 from consonar.report.records import measurement_text
 from consonar.report.tables import compared
@@ -358,7 +359,9 @@ def test_labels_that_are_no_numbers_of_prompts_are_told(two_runs, tmp_path):
         write_report(two_runs[:1], tmp_path / "r.html")
 
 
-def write_scores(run: Path, share: float, texts: list[str], weights: str | None = None) -> None:
+def write_scores(
+    run: Path, share: float, texts: list[str], *, tokenizer: str = "scenes-64", detector: str | None = None
+) -> None:
     """A file of compositional scores, as `evaluate --prompts` writes it."""
     metrics = {
         name: {"value": share, "spread": None, "interval": [share - 0.1, share + 0.1]}
@@ -367,8 +370,12 @@ def write_scores(run: Path, share: float, texts: list[str], weights: str | None 
     rows = [{"temperature": 1.0, "guidance_scale": scale, "metrics": metrics} for scale in (1.0, 3.0)]
     content = {
         "schema": 1, "prompts": {"name": "p", "texts": texts, "per_prompt": 4}, "rows": rows,
-        "ceilings": {"true pictures": {"compositional score": {"value": 0.97, "interval": [0.9, 1.0]}}},
-        "checkpoint_sha256": weights,
+        "ceilings": {
+            name: {"compositional score": {"value": value, "interval": [0.9, 1.0]}}
+            for name, value in {"true pictures": 0.97, "reconstructions": 0.9 + len(tokenizer) / 200}.items()
+        },
+        "checkpoint_sha256": None, "tokenizer": {"name": tokenizer, "fingerprint": f"print of {tokenizer}"},
+        "detector_sha256": detector or detector_sha256(),
     }  # fmt: skip
     (run / "compositional.json").write_text(json.dumps(content))
 
@@ -381,6 +388,21 @@ def test_scores_by_kind_stand_beside_their_ceiling_and_for_equal_prompts_alone(t
     assert "50 % [40, 60]" in part and "temperature 1, guidance 3" in part and "true pictures97 % [90, 100]–" in part
     assert "25 %" not in part and f"The scores of {two_runs[1].name} are not shown: they are of other prompts." in part
     assert "2 prompts, pictures of each: 4" in part
+    assert "reconstructions94 % [90, 100]" in part and "not this version's" not in part
     (two_runs[0] / "compositional.json").write_text('{"schema": 1, "prompts": {}}')
     with pytest.raises(UserError, match=r"compositional\.json: not compositional scores"):
         write_report(two_runs, tmp_path / "other.html")
+
+
+def test_scores_have_the_ceiling_of_their_own_tokenizer_and_one_detector(two_runs, tmp_path):
+    write_scores(two_runs[0], 0.5, ["a dog"])
+    write_scores(two_runs[1], 0.25, ["a dog"], tokenizer="scenes-64-f4")
+    part = " ".join(Page(write_report(two_runs, tmp_path / "a.html").read_text()).text.split())
+    assert "reconstructions (scenes-64)94 % [90, 100]" in part and "reconstructions (scenes-64-f4)96 %" in part
+    assert part.count("true pictures97 %") == 1  # alike for both
+    write_scores(two_runs[1], 0.25, ["a dog"], detector="another")
+    part = " ".join(Page(write_report(two_runs, tmp_path / "b.html").read_text()).text.split())
+    assert "25 %" not in part and f"{two_runs[1].name} are not shown: another detector looked at its pictures" in part
+    write_scores(two_runs[0], 0.5, ["a dog"], detector="another")
+    part = " ".join(Page(write_report(two_runs, tmp_path / "c.html").read_text()).text.split())
+    assert "25 %" in part and "The detector is not this version's (another...)" in part

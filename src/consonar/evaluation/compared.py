@@ -168,6 +168,7 @@ def made_of(content: JsonMap) -> Json:
     found |= {f"feature network, {key}": value for key, value in (content.get("feature_network") or {}).items()}
     found |= {"samples": samples.get("sha256"), "generator": (samples.get("settings") or {}).get("generator_sha256")}
     found["tokenizer"] = (content.get("tokenizer") or {}).get("fingerprint")
+    found["detector"] = content.get("detector_sha256")
     if "rows" not in content:  # of a tokenizer; that of a run is of its making, not of the measurement
         found |= {key: value for key, value in origin.items() if key not in ("reference", "tokenizer_place")}
     return found | {"device": (content.get("config") or {}).get("device")}

@@ -8,6 +8,7 @@ from consonar.errors import reading
 from consonar.evaluation.compositional import COMPOSITIONAL, SCORE
 from consonar.evaluation.results import Measurement, outdated
 from consonar.json_types import JsonMap
+from consonar.networks.scene_detector import detector_sha256
 from consonar.report.folders import read_note
 from consonar.report.records import Run
 
@@ -31,13 +32,15 @@ class ScoreTable(NamedTuple):
 
 
 def score_table(runs: Sequence[Run]) -> ScoreTable | None:
-    """Of the runs that were scored, on the prompts of the first of them; None where none was. `UserError` for a damaged
-    file."""
+    """Of the runs that were scored, on the prompts and by the detector of the first of them, with the ceilings of each
+    tokenizer; None where none was. `UserError` for a damaged file."""
     kinds: dict[str, None] = {}
     found: list[tuple[Run | None, str, Mapping[str, Measurement]]] = []
     notes: list[str] = []
     prompts: tuple[list[str], float] | None = None
-    ceilings: dict[str, Mapping[str, Measurement]] = {}
+    detector: str | None = None
+    ceilings: dict[str, tuple[str, Mapping[str, Mapping[str, Measurement]]]] = {}
+    """By the fingerprint of a tokenizer its name, and what true pictures score as they are and through it."""
     for run in runs:
         path = run.path / COMPOSITIONAL
         content = read_note(path)
@@ -47,16 +50,27 @@ def score_table(runs: Sequence[Run]) -> ScoreTable | None:
             asked = content["prompts"]["texts"], content["prompts"]["per_prompt"]
             rows = [(setting_of(row), metrics_of(row["metrics"])) for row in content["rows"]]
             limits = {name: metrics_of(metrics) for name, metrics in content["ceilings"].items()}
+            codec, judge = content["tokenizer"], content["detector_sha256"]
         if why := outdated(content, run.weights_sha256):
             notes.append(f"The scores of {run.name} are not shown: they {why}.")
         elif prompts not in (None, asked):
             notes.append(f"The scores of {run.name} are not shown: they are of other prompts.")
+        elif detector not in (None, judge):
+            notes.append(f"The scores of {run.name} are not shown: another detector looked at its pictures; {REMEDY}.")
         else:
-            prompts, ceilings = asked, ceilings or limits
+            prompts, detector = asked, judge
+            ceilings.setdefault(codec["fingerprint"], (codec["name"], limits))
             found += [(run, setting, metrics) for setting, metrics in rows]
     if prompts is None:
         return None
-    found += [(None, name, metrics) for name, metrics in ceilings.items()]
+    if detector != detector_sha256():
+        notes.append(f"The detector is not this version's ({str(detector)[:12]}...), whose scores may be others.")
+    for name in dict.fromkeys(name for _, limits in ceilings.values() for name in limits):
+        of = [(tokenizer, limits[name]) for tokenizer, limits in ceilings.values() if name in limits]
+        if all(metrics == of[0][1] for _, metrics in of):
+            found.append((None, name, of[0][1]))
+        else:
+            found += [(None, f"{name} ({tokenizer})", metrics) for tokenizer, metrics in of]
     for _, _, metrics in found:
         kinds |= {name: None for name in metrics if name == SCORE or name.startswith(f"{SCORE} (")}
     lines = [ScoreLine(run, setting, [cell(metrics.get(kind)) for kind in kinds]) for run, setting, metrics in found]
