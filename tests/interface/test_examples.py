@@ -144,6 +144,7 @@ def test_the_kubernetes_job_has_what_an_indexed_job_needs() -> None:
     assert f"{job['metadata']['name']}-0.{pod['subdomain']}:" in text
     (place,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "runs")
     assert container["workingDir"] == place  # tokens, models and the run are named relative to it
+    assert container["env"] == [{"name": "CONSONAR_CACHE", "value": f"{place}/cache"}]
     (shared,) = (mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm")
     assert {"name": shared, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
 

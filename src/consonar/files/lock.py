@@ -31,7 +31,7 @@ LOCK_FILE = ".lock"
 PARTIAL = ".*.partial"
 """What a file or folder is called while it is written."""
 MAX_TRIES = 1000
-LOOKS = 0.001, 0.5
+LOOKS = 0.001, 1.0
 """Seconds between two looks of who waits: first, and at most."""
 Beat = Callable[[], None]
 """To be called by who works at something that others may wait for, each time that it got on with it."""

@@ -112,7 +112,8 @@ class SharedWork:
         if change:
             for path in self.folder.glob("shard_*.*"):  # of the job that is given up
                 path.unlink()
-        write_json(record, self.settings)
+        if change or not record.exists():
+            write_json(record, self.settings)
 
     def change(self) -> str:
         """What is another than in the record of the folder, in words; empty where it is this job's."""
