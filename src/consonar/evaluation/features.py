@@ -6,6 +6,7 @@ Shapes: `B` batch, `F` features. Images are uint8 (B, H, W, 3) numpy arrays unti
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def cached_features(
     path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
     if all(of_every(path.exists(), world)):
         return kept_features(path, places, content)
-    with making(path) as beat:  # one process of `world` holds it; the others work beside
+    # One process of `world` holds it: one that waited for it would be waited for by the one that has it.
+    with making(path) if world.is_main else nullcontext(lambda: None) as beat:
         if all(of_every(path.exists(), world)):  # another job has made it meanwhile
             return kept_features(path, places, content)
 
