@@ -78,7 +78,7 @@ def configs(make_config, tokenizer, picture_folder, tmp_path):
         "rear": make_config(objective=rear, loop=loop | saving),
         "tokenizer": make_config(
             recipe="tokenizer-tiny", tokenizer=None, model=tokenizer.config, objective=reconstruction,
-            data=DataConfig(images=str(picture_folder), flip=True), loop=loop,
+            data=DataConfig(images=str(picture_folder), flip=True), loop=loop | {"activation_checkpointing": 2},
         ),
         **{name: make_config(objective=objective, **settings) for name, objective in ALIGNED.items()},
         **({"adapters": adapters} if find_spec("peft") else {}),

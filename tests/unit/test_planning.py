@@ -65,6 +65,7 @@ AR = AutoregressiveConfig(embedding_weight=1.0, head_width=64)
 VAPI = PolicyConfig(rewards={"mse": 1.0}, group_size=4, chunk=16, kl_weight=0.01)
 FREE = replace(VAPI, rollout="free", ce_weight=0.0)
 STE = StraightThroughConfig(rewards={"mse": 1.0}, perceptual_weight=0.0, chunk=16)
+GAN = ReconstructionConfig(perceptual_weight=0.0, discriminator_weight=0.1)
 CE = CrossEntropyConfig(rewards={"mse": 1.0}, chunk=16, context_noise=0.5, corruption="drawn")
 CASES = {
     **{f"{kind}, reAR": (shape, AR, {}) for kind, shape in GENERATORS.items()},
@@ -76,7 +77,8 @@ CASES = {
     "prompts": (PROMPTS, VAPI, {}),
     "straight-through": (GENERATORS["rear"], STE, {}),
     "self-rollout": (GENERATORS["rear"], CE, {}),
-    "tokenizer": (None, ReconstructionConfig(perceptual_weight=0.0, discriminator_weight=0.1), {}),
+    "tokenizer": (None, GAN, {}),
+    "tokenizer, recomputed": (None, GAN, {"activation_checkpointing": 1}),
 }
 BATCH = 8
 if find_spec("peft"):
@@ -101,7 +103,8 @@ def measured(config: TrainConfig, shapes: Shapes) -> tuple[int, float]:
     tokenizer = TOKENIZERS["vq"].model(VQ, name="x")
     batch = ImageBatch(torch.zeros(BATCH, 3, 64, 64), condition_of(shapes.generator, BATCH))
     if config.run == "tokenizer":
-        trainee, known, given = TokenizerTrainee(tokenizer, discriminator=True), (), {}
+        every = config.loop.activation_checkpointing
+        trainee, known, given = TokenizerTrainee(tokenizer, discriminator=True, recompute_every=every), (), {}
     else:
         tokenizer.requires_grad_(False)
         generator = build_generator(shapes.generator)
@@ -145,7 +148,9 @@ def measured(config: TrainConfig, shapes: Shapes) -> tuple[int, float]:
     return counted.get_total_flops(), most
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "tokenizer, recomputed")) for case in CASES]
+)
 def test_products_and_memory_are_those_of_the_run(case: str, monkeypatch) -> None:
     monkeypatch.setenv("CONSONAR_KERNELS", "pytorch")
     config, shapes = configured(case)

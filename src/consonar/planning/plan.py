@@ -266,7 +266,7 @@ def changes(config: TrainConfig, machine: Machine) -> Iterator[dict[str, TrainCo
     doubled = [loop.accumulation << power for power in range(1, most.bit_length())]
     ways = [way for way in doubled if way < most and most % way == 0] + [most] * (most > loop.accumulation)
     recomputing = [loop]
-    if config.run != "tokenizer" and loop.activation_checkpointing != 1:
+    if loop.activation_checkpointing != 1:
         recomputing.append(replace(loop, activation_checkpointing=1))
     shared = [config.parallel]
     if machine.processes > 1 and not config.parallel.shards:

@@ -117,7 +117,11 @@ def plain(module: nn.Module) -> None:
 def trainee_of(config: TrainConfig, shapes: Shapes, tokenizer: CodebookTokenizer) -> Trainee | TokenizerTrainee:
     """What is trained."""
     if shapes.generator is None:
-        return TokenizerTrainee(tokenizer, discriminator=config.objective.has_discriminator)
+        return TokenizerTrainee(
+            tokenizer,
+            discriminator=config.objective.has_discriminator,
+            recompute_every=config.loop.activation_checkpointing,
+        )
     generator = built(shapes.generator)
     generator.recompute_every = config.loop.activation_checkpointing
     adapt(generator, config.lora, config.seed)

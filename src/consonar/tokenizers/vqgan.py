@@ -30,6 +30,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from consonar.errors import UserError
 from consonar.options import Count, ReadOnlyWith
@@ -85,8 +86,11 @@ def normalization(channels: int, groups: int) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """x + r(x) with r = conv(silu(norm(conv(silu(norm(x)))))), and a 1x1 shortcut where the channels change.
 
-    `drops_input`, as in both papers' code: no biases, and the shortcut is of r(x) in the place of x.
+    `drops_input`, as in both papers' code: no biases, and the shortcut is of r(x) in the place of x. One that is
+    `recomputed` keeps only x for the gradient.
     """
+
+    recomputed = False
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, *, drops_input: bool = True):
         super().__init__()
@@ -100,6 +104,12 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_out if drops_input else channels_in, channels_out, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputed and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(self.residual, x, use_reentrant=False)
+            return recomputed
+        return self.residual(x)
+
+    def residual(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (x if self.same_width else self.nin_shortcut(hidden if self.drops_input else x))

@@ -118,10 +118,9 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
 
     dtype = autocast_type(pick_precision(config.loop.precision, world.device, "loop.precision", "training"))
     trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
-    prior: Generator | StartModel | None = None
-    if config.objective.needs_prior and config.lora.rank:
-        prior = StartModel(trainee)
-    elif config.objective.needs_prior:
+    needed, inside = config.objective.needs_prior, config.lora.rank > 0
+    prior: Generator | StartModel | None = StartModel(trainee) if needed and inside else None
+    if needed and not inside:
         prior = load_generator(init)
         # A generator is a module, which its protocol cannot say.
         parallel.shard(prior, prior.blocks, config.parallel, world)  # type: ignore[arg-type]
@@ -144,7 +143,8 @@ def tokenizer_run(config: TrainConfig, world: World, place: Place, out: Path, pr
     tokenizer = TOKENIZERS[shape.kind].model(shape, name=out.absolute().name)
     pictures = open_pictures(config, tokenizer.image_size, out)
     assert pictures.held_out is not None  # `open_pictures` holds some out
-    trainee = TokenizerTrainee(tokenizer, discriminator=config.objective.has_discriminator)
+    has_discriminator, every = config.objective.has_discriminator, config.loop.activation_checkpointing
+    trainee = TokenizerTrainee(tokenizer, discriminator=has_discriminator, recompute_every=every)
     reset_trainee(trainee, config.seed)
     objective = make_objective(config, world)
     batches = image_batches(pictures.train, tokenizer.image_size, flip=config.data.flip, **place)

@@ -137,7 +137,7 @@ def trainable_models() -> dict[str, type[ModelConfig]]:
 READ_IN = {
     ("post-training", "tokenizer"): ("data.images", "data.flip", "data.validation_split", "data.bad_images"),
     ("post-training",): ("data.classes", "data.label_default", "loop.fd_samples"),
-    ("generator", "post-training"): ("tokenizer", "text_encoder", "loop.activation_checkpointing", "lora.rank"),
+    ("generator", "post-training"): ("tokenizer", "text_encoder", "lora.rank"),
     ("generator",): ("data.tokens", "data.validation_tokens", "data.views", "data.weights", "lora.dropout"),
     ("generator", "tokenizer"): ("loop.keep_best",),
 }

@@ -109,7 +109,7 @@ def smaller(config: TrainConfig) -> str:
     loop, objective, ways = config.loop, config.objective, []
     if loop.accumulation < loop.batch_size:
         ways.append(f"raise loop.accumulation ({loop.accumulation})")
-    if config.run != "tokenizer" and loop.activation_checkpointing != 1:
+    if loop.activation_checkpointing != 1:
         ways.append(f"set loop.activation_checkpointing ({loop.activation_checkpointing}) to 1")
     if isinstance(objective, AlignmentConfig) and objective.chunk != 1:
         ways.append(f"lower objective.chunk ({objective.chunk})" if objective.chunk else "set objective.chunk (0) to 8")

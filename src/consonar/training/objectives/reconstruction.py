@@ -31,6 +31,7 @@ from consonar.records import to_device
 from consonar.seeding import generator, integers
 from consonar.tokenizers import quantizer
 from consonar.tokenizers.base import CodebookTokenizer
+from consonar.tokenizers.vqgan import ResidualBlock
 from consonar.training.objectives.base import ObjectiveConfig
 from consonar.types import ImageBatch, ModelConfig, Objective
 
@@ -85,11 +86,15 @@ class ReconstructionConfig(ObjectiveConfig):
 
 
 class TokenizerTrainee(nn.Module):
-    """The tokenizer, how long ago each code was used, and the discriminator if there is one."""
+    """The tokenizer, how long ago each code was used, and the discriminator if there is one. Of the residual blocks
+    every `recompute_every`-th is calculated again for the gradient; 0: none."""
 
-    def __init__(self, tokenizer: CodebookTokenizer, *, discriminator: bool):
+    def __init__(self, tokenizer: CodebookTokenizer, *, discriminator: bool, recompute_every: int = 0):
         super().__init__()
         self.tokenizer = tokenizer
+        blocks = [part for part in tokenizer.modules() if isinstance(part, ResidualBlock)]
+        for index, block in enumerate(blocks):
+            block.recomputed = recompute_every > 0 and index % recompute_every == 0
         self.register_buffer("steps_unused", torch.zeros(tokenizer.vocab_size, dtype=torch.int64))
         self.discriminator = PatchDiscriminator() if discriminator else None
         self.steps_unused: Tensor
