@@ -119,7 +119,12 @@ def test_two_processes_share_runs(tiny_generator, tokenizer, tokenizer_folder, p
             assert two["psnr"] == pytest.approx(one["psnr"], rel=1e-4) and one["num_images"] == two["num_images"]
             continue
         for first, second in zip(one["rows"], two["rows"], strict=True):
-            assert first["metrics"].keys() == second["metrics"].keys()
+            assert first["metrics"].keys() == second["metrics"].keys() and len(first["metrics"]) > 5
+            for metric, found in first["metrics"].items():
+                again = second["metrics"][metric]
+                for part in ("value", "spread"):
+                    expected = found[part] if found[part] is None else pytest.approx(found[part], rel=1e-4, abs=1e-7)
+                    assert again[part] == expected, (metric, part)
             assert second["num_samples"] == 10 and first["samples"] == second["samples"]
         names = [sorted(path.name for path in (tmp_path / f"{name}-{count}").iterdir()) for count in (1, 2)]
         assert names[0] == names[1]

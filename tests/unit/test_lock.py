@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,24 @@ def test_one_who_waits_gets_the_folder_next(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_who_waits_makes_nothing_in_a_folder_that_its_holder_removes(tmp_path):
+    folder, inside = tmp_path / "work", threading.Event()
+
+    def wait() -> None:
+        with lock.hold(folder, wait=True):
+            inside.set()
+
+    waiting = threading.Thread(target=wait)
+    with lock.hold(folder):
+        waiting.start()
+        time.sleep(0.05)  # it has looked, and looks again
+        shutil.rmtree(folder)
+        time.sleep(0.3)
+        assert not folder.exists() and not inside.is_set()
+    waiting.join(10)
+    assert inside.is_set()
 
 
 def test_many_who_wait_are_inside_one_after_the_other(tmp_path):

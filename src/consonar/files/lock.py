@@ -126,16 +126,15 @@ def _locked(path: Path, waiting: Waiting | None, made: list[Path]) -> Iterator[I
                 raise
             continue
         with file:
-            if _take(file, path):
-                if _is_at(file, path):
-                    yield file
-                    return
-                continue
-            holder = _holder(file)
-            held = Held(path.parent, holder, (path, holder, os.fstat(file.fileno()).st_mtime_ns))
-        if waiting is None:
-            raise held
-        waiting.look(held)
+            while not _take(file, path):  # the same file at every look: another one would be in its holder's way, who
+                holder = _holder(file)  # may be about to remove the folder
+                held = Held(path.parent, holder, (path, holder, os.fstat(file.fileno()).st_mtime_ns))
+                if waiting is None:
+                    raise held
+                waiting.look(held)
+            if _is_at(file, path):
+                yield file
+                return
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
