@@ -14,9 +14,10 @@ import argparse
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from consonar.components import load_tokenizer
 from consonar.data import scenes
 from consonar.data.transforms import from_uint8
 from consonar.files.weights import save_component
-from consonar.networks.scene_claims import CONFIDENCE, claims, kind_of
+from consonar.networks.scene_claims import CONFIDENCE, claims, holds, kind_of
 from consonar.networks.scene_detector import (
     COLOUR_NAMES,
     FOLDER,
@@ -44,7 +45,9 @@ from consonar.networks.scene_detector import (
     load_scene_detector,
     look,
 )  # fmt: skip
+from consonar.tokenizers.base import CodebookTokenizer
 
+OF_EACH = 4
 CELLS = SIDE // STRIDE
 rendered = lru_cache(maxsize=None)(scenes.sprite.__wrapped__)
 
@@ -246,18 +249,61 @@ def drawn(source: scenes.Scenes) -> tuple[Tensor, list[scenes.Scene]]:
     return from_uint8(torch.from_numpy(images)), [source.placed(index)[0] for index in range(len(source))]
 
 
+def softened(images: Tensor) -> Tensor:
+    return 2 * soften((images + 1) / 2, torch.Generator().manual_seed(0)) - 1
+
+
+def reconstructed(tokenizer: CodebookTokenizer, images: Tensor) -> Tensor:
+    return torch.cat([tokenizer.decode(tokenizer.encode(some)) for some in images.split(64)])
+
+
+def small_emoji(name: str) -> Tensor:
+    """Pictures of an object at the smallest size in scenes, 17 of 64 px, beside another one: `OF_EACH` in its own
+    colours and in each other."""
+    rng, images, others = random.Random(name), [], [one for one in OBJECT_NAMES if one != name]
+    for colour in [one for one in COLOUR_NAMES for _ in range(OF_EACH)]:
+        other, ground = scenes.Group(rng.choice(others)), rng.choice(list(scenes.GROUNDS))
+        scene = scenes.Scene((scenes.Group(name, colour=colour, size="small"), other))
+        images.append(np.asarray(scenes.picture_of(ground, scenes.place(scene, SIDE, rng), SIDE)))
+    return from_uint8(torch.from_numpy(np.stack(images)))
+
+
+def by_object(detector: SceneDetector, changed: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Per cent of small emoji that are found to be what they are in pictures that are `changed`, the worst first."""
+    shares = {}
+    for name in OBJECT_NAMES:
+        alone = scenes.Scene((scenes.Group(name),))
+        right = [holds(alone, sight) for sight in look(detector, changed(small_emoji(name)))]
+        shares[name] = round(100 * sum(right) / len(right), 1)
+    return dict(sorted(shares.items(), key=lambda one: one[1]))
+
+
+def of_noise(detector: SceneDetector, tokenizer: CodebookTokenizer, truths: list[scenes.Scene]) -> dict[str, float]:
+    """Pictures of random tokens, one for each of these scenes: per cent that are found to be it, objects in each."""
+    shape = len(truths), tokenizer.num_tokens
+    tokens = torch.randint(tokenizer.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    sights = [sight for some in tokens.split(64) for sight in look(detector, tokenizer.decode(some))]
+    objects = sum(one.confidence >= CONFIDENCE for sight in sights for one in sight.objects)
+    accepted = accuracy(sights, truths)["accepts all"]
+    return {"accepts all": accepted, "objects found in each": round(objects / len(sights), 2)}
+
+
 @torch.inference_mode()
 def measure(count: int) -> None:
-    """Accuracy on held-out scenes at three sizes, softened ones, and those that came through a tokenizer."""
+    """Accuracy on held-out scenes at three sizes, softened ones, and those that came through a tokenizer; by object; on
+    pictures of random tokens."""
     detector, images = load_scene_detector(), {}
     for size in (64, 96, 128):
         images[f"{size} px"], truths = drawn(scenes.Scenes("validation", size, count=count))
     plain = images["64 px"]
-    images["64 px, softened"] = 2 * soften((plain + 1) / 2, torch.Generator().manual_seed(0)) - 1
-    for name in ("scenes-64-f4", "scenes-64", "openmoji-64-f4", "openmoji-64"):
-        tokenizer = load_tokenizer(name)
-        images[f"64 px, through {name}"] = torch.cat([tokenizer.decode(tokenizer.encode(x)) for x in plain.split(64)])
+    images["64 px, softened"] = softened(plain)
+    tokenizers = {name: load_tokenizer(name) for name in ("scenes-64-f4", "scenes-64", "openmoji-64-f4", "openmoji-64")}
+    ways = {f"through {name}": partial(reconstructed, codec) for name, codec in tokenizers.items()}
+    images |= {f"64 px, {way}": change(plain) for way, change in ways.items()}
     figures = {name: accuracy(look(detector, of), truths) for name, of in images.items()}
+    figures |= {f"random tokens of {name}": of_noise(detector, codec, truths) for name, codec in tokenizers.items()}
+    small = {"as drawn": lambda images: images, "softened": softened, **dict(islice(ways.items(), 2))}
+    figures |= {f"emoji of 17 px, {way}": by_object(detector, change) for way, change in small.items()}
     fresh, others = drawn(scenes.Scenes("train", 64, count=count, seed=1))
     sights = look(detector, fresh)
     figures["bounds of confidence, on scenes for training"] = {

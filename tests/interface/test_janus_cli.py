@@ -89,12 +89,12 @@ def test_both_layouts_are_one_model_and_are_sampled_and_post_trained_in_words(pl
         with np.load(tmp_path / f"{layout}.npz") as found:
             drawn[layout] = found["tokens"]
     assert np.array_equal(drawn["authors"], drawn["transformers"]) and len(np.unique(drawn["authors"])) > 2
-    start, data = str(place / "authors/generator"), str(place / "pictures")
+    starts, data = {"whole": place / "authors/generator", "parts": place / "transformers/generator"}, place / "pictures"
     for out, more in (("whole", []), ("parts", ["--stop-at", "1"]), ("parts", ["--resume"])):
-        main(["train", "vapi-janus-1b", "--init", start, "--data", f"hf:{data}", "--out", str(tmp_path / out), *SHORT,
-              "--data.validation-items", "2", *more])  # fmt: skip
+        main(["train", "vapi-janus-1b", "--init", str(starts[out]), "--data", f"hf:{data}", "--out",
+              str(tmp_path / out), *SHORT, "--data.validation-items", "2", *more])  # fmt: skip
     before, whole, parts = (
-        load_generator(folder).state_dict() for folder in (start, tmp_path / "whole", tmp_path / "parts")
+        load_generator(folder).state_dict() for folder in (starts["whole"], tmp_path / "whole", tmp_path / "parts")
     )
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert not all(torch.equal(whole[key], before[key]) for key in whole)

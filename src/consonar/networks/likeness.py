@@ -2,6 +2,7 @@
 preferences of people: HPSv2 (arXiv 2306.09341) and PickScore are CLIPs of other weights."""
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -18,8 +19,9 @@ from consonar.networks.vision_transformers import load_vision_transformer
 class CaptionLikeness:
     """Cosine of a picture's and its caption's embedding, from a folder as transformers saves it, or OWNER/NAME.
 
-    The pictures go the way of `vision_transformers`; captions are cut at the length that the network has places for.
-    `UserError`, about `key`, where files are missing or of another network.
+    The pictures go the way of `vision_transformers`; captions are cut at the tokens that the network has places for (77
+    as released), and the first such is warned of. `UserError`, about `key`, where files are missing or of another
+    network.
     """
 
     def __init__(self, place: str, key: str, device: torch.device) -> None:
@@ -33,12 +35,16 @@ class CaptionLikeness:
         with needs(key, "text"), reading(f"{key}: {self.folder}", "a tokenizer that transformers saved"):
             auto = importlib.import_module("transformers").AutoTokenizer
             self.tokenizer = auto.from_pretrained(self.folder, local_files_only=True)
+        self.key, self.warned = key, False
         self.embedding = lru_cache(maxsize=50_000)(self.embed)
 
     @torch.inference_mode()
     def embed(self, caption: str) -> Tensor:
         """(F,) of length 1."""
         most = self.words.config.max_position_embeddings
+        if not self.warned and len(self.tokenizer(caption, truncation=True, max_length=most + 1)["input_ids"]) > most:
+            self.warned = True
+            warnings.warn(f"{self.key}: reads {most} tokens, and no more of {caption[:60]!r}", stacklevel=2)
         given = self.tokenizer(caption, truncation=True, max_length=most, return_tensors="pt").to(self.words.device)
         found = self.words(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).text_embeds[0]
         return functional.normalize(found.float(), dim=0)
