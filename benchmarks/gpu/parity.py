@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from contracts.test_generators import KINDS, make_condition, make_generator
@@ -213,13 +214,10 @@ TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 def text_encoder_case(kind: str, device: torch.device) -> str:
     """Features of three captions, whose words are numbers."""
-    network = seeded_module(TEXT_ENCODERS[kind]).eval()
-
-    def words(captions: list[str], **given: Any) -> dict[str, Tensor]:
-        numbers = nn.utils.rnn.pad_sequence([torch.tensor([*map(int, one.split())]) for one in captions], True)
-        return {"input_ids": numbers, "attention_mask": (numbers > 0).long()}
-
-    found = []
+    network, found = seeded_module(TEXT_ENCODERS[kind]).eval(), []
+    numbers = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(number): number for number in range(20)}))
+    numbers.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=numbers, pad_token="0")
     for place in (CPU, device):
         encoder = PretrainedTextEncoder(kind, moved(network, place), words, 8, "x", {})
         found.append(encoder.encode(["3 4 5 6 2", "7 2", "8 9 3 2"]))
