@@ -145,7 +145,8 @@ def child(ours: socket.socket, words: list[str], folder: str, scratch: str) -> N
     if second is not None:
         code = code or os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
     (Path(scratch) / "lines").write_text("\n".join(found))
-    (Path(scratch) / "imported").write_text("\n".join(sys.modules.keys() - had))
+    # In their order: of a module that is imported before the package that should do it PyTorch's are left half made.
+    (Path(scratch) / "imported").write_text("\n".join(name for name in sys.modules if name not in had))
     os._exit(code)
 
 
