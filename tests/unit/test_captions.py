@@ -1,5 +1,6 @@
 """Features of captions on the disk: what is read is what the encoder gives, and nothing is encoded twice."""
 
+import resource
 import threading
 
 import numpy as np
@@ -188,6 +189,26 @@ def test_without_room_features_stay_in_memory(tmp_path, capsys):
     features = CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path / "file")
     assert torch.equal(features.read(torch.arange(7)).features, Spelling().encode(CAPTIONS).features)
     assert "not kept in the cache folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", [module.INDEX, "none"])
+def test_features_of_which_one_file_cannot_be_written_stay_in_memory_and_are_made_again(written, tmp_path, monkeypatch):
+    keep = module.keep
+    monkeypatch.setattr(module, "keep", lambda path, write: path.name.endswith(written) and keep(path, write))
+    for _ in range(2):
+        features = CaptionFeatures(CAPTIONS, Spelling(), folder=tmp_path)
+        assert torch.equal(features.read(torch.arange(7)).features, Spelling().encode(CAPTIONS).features)
+
+
+def test_a_file_whose_last_bytes_find_no_room_is_an_error(tmp_path):
+    """Of `np.save` it is none: the header is written, what is lost is the array, when its file is closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (140, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), (tmp_path / "a.npy").open("wb") as file:
+            module.write_array(np.arange(3), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_what_captions_say_is_part_of_what_a_run_was_made_of(tmp_path):

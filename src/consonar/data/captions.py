@@ -9,7 +9,9 @@ was ended goes on. Padding is not kept.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -87,9 +89,10 @@ class EncodedTexts:
         hashes = b"".join(map(hash_of, texts))
         index = np.column_stack([np.frombuffer(hashes, "<u8").reshape(-1, 2), np.array(list(map(len, rows)), "<u8")])
         path, tokens = place / f"{named(hashes)}{INDEX}", np.concatenate(rows)
-        keep(tokens_beside(path), lambda file: np.save(file, tokens))
-        keep(path, lambda file: np.save(file, index))
-        if path.exists():
+        keep(tokens_beside(path), partial(write_array, tokens))
+        if tokens_beside(path).exists():
+            keep(path, partial(write_array, index))
+        if tokens_beside(path).exists() and path.exists():
             self.look_in(path)
         else:
             self.take(index, lambda: tokens)
@@ -226,6 +229,13 @@ def all_captions(
         first = f"number {(row := given.index(())):,} of 0 to {len(given) - 1:,}, {whole[row][:60]!r}"
         raise UserError(f"{where}: {missing} of {len(given)} items have no caption (the first: {first}){why}")
     return given
+
+
+def write_array(array: np.ndarray, file: IO[bytes]) -> None:
+    """As `np.save`, which does not tell when there is no room for the last bytes."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
 
 
 def hash_of(text: str) -> bytes:
