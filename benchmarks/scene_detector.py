@@ -302,7 +302,7 @@ def measure(count: int) -> None:
     images |= {f"64 px, {way}": change(plain) for way, change in ways.items()}
     figures = {name: accuracy(look(detector, of), truths) for name, of in images.items()}
     figures |= {f"random tokens of {name}": of_noise(detector, codec, truths) for name, codec in tokenizers.items()}
-    small = {"as drawn": lambda images: images, "softened": softened, **dict(islice(ways.items(), 2))}
+    small = {"as drawn": lambda images: images, **dict(islice(ways.items(), 2))}
     figures |= {f"emoji of 17 px, {way}": by_object(detector, change) for way, change in small.items()}
     fresh, others = drawn(scenes.Scenes("train", 64, count=count, seed=1))
     sights = look(detector, fresh)

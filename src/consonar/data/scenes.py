@@ -39,7 +39,7 @@ OBJECTS = {
     "shirt": "1F455", "crown": "1F451", "hammer": "1F528", "camera": "1F4F7", "robot": "1F916", "ghost": "1F47B",
     "heart": "2764", "anchor": "2693", "backpack": "1F392",
 }  # fmt: skip
-"""What scenes show, and the emoji that it is. They are told apart at 18 px, in any colour (docs/text-to-image.md)."""
+"""What scenes show, and the emoji that it is: chosen by hand; how far they are told apart: docs/text-to-image.md."""
 PLURALS = {
     "mouse": "mice", "fox": "foxes", "octopus": "octopuses", "butterfly": "butterflies", "strawberry": "strawberries",
     "cactus": "cacti", "snowman": "snowmen",
