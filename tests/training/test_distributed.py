@@ -18,6 +18,7 @@ from consonar.files.readers import read_json
 from consonar.generators.rear import ReARConfig
 from consonar.networks import FEATURE_NETWORKS
 from consonar.training import best, run
+from consonar.training import config as settings
 from consonar.training.checkpoints import State, load_resume
 from consonar.training.config import DataConfig
 from consonar.training.loop import Built, Running, train_loop, update
@@ -167,14 +168,17 @@ def at_a_bound(config, out):
     """Each rank measures something else, as by rounding; the bound lies between them. The second one alone meets a
     loss that is no number, with a gradient that is one."""
     rank, step_of = float(os.environ["RANK"]), config.loop.steps // 2
-    loss = Autoregressive.loss
+    loss, low = Autoregressive.loss, set()
 
     def breaking(self, model, prepared, step):
+        low.add(torch.is_autocast_enabled("cpu"))
         value, terms = loss(self, model, prepared, step)
         return value + (math.inf if rank and step == step_of and out.name == "loss" else 0), terms
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Autoregressive, "loss", breaking)
+        if out.name == "precision":
+            patch.setattr(settings, "pick_precision", lambda *_: "fp32" if rank else "bf16")
         if out.name == "bound":
             patch.setattr(Autoregressive, "validate", lambda *_: {"cross_entropy": 1 + rank})
             patch.setattr(Autoregressive, "breach", lambda _, values: "above" if values["cross_entropy"] < 2 else None)
@@ -182,20 +186,22 @@ def at_a_bound(config, out):
             patch.setattr(Autoregressive, "validate", lambda *_: {"cross_entropy": math.nan if rank else 1.0})
         try:
             train(config, out, quiet=True)
-            ended = "done"
+            ended = f"done, bf16: {low}"
         except NonFiniteLoss as error:
             ended = str(error)
     Path(f"{out}.rank{int(rank)}").write_text(ended)
 
 
 def test_processes_decide_alike_whatever_each_has_measured(make_config, tmp_path):
-    """A bound between their numbers, a loss or a metric that only one cannot count: all stop, or none does."""
-    settings = {"steps": 4, "log_every": 4}
-    names = {"bound": {"validate_every": 2}, "loss": {}, "validation": {"validate_every": 2}}
-    configs = {name: make_config(loop=settings | more) for name, more in names.items()}
+    """A bound between their numbers, a loss or a metric that only one cannot count: all stop, or none does. What is
+    faster, too: all multiply alike."""
+    loop = {"steps": 4, "log_every": 4}
+    names = {"bound": {"validate_every": 2}, "loss": {}, "validation": {"validate_every": 2}, "precision": {"steps": 2}}
+    configs = {name: make_config(loop=loop | more) for name, more in names.items()}
     run_on_two(at_a_bound, configs, tmp_path)
     first, second = ([(tmp_path / f"{name}.rank{rank}").read_text() for name in names] for rank in "01")
     assert first == second
-    assert first[0] == first[2] == "done" and first[1].startswith("step 2: loss inf, gradient norm")
+    assert first[0] == first[2] == "done, bf16: {False}" and first[3] == "done, bf16: {True}"
+    assert first[1].startswith("step 2: loss inf, gradient norm")
     assert read_json(tmp_path / "bound" / "stopped.json") == {"step": 2, "reason": "above"}
     assert not (tmp_path / "validation" / "stopped.json").exists()

@@ -29,7 +29,7 @@ from consonar.errors import UserError
 from consonar.files.readers import home_expanded
 from consonar.generators.base import GeneratorConfig
 from consonar.origin import Origin, check
-from consonar.precision import autocast_type, pick_precision
+from consonar.precision import autocast_type
 from consonar.records import to_device
 from consonar.sampling.job import balanced_labels
 from consonar.sampling.sample import sample
@@ -116,7 +116,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     def probe() -> Tensor:
         return to_device(next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES)), world.device).images
 
-    dtype = autocast_type(pick_precision(config.loop.precision, world.device, "loop.precision", "training"))
+    dtype = autocast_type(config.loop.multiplied_in(world))
     trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
     needed, inside = config.objective.needs_prior, config.lora.rank > 0
     prior: Generator | StartModel | None = StartModel(trainee) if needed and inside else None

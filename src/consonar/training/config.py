@@ -6,7 +6,7 @@ from typing import Annotated
 from consonar.data.bad_images import POLICIES
 from consonar.data.splits import share_of
 from consonar.data.transforms import VIEWS
-from consonar.distributed import DEVICES
+from consonar.distributed import DEVICES, World, from_main
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.rear import ReARConfig
@@ -23,7 +23,7 @@ from consonar.options import (
     check_left,
 )
 from consonar.parallel import ParallelConfig
-from consonar.precision import CHOICES
+from consonar.precision import CHOICES, pick_precision
 from consonar.tokenizers import TOKENIZERS
 from consonar.training.lora import LoRAConfig
 from consonar.training.objectives import kinds, method_of_config
@@ -116,6 +116,11 @@ class LoopConfig(Options):
     the rest again for the gradient. 1: all blocks; 2: every second one; 0: none."""
     trackers: tuple[str, ...] = ()
     """Copies of the metrics: tensorboard, wandb, trackio."""
+
+    def multiplied_in(self, world: World) -> str:
+        """What rank 0 takes for `precision`: what is measured to be faster, another process may measure otherwise. All
+        processes at once."""
+        return from_main(pick_precision(self.precision, world.device, "loop.precision", "training"), world)
 
     def batch_of_process(self, processes: int) -> int:
         """Images of a step that each of so many processes reads; `UserError` where they are no whole number of

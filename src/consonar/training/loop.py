@@ -76,7 +76,7 @@ def train_loop(run: Running, stop_at: int | None = None) -> None:
     stays. However it ends, no checkpoint is being written any more.
     """
     state, loop, updates = run.state, run.config.loop, run.config.objective.updates
-    multiplied_in = precision.pick_precision(loop.precision, run.world.device, "loop.precision", "training")
+    multiplied_in = loop.multiplied_in(run.world)
     model = parallel.wrap(state.model, run.world)
     last = min(loop.steps, stop_at or loop.steps)
     model.train()

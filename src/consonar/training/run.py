@@ -26,7 +26,7 @@ from consonar.files.weights import finish_save, is_component
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.options import is_whole
-from consonar.precision import multiplying, pick_precision
+from consonar.precision import multiplying
 from consonar.training.build import build
 from consonar.training.checkpoints import State, list_resume, load_resume
 from consonar.training.config import TrainConfig
@@ -66,7 +66,7 @@ def train(
     out = Path(out)
     # Float32 beside the steps, which `loop.precision` is of.
     with distributed.joined(config.loop.device) as world, multiplying("fp32", world.device):
-        chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
+        chosen = config.loop.multiplied_in(world)
         batch_size = config.loop.batch_of_process(world.size)
         config.parallel.check(chosen, world.size)
         config = with_validation(resolve_start(config))
@@ -173,7 +173,7 @@ def signals_held(alone: bool) -> Iterator[Collection[int]]:
 
 def start_state(config: TrainConfig, built: Built, world: World) -> State:
     """The trainee on its device, sharded and compiled where that is wanted, with its optimizer and moving average."""
-    chosen = pick_precision(config.loop.precision, world.device, "loop.precision", "training")
+    chosen = config.loop.multiplied_in(world)
     parallel.shard(built.trainee, built.trainee.parts(), config.parallel, world)
     trainee = built.trainee.to(world.device)
     if config.loop.compile:
