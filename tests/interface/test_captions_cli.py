@@ -318,16 +318,16 @@ def measured(place, folder: Path, *more: str) -> dict:
     """results.json of a copy of the run, evaluated on scenes."""
     shutil.copytree(place / "run", folder)
     main(["evaluate", str(folder), "--reference", "scenes:16", "--validation-split", "50%", "--num-samples", "12",
-          "--draws", "1", "--metrics", "fd", *more])  # fmt: skip
+          "--draws", "1", "--metrics", "fd", "--feature-network", "quarters", *more])  # fmt: skip
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_run_is_evaluated_on_the_captions_of_held_out_pictures(place, tmp_path, capsys):
+def test_a_run_is_evaluated_on_the_captions_of_held_out_pictures(place, tmp_path, capsys, quarters):
     run = tmp_path / "run"
     found = measured(place, run, "--guidance-scales", "1,2")
     assert [(row["temperature"], row["guidance_scale"]) for row in found["rows"]] == [(1.0, 1.0), (1.0, 2.0)]
     names = set(found["rows"][0]["metrics"])
-    assert {"FD(efficientnet-lite0) validation", "entropy (teacher-forced)"} <= names
+    assert {"FD(quarters) validation", "entropy (teacher-forced)"} <= names
     held_out = open_splits("scenes:16", "50%", key="", image_size=32).validation
     with np.load(run / "samples_t1_g2.npz") as kept:
         settings = json.loads(str(kept["settings"]))
