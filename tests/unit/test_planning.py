@@ -338,11 +338,11 @@ def test_shards_divide_what_each_process_keeps() -> None:
 def test_what_is_in_shards_beside_a_trained_generator() -> None:
     """The start model of post-training, whose blocks are whole one after another; a tokenizer's two networks."""
     made = {}
-    for case in ("VA-pi", "tokenizer"):
+    for case in ("self-rollout", "tokenizer"):
         config, shapes = configured(case)
         config = replace(config, parallel=ParallelConfig(strategy="fsdp"))
         made[case] = Plan(config, Machine(gpus=2), shapes, update(config, shapes, 1, low=False, cuda=True), [])
-    aligned, tokenizer = made["VA-pi"], made["tokenizer"]
+    aligned, tokenizer = made["self-rollout"], made["tokenizer"]
     prior, block = aligned.update.weights[REFERENCE], aligned.update.blocks[0]
     assert aligned.static[REFERENCE] * 2 == prior
     kept = replace(aligned.config, parallel=ParallelConfig(strategy="fsdp", reshard_after_forward=False))
