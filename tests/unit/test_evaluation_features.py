@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from consonar.distributed import World
 from consonar.errors import UserError
 from consonar.evaluation import features as sets
 from consonar.evaluation import image_sets as inputs
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.settings import EvaluationSettings
+from consonar.files import lock
 from consonar.networks import load_feature_network
 from consonar.networks.efficientnet import load_efficientnet_lite0
 from consonar.types import ImageRecord
@@ -190,6 +192,23 @@ def test_who_comes_second_waits_and_reads(cache, images):
     sets.cached_features(First(), in_memory(images), settings)
     thread.join()
     assert second.calls == 0 and len(list(cache.iterdir())) == 1
+
+
+def test_a_group_of_processes_waits_for_no_other_job(cache, images, monkeypatch):
+    """Else those that exchange with the one that waits would take it for hung."""
+    monkeypatch.setattr(sets, "of_every", lambda value, world: [value])
+    monkeypatch.setattr(sets, "in_turn", lambda work, items, world: map(work, items))
+    monkeypatch.setattr(lock.Waiting, "look", None)
+    group, settings = World(0, 2, torch.device("cpu")), EvaluationSettings()
+    inner = MeanColour()
+
+    class Outer(MeanColour):
+        def __call__(self, images_of_batch):
+            sets.cached_features(inner, in_memory(images), settings, world=group)
+            return super().__call__(images_of_batch)
+
+    sets.cached_features(Outer(), in_memory(images), settings)
+    assert inner.calls == 1
 
 
 def test_a_damaged_cache_entry_is_named(cache, images):

@@ -190,8 +190,9 @@ def cached_features(
     path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
     if all(of_every(path.exists(), world)):
         return kept_features(path, places, content)
-    # One process of `world` holds it: one that waited for it would be waited for by the one that has it.
-    with making(path) if world.is_main else nullcontext(lambda: None) as beat:
+    # One process of `world` holds it: one that waited for it would be waited for by the one that has it. For another
+    # job it does not wait either: the others of its own would take it for hung.
+    with making(path, wait=world.size == 1) if world.is_main else nullcontext(lambda: None) as beat:
         if all(of_every(path.exists(), world)):  # another job has made it meanwhile
             return kept_features(path, places, content)
 

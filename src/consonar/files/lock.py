@@ -99,14 +99,14 @@ def hold(folder: Path, *, wait: bool = False, patience: float = math.inf) -> Ite
 
 
 @contextmanager
-def making(entry: Path) -> Iterator[Beat]:
+def making(entry: Path, *, wait: bool = True) -> Iterator[Beat]:
     """Around making an `entry` of the cache: who comes second waits, and should look whether it is there by then. Where
-    that cannot be locked, or its holder is silent for `QUIET` seconds, both make it.
+    that cannot be locked, or its holder is silent for `QUIET` seconds, or without `wait`, both make it.
     """
     with ExitStack() as held:
         beat: Beat = lambda: None  # noqa: E731
         with suppress(Held, OSError):
-            beat = held.enter_context(hold(entry.with_name(f".{entry.name}.making"), wait=True, patience=QUIET))
+            beat = held.enter_context(hold(entry.with_name(f".{entry.name}.making"), wait=wait, patience=QUIET))
         yield beat
 
 
