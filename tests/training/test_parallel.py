@@ -317,5 +317,6 @@ def test_settings_that_only_shards_read(make_config, tmp_path, monkeypatch):
     assert three.group(9) == 3 and three.group(1) == ParallelConfig().group(8) == 1
     with monkeypatch.context() as patch, pytest.raises(UserError, match="shard_size: 3 does not divide the 2"):
         patch.setattr(runs.distributed, "joined", lambda _: nullcontext(World(0, 2, torch.device("cpu"))))
+        patch.setattr("consonar.training.config.from_main", lambda value, _: value)
         runs.train(replace(make_config(), parallel=three), tmp_path / "run")
     assert ParallelConfig(strategy="fsdp").used(ALONE) == ParallelConfig().used(ALONE) == "single"
