@@ -36,6 +36,10 @@ class MissingSplit(UserError):
     """The data are there, but not the split that was asked for."""
 
 
+class OnlyInOrder(UserError):
+    """Shards that are read from their beginning alone."""
+
+
 class BadImage(UserError):
     """One picture of many cannot be read."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 
 from consonar import cli
-from consonar.data import loader, tables
+from consonar.data import loader, shards, tables
 from consonar.data.bad_images import BadImages
-from consonar.data.loader import image_batches
+from consonar.data.loader import image_batches, load_images
 from consonar.data.picture_files import ShardStream
 from consonar.data.shard_index import in_any_order
 from consonar.data.shards import expanded, open_shards
@@ -27,7 +28,7 @@ from consonar.data.sources import open_source
 from consonar.data.splits import open_splits
 from consonar.data.tokenizing import write_token_store
 from consonar.data.tokens import TokenStore
-from consonar.errors import BadImage, UserError
+from consonar.errors import BadImage, OnlyInOrder, UserError
 from consonar.training.config import DataConfig
 from consonar.training.objectives.reconstruction import ReconstructionConfig
 from consonar.training.run import train
@@ -235,13 +236,17 @@ def assert_in_any_order(source) -> None:
 def test_tars_are_read_in_any_order_by_an_index_that_is_made_once(tars, cache, monkeypatch):
     """Long names have headers of their own; what is no picture may stand between the files of a sample."""
     files = [("x" * 120 + ".txt", b"said"), ("x" * 120 + ".npy", b"left out"), ("x" * 120 + ".png", encoded(12))]
-    (tars / "train-0004.tar").write_bytes(tar_of(*files, ("last.json", b'{"caption": "no picture"}')))
+    (tars / "train-0004.tar").write_bytes(tar_of(("none.json", b'{"caption": "no picture"}'), *files))
     assert_in_any_order(open_source(f"webdataset:{tars}/train-{{0000..0003}}.tar", image_size=16))
     last = in_any_order(open_source(f"webdataset:{tars}", image_size=16))
-    assert last.labels[-2:] == [None, None] and last.captions[-2:] == ["said", "no picture"]
-    assert last.read(12).image.tobytes() == picture(12).tobytes()
-    with pytest.raises(BadImage, match=r"train-0004\.tar/last: no picture beside json"):
-        last.read(13)
+    assert last.labels[-2:] == [None, None] and last.captions[-2:] == ["no picture", "said"]
+    assert last.read(13).image.tobytes() == picture(12).tobytes()
+    records = iter(last)
+    assert [next(records).name for _ in range(12)] == [name for name, _ in EXPECTED]
+    for read in (records.__next__, lambda: last.read(12)):
+        with pytest.raises(BadImage, match=r"train-0004\.tar/none: no picture beside json"):
+            read()
+    assert told(next(records)) == told(last.read(13)), "behind a picture that cannot be read the others follow"
     monkeypatch.setattr("consonar.data.tars.tar_members", None)
     assert in_any_order(open_source(f"webdataset:{tars}", image_size=16)).labels == last.labels
     for path in (cache / "shards").iterdir():
@@ -261,12 +266,30 @@ def test_more_pictures_than_memory_holds_are_read_by_the_index_or_refused(tars, 
     for held, read in zip(*([made.batch(step) for step in range(3)] for made in map(batches, (4e9, 1))), strict=True):
         assert same(vars(held), vars(read))
     monkeypatch.setattr(loader, "MAX_MEMORY", 7 * 3 * 16**2)
-    packed = tars.parent / "packed.tar.gz"
-    packed.write_bytes(tar_of(*(file for index in range(8) for file in sample(index)), mode="w:gz"))
-    for spec in (f"file://{tars}/train-{{0000..0003}}.tar", str(packed)):
+    for name, mode in (("p.tar.gz", "w:gz"), ("p.tar.xz", "w:xz"), ("p.tar.bz2", "w:bz2"), ("misnamed.tar", "w:gz")):
+        (tars / name).write_bytes(tar_of(*(file for index in range(8) for file in sample(index)), mode=mode))
+        with pytest.raises(OnlyInOrder, match=rf"^data: {tars}/{name}: compressed, and read from its beginning alone"):
+            open_splits(f"webdataset:{tars}/{name}", "25%", key="split", image_size=16)
+    packed = [str(tars / name) for name in ("p.tar.gz", "p.tar.xz", "p.tar.bz2", "misnamed.tar")]
+    for spec in (f"file://{tars}/train-{{0000..0003}}.tar", *packed):
         source = open_splits(f"webdataset:{spec}", key="split", image_size=16, any_order=True).train
         with pytest.raises(UserError, match=r"^data\.images: webdataset:.* holds over 7 pictures of 16 px, .*; put sh"):
             image_batches(source, 16, num_classes=3, batch_size=5, seed=0)
+
+
+def test_a_label_that_changes_makes_another_index(tars, cache, monkeypatch):
+    """Also where the hash of the content, which has some of the bytes alone, is the same."""
+    monkeypatch.setattr(shards, "PIECES", 2)
+    monkeypatch.setattr(shards, "PIECE", 16)
+    (path := tars / "BZh.tar").write_bytes(tar_of(("BZh.png", encoded(0)), ("BZh.cls", b"1")))  # not compressed
+    before, content = path.stat().st_mtime_ns, set()
+    for label in (1, 2):
+        path.write_bytes(path.read_bytes().replace(b"\x001" + bytes(60), b"\x00%d" % label + bytes(60)))
+        os.utime(path, ns=(before + label, before + label))
+        source = in_any_order(open_source(f"webdataset:{path}", image_size=16))
+        content.add(source.content_hash)
+        assert source.labels == [source.read(0).label] == [label]
+    assert len(content) == 1
 
 
 def test_a_share_of_shards_is_held_out_where_it_is_asked_for(tars, cache, tmp_path, tokenizer_folder):
@@ -339,11 +362,34 @@ def test_shards_that_are_tables(kind, table, tmp_path, tokenizer, cache, monkeyp
     if kind == "parquet":
         monkeypatch.setattr(tables, "MAX_GROUP", 100)
         (cache / "shards").rename(cache / "before")
-        with pytest.raises(UserError, match=r"0\.parquet: row groups of .* MB, all .*; write smaller ones, or"):
+        with pytest.raises(OnlyInOrder, match=r"0\.parquet: row groups of .* MB, all .*; write smaller ones, or"):
             in_any_order(source)
+        in_order = open_splits(f"parquet:{tmp_path}", key="split", image_size=16, any_order=True).train
+        assert len(load_images(in_order, 16)[0]) == 8 and not isinstance(in_order, IndexedSource)
     (tmp_path / f"1.{name}").write_bytes((tmp_path / f"1.{name}").read_bytes()[:-300])
     with pytest.raises(UserError, match=rf"1\.{name}: not a shard \({name}\), damaged or cut short"):
         write_token_store(tmp_path / "t", source, tokenizer)
+
+
+def test_a_row_group_is_read_once_for_all_its_pictures(table, tmp_path, cache, monkeypatch):
+    """Of all pictures it is that of the stream; of a part that is left by a share it is kept until the next one. How
+    large it is depends on the columns that are read."""
+    rows, read_group, pieces = table.with_format("arrow")[:], pq.ParquetFile.read_row_group, []
+    features = pa.array([os.urandom(4096)] * 8, pa.binary(4096))
+    pq.write_table(rows.append_column("more", features), tmp_path / "x.parquet", row_group_size=3, use_dictionary=False)
+    monkeypatch.setattr(tables, "MAX_GROUP", 3 * 4096)
+
+    def counted(file, piece, columns):
+        assert "more" not in columns
+        if "image" in columns:
+            pieces.append(piece)
+        return read_group(file, piece, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    for share, count in ((None, 8), ("25%", 6)):
+        source = open_splits(f"parquet:{tmp_path}", share, key="split", image_size=16, any_order=True).train
+        assert isinstance(source, IndexedSource) and len(load_images(source, 16)[0]) == count
+        assert pieces == ([] if share is None else sorted(set(pieces))) and (share is None or len(pieces) > 1)
 
 
 def test_a_hugging_face_stream_is_tokenised_in_its_shards(table, tmp_path, tokenizer):

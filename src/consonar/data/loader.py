@@ -281,7 +281,8 @@ def load_images(
         if len(items) >= room:
             held = f"holds over {room:,.0f} pictures of {image_size} px, {MAX_MEMORY / 1e9:.3g} GB in every process"
             remedy = (
-                "put shards (tars as they are, Parquet, Arrow) or a folder on this machine, or take hf: for hf-stream:"
+                "put shards (tars as they are, Parquet in row groups of 268 MB at most, Arrow) or a folder on this "
+                "machine, or take hf: for hf-stream:"
             )
             raise UserError(f"data.images: {source.name} {held}, and is read from its beginning alone; {remedy}")
         items.append(item_of(record, image_size, num_classes, missing))

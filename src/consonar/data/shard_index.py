@@ -1,6 +1,7 @@
 """Shards on this machine in any order: where every picture lies, what is said of it, found once and kept in the cache.
 
-An index takes some 30 bytes a picture and its caption, mapped from the disk.
+An index takes some 30 bytes a picture and its caption, mapped from the disk. Labels and captions that are asked for are
+objects of Python, some hundreds of bytes a picture.
 """
 
 import hashlib
@@ -28,16 +29,16 @@ REMEDY = "delete it, it is made again"
 
 @dataclass(eq=False)
 class IndexedShards:
-    """An `IndexedSource` of the `pictures` that an index says; each of them is found by `picture`, from its shard, its
-    number there, and what its `Row` has as start and stop."""
+    """A stream as an `IndexedSource` of the `pictures` that an index says; each of them is found by `picture`, from its
+    shard, its number there, and what its `Row` has as start and stop."""
 
-    name: str
-    class_names: tuple[str, ...] | None
+    stream: ShardStream
     pictures: pa.Table
     picture: Callable[[int, int, int, int], Unread]
-    content_hash: str
 
     def __post_init__(self) -> None:
+        self.name, self.class_names = self.stream.name, self.stream.class_names
+        self.content_hash = self.stream.content_hash
         self.shards, self.starts, self.stops = (
             self.pictures.column(name).to_numpy() for name in ("shard", "start", "stop")
         )
@@ -46,7 +47,7 @@ class IndexedShards:
         return len(self.pictures)
 
     def __iter__(self) -> Iterator[ImageRecord]:
-        return map(self.read, range(len(self)))
+        return iter(self.stream)  # no piece of a shard is looked for, or read, twice
 
     def read(self, index: int) -> ImageRecord:
         """Picture `index`, decoded."""
@@ -66,12 +67,16 @@ class IndexedShards:
 
 
 def in_any_order(source: ImageSource) -> ImageSource:
-    """The same pictures as an `IndexedSource`, where they can be read so."""
+    """The same pictures as an `IndexedSource`, where they can be read so; `OnlyInOrder` for shards on this machine that
+    cannot."""
     return source.indexed() if isinstance(source, ShardStream) and source.indexed else source
 
 
-def index_of(content: str, num_shards: int, rows: Callable[[int], Iterable[Row]]) -> pa.Table:
-    """All `rows` of the shards with this content: from the cache, or found, by threads, and kept there."""
+def index_of(
+    content: str, num_shards: int, rows: Callable[[int], Iterable[Row]], check: Callable[[int], None]
+) -> pa.Table:
+    """All `rows` of the shards with this content: from the cache, or found, by threads, and kept there; `check` of
+    every shard comes before the rows of any."""
     name = hashlib.sha256(f"{VERSION} {content}".encode()).hexdigest()[:32]
     path = cache_dir() / "shards" / f"{name}.arrow"
     if path.exists():
@@ -87,6 +92,8 @@ def index_of(content: str, num_shards: int, rows: Callable[[int], Iterable[Row]]
 
         parts, pool = [], decoding_threads()
         try:
+            for _ in pool.map(check, range(num_shards)):
+                beat()
             for table in pool.map(part, range(num_shards)):
                 beat()
                 parts.append(table)

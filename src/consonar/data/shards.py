@@ -2,7 +2,7 @@
 
 WebDataset tars, Parquet and Arrow. Nothing is copied and no shard is held in memory; whatever `fsspec` opens can be
 named (s3://, gs://, https://, with its package for that place installed). Those of this machine, but for compressed
-tars, are also read in any order (`shard_index`).
+tars and Parquet in large groups, are also read in any order (`shard_index`).
 """
 
 import re
@@ -22,8 +22,6 @@ from consonar.origin import content_hash
 
 ENDINGS = {"webdataset": (".tar", ".tar.gz", ".tgz"), "parquet": (".parquet",), "arrow": (".arrow",)}
 """Of the shards in a folder, by kind."""
-PACKED = (".gz", ".tgz")
-"""Of shards that are read from the beginning alone."""
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 GLOB = re.compile(r"[*?\[]")
 QUERY = re.compile(r"\?(?=[a-z]+=)")
@@ -71,12 +69,15 @@ def open_shards(kind: str, target: str, split: str, image_size: int = 0) -> Shar
     with reading(f"data: {place}", "shards"):
         content = content_hash(known, lambda index: some_bytes(local[index]))
 
-    def indexed() -> IndexedShards:
-        pictures = index_of(f"{kind} {content}", len(paths), shards.rows)
-        return IndexedShards(called, shards.class_names, pictures, shards.picture, content)
+    stream = replace(stream, content_hash=content)
 
-    packed = any(path.endswith(PACKED) for path in paths)
-    return replace(stream, content_hash=content, indexed=None if packed else indexed)
+    def indexed() -> IndexedShards:
+        with reading(f"data: {place}", "shards"):  # most of their bytes are not in the hash
+            written = [path.stat().st_mtime_ns for path in local]
+        pictures = index_of(f"{kind} {content} {written}", len(paths), shards.rows, shards.check_any_order)
+        return IndexedShards(stream, pictures, shards.picture)
+
+    return replace(stream, indexed=indexed)
 
 
 def some_bytes(path: Path) -> bytes:

@@ -6,6 +6,7 @@ and post-training leave out the same ones.
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from consonar.data.image_folder import choose_split
 from consonar.data.labels import describe
 from consonar.data.shard_index import in_any_order
 from consonar.data.sources import Part, find_source, labelled, open_source
-from consonar.errors import MissingSplit, UserError
+from consonar.errors import MissingSplit, OnlyInOrder, UserError
 from consonar.seeding import generator, permutation
 from consonar.types import ImageSource, IndexedSource
 
@@ -58,7 +59,7 @@ def open_splits(
     `wanted` is the name of the split to validate on, or a share of `train` such as 5% (0%: none is held out). None: the
     split validation, else test, else the share `otherwise` of `train`, where that has two pictures and is no stream.
     Shards that have an order of their own are read in any order (`in_any_order`) where a share of them is wanted, and
-    for `any_order`.
+    for `any_order` if they can be.
     Which splits there are is asked before pictures are read. Raises `UserError` that begins with `key` for a split that
     is not there or is trained on, and where what is wanted cannot be held out; otherwise as `open_source` does.
     """
@@ -84,9 +85,12 @@ def open_splits(
     source = opened(split="train")
     if share is None:
         share = otherwise if isinstance(source, IndexedSource) and len(source) > 1 else 0
-    if share or any_order:
-        source = in_any_order(source)
-    return hold_out(source, share, key, label=label) if share else Splits(label(source), None)
+    if share:
+        return hold_out(in_any_order(source), share, key, label=label)
+    if any_order:
+        with suppress(OnlyInOrder):
+            source = in_any_order(source)
+    return Splits(label(source), None)
 
 
 def hold_out(

@@ -11,12 +11,16 @@ from typing import NamedTuple
 from consonar.data.huggingface import CAPTION_NAMES, LABEL_NAMES, caption_of
 from consonar.data.picture_files import IMAGE_ENDINGS, MAX_BYTES, Row, Unread, read_image
 from consonar.data.shard_files import shard_file
-from consonar.errors import BadImage, UserError, reading
+from consonar.errors import BadImage, OnlyInOrder, UserError, reading
 from consonar.files.readers import parse_json
 from consonar.json_types import Json
 from consonar.types import ImageRecord
 
 KIND = "webdataset"
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
+"""First bytes of tars that gzip, bzip2 and xz have compressed, whatever they are called."""
+MAGIC = slice(257, 262)
+"""Where a tar says "ustar"; its first bytes are the name of a file, any."""
 
 
 class Member(NamedTuple):
@@ -49,6 +53,13 @@ class Tars:
         for key, members in itertools.groupby(tar_members(tar), lambda member: member.key):
             contents = {member.ending: member.content for member in members}
             yield sample_picture(contents, self.wanted, f"{self.names[shard]}/{key}")
+
+    def check_any_order(self, shard: int) -> None:
+        """Raises `OnlyInOrder` for a compressed tar."""
+        with shard_file(self.paths[shard], KIND) as file:
+            first = file.read(tarfile.BLOCKSIZE)
+        if first.startswith(PACKED) and first[MAGIC] != b"ustar":
+            raise OnlyInOrder(f"data: {self.paths[shard]}: compressed, and read from its beginning alone; unpack it")
 
     def rows(self, shard: int) -> Iterator[Row]:
         """First and last byte of every sample, and what is said of it; no picture is read."""
