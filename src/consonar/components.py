@@ -10,7 +10,7 @@ from consonar.config_io import to_dict
 from consonar.convert import SOURCE, convert
 from consonar.cpu.kernels import tune
 from consonar.errors import UserError
-from consonar.files.lock import QUIET, hold
+from consonar.files.lock import hold
 from consonar.files.readers import plain_name, read_json
 from consonar.files.weights import component_config, load_module, save_component
 from consonar.files.writers import file_sha256
@@ -136,7 +136,7 @@ def fetch_component(text: str, component: str) -> Path:
     wanted = read_name(text)
     folder = wanted.converted
     if not is_current(wanted, folder):
-        with hold(folder.with_name(f".{folder.name}.converting"), wait=True, patience=QUIET):
+        with hold(folder.with_name(f".{folder.name}.converting"), wait=True):  # a download may take hours
             if not is_current(wanted, folder):  # else another process has converted it meanwhile
                 convert_file(wanted, folder)
     for place in (folder / component, folder):

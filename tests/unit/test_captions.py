@@ -1,7 +1,8 @@
 """Features of captions on the disk: what is read is what the encoder gives, and nothing is encoded twice."""
 
 import resource
-import threading
+from multiprocessing.pool import ThreadPool
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -131,19 +132,22 @@ def test_captions_without_words_are_left_out_and_items_without_others_are_told(t
         CaptionFeatures(["<b>"], Spelling(), folder=tmp_path)
 
 
-def test_who_comes_second_waits_and_reads(tmp_path):
-    second = Spelling()
-    thread = threading.Thread(target=lambda: CaptionFeatures(["a", "bee"], second, folder=tmp_path))
+def test_who_comes_second_waits_says_how_far_the_first_is_and_reads(tmp_path):
+    texts, second, told = ["ant", "bee", "cow", "dog"], Spelling(), Queue()
+    given = {"folder": tmp_path, "progress": lambda done, total: told.put(done)}
+    with ThreadPool(1) as pool:
+        waiting = []
 
-    class First(Spelling):
-        def encode(self, captions):
-            thread.start()
-            thread.join(0.1)
-            return super().encode(captions)
+        class First(Spelling):
+            def encode(self, captions):
+                if not waiting:
+                    waiting.append(pool.apply_async(CaptionFeatures, (texts, second), given))
+                while told.get(timeout=60) != len(self.asked):  # two a file
+                    pass
+                return super().encode(captions)
 
-    CaptionFeatures(["a", "bee"], First(), folder=tmp_path)
-    thread.join()
-    assert second.asked == []
+        CaptionFeatures(texts, First(), folder=tmp_path)
+        assert len(waiting[0].get(60)) == 4 and second.asked == []
 
 
 def test_what_no_length_cuts_is_encoded_once_for_all_lengths(tmp_path):

@@ -1,6 +1,7 @@
 """Streaming image sets, feature extraction and the feature cache; the shipped feature network when it is installed."""
 
 import threading
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -179,19 +180,21 @@ def test_reference_features_are_calculated_once(cache, images):
     assert len(list(cache.iterdir())) == 4
 
 
-def test_who_comes_second_waits_and_reads(cache, images):
-    settings, second = EvaluationSettings(), MeanColour()
-    thread = threading.Thread(target=lambda: sets.cached_features(second, in_memory(images), settings))
+def test_who_comes_second_waits_and_reads(cache, images, monkeypatch):
+    settings, second, waiting, reached = EvaluationSettings(), MeanColour(), [], threading.Event()
+    look = lock.Waiting.look
+    monkeypatch.setattr(lock.Waiting, "look", lambda self, held: (reached.set(), look(self, held)))
+    with ThreadPool(1) as pool:
 
-    class First(MeanColour):
-        def __call__(self, images):
-            thread.start()
-            thread.join(0.1)
-            return super().__call__(images)
+        class First(MeanColour):
+            def __call__(self, images_of_batch):
+                waiting.append(pool.apply_async(sets.cached_features, (second, in_memory(images), settings)))
+                assert reached.wait(60)
+                return super().__call__(images_of_batch)
 
-    sets.cached_features(First(), in_memory(images), settings)
-    thread.join()
-    assert second.calls == 0 and len(list(cache.iterdir())) == 1
+        first = sets.cached_features(First(), in_memory(images), settings)
+        assert torch.equal(waiting[0].get(60).rows, first.rows)
+    assert second.calls == 0 and len(waiting) == len(list(cache.iterdir())) == 1
 
 
 def test_a_group_of_processes_waits_for_no_other_job(cache, images, monkeypatch):

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,27 +109,35 @@ def test_many_who_wait_are_inside_one_after_the_other(tmp_path):
     assert most == [1] * 800
 
 
-def test_who_hangs_is_named_and_who_works_is_waited_for(tmp_path):
-    work = tmp_path / "work"
+def test_who_hangs_is_named_and_who_works_is_waited_for(tmp_path, monkeypatch):
+    """By a clock of the test's, which goes on by 2 s from look to look."""
+    work, now, left = tmp_path / "work", [0], list(range(9))
+    monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None))
+    with ExitStack() as holder:
+        beat = holder.enter_context(lock.hold(work))
+        os.utime(work / lock.LOCK_FILE, (0, 0))
+        beat()
+        assert (work / lock.LOCK_FILE).stat().st_mtime > 0
 
-    def works():
-        with lock.hold(work) as beat:
-            held.set()
-            for _ in range(7):
-                time.sleep(0.2)
-                beat()
+        def works() -> None:
+            now[0] += 2
+            if left:
+                os.utime(work / lock.LOCK_FILE, (0, left.pop()))
+            else:
+                holder.close()
 
-    held = threading.Event()
-    thread = threading.Thread(target=works)
-    thread.start()
-    held.wait()
-    with lock.hold(work, wait=True, patience=1):
-        thread.join()
-        with (
-            pytest.raises(UserError, match=rf"work: process {os.getpid()} on .* has not got on for \d s; end it"),
-            lock.hold(work, wait=True, patience=0.1),
-        ):
-            pass
+        with lock.hold(work, wait=True, patience=3, meanwhile=works):
+            assert now == [20]
+
+    def hangs() -> None:
+        now[0] += 2
+
+    with (
+        lock.hold(work),
+        pytest.raises(UserError, match=rf"work: process {os.getpid()} on .* has not got on for 4 s; end it"),
+        lock.hold(work, wait=True, patience=3, meanwhile=hangs),
+    ):
+        pass
 
 
 def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):

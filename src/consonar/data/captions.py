@@ -50,18 +50,25 @@ class EncodedTexts:
         """The tokens of some texts, (T, F) or (T,), and where each ends (n,)."""
         self.wanted = {hash_of(text): index for index, text in enumerate(texts)}
         self.folders = [folder / named(by.encode()) for by in (encoder.uncut, encoder.fingerprint)]
+        self.looked_in = set[Path]()
         self.look()
+
+        def follow() -> None:
+            self.look()
+            progress(int((self.places[:, 0] >= 0).sum()), len(texts))
+
         if (self.places[:, 0] < 0).any():
-            with making(self.folders[0]) as beat:
+            with making(self.folders[0], meanwhile=follow) as beat:
                 self.look()  # another process may have made them meanwhile
                 for done in self.encode_missing(texts, batch_size):
                     beat()
                     progress(done, len(texts))
 
     def look(self) -> None:
-        """Takes what is wanted from all files that there are."""
+        """Takes what is wanted from all files that have come since the last look."""
         for path in [path for place in self.folders for path in sorted(place.glob(f"*{INDEX}"))]:
-            self.look_in(path)
+            if path not in self.looked_in:
+                self.look_in(path)
 
     def encode_missing(self, texts: Sequence[str], batch_size: int) -> Iterator[int]:
         """Encodes and keeps what is not there; gives after each batch how many texts are done."""
@@ -101,6 +108,7 @@ class EncodedTexts:
         """Takes what is wanted from the file of this index, where it is there."""
         if not (beside := tokens_beside(path)).exists():
             return
+        self.looked_in.add(path)
         with reading(path, "an index of captions", REMEDY):
             index = read_npy(path, REMEDY)
             if index.ndim != 2 or index.shape[1] != 3 or index.dtype != "<u8":

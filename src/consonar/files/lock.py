@@ -51,10 +51,11 @@ class Held(UserError):
 
 
 class Waiting:
-    """Waits for others who hold something, unless for `patience` seconds there is no sign that they work."""
+    """Waits for others who hold something, unless for `patience` seconds there is no sign that they work; calls
+    `meanwhile` at every look."""
 
-    def __init__(self, patience: float = math.inf) -> None:
-        self.patience, self.pause = patience, LOOKS[0]
+    def __init__(self, patience: float = math.inf, meanwhile: Beat = lambda: None) -> None:
+        self.patience, self.meanwhile, self.pause = patience, meanwhile, LOOKS[0]
         self.sign, self.since = object(), time.monotonic()
 
     def look(self, held: Held) -> None:
@@ -64,12 +65,15 @@ class Waiting:
             self.sign, self.since = held.sign, now
         if now - self.since > self.patience:
             raise Held(held.folder, held.holder, held.sign, now - self.since)
+        self.meanwhile()
         time.sleep(self.pause)
         self.pause = min(2 * self.pause, LOOKS[1])
 
 
 @contextmanager
-def hold(folder: Path, *, wait: bool = False, patience: float = math.inf) -> Iterator[Beat]:
+def hold(
+    folder: Path, *, wait: bool = False, patience: float = math.inf, meanwhile: Beat = lambda: None
+) -> Iterator[Beat]:
     """Keeps other processes out of `folder`, which is made where it is missing and removed again when it stays empty.
 
     Gives what its holder calls while it works (`Beat`). Raises `Held` that names who holds it; with `wait`, waits for
@@ -81,7 +85,7 @@ def hold(folder: Path, *, wait: bool = False, patience: float = math.inf) -> Ite
     path = folder / LOCK_FILE
     with ExitStack() as at_end:
         at_end.callback(_remove_empty, made)
-        file = at_end.enter_context(_locked(path, Waiting(patience) if wait else None, made))
+        file = at_end.enter_context(_locked(path, Waiting(patience, meanwhile) if wait else None, made))
         # Both before the lock is given back: nobody else can hold this file, and who waits for it makes the folders
         # again, and knows then that it did.
         at_end.callback(_remove_empty, made)
@@ -99,14 +103,16 @@ def hold(folder: Path, *, wait: bool = False, patience: float = math.inf) -> Ite
 
 
 @contextmanager
-def making(entry: Path, *, wait: bool = True) -> Iterator[Beat]:
-    """Around making an `entry` of the cache: who comes second waits, and should look whether it is there by then. Where
-    that cannot be locked, or its holder is silent for `QUIET` seconds, or without `wait`, both make it.
+def making(entry: Path, *, wait: bool = True, meanwhile: Beat = lambda: None) -> Iterator[Beat]:
+    """Around making an `entry` of the cache: who comes second waits, calls `meanwhile` now and then, and should look
+    whether it is there by then. Without `wait`, where that cannot be locked, or where its holder is silent for `QUIET`
+    seconds, both make it.
     """
     with ExitStack() as held:
         beat: Beat = lambda: None  # noqa: E731
         with suppress(Held, OSError):
-            beat = held.enter_context(hold(entry.with_name(f".{entry.name}.making"), wait=wait, patience=QUIET))
+            place = entry.with_name(f".{entry.name}.making")
+            beat = held.enter_context(hold(place, wait=wait, patience=QUIET, meanwhile=meanwhile))
         yield beat
 
 
