@@ -107,8 +107,7 @@ def tokenize(options: Options, world: World) -> None:
         raise UserError(f"--out: {stores[taken[0]]} exists{changed}; choose another folder")
     for name, source in sources.items() if captioned else ():
         known = TokenStore.open(stores[name]).captions if name in ours else getattr(source, "captions", None)
-        # Of several processes the others wait meanwhile: then the encoder is asked when the features are made.
-        has_words = str.strip if encoder is None or world.size > 1 else encoder.has_words
+        has_words = encoder.has_words if encoder is not None and world.size == 1 else str.strip  # else others wait
         all_captions(known or (), f"--captions: {source.name}", CAPTION_REMEDY, has_words)
     barrier(world)  # nobody looks for stores after another process has made them
     tell = say if world.is_main else ignore
