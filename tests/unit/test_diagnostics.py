@@ -14,10 +14,12 @@ import torch
 from conftest import picture
 from scipy.stats import spearmanr
 
+from consonar.data.bad_images import BadImages
 from consonar.diagnostics import codes, context, decoding, exposure, forcing, layers, statistics
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
 from consonar.diagnostics.findings import Interval, exactly
 from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject, choose
+from consonar.errors import BadImage
 from consonar.sampling.sample import SamplerConfig
 from consonar.seeding import generator as seeded
 from consonar.seeding import spread
@@ -439,11 +441,15 @@ class Source:
 
 
 def test_pictures_that_no_file_orders_are_drawn_evenly_by_the_seed_and_the_others_are_others() -> None:
-    measured, others = ([int(record.name) for record in part] for part in choose(Source(), 20, 0, None))
+    measured, others = ([int(record.name) for record in part] for part in choose(Source(), 20, 0, None, BadImages()))
     assert [row // 5 for row in measured] == list(range(20)) and len(set(others)) == 20
     assert not set(measured) & set(others)
-    assert choose(Source(), 20, 0, None) == choose(Source(), 20, 0, None) != choose(Source(), 20, 1, None)
-    measured, others = choose(Source(), 80, 0, None)
+    assert (
+        choose(Source(), 20, 0, None, BadImages())
+        == choose(Source(), 20, 0, None, BadImages())
+        != choose(Source(), 20, 1, None, BadImages())
+    )
+    measured, others = choose(Source(), 80, 0, None, BadImages())
     assert len(measured) == 80 and len(others) == 20
     assert spread(seeded(0, "x"), 9, 3).tolist() == [0, 1, 2]
 
@@ -453,22 +459,31 @@ def test_pictures_are_drawn_by_seed_and_pixels_in_any_order_of_a_file(monkeypatc
 
     class Ordered(Source):
         order: ClassVar[list[int]] = list(range(40))
+        damaged: ClassVar[set[int]] = set()
 
         def __len__(self) -> int:
             return 40
 
         def read(self, index: int) -> ImageRecord:
+            if self.order[index] in self.damaged:
+                raise BadImage(f"picture {index}: is no picture")
             return ImageRecord(made[self.order[index]], str(self.order[index]))
 
     def names(source: Source, wanted: int, seed: int = 0) -> list[list[str]]:
-        return [[record.name for record in part] for part in choose(source, wanted, seed, 16)]
+        return [[record.name for record in part] for part in choose(source, wanted, seed, 16, bad)]
 
-    moved = Ordered()
+    bad, moved = BadImages("skip", limit=1), Ordered()
     moved.order = list(reversed(range(40)))
     measured, others = names(Ordered(), 10)
     assert names(moved, 10) == [measured, others] != names(moved, 10, seed=1)
     assert len({*measured, *others}) == 20
     assert [len(part) for part in names(Ordered(), 30)] == [30, 10]
+    assert bad.note == ""
+    bad.forget("held-out")
+    damaged = Ordered()
+    damaged.damaged = {int(measured[0]), int(measured[3])}
+    assert names(damaged, 8)[0] == [name for name in measured if int(name) not in damaged.damaged]
+    assert bad.note.startswith("2 of 40 pictures cannot be read and are left out: picture ")
     monkeypatch.setattr("consonar.diagnostics.subject.MOST_READ", 39)
     assert names(moved, 10) != names(Ordered(), 10), "of a larger set by number"
 

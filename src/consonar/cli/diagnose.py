@@ -75,6 +75,8 @@ def command(options: Options) -> None:
             validation_split=options.validation_split, label_default=options.label_default,
             progress=lambda part: count(next(numbers)),
         )  # fmt: skip
+    if "left out" in found.provenance:
+        say(str(found.provenance["left out"]))
     for name, finding in found.findings.items():
         say(f"{name}: {finding.summary}")
     for name, reason in found.unavailable.items():

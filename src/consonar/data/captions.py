@@ -53,9 +53,10 @@ class EncodedTexts:
         self.looked_in = set[Path]()
         self.look()
 
-        def follow() -> None:
+        def follow() -> bool:  # its holder may be at other captions for hours yet, and others wait for this process
             self.look()
-            progress(int((self.places[:, 0] >= 0).sum()), len(texts))
+            progress(done := int((self.places[:, 0] >= 0).sum()), len(texts))
+            return done == len(texts)
 
         if (self.places[:, 0] < 0).any():
             with making(self.folders[0], meanwhile=follow) as beat:

@@ -216,6 +216,7 @@ def provenance(name: str, data: str, subject: Subject) -> Json:
             key: {"name": part.name, "count": len(part.images), "sha256": part.sha256}
             for key, part in used.items() if part is not None
         },
+        **({"left out": subject.left_out} if subject.left_out else {}),
         "perceptual": {"name": subject.judge.name, "sha256": subject.judge.weights_sha256},
         "feature network": {"name": subject.network.name, "sha256": subject.network.weights_sha256},
         "settings": to_dict(settings),

@@ -22,9 +22,10 @@ from consonar.components import (
     load_tokenizer,
     read_component_kind,
 )  # fmt: skip
+from consonar.data.bad_images import BadImages, readable_rows
 from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.labels import check_label
-from consonar.data.sources import at_size, find_source, in_order_of
+from consonar.data.sources import Part, at_size, find_source, in_order_of
 from consonar.data.splits import open_splits
 from consonar.data.transforms import to_uint8
 from consonar.errors import UserError, check_choice
@@ -108,6 +109,8 @@ class Subject:
     train: Pictures | None = None
     others: Pictures | None = None
     """Pictures that none of the held-out ones are among."""
+    left_out: str = ""
+    """How many pictures could not be read, in words; empty where all could."""
 
     @property
     def generator(self) -> Generator:
@@ -158,11 +161,13 @@ class Subject:
 
 
 def choose(
-    source: ImageSource, wanted: int, seed: int, image_size: int | None
+    source: ImageSource, wanted: int, seed: int, image_size: int | None, bad: BadImages, part: str = "held-out"
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """So many pictures of a source, and as many others, drawn by seed and pixels at `image_size`, in whatever order a
-    file has them; with None, and of more than `MOST_READ`, evenly by number, and of a stream among its first ones."""
+    file has them, of those that can be read: the others are noted in `bad`, as of `part`. With None, and of more than
+    `MOST_READ`, evenly by number, and of a stream among its first ones."""
     if isinstance(source, IndexedSource) and image_size is not None and len(source) <= MOST_READ:
+        source = Part(source, readable_rows(source.read, len(source), bad, part), source.name)
         places, _ = drawn_places(source_image_set(source, image_size), EvaluationSettings(seed=seed))
         order = places.argsort().tolist()
         drawn = [[source.read(row) for row in order[start : start + wanted]] for start in (0, wanted)]
@@ -267,20 +272,23 @@ def open_subject(
     encoder = load_own_text_encoder(name, model) if model and not num_classes else None
     made = partial(encoded, tokenizer=codec, num_classes=num_classes, batch_size=settings.batch_size, encoder=encoder)
     drawn_here = find_source(at_size(data)[0])[0].is_drawn  # in an order that no file has
+    bad = BadImages("skip", limit=1)
     chosen = partial(
-        choose, wanted=settings.num_images, seed=settings.seed, image_size=None if drawn_here else codec.image_size
-    )
+        choose, wanted=settings.num_images, seed=settings.seed, bad=bad,
+        image_size=None if drawn_here else codec.image_size,
+    )  # fmt: skip
     measured, others = chosen(held_out)
     if len(measured) < 8:
         raise UserError(
             f"--data: {held_out.name} has {len(measured)} pictures to measure; 8 or more are needed "
             "(--validation-split says which)"
         )
-    train, more = chosen(seen) if seen else ([], [])
+    train, more = chosen(seen, part="training") if seen else ([], [])
     source = held_out
     if seen and len(others) * 2 < len(measured):  # too few are left to compare with
         others, source = more or train, seen
     return Subject(
         codec, made(measured, held_out.name), settings, judge, network, model,
         train=made(train, seen.name) if seen and train else None, others=made(others, source.name) if others else None,
+        left_out=bad.note,
     )  # fmt: skip

@@ -35,6 +35,8 @@ LOOKS = 0.001, 1.0
 """Seconds between two looks of who waits: first, and at most."""
 Beat = Callable[[], None]
 """To be called by who works at something that others may wait for, each time that it got on with it."""
+Meanwhile = Callable[[], bool | None]
+"""What who waits does now and then; True: it need not wait any more."""
 QUIET = 1800.0
 """Patience with who makes an entry of the cache."""
 
@@ -52,9 +54,9 @@ class Held(UserError):
 
 class Waiting:
     """Waits for others who hold something, unless for `patience` seconds there is no sign that they work; calls
-    `meanwhile` at every look."""
+    `meanwhile` at every look, which may say that what is waited for is there: then `look` raises as well."""
 
-    def __init__(self, patience: float = math.inf, meanwhile: Beat = lambda: None) -> None:
+    def __init__(self, patience: float = math.inf, meanwhile: Meanwhile = lambda: None) -> None:
         self.patience, self.meanwhile, self.pause = patience, meanwhile, LOOKS[0]
         self.sign, self.since = object(), time.monotonic()
 
@@ -65,14 +67,15 @@ class Waiting:
             self.sign, self.since = held.sign, now
         if now - self.since > self.patience:
             raise Held(held.folder, held.holder, held.sign, now - self.since)
-        self.meanwhile()
+        if self.meanwhile():
+            raise held
         time.sleep(self.pause)
         self.pause = min(2 * self.pause, LOOKS[1])
 
 
 @contextmanager
 def hold(
-    folder: Path, *, wait: bool = False, patience: float = math.inf, meanwhile: Beat = lambda: None
+    folder: Path, *, wait: bool = False, patience: float = math.inf, meanwhile: Meanwhile = lambda: None
 ) -> Iterator[Beat]:
     """Keeps other processes out of `folder`, which is made where it is missing and removed again when it stays empty.
 
@@ -103,7 +106,7 @@ def hold(
 
 
 @contextmanager
-def making(entry: Path, *, wait: bool = True, meanwhile: Beat = lambda: None) -> Iterator[Beat]:
+def making(entry: Path, *, wait: bool = True, meanwhile: Meanwhile = lambda: None) -> Iterator[Beat]:
     """Around making an `entry` of the cache: who comes second waits, calls `meanwhile` now and then, and should look
     whether it is there by then. Without `wait`, where that cannot be locked, or where its holder is silent for `QUIET`
     seconds, both make it.
