@@ -427,7 +427,7 @@ def test_text_that_is_not_utf_8_is_escaped_on_the_page(trained: Path, tmp_path: 
 
 
 def test_tokens_beyond_the_vocabulary_are_not_counted(picture_folder: Path, tmp_path: Path, capsys) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "samples.npz", arr_0=images, tokens=np.full((16, 64), 5000))
     command = ["evaluate", str(tmp_path / "samples.npz"), "--reference", str(picture_folder)]
     assert "token 5000; 'openmoji-64' has 0..1023" in fails([*command, "--tokenizer", "openmoji-64"], capsys)

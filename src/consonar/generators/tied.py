@@ -30,10 +30,7 @@ class TiedEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, n, D) <- (B, n)."""
-        count = len(self.codebook)
-        codes = self.projection(F.embedding(ids.clamp(max=count - 1), self.codebook))
-        own = super().forward((ids - count).clamp(min=0))
-        return torch.where((ids < count)[..., None], codes.to(own.dtype), own)
+        return F.embedding(ids, torch.cat([self.projection(self.codebook), self.weight]))
 
 
 def embedding_of(vocab_size: int, others: int, width: int, code_dim: int = 0) -> nn.Embedding:
