@@ -18,6 +18,7 @@ from consonar.files.weights import component_config, component_fingerprint, map_
 from consonar.generators import base
 from consonar.tokenizers.vq import VQTokenizer
 from consonar.training import run as runs
+from consonar.training.checkpoints import Saver
 from consonar.training.config import DataConfig, LoopConfig, TrainConfig
 from consonar.training.objectives.autoregressive import Autoregressive
 from consonar.training.objectives.policy import PolicyConfig
@@ -28,8 +29,9 @@ from consonar.training.tracking import read_metrics
 VALUES: dict[str, dict[str, Any]] = {
     "loop": {
         "steps": 4, "batch_size": 4, "accumulation": 2, "log_every": 2, "validate_every": 1, "sample_every": 1,
-        "save_every": 1, "keep_checkpoints": 1, "fd_samples": 8, "keep_best": True, "ema_decay": 0.5,
-        "precision": "bf16", "device": "cuda", "compile": True, "activation_checkpointing": 1, "trackers": ("nothing",),
+        "save_every": 1, "keep_checkpoints": 1, "async_save": False, "fd_samples": 8, "keep_best": True,
+        "ema_decay": 0.5, "precision": "bf16", "device": "cuda", "compile": True, "activation_checkpointing": 1,
+        "trackers": ("nothing",),
     },
     "optim": {
         "lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 1, "beta1": 0.5, "beta2": 0.5, "weight_decay": 0.9,
@@ -111,6 +113,8 @@ def observe(tmp_path, monkeypatch):
         loss = Autoregressive.loss
         monkeypatch.setattr(Autoregressive, "loss", lambda *given: calls.append("loss") or loss(*given))
         monkeypatch.setattr(runs, "compile_for_training", lambda part: calls.append("compiled"))
+        finish = Saver.finish
+        monkeypatch.setattr(Saver, "finish", lambda saver: calls.append("written") or finish(saver))
         monkeypatch.setattr(base, "checkpoint", lambda *given, **_: calls.append("checkpoint") or given[0](*given[1:]))
         try:
             run = runs.train(config, tmp_path / "observed", quiet=True)
@@ -119,6 +123,7 @@ def observe(tmp_path, monkeypatch):
             return str(error)
         finally:
             monkeypatch.setattr(Autoregressive, "loss", loss)
+            monkeypatch.setattr(Saver, "finish", finish)
         lines = read_metrics(run / "metrics.jsonl")
         files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
         model, state = component_config(run / "model"), map_tensors(run / "model" / "model.safetensors")

@@ -92,7 +92,7 @@ def remove_old(folder: Path, keep: int) -> None:
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of a run into `folder` while it goes on: a copy, in a thread, one at a time.
+    """Writes the checkpoints of a run into `folder` while it goes on (`beside`): a copy, in a thread, one at a time.
 
     An error of the thread is raised by the next call: in the process that had it as it was, in the others of the run as
     a `UserError` that says the same.
@@ -101,13 +101,21 @@ class Saver:
     folder: Path
     keep: int
     world: World
+    beside: bool = True
     written: Future[Path] | None = None
     group: Any = None
     """In which the threads talk, made when there are shards to save."""
 
     def save(self, step: int, payload: dict[str, Any]) -> None:
-        """Begins to write what may change as soon as this returns; waits for the one before. All processes at once."""
+        """Begins to write what may change as soon as this returns; waits for the one before, and for this one where
+        nothing is written `beside` the run. All processes at once."""
         self.finish()
+        self.begin(step, payload)
+        if not self.beside:
+            self.finish()
+
+    def begin(self, step: int, payload: dict[str, Any]) -> None:
+        """Copies what is to be saved, and has it written."""
         write: Callable[[dict[str, Any]], Path]
         if shards.parted(payload)[1]:
             path = self.folder / f"step_{step:08d}"

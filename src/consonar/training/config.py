@@ -98,6 +98,8 @@ class LoopConfig(Options):
     """Steps between resume checkpoints; 0: at the end only."""
     keep_checkpoints: Count = 2
     """Resume checkpoints kept."""
+    async_save: bool = True
+    """Write checkpoints beside the steps that follow. Without, these wait, and no kill loses more than an interval."""
     fd_samples: Annotated[int, Range(2, or_zero=True, note="a distance needs 2 samples")] = 0
     """Images drawn at every validation for the Fréchet distance to the validation images (post-training); the model
     with the lowest one is kept in best/. 0: none."""

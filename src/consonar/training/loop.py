@@ -150,13 +150,13 @@ class Running:
     world: World
     caught: Collection[int] = ()
     """Signals that ask the run to end."""
-
     idle: Counter[str] = field(default_factory=Counter)
     """Of every reward at how many logged updates in a row it told no draw from another."""
 
     @cached_property
     def saver(self) -> Saver:
-        return Saver(self.folder / "checkpoints", self.config.loop.keep_checkpoints, self.world)
+        loop = self.config.loop
+        return Saver(self.folder / "checkpoints", loop.keep_checkpoints, self.world, loop.async_save)
 
     def due(self, every: int) -> bool:
         """Whether a multiple of `every` was reached by the last updates, of which there may be several on a batch."""

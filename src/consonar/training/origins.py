@@ -39,8 +39,9 @@ PLACES = {
 }
 """Options that say where a thing lies, and the hash that says what it is."""
 OF_MEMORY = {
-    "loop.accumulation", "loop.activation_checkpointing", "objective.chunk", "parallel.strategy", "parallel.shard_size",
-    "parallel.reshard_after_forward", "parallel.param_dtype", "parallel.prefetch_forward", "parallel.prefetch_backward",
+    "loop.accumulation", "loop.activation_checkpointing", "loop.async_save", "objective.chunk",
+    "parallel.strategy", "parallel.shard_size", "parallel.reshard_after_forward",
+    "parallel.param_dtype", "parallel.prefetch_forward", "parallel.prefetch_backward",
 }  # fmt: skip
 """Options that change what memory a run takes, and its numbers by rounding (and by which numbers dropout draws): a run
 that had too little of it goes on with others."""
