@@ -258,7 +258,8 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
     assert "475.3 million trained" in page and "It fits." in page and "models/maskgit-vqgan is the released" in page
     numbers = json.loads(file.read_text())
     assert numbers["fits"] and numbers["peak"] == sum(part["at_peak"] for part in numbers["memory"].values())
-    cli.main([*words, "--overwrite"])
+    cli.main(["plan", "ar-openmoji", "--json", str(file), "--overwrite"])
+    assert json.loads(file.read_text())["recipe"] == "ar-openmoji"
     file.write_text("{}")
     for more, said in (
         ([], "already exists; choose another name, or add --overwrite"),
