@@ -20,6 +20,7 @@ from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
 from consonar.diagnostics.diagnose import diagnose
 from consonar.diagnostics.subject import DiagnosisSettings
+from consonar.files.lock import hold
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
 from consonar.json_types import Json
@@ -30,7 +31,7 @@ from consonar.sweeps.page import HOW_TO_READ, difference_rows, named, protocol_l
 from consonar.sweeps.plan import Evaluated, Sweep
 from consonar.sweeps.rows import read_sweep
 from consonar.sweeps.summary import BEST, Summary, judge, over_seeds, summarise, value_cells
-from consonar.sweeps.work import Place, read_result, run_sweep
+from consonar.sweeps.work import Place, Then, read_result, run_sweep
 
 HERE = Path(__file__).parent
 NAMES = {"cpu": "photographs", "gpu": "photographs-gpu"}
@@ -286,9 +287,10 @@ def run(
     names: Mapping[str, str],
     prepare: Callable[[str, Sweep, Path], None],
     page: Callable[[str, Sweep, dict[str, Json]], str],
-    finish: Callable[[Sweep, Path], None] = lambda sweep, out: None,
+    then: Then = lambda place, cell: None,
 ) -> None:
-    """The command of a study: `prepare` what its profile needs, do its cells, `finish`, and write its `page`."""
+    """The command of a study: `prepare` what its profile needs, do its cells, `then` what else each wants, also where
+    an ended process left that out, and write its `page`."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=list(names), default="cpu", help="which machine it is sized for")
     parser.add_argument(
@@ -300,8 +302,11 @@ def run(
     sweep = read_sweep(file, out)
     if not options.page:
         prepare(options.profile, sweep, out)
-        run_sweep(sweep, out, lambda text: print(text, flush=True))
-        finish(sweep, out)
+        place = Place(out, sweep, lambda text: print(text, flush=True))
+        run_sweep(sweep, out, place.say, then)
+        for cell in sweep.cells.values():
+            with hold(place.lock(cell), wait=True):
+                then(place, cell)
     write_section(name, page(name, sweep, results_of(sweep, out)))
 
 

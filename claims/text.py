@@ -18,18 +18,18 @@ from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.sweeps.page import named, table
-from consonar.sweeps.plan import Sweep
+from consonar.sweeps.plan import Cell, Sweep
 from consonar.sweeps.summary import BEST, value_cells
 from consonar.sweeps.work import Place
 
 HERE = Path(__file__).parent
 NAMES = {"cpu": "text", "gpu": "text-gpu"}
-SCENES = {"cpu": "scenes:8000", "gpu": "scenes:100000"}
+SCENES = {"cpu": "scenes:40000", "gpu": "scenes:100000"}
 TOKENIZER = "scenes-64"
 PROMPTS, PER_PROMPT = 400, 1
 """Captions of held-out scenes, as many of each kind, and pictures of each."""
 TITLES = {
-    "text": ("The articles' parts on captions", "Made by `make claims-text`: 8,000 scenes with captions to train on; held-out scenes ask for pairings that none of them shows."),
+    "text": ("The articles' parts on captions", "Made by `make claims-text`: 40,000 scenes with captions to train on; held-out scenes ask for pairings that none of them shows."),
     "text-gpu": ("The articles' parts on captions, at size", "Made by `make claims-text PROFILE=gpu`: 100,000 scenes with captions to train on."),
 }  # fmt: skip
 COLUMNS = (f"{FD} validation", SCORE, f"{FD} train", "precision", "recall")
@@ -45,26 +45,22 @@ def prepare(profile: str, sweep: Sweep, out: Path) -> None:
             write_token_store(path, source, tokenizer)
 
 
-def score(sweep: Sweep, out: Path) -> None:
-    """The compositional score of every finished run that is here, at the settings that its samples were drawn with."""
-    place, texts = Place(out, sweep, print), validation_prompts(PROMPTS)
-    for name, cell in sweep.cells.items():
-        path = out / "scores" / f"{name}.json"
-        if path.exists() or not place.is_trained(cell):
-            continue
-        asked = cell.evaluated.settings
-        settings = PromptSettings(
-            per_prompt=PER_PROMPT, temperatures=asked.temperatures, guidance_scales=asked.guidance_scales,
-            batch_size=asked.batch_size, device=str(pick_device(cell.config.loop.device)),
-        )  # fmt: skip
-        found = score_run(
-            place.run(cell), texts, settings, name="scenes-validation", overwrite=True, progress=place.say
-        )
-        kept = {
-            key: found[key]
-            for key in ("rows", "ceilings", "detector_sha256", "checkpoint_sha256", "machine", "versions")
-        }
-        write_json(path, {"schema": 1, "prompts": len(texts), "per_prompt": PER_PROMPT, **kept})
+def score(place: Place, cell: Cell) -> None:
+    """The compositional score of a trained run that is here, at the settings that its samples were drawn with."""
+    path = place.out / "scores" / f"{cell.name}.json"
+    if path.exists() or not place.is_trained(cell):
+        return
+    asked = cell.evaluated.settings
+    settings = PromptSettings(
+        per_prompt=PER_PROMPT, temperatures=asked.temperatures, guidance_scales=asked.guidance_scales,
+        batch_size=asked.batch_size, device=str(pick_device(cell.config.loop.device)),
+    )  # fmt: skip
+    texts = validation_prompts(PROMPTS)
+    found = score_run(place.run(cell), texts, settings, name="scenes-validation", overwrite=True, progress=place.say)
+    kept = {
+        key: found[key] for key in ("rows", "ceilings", "detector_sha256", "checkpoint_sha256", "machine", "versions")
+    }
+    write_json(path, {"schema": 1, "prompts": len(texts), "per_prompt": PER_PROMPT, **kept})
 
 
 def scores_of(out: Path) -> dict[str, Json]:

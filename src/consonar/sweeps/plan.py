@@ -26,7 +26,7 @@ OF_CELLS = ("device", "seed", "match")
 """Settings of an evaluation that follow from the cell."""
 ELSEWHERE = OF_MEMORY | {"loop.device", "loop.trackers", "batch_size", "init"}
 """What may differ between machines that work on one sweep."""
-FILLED = ("tokenizer", "data.validation_tokens")
+FILLED = ("tokenizer", "text_encoder", "data.validation_tokens")
 """Settings that a run fills in when it begins, where they were left open."""
 FREE = {*FILLED, "init", "loop.device", "loop.trackers"}
 """Settings that may be others when a run goes on, which compares what it is made of by content."""

@@ -42,6 +42,7 @@ from consonar.training.tracking import read_metrics
 SCHEMA = 1
 REMEDY = "remove it to have the cell done anew, or choose another --out"
 Say = Callable[[str], None]
+Then = Callable[["Place", Cell], None]
 
 
 @dataclass
@@ -69,8 +70,8 @@ class Place:
         return is_component(self.run(cell) / "model")
 
 
-def run_sweep(sweep: Sweep, out: Path, say: Say) -> dict[str, Json]:
-    """Does every cell that has no result yet, and returns the results of all by name.
+def run_sweep(sweep: Sweep, out: Path, say: Say, then: Then = lambda place, cell: None) -> dict[str, Json]:
+    """Does every cell that has no result yet, `then` what else is wanted of it, and returns the results of all by name.
 
     Raises `UserError` before any work for results and runs in `out` that are of other cells or were made of other
     files, and for token stores, references and feature networks that are missing.
@@ -92,6 +93,7 @@ def run_sweep(sweep: Sweep, out: Path, say: Say) -> dict[str, Json]:
                 if read_result(place, cell) is None:  # else done meanwhile
                     say(f"{cell.name}: {len(sweep.cells) - len(waiting)} of {len(sweep.cells)} cells are done")
                     do_cell(place, cell, needed)
+                then(place, cell)
             waiting.remove(cell)
             held = None
         if held is not None:
@@ -103,8 +105,7 @@ def run_sweep(sweep: Sweep, out: Path, say: Say) -> dict[str, Json]:
 
 def hold_needed(place: Place, cell: Cell, locks: ExitStack) -> list[Cell]:
     """Holds the cell, and those that it needs and that are not trained, which are returned, what others start from
-    first. Raises `Held`.
-    """
+    first. Raises `Held`."""
     needed: dict[str, Cell] = {}
 
     def add(one: Cell) -> None:
@@ -208,8 +209,7 @@ def target_of(place: Place, cell: Cell, device: torch.device) -> ReferenceSet:
 
 def read_result(place: Place, cell: Cell) -> Json | None:
     """The result of a cell; None where there is none, or it was measured before all that it is to be matched to was
-    asked for. `UserError` where the file is of another cell.
-    """
+    asked for. `UserError` where the file is of another cell."""
     path = place.result(cell)
     if not path.exists():
         return None
