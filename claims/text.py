@@ -53,7 +53,7 @@ def score(place: Place, cell: Cell) -> None:
     asked = cell.evaluated.settings
     settings = PromptSettings(
         per_prompt=PER_PROMPT, temperatures=asked.temperatures, guidance_scales=asked.guidance_scales,
-        batch_size=asked.batch_size, device=str(pick_device(cell.config.loop.device)),
+        seed=asked.seed, batch_size=asked.batch_size, device=str(pick_device(cell.config.loop.device)),
     )  # fmt: skip
     texts = validation_prompts(PROMPTS)
     found = score_run(place.run(cell), texts, settings, name="scenes-validation", overwrite=True, progress=place.say)

@@ -22,6 +22,7 @@ from consonar.data.scenes import KINDS
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import from_uint8
+from consonar.evaluation.compositional import VALIDATION_PROMPTS, validation_prompts
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.sampling.sample import SamplerConfig, sample
 from consonar.seeding import generator as seeded
@@ -436,6 +437,11 @@ def test_pictures_are_scored_by_what_their_prompts_say(place, tmp_path, capsys):
     assert "exists; add --overwrite" in refusal(capsys, *words)
     main(["evaluate", "--check", str(found)])
     assert "reproduced: digit for digit" in capsys.readouterr().out
+    (tmp_path / "again.txt").write_text("two dogs\na cat\ntwo dogs\n")  # a prompt that comes twice is one
+    main(["evaluate", str(run), "--prompts", str(tmp_path / "again.txt"), "--per-prompt", "2", "--overwrite"])
+    main(["evaluate", "--check", str(found)])
+    assert "reproduced: digit for digit" in capsys.readouterr().out
+    assert len(set(validation_prompts())) == VALIDATION_PROMPTS
 
 
 def test_samples_remember_what_they_were_asked_for(place, tmp_path, capsys):

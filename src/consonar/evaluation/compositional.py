@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ from consonar.types import Tokenizer
 COMPOSITIONAL = "compositional.json"
 SCORE = "compositional score"
 VALIDATION, VALIDATION_PROMPTS = "scenes-validation", 400
-"""Prompts of held-out scenes by name, and how many they are where nothing else is said: as many of each kind."""
+"""Prompts of held-out scenes by name, and how many they are where nothing else is said."""
 Judged = list[tuple[str, bool]]
 """The claims of a picture's prompt, and whether they hold."""
 
@@ -78,9 +78,15 @@ class PromptSettings:
 
 
 def validation_prompts(count: int = VALIDATION_PROMPTS) -> list[str]:
-    """Captions of the first scenes for validation."""
-    scenes = Scenes("validation", count=count)
-    return [str(scenes.placed(index)[0]) for index in range(count)]
+    """The first so many different captions of scenes for validation; of kinds that have few, such as counting, fewer."""
+    scenes = Scenes("validation", count=10 * count)
+    return list(islice(unique(str(scenes.placed(index)[0]) for index in range(scenes.count)), count))
+
+
+def unique(texts: Iterable[str]) -> Iterator[str]:
+    """Each of them once, where it comes first."""
+    seen: set[str] = set()
+    return (text for text in texts if not (text in seen or seen.add(text)))
 
 
 def judge(detector: SceneDetector, images: Iterable[Tensor], captions: Iterable[str]) -> list[Judged]:
@@ -166,13 +172,13 @@ def score_run(
     progress: Callable[[str], None] = lambda text: None,
     world: World = ALONE,
 ) -> Json:
-    """Draws pictures of prompts, called `name`, by a finished run at every temperature, and writes `COMPOSITIONAL` into
-    it, whose content is returned.
+    """Draws pictures of the different prompts, called `name`, by a finished run at every temperature, and writes
+    `COMPOSITIONAL` into it, whose content is returned.
 
     The processes of `world` share the drawing; the first one writes. Raises `UserError` for a run that takes no
     captions, for prompts that are none of scenes, and where there are scores, unless `overwrite`.
     """
-    texts = [text for text in texts if scene_of(text)]
+    texts = [text for text in dict.fromkeys(texts) if scene_of(text)]
     run, detector = FinishedRun(folder, settings.device), load_scene_detector().to(settings.device)
     prompts = Prompts.read_by(load_own_text_encoder(folder, run.generator), texts)
     rows, labels = [], torch.arange(len(texts)).repeat_interleave(settings.per_prompt)

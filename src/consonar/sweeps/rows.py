@@ -22,6 +22,8 @@ from consonar.training.config import TrainConfig
 ROW_KEYS = ("base", "init", "match", "seeds", "evaluate")
 """What a row says beside options."""
 MOST_CELLS = 10_000
+SAMPLES_OF_A_SEED = 10**6
+"""More than a cell draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +173,9 @@ class Rows:
         for row in match:
             check_choice(f"{self.place(name)}: match", row, self.rows)
         evaluated = self.evaluated(name)
-        # Samples have the seed of the run, so that rows share it, and seeds tell how far drawing moves a number.
-        evaluated = replace(evaluated, settings=replace(evaluated.settings, seed=seed))
+        # The first sample's seed, and each next one has the next: rows share them, and no two seeds of the sweep have
+        # one in common, so that seeds tell how far drawing moves a number.
+        evaluated = replace(evaluated, settings=replace(evaluated.settings, seed=seed * SAMPLES_OF_A_SEED))
         made = Cell(name, seed, config, evaluated, start, tuple(match))
         return self.cells.setdefault(made.name, made)
 
