@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -78,15 +78,13 @@ class PromptSettings:
 
 
 def validation_prompts(count: int = VALIDATION_PROMPTS) -> list[str]:
-    """The first so many different captions of scenes for validation; of kinds that have few, such as counting, fewer."""
-    scenes = Scenes("validation", count=10 * count)
-    return list(islice(unique(str(scenes.placed(index)[0]) for index in range(scenes.count)), count))
-
-
-def unique(texts: Iterable[str]) -> Iterator[str]:
-    """Each of them once, where it comes first."""
-    seen: set[str] = set()
-    return (text for text in texts if not (text in seen or seen.add(text)))
+    """The first so many different captions of scenes for validation: fewer of kinds that have few, such as counting."""
+    scenes, texts = Scenes("validation", count=10 * count), dict[str, None]()
+    for index in range(scenes.count):
+        texts.setdefault(str(scenes.placed(index)[0]))
+        if len(texts) == count:
+            break
+    return list(texts)
 
 
 def judge(detector: SceneDetector, images: Iterable[Tensor], captions: Iterable[str]) -> list[Judged]:
