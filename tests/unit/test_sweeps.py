@@ -439,6 +439,27 @@ def test_differences_are_taken_seed_by_seed():
         assert quantile == pytest.approx(stats.t.ppf(0.975, count), abs=5e-4)
 
 
+def test_a_run_is_compared_with_the_very_run_that_it_started_from(table, write, tmp_path):
+    rows, start = table["rows"], {"cell": "plain", "seed": 0}
+    rows |= {
+        "ste": rows["ce"] | {"base": "ste-openmoji", "init": {"cell": "ce"}},
+        "far": rows["ce"] | {"init": {"cell": "ce", "seed": 1}},
+        "ce": rows["ce"] | {"init": start, "seeds": 3},
+    }
+    values = {"plain": (10, 99), "ce": (11, 13, 18), "rear": (40, 70), "ste": (2, 5), "far": (1, 7)}
+    expected = {
+        "plain": {"ce": [1, 3, 8], "rear": [30, -29], "ste": [-8, -5], "far": [-9, -3]},
+        "ce": {"plain": [-1, -3, -8], "rear": [29], "ste": [-9, -8], "far": [-12, -6]},
+    }
+    for base, differences in expected.items():
+        sweep = read_sweep(write(table | {"compare_with": base}), tmp_path)
+        summary = summarise(sweep, {n: scored(c, {1.0: values[c.row][c.seed]}) for n, c in sweep.cells.items()})
+        found = {row: summary.settings[0].differences(row).get("FD(q) validation") for row in differences}
+        assert found == {
+            row: paired(dict(enumerate(of)), dict.fromkeys(range(3), 0)) for row, of in differences.items()
+        }
+
+
 @pytest.mark.parametrize(("value", "direction", "word"), [
     (4.30, -1, "no difference"), (4.31, -1, "behind"), (-4.31, -1, "ahead"), (4.31, 1, "ahead"),
 ])  # fmt: skip

@@ -6,6 +6,7 @@ are; a table of an older version has the defaults of options that are newer.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Cell:
     def name(self) -> str:
         return f"{self.row}-{self.seed}"
 
+    @property
+    def lineage(self) -> list["Cell"]:
+        """The cell, and what it starts from."""
+        return [self, *(self.start.lineage if self.start else ())]
+
     def asked(self) -> Json:
         """What this cell is, and was when its result was written."""
         return {**self.trained(), "evaluate": self.evaluated.asked(), "match": list(self.match)}
@@ -87,6 +93,24 @@ class Sweep:
     def matched(self, cell: Cell) -> list[Cell]:
         """The cells whose entropies `cell` is also measured at."""
         return [other for other in self.cells.values() if other.row in cell.match and other.start is cell]
+
+    def partners(self, row: str, base: str) -> list[tuple[int, int]]:
+        """Seeds of two rows between which differences are taken: of every run and that of the other row that it started
+        from, by whatever way; of rows that have no such runs, equal ones. What is trained from nothing and what is
+        post-trained have a seed in common only where that is also the seed of the training that the latter began with.
+        """
+        of_rows = ([cell for cell in self.cells.values() if cell.row == name] for name in (row, base))
+        every = list(itertools.product(*of_rows))
+        pairs = [pair for pair in every if pair[1] in pair[0].lineage or pair[0] in pair[1].lineage]
+        if not pairs:
+            equal = [pair for pair in every if pair[0].seed == pair[1].seed]
+            pairs = [
+                (one, other)
+                for one, other in equal
+                if (one.config.init is None) == (other.config.init is None)
+                or one.lineage[-1].seed == other.lineage[-1].seed
+            ]
+        return [(one.seed, other.seed) for one, other in pairs]
 
 
 def comparable(asked: JsonMap, where: str) -> dict[str, object]:

@@ -1,9 +1,11 @@
 """What the cells of a sweep say together: mean and deviation over seeds, and paired comparisons with one row.
 
 A comparison takes the difference at every seed that both rows have, so that what a seed does to both (order of the
-data, first weights, random numbers of sampling) leaves it. Its standard error is the deviation of these differences
-over the root of their number n; ahead or behind is what lies beyond the two-sided 95 % quantile of Student's t with
-n - 1 degrees of freedom times that. Nothing corrects for the number of comparisons.
+data, first weights, random numbers of sampling) leaves it; of a run and what it started from, whatever their seeds.
+Its standard error is the deviation of these differences over the root of their number n; ahead or behind is what lies
+beyond the two-sided 95 % quantile of Student's t with n - 1 degrees of freedom times that. Nothing corrects for the
+number of comparisons. Where all runs of a row have one start the deviation knows nothing of other starts, nor of what
+drawing other samples does to that start.
 """
 
 import math
@@ -43,9 +45,10 @@ class Difference:
     count: int
 
 
-def paired(values: Values, base: Values) -> Difference | None:
-    """`values` less `base`, seed by seed; None where they share no seed."""
-    found = [values[seed] - base[seed] for seed in values if seed in base]
+def paired(values: Values, base: Values, pairs: Iterable[tuple[int, int]] | None = None) -> Difference | None:
+    """`values` less `base` at these pairs of seeds (None: at equal ones); None where they have none of them."""
+    pairs = ((seed, seed) for seed in values) if pairs is None else pairs
+    found = [values[seed] - base[other] for seed, other in pairs if seed in values and other in base]
     if not found:
         return None
     return Difference(mean(found), stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None, len(found))
@@ -83,6 +86,8 @@ class Setting:
     """Row: metric: seed: value."""
     base: dict[str, str] = field(default_factory=dict)
     """Row: what it is compared with."""
+    pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Row: between which seeds of both (`Sweep.partners`); equal ones where it is not there."""
     notes: dict[str, str] = field(default_factory=dict)
     """Row: what else is said of it, as its temperature."""
 
@@ -97,8 +102,9 @@ class Setting:
     def differences(self, row: str) -> dict[str, Difference]:
         """Of a row to what it is compared with, by metric."""
         other = self.values.get(self.base.get(row, ""), {})
-        pairs = {name: paired(values, other.get(name, {})) for name, values in self.values.get(row, {}).items()}
-        return {name: pair for name, pair in pairs.items() if pair}
+        of_row, pairs = self.values.get(row, {}), self.pairs.get(row)
+        found = {name: paired(values, other.get(name, {}), pairs) for name, values in of_row.items()}
+        return {name: pair for name, pair in found.items() if pair}
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     shown = [*of_grid, *([best] if len(grid) > 1 else ()), entropy]
     for setting in (*of_grid, best, training):
         setting.base = {row: sweep.compare_with for row in sweep.rows if row != sweep.compare_with}
+        setting.pairs = {row: sweep.partners(row, base) for row, base in setting.base.items()}
     for setting in shown:
         setting.base = {row: base for row, base in setting.base.items() if protocols.same(row, base)}
         for row in setting.values:

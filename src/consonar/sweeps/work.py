@@ -129,7 +129,7 @@ def do_cell(place: Place, cell: Cell, needed: list[Cell]) -> None:
             try:
                 train_cell(place, one)
             except NonFiniteLoss:
-                if one not in lineage(cell):  # one that this is matched to: its own result will say so
+                if one not in cell.lineage:  # one that this is matched to: its own result will say so
                     continue
                 raise
         figures |= measure(place, cell)
@@ -152,11 +152,6 @@ def do_cell(place: Place, cell: Cell, needed: list[Cell]) -> None:
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(place.result(cell), result, allow_nan=False)
-
-
-def lineage(cell: Cell) -> list[Cell]:
-    """The cell, and what it starts from."""
-    return [cell, *(lineage(cell.start) if cell.start else ())]
 
 
 def train_cell(place: Place, cell: Cell) -> None:
