@@ -254,6 +254,21 @@ def released_file(wanted: Wanted) -> Path:
     return file
 
 
+def released_weights(repository: str, file: str) -> Path:
+    """`file` of OWNER/NAME, or where it is published in shards, their index, beside which they are."""
+    whole, index = (read_name(f"{PREFIX}{repository}/{name}") for name in (file, f"{file}.index.json"))
+    try:
+        return released_file(whole)
+    except UserError:
+        try:
+            there = index.place.is_file() or download(repository, index.file)
+        except Exception:  # as above
+            there = ""
+        if not there:
+            raise
+    return released_file(index)
+
+
 def download(repository: str, file: str) -> str:
     """The path of a hub file on this machine; the only place that touches the network."""
     from huggingface_hub import hf_hub_download

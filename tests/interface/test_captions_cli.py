@@ -198,7 +198,7 @@ def test_generators_of_classes_take_no_prompts(tmp_path, capsys):
     ("more", "said"),
     [
         (["--model.caption-dim", "9"], "model.caption_dim: 9, but the features of"),
-        (["--model.num-condition-tokens", "50"], "length 50 is not from 1 to 40"),
+        (["--model.num-condition-tokens", "50"], "model.num_condition_tokens: 50 is not from 1 to 40"),
     ],
 )
 def test_encoders_that_do_not_fit(place, capsys, more, said):
@@ -230,7 +230,7 @@ def test_tokenize_makes_the_features_that_train_reads(place, tmp_path, capsys, m
     main(words)
     said = capsys.readouterr().out
     assert f"train: is there already: {tmp_path / 'scenes'}" in said
-    line = r"validation: captions: \d+ different, read by enc, (\d+) tokens at most; 0 cut after 40; (\d+) with words"
+    line = r"validation: captions: \d+ different, read by enc; the longest has (\d+) of 40 tokens; (\d+) with words"
     found = re.search(line, said)
     assert found and int(found[1]) <= 12
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/captions").glob("*/*")}
@@ -339,6 +339,34 @@ def test_a_run_is_evaluated_on_the_captions_of_held_out_pictures(place, tmp_path
     main(["evaluate", "--check", str(run / "results.json")])
     said = capsys.readouterr().out
     assert "digit for digit" in said and "guidance" in said
+
+
+def test_who_reads_captions_says_how_many_are_cut(place, tmp_path, capsys, quarters):
+    short = ["--loop.steps", "1", "--loop.batch-size", "4", "--loop.precision", "fp32", "--data.validation-items", "4"]
+    run = tmp_path / "run"
+    cut = r"captions: \d+ different, read by enc; \d+ cut after 3 tokens"
+    jobs = {
+        rf"ar-scenes: {cut}\nar-scenes: validation {cut}": [
+            "train", "ar-scenes", "--tokenizer", str(place / "tok"), "--data.tokens", str(place / "scenes"),
+            "--text-encoder", str(place / "enc"), "--out", str(run), *MODEL[:-1], "3", *short
+        ],
+        rf"ce-scenes: {cut}\nce-scenes: validation {cut}": [
+            "train", "ce-scenes", "--init", str(run), "--data", "scenes:8", "--out", str(tmp_path / "ce"), *short
+        ],
+        rf"(?m)^{cut}": [
+            "evaluate", str(run), "--reference", "scenes:8", "--validation-split", "50%", "--num-samples", "8",
+            "--draws", "1", "--metrics", "fd", "--feature-network", "quarters"
+        ],
+        rf"held-out {cut}; training {cut}; others {cut}": [
+            "diagnose", str(run), "--data", "scenes:8", "--num-images", "8", "--parts", "noise", "--out",
+            str(tmp_path / "d.html")
+        ],
+    }  # fmt: skip
+    for said, words in jobs.items():
+        capsys.readouterr()
+        main(words)
+        out = capsys.readouterr().out
+        assert re.search(said, out) and out.count("cut after") == said.count("cut after"), out
 
 
 def test_pictures_without_captions_are_no_reference(place, tmp_path, capsys):
@@ -453,8 +481,48 @@ def test_samples_remember_what_they_were_asked_for(place, tmp_path, capsys):
     whole, pictures = (json.loads((tmp_path / f"{out}.json").read_text()) for out in ("out.npz", "folder"))
     assert whole["metrics"] == pictures["metrics"] and whole["prompts"]["per_prompt"] == 2
     assert whole["prompts"]["texts"] == ["a dog", "two red apples"]
-    main(["evaluate", "--check", str(tmp_path / "out.npz.json")])
+    assert set(whole["ceilings"]) == {"true pictures"}  # of a tokenizer that is nowhere by its name
+    main(["evaluate", str(tmp_path / "out.npz"), "--prompts", "stored", "--tokenizer", str(place / "tok"), "--out",
+          str(tmp_path / "t.json")])  # fmt: skip
+    (tmp_path / "there").mkdir()
+    for name in ("out.npz", "t.json"):
+        (tmp_path / name).rename(tmp_path / "there" / name)
+    check = ["evaluate", "--check", str(tmp_path / "there/t.json")]
+    capsys.readouterr()
+    main(check)
     assert "reproduced: digit for digit" in capsys.readouterr().out
+    (tmp_path / "there/out.npz").unlink()
+    main(check)
+    assert re.search(r"out\.npz is gone: 4 samples are drawn again from .*reproduced", capsys.readouterr().out, re.S)
+    content = json.loads((tmp_path / "there/t.json").read_text())
+    assert set(content["ceilings"]) == {"true pictures", "reconstructions"}
+    for path, value, said in (
+        (("tokenizer", "place"), "/nowhere", "holds a ceiling of '/nowhere'; say where it lies: --tokenizer"),
+        (("samples", "settings"), None, "out.npz is not there; name the samples, or draw them again"),
+    ):
+        changed = json.loads(json.dumps(content))
+        changed[path[0]][path[1]] = value
+        (tmp_path / "there/t.json").write_text(json.dumps(changed))
+        assert said in refusal(capsys, *check)
+
+
+def test_samples_name_the_tokenizer_of_their_ceiling(tmp_path):
+    made = {"prompts": ["a dog"], "tokenizer": "scenes-64"}
+    for name, more, there in (("a", {}, True), ("b", {"tokenizer_fingerprint": "another"}, False)):
+        pixels, place, out = np.zeros((1, 64, 64, 3), np.uint8), tmp_path / f"{name}.npz", tmp_path / f"{name}.json"
+        np.savez(place, arr_0=pixels, labels=np.array([0]), settings=np.array(json.dumps(made | more)))
+        main(["evaluate", str(place), "--prompts", "stored", "--out", str(out)])
+        assert ("reconstructions" in json.loads(out.read_text())["ceilings"]) == there
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "at"),
+    [("p.txt", "a dog\na corgi in a teacup\n", "line 2"), ("p.json", '["a dog", "two dogs and a dog"]', "item 2")],
+)
+def test_a_prompt_that_is_none_of_scenes_is_told_with_its_place(place, tmp_path, capsys, name, content, at):
+    (tmp_path / name).write_text(content)
+    line = refusal(capsys, "evaluate", str(place / "run"), "--prompts", str(tmp_path / name), "--overwrite")
+    assert f"--prompts: {tmp_path / name} {at}: scenes: " in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(

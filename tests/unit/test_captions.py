@@ -1,6 +1,8 @@
 """Features of captions on the disk: what is read is what the encoder gives, and nothing is encoded twice."""
 
+import gc
 import resource
+import weakref
 from multiprocessing.pool import ThreadPool
 from queue import Queue
 
@@ -14,7 +16,7 @@ from consonar.data.loader import ImageBatches
 from consonar.data.picture_files import wrapped
 from consonar.errors import UserError
 from consonar.origin import Origin
-from consonar.training.captions import read_by
+from consonar.training.captions import read_by, told
 from consonar.types import TextCondition
 
 
@@ -25,6 +27,9 @@ class Spelling:
 
     def __init__(self, fingerprint="one"):
         self.fingerprint, self.uncut, self.asked = f"{fingerprint}, {self.length}", fingerprint, []
+
+    def is_cut(self, caption):
+        return len(caption) > self.length
 
     def encode(self, captions):
         self.asked += captions
@@ -130,6 +135,25 @@ def test_captions_without_words_are_left_out_and_items_without_others_are_told(t
     assert encoder.asked == []
     with pytest.raises(UserError, match=r"^caption: '<b>' has no words for spelling$"):
         CaptionFeatures(["<b>"], Spelling(), folder=tmp_path)
+
+
+def test_those_that_are_cut_are_counted(tmp_path):
+    for _ in range(2):  # encoded; then from the files
+        features = CaptionFeatures(["bee", "eleven", "elephants", ("cow", "antelopes")], Spelling(), folder=tmp_path)
+        assert features.num_cut == 2 and features.about.endswith("5 different, read by spelling; 2 cut after 6 tokens")
+    whole = CaptionFeatures(["bee", "eleven"], Spelling(), folder=tmp_path)
+    assert told(features, whole) == (features.about,) and told(None, None) == ()
+    assert told(whole, features) == ("captions: 2 different, read by spelling", f"validation {features.about}")
+
+
+def test_what_is_read_later_does_not_hold_the_encoder(tmp_path):
+    encoder = Spelling()
+    there, seen = weakref.ref(encoder), []
+    features = CaptionFeatures(CAPTIONS, encoder, folder=tmp_path, progress=lambda *how_far: seen.append(how_far))
+    del encoder
+    gc.collect()
+    assert there() is None and seen
+    assert features.read(torch.tensor([1])).features[0, -1, 0] == ord("a")
 
 
 def test_who_comes_second_waits_says_how_far_the_first_is_and_reads(tmp_path):

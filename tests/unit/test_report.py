@@ -360,14 +360,20 @@ def test_labels_that_are_no_numbers_of_prompts_are_told(two_runs, tmp_path):
 
 
 def write_scores(
-    run: Path, share: float, texts: list[str], *, tokenizer: str = "scenes-64", detector: str | None = None
+    run: Path,
+    share: float,
+    texts: list[str],
+    *,
+    tokenizer: str = "scenes-64",
+    detector: str | None = None,
+    seed: int = 0,
 ) -> None:
     """A file of compositional scores, as `evaluate --prompts` writes it."""
     metrics = {
         name: {"value": share, "spread": None, "interval": [share - 0.1, share + 0.1]}
         for name in ("compositional score", "compositional score (pair)")
     }
-    rows = [{"temperature": 1.0, "guidance_scale": scale, "metrics": metrics} for scale in (1.0, 3.0)]
+    rows = [{"temperature": 1.0, "guidance_scale": scale, "seed": seed, "metrics": metrics} for scale in (1.0, 3.0)]
     content = {
         "schema": 1, "prompts": {"name": "p", "texts": texts, "per_prompt": 4}, "rows": rows,
         "ceilings": {
@@ -392,6 +398,15 @@ def test_scores_by_kind_stand_beside_their_ceiling_and_for_equal_prompts_alone(t
     (two_runs[0] / "compositional.json").write_text('{"schema": 1, "prompts": {}}')
     with pytest.raises(UserError, match=r"compositional\.json: not compositional scores"):
         write_report(two_runs, tmp_path / "other.html")
+
+
+def test_scores_of_different_seeds_are_said_to_be(two_runs, tmp_path):
+    for seed in (0, 7):
+        write_scores(two_runs[0], 0.5, ["a dog"])
+        write_scores(two_runs[1], 0.25, ["a dog"], seed=seed)
+        part = " ".join(Page(write_report(two_runs, tmp_path / f"{seed}.html").read_text()).text.split())
+        said = f"different seeds, which differ by chance as well: {two_runs[0].name} 0, {two_runs[1].name} 7."
+        assert (said in part) == (seed == 7) and "25 %" in part
 
 
 def test_scores_have_the_ceiling_of_their_own_tokenizer_and_one_detector(two_runs, tmp_path):

@@ -49,6 +49,14 @@ def test_pixel_rewards_in_closed_form():
     assert measured("ssim", constant(0.3), constant(0.3)) == pytest.approx([1], abs=1e-6)
 
 
+def test_captions_that_a_reward_cannot_read_are_told_with_it():
+    rewards = build_rewards({"compositional": 1.0}, ON_CPU)
+    images, words = torch.zeros(1, 3, 64, 64), Captions(["a corgi in a teacup"], torch.tensor([0]))
+    batch = ImageBatch(images, torch.tensor([0]), torch.tensor([0]), words)
+    line = refused(rewards.measure, images, batch)
+    assert line.startswith("objective.rewards: 'compositional' reads captions of scenes alone; scenes: ")
+
+
 def test_half_precision_is_measured_in_full():
     images, originals = constant(0.5 + 2**-8).bfloat16(), constant(0.0).bfloat16()
     assert measured("mse", images, originals) == pytest.approx([-((0.5 + 2**-8) ** 2)])  # not what bfloat16 makes of it

@@ -1,12 +1,14 @@
 """Text encoders: tiny random models that transformers saves, and MiniLM, which pip brings."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from consonar import hub
 from consonar.errors import UserError
 from consonar.networks import text_encoders
 from consonar.networks.cleaning import cleaned
@@ -135,7 +137,9 @@ def test_what_is_missing_is_said(folder, tmp_path):
         load_text_encoder("minim")
     config = json.loads((folder / "config.json").read_text())
     if "clip" in config["model_type"]:
-        with pytest.raises(UserError, match="length 120 is not from 1 to 20"):
+        with pytest.raises(
+            UserError, match=r"^model.num_condition_tokens: 120 is not from 1 to 20, which .* was made for"
+        ):
             load_text_encoder(str(folder), length=120)
         assert load_text_encoder(str(folder)).length == 20
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
@@ -145,6 +149,34 @@ def test_what_is_missing_is_said(folder, tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         load_text_encoder(str(folder), length=6)
+
+
+@pytest.mark.parametrize("folder", ["t5"], indirect=True)
+def test_an_encoder_of_the_hub_may_be_in_shards(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    whole, place = load_text_encoder(str(folder), length=6), tmp_path / "hub"
+    shutil.copytree(folder, place, ignore=shutil.ignore_patterns("hub", "cache", "model.safetensors"))
+    whole.network.save_pretrained(place, max_shard_size="2KB")
+    shards = {path.name for path in place.glob("model-*.safetensors")}
+    assert len(shards) > 1 and not (place / "model.safetensors").exists()
+    asked = []
+
+    def download(repository, file):
+        asked.append(file)
+        if not (place / file).is_file():
+            raise ConnectionError("404")
+        return str(place / file)
+
+    monkeypatch.setattr(hub, "download", download)
+    assert load_text_encoder("owner/large", length=6).fingerprint == whole.fingerprint
+    assert shards <= set(asked)
+    lost = min(shards)
+    (place / lost).unlink()
+    with pytest.raises(UserError, match=rf"cannot download {lost} of .*owner/large \(404\)"):
+        load_text_encoder("owner/large", length=6)
+    (place / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"cannot download model\.safetensors of .*owner/large \(404\)"):
+        load_text_encoder("owner/large", length=6)
 
 
 def test_minilm_knows_what_is_alike():

@@ -6,8 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from consonar.cli import say
-from consonar.cli.prompts import read_prompts
-from consonar.components import load_tokenizer
 from consonar.distributed import World
 from consonar.errors import UserError, unknown
 from consonar.evaluation.benchmarks import read_scores
@@ -17,11 +15,14 @@ from consonar.evaluation.compositional import (
     PromptSettings,
     score_run,
     score_samples,
+    shipped_tokenizer,
     validation_prompts,
 )  # fmt: skip
 from consonar.evaluation.results import check_place, check_unmeasured
 from consonar.files.writers import write_json
 from consonar.json_types import Json
+from consonar.networks.scene_claims import scene_of
+from consonar.sampling.prompt_files import read_prompt_file
 
 STORED = "stored"
 """The prompts that samples were drawn for."""
@@ -33,7 +34,7 @@ def prompts_named(name: str) -> list[str]:
     if kind != VALIDATION and not Path(name).is_file():
         raise unknown("--prompts", name, [VALIDATION, f"{VALIDATION}:COUNT", "a file"])
     if kind != VALIDATION:
-        return read_prompts(None, Path(name))
+        return read_prompt_file(Path(name), scene_of)
     if count and not (count.isdecimal() and 0 < int(count[:7]) <= 100_000):
         raise UserError(f"--prompts: {name!r}; COUNT is a number of prompts from 1 to 100,000")
     return validation_prompts(*([int(count)] if count else []))
@@ -59,7 +60,7 @@ def score_of_samples(
         raise UserError(f"--prompts: {prompts!r} is of runs; samples have the prompts they were drawn for: {STORED}")
     if out is not None:
         check_place(out, overwrite=overwrite, key="--out")
-    codec = None if tokenizer is None else load_tokenizer(tokenizer).to(settings.device)
+    codec = shipped_tokenizer(place) if tokenizer is None else tokenizer
     content = score_samples(place, tokenizer=codec, seed=settings.seed, device=settings.device)
     print_scores(content, str(place))
     if out is not None:

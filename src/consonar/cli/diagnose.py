@@ -77,6 +77,8 @@ def command(options: Options) -> None:
         )  # fmt: skip
     if "left out" in found.provenance:
         say(str(found.provenance["left out"]))
+    if "captions" in found.provenance:
+        say("; ".join(f"{name} {about}" for name, about in found.provenance["captions"].items()))
     for name, finding in found.findings.items():
         say(f"{name}: {finding.summary}")
     for name, reason in found.unavailable.items():

@@ -72,7 +72,7 @@ class Options:
     """Of a run with --prompts: pictures of each."""
     tokenizer: str | None = None
     """Without SAMPLES: the one to measure, by name or folder. Of samples: their tokenizer, for the copy rate in tokens
-    (default: the one that the file names, when it is a shipped one)."""
+    and the ceiling of --prompts (default: the one that the file names, when it is a shipped one)."""
     temperatures: str = "1"
     """Of a run: the grid, e.g. 1,0.9,0.8."""
     guidance_scales: str = ""

@@ -146,10 +146,9 @@ def make_features(path: Path, encoder: PretrainedTextEncoder, batch_size: int, d
     with counting(f"captions of {path.name}") as count, memory.explained(f"lower --batch-size ({batch_size})", device):
         where = f"--captions: {path}"
         features = CaptionFeatures(captions, encoder, batch_size=batch_size, progress=count, where=where)
-    cut = sum(map(encoder.is_cut, features.texts))
     strange = [text for text in features.texts if not encoder.knows(text)]
     example = f" ({printable(strange[0][:60])!r})" if strange else ""
-    read = f"{features.about}, {features.longest} tokens at most; {cut:,} cut after {encoder.length}"
+    read = f"{features.about}; the longest has {features.longest} of {encoder.length} tokens"
     return f"{read}; {len(strange):,} with words that it does not know{example}"
 
 

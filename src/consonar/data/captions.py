@@ -41,7 +41,7 @@ class EncodedTexts:
         batch_size: int,
         progress: Callable[[int, int], None],
     ) -> None:
-        self.encoder = encoder
+        self.width, self.length = encoder.width, encoder.length  # the encoder itself is large, and needed here alone
         self.sizes = np.zeros(len(texts), np.int64)
         """Of every text the number of its tokens."""
         self.places = np.full((len(texts), 2), -1)
@@ -61,7 +61,7 @@ class EncodedTexts:
         if (self.places[:, 0] < 0).any():
             with making(self.folders[0], meanwhile=follow) as beat:
                 self.look()  # another process may have made them meanwhile
-                for done in self.encode_missing(texts, batch_size):
+                for done in self.encode_missing(texts, encoder, batch_size):
                     beat()
                     progress(done, len(texts))
 
@@ -71,9 +71,9 @@ class EncodedTexts:
             if path not in self.looked_in:
                 self.look_in(path)
 
-    def encode_missing(self, texts: Sequence[str], batch_size: int) -> Iterator[int]:
+    def encode_missing(self, texts: Sequence[str], encoder: TextEncoder, batch_size: int) -> Iterator[int]:
         """Encodes and keeps what is not there; gives after each batch how many texts are done."""
-        encoder, (whole, own) = self.encoder, self.folders
+        whole, own = self.folders
         missing = np.flatnonzero(self.places[:, 0] < 0).tolist()
         for start in range(0, len(missing), PER_FILE):
             some, rows = [texts[index] for index in missing[start : start + PER_FILE]], list[np.ndarray]()
@@ -118,7 +118,7 @@ class EncodedTexts:
         def tokens() -> np.ndarray:
             with reading(beside, "features of captions", REMEDY):
                 rows: np.ndarray = np.load(beside, mmap_mode="r", allow_pickle=False)
-                inner, kind = of_token(self.encoder.width)
+                inner, kind = of_token(self.width)
                 if rows.shape != (index[:, 2].sum(), *inner) or rows.dtype != kind:
                     raise ValueError(f"{rows.dtype} of shape {rows.shape} for {index[:, 2].sum()} tokens")
             return rows
@@ -131,7 +131,7 @@ class EncodedTexts:
         found = [
             (self.wanted[one], at)
             for at, (one, size) in enumerate(zip(hashes, index[:, 2].tolist(), strict=True))
-            if one in self.wanted and size <= self.encoder.length and self.places[self.wanted[one], 0] < 0
+            if one in self.wanted and size <= self.length and self.places[self.wanted[one], 0] < 0
         ]
         if found:
             texts, ats = map(list, zip(*found, strict=True))
@@ -143,7 +143,8 @@ class CaptionFeatures:
     """The features of `captions` by `encoder`, in batches of rows; they equal what the encoder gives.
 
     An item may have several captions: a tuple of them, of which one is read at a time; those in which the encoder finds
-    no words are left out, which `about` counts. `folder`: where features are kept (`captions` in the cache folder).
+    no words are left out, which `about` counts, as it does those that are cut. `folder`: where features are kept
+    (`captions` in the cache folder).
     `progress(done, total)` counts captions. Raises `UserError`, which begins with `where`, for an item that has no
     words, and for a damaged file.
     """
@@ -175,6 +176,10 @@ class CaptionFeatures:
         self.about = f"captions: {len(self.texts):,} different, read by {encoder.name}"
         if left := len(self.texts) - len(place):
             self.about += f"; {left:,} in which it finds no words are left out"
+        full = np.flatnonzero(self.encoded.sizes >= encoder.length).tolist()  # no other can have been cut
+        self.num_cut = sum(encoder.is_cut(self.texts[index]) for index in full)
+        if self.num_cut:
+            self.about += f"; {self.num_cut:,} cut after {encoder.length} tokens"
         self.counts = np.array(list(map(len, worded)), np.int64)
         self.firsts = self.counts.cumsum() - self.counts
         self.index = np.array([index for item in worded for index in item], np.int64)

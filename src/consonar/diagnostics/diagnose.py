@@ -207,6 +207,7 @@ def provenance(name: str, data: str, subject: Subject) -> Json:
     """What the numbers are of, and were made with."""
     settings, what = subject.settings, "generator" if subject.model is not None else "tokenizer"
     used = {"held-out": subject.held_out, "training": subject.train, "others": subject.others}
+    cut = {key: part.about for key, part in used.items() if part is not None and part.about}
     tokenizer = {"name": subject.tokenizer.name, "fingerprint": subject.tokenizer.fingerprint}
     return {
         what: {"name": name, "sha256": weights_sha256(model_folder(name, what))},
@@ -217,6 +218,7 @@ def provenance(name: str, data: str, subject: Subject) -> Json:
             for key, part in used.items() if part is not None
         },
         **({"left out": subject.left_out} if subject.left_out else {}),
+        **({"captions": cut} if cut else {}),
         "perceptual": {"name": subject.judge.name, "sha256": subject.judge.weights_sha256},
         "feature network": {"name": subject.network.name, "sha256": subject.network.weights_sha256},
         "settings": to_dict(settings),

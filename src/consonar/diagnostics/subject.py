@@ -88,6 +88,8 @@ class Pictures:
     """(n, N) int64."""
     condition: Condition
     """Of the generator: its classes (n,) int64, or captions."""
+    about: str = ""
+    """What must be known of the captions: that some are cut; empty where none are."""
 
     @property
     def sha256(self) -> str:
@@ -192,16 +194,18 @@ def encoded(
     """The pictures, centre-cropped to the tokenizer's size; `UserError` for one without a label, or, where `encoder`
     reads captions, one without a caption that is needed."""
     condition: Condition
+    about = ""
     if encoder is None:
         condition = torch.tensor([check_label(record.label, num_classes, record.name) for record in records])
     else:
         told = [record.caption for record in records]
         captions = all_captions(told, f"--data: {name}", has_words=encoder.has_words)
-        condition = CaptionFeatures(captions, encoder).read(torch.arange(len(captions)))
+        features = CaptionFeatures(captions, encoder)
+        condition, about = features.read(torch.arange(len(captions))), features.about if features.num_cut else ""
     images = np.stack([cropped(record.image, tokenizer.image_size) for record in records])
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     tokens = torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in batches])
-    return Pictures(name, images, tokens, condition)
+    return Pictures(name, images, tokens, condition, about)
 
 
 def open_data(

@@ -145,25 +145,34 @@ def diagnosed_by(content: Json) -> str | None:
 
 def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:
     """Results of a file or folder of samples; where it is gone, it is drawn again by the generator that it names."""
-    named = Path(record.get("samples.name", str))
-    places = [record.samples] if record.samples else [named, record.path.parent / named.name]
-    place = next((path for path in places if path.exists()), None)
     settings = from_dict(record.settings(record.get("seed", int)), str(record.path), EvaluationSettings)
-    redrawn = place is None
-    if place is None:
-        place = draw_again(record, named, folder / "samples.npz", settings)
+    place, redrawn = find_samples(record, folder, settings)
     samples = load_samples(place)
     codec = record.tokenizer
     if codec is None and "copy rate (tokens)" in record.content["metrics"]:
         codec = (record.content.get("tokenizer") or {}).get("name") or (samples.settings or {}).get("tokenizer")
-        if codec not in SHIPPED["tokenizer"] and not Path(str(codec)).is_dir():
-            raise UserError(f"{record.path}: holds a copy rate in tokens of {codec!r}; say where it lies: --tokenizer")
+        check_there(record, codec, "copy rate in tokens")
     target = open_target(samples, record.target("reference"), codec, settings)
     evaluate(samples, target, settings, feature_network=record.network()).to_json(folder / RESULTS)
     content = read_json(folder / RESULTS)
     if redrawn:
         content["samples"].pop("sha256")  # another file, of other names and versions
     return content, redrawn
+
+
+def find_samples(record: Record, folder: Path, settings: EvaluationSettings) -> tuple[Path, bool]:
+    """The samples of a record, where it says or beside it, or drawn again into `folder`; and whether they are that."""
+    named = Path(record.get("samples.name", str))
+    places = [record.samples] if record.samples else [named, record.path.parent / named.name]
+    if place := next((path for path in places if path.exists()), None):
+        return place, False
+    return draw_again(record, named, folder / "samples.npz", settings), True
+
+
+def check_there(record: Record, codec: str | None, what: str) -> None:
+    """Raises `UserError` where the tokenizer that is recorded is nowhere."""
+    if codec not in SHIPPED["tokenizer"] and not str(codec).startswith("hf:") and not Path(str(codec)).is_dir():
+        raise UserError(f"{record.path}: holds a {what} of {codec!r}; say where it lies: --tokenizer")
 
 
 def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettings) -> Path:
@@ -223,10 +232,15 @@ def prompts_again(record: Record, folder: Path) -> tuple[Json, bool]:
         run = stand_in(record.samples or record.path.parent, folder, record.path)
         texts, name = record.get("prompts.texts", list), record.get("prompts.name", str)
         return score_run(run, texts, settings, name=name, progress=record.progress), True
-    place = record.samples or Path(record.get("samples.name", str))
-    codec = record.tokenizer or record.get("tokenizer", dict).get("name")
-    tokenizer = None if codec is None else load_tokenizer(codec).to(record.device)
-    return score_samples(place, tokenizer=tokenizer, seed=record.get("config.seed", int), device=record.device), False
+    seed, codec = record.get("config.seed", int), record.tokenizer
+    place, redrawn = find_samples(record, folder, EvaluationSettings(seed=seed, device=record.device))
+    if codec is None and (made := record.get("tokenizer", dict)):
+        codec = made.get("place") or made.get("name")  # older versions kept no place
+        check_there(record, codec, "ceiling")
+    content = score_samples(place, tokenizer=codec, seed=seed, device=record.device)
+    if redrawn:
+        content["samples"].pop("sha256")  # another file, of other versions
+    return content, redrawn
 
 
 def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.components import load_own_text_encoder
+from consonar.components import load_own_text_encoder, load_tokenizer
 from consonar.config_io import to_dict
 from consonar.data.scenes import GROUNDS, KINDS, Scenes, picture_of, place
 from consonar.data.transforms import from_uint8
@@ -32,6 +32,7 @@ from consonar.files.writers import write_json
 from consonar.float32 import exact
 from consonar.json_types import Json
 from consonar.metrics.shares import mean_of, wilson
+from consonar.model_folders import SHIPPED, from_anywhere
 from consonar.networks.scene_claims import CLAIMS, claims, kind_of, scene_of
 from consonar.networks.scene_detector import SceneDetector, detector_sha256, load_scene_detector, look
 from consonar.options import Count, check_options
@@ -219,16 +220,14 @@ def of_pictures(detector: SceneDetector, place: Path, captions: Sequence[str]) -
 
 def captions_of(place: Path) -> list[str]:
     """What samples that `sample` drew were asked for, picture by picture; `UserError` where they do not say."""
-    settings = place / "settings.json"
+    texts = settings_of(place).get("prompts")
     numbers: Sequence[int | str] = ()
     if place.is_file():
-        texts = (load_samples(place).settings or {}).get("prompts")
         numbers = read_npz(place, ("labels",))["labels"].tolist() if texts else []
     elif of_geneval := sorted(place.glob("[0-9]*/metadata.jsonl")):
         texts = [read_json(path).get("prompt") for path in of_geneval]
         numbers = [n for n, path in enumerate(of_geneval) for _ in path.with_name("samples").glob("*.png")]
     else:
-        texts = read_json(settings).get("prompts") if settings.is_file() else None
         numbers = [path.stem.rpartition("_prompt")[2] for path in sorted(place.glob("*_prompt*.png"))]
     if not texts or not numbers:
         raise UserError(f"--prompts: {place} does not say what its pictures were asked for; draw them by `sample`")
@@ -237,17 +236,39 @@ def captions_of(place: Path) -> list[str]:
         return [by_number[int(number)] for number in numbers]
 
 
-def score_samples(place: Path, *, tokenizer: Tokenizer | None = None, seed: int = 0, device: str = "cpu") -> Json:
-    """The scores of a file or folder of samples that says its prompts, with the ceiling of its tokenizer if known."""
+def settings_of(place: Path) -> Json:
+    """What a file or folder of samples says of its making; nothing where it does not."""
+    if place.is_dir():
+        return read_json(path) if (path := place / "settings.json").is_file() else {}
+    return load_samples(place).settings or {}
+
+
+def shipped_tokenizer(place: Path) -> str | None:
+    """The tokenizer of the package that samples say they were decoded by, at its own size."""
+    made = settings_of(place)
+    name: str | None = made.get("tokenizer")
+    if name not in SHIPPED["tokenizer"] or "image_size" in made:
+        return None
+    codec = load_tokenizer(name)  # another of that name may have made them
+    return name if made.get("tokenizer_fingerprint") in (None, codec.fingerprint) else None
+
+
+def score_samples(place: Path, *, tokenizer: str | None = None, seed: int = 0, device: str = "cpu") -> Json:
+    """The scores of a file or folder of samples that says its prompts, with the ceiling of its tokenizer if named."""
     captions, detector, samples = captions_of(place), load_scene_detector().to(device), load_samples(place)
     texts = list(dict.fromkeys(captions))
-    found = ceilings(detector, texts, samples.image_size, tokenizer, seed)
+    codec, used = None, {}
+    if tokenizer is not None:
+        codec = load_tokenizer(tokenizer).to(device)
+        place_of = from_anywhere("tokenizer", tokenizer)
+        used = {"name": codec.name, "place": place_of, "fingerprint": codec.fingerprint}
+    found = ceilings(detector, texts, samples.image_size, codec, seed)
     return {
         **record(captions, str(place), len(captions) / len(texts), found),
         "metrics": of_pictures(detector, place, captions),
         "num_samples": samples.count,
-        "samples": {"name": str(place), "sha256": samples.sha256, "settings": samples.settings},
-        "tokenizer": {} if tokenizer is None else {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+        "samples": {"name": str(place), "sha256": samples.sha256, "settings": settings_of(place) or None},
+        "tokenizer": used,
         "config": {"seed": seed, "device": device},
         "machine": machine_name(device),
     }

@@ -147,6 +147,8 @@ def evaluate_run(
     sharpness = run.sharpness(reference, settings, bad)
     with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():
         labels, prompts = run.asked(settings.num_samples, sharpness)
+        if prompts and prompts.features.num_cut:
+            progress(prompts.features.about)
         samplers = of_every(samplers_of(settings, grid or settings.grid(), sharpness, run.generator), world)[0]
         target = target_of(run, reference, target, settings, bad, world)
         # Now, for what is wrong is found before hours of sampling.

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from consonar.errors import UserError, needs, reading
 from consonar.files.readers import read_json
-from consonar.networks.released import find_folder, read_network
+from consonar.networks.released import WEIGHTS, find_folder, read_network
 from consonar.networks.vision_transformers import load_vision_transformer
 
 
@@ -25,7 +25,7 @@ class CaptionLikeness:
     """
 
     def __init__(self, place: str, key: str, device: torch.device) -> None:
-        self.folder = find_folder(place, key, ("config.json", "model.safetensors", "tokenizer.json"))
+        self.folder = find_folder(place, key, ("config.json", WEIGHTS, "tokenizer.json"))
         if not (self.folder / "tokenizer.json").is_file():
             raise UserError(f"{key}: {self.folder} has no tokenizer.json; save its tokenizer there with transformers")
         self.pictures = load_vision_transformer(f"clip:{self.folder}", str(device))

@@ -7,18 +7,24 @@ import torch
 
 from consonar.errors import UserError, needs, reading
 from consonar.files.readers import home_expanded
-from consonar.hub import read_name, released_file
+from consonar.hub import read_name, released_file, released_weights
+
+WEIGHTS = "model.safetensors"
+"""As transformers saves them; large ones in shards, with an index of this name."""
 
 
 def find_folder(place: str, where: str, files: tuple[str, ...], also: str = "") -> Path:
-    """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched; `also`:
-    what else might have been named, for the list of choices."""
+    """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched, weights
+    in shards where they are published so; `also`: what else might have been named, for the list of choices."""
     folder = home_expanded(place)
     if folder.is_dir():
         return folder
     if place.count("/") != 1 or place.startswith((".", "/", "~")):
         raise UserError(f"{where}: no folder {folder}; choices: {also}a folder, OWNER/NAME of the hub")
-    found = [released_file(read_name(f"hf:{place}/{file}")) for file in files]
+    found = [
+        released_weights(place, file) if file == WEIGHTS else released_file(read_name(f"hf:{place}/{file}"))
+        for file in files
+    ]
     if len({file.parent for file in found}) > 1:
         raise UserError(f"{where}: put {' and '.join(file.name for file in found)} into one folder")
     return found[0].parent

@@ -23,7 +23,7 @@ from consonar.generators.base import GeneratorConfig
 from consonar.generators.janus import JanusConfig
 from consonar.networks.cleaning import cleaned
 from consonar.networks.prompts import load_prompt_tokenizer
-from consonar.networks.released import find_folder, read_network
+from consonar.networks.released import WEIGHTS, find_folder, read_network
 from consonar.types import TextCondition, TextEncoder
 
 MINILM = "minilm"
@@ -38,7 +38,7 @@ CLEANED: dict[str, Callable[[str], str]] = {"t5": cleaned}
 """By the `model_type`, what is done to captions first."""
 SPACE = "\u2581"
 """A token of T5 that is nothing but white space."""
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
+FILES = ("config.json", WEIGHTS, "tokenizer.json")
 
 
 class PretrainedTextEncoder:
@@ -133,7 +133,7 @@ def load_text_encoder(
     most = min(getattr(network.config, "max_position_embeddings", None) or length or LENGTH, tokenizer.model_max_length)
     length = min(LENGTH, most) if length is None else length
     if not 1 <= length <= most:
-        raise UserError(f"{where}: length {length} is not from 1 to {most}, which it was made for")
+        raise UserError(f"model.num_condition_tokens: {length} is not from 1 to {most}, which {name} was made for")
     if tokenizer.pad_token is None:
         raise UserError(f"{where}: its tokenizer has no padding token")
     about = {"tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}

@@ -18,7 +18,7 @@ from consonar.errors import UserError, check_choice
 from consonar.files.readers import read_json
 from consonar.files.weights import component_fingerprint
 from consonar.networks.base import pieces
-from consonar.networks.released import find_folder, read_network
+from consonar.networks.released import WEIGHTS, find_folder, read_network
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def load_vision_transformer(name: str, device: str = "cpu") -> VisionTransformer
     kind, where = KINDS[kind_name], f"feature_network: {name}"
     if not place:
         raise UserError(f"{where} names no folder; write {kind_name}:FOLDER or {kind_name}:OWNER/NAME")
-    folder = find_folder(place, where, ("config.json", "model.safetensors"))
+    folder = find_folder(place, where, ("config.json", WEIGHTS))
     config = read_json(folder / "config.json")
     check_choice(f"{where}: model_type in config.json", config.get("model_type"), kind.model_types)
     # One of both halves of CLIP says there how wide embeddings are, which the half for images would not read.

@@ -37,6 +37,7 @@ def score_table(runs: Sequence[Run]) -> ScoreTable | None:
     kinds: dict[str, None] = {}
     found: list[tuple[Run | None, str, Mapping[str, Measurement]]] = []
     notes: list[str] = []
+    seeds: dict[str, int | None] = {}
     prompts: tuple[list[str], float] | None = None
     detector: str | None = None
     ceilings: dict[str, tuple[str, Mapping[str, Mapping[str, Measurement]]]] = {}
@@ -50,7 +51,7 @@ def score_table(runs: Sequence[Run]) -> ScoreTable | None:
             asked = content["prompts"]["texts"], content["prompts"]["per_prompt"]
             rows = [(setting_of(row), metrics_of(row["metrics"])) for row in content["rows"]]
             limits = {name: metrics_of(metrics) for name, metrics in content["ceilings"].items()}
-            codec, judge = content["tokenizer"], content["detector_sha256"]
+            codec, judge, seed = content["tokenizer"], content["detector_sha256"], content["rows"][0].get("seed")
         if why := outdated(content, run.weights_sha256):
             notes.append(f"The scores of {run.name} are not shown: they {why}.")
         elif prompts not in (None, asked):
@@ -60,9 +61,13 @@ def score_table(runs: Sequence[Run]) -> ScoreTable | None:
         else:
             prompts, detector = asked, judge
             ceilings.setdefault(codec["fingerprint"], (codec["name"], limits))
+            seeds[run.name] = seed
             found += [(run, setting, metrics) for setting, metrics in rows]
     if prompts is None:
         return None
+    if len(set(seeds.values())) > 1:
+        listed = ", ".join(f"{name} {seed}" for name, seed in seeds.items())
+        notes.append(f"Pictures were drawn from different seeds, which differ by chance as well: {listed}.")
     if detector != detector_sha256():
         notes.append(f"The detector is not this version's ({str(detector)[:12]}...), whose scores may be others.")
     for name in dict.fromkeys(name for _, limits in ceilings.values() for name in limits):

@@ -1,5 +1,6 @@
 """Prompts in files, told by their line or item where they are none."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from consonar.errors import UserError, reading
@@ -23,11 +24,12 @@ def checked(prompt: object, at: str) -> str:
         return prompt.encode().decode()
 
 
-def read_prompt_file(file: Path) -> list[str]:
+def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> list[str]:
     """One a line; of a .jsonl file the entry `prompt` of each line; of a .json file those of a list, texts or tables
     with that entry.
 
-    Raises `UserError`, with the number of the line or item, for one that is empty and for JSON that has no prompt.
+    Raises `UserError`, with the number of the line or item, for one that is empty, for JSON that has no prompt, and
+    where `check` raises it of a prompt.
     """
     where, suffix, found = f"--prompts: {file}", file.suffix.lower(), []
     items: list[object] = [*lines_of(file)]
@@ -46,6 +48,10 @@ def read_prompt_file(file: Path) -> list[str]:
         elif suffix != ".json":
             item = str(item).strip()
         found.append(checked(item, at))
+        try:
+            check(found[-1])
+        except UserError as error:
+            raise UserError(f"{at}: {error}") from error
     if not found:
         raise UserError(f"{where} is empty; give one prompt a line")
     return found

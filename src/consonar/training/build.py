@@ -37,7 +37,7 @@ from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
 from consonar.training.best import BEST_BY, DistanceToHeldOut, KeepBest
-from consonar.training.captions import Progress, caption_features, captions_of_pictures, read_by, text_encoder_of
+from consonar.training.captions import Progress, caption_features, captions_of_pictures, read_by, text_encoder_of, told
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
 from consonar.training.lora import StartModel, adapt
@@ -82,13 +82,13 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path, pr
     encoder = text_encoder_of(config, shape, world.device)
     origin = read_by(store.origin, encoder, config.text_encoder)
     batches = TokenBatches(store, data.weights, caption_features(store, encoder, progress), **place)
-    about = (store.describe(), *((batches.captions.about,) if batches.captions else ()))
-    built, shown = Built(trainee, objective, batches, about=about), batches
+    built, shown = Built(trainee, objective, batches), batches
     if data.validation_tokens:
         held_out = open_held_out(data.validation_tokens, config.tokenizer, store)
         held_out.check_tokenizer(tokenizer)
         built.held_out = shown = TokenBatches(held_out, captions=caption_features(held_out, encoder, progress), **place)
         origin = replace(origin, validation_sha256=held_out.origin.data_sha256)
+    built.about = (store.describe(), *told(batches.captions, shown.captions if built.held_out else None))
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, shown.captions)
     built.origin = origin_of(config, f"data.tokens: {data.tokens}", store.fingerprint, origin)
     return built
@@ -126,7 +126,8 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
         parallel.shard(prior, prior.blocks, config.parallel, world)  # type: ignore[arg-type]
         prior = prior.to(world.device)
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
-    built = Built(trainee, objective, batches, origin=origin, about=pictures.about, bad=pictures.bad)
+    about = (*pictures.about, *told(shown, held_out))
+    built = Built(trainee, objective, batches, origin=origin, about=about, bad=pictures.bad)
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, held_out or shown)
     if config.loop.fd_samples and pictures.held_out is None:
         raise UserError(f"loop.fd_samples: {data.images} has no validation images to compare with; set it to 0")

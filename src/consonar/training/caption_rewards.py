@@ -29,6 +29,10 @@ def compositional(device: torch.device) -> Reward:
     detector = load_scene_detector().to(device)
 
     def reward(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
-        return torch.tensor(degrees(words_of("compositional", batch), look(detector, images)))
+        words = words_of("compositional", batch)
+        try:
+            return torch.tensor(degrees(words, look(detector, images)))
+        except UserError as error:
+            raise UserError(f"objective.rewards: 'compositional' reads captions of scenes alone; {error}") from error
 
     return reward

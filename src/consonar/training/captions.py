@@ -55,6 +55,12 @@ def captions_of_pictures(
     return features(captions, encoder, f"data.images: {source.name}", progress)
 
 
+def told(captions: CaptionFeatures | None, held_out: CaptionFeatures | None) -> tuple[str, ...]:
+    """What a run says of its captions; of those held out only where some are cut."""
+    of_held_out = (f"validation {held_out.about}",) if held_out and held_out.num_cut else ()
+    return (captions.about, *of_held_out) if captions else of_held_out
+
+
 def features(captions: Iterable[str | None], encoder: TextEncoder, where: str, progress: Progress) -> CaptionFeatures:
     return CaptionFeatures(all_captions(captions, where), encoder, where=where, progress=progress)
 
