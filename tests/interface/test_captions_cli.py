@@ -344,6 +344,7 @@ def test_a_run_is_evaluated_on_the_captions_of_held_out_pictures(place, tmp_path
 def test_who_reads_captions_says_how_many_are_cut(place, tmp_path, capsys, quarters):
     short = ["--loop.steps", "1", "--loop.batch-size", "4", "--loop.precision", "fp32", "--data.validation-items", "4"]
     run = tmp_path / "run"
+    (tmp_path / "p.txt").write_text("a dog\ntwo red apples above a cat\n")
     cut = r"captions: \d+ different, read by enc; \d+ cut after 3 tokens"
     jobs = {
         rf"ar-scenes: {cut}\nar-scenes: validation {cut}": [
@@ -357,6 +358,7 @@ def test_who_reads_captions_says_how_many_are_cut(place, tmp_path, capsys, quart
             "evaluate", str(run), "--reference", "scenes:8", "--validation-split", "50%", "--num-samples", "8",
             "--draws", "1", "--metrics", "fd", "--feature-network", "quarters"
         ],
+        rf"(?m)^{cut}$": ["evaluate", str(run), "--prompts", str(tmp_path / "p.txt"), "--per-prompt", "1"],
         rf"held-out {cut}; training {cut}; others {cut}": [
             "diagnose", str(run), "--data", "scenes:8", "--num-images", "8", "--parts", "noise", "--out",
             str(tmp_path / "d.html")

@@ -180,6 +180,8 @@ def score_run(
     texts = [text for text in dict.fromkeys(texts) if scene_of(text)]
     run, detector = FinishedRun(folder, settings.device), load_scene_detector().to(settings.device)
     prompts = Prompts.read_by(load_own_text_encoder(folder, run.generator), texts)
+    if prompts.features.num_cut:
+        progress(prompts.features.about)
     rows, labels = [], torch.arange(len(texts)).repeat_interleave(settings.per_prompt)
     captions = [texts[index] for index in labels.tolist()]
     with replacing(folder, COMPOSITIONAL, overwrite=overwrite, world=world) as staged:
@@ -257,11 +259,11 @@ def score_samples(place: Path, *, tokenizer: str | None = None, seed: int = 0, d
     """The scores of a file or folder of samples that says its prompts, with the ceiling of its tokenizer if named."""
     captions, detector, samples = captions_of(place), load_scene_detector().to(device), load_samples(place)
     texts = list(dict.fromkeys(captions))
-    codec, used = None, {}
-    if tokenizer is not None:
-        codec = load_tokenizer(tokenizer).to(device)
-        place_of = from_anywhere("tokenizer", tokenizer)
-        used = {"name": codec.name, "place": place_of, "fingerprint": codec.fingerprint}
+    codec = None if tokenizer is None else load_tokenizer(tokenizer).to(device)
+    used: Json = {}
+    if codec is not None:
+        used = {"name": codec.name, "fingerprint": codec.fingerprint}
+        used["place"] = from_anywhere("tokenizer", str(tokenizer))
     found = ceilings(detector, texts, samples.image_size, codec, seed)
     return {
         **record(captions, str(place), len(captions) / len(texts), found),
