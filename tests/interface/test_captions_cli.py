@@ -341,6 +341,7 @@ def test_a_run_is_evaluated_on_the_captions_of_held_out_pictures(place, tmp_path
     assert "digit for digit" in said and "guidance" in said
 
 
+@pytest.mark.slow
 def test_who_reads_captions_says_how_many_are_cut(place, tmp_path, capsys, quarters):
     short = ["--loop.steps", "1", "--loop.batch-size", "4", "--loop.precision", "fp32", "--data.validation-items", "4"]
     run = tmp_path / "run"
