@@ -7,7 +7,7 @@ BIN := .venv/bin
 # the few long tests of one file, for which all other processes would wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo style types lint fast test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results results-whole claims claims-text claims-vapi clean
+.PHONY: help demo style types lint fast test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results results-whole claims claims-text claims-vapi claims-diagnosis clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
@@ -76,29 +76,38 @@ house: .venv/installed  ## the figure of the rooms, drawn from the imports, and 
 clean:  ## remove what the targets above have made, but no runs
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
 
-results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the section of claims-vapi
+results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the sections of the targets below
 	$(BIN)/python docs/make_results.py runs/demo
 
-results-whole: demo  ## every number and figure of docs/results.md: a demo, then what is missing of the three studies (hours)
-	$(MAKE) results claims-vapi claims claims-text
+results-whole: demo  ## every number and figure of docs/results.md: a demo, then what is missing of the studies (hours)
+	$(MAKE) results
+	$(MAKE) claims-diagnosis
+	$(MAKE) claims-vapi
+	$(MAKE) claims
+	$(MAKE) claims-text
+
+TO := $(if $(OUT),--out $(OUT))
 
 # Twelve minutes of a GPU at a time; what was not finished is gone on with by the next call.
-claims: .venv/installed  ## the articles' parts on photographs over seeds, into docs/results.md; goes on where it ended (PROFILE=gpu: at size, 12 minutes a call)
+claims: .venv/installed  ## the articles' parts on photographs over seeds, into docs/results.md; goes on where it ended (PROFILE=gpu: at size, 12 minutes a call; OUT=folder: of a copy of CIFAR-10 other than that of the files in claims/results)
 ifeq ($(PROFILE),gpu)
-	timeout --signal=INT 720 $(BIN)/python claims/photographs.py --profile gpu || test $$? -eq 124
-	$(BIN)/python claims/photographs.py --profile gpu --page
+	timeout --signal=INT 720 $(BIN)/python claims/photographs.py --profile gpu $(TO) || test $$? -eq 124
+	$(BIN)/python claims/photographs.py --profile gpu --page $(TO)
 else
-	$(BIN)/python claims/photographs.py
+	$(BIN)/python claims/photographs.py $(TO)
 endif
 
 # Ten minutes of a GPU at a time.
 claims-text: .venv/installed  ## the same on captions of scenes, with the compositional score (3 hours on 2 cores; PROFILE=gpu: at size, 10 minutes a call)
 ifeq ($(PROFILE),gpu)
-	timeout --signal=INT 600 $(BIN)/python claims/text.py --profile gpu || test $$? -eq 124
-	$(BIN)/python claims/text.py --profile gpu --page
+	timeout --signal=INT 600 $(BIN)/python claims/text.py --profile gpu $(TO) || test $$? -eq 124
+	$(BIN)/python claims/text.py --profile gpu --page $(TO)
 else
-	$(BIN)/python claims/text.py
+	$(BIN)/python claims/text.py $(TO)
 endif
+
+claims-diagnosis: .venv/installed  ## what goes wrong in the shipped generator and in the models of a demo, into docs/results.md; files that are there are kept
+	$(BIN)/python claims/diagnosis.py
 
 claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md; finished runs are kept (6 minutes each on 2 cores)
 	$(BIN)/python claims/vapi.py --out runs/claims-vapi

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from consonar.distributed import machine_name
+from consonar.evaluation.results import library_versions
 from consonar.files.writers import write_atomically
 from consonar.seeding import generator
 from consonar.training.losses import entropy
@@ -82,11 +84,13 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {name: [trained(*way, seed) for seed in range(SEEDS)] for name, way in WAYS.items()}
     results = Path(__file__).parent / "results" / "entropy_bandit.json"
-    text = json.dumps({"columns": COLUMNS, "torch": torch.__version__, "by seed": found}, indent=1) + "\n"
+    settings = {"contexts": CONTEXTS, "batch": BATCH, "updates": UPDATES, "seeds": SEEDS}
+    made = {"settings": settings, "machine": machine_name("cpu"), "versions": library_versions()}
+    text = json.dumps({"columns": COLUMNS, **made, "by seed": found}, indent=1) + "\n"
     write_atomically(results, lambda path: path.write_text(text))
     print(f"| way | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for name, rows in found.items():
-        print(f"| {name} | {' | '.join(f'{sum(column) / SEEDS:.3f}' for column in zip(*rows, strict=True))} |")
+        print(f"| {name} | {' | '.join(f'{sum(column) / SEEDS:.2f}' for column in zip(*rows, strict=True))} |")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from consonar.seeding import generator, permutation
 from consonar.sweeps.page import HOW_TO_READ, difference_rows, named, protocol_lines, table
 from consonar.sweeps.plan import Evaluated, Sweep
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import BEST, Summary, judge, over_seeds, summarise, value_cells
+from consonar.sweeps.summary import BEST, Setting, Summary, judge, over_seeds, summarise, value_cells
 from consonar.sweeps.work import Place, Then, read_result, run_sweep
 
 HERE = Path(__file__).parent
@@ -140,6 +140,12 @@ def part_of(sweep: Sweep, results: dict[str, Json], rows: list[str], base: str) 
     return summarise(chosen, {name: result for name, result in results.items() if name in cells})
 
 
+def at_best(summary: Summary) -> Setting | None:
+    """Every row at its best temperature, also where there is one temperature alone; None where no run has numbers."""
+    grid = (setting for setting in summary.settings if setting.temperature is not None)
+    return next((setting for setting in summary.settings if setting.title == BEST), next(grid, None))
+
+
 def group_lines(
     summary: Summary, results: dict[str, Json], columns: Sequence[str] | None = None, frontier_of: str = ""
 ) -> list[str]:
@@ -149,15 +155,16 @@ def group_lines(
     """
     columns = COLUMNS if columns is None else columns
     frontier_of = frontier_of or f"{FD} to held-out / to training photographs"
-    grid = [setting for setting in summary.settings if setting.temperature is not None]
-    best = next(setting for setting in summary.settings if setting.title == BEST)
+    grid, best = [setting for setting in summary.settings if setting.temperature is not None], at_best(summary)
+    if best is None:
+        return ["None of its runs ended with a number."]
     kept = replace(
         best, values={row: {key: of[key] for key in columns if key in of} for row, of in best.values.items()}
     )
     headings = [metric_of(column).heading for column in columns]
-    forced = {row: loss_cells(summary, row, results) for row in kept.values}
+    forced = {named(row, grid[0]): loss_cells(summary, row, results) for row in kept.values}
     frontier = {
-        row: [" / ".join(value_cells(setting, row, columns[:2])) for setting in grid]
+        named(row, grid[0]): [" / ".join(value_cells(setting, row, columns[:2])) for setting in grid]
         + value_cells(grid[0], row, [ENTROPY])
         for row in kept.values
     }
@@ -187,6 +194,9 @@ def loss_cells(summary: Summary, row: str, results: dict[str, Json]) -> list[str
     """At the end, lowest, and at which step that was, over the seeds of a row."""
     scored = [results[name] for name, cell in summary.sweep.cells.items() if cell.row == row and name in results]
     curves = [result["validations"] for result in scored if not result["failure"]]
+    curves = [found for curve in curves if (found := {step: of for step, of in curve.items() if of is not None})]
+    if not curves:
+        return ["–"] * 3
     lowest = [min(curve, key=lambda step: curve[step]) for curve in curves]
     ends = dict(enumerate(list(curve.values())[-1] for curve in curves))
     least = dict(enumerate(curve[step] for curve, step in zip(curves, lowest, strict=True)))
@@ -210,8 +220,9 @@ def article_rows(sweep: Sweep, results: dict[str, Json]) -> dict[str, list[str]]
     return found
 
 
-def opening(name: str, title: tuple[str, str], sweep: Sweep, results: dict[str, Json]) -> list[str]:
-    """What a section begins with: what was done, how much of it is there, on what."""
+def opening(name: str, title: tuple[str, str], sweep: Sweep, results: dict[str, Json], out: Path) -> list[str]:
+    """What a section begins with: what was done, how much of it is there and where, on what."""
+    place = (out.relative_to(HERE.parent) if out.is_relative_to(HERE.parent) else out).as_posix()
     cells, settings = sweep.cells.values(), next(iter(sweep.cells.values())).evaluated
     done = {row: sum(cell.row == row and cell.name in results for cell in cells) for row in sweep.rows}
     wanted = {row: sum(cell.row == row for cell in cells) for row in sweep.rows}
@@ -225,7 +236,7 @@ def opening(name: str, title: tuple[str, str], sweep: Sweep, results: dict[str, 
     minutes = sum(one["training_seconds"] or 0 for one in results.values() if not one["failure"]) / 60
     return [
         f"## {title[0]}", "", f"{title[1]} `claims/{name}.yaml` says what every row is.", "",
-        f"**{len(results)} of {len(cells)} runs have a result** (`claims/results/{name}/results`), {minutes:.0f} minutes of training on {' and '.join(machines) or 'no machine yet'}. "
+        f"**{len(results)} of {len(cells)} runs have a result** (`{place}/results`), {minutes:.0f} minutes of training on {' and '.join(machines) or 'no machine yet'}. "
         f"Not there: {', '.join(f'{row} ({wanted[row] - done[row]} of {wanted[row]})' for row in sweep.rows if done[row] < wanted[row]) or 'none'}.",
         f"{settings.settings.num_samples:,} samples a setting, the same conditions and random numbers for all rows of a seed. `{FD}` is not FID. {HOW_TO_READ}",
     ]  # fmt: skip
@@ -243,9 +254,9 @@ def groups(sweep: Sweep, results: dict[str, Json]) -> dict[str, Summary]:
     return found
 
 
-def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
+def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
     """The section of docs/results.md."""
-    lines = opening(name, TITLES[name], sweep, results)
+    lines = opening(name, TITLES[name], sweep, results, out)
     for heading, summary in groups(sweep, results).items():
         lines += [
             "",
@@ -254,7 +265,7 @@ def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
             *group_lines(summary, results),
             *(f"- {note}" for note in summary.notes),
         ]
-    if (path := HERE / "results" / name / "tokenizer.json").exists():
+    if (path := out / "tokenizer.json").exists():
         known = read_json(path)
         count, said = known["provenance"]["pictures"]["held-out"]["count"], known["parts"]["forgiveness"]["summary"]
         lines += [
@@ -286,7 +297,7 @@ def run(
     about: str | None,
     names: Mapping[str, str],
     prepare: Callable[[str, Sweep, Path], None],
-    page: Callable[[str, Sweep, dict[str, Json]], str],
+    page: Callable[[str, Sweep, dict[str, Json], Path], str],
     then: Then = lambda place, cell: None,
 ) -> None:
     """The command of a study: `prepare` what its profile needs, do its cells, `then` what else each wants, also where
@@ -296,9 +307,14 @@ def run(
     parser.add_argument(
         "--page", action="store_true", help="write the section from the results that are there, run nothing"
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of results and runs (default: claims/results and the study), as for other pictures",
+    )
     options = parser.parse_args()
     name = names[options.profile]
-    file, out = HERE / f"{name}.yaml", HERE / "results" / name
+    file, out = HERE / f"{name}.yaml", options.out or HERE / "results" / name
     sweep = read_sweep(file, out)
     if not options.page:
         prepare(options.profile, sweep, out)
@@ -307,7 +323,7 @@ def run(
         for cell in sweep.cells.values():
             with hold(place.lock(cell), wait=True):
                 then(place, cell)
-    write_section(name, page(name, sweep, results_of(sweep, out)))
+    write_section(name, page(name, sweep, results_of(sweep, out), out))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ distances every finished run gets a compositional score (docs/text-to-image.md) 
 
 from pathlib import Path
 
-from photographs import FD, group_lines, groups, opening, run
+from photographs import FD, at_best, group_lines, groups, opening, run
 
 from consonar.components import load_tokenizer
 from consonar.data.sources import open_source
@@ -19,10 +19,9 @@ from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.sweeps.page import named, table
 from consonar.sweeps.plan import Cell, Sweep
-from consonar.sweeps.summary import BEST, value_cells
+from consonar.sweeps.summary import value_cells
 from consonar.sweeps.work import Place
 
-HERE = Path(__file__).parent
 NAMES = {"cpu": "text", "gpu": "text-gpu"}
 SCENES = {"cpu": "scenes:40000", "gpu": "scenes:100000"}
 TOKENIZER = "scenes-64"
@@ -77,25 +76,25 @@ def with_scores(results: dict[str, Json], scores: dict[str, Json]) -> dict[str, 
     return results
 
 
-def page(name: str, sweep: Sweep, results: dict[str, Json]) -> str:
+def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
     """The section of docs/results.md."""
-    scores = scores_of(HERE / "results" / name)
+    scores = scores_of(out)
     results = with_scores(results, scores)
-    lines = opening(name, TITLES[name], sweep, results)
+    lines = opening(name, TITLES[name], sweep, results, out)
     if scores:
         known = next(iter(scores.values()))
         ceilings = [f"{of} {known['ceilings'][of][SCORE]['value']:.1%}" for of in known["ceilings"]]
         lines += [f"The score is of {known['prompts']:,} held-out captions, {known['per_prompt']} pictures each; the same of {', of '.join(ceilings)}."]  # fmt: skip
     for heading, summary in groups(sweep, results).items():
-        best = next(setting for setting in summary.settings if setting.title == BEST)
-        kinds = [column for column in best.columns if column.startswith(f"{SCORE} (")]
-        by_kind = {named(row, best): value_cells(best, row, kinds) for row in best.values}
+        best = at_best(summary)
+        kinds = [column for column in (best.columns if best else ()) if column.startswith(f"{SCORE} (")]
         lines += [
             "", f"### {heading}", "",
             *group_lines(summary, results, COLUMNS, f"{FD} to held-out scenes / compositional score"),
             *(f"- {note}" for note in summary.notes),
         ]  # fmt: skip
-        if kinds:
+        if best and kinds:
+            by_kind = {named(row, best): value_cells(best, row, kinds) for row in best.values}
             lines += ["", "The score by kind of caption, each row at its own best temperature (of FD):", ""]
             lines += table([kind[len(SCORE) + 2 : -1] for kind in kinds], by_kind)
     return "\n".join(lines)

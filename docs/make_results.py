@@ -32,8 +32,9 @@ TRAINED = ("plain-ar", "rear")
 SHOWN = ("plain-ar", "plain-ar-vapi", "rear", "rear-vapi")
 COLUMNS = ("FD(efficientnet-lite0) validation", "FD(efficientnet-lite0) train", "precision", "recall",
            "copy rate (features)", "copy rate (tokens)", "entropy (teacher-forced)")  # fmt: skip
-# Written by claims/vapi.py and claims/photographs.py, and how to read it.
-CLAIMS = re.compile(r"<!-- claims-vapi -->.*<!-- /[a-z-]+ -->", re.DOTALL)
+SECTIONS = ("claims-vapi", "reading", "diagnosis", "reading-diagnosis", "photographs", "reading-photographs",
+            "photographs-gpu", "text", "reading-text", "text-gpu")  # fmt: skip
+"""Between marks, written by the scripts in claims/; how to read them, by hand."""
 
 
 def to_images(pixels: np.ndarray) -> torch.Tensor:
@@ -95,6 +96,14 @@ def lowest(lines: list[dict[str, float]]) -> str:
     return f"{line['validation/cross_entropy']:.3f} at step {line['step']}"
 
 
+def kept(before: str) -> str:
+    """The sections of other hands in a page, each once and in this order wherever it stood; an empty one for one that
+    is not there yet."""
+    found = {match[1]: match[0] for match in re.finditer(r"<!-- ([a-z-]+) -->.*?<!-- /\1 -->", before, re.DOTALL)}
+    empty = {name: f"<!-- {name} --><!-- /{name} -->" for name in SECTIONS}
+    return "\n\n".join((empty | found).values())
+
+
 def main() -> None:
     demo = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     settings = json.loads((demo / "demo.json").read_text())
@@ -115,8 +124,8 @@ def main() -> None:
     lines = [
         "# Results", "",
         "Written by `python docs/make_results.py` from the files of `make demo`; every number is the demo's own. The section on VA-pi is "
-        "written by `make claims-vapi`, those on photographs by `make claims`, and all of it by `make results-whole`; "
-        "only the paragraphs on how to read them are by hand, and so is the section on diagnoses.", "",
+        "written by `make claims-vapi`, that on diagnoses by `make claims-diagnosis`, those on photographs by `make claims`, on captions by "
+        "`make claims-text`, and all of it by `make results-whole`; only the paragraphs on how to read them are by hand.", "",
         f"- Command: `make demo` (`consonar demo --minutes {settings['minutes']:g} --seed {settings['seed']:g}`), "
         f"{settings['steps']:g} steps of batch {batch['rear']} per training run, "
         f"{last['rear-vapi'][-1]['step']} updates of batch {batch['rear-vapi']} per post-training run (VA-pi with spatial credit).",
@@ -153,11 +162,7 @@ def main() -> None:
                 "",
             ]
     before = (DOCS / "results.md").read_text() if (DOCS / "results.md").exists() else ""
-    claims = CLAIMS.search(before)
-    lines += [
-        claims[0] if claims else "<!-- claims-vapi --><!-- /claims-vapi -->\n\n<!-- reading --><!-- /reading -->",
-        "",
-    ]
+    lines += [kept(before), ""]
     lines += ["### Tokenizer", "Validation images (odd rows) and what the tokenizer makes of them (even rows):", "",
               "![reconstructions](images/reconstructions.png)", "",
               "Emoji by [OpenMoji](https://openmoji.org), CC BY-SA 4.0."]  # fmt: skip

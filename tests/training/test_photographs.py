@@ -110,6 +110,22 @@ def test_the_study_goes_on_where_it_was_killed_and_writes_what_is_there(study, t
     assert guided["results"]["rows"][0]["metrics"] != plain["results"]["rows"][0]["metrics"]
 
 
+def test_runs_without_a_number_and_results_elsewhere_have_their_page(study, tmp_path, monkeypatch):
+    sweep = read_sweep(tmp_path / "claims" / "photographs.yaml", tmp_path / "other")
+    failed = {name: {"failure": "the loss is not finite"} for name in sweep.cells}
+    text = study.page("photographs", sweep, failed, tmp_path / "other")
+    assert "None of its runs ended with a number." in text and "- plain-0 failed: the loss is not finite." in text
+    curves = {"plain-0": {}, "plain-1": {"5": None}}
+    results = {name: {"failure": None, "validations": curve} for name, curve in curves.items()}
+    summary = study.part_of(sweep, {}, ["plain"], "plain")
+    assert study.loss_cells(summary, "plain", results) == ["–"] * 3
+    results["plain-1"]["validations"] |= {"6": 2.0, "7": 3.0}
+    assert study.loss_cells(summary, "plain", results) == ["3", "2", "6"]
+    monkeypatch.setattr(sys, "argv", ["photographs.py", "--page", "--out", "other"])
+    study.main()
+    assert "**0 of 7 runs have a result** (`other/results`)" in (tmp_path / "docs" / "results.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["photographs", "photographs-gpu"])
 def test_both_profiles_have_the_rows_that_the_page_speaks_of(study, name, tmp_path):
     sweep = read_sweep(CLAIMS / f"{name}.yaml", tmp_path)

@@ -20,7 +20,6 @@ def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch
     spec = importlib.util.spec_from_file_location("study_on_captions", CLAIMS / "text.py")
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
-    photographs = sys.modules["photographs"]
     save_encoder(tmp_path / "enc")
     trained = {
         "text_encoder": str(tmp_path / "enc"), "data.tokens": "runs/text/tokens", "data.validation_items": 4,
@@ -45,8 +44,7 @@ def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch
     (tmp_path / "docs" / "results.md").write_text("# Results\n")
     file = tmp_path / "claims" / "text.yaml"
     file.write_text(yaml.safe_dump({"seeds": 1, "rows": rows, "evaluate": evaluated}, sort_keys=False))
-    for module in (study, photographs):
-        monkeypatch.setattr(module, "HERE", tmp_path / "claims")
+    monkeypatch.setattr(sys.modules["photographs"], "HERE", tmp_path / "claims")
     monkeypatch.setitem(study.SCENES, "cpu", "scenes:16")
     monkeypatch.setitem(scenes.DEFAULT_COUNTS, "validation", 16)
     monkeypatch.setattr(study, "PROMPTS", 8)

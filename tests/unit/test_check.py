@@ -108,6 +108,9 @@ def test_samples_and_references_may_have_moved(measured, tmp_path, picture_folde
 
 def test_results_of_older_versions_are_compared_by_what_they_record(measured):
     content = json.loads(measured.read_text())
+    assert content["versions"]["threads"] == str(torch.get_num_threads()) and "pillow" in content["versions"]
+    changed(measured, **{"versions/threads": "99", "versions/pillow": "0"})
+    assert [line.partition(":")[0] for line in check_results(measured).differs] == ["pillow", "threads"]
     for key in ("tokenizer", "versions", "machine"):
         del content[key]
     del content["config"]["precision"]
@@ -153,7 +156,10 @@ def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tiny_ge
     metric = "FD(quarters) validation"
     entry = json.loads((run / "results.json").read_text())["rows"][1]["metrics"][metric]
     changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 1.9 * entry["spread"]})
-    assert check_results(run / "results.json").reproduced
+    found = check_results(run / "results.json")
+    assert found.reproduced and found.verdict.startswith("reproduced: samples drawn again, within 2 spreads")
+    deciding = f" of {found.numbers[1].before:.4g} in temperature 1: {metric}"
+    assert "not seen are differences below those allowed, as " in found.verdict and found.verdict.endswith(deciding)
     changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 2.1 * entry["spread"]})
     assert [one.name for one in check_results(run / "results.json").numbers if not one.holds] == [f"{AT}: {metric}"]
 
@@ -302,6 +308,10 @@ def test_how_far_a_number_may_be_off():
         ("FD(x)", Measurement(100.0, 3.0), True, 6.0),
         ("entropy", Measurement(3.0), True, 0.03),
         ("density", Measurement(0.0, 0.0), True, 0.004),
+        ("temperature 1: KID(x) validation", Measurement(0.0001), True, 0.24 / 1000**0.5),
+        ("KID(x) validation", Measurement(0.9), True, 0.009),
+        ("KID(x) validation", Measurement(0.0001, error=0.001), True, 0.002),
+        ("KID(x) validation", Measurement(1.0), False, 0.0001),
     ):
         assert allowed(name, measured, sizes, redrawn) == pytest.approx(far), name
     assert not Check([Compared("FD(x)", 1.0, None, 9.0)], redrawn=False, differs=[]).reproduced

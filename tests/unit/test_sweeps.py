@@ -130,7 +130,7 @@ def test_a_sweep_is_done_once_and_goes_on_where_it_was_killed(table, write, tmp_
     (out / "results").rename(tmp_path / "elsewhere" / "results")
     cli.main(["sweep", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "elsewhere")])
     text, page = ((tmp_path / "elsewhere" / name).read_text() for name in ("sweep.md", "sweep.html"))
-    for row in ("plain", "ce", "ce − plain at the entropy of ce"):
+    for row in ("plain (n\u00a01)", "ce (n\u00a02)", "ce − plain at the entropy of ce"):
         assert f"| {row} |" in text and row in page
     assert "(n\u00a02)" in text and page.count('<svg class="chart"') == 3 and "<script" not in page
 

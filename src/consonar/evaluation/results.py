@@ -3,10 +3,11 @@
 import platform
 import shutil
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,13 @@ class Row:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that the numbers depend on."""
-    python, numpy = platform.python_version(), np.__version__
-    return {"python": python, "torch": torch.__version__, "numpy": numpy, "consonar": __version__}
+    """Versions of Python and of the libraries that the numbers depend on, of those that are installed, and how many
+    threads add them up."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for name in ("pillow", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {**found, "consonar": __version__, "threads": str(torch.get_num_threads())}
 
 
 def check_place(path: Path, *, overwrite: bool, key: str, keys: Set[str] = frozenset(("schema", "metrics"))) -> None:

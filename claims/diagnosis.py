@@ -1,0 +1,86 @@
+# ruff: noqa: E501  (the sentences of the page)
+"""What goes wrong together, and where: python claims/diagnosis.py [--page].
+
+`consonar diagnose` for the generator of the package and for the two that a demo trains (runs/demo). Of each the numbers
+and what they are of are kept, claims/results/diagnosis/NAME.json, and committed; what is there is not made again. Then
+the section of docs/results.md is written from these files.
+"""
+
+import argparse
+from pathlib import Path
+
+from photographs import write_section
+
+from consonar.diagnostics.diagnose import diagnose
+from consonar.diagnostics.findings import Interval
+from consonar.diagnostics.subject import DiagnosisSettings
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
+from consonar.json_types import Json
+from consonar.sweeps.page import table
+
+HERE = Path(__file__).parent
+DATA, SOME = "openmoji", ("exposure", "embedding", "noise")
+MODELS = {"openmoji": ("openmoji", ()), "plain-ar": ("runs/demo/plain-ar", SOME), "rear": ("runs/demo/rear", SOME)}
+"""File: model, and parts (none: all)."""
+SHOWN = {
+    "exposure": ("",), "embedding": ("perceptual distance", "the same", "PSNR", "share"), "layers": ("cosine with",),
+    "noise": ("cross-entropy, nats", "cross-entropy added by 10%"), "gap": ("cross-entropy, held-out",),
+    "forgiveness": ("rFD", "the same above rFD"), "attribution": ("added", "gFD"),
+}  # fmt: skip
+"""Part: how the names of its numbers begin that the page shows; the files have all."""
+
+
+def measured(name: str) -> Json:
+    """What is kept of a diagnosis."""
+    model, parts = MODELS[name]
+    found = diagnose(model, DATA, DiagnosisSettings(), parts=parts)
+    numbers = {
+        part: {
+            what: {key: float(f"{value:.6g}") for key, value in one._asdict().items()}
+            for what, one in finding.numbers.items()
+        }
+        for part, finding in found.findings.items()
+    }
+    chosen = f" --parts {','.join(parts)}" if parts else ""
+    command = f"consonar diagnose {model} --data {DATA}{chosen} --out {name}.html"
+    return {"command": command, "numbers": numbers, "provenance": found.provenance}
+
+
+def page(known: dict[str, Json]) -> str:
+    """The section, of the files by name."""
+    lines = ["## What goes wrong: the shipped generator and the demo's, diagnosed", ""]
+    for name, one in known.items():
+        made, model = one["provenance"], one["provenance"]["generator"]
+        lines.append(
+            f"- `{name}`: `{one['command']}` (seed {made['settings']['seed']}, {made['pictures']['held-out']['count']} held-out pictures, temperature "
+            f"{made['settings']['sampler']['temperature']:g}; weights {model['sha256'][:12]}; {made['machine']}, torch {made['versions']['torch']})"
+        )
+    lines += [
+        "",
+        "95 % intervals over pictures, of one model each; perceptual distance and FD by efficientnet-lite0. Made by `make claims-diagnosis`; all numbers are in "
+        "`claims/results/diagnosis`, what they mean in [diagnostics.md](diagnostics.md).",
+    ]
+    for part, shown in SHOWN.items():
+        of = {name: one["numbers"][part] for name, one in known.items() if part in one["numbers"]}
+        names = dict.fromkeys(what for numbers in of.values() for what in numbers if what.startswith(shown))
+        rows = {
+            what: [Interval(**numbers[what]).text if what in numbers else "–" for numbers in of.values()]
+            for what in names
+        }
+        lines += ["", f"### {part.capitalize()}", "", *table(list(of), rows)] if rows else []
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="write the section from the files that are there alone")
+    only_page, paths = parser.parse_args().page, {n: HERE / "results" / "diagnosis" / f"{n}.json" for n in MODELS}
+    for name, path in paths.items():
+        if not only_page and not path.exists():
+            write_json(path, measured(name), allow_nan=False)
+    write_section("diagnosis", page({name: read_json(path) for name, path in paths.items() if path.exists()}))
+
+
+if __name__ == "__main__":
+    main()

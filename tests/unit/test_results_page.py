@@ -1,0 +1,84 @@
+"""docs/results.md: what a demo writes keeps the sections of the studies, and that of diagnoses is of its files."""
+
+import importlib.util
+from pathlib import Path
+
+from consonar.diagnostics.diagnose import Diagnosis
+from consonar.diagnostics.findings import Finding, Interval
+from consonar.evaluation.check import diagnosed_by
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "results.md"
+
+
+def script(place):
+    spec = importlib.util.spec_from_file_location(Path(place).stem, ROOT / place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sections_of_other_hands_are_kept_once_wherever_they_stood():
+    module, page = script("docs/make_results.py"), PAGE.read_text()
+    kept = module.kept(page)
+    assert kept in page and page.partition(kept)[2].startswith("\n\n### Tokenizer\n"), "as it stands now"
+    assert "<!--" not in page.replace(kept, "") and module.kept(kept) == kept
+    moved = module.kept("### Tokenizer\n<!-- text -->\n## Captions\n<!-- /text -->\n<!-- mine -->\nx\n<!-- /mine -->")
+    assert [moved.count(f"<!-- {name} -->") for name in (*module.SECTIONS, "mine")] == [1] * 11
+    assert module.kept(f"{page}\n<!-- text-gpu -->late<!-- /text-gpu -->").endswith(
+        "<!-- text-gpu -->late<!-- /text-gpu -->"
+    )
+    assert "<!-- text -->\n## Captions\n<!-- /text -->" in moved and moved.endswith("x\n<!-- /mine -->")
+
+
+def test_a_demo_written_twice_is_one_page(tmp_path, monkeypatch):
+    module = script("docs/make_results.py")
+    row = {"temperature": 1.0, "num_samples": 8, "metrics": {"precision": {"value": 0.5, "spread": None}}}
+    results = {
+        "rows": [row], "best": 0, "noise_floor": {}, "machine": "m", "versions": {}, "draws": 2, "protocol": "p",
+        "reference": {"num_train": 2, "num_validation": 1}, "tokenizer": {"name": "t", "fingerprint": "f" * 64},
+        "feature_network": {"name": "n", "sha256": "s" * 64}, "checkpoint_sha256": "c" * 64,
+    }  # fmt: skip
+    line = {"step": 3, "validation/cross_entropy": 2.0, "validation/accuracy": 0.5}
+    for run in ("rear", "rear-vapi"):
+        write_json(tmp_path / run / "config.json", {"loop": {"batch_size": 4}})
+    write_json(
+        tmp_path / "rear" / "reconstruction.json",
+        {"psnr": 20.0, "ssim": 0.5, "usage": 1.0, "rFD(efficientnet-lite0)": 9.0},
+    )
+    write_json(tmp_path / "demo.json", {"minutes": 1, "seed": 0, "steps": 3})
+    for name, put in (("read_results", lambda run: results), ("read_metrics", lambda path: [line]), ("DOCS", tmp_path)):
+        monkeypatch.setattr(module, name, put)
+    for name in ("pictures", "overview"):
+        monkeypatch.setattr(module, name, lambda demo, results: None)
+    monkeypatch.setattr("sys.argv", ["make_results.py", str(tmp_path)])
+    written = tmp_path / "results.md"
+    written.write_text("<!-- claims-vapi -->V<!-- /claims-vapi -->\n### Tokenizer\n<!-- text -->T<!-- /text -->\n")
+    module.main()
+    first = written.read_text()
+    module.main()
+    assert written.read_text() == first and all(first.count(f"<!-- {name} -->") == 1 for name in module.SECTIONS)
+    assert first.count(">V<") == first.count(">T<") == first.count("### Tokenizer") == 1
+
+
+def test_the_section_on_diagnoses_is_of_its_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "claims"))
+    module = script("claims/diagnosis.py")
+    known = {name: read_json(ROOT / "claims" / "results" / "diagnosis" / f"{name}.json") for name in module.MODELS}
+    assert f"<!-- diagnosis -->\n{module.page(known)}\n<!-- /diagnosis -->" in PAGE.read_text()
+    asked = {}
+
+    def diagnose(model, data, settings, parts):
+        asked[model] = list(parts)
+        return Diagnosis(
+            model, {"noise": Finding("", {"cost": Interval(1 / 3, 0.0, 1.0)})}, {}, known["rear"]["provenance"]
+        )
+
+    monkeypatch.setattr(module, "diagnose", diagnose)
+    for name, one in known.items():
+        again = module.measured(name)
+        assert again["command"] == one["command"] == diagnosed_by(again) and again.keys() == one.keys()
+        assert again["numbers"] == {"noise": {"cost": {"value": 0.333333, "low": 0.0, "high": 1.0}}}
+    assert asked == {"openmoji": [], "runs/demo/plain-ar": list(module.SOME), "runs/demo/rear": list(module.SOME)}
