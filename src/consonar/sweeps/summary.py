@@ -167,10 +167,12 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
         setting.pairs = {row: sweep.partners(row, base) for row, base in setting.base.items()}
     for setting in shown:
         setting.base = {row: base for row, base in setting.base.items() if protocols.same(row, base)}
+    for setting in (*shown, training):
         seeds = {row: max(map(len, of.values()), default=0) for row, of in setting.values.items()}
         for row, count in seeds.items():
             of_seeds = f"n\u00a0{count}" if len(set(seeds.values())) > 1 else ""
-            setting.notes[row] = "; ".join(filter(None, (setting.notes.get(row), of_seeds, protocols.name(row))))
+            of_protocol = "" if setting is training else protocols.name(row)
+            setting.notes[row] = "; ".join(filter(None, (setting.notes.get(row), of_seeds, of_protocol)))
         setting.notes = {row: note for row, note in setting.notes.items() if note}
     shown = [one for one in (*shown, in_rows(training, sweep)) if one.values]
     return Summary(sweep, shown, deciding, notes_of(sweep, results), protocols.lines)
