@@ -178,7 +178,7 @@ def group_lines(
         "Cross-entropy of held-out tokens, clean context:",
         "", *table(["at the end", "lowest on the way", "at step"], forced),
     ]  # fmt: skip
-    if differences := difference_rows(kept):
+    if differences := difference_rows(kept, columns):
         lines += [
             "",
             "Differences, seed by seed, each at its own best temperature:",

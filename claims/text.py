@@ -84,7 +84,7 @@ def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
     if scores:
         known = next(iter(scores.values()))
         ceilings = [f"{of} {known['ceilings'][of][SCORE]['value']:.1%}" for of in known["ceilings"]]
-        lines += [f"The score is of {known['prompts']:,} held-out captions, {known['per_prompt']} pictures each; the same of {', of '.join(ceilings)}."]  # fmt: skip
+        lines += [f"The score is of {known['prompts']:,} held-out captions, {known['per_prompt']} picture{'s' * (known['per_prompt'] > 1)} of each; the same of {', of '.join(ceilings)}."]  # fmt: skip
     for heading, summary in groups(sweep, results).items():
         best = at_best(summary)
         kinds = [column for column in (best.columns if best else ()) if column.startswith(f"{SCORE} (")]

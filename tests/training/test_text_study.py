@@ -56,6 +56,9 @@ def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "**5 of 5 runs have a result**" in text and "true pictures" in text and "| attribution |" in text
     assert "1, guidance 2" in text and "### Post-training of plain AR" in text and "| plain+vapi" in text
+    table = text[text.index("Differences, seed by seed") :].splitlines()[2:]  # its cells stand under their headings
+    of_row = dict(zip(table[0].split("|"), table[2].split("|"), strict=True))
+    assert "%" in of_row[" compositional score "] and "%" not in of_row[" FD(quarters) train "]
     scored = tmp_path / "claims/results/text/scores/plain+ce-1.json"
     kept = json.loads(scored.read_text())
     assert [(row["temperature"], row["guidance_scale"]) for row in kept["rows"]] == [(1.0, 1.0), (1.0, 2.0)]

@@ -1,6 +1,6 @@
 """The tables of a sweep, as Markdown and as one self-contained page, with the report's charts and style."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from consonar.files.writers import write_atomically
@@ -78,10 +78,10 @@ def named(row: str, setting: Setting) -> str:
     return f"{row} ({setting.notes[row]})" if row in setting.notes else row
 
 
-def difference_rows(setting: Setting) -> dict[str, list[str]]:
-    """Every row that is compared, by what it is called."""
+def difference_rows(setting: Setting, columns: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Every row that is compared, by what it is called; `columns`: the metrics (None: all, in their order)."""
     return {
-        f"{row} − {setting.base[row]}": difference_cells(setting, row, setting.columns)
+        f"{row} − {setting.base[row]}": difference_cells(setting, row, setting.columns if columns is None else columns)
         for row in setting.values
         if setting.differences(row)
     }
