@@ -26,7 +26,7 @@ NAMES = {"cpu": "text", "gpu": "text-gpu"}
 SCENES = {"cpu": "scenes:40000", "gpu": "scenes:100000"}
 TOKENIZER = "scenes-64"
 PROMPTS, PER_PROMPT = 400, 1
-"""Captions of held-out scenes, as many of each kind, and pictures of each."""
+"""Different captions of held-out scenes, and pictures of each."""
 TITLES = {
     "text": ("The articles' parts on captions", "Made by `make claims-text`: 40,000 scenes with captions to train on; held-out scenes ask for pairings that none of them shows."),
     "text-gpu": ("The articles' parts on captions, at size", "Made by `make claims-text PROFILE=gpu`: 100,000 scenes with captions to train on."),
