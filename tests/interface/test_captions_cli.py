@@ -117,7 +117,11 @@ def test_what_is_drawn_follows_the_prompt_and_the_seed_alone(place, tmp_path):
 )
 def test_the_prompts_of_a_file(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    assert read_prompts(None, tmp_path / name) == ["a dog", "a cat"]
+    kind = "item" if name == "p.json" else "line"
+    assert read_prompts(None, tmp_path / name) == {
+        f"--prompts: {tmp_path / name} {kind} 1": "a dog",
+        f"--prompts: {tmp_path / name} {kind} 2": "a cat",
+    }
 
 
 def test_another_encoder_is_refused(place, tmp_path, capsys):
@@ -137,8 +141,8 @@ def test_another_encoder_is_refused(place, tmp_path, capsys):
     ("words", "said"),
     [
         ([], "classes: this generator has none, it takes captions: give --prompt"),
-        (["--prompt", "  "], "caption: '  ' has no words for enc"),
-        (["--prompt", "[PAD]"], "caption: '[PAD]' has no words for enc"),
+        (["--prompt", "  "], "--prompt: '  ' is no prompt"),
+        (["--prompt", "[PAD]"], "--prompt: '[PAD]' has no words for enc"),
         (["--prompt", "a dog", "--classes", "1"], "--classes: given together with a prompt"),
         (["--prompt", "a dog", "--prompts", "x.txt"], "--prompt: give either it or --prompts FILE"),
         (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: cannot be read"),
@@ -164,13 +168,16 @@ def test_wrong_prompts(place, tmp_path, capsys, words, said):
         ("p.json", b'[{"text": "a dog"}]', "item 1: None is no prompt"),
         ("p.json", b'{"prompt": "a dog"}', "not a JSON list of prompts, or of tables such as"),
         ("p.json", b"[]", "is empty"),
+        ("p.txt", b"a dog\na cat\na dog\n[PAD]\n", "line 4: '[PAD]' has no words for enc"),
+        ("p.jsonl", b'{"prompt": "a dog"}\n{"prompt": "[PAD]"}\n', "line 2: '[PAD]' has no words for enc"),
+        ("p.json", b'["a dog", "[PAD]", "[PAD]"]', "item 2: '[PAD]' has no words for enc"),
     ],
 )
 def test_wrong_files_of_prompts(place, tmp_path, capsys, name, content, said):
     (tmp_path / name).write_bytes(content)
     line = refusal(capsys, "sample", str(place / "run"), "--prompts", str(tmp_path / name), "--out",
                    str(tmp_path / "x.png"))  # fmt: skip
-    assert said in line and line.count("\n") == 1
+    assert f"--prompts: {tmp_path / name}" in line and said in line and line.count("\n") == 1
 
 
 def test_a_long_prompt_is_cut_and_that_is_said(place, tmp_path, capsys):
@@ -440,17 +447,22 @@ def test_a_released_llamagen_for_captions_is_sampled_and_post_trained(place, tmp
 
 
 def test_captions_stand_under_pictures(place, tmp_path):
-    """A contact sheet is as high as its pictures and their captions, whatever letters these have."""
-    for name, prompt in (
-        ("short", "a dog"),
-        ("long", "a large red dog left of a small blue cat"),
-        ("other", "一只 é\n<b>"),
+    """Each its own; a contact sheet is as high as its pictures and their captions, whatever letters these have."""
+    for name, prompts in (
+        ("short", ["a dog", "a dog", "a cat"]),
+        ("long", ["a large red dog left of a small blue cat"]),
+        ("other", ["一只 é\n<b>"]),
     ):
-        main(["sample", str(place / "run"), "--prompt", prompt, "--out", str(tmp_path / f"{name}.png")])
-    heights = {path.stem: Image.open(path).height for path in tmp_path.glob("*.png")}
-    assert heights["long"] > heights["short"] > 32 and heights["other"] > 32
-    for preview in (place / "run/samples").glob("*.png"):
-        assert Image.open(preview).height > 2 * 32 + 20
+        (tmp_path / "p.json").write_text(json.dumps(prompts))
+        main(["sample", str(place / "run"), "--prompts", str(tmp_path / "p.json"), "--out",
+              str(tmp_path / f"{name}.png")])  # fmt: skip
+    sheets = {path.stem: np.asarray(Image.open(path).convert("L")) for path in tmp_path.glob("*.png")}
+    dog, again, cat = (sheets["short"][32:, left : left + 32] for left in (0, 34, 68))
+    assert np.array_equal(dog, again) and not np.array_equal(dog, cat)
+    assert len(sheets["long"]) > len(sheets["short"])
+    previews = [np.asarray(Image.open(path)) for path in (place / "run/samples").glob("*.png")]
+    assert all(len(sheet) > 2 * 32 + 20 for sheet in previews)
+    assert all(sheet[32:44].min() < 128 for sheet in (*sheets.values(), *previews))  # the first line of text
 
 
 def test_pictures_are_scored_by_what_their_prompts_say(place, tmp_path, capsys):
@@ -509,6 +521,14 @@ def test_samples_remember_what_they_were_asked_for(place, tmp_path, capsys):
         assert said in refusal(capsys, *check)
 
 
+def test_samples_of_other_prompts_than_scenes_are_refused_with_the_option(tmp_path, capsys):
+    made = {"prompts": ["a dog", "a corgi in a teacup"]}
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((2, 64, 64, 3), np.uint8), labels=np.arange(2),
+             settings=np.array(json.dumps(made)))  # fmt: skip
+    line = refusal(capsys, "evaluate", str(tmp_path / "s.npz"), "--prompts", "stored")
+    assert f"--prompts: {tmp_path / 's.npz'}: scenes: 'a corgi in a teacup'" in line and line.count("\n") == 1
+
+
 def test_samples_name_the_tokenizer_of_their_ceiling(tmp_path):
     made = {"prompts": ["a dog"], "tokenizer": "scenes-64"}
     for name, more, there in (("a", {}, True), ("b", {"tokenizer_fingerprint": "another"}, False)):
@@ -520,7 +540,11 @@ def test_samples_name_the_tokenizer_of_their_ceiling(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "at"),
-    [("p.txt", "a dog\na corgi in a teacup\n", "line 2"), ("p.json", '["a dog", "two dogs and a dog"]', "item 2")],
+    [
+        ("p.txt", "a dog\na corgi in a teacup\n", "line 2"),
+        ("p.txt", "a dog\na cat\n[PAD]\n", "line 3"),
+        ("p.json", '["a dog", "two dogs and a dog"]', "item 2"),
+    ],
 )
 def test_a_prompt_that_is_none_of_scenes_is_told_with_its_place(place, tmp_path, capsys, name, content, at):
     (tmp_path / name).write_text(content)

@@ -166,7 +166,7 @@ def test_a_long_prompt_keeps_the_template(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--prompt", " \n"], r"caption: ' \\n' has no words"),
+        (["--prompt", " \n"], r"--prompt: ' \\n' is no prompt"),
         (["--prompt", "a dog \udcff"], "not text in UTF-8"),
         (["--classes", "1"], "this generator has none, it takes captions: give --prompt"),
         (["--prompt", "a dog", "--text-encoder", "minilm"], "text_encoder: minilm"),

@@ -6,7 +6,7 @@ import pytest
 
 from consonar.cli import main
 from consonar.errors import UserError
-from consonar.evaluation.benchmarks import hash_of, read_scores
+from consonar.evaluation.benchmarks import PUBLISHED, hash_of, read_scores
 from consonar.sampling.exports import read_benchmark
 
 
@@ -51,6 +51,10 @@ def test_geneval2_averages_atoms_and_prompts(tmp_path):
         "GenEval 2": 0.25, "GenEval 2 (AM)": 0.5625, "GenEval 2 (attribute)": 0, "GenEval 2 (count)": 0.625,
         "GenEval 2 (object)": 0.75, "GenEval 2 (2 atoms)": 0.5, "GenEval 2 (3 atoms)": 0,
     }  # fmt: skip
+    write_lines(prompts, [asked[0], asked[1] | {"atom_count": "x"}])
+    with pytest.raises(UserError, match=r"^--prompts: .* line 2: not a prompt of GenEval 2"):
+        read_scores("geneval2", scores, prompts)
+    write_lines(prompts, asked)
     scores.write_text("[[0.25], [1.0, 0.0, 0.5]]")
     with pytest.raises(UserError, match="not one for each question of 2 prompts"):
         read_scores("geneval2", scores, prompts)
@@ -93,6 +97,36 @@ def test_dpg_counts_all_pictures_and_says_what_its_scorer_says(dpg):
     assert theirs["DPG-Bench"] == pytest.approx(1 / 3)
 
 
+def test_dpg_keeps_questions_that_are_worded_alike_apart(dpg):
+    detail, table = dpg
+    rows = [(1, "0", "entity - whole (dog)", "Is there a dog?"), (2, "1", "attribute - size (dog)", "Is it small?"),
+            (3, "0", "entity - whole (cat)", "Is there a cat?"), (4, "3", "attribute - size (cat)", "Is it small?"),
+            (5, "2", "relation - spatial (dog, x)", "Is it left?")]  # fmt: skip
+    lines = [f'c,four,"",{number},{parent},"","","{tuple}",{asked}' for number, parent, tuple, asked in rows]
+    table.write_text("\n".join([",".join(COLUMNS), *lines]) + "\n")
+    said = ["yes", "yes", "no", "no", "yes"]
+    detail.write_text(
+        "".join(f"x/c.png, (0, 0, 9, 9), {row[3]}, {word}\n" for row, word in zip(rows, said, strict=True))
+    )
+    found = values(read_scores("dpg", detail, table))
+    assert found["DPG-Bench"] == 0.6 and found["DPG-Bench (attribute - size)"] == 0.5
+    with detail.open("a") as again:  # the scorer goes on in the file of an earlier call
+        again.writelines(f"x/c.png, (0, 0, 9, 9), {row[3]}, yes\n" for row in rows[:3])
+    assert values(read_scores("dpg", detail, table))["DPG-Bench"] == 0.8
+
+
+def test_prompts_that_differ_in_a_letter_are_not_the_published_ones(geneval, monkeypatch):
+    """The hash is that of "a red dog", "two cats" and "two dogs", a line each."""
+    known = "d1179af9925c07b058cfca01cc3edb678474fd8d73eafca06c52800d5e381a57"
+    monkeypatch.setitem(PUBLISHED, "geneval", (3, known))
+    content = read_scores("geneval", geneval, None)
+    assert content["benchmark"] == {"name": "GenEval", "prompts_sha256": known, "published": True}
+    assert "the 3 published prompts; " in content["protocol"] and "not the" not in content["protocol"]
+    geneval.write_text(geneval.read_text().replace("two cats", "two bats"))
+    content = read_scores("geneval", geneval, None)
+    assert not content["benchmark"]["published"] and "not the 3 published prompts: 3" in content["protocol"]
+
+
 @pytest.mark.parametrize(
     ("form", "text", "said"),
     [("geneval", "{}\n", "not results of GenEval"), ("geneval", "", "it is empty"),
@@ -118,11 +152,14 @@ def test_prompts_are_told_by_their_line_and_ids_name_files(tmp_path):
         with pytest.raises(UserError, match=f"line 2: .*{said}"):
             read_benchmark("geneval", path)
     path.write_text("item_id,text,proposition_id,dependency,tuple,question_natural_language\n../x,a,1,0,whole (a),A?\n")
-    with pytest.raises(UserError, match=r"'\.\./x' names no file"):
+    with pytest.raises(UserError, match=r"^--prompts: .* line 2: .*'\.\./x' names no file"):
         read_benchmark("dpg", path)
+    write_lines(path, [{"prompt": text, "skills": [], "atom_count": 1} for text in ("a", "b", "a")])
+    with pytest.raises(UserError, match=r"^--prompts: .* line 3: 'a' is there twice"):
+        read_benchmark("geneval2", path)
     (tmp_path / "p").mkdir()
     (tmp_path / "p/0.txt").write_text(" \n")
-    with pytest.raises(UserError, match=r"p, 0: ' \\n' is no prompt"):
+    with pytest.raises(UserError, match=r"^--prompts: .*p/0\.txt: ' \\n' is no prompt"):
         read_benchmark("dpg", tmp_path / "p")
 
 
@@ -133,5 +170,5 @@ def test_geneval_takes_plain_prompts(tmp_path):
         read_benchmark("geneval", path)
     path.write_text('a "dog"\nzwei Bäume \n\n', encoding="utf-8-sig")
     read = read_benchmark("geneval", path)
-    assert read.texts == ('a "dog"', "zwei Bäume")
-    assert [json.loads(item) for item in read.items] == [{"prompt": text} for text in read.texts]
+    assert [*read.texts.values()] == ['a "dog"', "zwei Bäume"]
+    assert [json.loads(item) for item in read.items] == [{"prompt": text} for text in read.texts.values()]

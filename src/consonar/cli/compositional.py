@@ -34,7 +34,7 @@ def prompts_named(name: str) -> list[str]:
     if kind != VALIDATION and not Path(name).is_file():
         raise unknown("--prompts", name, [VALIDATION, f"{VALIDATION}:COUNT", "a file"])
     if kind != VALIDATION:
-        return read_prompt_file(Path(name), scene_of)
+        return [*read_prompt_file(Path(name), scene_of).values()]
     if count and not (count.isdecimal() and 0 < int(count[:7]) <= 100_000):
         raise UserError(f"--prompts: {name!r}; COUNT is a number of prompts from 1 to 100,000")
     return validation_prompts(*([int(count)] if count else []))

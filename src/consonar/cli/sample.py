@@ -1,7 +1,7 @@
 """The command `sample`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ def command(options: Options) -> None:
     if not parts_of(options.out).exists():  # else a job that was ended while it tidied goes on to do so
         check_new(options.out)
     asked = benchmark_prompts(options)
-    texts = asked_in_words(options) if asked is None else list(asked.texts)
+    texts = asked_in_words(options) if asked is None else asked.texts
     with joined(options.device, "--device") as world:
         precision = pick_precision(options.precision, world.device, "--precision", "sampling")
         model = load_generator(options.generator)
@@ -98,13 +98,14 @@ def command(options: Options) -> None:
             say(f"{len(labels)} images: {options.out}")
 
 
-def asked_in_words(options: Options) -> list[str]:
-    """The prompts that are given; none where classes are drawn. `UserError` for options that nothing reads then."""
+def asked_in_words(options: Options) -> Mapping[str, str]:
+    """The prompts that are given, by where they stand; none where classes are drawn. `UserError` for options that
+    nothing reads then."""
     if options.prompt is None and options.prompts is None:
         for key, value in (("--text-encoder", options.text_encoder), ("--per-prompt", options.per_prompt)):
             if value is not None:
                 raise UserError(f"{key}: {value!r} is read only with --prompt or --prompts")
-        return []
+        return {}
     if options.classes is not None:
         raise UserError("--classes: given together with a prompt; a generator takes one or the other")
     return read_prompts(options.prompt, options.prompts)

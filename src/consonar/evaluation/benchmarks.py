@@ -32,6 +32,12 @@ NAMES = {"geneval": "GenEval", "geneval2": "GenEval 2", "dpg": "DPG-Bench"}
 DETAIL = re.compile(r"(?P<file>.*?), \((?P<crop>\d+, \d+, \d+, \d+)\), (?P<question>.*), (?P<answer>[^,]*)")
 Values = Mapping[str, Sequence[float]]
 """By prompt, numbers from 0 to 1."""
+Questions = dict[int, dict[str, str]]
+"""Of a prompt of DPG-Bench the rows of its table, by proposition_id."""
+Table = dict[str, Questions]
+"""By item_id."""
+Answers = dict[int, float]
+"""Of a picture, by proposition_id in the order of its lines: 1 for "yes"."""
 
 
 def hash_of(texts: Iterable[str]) -> str:
@@ -86,7 +92,7 @@ def geneval(path: Path, prompts: Path | None) -> tuple[list[str], dict[str, Meas
         if not tasks:
             raise ValueError("it is empty")
     texts = [text for of_task in tasks.values() for text in of_task]
-    if prompts is not None and (missing := set(read_benchmark("geneval", prompts).texts) ^ set(texts)):
+    if prompts is not None and (missing := {*read_benchmark("geneval", prompts).texts.values()} ^ {*texts}):
         raise UserError(f"{path}: is of other prompts than {prompts}: {min(missing)!r} is in one of them")
     found = {task: mean_over(values) for task, values in tasks.items()}
     score, interval = mean_of([one.value for one in found.values()], [one.interval or (0, 1) for one in found.values()])
@@ -96,15 +102,17 @@ def geneval(path: Path, prompts: Path | None) -> tuple[list[str], dict[str, Meas
 
 def geneval2(path: Path, prompts: Path) -> tuple[list[str], dict[str, Measurement]]:
     """Of the list of each prompt's scores that evaluation.py wrote for soft_tifa, in the order of its prompts."""
-    texts = list(read_benchmark("geneval2", prompts).texts)
-    with reading(prompts, "the prompts of GenEval 2, with skills and atom_count"):
-        asked = [parse_json(line) for line in filter(str.strip, prompts.read_text(encoding="utf-8-sig").split("\n"))]
-        skills = [[str(name) for name in one["skills"]] for one in asked]
-        atoms = [int(one["atom_count"]) for one in asked]
+    asked, skills, atoms = read_benchmark("geneval2", prompts), [], []
+    texts = [*asked.texts.values()]
+    for where, line in zip(asked.texts, asked.items, strict=True):
+        with reading(where, "a prompt of GenEval 2, with skills and atom_count"):
+            row = parse_json(line)
+            skills.append([str(name) for name in row["skills"]])
+            atoms.append(int(row["atom_count"]))
     with reading(path, "scores of GenEval 2", "name the output file of evaluation.py, of soft_tifa"):
         lists = [[float(score) for score in scores] for scores in parse_json(path.read_text(encoding="utf-8"))]
         if list(map(len, lists)) != list(map(len, skills)) or [] in lists:
-            raise ValueError(f"{len(lists)} lists of scores are not one for each question of {len(asked)} prompts")
+            raise ValueError(f"{len(lists)} lists of scores are not one for each question of {len(texts)} prompts")
         if any(not 0 <= score <= 1 for scores in lists for score in scores):
             raise ValueError("scores are from 0 to 1")
     arithmetic = {text: [sum(scores) / len(scores)] for text, scores in zip(texts, lists, strict=True)}
@@ -127,35 +135,41 @@ def geometric_mean(scores: Sequence[float]) -> float:
 
 def dpg(path: Path, prompts: Path) -> tuple[list[str], dict[str, Measurement], dict[str, float]]:
     """Of ..._detail.txt: a line for each question of each picture of a prompt, beside dpg_bench.csv; last, what its own
-    scorer says."""
-    rows: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in dpg_rows(prompts):
-        rows[row["item_id"]][row["question_natural_language"]] = row
-    answers: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    scorer says. Lines have no numbers: of questions worded alike the next behind the picture's last line is meant."""
+    rows: Table = defaultdict(dict)
+    for row in dpg_rows(prompts).values():
+        rows[row["item_id"]][int(row["proposition_id"])] = row
+    answers: dict[str, dict[str, Answers]] = defaultdict(lambda: defaultdict(dict))
     with reading(path, "answers of DPG-Bench", "name the file ..._detail.txt that compute_dpg_bench.py wrote"):
         for number, line in enumerate(filter(None, path.read_text(encoding="utf-8").split("\n")), 1):
             if (found := DETAIL.fullmatch(line)) is None:
                 raise ValueError(f"line {number} has no file, place, question and answer")
             item = PurePosixPath(found["file"]).stem
-            if found["question"] not in rows.get(item, {}):
+            asked = rows.get(item, {}).items()
+            alike = [key for key, row in asked if row["question_natural_language"] == found["question"]]
+            if not alike:
                 raise ValueError(f"line {number}: {prompts.name} asks no such question of {item!r}")
-            answers[item][found["crop"]][found["question"]] = float(found["answer"].strip() == "yes")
+            said = answers[item][found["crop"]]
+            last = next(reversed(said), 0)
+            key = min(alike, key=lambda key: (key <= last, key))
+            said.pop(key, None)  # of a picture that was judged twice the later answer counts
+            said[key] = float(found["answer"].strip() == "yes")
         if not answers:
             raise ValueError("it is empty")
     scores = {item: [picture_score(rows[item], one) for one in said.values()] for item, said in answers.items()}
     metrics = {"DPG-Bench": mean_over({item: [sum(of) / len(of)] for item, of in scores.items()})}
     metrics |= {f"DPG-Bench ({name})": mean_over(of) for name, of in categories(rows, answers).items()}
-    last = {item: {"": list(said.values())[-1]} for item, said in answers.items() if not fails(rows[item], said)}
-    theirs = {f"DPG-Bench ({name})": mean_over(of).value for name, of in categories(rows, last).items()}
-    if last:
-        theirs["DPG-Bench"] = sum(sum(scores[item]) / len(scores[item]) for item in last) / len(last)
+    last_one = {item: {"": list(said.values())[-1]} for item, said in answers.items() if not fails(rows[item], said)}
+    theirs = {f"DPG-Bench ({name})": mean_over(of).value for name, of in categories(rows, last_one).items()}
+    if last_one:
+        theirs["DPG-Bench"] = sum(sum(scores[item]) / len(scores[item]) for item in last_one) / len(last_one)
     return [next(iter(rows[item].values()))["text"] for item in answers], metrics, theirs
 
 
-def fails(rows: Mapping[str, Mapping[str, str]], said: Mapping[str, Mapping[str, float]]) -> bool:
+def fails(rows: Questions, said: Mapping[str, Answers]) -> bool:
     """Whether their scorer fails on a prompt: where a question depends on one that it did not ask."""
-    asked = {int(rows[question]["proposition_id"]) for one in said.values() for question in one}
-    return any({*parents(rows[question])} - asked - {0} for one in said.values() for question in one)
+    asked = {key for one in said.values() for key in one}
+    return any({*parents(rows[key])} - asked - {0} for key in asked)
 
 
 def parents(row: Mapping[str, str]) -> list[int]:
@@ -163,28 +177,21 @@ def parents(row: Mapping[str, str]) -> list[int]:
     return [int(word) for word in row["dependency"].split(",")]
 
 
-def picture_score(rows: Mapping[str, Mapping[str, str]], said: Mapping[str, float]) -> float:
+def picture_score(rows: Questions, said: Answers) -> float:
     """The share of "yes", without what depends on a "no", itself or by what it depends on."""
-    by_number = {int(rows[question]["proposition_id"]): question for question in said}
-    kept = {number: said[question] for number, question in by_number.items()}
-    while fallen := [
-        number
-        for number, question in by_number.items()
-        if kept[number] and any(kept.get(parent) == 0 for parent in parents(rows[question]))
-    ]:
+    kept = dict(said)
+    while fallen := [key for key in kept if kept[key] and any(kept.get(parent) == 0 for parent in parents(rows[key]))]:
         kept |= dict.fromkeys(fallen, 0.0)
     return sum(kept.values()) / len(kept)
 
 
-def categories(
-    rows: Mapping[str, Mapping[str, Mapping[str, str]]], answers: Mapping[str, Mapping[str, Mapping[str, float]]]
-) -> dict[str, dict[str, list[float]]]:
+def categories(rows: Table, answers: Mapping[str, Mapping[str, Answers]]) -> dict[str, dict[str, list[float]]]:
     """The answers of each category, broad and in detail, by prompt."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for item, pictures in answers.items():
         for said in pictures.values():
-            for question, answer in said.items():
-                detailed = rows[item][question]["tuple"].split("(")[0].strip()
+            for key, answer in said.items():
+                detailed = rows[item][key]["tuple"].split("(")[0].strip()
                 for name in {detailed, detailed.split("-")[0].strip()}:
                     found[name][item].append(answer)
     return {name: dict(found[name]) for name in sorted(found)}

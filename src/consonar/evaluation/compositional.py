@@ -221,7 +221,8 @@ def of_pictures(detector: SceneDetector, place: Path, captions: Sequence[str]) -
 
 
 def captions_of(place: Path) -> list[str]:
-    """What samples that `sample` drew were asked for, picture by picture; `UserError` where they do not say."""
+    """What samples that `sample` drew were asked for, picture by picture; `UserError` where they do not say, and for
+    what is no caption of scenes."""
     texts = settings_of(place).get("prompts")
     numbers: Sequence[int | str] = ()
     if place.is_file():
@@ -235,7 +236,13 @@ def captions_of(place: Path) -> list[str]:
         raise UserError(f"--prompts: {place} does not say what its pictures were asked for; draw them by `sample`")
     with reading(place, "samples of prompts"):
         by_number = dict(enumerate(map(str, texts)))  # of which none is before the first
-        return [by_number[int(number)] for number in numbers]
+        found = [by_number[int(number)] for number in numbers]
+    for text in dict.fromkeys(found):
+        try:
+            scene_of(text)
+        except UserError as error:
+            raise UserError(f"--prompts: {place}: {error}") from error
+    return found
 
 
 def settings_of(place: Path) -> Json:

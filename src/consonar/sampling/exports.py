@@ -9,7 +9,7 @@ as one of 2 x 2.
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,60 +29,70 @@ READ = {"geneval": ("prompt", "tag", "include"), "geneval2": ("prompt", "skills"
 
 @dataclass(frozen=True)
 class BenchmarkPrompts:
-    """The prompts of a benchmark, and what its folder says of each: GenEval's line, GenEval 2's prompt, DPG's id."""
+    """The prompts of a benchmark, by where they stand, and beside each its line, or DPG's id."""
 
     format: str
-    texts: tuple[str, ...]
+    texts: Mapping[str, str]
     items: tuple[str, ...]
 
 
 def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
     """From the benchmark's own file; of GenEval also from a .txt of prompts, of DPG from its folder of ID.txt.
 
-    `UserError` for anything else.
+    `UserError`, with the line, for anything else.
     """
     if form == "dpg":
-        pairs = dpg_prompts(place)
+        items, texts = dpg_prompts(place)
     elif form == "geneval" and place.suffix.lower() == ".txt":  # without tasks, for which GenEval's own scorer asks
-        pairs = [(json.dumps({"prompt": text}, ensure_ascii=False), text) for text in read_prompt_file(place)]
+        texts = read_prompt_file(place)
+        items = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts.values()]
     else:
-        lines = enumerate(lines_of(place), 1)
-        pairs = [(line if form == "geneval" else "", prompt_of(form, place, n, line)) for n, line in lines]
-    items, texts = zip(*pairs, strict=True) if pairs else ((), ())
+        items = lines_of(place)
+        texts = dict(prompt_of(form, f"--prompts: {place} line {number}", line) for number, line in enumerate(items, 1))
     if not texts:
-        raise UserError(f"{place}: holds no prompts of {form}")
-    if twice := [text for text in texts if texts.count(text) > 1 and form == "geneval2"]:
-        raise UserError(f"{place}: {twice[0]!r} is there twice, and GenEval 2 knows its pictures by the prompt")
-    return BenchmarkPrompts(form, texts, items)
+        raise UserError(f"--prompts: {place} holds no prompts of {form}")
+    first: dict[str, str] = {}
+    for where, text in texts.items():
+        if first.setdefault(text, where) != where and form == "geneval2":
+            raise UserError(f"{where}: {text!r} is there twice, and GenEval 2 knows its pictures by the prompt")
+    return BenchmarkPrompts(form, texts, tuple(items))
 
 
-def prompt_of(form: str, place: Path, number: int, line: str) -> str:
-    at = f"--prompts: {place} line {number}"
-    with reading(at, f"a line of {form}"):
+def prompt_of(form: str, where: str, line: str) -> tuple[str, str]:
+    """Where a line stands, and its prompt."""
+    with reading(where, f"a line of {form}"):
         row = parse_json(line)
         if missing := [key for key in READ[form] if key not in row]:
             raise ValueError(f"it has no {missing[0]!r}")
-    return checked(row["prompt"], at)
+    return where, checked(row["prompt"], where)
 
 
-def dpg_prompts(place: Path) -> list[tuple[str, str]]:
-    """Ids and prompts, of dpg_bench.csv or the folder `prompts`."""
+def dpg_prompts(place: Path) -> tuple[list[str], dict[str, str]]:
+    """Ids, and prompts by where they stand, of dpg_bench.csv or the folder `prompts`."""
+    found: dict[str, tuple[str, str]] = {}
     if place.is_dir():
-        with reading(place, "text in UTF-8"):
-            read = {path.stem: path.read_text(encoding="utf-8-sig") for path in sorted(place.glob("*.txt"))}
+        for path in sorted(place.glob("*.txt")):
+            with reading(f"--prompts: {path}", "text in UTF-8"):
+                found[path.stem] = f"--prompts: {path}", path.read_text(encoding="utf-8-sig")
     else:
-        read = {row["item_id"]: row["text"] for row in dpg_rows(place)}
-    return [(item, checked(text, f"--prompts: {place}, {item}").strip()) for item, text in read.items()]
+        for line, row in dpg_rows(place).items():
+            found.setdefault(row["item_id"], (f"--prompts: {place} line {line}", row["text"]))
+    return [*found], {where: checked(text, where).strip() for where, text in found.values()}
 
 
-def dpg_rows(place: Path) -> list[dict[str, str]]:
-    """The rows of dpg_bench.csv, one for each question."""
-    with reading(place, "dpg_bench.csv"):
-        rows = list(csv.DictReader(io.StringIO(place.read_text(encoding="utf-8-sig"))))
-        if not {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"} <= {*rows[0]}:
-            raise ValueError(f"has the columns {', '.join(rows[0])}")
-        for row in rows:  # what is calculated with, and what names a file
-            if not plain_name(row["item_id"]):
+def dpg_rows(place: Path) -> dict[int, dict[str, str]]:
+    """The rows of dpg_bench.csv, one for each question, by the line on which they end."""
+    rows: dict[int, dict[str, str]] = {}
+    with reading(f"--prompts: {place}", "dpg_bench.csv"):
+        table = csv.DictReader(io.StringIO(place.read_text(encoding="utf-8-sig")))
+        columns = table.fieldnames or ()
+        if not {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"} <= {*columns}:
+            raise ValueError(f"has the columns {', '.join(columns)}")
+        for row in table:
+            rows[table.line_num] = row
+    for line, row in rows.items():
+        with reading(f"--prompts: {place} line {line}", "a question of DPG-Bench"):
+            if not plain_name(row["item_id"]):  # what names a file, and what is calculated with
                 raise ValueError(f"item_id {row['item_id']!r} names no file")
             int(row["proposition_id"]), [int(word) for word in row["dependency"].split(",")], row["tuple"].split()
     return rows
@@ -94,7 +104,7 @@ def write_export(
     """Writes `per_prompt` pictures (H, W, 3) of each prompt, which follow each other, into `folder`, that becomes
     `out`."""
     paths, across = {}, 2 if per_prompt > 1 else 1
-    for index, item in enumerate(asked.items):
+    for index, (item, text) in enumerate(zip(asked.items, asked.texts.values(), strict=True)):
         some, place = list(islice(pictures, per_prompt)), folder / f"{index:05d}"
         if asked.format == "geneval":
             (place / "samples").mkdir(parents=True)
@@ -103,7 +113,7 @@ def write_export(
                 Image.fromarray(picture).save(place / "samples" / f"{number:04d}.png")
         elif asked.format == "geneval2":
             Image.fromarray(some[0]).save(place.with_suffix(".png"))
-            paths[asked.texts[index]] = str(out.resolve() / f"{index:05d}.png")
+            paths[text] = str(out.resolve() / f"{index:05d}.png")
         else:
             (folder / "images").mkdir(exist_ok=True)
             rows = [np.concatenate(some[start : start + across], 1) for start in range(0, per_prompt, across)]

@@ -24,14 +24,14 @@ def checked(prompt: object, at: str) -> str:
         return prompt.encode().decode()
 
 
-def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> list[str]:
-    """One a line; of a .jsonl file the entry `prompt` of each line; of a .json file those of a list, texts or tables
-    with that entry.
+def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> dict[str, str]:
+    """Prompts by where they stand, in words: one a line; of a .jsonl file the entry `prompt` of each line; of a .json
+    file those of a list, texts or tables with that entry.
 
     Raises `UserError`, with the number of the line or item, for one that is empty, for JSON that has no prompt, and
     where `check` raises it of a prompt.
     """
-    where, suffix, found = f"--prompts: {file}", file.suffix.lower(), []
+    where, suffix, found = f"--prompts: {file}", file.suffix.lower(), dict[str, str]()
     items: list[object] = [*lines_of(file)]
     if suffix == ".json":
         with reading(where, 'a JSON list of prompts, or of tables such as {"prompt": "a dog"}'):
@@ -47,9 +47,9 @@ def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> list[s
             item = item.get("prompt")
         elif suffix != ".json":
             item = str(item).strip()
-        found.append(checked(item, at))
+        found[at] = checked(item, at)
         try:
-            check(found[-1])
+            check(found[at])
         except UserError as error:
             raise UserError(f"{at}: {error}") from error
     if not found:
