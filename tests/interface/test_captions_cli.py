@@ -22,6 +22,7 @@ from consonar.data.scenes import KINDS
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import from_uint8
+from consonar.evaluation import compositional
 from consonar.evaluation.compositional import VALIDATION_PROMPTS, validation_prompts
 from consonar.generators.llamagen import LlamaGenConfig, LlamaGenGenerator
 from consonar.sampling.sample import SamplerConfig, sample
@@ -529,13 +530,17 @@ def test_samples_of_other_prompts_than_scenes_are_refused_with_the_option(tmp_pa
     assert f"--prompts: {tmp_path / 's.npz'}: scenes: 'a corgi in a teacup'" in line and line.count("\n") == 1
 
 
-def test_samples_name_the_tokenizer_of_their_ceiling(tmp_path):
+def test_samples_name_the_tokenizer_of_their_ceiling(tmp_path, monkeypatch):
+    loaded = []
+    load = compositional.load_tokenizer
+    monkeypatch.setattr(compositional, "load_tokenizer", lambda name: loaded.append(name) or load(name))
     made = {"prompts": ["a dog"], "tokenizer": "scenes-64"}
     for name, more, there in (("a", {}, True), ("b", {"tokenizer_fingerprint": "another"}, False)):
         pixels, place, out = np.zeros((1, 64, 64, 3), np.uint8), tmp_path / f"{name}.npz", tmp_path / f"{name}.json"
         np.savez(place, arr_0=pixels, labels=np.array([0]), settings=np.array(json.dumps(made | more)))
         main(["evaluate", str(place), "--prompts", "stored", "--out", str(out)])
         assert ("reconstructions" in json.loads(out.read_text())["ceilings"]) == there
+    assert loaded == ["scenes-64"] * 2  # once for each
 
 
 @pytest.mark.parametrize(

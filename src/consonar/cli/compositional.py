@@ -15,7 +15,6 @@ from consonar.evaluation.compositional import (
     PromptSettings,
     score_run,
     score_samples,
-    shipped_tokenizer,
     validation_prompts,
 )  # fmt: skip
 from consonar.evaluation.results import check_place, check_unmeasured
@@ -60,8 +59,7 @@ def score_of_samples(
         raise UserError(f"--prompts: {prompts!r} is of runs; samples have the prompts they were drawn for: {STORED}")
     if out is not None:
         check_place(out, overwrite=overwrite, key="--out")
-    codec = shipped_tokenizer(place) if tokenizer is None else tokenizer
-    content = score_samples(place, tokenizer=codec, seed=settings.seed, device=settings.device)
+    content = score_samples(place, tokenizer=tokenizer, seed=settings.seed, device=settings.device)
     print_scores(content, str(place))
     if out is not None:
         write_json(out, content, allow_nan=False)

@@ -40,6 +40,7 @@ from consonar.records import device_of
 from consonar.sampling.job import Job, Prompts, run_job
 from consonar.sampling.sample import SamplerConfig
 from consonar.seeding import check_seed
+from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Tokenizer
 
 COMPOSITIONAL = "compositional.json"
@@ -252,25 +253,27 @@ def settings_of(place: Path) -> Json:
     return load_samples(place).settings or {}
 
 
-def shipped_tokenizer(place: Path) -> str | None:
+def shipped_tokenizer(place: Path) -> CodebookTokenizer | None:
     """The tokenizer of the package that samples say they were decoded by, at its own size."""
     made = settings_of(place)
     name: str | None = made.get("tokenizer")
     if name not in SHIPPED["tokenizer"] or "image_size" in made:
         return None
     codec = load_tokenizer(name)  # another of that name may have made them
-    return name if made.get("tokenizer_fingerprint") in (None, codec.fingerprint) else None
+    return codec if made.get("tokenizer_fingerprint") in (None, codec.fingerprint) else None
 
 
 def score_samples(place: Path, *, tokenizer: str | None = None, seed: int = 0, device: str = "cpu") -> Json:
-    """The scores of a file or folder of samples that says its prompts, with the ceiling of its tokenizer if named."""
+    """The scores of a file or folder of samples that says its prompts, with the ceiling of the tokenizer that is named,
+    else of the one of the package that the samples name."""
     captions, detector, samples = captions_of(place), load_scene_detector().to(device), load_samples(place)
     texts = list(dict.fromkeys(captions))
-    codec = None if tokenizer is None else load_tokenizer(tokenizer).to(device)
+    codec = shipped_tokenizer(place) if tokenizer is None else load_tokenizer(tokenizer)
     used: Json = {}
     if codec is not None:
         used = {"name": codec.name, "fingerprint": codec.fingerprint}
-        used["place"] = from_anywhere("tokenizer", str(tokenizer))
+        used["place"] = from_anywhere("tokenizer", tokenizer or codec.name)
+        codec = codec.to(device)
     found = ceilings(detector, texts, samples.image_size, codec, seed)
     return {
         **record(captions, str(place), len(captions) / len(texts), found),
