@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rounding import assert_rounding
 from consonar.errors import UserError
 from consonar.networks.discriminator import PatchDiscriminator, load_discriminator, save_discriminator
 from consonar.records import Captions
+from consonar.training.captions import captions_of_pictures
 from consonar.training.rewards import PlacedReward, Resources, Rewards, build_rewards, check_rewards, squared_errors
 from consonar.types import Grid, ImageBatch, TextCondition
 
@@ -49,12 +51,13 @@ def test_pixel_rewards_in_closed_form():
     assert measured("ssim", constant(0.3), constant(0.3)) == pytest.approx([1], abs=1e-6)
 
 
-def test_captions_that_a_reward_cannot_read_are_told_with_it():
-    rewards = build_rewards({"compositional": 1.0}, ON_CPU)
-    images, words = torch.zeros(1, 3, 64, 64), Captions(["a corgi in a teacup"], torch.tensor([0]))
-    batch = ImageBatch(images, torch.tensor([0]), torch.tensor([0]), words)
-    line = refused(rewards.measure, images, batch)
-    assert line.startswith("objective.rewards: 'compositional' reads captions of scenes alone; scenes: ")
+def test_captions_that_a_reward_cannot_read_are_told_before_any_is_encoded():
+    pets = SimpleNamespace(name="pets", captions=["a dog", "a cat\na corgi in a teacup"])
+    line = refused(captions_of_pictures, pets, object(), print, {"mse": 1.0, "compositional": 0.0})
+    assert line.startswith("objective.rewards: 'compositional' cannot read data.images: pets, number 1 of 0 to 1: scenes")
+    assert "'a corgi in a teacup'" in line
+    assert "'clip' reads captions" in refused(captions_of_pictures, pets, None, print, ["clip"])
+    assert captions_of_pictures(pets, None, print, ["mse"]) is None
 
 
 def test_half_precision_is_measured_in_full():

@@ -42,7 +42,7 @@ from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
 from consonar.training.lora import StartModel, adapt
 from consonar.training.objectives import method_of_config
-from consonar.training.objectives.alignment import AlignmentTrainee
+from consonar.training.objectives.alignment import AlignmentConfig, AlignmentTrainee
 from consonar.training.objectives.reconstruction import TokenizerTrainee
 from consonar.training.origins import load_start, origin_of, random_start, start_tokenizer, with_heads
 from consonar.training.trainee import Trainee
@@ -96,19 +96,20 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path, pr
 
 def post_training_run(config: TrainConfig, world: World, place: Place, out: Path, progress: Progress) -> Built:
     """Post-training on images: VA-pi and its controls, from the generator of `init`."""
-    data, shape, init = config.data, config.model, config.init
-    # `resolve_start`
-    assert isinstance(shape, GeneratorConfig) and config.tokenizer is not None and init is not None
+    data, shape, init, settings = config.data, config.model, config.init, config.objective
+    # `resolve_start`, `METHODS`
+    assert isinstance(shape, GeneratorConfig) and isinstance(settings, AlignmentConfig)
+    assert config.tokenizer is not None and init is not None
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=shape.num_tokens).to(world.device)
     model = start_of(config, shape, tokenizer, world.device)
     encoder = text_encoder_of(config, shape, world.device)
     pictures = open_pictures(config, tokenizer.image_size, out)
-    shown = captions_of_pictures(pictures.train, encoder, progress)
-    held_out = captions_of_pictures(pictures.held_out, encoder, progress) if pictures.held_out else None
+    read = partial(captions_of_pictures, encoder=encoder, progress=progress, rewards=settings.rewards)
+    shown, held_out = read(pictures.train), read(pictures.held_out) if pictures.held_out else None
     origin = read_by(pictures.origin, encoder, config.text_encoder, shown, held_out)
     origin = origin_of(config, f"data.images: {data.images}", tokenizer.fingerprint, origin)
     # Where every class is dropped none is needed: the condition that all get is the null class, behind the others.
-    missing = model.num_classes if config.objective.drops_all_classes else None
+    missing = model.num_classes if settings.drops_all_classes else None
     classes = None if encoder else model.num_classes
     made = partial(image_batches, image_size=tokenizer.image_size, num_classes=classes, missing=missing)
     batches = made(pictures.train, flip=data.flip, captions=shown, **place)
@@ -117,8 +118,8 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
         return to_device(next(batches.ordered(PROBE_IMAGES, PROBE_IMAGES)), world.device).images
 
     dtype = autocast_type(config.loop.multiplied_in(world))
-    trainee = with_heads(init, model, tokenizer) if config.objective.keeps_heads else AlignmentTrainee(model)
-    needed, inside = config.objective.needs_prior, config.lora.rank > 0
+    trainee = with_heads(init, model, tokenizer) if settings.keeps_heads else AlignmentTrainee(model)
+    needed, inside = settings.needs_prior, config.lora.rank > 0
     prior: Generator | StartModel | None = StartModel(trainee) if needed and inside else None
     if needed and not inside:
         prior = load_generator(init)

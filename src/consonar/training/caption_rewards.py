@@ -1,13 +1,32 @@
 """Rewards that read what a picture should show: its caption, which every batch of a source with captions brings."""
 
+from collections.abc import Callable, Collection, Sequence
+
 import torch
 from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.networks.likeness import CaptionLikeness
-from consonar.networks.scene_claims import degrees
+from consonar.networks.scene_claims import degrees, scene_of
 from consonar.networks.scene_detector import load_scene_detector, look
 from consonar.types import ImageBatch, Reward
+
+READ_BY: dict[str, Callable[[str], object]] = {"compositional": scene_of, "clip": str, "hpsv2": str}
+"""The rewards that read captions, with what raises `UserError` for one that they cannot read."""
+
+
+def check_captions(rewards: Collection[str], captions: Sequence[Sequence[str]] | None, where: str) -> None:
+    """Raises `UserError`, with the number of the item, where one of these rewards cannot read a caption of the data
+    `where`, or there are none (None)."""
+    for name in filter(rewards.__contains__, READ_BY):
+        if captions is None:
+            raise UserError(f"objective.rewards: {name!r} reads captions, and the generator takes classes")
+        for number, item in enumerate(captions):
+            try:
+                list(map(READ_BY[name], item))
+            except UserError as error:
+                at = f"{where}, number {number:,} of 0 to {len(captions) - 1:,}"
+                raise UserError(f"objective.rewards: {name!r} cannot read {at}: {error}") from error
 
 
 def words_of(name: str, batch: ImageBatch) -> list[str]:
@@ -27,12 +46,6 @@ def likeness(name: str, place: str | None, device: torch.device) -> Reward:
 def compositional(device: torch.device) -> Reward:
     """0 to 1: how much of what its caption says a picture of a scene shows (`scene_claims.degree`)."""
     detector = load_scene_detector().to(device)
-
-    def reward(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
-        words = words_of("compositional", batch)
-        try:
-            return torch.tensor(degrees(words, look(detector, images)))
-        except UserError as error:
-            raise UserError(f"objective.rewards: 'compositional' reads captions of scenes alone; {error}") from error
-
-    return reward
+    return lambda images, originals, batch: torch.tensor(
+        degrees(words_of("compositional", batch), look(detector, images))
+    )

@@ -1,7 +1,7 @@
 """Captions as what a generator is conditioned on: its text encoder, and the features of a store's captions."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from consonar.files.readers import home_expanded
 from consonar.generators.base import GeneratorConfig
 from consonar.networks.text_encoders import load_caption_reader, readers
 from consonar.origin import Origin
+from consonar.training.caption_rewards import check_captions
 from consonar.training.config import TrainConfig
 from consonar.types import ImageSource, TextEncoder
 
@@ -44,15 +45,17 @@ def caption_features(
 
 
 def captions_of_pictures(
-    source: ImageSource, encoder: TextEncoder | None, progress: Progress
+    source: ImageSource, encoder: TextEncoder | None, progress: Progress, rewards: Collection[str]
 ) -> CaptionFeatures | None:
     """Those of every picture, all of which are read where the source knows its captions no other way; None without an
-    encoder. `UserError` where one has none."""
+    encoder. `UserError` where one has none, and where `rewards` cannot read one, which is told before any is encoded.
+    """
     if encoder is None:
+        check_captions(rewards, None, source.name)
         return None
     known: Iterable[str | None] | None = getattr(source, "captions", None)
     captions = (record.caption for record in source) if known is None else known
-    return features(captions, encoder, f"data.images: {source.name}", progress)
+    return features(captions, encoder, f"data.images: {source.name}", progress, rewards)
 
 
 def told(captions: CaptionFeatures | None, held_out: CaptionFeatures | None) -> tuple[str, ...]:
@@ -61,8 +64,16 @@ def told(captions: CaptionFeatures | None, held_out: CaptionFeatures | None) -> 
     return (captions.about, *of_held_out) if captions else of_held_out
 
 
-def features(captions: Iterable[str | None], encoder: TextEncoder, where: str, progress: Progress) -> CaptionFeatures:
-    return CaptionFeatures(all_captions(captions, where), encoder, where=where, progress=progress)
+def features(
+    captions: Iterable[str | None],
+    encoder: TextEncoder,
+    where: str,
+    progress: Progress,
+    rewards: Collection[str] = (),
+) -> CaptionFeatures:
+    given = all_captions(captions, where)
+    check_captions(rewards, given, where)
+    return CaptionFeatures(given, encoder, where=where, progress=progress)
 
 
 def read_by(
