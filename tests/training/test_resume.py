@@ -99,6 +99,8 @@ def test_a_run_keeps_the_kernel_of_the_optimizer_that_it_was_started_with(genera
 def test_a_resumed_run_is_calculated_as_it_began_whatever_was_measured_since(generator_config, tmp_path, monkeypatch):
     """Where nothing could be kept on a busy machine, a quieter one later would take the other ways."""
     monkeypatch.setenv("CONSONAR_KERNELS", "measured")
+    monkeypatch.setattr("consonar.precision.cpu_multiplies_bf16", lambda: True)
+    generator_config = replace(generator_config, loop=replace(generator_config.loop, precision="auto"))
     runs = [tmp_path / name for name in ("straight", "broken")]
     for found, calls in ((None, ({"out": runs[0]}, {"out": runs[1], "stop_at": 3})), (3.0, ({"out": runs[1]},))):
         monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / f"cache {found}"))
@@ -108,6 +110,8 @@ def test_a_resumed_run_is_calculated_as_it_began_whatever_was_measured_since(gen
             train(generator_config, resume=found is not None, quiet=True, **call)
     (answers,) = json.loads((runs[1] / "kernels.json").read_text()).values()
     assert set(answers.values()) == {1.0} and any("with dropout" in choice for choice in answers)
+    sessions = json.loads((runs[1] / "sessions.json").read_text())["sessions"]
+    assert [session["precision"] for session in sessions] == ["fp32", "fp32"]
     ours, theirs = (load_resume(run / "checkpoints" / f"step_{STEPS:08d}.pt")["model"] for run in runs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

@@ -66,18 +66,18 @@ def train(
     out = Path(out)
     # Float32 beside the steps, which `loop.precision` is of.
     with distributed.joined(config.loop.device) as world, multiplying("fp32", world.device):
-        chosen = config.loop.multiplied_in(world)
         batch_size = config.loop.batch_of_process(world.size)
-        config.parallel.check(chosen, world.size)
         config = with_validation(resolve_start(config))
         check_sinks(config.loop.trackers)
         if resume is None:
             resume = distributed.from_main((out / CONFIG).exists(), world)
         check_folder(config, out, resume)
+        if resume:
+            timing.go_on_with(out / KERNELS)
+        chosen = config.loop.multiplied_in(world)  # as the run did, whatever has been measured since
+        config.parallel.check(chosen, world.size)
         with held(out, world):
             check_folder(config, out, resume)  # it may have become another process's run before it was held
-            if resume:
-                timing.go_on_with(out / KERNELS)
             captions = how_far(f"{config.recipe}: captions", quiet=quiet or not world.is_main)
             built = build(config, world, batch_size, out, captions)
             if resume:
