@@ -29,6 +29,7 @@ from consonar.hub import PUBLISHED
 from consonar.networks import PERCEPTUAL_DISTANCES
 from consonar.parallel import ParallelConfig
 from consonar.planning.ledger import FORWARD, GRADIENTS, Ledger
+from consonar.planning.page import lines
 from consonar.planning.plan import Machine, Plan, changes, plan, remedies
 from consonar.planning.shapes import GENERATORS_BY_NAME, TOKENIZERS_BY_NAME, shapes_of, tokenizer_of
 from consonar.planning.update import REFERENCE, Shapes, condition_of, update
@@ -223,6 +224,9 @@ def test_changes_save_memory_in_turn_and_the_first_that_fits_ends_them() -> None
     recomputed = ChainMap(*changes(config, Machine()))["--loop.activation-checkpointing 1"]
     other = plan(recomputed, Machine(), 10)
     assert other.peak < found.peak and sum(other.flops.values()) > 1.2 * sum(found.flops.values())
+    nothing = replace(found, machine=Machine(gpu_memory=1))
+    page = "\n".join(lines(nothing, [("--loop.accumulation 2", nothing)]))
+    assert "(assumed)" in page and "-0." not in page and page.endswith("GPUs of more memory")
 
 
 def test_the_hours_follow_from_the_formula() -> None:
@@ -269,7 +273,9 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
             cli.main([*words, *more])
         error = capsys.readouterr().err
         assert error.startswith(f"consonar: --json: {file}") and said in error and file.read_text() == "{}"
-    cli.main([*words[:6], "--loop.accumulation", "8"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words[:6], "--loop.accumulation", "8"])
+    assert ended.value.code == 1
     assert "It does not fit. What to change, in this order:\n  --loop.accumulation 16" in capsys.readouterr().out
 
 

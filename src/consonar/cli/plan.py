@@ -1,5 +1,6 @@
-"""The command `plan`: whether a run fits and how long it takes, with the options of `train`."""
+"""The command `plan`: whether a run fits (status 1: it does not) and how long it takes, with the options of `train`."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,3 +46,5 @@ def command(args: Sequence[str]) -> None:
         write_json(options.json, record(found))
     for line in lines(found, remedies(found, options.num_classes)):
         say(line)
+    if not found.fits:
+        sys.exit(1)

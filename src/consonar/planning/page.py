@@ -60,7 +60,10 @@ def lines(plan: Plan, remedies: Iterable[tuple[str, Plan]]) -> Iterator[str]:
         verdict = "fits" if fits else "too much"
         yield f"  {words:60}{other.peak / GIB:8.2f} GiB, {span(other.hours)}: {verdict}"
     if not fits:
-        yield "  more GPUs with a smaller loop.batch_size for each, a smaller model, or GPUs of more memory"
+        yield (
+            "None of these is enough: take more GPUs with a smaller loop.batch_size for each, a smaller\n"
+            "model, or GPUs of more memory"
+        )
 
 
 def span(hours: float) -> str:

@@ -76,7 +76,7 @@ class Machine(Options):
     def memory(self) -> float:
         """Bytes of one GPU that tensors may take."""
         whole = (self.gpu_memory or GPUS[self.gpu].memory) * GIB
-        return whole * (1 - FRAGMENTS) - CONTEXT
+        return max(0, whole * (1 - FRAGMENTS) - CONTEXT)
 
     def rate(self, kind: str) -> float:
         """FLOPs a second in fp32, tf32 or bf16."""
