@@ -86,8 +86,11 @@ def test_a_seed_gives_the_same_numbers_and_another_one_others(root: Path, tmp_pa
     assert first == again != other
 
 
-def test_a_tokenizer_alone_has_the_parts_that_need_no_generator(root: Path, tmp_path: Path) -> None:
-    content = diagnose(root, tmp_path / "page.html", "--parts", "receptive", model="tokenizer")
+def test_a_tokenizer_alone_has_the_parts_that_need_no_generator(root: Path, tmp_path: Path, capsys) -> None:
+    small = save_pictures(tmp_path / "small", validation=18, size=16)
+    words = "--parts", "receptive", "--data", str(small)
+    content = diagnose(root, tmp_path / "page.html", *words, model="tokenizer")
+    assert "smaller than the tokenizer's pictures, and enlarged: 8 of 8 held-out, 8 of 8" in capsys.readouterr().out
     assert list(content["parts"]) == ["receptive"] and "generator" not in content["provenance"]
     assert len(content["provenance"]["tokenizer"]["sha256"]) == 64
 

@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import Pictures, picture
+from conftest import Pictures, picture, save_pictures
 from forked import Child, call, on_two, two
+from PIL import Image
 
 from consonar import cli
 from consonar.data import bad_images, tokenizing
@@ -248,6 +249,15 @@ def test_bad_images_are_counted_over_shards_and_calls_and_listed_by_row(in_shard
     assert store.metadata.left_out == 4 and bad.note.startswith("4 of 20 pictures cannot be read")
     rows = [line.split("\t")[1] for line in listing.read_text().splitlines()]
     assert rows == ["20", "1", "6", "7", "18"]
+
+
+def test_small_pictures_are_counted_over_shards_and_calls(in_shards, tokenizer_folder, tmp_path, capsys):
+    folder = save_pictures(tmp_path / "pictures") / "train/a"
+    Image.open(next(folder.iterdir())).resize((15, 40)).save(folder / "small.png")
+    words = ["--tokenizer", str(tokenizer_folder), "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "t")]
+    cli.main(["tokenize", *words])
+    assert "train: smaller than 16 px, and enlarged: 1 of 13 pictures\n" in capsys.readouterr().out
+    assert TokenStore.open(tmp_path / "t").metadata.enlarged == 1
 
 
 def test_the_list_of_bad_images_is_bounded_and_keeps_other_parts(in_shards, tokenizer, tmp_path, monkeypatch):

@@ -79,6 +79,9 @@ def command(options: Options) -> None:
         say(str(found.provenance["left out"]))
     if "captions" in found.provenance:
         say("; ".join(f"{name} {about}" for name, about in found.provenance["captions"].items()))
+    pictures = found.provenance["pictures"].items()
+    if small := [f"{part['enlarged']:,} of {part['count']:,} {name}" for name, part in pictures if part["enlarged"]]:
+        say(f"smaller than the tokenizer's pictures, and enlarged: {', '.join(small)}")
     for name, finding in found.findings.items():
         say(f"{name}: {finding.summary}")
     for name, reason in found.unavailable.items():

@@ -129,6 +129,8 @@ def tokenize(options: Options, world: World) -> None:
             )  # fmt: skip
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
         tell(f"{name}: {shape}: {store.path}" if labelled else f"{name}: {store.describe()}: {store.path}")
+        if few := store.metadata.enlarged:
+            tell(f"{name}: smaller than {model.image_size} px, and enlarged: {few:,} of {len(store):,} pictures")
         if left := other_files(source):
             tell(f"{name}: not read: {left}")
     bad.load()

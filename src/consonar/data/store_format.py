@@ -63,6 +63,8 @@ class StoreMetadata:
     class_names: tuple[str, ...] | None
     left_out: CountOrZero = 0
     """Images that could not be read, and are no items."""
+    enlarged: CountOrZero = 0
+    """Images that are smaller than those of the tokenizer."""
 
     def __post_init__(self) -> None:
         check_options(self, "")

@@ -64,7 +64,8 @@ class Encoder:
 
         def encoded() -> Iterator[Fetched[dict[str, Any]]]:
             while batch := list(islice(items, self.images_per_call)):
-                crops, labels, captions, names = zip(*batch, strict=True)
+                crops, labels, captions, names, small = zip(*batch, strict=True)
+                writer.enlarged += sum(small)
                 pixels = to_device(torch.from_numpy(np.stack(crops)), self.device)
                 tokens = self.network.encode(from_uint8(pixels.flatten(0, 1)))  # (images * views, N)
                 yield Fetched({"tokens": tokens.unflatten(0, pixels.shape[:2]), "about": (labels, captions, names)})
@@ -74,9 +75,11 @@ class Encoder:
                 writer.write(done["tokens"].numpy(), *done["about"])
                 yield writer.counts["items"]
 
-    def prepare(self, record: ImageRecord) -> tuple[np.ndarray, int | None, str | None, str]:
-        crops = make_views(record.image, self.views, self.tokenizer.image_size)
-        return np.stack([np.asarray(crop) for crop in crops]), record.label, record.caption, record.name
+    def prepare(self, record: ImageRecord) -> tuple[np.ndarray, int | None, str | None, str, bool]:
+        """Crops of a picture, what is said of it, and whether it is enlarged."""
+        size = self.tokenizer.image_size
+        crops = np.stack([np.asarray(crop) for crop in make_views(record.image, self.views, size)])
+        return crops, record.label, record.caption, record.name, min(record.image.size) < size
 
 
 def num_shards(source: ImageSource) -> int:
@@ -188,6 +191,7 @@ class Shards:
                     tokens = batch.column("tokens").flatten().to_numpy()
                     writer.write(tokens.reshape(-1, store.num_views, store.num_tokens), *columns)
                 read += len(store) + store.metadata.left_out
+                writer.enlarged += store.metadata.enlarged
             writer.left_out = len(found)
             if writer.counts["items"] == 0:
                 shutil.rmtree(self.work.folder)  # the next call looks again

@@ -55,7 +55,7 @@ class StoreWriter:
         self.path, self.folder, self.tokenizer, self.num_views = path, folder, tokenizer, num_views
         self.num_classes, self.class_limit = num_classes or 0, num_classes
         self.counts = {"items": 0, "labelled": 0, "captioned": 0}
-        self.content, self.first, self.left_out = ContentHash(), "", 0
+        self.content, self.first, self.left_out, self.enlarged = ContentHash(), "", 0, 0
         tokens = FixedList(Value(token_dtype(tokenizer.vocab_size).name), length=num_views * tokenizer.num_tokens)
         features = Features(tokens=tokens, label=Value("int64"), caption=Value("string"), name=Value("string"))
         self.schema = features.arrow_schema
@@ -151,6 +151,7 @@ def new_store(
             precision=precision, imported_from=imported_from, vocab_size=tokenizer.vocab_size,
             num_tokens=tokenizer.num_tokens, num_views=num_views, counts=Counts(**writer.counts),
             num_classes=writer.num_classes, class_names=class_names, left_out=writer.left_out,
+            enlarged=writer.enlarged,
         )  # fmt: skip
         with disk_errors(path, writer.counts["items"] * bytes_per_item):
             writer.arrow.close()

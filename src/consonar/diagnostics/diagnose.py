@@ -214,7 +214,7 @@ def provenance(name: str, data: str, subject: Subject) -> Json:
         **({"tokenizer": tokenizer} if what == "generator" else {"fingerprint": tokenizer["fingerprint"]}),
         "data": data,
         "pictures": {
-            key: {"name": part.name, "count": len(part.images), "sha256": part.sha256}
+            key: {"name": part.name, "count": len(part.images), "sha256": part.sha256, "enlarged": part.enlarged}
             for key, part in used.items() if part is not None
         },
         **({"left out": subject.left_out} if subject.left_out else {}),

@@ -90,6 +90,8 @@ class Pictures:
     """Of the generator: its classes (n,) int64, or captions."""
     about: str = ""
     """What must be known of the captions: that some are cut; empty where none are."""
+    enlarged: int = 0
+    """How many are smaller than the tokenizer's, to whose size they were enlarged."""
 
     @property
     def sha256(self) -> str:
@@ -156,10 +158,8 @@ class Subject:
 
     def features(self, images: np.ndarray) -> Tensor:
         """(m, F) float32 on the CPU."""
-        batches = [
-            self.network(as_input(images[part], self.tokenizer)).float().cpu() for part in self.parts(len(images))
-        ]
-        return torch.cat(batches)
+        batches = (as_input(images[part], self.tokenizer) for part in self.parts(len(images)))
+        return torch.cat([self.network(batch).float().cpu() for batch in batches])
 
 
 def choose(
@@ -198,14 +198,15 @@ def encoded(
     if encoder is None:
         condition = torch.tensor([check_label(record.label, num_classes, record.name) for record in records])
     else:
-        told = [record.caption for record in records]
-        captions = all_captions(told, f"--data: {name}", has_words=encoder.has_words)
-        features = CaptionFeatures(captions, encoder)
+        where = f"--data: {name}"
+        captions = all_captions([record.caption for record in records], where)
+        features = CaptionFeatures(captions, encoder, where=where)
         condition, about = features.read(torch.arange(len(captions))), features.about if features.num_cut else ""
-    images = np.stack([cropped(record.image, tokenizer.image_size) for record in records])
+    size = tokenizer.image_size
+    images = np.stack([cropped(record.image, size) for record in records])
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     tokens = torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in batches])
-    return Pictures(name, images, tokens, condition, about)
+    return Pictures(name, images, tokens, condition, about, sum(min(record.image.size) < size for record in records))
 
 
 def open_data(
