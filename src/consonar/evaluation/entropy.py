@@ -99,21 +99,16 @@ class Sharpness:
         return torch.cat(tokens), labels, captions
 
     @cached_property
-    def captions(self) -> list[tuple[str, ...]]:
-        """Of every validation image. `UserError` where there are no images, or one has no caption."""
+    def features(self) -> CaptionFeatures:
+        """Of all captions. `UserError` where there are no validation images, or one has no caption."""
+        assert self.encoder is not None, "captions are asked of a generator that takes them"
         if isinstance(self.source, str):
             raise UserError(
                 f"reference: samples are drawn for the captions of its validation images, and {self.source}; "
                 "--validation-split says which they are"
             )
-        has_words = self.encoder.has_words if self.encoder else str.strip
-        return all_captions(self.encoded[2], f"reference {self.source.name}", has_words=has_words)
-
-    @cached_property
-    def features(self) -> CaptionFeatures:
-        """Of all captions."""
-        assert self.encoder is not None, "captions are asked of a generator that takes them"
-        return CaptionFeatures(self.captions, self.encoder)
+        where = f"reference {self.source.name}"
+        return CaptionFeatures(all_captions(self.encoded[2], where), self.encoder, where=where)
 
     @torch.inference_mode()
     def batches(self, generator: Generator) -> Iterator[TokenBatch] | str:

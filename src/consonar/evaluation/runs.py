@@ -114,8 +114,8 @@ class FinishedRun:
         (first) captions of the validation images in turn, of more captions than samples those at equal steps."""
         if self.encoder is None:
             return balanced_labels(count, self.generator.num_classes), None
-        captions = sharpness.captions
-        texts = [captions[i][0] for i in balanced_labels(min(count, len(captions)), len(captions)).tolist()]
+        captions = sharpness.features
+        texts = captions.words(balanced_labels(min(count, len(captions)), len(captions))).read()
         return balanced_labels(count, len(texts)), Prompts.read_by(self.encoder, texts)
 
 
