@@ -48,8 +48,8 @@ def read_settings(
     """What config.json says: name, origin, shape as its dataclass, and the class of the model. `UserError` for a folder
     of something else than `what`, and for a kind that is not in the table."""
     config, where = component_config(folder), str(folder / "config.json")
-    if config.pop("component", None) != what:
-        raise UserError(f"{folder}: not a {what} folder (component in config.json)")
+    if (component := config.pop("component", None)) != what:
+        raise UserError(f"{what}: {folder} is not a {what} folder (component in config.json: {component!r})")
     name, kind = config.pop("name", folder.name), config.get("kind")
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: name is {name!r}, expected a text")

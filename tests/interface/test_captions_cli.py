@@ -599,5 +599,8 @@ def test_folders_for_the_scorers_of_benchmarks(place, tmp_path, capsys):
     assert np.array_equal(grid[:32, 32:], drawn[1]) and not np.array_equal(grid[32:, :32], drawn[1])
     line = refusal(capsys, *of_lines, "--format", "geneval2", "--per-prompt", "2", "--out", str(tmp_path / "x"))
     assert "--per-prompt: 2; geneval2 reads 1 to 1" in line
+    for words in (["sample", "nowhere", "--out", str(tmp_path / "x")], ["evaluate", str(tmp_path / "p.jsonl")]):
+        line = refusal(capsys, *words, "--prompts", str(tmp_path / "p.jsonl"), "--format", "genevil")
+        assert "--format: unknown 'genevil' (did you mean 'geneval'?); choices: geneval, geneval2, dpg" in line
     main(["evaluate", str(tmp_path / "g"), "--prompts", "stored"])
     assert "compositional score (single)" in capsys.readouterr().out

@@ -265,6 +265,8 @@ def test_more_pictures_than_memory_holds_are_read_by_the_index_or_refused(tars, 
 
     for held, read in zip(*([made.batch(step) for step in range(3)] for made in map(batches, (4e9, 1))), strict=True):
         assert same(vars(held), vars(read))
+    with pytest.raises(UserError, match=r"\.tar: train-0000\.tar/s/002: label 2, and there are 2 classes"):
+        image_batches(in_any_order(open_source(spec, image_size=16)), 16, num_classes=2, batch_size=5, seed=0)
     monkeypatch.setattr(loader, "MAX_MEMORY", 7 * 3 * 16**2)
     for name, mode in (("p.tar.gz", "w:gz"), ("p.tar.xz", "w:xz"), ("p.tar.bz2", "w:bz2"), ("misnamed.tar", "w:gz")):
         (tars / name).write_bytes(tar_of(*(file for index in range(8) for file in sample(index)), mode=mode))

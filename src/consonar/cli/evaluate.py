@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -66,8 +66,8 @@ class Options:
     """Instead of --reference, for generators of captions: does every picture of a scene show what its prompt says?
     scenes-validation[:COUNT] (400 held-out captions), a file of such captions, or, of samples, stored: those that they
     were drawn for (docs/text-to-image.md)."""
-    format: Literal["geneval", "geneval2", "dpg"] | None = None
-    """SAMPLES is what the scorer of this benchmark wrote, and --prompts its own file of prompts."""
+    format: str | None = None
+    """geneval, geneval2 or dpg: SAMPLES is what the scorer of this benchmark wrote, and --prompts its own file."""
     per_prompt: int = 4
     """Of a run with --prompts: pictures of each."""
     tokenizer: str | None = None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -17,7 +17,7 @@ from consonar.cli.parsing import check_name
 from consonar.cli.prompts import prompts_for, read_prompts
 from consonar.components import load_generator, load_own_tokenizer, load_tokenizer, read_origin
 from consonar.distributed import joined
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, check_choice, unknown
 from consonar.files.shared_work import parts_of
 from consonar.origin import same_text
 from consonar.precision import pick_precision
@@ -44,8 +44,9 @@ class Options:
     are drawn equally often, and of more classes than images those at equal steps."""
     per_prompt: int | None = None
     """In the place of --num-samples: images of each prompt, which follow each other."""
-    format: Literal["geneval", "geneval2", "dpg"] | None = None
-    """Write the folder that the scorer of this benchmark reads, from its own file of --prompts (docs/evaluation.md)."""
+    format: str | None = None
+    """geneval, geneval2 or dpg: write the folder that the scorer of this benchmark reads, from its own file of
+    --prompts (docs/evaluation.md)."""
     text_encoder: str | None = None
     """What reads prompts (default: what the generator was trained with): minilm, a folder, OWNER/NAME."""
     tokenizer: str | None = None
@@ -116,6 +117,7 @@ def benchmark_prompts(options: Options) -> BenchmarkPrompts | None:
     form, file = options.format, options.prompts
     if form is None:
         return None
+    check_choice("--format", form, PER_PROMPT)
     if file is None or options.prompt is not None or options.classes is not None:
         raise UserError(f"--format: {form} takes its prompts from --prompts FILE alone")
     if options.out.suffix.lower() in (".png", ".npz"):

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from consonar.data.image_folder import ImageFolder
 from consonar.errors import UserError, printable, reading, unknown
 from consonar.files.readers import home_expanded
 from consonar.origin import same_text
@@ -57,7 +56,8 @@ def picture_name(source: Any, index: int) -> str:  # Any: `sources.Part`, which 
     """What a source, or what it is a part of, calls a picture that is not read."""
     while hasattr(source, "rows") and hasattr(source, "source"):
         source, index = source.source, source.rows[index]
-    return source.picture_name(index) if isinstance(source, ImageFolder) else f"picture {index}"
+    named: str = getattr(source, "picture_name", "picture {}".format)(index)
+    return named
 
 
 def read_class_file(path: str | Path) -> tuple[str, ...]:

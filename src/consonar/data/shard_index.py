@@ -55,6 +55,10 @@ class IndexedShards:
         number = index - int(np.searchsorted(self.shards, shard))
         return self.picture(shard, number, int(self.starts[index]), int(self.stops[index])).read()
 
+    def picture_name(self, index: int) -> str:
+        """Its name, for which it is read."""
+        return self.read(index).name
+
     @property
     def labels(self) -> list[int | None] | None:
         """Of every picture; None where none has one."""

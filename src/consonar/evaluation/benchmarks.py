@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from consonar.errors import UserError, reading
+from consonar.errors import UserError, check_choice, reading
 from consonar.evaluation.results import Measurement, library_versions
 from consonar.files.readers import parse_json
 from consonar.files.writers import file_sha256
@@ -57,6 +57,7 @@ def read_scores(form: str, path: Path, prompts: Path | None) -> Json:
 
     `UserError` for files of something else, and where both are of other prompts.
     """
+    check_choice("--format", form, NAMES)
     more: Json = {}
     if form == "geneval":
         texts, metrics = geneval(path, prompts)
