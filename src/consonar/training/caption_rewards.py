@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor
 
 from consonar.errors import UserError
 from consonar.networks.likeness import CaptionLikeness
