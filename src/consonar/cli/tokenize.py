@@ -1,6 +1,6 @@
 """The command `tokenize`."""
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,16 +129,22 @@ def tokenize(options: Options, world: World) -> None:
             )  # fmt: skip
         shape = f"{len(store)} images x {store.num_views} views x {store.num_tokens} tokens"
         tell(f"{name}: {shape}: {store.path}" if labelled else f"{name}: {store.describe()}: {store.path}")
-        if few := store.metadata.enlarged:
-            tell(f"{name}: smaller than {model.image_size} px, and enlarged: {few:,} of {len(store):,} pictures")
-        if left := other_files(source):
-            tell(f"{name}: not read: {left}")
+        for remark in remarks(store, source, model.image_size):
+            tell(f"{name}: {remark}")
     bad.load()
     if bad.note:
         tell(bad.note)
     if encoder is not None:  # in the first process; the others have nothing to wait for
         for name in sources:
             tell(f"{name}: {make_features(stores[name], encoder, options.batch_size, world.device)}")
+
+
+def remarks(store: TokenStore, source: ImageSource, image_size: int) -> Iterator[str]:
+    """What was made larger, or not read, of a source."""
+    if few := store.metadata.enlarged:
+        yield f"smaller than {image_size} px, and enlarged: {few:,} of {len(store):,} pictures"
+    if left := other_files(source):
+        yield f"not read: {left}"
 
 
 def make_features(path: Path, encoder: PretrainedTextEncoder, batch_size: int, device: torch.device) -> str:
