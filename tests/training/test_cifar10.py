@@ -98,7 +98,7 @@ def small(config: TrainConfig, **changes: object) -> TrainConfig:
     return replace(config, loop=loop, **changes)
 
 
-POST_TRAINING = ("vapi-cifar10", "vapi-spatial-cifar10", "ste-cifar10")
+POST_TRAINING = ("vapi-cifar10", "vapi-spatial-cifar10", "isentropic-cifar10", "sar-cifar10", "ste-cifar10")
 
 
 @pytest.mark.parametrize(

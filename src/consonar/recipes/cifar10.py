@@ -56,9 +56,20 @@ def vapi_spatial_cifar10() -> TrainConfig:
     return replace(vapi_cifar10(), recipe="vapi-spatial-cifar10", objective=objective)
 
 
+def isentropic_cifar10() -> TrainConfig:
+    """VA-pi that moves probability between codes without sharpening: `vapi-spatial-cifar10`, entropy held."""
+    objective = openmoji.isentropic_openmoji().objective
+    return replace(vapi_cifar10(), recipe="isentropic-cifar10", objective=objective)
+
+
 def ce_cifar10() -> TrainConfig:
     """The control of `vapi-cifar10`: cross-entropy alone, same images, noise and steps."""
     return replace(vapi_cifar10(), recipe="ce-cifar10", objective=openmoji.ce_openmoji().objective)
+
+
+def sar_cifar10() -> TrainConfig:
+    """Self-rollout: the true tokens after a draw of the model as context; otherwise `ce-cifar10`."""
+    return replace(vapi_cifar10(), recipe="sar-cifar10", objective=openmoji.sar_openmoji().objective)
 
 
 def ste_cifar10() -> TrainConfig:
