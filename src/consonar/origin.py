@@ -33,6 +33,8 @@ class Origin:
     data_sha256: str | None = None
     validation_sha256: str | None = None
     """Of the held-out images or tokens of a run."""
+    pictures_sha256: str | None = None
+    """Of the images, also where the data are their tokens; without captions."""
     init: str | None = None
     """Name or folder of the start model."""
     init_sha256: str | None = None

@@ -120,7 +120,7 @@ def test_of_one_split_a_part_is_held_out_the_same_in_every_command(
     for name, config in (("codec", codec), ("aligned", aligned)):
         train(config, tmp_path / name, quiet=True)
         origin = read_json(tmp_path / name / "origin.json")
-        assert origin["data_sha256"] == stores[0].metadata.source_sha256
+        assert origin["data_sha256"] == origin["pictures_sha256"] == stores[0].origin.pictures_sha256
         assert origin["validation_sha256"] == stores[1].metadata.source_sha256
         assert any("validation/" in key for line in read_metrics(tmp_path / name / "metrics.jsonl") for key in line)
     cli.main(["evaluate", *map(str, [tmp_path / "codec", *reference])])

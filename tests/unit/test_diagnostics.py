@@ -18,7 +18,8 @@ from consonar.data.bad_images import BadImages
 from consonar.diagnostics import codes, context, decoding, exposure, forcing, layers, statistics
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
 from consonar.diagnostics.findings import Interval, exactly
-from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject, choose
+from consonar.diagnostics.pictures import choose
+from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject
 from consonar.errors import BadImage
 from consonar.sampling.sample import SamplerConfig
 from consonar.seeding import generator as seeded
@@ -484,7 +485,7 @@ def test_pictures_are_drawn_by_seed_and_pixels_in_any_order_of_a_file(monkeypatc
     damaged.damaged = {int(measured[0]), int(measured[3])}
     assert names(damaged, 8)[0] == [name for name in measured if int(name) not in damaged.damaged]
     assert bad.note.startswith("2 of 40 pictures cannot be read and are left out: picture ")
-    monkeypatch.setattr("consonar.diagnostics.subject.MOST_READ", 39)
+    monkeypatch.setattr("consonar.diagnostics.pictures.MOST_READ", 39)
     assert names(moved, 10) != names(Ordered(), 10), "of a larger set by number"
 
 

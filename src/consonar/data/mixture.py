@@ -74,10 +74,12 @@ class TokenStores:
         """What they have in common, and the hash of all."""
         hashes = [store.origin.data_sha256 for store in self.stores]
         content = None if None in hashes else hashlib.sha256(" ".join(map(str, hashes)).encode()).hexdigest()
+        pictures = {store.metadata.source_sha256 for store in self.stores}
         first = self.stores[0].origin
         return Origin(
             tokenizer=first.tokenizer, tokenizer_fingerprint=first.tokenizer_fingerprint, class_names=self.class_names,
             data=", ".join(store.source for store in self.stores), data_sha256=content,
+            pictures_sha256=pictures.pop() if len(pictures) == 1 else None,
         )  # fmt: skip
 
     def describe(self) -> str:

@@ -226,7 +226,7 @@ class TokenStore:
         """What the tokens were made of and with; without a hash of the content where an older version wrote them."""
         return Origin(
             tokenizer=self.tokenizer_name, tokenizer_fingerprint=self.fingerprint, class_names=self.class_names,
-            data=self.source, data_sha256=self.metadata.content_sha256,
+            data=self.source, data_sha256=self.metadata.content_sha256, pictures_sha256=self.metadata.source_sha256,
         )  # fmt: skip
 
     def describe(self) -> str:

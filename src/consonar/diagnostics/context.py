@@ -66,9 +66,10 @@ def train_gap(subject: Subject) -> Finding | str:
     gap, right, _ = intervals(rows[1] - rows[0])
     numbers |= {"cross-entropy, held-out above training": gap, "accuracy, held-out above training": right}
     words = resolved(gap, "harder", "easier", "no harder")
+    others = f" {subject.foreign}" if subject.foreign else ""
     return Finding(
         f"Held-out pictures are {words} than training pictures: cross-entropy {gap.text} nats above "
-        f"{numbers[f'{CROSS_ENTROPY}, training pictures'].text}; accuracy {right.text}.",
+        f"{numbers[f'{CROSS_ENTROPY}, training pictures'].text}; accuracy {right.text}.{others}",
         numbers,
     )
 

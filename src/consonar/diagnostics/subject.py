@@ -5,7 +5,6 @@ what can be seen. Letters: `n` pictures, `m` decoded ones, `N` tokens, `V` codes
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,17 +21,15 @@ from consonar.components import (
     load_tokenizer,
     read_component_kind,
 )  # fmt: skip
-from consonar.data.bad_images import BadImages, readable_rows
+from consonar.data.bad_images import BadImages
 from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.labels import check_label
-from consonar.data.sources import Part, at_size, find_source, in_order_of
-from consonar.data.splits import open_splits
+from consonar.data.sources import at_size, find_source
 from consonar.data.transforms import to_uint8
+from consonar.diagnostics.pictures import choose, foreign, open_data
 from consonar.errors import UserError, check_choice
-from consonar.evaluation.features import drawn_places
-from consonar.evaluation.image_sets import cropped, source_image_set
+from consonar.evaluation.image_sets import cropped
 from consonar.evaluation.inputs import as_input
-from consonar.evaluation.settings import EvaluationSettings
 from consonar.model_folders import SHIPPED
 from consonar.networks import PERCEPTUAL_DISTANCES, FeatureNetwork, load_feature_network
 from consonar.networks.base import LayerDistance
@@ -41,12 +38,10 @@ from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import pick_precision
 from consonar.records import device_of, to_device
 from consonar.sampling.sample import SamplerConfig, check_fit
-from consonar.seeding import check_seed, generator, spread, uniform
+from consonar.seeding import check_seed, generator, uniform
 from consonar.tokenizers.base import CodebookTokenizer
-from consonar.types import Condition, Generator, ImageRecord, ImageSource, IndexedSource, TextEncoder, Tokenizer
+from consonar.types import Condition, Generator, ImageRecord, TextEncoder, Tokenizer
 
-MOST_READ = 50_000
-"""Pictures that are all read to draw some of them by their content."""
 SHOWN = 6
 """Pictures in a row of examples."""
 
@@ -115,6 +110,8 @@ class Subject:
     """Pictures that none of the held-out ones are among."""
     left_out: str = ""
     """How many pictures could not be read, in words; empty where all could."""
+    foreign: str = ""
+    """That the training pictures are not those of the generator, in a sentence; empty where nothing speaks for it."""
 
     @property
     def generator(self) -> Generator:
@@ -162,31 +159,6 @@ class Subject:
         return torch.cat([self.network(batch).float().cpu() for batch in batches])
 
 
-def choose(
-    source: ImageSource, wanted: int, seed: int, image_size: int | None, bad: BadImages, part: str = "held-out"
-) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """So many pictures of a source, and as many others, drawn by seed and pixels at `image_size`, in whatever order a
-    file has them, of those that can be read: the others are noted in `bad`, as of `part`. With None, and of more than
-    `MOST_READ`, evenly by number, and of a stream among its first ones."""
-    if isinstance(source, IndexedSource) and image_size is not None and len(source) <= MOST_READ:
-        source = Part(source, readable_rows(source.read, len(source), bad, part), source.name)
-        places, _ = drawn_places(source_image_set(source, image_size), EvaluationSettings(seed=seed))
-        order = places.argsort().tolist()
-        drawn = [[source.read(row) for row in order[start : start + wanted]] for start in (0, wanted)]
-        return drawn[0], drawn[1]
-    rng = generator(seed, "diagnosis", "pictures")
-    first = [] if isinstance(source, IndexedSource) else list(itertools.islice(source, 2 * wanted))
-    count = len(source) if isinstance(source, IndexedSource) else len(first)
-    chosen = spread(rng, wanted, count)
-    rest = torch.ones(count, dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
-    others = rest[spread(rng, wanted, len(rest))] if len(rest) else rest
-
-    def read(rows: Tensor) -> list[ImageRecord]:
-        return [source.read(row) if isinstance(source, IndexedSource) else first[row] for row in rows.tolist()]
-
-    return read(chosen), read(others)
-
-
 def encoded(
     records: Sequence[ImageRecord], name: str, tokenizer: Tokenizer, num_classes: int | None, batch_size: int,
     encoder: TextEncoder | None = None,
@@ -207,29 +179,6 @@ def encoded(
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     tokens = torch.cat([tokenizer.encode(as_input(batch, tokenizer)).cpu() for batch in batches])
     return Pictures(name, images, tokens, condition, about, sum(min(record.image.size) < size for record in records))
-
-
-def open_data(
-    data: str, size: int, origin: Origin, validation_split: str | None, label_default: str | None
-) -> tuple[ImageSource, ImageSource | None]:
-    """Held-out and training images, with labels of the generator's classes; all and None where none are held out."""
-    spec, drawn_size = at_size(data)
-    if drawn_size not in (None, size):
-        raise UserError(f"--data: {data} has {drawn_size} px, the tokenizer reads {size} px; use {spec!r}")
-    known = origin.class_names
-    splits = open_splits(
-        spec, validation_split, key="--validation-split", image_size=size, label_default=label_default,
-        model_classes=known or (),
-    )  # fmt: skip
-
-    def labelled(source: ImageSource) -> ImageSource:
-        found = in_order_of(source, known, "the generator")
-        if isinstance(found, str):
-            raise UserError(f"--data: {found}; its labels would mean other classes")
-        return found
-
-    train = labelled(splits.train)
-    return (labelled(splits.validation), train) if splits.validation else (train, None)
 
 
 def load_models(name: str, tokenizer: str | None) -> tuple[Generator | None, CodebookTokenizer, Origin]:
@@ -295,5 +244,5 @@ def open_subject(
     return Subject(
         codec, made(measured, held_out.name), settings, judge, network, model,
         train=made(train, seen.name) if seen and train else None, others=made(others, source.name) if others else None,
-        left_out=bad.note,
+        left_out=bad.note, foreign=foreign(origin, seen, bad) if seen else "",
     )  # fmt: skip

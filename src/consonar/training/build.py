@@ -246,8 +246,8 @@ class Pictures:
     def origin(self) -> Origin:
         """What is made of them; a stream has no hash."""
         train, held_out = (getattr(source, "content_hash", None) for source in (self.train, self.held_out))
-        names = self.train.class_names
-        return Origin(class_names=names, data=self.train.name, data_sha256=train, validation_sha256=held_out)
+        hashes = {"data_sha256": train, "pictures_sha256": train, "validation_sha256": held_out}
+        return Origin(class_names=self.train.class_names, data=self.train.name, **hashes)
 
 
 def open_pictures(config: TrainConfig, image_size: int, run: Path) -> Pictures:
