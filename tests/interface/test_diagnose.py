@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,12 @@ from conftest import make_tiny_generator, save_pictures, save_tokenizer_of_32
 from consonar import cli
 from consonar.cli.diagnose import Options
 from consonar.components import load_tokenizer, save_generator
+from consonar.data.bad_images import BadImages
+from consonar.data.splits import open_splits
 from consonar.diagnostics.diagnose import PARTS
+from consonar.diagnostics.pictures import foreign
+from consonar.errors import UserError
+from consonar.evaluation.check import check_results
 from consonar.networks import FEATURE_NETWORKS
 from consonar.origin import Origin
 
@@ -109,6 +115,33 @@ def test_data_of_one_set_say_what_cannot_be_measured(root: Path, tmp_path: Path,
     assert content["unavailable"].keys() == {"gap", "attribution"} and content["parts"] == {}
     assert "gap: not measured (the data have no training pictures" in capsys.readouterr().out
     assert "not measured, there are too few other pictures" in (tmp_path / "page.html").read_text()
+
+
+def test_a_diagnosis_records_the_command_that_makes_it_again(root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["--num-images", "9", "--seed", "3", "--batch-size", "5", "--temperature", "0.8", "--label-default", "b"]
+    first = diagnose(root, tmp_path / "page.html", "--parts", "embedding", "--validation-split", "validation", *asked)
+    with pytest.raises(UserError, match="is of a diagnosis, which is made again rather than checked: ") as refused:
+        check_results(tmp_path / "page.json")
+    cli.main(shlex.split(str(refused.value).partition("checked: ")[2].rpartition("; of which pictures")[0])[1:])
+    again = json.loads((tmp_path / "page-again.json").read_text())
+    assert first["provenance"].pop("timestamp") and again["provenance"].pop("timestamp")
+    assert again == first
+
+
+def test_a_gap_on_pictures_of_others_is_said(root: Path, tmp_path: Path) -> None:
+    train = open_splits(str(root / "pictures"), key="k", image_size=32).train
+    of = load_tokenizer(root / "tokenizer").fingerprint
+    for data, sha256, said in (
+        (train.name, train.content_hash, ""), ("moved", train.content_hash, ""), (None, None, ""),
+        (train.name, None, ""), (train.name, "0", "these are others"), ("emoji", None, "the same is not known"),
+    ):  # fmt: skip
+        told = foreign(Origin(data=data, pictures_sha256=sha256), train, BadImages("skip", limit=1))
+        assert said in told and bool(said) == bool(told), (data, sha256)
+    origin = Origin(tokenizer=str(root / "tokenizer"), tokenizer_fingerprint=of, data="emoji", pictures_sha256="0")
+    save_generator(make_tiny_generator(), tmp_path / "of-emoji", origin)
+    found = diagnose(root, tmp_path / "page.html", "--parts", "gap", model=str(tmp_path / "of-emoji"))
+    assert "The generator was trained on emoji; these are others" in found["parts"]["gap"]["summary"]
 
 
 def test_the_help_names_every_part() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, save_pictures
 
 from consonar import cli
 from consonar.components import load_generator, save_generator, save_tokenizer
+from consonar.data.bad_images import BadImages
 from consonar.errors import UserError
 from consonar.evaluation.check import check_results
 from consonar.evaluation.compared import Check, Compared, allowed, compare, image_counts
@@ -190,7 +191,11 @@ def test_the_files_of_claims_say_how_they_are_made_again(tmp_path):
             "diagnosis/rear.json",
             "made again rather than checked: consonar diagnose runs/demo/rear --data openmoji --parts",
         ),
-        ("photographs/tokenizer.json", "checked: consonar diagnose cifar10-32 --data .* --parts forgiveness;"),
+        (
+            "photographs/tokenizer.json",
+            r"checked: consonar diagnose cifar10-32 --data \S+ --parts forgiveness --num-images 256 .*--seed 0 .*--out "
+            "tokenizer-again.html;",
+        ),
         ("photographs/results/plain-0.json", r"consonar train \S+/plain-0.json --out RUN"),
         (
             "photographs/results/plain[+]ce-0.json",
@@ -265,6 +270,50 @@ def test_a_tokenizer_that_is_named_is_measured_into_a_file(tmp_path, tokenizer, 
         reference = [] if "--reference" in wrong else ["--reference", picture_folder]
         assert status(*wrong, *reference) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_pictures_that_were_left_out_are_left_out_again(tmp_path, picture_folder, run, tokenizer, capsys):
+    """Of samples and their reference, and where a run or a tokenizer is measured on it."""
+    shutil.copytree(picture_folder, "pictures")
+    (tmp_path / "mine").mkdir()
+    for index in range(200, 212):
+        picture(index).save(tmp_path / "mine" / f"{index}.png")
+    for path in ("mine/205.png", "pictures/validation/all/100.png"):
+        (tmp_path / path).write_bytes(b"no picture")
+    words = ["--feature-network", "quarters", "--bad-images", "skip", "--bad-images-limit", "0.5"]
+    cli.main(["evaluate", "mine", "--reference", "pictures", "--draws", "1", "--out", "results.json", *words])
+    known = json.loads((tmp_path / "results.json").read_text())["bad_images"]
+    of_reference = {"reference train": 0, "reference validation": 1}
+    assert known == {"limit": 0.5, "left_out": {"samples": 1, **of_reference}}
+    assert check_results(tmp_path / "results.json").tolerance == "digit for digit"
+    (tmp_path / "mine" / "206.png").write_bytes(b"no picture")
+    assert "left out of samples: 1 then, 2 now" in check_results(tmp_path / "results.json").differs
+    bad = BadImages("skip", 0.5)
+    settings = RunSettings(num_samples=12, draws=2)
+    content = evaluate_run(run, settings, reference="pictures", feature_network="quarters", bad=bad)
+    assert content["bad_images"]["left_out"] == of_reference
+    save_tokenizer(tokenizer, (codec := tmp_path / "codec") / "model")
+    (codec / "config.json").write_text("{}")
+    found = evaluate_tokenizer(codec, into=codec, reference="pictures", feature_network="quarters", bad=bad)
+    assert found["origin"]["bad_images"] == {"limit": 0.5, "left_out": of_reference} and found["num_images"] == 5
+    for path in (run / "results.json", run / "reconstruction.json", codec / "reconstruction.json"):
+        assert check_results(path).tolerance == "digit for digit", path
+
+
+def test_as_many_are_held_out_again_where_the_data_of_a_tokenizer_have_moved(tmp_path, tokenizer):
+    pictures = save_pictures(tmp_path / "pictures", train=40, validation=0) / "train"
+    save_tokenizer(tokenizer, (codec := tmp_path / "codec") / "model")
+    (codec / "config.json").write_text(json.dumps({"data": {"images": str(pictures)}}))
+    assert evaluate_tokenizer(codec, into=codec, feature_network="quarters")["num_images"] == 2
+    found = check_results(codec / "reconstruction.json", reference=str(pictures.rename(tmp_path / "there")))
+    assert found.tolerance == "digit for digit"
+
+
+def test_a_sound_file_is_told_what_it_lacks(tmp_path):
+    row = {"temperature": 1.0, "num_samples": 400, "seed": 0, "metrics": {"compositional score": {"value": 0.03}}}
+    (tmp_path / "condensed.json").write_text(json.dumps({"schema": 1, "prompts": 400, "rows": [row]}))
+    with pytest.raises(UserError, match=r"condensed.json: lacks config.seed, which is needed to measure again"):
+        check_results(tmp_path / "condensed.json")
 
 
 WRONG = (

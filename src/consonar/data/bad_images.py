@@ -14,6 +14,7 @@ from consonar.data.picture_files import decoding_threads
 from consonar.data.sources import Part, Stream
 from consonar.errors import BadImage, UserError, reading
 from consonar.files.writers import write_atomically
+from consonar.json_types import Json
 from consonar.types import ImageRecord, ImageSource, IndexedSource
 
 POLICIES = ("stop", "skip")
@@ -103,6 +104,14 @@ class BadImages:
             text += f"{part}\t{total}\tpictures\n"
             text += "".join(f"{part}\t{row}\t{reason}\n" for row, reason in sorted(self.found.get(part, {}).items()))
         write_atomically(self.listing, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def bad_images_record(*policies: BadImages | None) -> Json:
+    """For a file of results: the limit and how many pictures were left out, by part; nothing where a job stops at the
+    first."""
+    skipping = [bad for bad in policies if bad is not None and bad.skips]
+    left_out = {part: len(found) for bad in skipping for part, found in bad.found.items()}
+    return {"limit": float(max(bad.limit for bad in skipping)), "left_out": left_out} if skipping else {}
 
 
 def readable_rows(read: Callable[[int], object], count: int, bad: BadImages, part: str) -> list[int]:

@@ -1,6 +1,6 @@
 """The diagnostics in a table, all of one subject, and the record of them with everything that makes it a result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -200,11 +200,12 @@ def diagnose(
                     unavailable[part] = found
                 else:
                     findings[part] = found
-    return Diagnosis(name, findings, unavailable, provenance(name, data, subject))
+    asked = {"tokenizer": tokenizer, "validation_split": validation_split, "label_default": label_default}
+    return Diagnosis(name, findings, unavailable, provenance(name, data, subject, asked))
 
 
-def provenance(name: str, data: str, subject: Subject) -> Json:
-    """What the numbers are of, and were made with."""
+def provenance(name: str, data: str, subject: Subject, asked: Mapping[str, str | None]) -> Json:
+    """What the numbers are of, and were made with; of the options `asked` those that were given."""
     settings, what = subject.settings, "generator" if subject.model is not None else "tokenizer"
     used = {"held-out": subject.held_out, "training": subject.train, "others": subject.others}
     cut = {key: part.about for key, part in used.items() if part is not None and part.about}
@@ -213,6 +214,7 @@ def provenance(name: str, data: str, subject: Subject) -> Json:
         what: {"name": name, "sha256": weights_sha256(model_folder(name, what))},
         **({"tokenizer": tokenizer} if what == "generator" else {"fingerprint": tokenizer["fingerprint"]}),
         "data": data,
+        **({"asked": given} if (given := {key: value for key, value in asked.items() if value is not None}) else {}),
         "pictures": {
             key: {"name": part.name, "count": len(part.images), "sha256": part.sha256, "enlarged": part.enlarged}
             for key, part in used.items() if part is not None

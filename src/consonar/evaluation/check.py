@@ -20,9 +20,11 @@ from consonar.components import (
     read_origin,
 )  # fmt: skip
 from consonar.config_io import from_dict
-from consonar.errors import UserError, printable, reading
+from consonar.data.bad_images import BadImages
+from consonar.errors import UserError, reading
 from consonar.evaluation.compared import Check, compare, differences, image_counts, made_of, model_differs, numbers_of
 from consonar.evaluation.compositional import COMPOSITIONAL, PromptSettings, score_run, score_samples
+from consonar.evaluation.diagnosed import diagnosed_by
 from consonar.evaluation.evaluate import evaluate, open_target
 from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
@@ -52,13 +54,18 @@ class Record:
     device: str
     progress: Callable[[str], None]
 
-    def get(self, key: str, kind: type[Value]) -> Value:
-        """An entry by dotted path. `UserError` where it is missing or of another kind."""
+    def find(self, key: str) -> object:
+        """An entry by dotted path; None where there is none."""
         value: object = self.content
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
-        if not isinstance(value, kind):
-            raise UserError(f"{self.path}: {key} is {value!r:.60}; not a file of results, damaged, or too old to check")
+        return value
+
+    def get(self, key: str, kind: type[Value]) -> Value:
+        """An entry by dotted path. `UserError` where it is missing or of another kind."""
+        if not isinstance(value := self.find(key), kind):
+            found = f"lacks {key}" if value is None else f"{key} is {value!r:.60}"
+            raise UserError(f"{self.path}: {found}, which is needed to measure again, and which `evaluate` writes")
         return value
 
     def target(self, key: str) -> str:
@@ -68,6 +75,10 @@ class Record:
     def network(self) -> str:
         """What loads the feature network: its name, or that with its place."""
         return self.get(f"feature_network.{'place' if 'place' in self.get('feature_network', dict) else 'name'}", str)
+
+    def bad(self, key: str = "bad_images") -> BadImages | None:
+        """What was done about pictures that cannot be read."""
+        return BadImages("skip", self.get(f"{key}.limit", float)) if self.find(key) else None
 
     def settings(self, seed: int) -> Json:
         """How it was measured; the device is that of now."""
@@ -91,10 +102,10 @@ def check_results(
     record = Record(path, read_json(path), samples, reference, tokenizer, device, progress)
     if (schema := record.content.get("schema", 1)) != 1:
         raise UserError(f"{path}: schema is {schema!r:.60}; this version reads 1")
-    if again := diagnosed_by(record.content):
+    if again := diagnosed_by(record.content, path.stem):
         raise UserError(
-            f"{path}: is of a diagnosis, which is made again rather than checked: {again}; of which model, pictures "
-            "and settings it is stands in it under provenance"
+            f"{path}: is of a diagnosis, which is made again rather than checked: {again}; of which pictures and "
+            "weights it is stands in it under provenance"
         )
     cell: Json = {}
     if "asked" in record.content:  # a cell of a sweep
@@ -131,28 +142,16 @@ def check_results(
     return Check(numbers, redrawn, differences(made, after), model_differs(made, after))
 
 
-def diagnosed_by(content: Json) -> str | None:
-    """The command that makes a file of `diagnose` again, or one that is condensed from it; None for other files."""
-    if {"command", "numbers"} <= content.keys():
-        return printable(str(content["command"]))
-    if "parts" not in content:
-        return None
-    made = content.get("provenance")
-    data = made.get("data") if isinstance(made, dict) else None
-    parts = ",".join(content["parts"]) if isinstance(content["parts"], dict) else ""
-    return printable(f"consonar diagnose {content.get('subject')} --data {data} --parts {parts}")
-
-
 def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:
     """Results of a file or folder of samples; where it is gone, it is drawn again by the generator that it names."""
     settings = from_dict(record.settings(record.get("seed", int)), str(record.path), EvaluationSettings)
     place, redrawn = find_samples(record, folder, settings)
-    samples = load_samples(place)
+    samples = load_samples(place, bad=(bad := record.bad()))
     codec = record.tokenizer
     if codec is None and "copy rate (tokens)" in record.content["metrics"]:
         codec = (record.content.get("tokenizer") or {}).get("name") or (samples.settings or {}).get("tokenizer")
         check_there(record, codec, "copy rate in tokens")
-    target = open_target(samples, record.target("reference"), codec, settings)
+    target = open_target(samples, record.target("reference"), codec, settings, bad)
     evaluate(samples, target, settings, feature_network=record.network()).to_json(folder / RESULTS)
     content = read_json(folder / RESULTS)
     if redrawn:
@@ -220,7 +219,7 @@ def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
     run = stand_in(record.samples or record.path.parent, folder, record.path)
     content = evaluate_run(
         run, settings, reference=record.target("reference.name"), feature_network=record.network(), grid=grid,
-        progress=record.progress,
+        bad=record.bad(), progress=record.progress,
     )  # fmt: skip
     return content, True
 
@@ -257,6 +256,7 @@ def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:
         named, reference=record.target("origin.reference"), feature_network=origin.get("feature_network", network),
         perceptual=origin.get("perceptual"), batch_size=origin.get("batch_size", 64), device=record.device,
         precision=record.get("origin.precision", str), validation_split=origin.get("validation_split"),
+        held_out=origin.get("held_out"), bad=record.bad("origin.bad_images"),
     )  # fmt: skip
     return found, False
 

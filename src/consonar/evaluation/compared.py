@@ -181,7 +181,10 @@ def made_of(content: JsonMap) -> Json:
     found["tokenizer"] = (content.get("tokenizer") or {}).get("fingerprint")
     found["detector"] = content.get("detector_sha256")
     if "rows" not in content:  # of a tokenizer; that of a run is of its making, not of the measurement
-        found |= {key: value for key, value in origin.items() if key not in ("reference", "tokenizer_place")}
+        places = ("reference", "tokenizer_place", "bad_images")
+        found |= {key: value for key, value in origin.items() if key not in places}
+    left_out = (content.get("bad_images") or origin.get("bad_images") or {}).get("left_out") or {}
+    found |= {f"left out of {part}": count for part, count in left_out.items()}
     return found | {"device": (content.get("config") or {}).get("device")}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from consonar.components import load_tokenizer
-from consonar.data.bad_images import BadImages
+from consonar.data.bad_images import BadImages, bad_images_record
 from consonar.data.store_format import check_tokens
 from consonar.distributed import ALONE, World, machine_name
 from consonar.errors import UserError
@@ -120,6 +120,7 @@ def compare(
         protocol=protocol(found, reference),
         tokenizer={"name": used.tokenizer, "fingerprint": used.tokenizer_fingerprint} if used else {},
         seed=seed,
+        bad_images=bad_images_record(samples.bad, reference.given.bad),
         config={one.name: getattr(settings, one.name) for one in fields(EvaluationSettings) if one.name != "seed"},
         machine=machine_name(settings.device),
         versions=library_versions(),

@@ -55,6 +55,8 @@ class SampleSet:
     """(S,) int64."""
     settings: Json | None = None
     """Of the sampler."""
+    bad: BadImages | None = None
+    """What is done about files that cannot be read."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -82,6 +84,8 @@ class ReferenceSet:
     """The tokenizer that made them."""
     about: str = ""
     """How many pictures and classes there are."""
+    bad: BadImages | None = None
+    """What is done about images that cannot be read."""
 
 
 def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet:
@@ -94,7 +98,7 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
     path = Path(path)
     if path.is_dir():
         images, shape, sha256 = folder_image_set(path, bad)
-        return SampleSet(images, shape[0], _square(path, shape), sha256)
+        return SampleSet(images, shape[0], _square(path, shape), sha256, bad=bad)
     images, shape = npz_image_set(path)
     arrays = read_npz(path, ("tokens", "seeds", "settings"))
     labels, text, settings = images.labels(), arrays.pop("settings", None), None
@@ -155,7 +159,7 @@ def open_reference(
             )
     sets = {name: source_image_set(source, image_size) for name, source in sources.items()}
     about = "; ".join(f"{name.replace('reference', 'all')}: {describe(one)}" for name, one in sources.items())
-    return ReferenceSet(spec, sets, about=about)
+    return ReferenceSet(spec, sets, about=about, bad=bad)
 
 
 def largest_looked_at(source: ImageSource) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consonar.components import load_tokenizer, weights_sha256
-from consonar.data.bad_images import BadImages
+from consonar.data.bad_images import BadImages, bad_images_record
 from consonar.data.splits import HELD_OUT
 from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, check_choice
@@ -113,12 +113,14 @@ def evaluate_tokenizer(
     precision: str = "fp32",
     overwrite: bool = False,
     validation_split: str | None = None,
+    held_out: float | None = None,
     bad: BadImages | None = None,
     world: World = ALONE,
 ) -> Json:
     """`measure_reconstruction` of a tokenizer (as `load_tokenizer` takes it) on the validation images of `reference` or
     its one set. None: of the data that it was trained on; of these always what was held out then, unless
-    `validation_split` says otherwise. Written into the folder `into`, where one is named.
+    `validation_split` says otherwise. `held_out` is the share of data without splits that is measured, where it need
+    not be told by what it was trained on. Written into the folder `into`, where one is named.
 
     The protocol says so where what is held out now is not what was when it was trained: pictures came or went.
 
@@ -134,10 +136,10 @@ def evaluate_tokenizer(
     if spec is None:
         raise UserError(f"--data: missing; name the images that {name} is to reconstruct")
     is_same = spec == known.get("images")
-    split = validation_split or (known.get("validation_split") if is_same else None)
-    held_out = HELD_OUT if is_same else 0
+    split = validation_split or (known.get("validation_split") if is_same and held_out is None else None)
+    share = (HELD_OUT if is_same else 0) if held_out is None else held_out
     images = open_reference(
-        spec, tokenizer.image_size, bad=bad, held_out=held_out, validation_split=split, enlarge=True
+        spec, tokenizer.image_size, bad=bad, held_out=share, validation_split=split, enlarge=True
     ).images
     if not images:
         raise UserError(f"--reference: {spec} holds statistics, but a tokenizer is measured on images")
@@ -149,7 +151,7 @@ def evaluate_tokenizer(
     saved = nullcontext() if into is None else replacing(into, RECONSTRUCTION, overwrite=overwrite, world=world)
     with saved as staged, multiplying(chosen, place, autocast=True):
         return measure_reconstruction(
-            staged, tokenizer, measured, network, judge, world, batch_size=batch_size,
+            staged, tokenizer, measured, network, judge, world, batch_size=batch_size, bad=bad, held_out=share,
             checkpoint_sha256=weights_sha256(name, "tokenizer"), tokenizer_place=from_anywhere("tokenizer", str(name)),
             note="; not the pictures that were held out when it was trained" if changed else "", reference=spec,
             validation_split=split, precision=chosen,
@@ -188,7 +190,8 @@ def measure_reconstruction(
     *,
     batch_size: int = 64,
     note: str = "",
-    **origin: str | None,
+    bad: BadImages | None = None,
+    **origin: str | float | None,
 ) -> Json:
     """Metrics over the set, and as `origin` what they are of; also written into reconstruction.json of `folder`, where
     there is one, and some images to reconstructions.npz. `note` ends the protocol.
@@ -203,6 +206,7 @@ def measure_reconstruction(
         note = f", {few:,} of them enlarged to {tokenizer.image_size} px{note}"
     known = record_of(network)
     judged = {"perceptual": judge.name, "perceptual_sha256": judge.weights_sha256} if judge else {}
+    left_out = bad_images_record(bad)
     content = {
         **metrics,
         "origin": {
@@ -213,6 +217,7 @@ def measure_reconstruction(
             "feature_network": known.get("place", network.name),
             "feature_network_sha256": known["sha256"],
             **judged,
+            **({"bad_images": left_out} if left_out else {}),
             "batch_size": batch_size,
             "machine": machine_name(str(device_of(tokenizer))),
             **library_versions(),

@@ -106,6 +106,8 @@ class Evaluation:
     versions: dict[str, str]
     tokenizer: Json = field(default_factory=dict)
     """Name and fingerprint of the one in whose tokens copies were counted; empty: they were not."""
+    bad_images: Json = field(default_factory=dict)
+    """How many pictures that cannot be read were left out, and up to which share; empty: none would have been."""
     timestamp: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = 1
 
@@ -129,6 +131,7 @@ def origin_of_numbers(results: Evaluation) -> Json:
         "noise_floor": {key: {"value": value} for key, value in results.noise_floor.items()},
         "protocol": results.protocol,
         "remarks": results.remarks,
+        "bad_images": results.bad_images,
         "config": results.config,
         "versions": results.versions,
     }

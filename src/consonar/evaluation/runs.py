@@ -172,7 +172,7 @@ def evaluate_run(
             measure_reconstruction(
                 staged, run.tokenizer, held_out, network, world=world, batch_size=settings.batch_size,
                 tokenizer_place=run.origin.tokenizer, reference=reference, validation_split=settings.validation_split,
-                precision=settings.precision,
+                precision=settings.precision, bad=target.bad, held_out=0,
             )  # fmt: skip
         if world.is_main:
             write_json(staged / RESULTS, content)
