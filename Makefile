@@ -79,7 +79,7 @@ clean:  ## remove what the targets above have made, but no runs
 results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the sections of the targets below
 	$(BIN)/python docs/make_results.py runs/demo
 
-results-whole: demo  ## every number and figure of docs/results.md: a demo, then what is missing of the studies (hours)
+results-whole: demo  ## docs/results.md as a whole: of demo and studies what is missing (hours; what is there is kept: CONTRIBUTING.md says how it is made afresh)
 	$(MAKE) results
 	$(MAKE) claims-diagnosis
 	$(MAKE) claims-vapi
