@@ -573,6 +573,11 @@ def test_wrong_prompts_to_score(place, capsys, words, said):
     assert said in line and line.count("\n") == 1
 
 
+def test_a_generator_of_the_package_has_no_folder_for_scores(capsys):
+    line = refusal(capsys, "evaluate", "openmoji", "--prompts", "scenes-validation")
+    assert "openmoji is a shipped generator, which keeps no results; first consonar sample openmoji --prompts" in line
+
+
 def test_folders_for_the_scorers_of_benchmarks(place, tmp_path, capsys):
     of_both = {"tag": "single_object", "include": [], "skills": ["object"], "atom_count": 1}
     lines = [json.dumps({**of_both, "prompt": text}) for text in ("a dog", "a red cat")]

@@ -11,9 +11,8 @@ import tyro
 from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.compositional import score_of_run, score_of_samples, show_benchmark
-from consonar.cli.measured import beside, print_metrics, say_about, say_bad, show_check
+from consonar.cli.measured import beside, is_tokenizer, keeps_results, print_metrics, say_about, say_bad, show_check
 from consonar.cli.parsing import BadImageGroup, check_read, numbers_in
-from consonar.components import read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import World, failing_together, joined
 from consonar.errors import UserError, unknown
@@ -32,8 +31,6 @@ from consonar.networks import load_feature_network
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
 
-WEIGHTS, LINES = "model.safetensors", "metrics.jsonl"
-"""Files of a model folder and of a run."""
 NOT_SMALLER = "no setting takes less, another --device may have more"
 Settings = TypeVar("Settings", bound=EvaluationSettings)
 
@@ -127,13 +124,7 @@ def measure(options: Options, world: World) -> None:
     if place is None or options.reference is None:
         missing = "name samples, a run folder or a tokenizer" if place is None else "--reference: missing; name one"
         raise UserError(f"evaluate: {missing}, or a file of results with --check")
-    is_model, is_run = (all((place / name).is_file() for name in ("config.json", one)) for one in (WEIGHTS, LINES))
-    if (is_model and not is_run) or (not place.exists() and str(place) in SHIPPED["generator"]):
-        kind = "the model of a generator" if is_model else "a shipped generator"
-        raise UserError(
-            f"evaluate: {place} is {kind}, which keeps no results; first consonar sample {place} --num-samples "
-            f"{options.num_samples} --out {place.name}.npz, then evaluate that file"
-        )
+    is_run = keeps_results(place, f"--num-samples {options.num_samples}")
     if not place.exists():
         raise unknown("evaluate", str(place), ["samples (.npz, a folder)", "a run folder", *SHIPPED["tokenizer"]])
     if is_run and out is not None:
@@ -151,10 +142,8 @@ def tokenizer_meant(options: Options) -> Path | str | None:
     place = options.samples
     if place is None:
         return options.tokenizer
-    is_model = any(all((place / name).is_file() for name in ("config.json", one)) for one in (WEIGHTS, LINES))
     is_name = not place.exists() and str(place) in SHIPPED["tokenizer"]
-    is_folder = is_model and read_component_kind(place) == "tokenizer"
-    found = str(place) if is_name else place if is_folder else None
+    found = str(place) if is_name else place if is_tokenizer(place) else None
     if found is not None and options.tokenizer is not None:
         raise UserError(f"--tokenizer: {place} is the tokenizer that is measured; leave --tokenizer away")
     return found
@@ -197,6 +186,8 @@ def measure_prompts(options: Options, prompts: str | None, world: World) -> None
     check_read(options, unread, "without --prompts and --format")
     check_read(options.bad, BAD_IMAGES, "without --prompts and --format")
     if place is None or not place.exists():
+        if place is not None:
+            keeps_results(place, "--prompts FILE")  # refuses a generator of the package
         raise UserError(f"{place or 'evaluate'}: no such file or folder; name samples, or a run folder")
     if options.format is not None or prompts is None:
         read = ("samples", "format", "prompts", "out", "overwrite", *unread, "device", "bad", "check")

@@ -7,10 +7,39 @@ from rich.console import Console
 from rich.table import Table
 
 from consonar.cli import say
+from consonar.components import read_component_kind
 from consonar.data.bad_images import BadImages
 from consonar.distributed import World
+from consonar.errors import UserError
 from consonar.evaluation.compared import Check
 from consonar.evaluation.results import Measurement
+from consonar.model_folders import SHIPPED
+
+WEIGHTS, LINES = "model.safetensors", "metrics.jsonl"
+"""Files of a model folder and of a run."""
+
+
+def holds(place: Path, name: str) -> bool:
+    """Whether a folder has this file beside a configuration."""
+    return (place / "config.json").is_file() and (place / name).is_file()
+
+
+def is_tokenizer(place: Path) -> bool:
+    """Whether this is the folder of a tokenizer, of a run or of a model."""
+    return (holds(place, WEIGHTS) or holds(place, LINES)) and read_component_kind(place) == "tokenizer"
+
+
+def keeps_results(place: Path, asked: str) -> bool:
+    """Whether this is the folder of a run. `UserError` for a generator that is none, which `asked` says how to
+    sample."""
+    is_model, is_run = holds(place, WEIGHTS), holds(place, LINES)
+    if (is_model and not is_run) or (not place.exists() and str(place) in SHIPPED["generator"]):
+        kind = "the model of a generator" if is_model else "a shipped generator"
+        raise UserError(
+            f"evaluate: {place} is {kind}, which keeps no results; first consonar sample {place} {asked} --out "
+            f"{place.name}.npz, then evaluate that file"
+        )
+    return is_run
 
 
 def say_about(protocol: str, unavailable: Mapping[str, str], remarks: Iterable[str]) -> None:

@@ -1,5 +1,5 @@
 """How well a caption fits a picture, by a CLIP that transformers reads (extra `text`), trained as released or on
-preferences of people: HPSv2 (arXiv 2306.09341) and PickScore are CLIPs of other weights."""
+preferences of people: PickScore, and HPSv2 (arXiv 2306.09341) once its checkpoint of open_clip is converted."""
 
 import importlib
 import warnings

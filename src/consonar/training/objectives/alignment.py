@@ -101,7 +101,7 @@ class AlignmentConfig(ObjectiveConfig):
     clip: Annotated[str | None, CLIP] = None
     """For the reward clip: a folder with a CLIP and its tokenizer as transformers saves them, or OWNER/NAME."""
     hpsv2: Annotated[str | None, HPSV2] = None
-    """For the reward hpsv2: the same, with the weights of HPSv2, or of another such score."""
+    """For the reward hpsv2: the same, trained on preferences: PickScore, or HPSv2 converted from open_clip."""
     chunk: CountOrZero = 0
     """Images decoded and rewarded at once; bounds memory. 0: on a GPU what a quarter of free memory holds, else 64."""
     guard: GuardConfig = field(default_factory=GuardConfig)
