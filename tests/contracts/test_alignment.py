@@ -6,8 +6,9 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import TINY_VQ
+from conftest import TINY_VQ, stir
 from rounding import assert_rounding
+from test_generators import make_generator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consonar import records
@@ -25,8 +26,9 @@ from consonar.training.objectives.controls import (
     CrossEntropyConfig,
     StraightThroughConfig,
 )
+from consonar.training.objectives.free import FreeRollout
 from consonar.training.objectives.policy import PolicyConfig, TeacherForcedPolicy
-from consonar.types import ImageBatch
+from consonar.types import ImageBatch, PromptCondition, TextCondition
 
 REWARDS = {"mse": 1.0, "l1": 0.5}
 VAPI = PolicyConfig(rewards=REWARDS, group_size=3)
@@ -57,20 +59,45 @@ CASES = {
     "sar": CrossEntropyConfig(rewards=REWARDS, context_noise=0.8, corruption="drawn", noise_schedule="linear"),
     "ste": StraightThroughConfig(rewards=REWARDS, perceptual_weight=0.0),
 }
+CAPTIONED = ("kl", "mean", "free", "free epochs", "soft", "sar", "ste")
+"""Of every method one under captions at least, by every kind of generator that reads some."""
+TEXTS = ("rear, text", "llamagen, text", "janus")
+CAPTION_CASES = [
+    *((name, "rear, text") for name in CAPTIONED),
+    *((name, "llamagen, text") for name in ("free", "sar")),
+    *((name, "janus") for name in ("free", "ste")),
+]
 WORLD = World(0, 1, torch.device("cpu"))
 HEADS = AutoregressiveConfig(embedding_weight=0.5, head_width=16).head_specs(2, TINY_VQ.code_dim)
 """Of the reAR run that `embedding_weight` goes on from."""
 
 
 @pytest.fixture
-def batch(rng):
-    images = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
-    return ImageBatch(images, torch.arange(4) % 3)
+def kind(request):
+    """What the generator is conditioned on: classes, or captions, by a name of `TEXTS`."""
+    return getattr(request, "param", "classes")
 
 
 @pytest.fixture
-def make(tokenizer, tiny_generator, batch):
-    start, prior = tiny_generator(dropout=0.2), tiny_generator(seed=1).requires_grad_(False)
+def batch(rng, kind):
+    images = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
+    if kind == "classes":
+        return ImageBatch(images, torch.arange(4) % 3)
+    mask = torch.arange(4) >= torch.tensor([[0], [2], [1], [0]])
+    words = PromptCondition(torch.randint(4, 20, (4, 4), generator=rng).where(mask, 1), mask)
+    return ImageBatch(images, words if kind == "janus" else TextCondition(torch.randn(4, 4, 6, generator=rng), mask))
+
+
+@pytest.fixture
+def make(tokenizer, tiny_generator, batch, kind):
+    if kind == "janus":
+        pytest.importorskip("transformers")
+    if kind == "classes":
+        start, prior = tiny_generator(dropout=0.2), tiny_generator(seed=1)
+    else:
+        start, prior = make_generator(kind), make_generator(kind)
+        stir(prior, seeded(1, kind))
+    prior.requires_grad_(False)
 
     def make(config, **settings):
         if isinstance(config, PolicyConfig) and config.smooth_credit:
@@ -88,6 +115,7 @@ def make(tokenizer, tiny_generator, batch):
 def test_every_objective_has_a_case():
     methods = {method.name for method in METHODS if method.run == "post-training"}
     assert {method_of_config(config).name for config in CASES.values()} == methods
+    assert {method_of_config(CASES[name]).name for name in CAPTIONED} == methods - {"cross-entropy"}
     estimators = {config.estimator for config in CASES.values() if isinstance(config, PolicyConfig)}
     assert estimators == set(get_args(policy.Estimator))
 
@@ -103,7 +131,9 @@ def weighted_terms(config, terms):
     return config.mse_weight * terms["mse"] + config.ce_weight * terms["cross_entropy"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "classes") for name in CASES), *CAPTION_CASES], indirect=["kind"]
+)
 def test_terms_sum_to_the_loss_and_only_the_generator_learns(name, make, batch, tokenizer):
     objective, trainee = make(CASES[name])
     trainee.train()
@@ -120,7 +150,11 @@ def test_terms_sum_to_the_loss_and_only_the_generator_learns(name, make, batch, 
     assert all(p.grad is None for p in objective.prior.parameters())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "classes") for name in CASES), *((name, "rear, text") for name in ("mean", "free", "ste"))],
+    indirect=["kind"],
+)
 def test_micro_batches_have_the_loss_of_the_whole(name, make, batch):
     """Draws and noise are prepared for the whole batch: splitting it changes nothing."""
     gradients, baselines = [], []
@@ -133,6 +167,39 @@ def test_micro_batches_have_the_loss_of_the_whole(name, make, batch):
         baselines.append(trainee.reward_baseline)
     assert_rounding(gradients[1], gradients[0], SUMMANDS)
     assert_rounding(*baselines, SUMMANDS)
+
+
+def first_changed(condition):
+    """The captions with other words inside the first one."""
+    if isinstance(condition, PromptCondition):
+        tokens = condition.tokens.clone()
+        tokens[0, 1:-1] = 23 - tokens[0, 1:-1]
+        return replace(condition, tokens=tokens)
+    features = condition.features.clone()
+    features[0, 1:-1] *= -1
+    return replace(condition, features=features)
+
+
+@pytest.mark.parametrize(("name", "kind"), CAPTION_CASES, indirect=["kind"])
+def test_a_caption_decides_what_its_own_picture_teaches_and_dropped_it_says_nothing(name, kind, make, batch):
+    other = replace(batch, condition=first_changed(batch.condition))
+
+    def by_row(config, given):
+        objective, trainee = make(config)
+        prepared = objective.prepare(trainee, given, 0)
+        terms = [objective.loss(trainee, part, 0)[1].values() for part in split(prepared, 4)]
+        drawn = prepared.drawn.actions if isinstance(prepared, FreeRollout) else prepared.context
+        return torch.tensor([[float(term.detach()) for term in of_row] for of_row in terms]), drawn.flatten(1)
+
+    (before, drawn), (after, drawn_after) = by_row(CASES[name], batch), by_row(CASES[name], other)
+    assert not torch.isclose(after[0], before[0]).all()
+    assert_rounding(after[1:], before[1:], SUMMANDS)
+    draws = name in ("mean", "free", "free epochs", "sar")
+    assert (drawn_after != drawn).any(1).tolist() == [draws, False, False, False]
+    dropped = replace(CASES[name], class_dropout=1.0)
+    (before, drawn), (after, drawn_after) = by_row(dropped, batch), by_row(dropped, other)
+    assert_rounding(after, before, SUMMANDS)
+    assert torch.equal(drawn_after, drawn)
 
 
 @pytest.mark.parametrize("name", ["vapi", "noise", "kl", "exact kl", "gspo", "tokens", "smooth"])
@@ -407,7 +474,8 @@ def test_class_dropout_reaches_draw_and_update_alike(make, batch):
     assert records.num_rows(rollout.condition) == 4
 
 
-def test_validation_is_of_the_true_context_and_the_same_for_all(make, batch):
+@pytest.mark.parametrize("kind", ["classes", *TEXTS], indirect=True)
+def test_validation_is_of_the_true_context_and_the_same_for_all(kind, make, batch):
     """The start model against itself has KL 0; every objective measures the same numbers."""
     measured = {}
     for name in ("vapi", "ce", "ste"):
