@@ -30,6 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from consonar.components import load_tokenizer
 from consonar.data import scenes
+from consonar.data.scene_source import Scenes
 from consonar.data.transforms import from_uint8
 from consonar.files.weights import save_component
 from consonar.networks.scene_claims import CONFIDENCE, claims, holds, kind_of
@@ -244,7 +245,7 @@ def accuracy(sights: list[Sight], truths: list[scenes.Scene], confidence: float 
     return {name: round(100 * sum(found) / len(found), 1) for name, found in table.items()}
 
 
-def drawn(source: scenes.Scenes) -> tuple[Tensor, list[scenes.Scene]]:
+def drawn(source: Scenes) -> tuple[Tensor, list[scenes.Scene]]:
     images = np.stack([np.asarray(source.read(index).image) for index in range(len(source))])
     return from_uint8(torch.from_numpy(images)), [source.placed(index)[0] for index in range(len(source))]
 
@@ -294,7 +295,7 @@ def measure(count: int) -> None:
     pictures of random tokens."""
     detector, images = load_scene_detector(), {}
     for size in (64, 96, 128):
-        images[f"{size} px"], truths = drawn(scenes.Scenes("validation", size, count=count))
+        images[f"{size} px"], truths = drawn(Scenes("validation", size, count=count))
     plain = images["64 px"]
     images["64 px, softened"] = softened(plain)
     tokenizers = {name: load_tokenizer(name) for name in ("scenes-64-f4", "scenes-64", "openmoji-64-f4", "openmoji-64")}
@@ -304,7 +305,7 @@ def measure(count: int) -> None:
     figures |= {f"random tokens of {name}": of_noise(detector, codec, truths) for name, codec in tokenizers.items()}
     small = {"as drawn": lambda images: images, **dict(islice(ways.items(), 2))}
     figures |= {f"emoji of 17 px, {way}": by_object(detector, change) for way, change in small.items()}
-    fresh, others = drawn(scenes.Scenes("train", 64, count=count, seed=1))
+    fresh, others = drawn(Scenes("train", 64, count=count, seed=1))
     sights = look(detector, fresh)
     figures["bounds of confidence, on scenes for training"] = {
         f"{bound:g}": accuracy(sights, others, bound)["accepts all"] for bound in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

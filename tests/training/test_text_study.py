@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny_encoder import save_encoder
 
-from consonar.data import scenes
+from consonar.data import scene_source
 
 CLAIMS = Path(__file__).parents[2] / "claims"
 
@@ -46,7 +46,7 @@ def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch
     file.write_text(yaml.safe_dump({"seeds": 1, "rows": rows, "evaluate": evaluated}, sort_keys=False))
     monkeypatch.setattr(sys.modules["photographs"], "HERE", tmp_path / "claims")
     monkeypatch.setitem(study.SCENES, "cpu", "scenes:16")
-    monkeypatch.setitem(scenes.DEFAULT_COUNTS, "validation", 16)
+    monkeypatch.setitem(scene_source.DEFAULT_COUNTS, "validation", 16)
     monkeypatch.setattr(study, "PROMPTS", 8)
     monkeypatch.setattr(study, "COLUMNS", tuple(c.replace("efficientnet-lite0", "quarters") for c in study.COLUMNS))
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))

@@ -121,7 +121,13 @@ def test_the_page_is_one_file_that_parses_and_loads_nothing(two_runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("images", "named"),
-    [("openmoji", True), ("scenes", True), ("scenes:8000", True), ("imagefolder:street-scenes", False)],
+    [
+        ("openmoji", True),
+        ("scenes", True),
+        ("scenes:8000", True),
+        ("scenes:8000?seed=1", True),
+        ("imagefolder:street-scenes", False),
+    ],
 )
 def test_whose_emoji_they_are_is_said(tmp_path, images, named):
     write_run(tmp_path / "run", config={"data": {"images": images}})

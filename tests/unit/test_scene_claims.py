@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from consonar.components import load_tokenizer
-from consonar.data.scenes import KINDS, Scenes, read_caption
+from consonar.data.scene_source import Scenes
+from consonar.data.scenes import KINDS, read_caption
 from consonar.data.transforms import from_uint8
 from consonar.errors import UserError
 from consonar.evaluation.compositional import SCORE, ceilings, shares

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, NotRequired, TypedDict, TypeVar, Unpack
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from consonar.data.captions import CaptionFeatures
 from consonar.data.labels import check_label, check_labels
 from consonar.data.mixture import TokenStores
-from consonar.data.picture_files import decoding_threads
+from consonar.data.picture_files import decoding_threads, prefetch
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
@@ -31,6 +31,8 @@ MANY = 2**31
 """Numbers that choose among the captions of an item, whose count divides them nearly evenly."""
 BLOCK = 10_000
 """Items after which several stores have given exactly their shares."""
+AHEAD = 64
+"""Pictures that are decoded before they are wanted."""
 MAX_MEMORY = 4e9
 """Bytes of decoded images held in memory; a larger source is read again in every epoch, and must be `IndexedSource`."""
 
@@ -254,9 +256,10 @@ def image_batches(
     captions: CaptionFeatures | None = None,
     **place: Unpack[Place],
 ) -> ImageBatches:
-    """Batches of images and conditions (`item_of`): from memory where all of them fit, else read by threads when they
-    are needed; labels that are known beforehand are checked here."""
-    if isinstance(source, IndexedSource) and len(source) * 3 * image_size**2 > MAX_MEMORY:
+    """Batches of images and conditions (`item_of`): from memory where all of them fit, else, and where the source keeps
+    what it draws, read by threads when they are needed; labels that are known beforehand are checked here."""
+    kept: bool = getattr(source, "keeps_pictures", False)
+    if isinstance(source, IndexedSource) and (kept or len(source) * 3 * image_size**2 > MAX_MEMORY):
         check_labels(source, num_classes, missing)
         pool = decoding_threads()
 
@@ -277,7 +280,8 @@ def load_images(
     than `MAX_MEMORY`."""
     check_labels(source, num_classes, missing)
     items, room = list[tuple[np.ndarray, int]](), MAX_MEMORY // (3 * image_size**2)
-    for record in source:
+    item = partial(item_of, image_size=image_size, num_classes=num_classes, missing=missing)
+    for found in prefetch(source, item, num_workers=0, depth=AHEAD):
         if len(items) >= room:
             held = f"holds over {room:,.0f} pictures of {image_size} px, {MAX_MEMORY / 1e9:.3g} GB in every process"
             remedy = (
@@ -285,7 +289,7 @@ def load_images(
                 "machine, or take hf: for hf-stream:"
             )
             raise UserError(f"data.images: {source.name} {held}, and is read from its beginning alone; {remedy}")
-        items.append(item_of(record, image_size, num_classes, missing))
+        items.append(found)
     if not items:
         raise UserError(f"data.images: {source.name} holds no image")
     return stacked(items)

@@ -1,27 +1,22 @@
-"""Scenes: one to four emoji on a plain or tinted ground, with captions made by rules, as many as wanted.
+"""Scenes: one to four emoji on a plain or tinted ground, with captions made by rules; `scene_source` has many of them.
 
-Kinds of prompts are GenEval's (arXiv 2310.11513) and more. Scene i of a split is a function of the seed and i alone,
-drawn when it is read; nothing is kept on a disk. At least one pairing (two objects; a number, colour or size of one) of
-a validation scene is in no training scene; single plain objects are in both. The emoji are OpenMoji's (CC BY-SA 4.0).
+Kinds of prompts are GenEval's (arXiv 2310.11513) and more. The emoji are OpenMoji's (CC BY-SA 4.0).
 """
 
 import hashlib
 import io
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from consonar.data.openmoji import package, svg_files
-from consonar.errors import UserError, check_choice
-from consonar.options import Range
-from consonar.types import ImageRecord
+from consonar.errors import UserError
 
 VERSION = 1
 """Changes with what a seed draws."""
@@ -59,10 +54,8 @@ NUMBERS = ("a", "two", "three", "four")
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single", "pair", "counting", "colour", "position", "attribution", "size", "mixed")
 """The classes: GenEval's (single and two objects, counting, colours, position, attribution), sizes, several of them."""
-SPLITS = ("train", "validation")
 HELD_OUT = 0.1
 """Share of pairings that are for validation."""
-DEFAULT_COUNTS = {"train": 20_000, "validation": 2_000}
 
 
 @dataclass(frozen=True)
@@ -175,68 +168,6 @@ def draw_scene(kind: str, rng: random.Random) -> Scene:
             tuple(replace(g, size=s) for g, s in zip((first, second), rng.sample(("small", "large"), 2), strict=True))
         ),
     }[kind]
-
-
-class Scenes:
-    """`count` scenes of one split at one size, an `IndexedSource`; label: its kind, caption: what it shows.
-
-    Raises `UserError` for an unknown split and when the packages of the extra `openmoji` are missing.
-    """
-
-    def __init__(self, split: str = "train", image_size: int = 64, *, count: int | None = None, seed: int = 0) -> None:
-        check_choice("scenes split", split, SPLITS)
-        Range(32, 512).check("scenes image_size", image_size)
-        self.split, self.image_size, self.seed = split, image_size, seed
-        self.count = DEFAULT_COUNTS[split] if count is None else count
-        Range(1, 10**9).check("scenes count", self.count)
-        self.name = f"scenes/{split}@{image_size}"
-        self.class_names: tuple[str, ...] | None = KINDS
-        self.labels = torch.arange(self.count) % len(KINDS)
-        made_by = [VERSION, split, image_size, self.count, seed, package("resvg_py").__version__, emoji_hash()]
-        self.content_hash = hashlib.sha256(repr(made_by).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return self.count
-
-    @cached_property
-    def captions(self) -> list[str | None]:
-        """Of every picture, none of which is drawn for them."""
-        return [str(self.placed(index)[0]) for index in range(self.count)]
-
-    def scene(self, index: int) -> tuple[Scene, random.Random]:
-        """What picture `index` shows, and what draws it."""
-        rng = random.Random(f"{VERSION}/{self.seed}/{self.split}/{index}")
-        kind = KINDS[index % len(KINDS)]
-        while True:
-            scene = draw_scene(kind, rng)
-            asked = pairings(scene)
-            if not asked or any(map(is_held_out, asked)) == (self.split == "validation"):
-                return scene, rng
-
-    def placed(self, index: int) -> tuple[Scene, str, list[Placed]]:
-        """Picture `index` in words: its scene, with the ground where the caption names it; its ground; its emoji."""
-        scene, rng = self.scene(index)
-        ground = rng.choice(list(GROUNDS)) if rng.random() < 0.5 else "white"
-        if ground != "white" and rng.random() < 0.5:
-            scene = replace(scene, ground=ground)
-        return scene, ground, place(scene, self.image_size, rng)
-
-    def read(self, index: int) -> ImageRecord:
-        """Scene `index`, 0 <= index < len(self)."""
-        scene, ground, placed = self.placed(index)
-        about = f"{self.split}-{index:07d}", int(self.labels[index]), str(scene)
-        return ImageRecord(picture_of(ground, placed, self.image_size), *about)
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return map(self.read, range(len(self)))
-
-
-def open_scenes(count: str, split: str, image_size: int) -> Scenes:
-    """What `scenes` and `scenes:COUNT` name, COUNT scenes to train on; validation has as many, 2,000 at most."""
-    if count and not (count.isdecimal() and 0 < int(count[:10]) < 10**9):
-        raise UserError(f"scenes: {count!r} is not a number of scenes from 1 to {10**9 - 1:,}")
-    many = int(count or DEFAULT_COUNTS["train"])
-    return Scenes(split, image_size, count=many if split == "train" else min(many, DEFAULT_COUNTS["validation"]))
 
 
 def place(scene: Scene, image_size: int, rng: random.Random) -> list[Placed]:

@@ -7,6 +7,7 @@ objects of Python, some hundreds of bytes a picture.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -104,13 +105,13 @@ def index_of(
         finally:
             pool.shutdown(cancel_futures=True)
         whole = pa.concat_tables(parts).combine_chunks()
-
-        def write(file: IO[bytes]) -> None:
-            with pa.ipc.new_file(file, SCHEMA) as writer:
-                writer.write_table(whole)
-
-        keep(path, write)
+        keep(path, partial(write_table, whole))
     return whole
+
+
+def write_table(table: pa.Table, file: IO[bytes]) -> None:
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def kept_index(path: Path, num_shards: int) -> pa.Table:

@@ -13,7 +13,7 @@ from consonar.data.image_folder import ImageFolder, folder_splits
 from consonar.data.labels import DROP, class_id, known_labels, places_among, read_class_file
 from consonar.data.openmoji import SPLITS, OpenMoji
 from consonar.data.picture_files import ShardStream, Unread
-from consonar.data.scenes import open_scenes
+from consonar.data.scene_source import open_scenes
 from consonar.data.shards import is_pattern, open_shards
 from consonar.errors import UserError
 from consonar.files.readers import home_expanded
@@ -56,7 +56,7 @@ def arrow_splits(target: str) -> Sequence[str]:
 
 SOURCES: dict[str, SourceKind] = {
     "openmoji": SourceKind(lambda _, split, size: OpenMoji(split, size), splits=lambda _: SPLITS, is_drawn=True),
-    "scenes": SourceKind(open_scenes, ("", "COUNT"), lambda _: SPLITS, mirrors=False, is_drawn=True),
+    "scenes": SourceKind(open_scenes, ("", "COUNT[?seed=N]"), lambda _: SPLITS, mirrors=False, is_drawn=True),
     "imagefolder": SourceKind(
         lambda path, split, _: ImageFolder(path, split), ("PATH",), folder_splits, has_captions=False
     ),
@@ -129,7 +129,7 @@ def open_source(
 
     * `openmoji`: the emoji of the OpenMoji package, drawn at `image_size` pixels (the only use of `image_size`: images
       of other sources keep their size and are cropped when they are used).
-    * `scenes`, `scenes:COUNT`: arranged emoji with captions, drawn likewise; see `data.scenes`.
+    * `scenes`, `scenes:COUNT[?seed=N]`: arranged emoji with captions, drawn likewise; see `data.scene_source`.
     * `cifar10`, `cifar10:PATH`: CIFAR-10, see `data.cifar10`.
     * `PATH`, `imagefolder:PATH`: a folder of image files, see `ImageFolder`.
     * `hf:OWNER/NAME[:CONFIG]`, `hf:PATH`, `arrow:PATH`: a Hugging Face data set of the hub, or of this machine (saved
@@ -171,6 +171,7 @@ class Part:
 
     def __post_init__(self) -> None:
         self.class_names = self.class_names if self.relabel else self.source.class_names
+        self.keeps_pictures: bool = getattr(self.source, "keeps_pictures", False)
         if (labels := known_labels(self.source)) is not None:
             self.labels = [self.relabel(labels[row]) if self.relabel else labels[row] for row in self.rows]
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from consonar.components import load_own_text_encoder, load_tokenizer
 from consonar.config_io import to_dict
-from consonar.data.scenes import GROUNDS, KINDS, Scenes, picture_of, place
+from consonar.data.scene_source import Scenes
+from consonar.data.scenes import GROUNDS, KINDS, picture_of, place
 from consonar.data.transforms import from_uint8
 from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, reading

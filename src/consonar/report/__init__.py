@@ -150,4 +150,4 @@ def record_of(run: Run, runs: Sequence[Run]) -> Json:
 def shows_openmoji(named: object) -> bool:
     """Whether these names of data, tokenizers and recipes are of OpenMoji, or of scenes of its emoji: the licence asks
     for attribution."""
-    return re.search(r"openmoji|['\"](?:[a-z]+-)*scenes(?:[:-][\w:-]*)?['\"]", str([named]).lower()) is not None
+    return re.search(r"openmoji|['\"](?:[a-z]+-)*scenes(?:[:-][\w:?=-]*)?['\"]", str([named]).lower()) is not None
