@@ -131,9 +131,7 @@ def weighted_terms(config, terms):
     return config.mse_weight * terms["mse"] + config.ce_weight * terms["cross_entropy"]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "classes") for name in CASES), *CAPTION_CASES], indirect=["kind"]
-)
+@pytest.mark.parametrize(("name", "kind"), [*((name, "classes") for name in CASES), *CAPTION_CASES], indirect=["kind"])
 def test_terms_sum_to_the_loss_and_only_the_generator_learns(name, make, batch, tokenizer):
     objective, trainee = make(CASES[name])
     trainee.train()
