@@ -7,6 +7,7 @@ uninterrupted one would have read, and W ranks together read what one rank with 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Generic, NotRequired, TypedDict, TypeVar, Unpack
@@ -281,15 +282,16 @@ def load_images(
     check_labels(source, num_classes, missing)
     items, room = list[tuple[np.ndarray, int]](), MAX_MEMORY // (3 * image_size**2)
     item = partial(item_of, image_size=image_size, num_classes=num_classes, missing=missing)
-    for found in prefetch(source, item, num_workers=0, depth=AHEAD):
-        if len(items) >= room:
-            held = f"holds over {room:,.0f} pictures of {image_size} px, {MAX_MEMORY / 1e9:.3g} GB in every process"
-            remedy = (
-                "put shards (tars as they are, Parquet in row groups of 268 MB at most, Arrow) or a folder on this "
-                "machine, or take hf: for hf-stream:"
-            )
-            raise UserError(f"data.images: {source.name} {held}, and is read from its beginning alone; {remedy}")
-        items.append(found)
+    with closing(prefetch(source, item, num_workers=0, depth=AHEAD)) as decoded:
+        for found in decoded:
+            if len(items) >= room:
+                held = f"holds over {room:,.0f} pictures of {image_size} px, {MAX_MEMORY / 1e9:.3g} GB in every process"
+                remedy = (
+                    "put shards (tars as they are, Parquet in row groups of 268 MB at most, Arrow) or a folder on this "
+                    "machine, or take hf: for hf-stream:"
+                )
+                raise UserError(f"data.images: {source.name} {held}, and is read from its beginning alone; {remedy}")
+            items.append(found)
     if not items:
         raise UserError(f"data.images: {source.name} holds no image")
     return stacked(items)
