@@ -317,7 +317,8 @@ def run(
     file, out = HERE / f"{name}.yaml", options.out or HERE / "results" / name
     sweep = read_sweep(file, out)
     if not options.page:
-        prepare(options.profile, sweep, out)
+        with hold(out / ".working" / "preparing", wait=True):  # several processes may share a study
+            prepare(options.profile, sweep, out)
         place = Place(out, sweep, lambda text: print(text, flush=True))
         run_sweep(sweep, out, place.say, then)
         for cell in sweep.cells.values():

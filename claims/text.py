@@ -6,20 +6,23 @@ distances every finished run gets a compositional score (docs/text-to-image.md) 
 """
 
 from pathlib import Path
+from statistics import mean
 
-from photographs import FD, at_best, group_lines, groups, opening, run
+from photographs import FD, group_lines, groups, opening, run
 
 from consonar.components import load_tokenizer
 from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
 from consonar.distributed import pick_device
 from consonar.evaluation.compositional import SCORE, PromptSettings, score_run, validation_prompts
+from consonar.evaluation.results import Measurement
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
+from consonar.report.records import measurement_text
 from consonar.sweeps.page import named, table
 from consonar.sweeps.plan import Cell, Sweep
-from consonar.sweeps.summary import value_cells
+from consonar.sweeps.summary import Setting, difference_cells, over_seeds, value_cells
 from consonar.sweeps.work import Place
 
 NAMES = {"cpu": "text", "gpu": "text-gpu"}
@@ -55,11 +58,9 @@ def score(place: Place, cell: Cell) -> None:
         seed=asked.seed, batch_size=asked.batch_size, device=str(pick_device(cell.config.loop.device)),
     )  # fmt: skip
     texts = validation_prompts(PROMPTS)
-    found = score_run(place.run(cell), texts, settings, name="scenes-validation", overwrite=True, progress=place.say)
-    kept = {
-        key: found[key] for key in ("rows", "ceilings", "detector_sha256", "checkpoint_sha256", "machine", "versions")
-    }
-    write_json(path, {"schema": 1, "prompts": len(texts), "per_prompt": PER_PROMPT, **kept})
+    write_json(
+        path, score_run(place.run(cell), texts, settings, name="scenes-validation", overwrite=True, progress=place.say)
+    )
 
 
 def scores_of(out: Path) -> dict[str, Json]:
@@ -76,6 +77,12 @@ def with_scores(results: dict[str, Json], scores: dict[str, Json]) -> dict[str, 
     return results
 
 
+def mean_score(setting: Setting) -> float:
+    """Of its rows, over their seeds."""
+    found = [over_seeds(metrics[SCORE]).value for metrics in setting.values.values() if SCORE in metrics]
+    return mean(found) if found else 0.0
+
+
 def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
     """The section of docs/results.md."""
     scores = scores_of(out)
@@ -84,9 +91,11 @@ def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
     if scores:
         known = next(iter(scores.values()))
         ceilings = [f"{of} {known['ceilings'][of][SCORE]['value']:.1%}" for of in known["ceilings"]]
-        lines += [f"The score is of {known['prompts']:,} held-out captions, {known['per_prompt']} picture{'s' * (known['per_prompt'] > 1)} of each; the same of {', of '.join(ceilings)}."]  # fmt: skip
+        asked, each = len(known["prompts"]["texts"]), known["prompts"]["per_prompt"]
+        lines += [f"The score is of {asked:,} held-out captions, {each} picture{'s' * (each > 1)} of each; the same of {', of '.join(ceilings)}."]  # fmt: skip
     for heading, summary in groups(sweep, results).items():
-        best = at_best(summary)
+        grid = [setting for setting in summary.settings if setting.temperature is not None and setting.values]
+        best = max(grid, key=mean_score, default=None)
         kinds = [column for column in (best.columns if best else ()) if column.startswith(f"{SCORE} (")]
         lines += [
             "", f"### {heading}", "",
@@ -94,8 +103,19 @@ def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
             *(f"- {note}" for note in summary.notes),
         ]  # fmt: skip
         if best and kinds:
+            at = [setting.title.removeprefix("at temperature ") for setting in grid]
+            if differences := {
+                f"{row} \u2212 {best.base[row]}": [cell for one in grid for cell in difference_cells(one, row, [SCORE])]
+                for row in best.values
+                if best.differences(row)
+            }:
+                lines += ["", "Differences of the score by temperature, seed by seed:", "", *table(at, differences)]
             by_kind = {named(row, best): value_cells(best, row, kinds) for row in best.values}
-            lines += ["", "The score by kind of caption, each row at its own best temperature (of FD):", ""]
+            by_kind |= {
+                of: [measurement_text(Measurement(found[kind]["value"]), percent=True) for kind in kinds]
+                for of, found in known["ceilings"].items()
+            }
+            lines += ["", f"The score by kind of caption {best.title}, where the mean of these rows is highest:", ""]
             lines += table([kind[len(SCORE) + 2 : -1] for kind in kinds], by_kind)
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import yaml
 from tiny_encoder import save_encoder
 
 from consonar.data import scene_source
+from consonar.evaluation.check import check_results
 
 CLAIMS = Path(__file__).parents[2] / "claims"
 
@@ -63,6 +64,8 @@ def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch
     kept = json.loads(scored.read_text())
     assert [(row["temperature"], row["guidance_scale"]) for row in kept["rows"]] == [(1.0, 1.0), (1.0, 2.0)]
     assert 0 <= kept["rows"][0]["metrics"]["compositional score"]["value"] <= 1
+    assert "Differences of the score by temperature" in text and text.count("\n| true pictures | ") == 2
+    assert check_results(scored, samples=tmp_path / "claims/results/text/runs/plain+ce-1").reproduced
     scored.unlink()  # as where a process was ended between a result and its score
     study.run("about", study.NAMES, study.prepare, study.page, study.score)
     assert json.loads(scored.read_text())["rows"] == kept["rows"]
