@@ -271,12 +271,19 @@ def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, 
     few = given(["a dog", "", None, *["a cat"] * 5])
     line = refusal(capsys, *words, few, "--captions", "--validation-split", "0%")
     assert re.search(
-        r"--captions: arrow:\S+: 2 of 8 items have no caption \(the first: number 1 of 0 to 7, ''\); give them one, or",
+        r"--captions: arrow:\S+: 2 of 8 items have no caption \(the first: row 1 of the data, counted .*, ''\); give",
         line,
     )
     odd = given(["a dog", "[PAD]", *["a cat"] * 6])
     line = refusal(capsys, *words, odd, "--text-encoder", str(place / "enc"), "--validation-split", "0%")
-    assert "1 of 8 items have no caption (the first: number 1 of 0 to 7, '[PAD]')" in line
+    assert "1 of 8 items have no caption (the first: row 1 of the data, counted from 0, '[PAD]')" in line
+    odd = given([*["a dog"] * 7, "[PAD]"])
+    for asked in (["--captions", "--text-encoder", str(place / "enc")], []):
+        start = words if asked else ["train", "ce-scenes", "--init", str(place / "run"), "--out", str(tmp_path / "ce"),
+                                     "--data"]  # fmt: skip
+        split = "--validation-split" if asked else "--data.validation-split"
+        line = refusal(capsys, *start, odd, *asked, split, "25%")  # wherever it is then
+        assert "row 7 of the data, counted from 0" in line and "[PAD]" in line
     few = given(["a dog", "", None, *["a cat"] * 5])
     folder = save_pictures(tmp_path / "pictures", size=32)
     for option in (["--captions"], ["--text-encoder", str(place / "enc")]):
@@ -287,7 +294,7 @@ def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, 
     # Where captions are known only when pictures are read: at the first shard in which they lack.
     monkeypatch.delattr("consonar.data.huggingface.DatasetImages.captions")
     line = refusal(capsys, *words, few, "--captions", "--validation-split", "0%")
-    assert re.search(r"--captions: arrow:\S+, shard 0: 2 of 8 items have no caption", line)
+    assert re.search(r"arrow:(\S+), shard 0: 2 of 8 items have no caption \(the first: arrow:\1/1, ''\)", line)
     main([*words, few, "--validation-split", "0%", "--views", "center"])  # goes on with that shard
     assert TokenStore.open(tmp_path / "out").metadata.counts.captioned == 7
 

@@ -14,7 +14,7 @@ from datasets import Image as ImageFeature
 from consonar import cli
 from consonar.components import save_generator
 from consonar.data.image_folder import ImageFolder
-from consonar.data.sources import open_source
+from consonar.data.sources import called_in, open_source
 from consonar.data.splits import HELD_OUT, hold_out, open_splits
 from consonar.data.tokens import TokenStore
 from consonar.errors import UserError
@@ -203,6 +203,9 @@ def test_what_is_held_out_does_not_depend_on_labels(tmp_path):
     assert len({record.name for record in of_tokens.train} - held_out) == len(of_tokens.train)
     assert len(of_tokens.train) + len(of_tokens.validation) == 30
     assert None not in [*of_tokens.train.labels, *of_tokens.validation.labels]
+    for part in (seen.train, of_tokens.train, of_tokens.validation):
+        called = [f"row {record.name.rpartition('/')[2]} of the data, counted from 0" for record in part]
+        assert [called_in(part, index) for index in range(len(part))] == called
 
 
 @pytest.mark.parametrize("value", ["", "100%", "x%", "5 %", "%"])

@@ -96,7 +96,9 @@ def test_a_step_draws_one_caption_of_each_item_whatever_the_number_of_processes(
 
 def test_lines_are_captions():
     assert all_captions([in_lines(["a\ndog", "a cat"]), "one"], "here") == [("a dog", "a cat"), ("one",)]
-    with pytest.raises(UserError, match=r"here: 2 of 3 items have no caption \(the first: number 1 of 0 to 2, ' .n'\)"):
+    with pytest.raises(
+        UserError, match=r"here: 2 of 3 items have no .* \(the first: number 1, counted from 0, ' .n'\)"
+    ):
         all_captions(["x", " \n", None], "here")
 
 
@@ -129,7 +131,7 @@ def test_captions_without_words_are_left_out_and_items_without_others_are_told(t
         found = features.read(torch.tensor([1, 1, 2, 2]), torch.tensor([0, 1, 0, 1]))
         assert torch.equal(found.features, Spelling().encode(["cow", "cow", "dog", "ant"]).features)
         with pytest.raises(
-            UserError, match=r"^here: '<b>' \(number 1 of 0 to 2; 1 more have none\) has no words for sp"
+            UserError, match=r"^here: '<b>' \(number 1, counted from 0; 1 more have none\) has no words for sp"
         ):
             CaptionFeatures(["bee", "<b>", ("<b>",)], encoder, folder=tmp_path, where="here")
     assert encoder.asked == []

@@ -54,7 +54,9 @@ def test_pixel_rewards_in_closed_form():
 def test_captions_that_a_reward_cannot_read_are_told_before_any_is_encoded():
     pets = SimpleNamespace(name="pets", captions=["a dog", "a cat\na corgi in a teacup"])
     line = refused(captions_of_pictures, pets, object(), print, {"mse": 1.0, "compositional": 0.0})
-    assert line.startswith("objective.rewards: 'compositional' cannot read data.images: pets, number 1 of 0 to 1: ")
+    assert line.startswith(
+        "objective.rewards: 'compositional' cannot read data.images: pets, row 1 of the data, counted from 0: "
+    )
     assert "'a corgi in a teacup'" in line
     assert "'clip' reads captions" in refused(captions_of_pictures, pets, None, print, ["clip"])
     assert captions_of_pictures(pets, None, print, ["mse"]) is None

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from consonar import memory
 from consonar.cli import counting, say
 from consonar.cli.parsing import BadImageGroup, check_name
 from consonar.components import load_tokenizer
-from consonar.data.captions import CaptionFeatures, all_captions
+from consonar.data.captions import NUMBERED, CaptionFeatures, all_captions
 from consonar.data.image_folder import other_files
 from consonar.data.labels import describe, known_labels
-from consonar.data.sources import check_captioned, check_mirrored, find_source, open_source
+from consonar.data.sources import called_in, check_captioned, check_mirrored, find_source, open_source
 from consonar.data.splits import open_splits
 from consonar.data.store_format import METADATA_FILE
 from consonar.data.tokenizing import CAPTION_REMEDY, write_token_store
@@ -82,8 +83,7 @@ def tokenize(options: Options, world: World) -> None:
     check_batch_size(options.batch_size, "--batch-size")
     out = options.out
     stores = {"train": out, "validation": out.with_name(f"{out.name}-validation")}
-    if options.split is not None:
-        stores = {options.split: out}
+    stores = stores if options.split is None else {options.split: out}
     if captioned := options.captions or options.text_encoder is not None:
         check_captioned(options.data)
     done = options.text_encoder is None  # with it the features of stores that are there may be left to make
@@ -108,7 +108,8 @@ def tokenize(options: Options, world: World) -> None:
     for name, source in sources.items() if captioned else ():
         known = TokenStore.open(stores[name]).captions if name in ours else getattr(source, "captions", None)
         has_words = encoder.has_words if encoder is not None and world.size == 1 else str.strip  # else others wait
-        all_captions(known or (), f"--captions: {source.name}", CAPTION_REMEDY, has_words)
+        called = NUMBERED if name in ours else partial(called_in, source)
+        all_captions(known or (), f"--captions: {source.name}", CAPTION_REMEDY, has_words, called)
     barrier(world)  # nobody looks for stores after another process has made them
     tell = say if world.is_main else ignore
     if note:

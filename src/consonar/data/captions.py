@@ -27,6 +27,9 @@ from consonar.types import PromptCondition, TextCondition, TextEncoder
 PER_FILE = 1024
 INDEX = ".index.npy"
 REMEDY = "delete it, it is made again"
+Called = Callable[[int], str]
+"""In words which item a number of 0 or more means."""
+NUMBERED: Called = "number {:,}, counted from 0".format
 
 
 class EncodedTexts:
@@ -146,7 +149,7 @@ class CaptionFeatures:
     no words are left out, which `about` counts, as it does those that are cut. `folder`: where features are kept
     (`captions` in the cache folder).
     `progress(done, total)` counts captions. Raises `UserError`, which begins with `where`, for an item that has no
-    words, and for a damaged file.
+    words, which is `called` so, and for a damaged file.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class CaptionFeatures:
         batch_size: int = 64,
         progress: Callable[[int, int], None] = lambda done, total: None,
         where: str = "caption",
+        called: Called = NUMBERED,
     ) -> None:
         self.width = encoder.width
         items = [(caption,) if isinstance(caption, str) else caption for caption in captions]
@@ -170,7 +174,7 @@ class CaptionFeatures:
         worded = [[place[caption] for caption in item if caption in place] for item in items]
         if [] in worded:
             first, more = worded.index([]), worded.count([]) - 1
-            number = f" (number {first} of 0 to {len(items) - 1:,}{f'; {more:,} more have none' if more else ''})"
+            number = f" ({called(first)}{f'; {more:,} more have none' if more else ''})"
             text = items[first][0][:60]
             raise UserError(f"{where}: {text!r}{number if len(items) > 1 else ''} has no words for {encoder.name}")
         self.about = f"captions: {len(self.texts):,} different, read by {encoder.name}"
@@ -234,13 +238,14 @@ def all_captions(
     where: str,
     why: str = ", and the generator takes captions",
     has_words: Callable[[str], object] = str.strip,
+    called: Called = NUMBERED,
 ) -> list[tuple[str, ...]]:
     """The captions of each item, one a line (`in_lines`). `UserError`, which begins with `where` and ends with `why`,
-    if one has none with words."""
+    if one, which is `called` so, has none with words."""
     whole = [(text or "").encode(errors="replace").decode() for text in captions]  # JSON may hold half a letter
     given = [tuple(line for line in text.split("\n") if has_words(line)) for text in whole]
     if missing := given.count(()):
-        first = f"number {(row := given.index(())):,} of 0 to {len(given) - 1:,}, {whole[row][:60]!r}"
+        first = f"{called(row := given.index(()))}, {whole[row][:60]!r}"
         raise UserError(f"{where}: {missing} of {len(given)} items have no caption (the first: {first}){why}")
     return given
 

@@ -201,6 +201,13 @@ class Part:
         return map(self.read, range(len(self)))
 
 
+def called_in(source: ImageSource, index: int) -> str:
+    """Which row of all the data a picture of a source, or of a part of it, is, in words."""
+    while isinstance(source, Part):
+        index, source = source.rows[index], source.source
+    return f"row {index:,} of the data, counted from 0"
+
+
 @dataclass
 class Stream:
     """A source whose pictures `walk` gives, anew each time."""

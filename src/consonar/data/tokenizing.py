@@ -159,7 +159,8 @@ class Shards:
         self.done += len(store) + len(left_out)
         self.check_labels(store)
         if self.captions:
-            all_captions(store.captions, f"--captions: {self.source.name}, shard {index}", CAPTION_REMEDY)
+            where, names = f"--captions: {self.source.name}, shard {index}", store.table["name"]
+            all_captions(store.captions, where, CAPTION_REMEDY, called=lambda row: str(names[row]))
 
     def check_labels(self, store: TokenStore) -> None:
         """Raises `UserError` where this shard has labels and the first one that is there has none, or the reverse: the

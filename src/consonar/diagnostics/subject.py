@@ -170,9 +170,9 @@ def encoded(
     if encoder is None:
         condition = torch.tensor([check_label(record.label, num_classes, record.name) for record in records])
     else:
-        where = f"--data: {name}"
-        captions = all_captions([record.caption for record in records], where)
-        features = CaptionFeatures(captions, encoder, where=where)
+        where, names = f"--data: {name}", [record.name for record in records]
+        captions = all_captions([record.caption for record in records], where, called=names.__getitem__)
+        features = CaptionFeatures(captions, encoder, where=where, called=names.__getitem__)
         condition, about = features.read(torch.arange(len(captions))), features.about if features.num_cut else ""
     size = tokenizer.image_size
     images = np.stack([cropped(record.image, size) for record in records])

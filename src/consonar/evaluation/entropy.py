@@ -6,7 +6,7 @@ at the temperature of equal entropy is no gain of the method.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from consonar.components import load_generator, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.labels import check_label
-from consonar.data.sources import at_size, in_order_of
+from consonar.data.sources import at_size, called_in, in_order_of
 from consonar.data.splits import open_splits
 from consonar.errors import UserError
 from consonar.evaluation.image_sets import cropped
@@ -107,8 +107,10 @@ class Sharpness:
                 f"reference: samples are drawn for the captions of its validation images, and {self.source}; "
                 "--validation-split says which they are"
             )
-        where = f"reference {self.source.name}"
-        return CaptionFeatures(all_captions(self.encoded[2], where), self.encoder, where=where)
+        where, called = f"reference {self.source.name}", partial(called_in, self.source)
+        return CaptionFeatures(
+            all_captions(self.encoded[2], where, called=called), self.encoder, where=where, called=called
+        )
 
     @torch.inference_mode()
     def batches(self, generator: Generator) -> Iterator[TokenBatch] | str:

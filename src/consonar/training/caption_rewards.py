@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from consonar.data.captions import NUMBERED, Called
 from consonar.errors import UserError
 from consonar.networks.likeness import CaptionLikeness
 from consonar.networks.scene_claims import degrees, scene_of
@@ -14,8 +15,10 @@ READ_BY: dict[str, Callable[[str], object]] = {"compositional": scene_of, "clip"
 """The rewards that read captions, with what raises `UserError` for one that they cannot read."""
 
 
-def check_captions(rewards: Collection[str], captions: Sequence[Sequence[str]] | None, where: str) -> None:
-    """Raises `UserError`, with the number of the item, where one of these rewards cannot read a caption of the data
+def check_captions(
+    rewards: Collection[str], captions: Sequence[Sequence[str]] | None, where: str, called: Called = NUMBERED
+) -> None:
+    """Raises `UserError`, with what the item is `called`, where one of these rewards cannot read a caption of the data
     `where`, or there are none (None)."""
     for name in filter(rewards.__contains__, READ_BY):
         if captions is None:
@@ -24,7 +27,7 @@ def check_captions(rewards: Collection[str], captions: Sequence[Sequence[str]] |
             try:
                 list(map(READ_BY[name], item))
             except UserError as error:
-                at = f"{where}, number {number:,} of 0 to {len(captions) - 1:,}"
+                at = f"{where}, {called(number)}"
                 raise UserError(f"objective.rewards: {name!r} cannot read {at}: {error}") from error
 
 

@@ -3,11 +3,13 @@
 import hashlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from consonar.data.captions import CaptionFeatures, all_captions
+from consonar.data.captions import NUMBERED, Called, CaptionFeatures, all_captions
 from consonar.data.mixture import TokenStores
+from consonar.data.sources import called_in
 from consonar.data.tokens import TokenStore
 from consonar.errors import UserError
 from consonar.files.readers import home_expanded
@@ -55,7 +57,9 @@ def captions_of_pictures(
         return None
     known: Iterable[str | None] | None = getattr(source, "captions", None)
     captions = (record.caption for record in source) if known is None else known
-    return features(captions, encoder, f"data.images: {source.name}", progress, rewards)
+    return features(
+        captions, encoder, f"data.images: {source.name}", progress, rewards, called=partial(called_in, source)
+    )
 
 
 def told(captions: CaptionFeatures | None, held_out: CaptionFeatures | None) -> tuple[str, ...]:
@@ -70,10 +74,11 @@ def features(
     where: str,
     progress: Progress,
     rewards: Collection[str] = (),
+    called: Called = NUMBERED,
 ) -> CaptionFeatures:
-    given = all_captions(captions, where)
-    check_captions(rewards, given, where)
-    return CaptionFeatures(given, encoder, where=where, progress=progress)
+    given = all_captions(captions, where, called=called)
+    check_captions(rewards, given, where, called)
+    return CaptionFeatures(given, encoder, where=where, progress=progress, called=called)
 
 
 def read_by(
