@@ -71,14 +71,16 @@ def distance_of_draws(root: Tensor, count: int, seed: int) -> float:
     """Fréchet distance of `count` draws (2 or more) from a Gaussian to itself: what perfect samples would score.
 
     `root` (F, F) is the `covariance_root` of it. The covariance of the draws comes from Bartlett's decomposition of the
-    Wishart distribution, so that the cost does not depend on `count`.
+    Wishart distribution: no more columns than draws, whose products with the root have the eigenvalues that count.
     """
     rng, size = np.random.default_rng(seed), min(len(root), count - 1)
     lower = np.tril(rng.standard_normal((len(root), size)))
     lower[range(size), range(size)] = np.sqrt(rng.chisquare(count - 1 - np.arange(size)))
     spread = root @ torch.from_numpy(lower) / math.sqrt(count - 1)  # (F, size)
     mean = root @ torch.from_numpy(rng.standard_normal(len(root))) / math.sqrt(count)
-    return frechet_distance(torch.zeros_like(mean), root @ root.T, mean, spread @ spread.T, root1=root)
+    cross = root.T @ spread
+    overlap = torch.linalg.eigvalsh(cross.T @ cross).clamp(min=0).sqrt().sum()  # as in `frechet_distance`
+    return max(0.0, float(mean.square().sum() + root.square().sum() + spread.square().sum() - 2 * overlap))
 
 
 def frechet_distance_of_rows(reference: Tensor, samples: Tensor) -> float:
