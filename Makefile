@@ -81,9 +81,9 @@ results: .venv/installed  ## docs/results.md from the files of a finished demo; 
 
 results-whole: demo  ## docs/results.md as a whole: of demo and studies what is missing (hours; what is there is kept: CONTRIBUTING.md says how it is made afresh)
 	$(MAKE) results
-	$(MAKE) claims-diagnosis
 	$(MAKE) claims-vapi
 	$(MAKE) claims
+	$(MAKE) claims-diagnosis
 	$(MAKE) claims-text
 
 TO := $(if $(OUT),--out $(OUT))
@@ -109,7 +109,7 @@ else
 	$(SHARED) claims/text.py $(TO)
 endif
 
-claims-diagnosis: .venv/installed  ## what goes wrong in the shipped generator and in the models of a demo, into docs/results.md; files that are there are kept
+claims-diagnosis: .venv/installed  ## what goes wrong in the shipped generator and in models of a demo and of make claims, into docs/results.md; files that are there are kept
 	$(BIN)/python claims/diagnosis.py
 
 claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md; finished runs are kept (6 minutes each on 2 cores)

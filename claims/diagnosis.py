@@ -1,9 +1,10 @@
 # ruff: noqa: E501  (the sentences of the page)
 """What goes wrong together, and where: python claims/diagnosis.py [--page].
 
-`consonar diagnose` for the generator of the package and for the two that a demo trains (runs/demo). Of each the numbers
-and what they are of are kept, claims/results/diagnosis/NAME.json, and committed; what is there is not made again. Then
-the section of docs/results.md is written from these files.
+`consonar diagnose` for the generator of the package, for the two that a demo trains (runs/demo), and for three that the
+study on photographs trains (`make claims`). Of each the numbers and what they are of are kept,
+claims/results/diagnosis/NAME.json, and committed; what is there is not made again. Then the section of docs/results.md
+is written from these files.
 """
 
 import argparse
@@ -20,9 +21,19 @@ from consonar.json_types import Json
 from consonar.sweeps.page import table
 
 HERE = Path(__file__).parent
-DATA, SOME = "openmoji", ("exposure", "embedding", "noise")
-MODELS = {"openmoji": ("openmoji", ()), "plain-ar": ("runs/demo/plain-ar", SOME), "rear": ("runs/demo/rear", SOME)}
-"""File: model, and parts (none: all)."""
+EMOJI, PHOTOGRAPHS = "openmoji", "cifar10:runs/photographs/data"
+SOME = ("exposure", "embedding", "noise")
+MOST = (*SOME, "layers", "gap", "attribution")
+STUDIED = "claims/results/photographs/runs"
+MODELS = {
+    "openmoji": ("openmoji", EMOJI, ()),
+    "plain-ar": ("runs/demo/plain-ar", EMOJI, SOME),
+    "rear": ("runs/demo/rear", EMOJI, SOME),
+    "photographs-plain": (f"{STUDIED}/plain-0", PHOTOGRAPHS, MOST),
+    "photographs-rear": (f"{STUDIED}/rear-0", PHOTOGRAPHS, MOST),
+    "photographs-vapi": (f"{STUDIED}/plain+vapi-0", PHOTOGRAPHS, MOST),
+}
+"""File: model, data, and parts (none: all)."""
 SHOWN = {
     "exposure": ("",), "embedding": ("perceptual distance", "the same", "PSNR", "share"), "layers": ("cosine with",),
     "noise": ("cross-entropy, nats", "cross-entropy added by 10%"), "gap": ("cross-entropy, held-out",),
@@ -33,8 +44,8 @@ SHOWN = {
 
 def measured(name: str) -> Json:
     """What is kept of a diagnosis."""
-    model, parts = MODELS[name]
-    found = diagnose(model, DATA, DiagnosisSettings(), parts=parts)
+    model, data, parts = MODELS[name]
+    found = diagnose(model, data, DiagnosisSettings(), parts=parts)
     numbers = {
         part: {
             what: {key: float(f"{value:.6g}") for key, value in one._asdict().items()}
@@ -43,13 +54,13 @@ def measured(name: str) -> Json:
         for part, finding in found.findings.items()
     }
     chosen = f" --parts {','.join(parts)}" if parts else ""
-    command = f"consonar diagnose {model} --data {DATA}{chosen} --out {name}.html"
+    command = f"consonar diagnose {model} --data {data}{chosen} --out {name}.html"
     return {"command": command, "numbers": numbers, "provenance": found.provenance}
 
 
 def page(known: dict[str, Json]) -> str:
     """The section, of the files by name."""
-    lines = ["## What goes wrong: the shipped generator and the demo's, diagnosed", ""]
+    lines = ["## What goes wrong: emoji of the package and of the demo, photographs of the study, diagnosed", ""]
     for name, one in known.items():
         made, model = one["provenance"], one["provenance"]["generator"]
         lines.append(
@@ -58,7 +69,7 @@ def page(known: dict[str, Json]) -> str:
         )
     lines += [
         "",
-        "95 % intervals over pictures, of one model each; perceptual distance and FD by efficientnet-lite0. Made by `make claims-diagnosis`; all numbers are in "
+        "95 % intervals over pictures, of one model each; perceptual distance and FD by efficientnet-lite0. Made by `make claims-diagnosis`, of photographs after `make claims`; all numbers are in "
         "`claims/results/diagnosis`, what they mean in [diagnostics.md](diagnostics.md).",
     ]
     for part, shown in SHOWN.items():
