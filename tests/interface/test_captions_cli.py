@@ -161,12 +161,17 @@ def test_wrong_prompts(place, tmp_path, capsys, words, said):
     [
         ("p.txt", b"a dog\n\na cat\n", "line 2: '' is no prompt"),
         ("p.txt", b"", "is empty"),
-        ("p.txt", b"a dog\n\xff\n", "not text in UTF-8"),
-        ("p.jsonl", b'{"prompt": "a dog"}\n{"text": "a cat"}\n', "line 2: not JSON such as"),
+        ("p.txt", b"a dog\r\na cat\r\n\xff\n", "p.txt line 3: not text in UTF-8"),
+        ("p.jsonl", b'{"prompt": "a dog"}\n{"prompt": "\xe9"}\n', "p.jsonl line 2: not text in UTF-8"),
+        ("p.jsonl", b'{"prompt": "a dog"}\n"a cat"\n', 'line 2: a str, no table of JSON with the entry "prompt"'),
+        ("p.jsonl", b'{"promt": "a cat", "tag": 1}\n', 'line 1: the entry "prompt" is missing; there: promt, tag'),
+        ("p.jsonl", b"a cat\n", "line 1: not JSON such as"),
+        ("p.csv", b"prompt\na dog\n", "ending: unknown '.csv'; choices: .txt, .jsonl, .json"),
+        ("p", b"a dog\n", "ending: unknown ''; choices"),
         ("p.jsonl", b'{"prompt": 3}\n', "line 1: 3 is no prompt"),
         ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', "line 1: not text in UTF-8"),
         ("p.json", b'["a dog", 3]', "item 2: 3 is no prompt"),
-        ("p.json", b'[{"text": "a dog"}]', "item 1: None is no prompt"),
+        ("p.json", b'[{"text": "a dog"}]', 'item 1: the entry "prompt" is missing; there: text'),
         ("p.json", b'{"prompt": "a dog"}', "not a JSON list of prompts, or of tables such as"),
         ("p.json", b"[]", "is empty"),
         ("p.txt", b"a dog\na cat\na dog\n[PAD]\n", "line 4: '[PAD]' has no words for enc"),
@@ -562,6 +567,7 @@ def test_a_prompt_that_is_none_of_scenes_is_told_with_its_place(place, tmp_path,
     (tmp_path / name).write_text(content)
     line = refusal(capsys, "evaluate", str(place / "run"), "--prompts", str(tmp_path / name), "--overwrite")
     assert f"--prompts: {tmp_path / name} {at}: scenes: " in line and line.count("\n") == 1
+    assert line.count("corgi") < 2 and len(line) < 500
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def test_prompts_that_differ_in_a_letter_are_not_the_published_ones(geneval, mon
 
 @pytest.mark.parametrize(
     ("form", "text", "said"),
-    [("geneval", "{}\n", "not results of GenEval"), ("geneval", "", "it is empty"),
+    [("geneval", "{}\n", 'line 1: the entry "tag" is missing'), ("geneval", "[\n", "line 1: not a result of GenEval"),
+      ("geneval", "", "it is empty"),
      ("dpg", "a.png, yes\n", "line 1 has no file"),
      ("dpg", "a.png, (0, 0, 1, 1), Why?, yes\n", "asks no such question of 'a'")],
 )  # fmt: skip
@@ -144,7 +145,7 @@ def test_prompts_are_told_by_their_line_and_ids_name_files(tmp_path):
     path = tmp_path / "lines.jsonl"
     first = {"prompt": "a", "tag": "t", "include": []}
     for second, said in (
-        (first | {"prompt": ""}, "'' is no prompt"), ({"prompt": "x"}, "it has no 'tag'"),
+        (first | {"prompt": ""}, "'' is no prompt"), ({"prompt": "x"}, 'the entry "tag" is missing'),
         ("", "not a line of geneval"), (first | {"prompt": "x\ud83d"}, "not text in UTF-8"),
     ):  # fmt: skip
         rows = [first, second, first]

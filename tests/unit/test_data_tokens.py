@@ -289,8 +289,8 @@ def test_rar_jsonl(tmp_path):
         '{"class_id": 5, "tokens": [1, 2, 3, 0.5]}': "must be integers",
         '{"class_id": -2, "tokens": [1, 2, 3, 4]}': "class -2",
         '{"class_id": "cat", "tokens": [1, 2, 3, 4]}': "class 'cat'",
-        '{"tokens": [1, 2, 3, 4]}': "not a line of the form",
-        "[1, 2]": "not a line of the form",
+        '{"tokens": [1, 2, 3, 4]}': 'the entry "class_id" is missing; there: tokens',
+        "[1, 2]": "a list, no table of JSON",
         '{"class_id": 5, "tok': "not a line of the form",
     }.items():
         jsonl.write_text('{"class_id": 5, "tokens": [1, 2, 3, 4]}\n' + line)

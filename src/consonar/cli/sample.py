@@ -38,7 +38,7 @@ class Options:
     prompt: str | None = None
     """What to show, in words, for a generator of captions."""
     prompts: Path | None = None
-    """File of prompts, one a line, .jsonl with an entry "prompt" each, or .json, a list of either."""
+    """File of prompts: .txt, one a line, .jsonl with an entry "prompt" each, or .json, a list of either."""
     num_samples: int | None = None
     """How many images (default: one per class or prompt given). Those given repeat in turn; without any classes all
     are drawn equally often, and of more classes than images those at equal steps."""

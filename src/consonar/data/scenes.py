@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
@@ -129,7 +130,12 @@ def read_group(words: str, text: str) -> Group:
     found, names = GROUP.fullmatch(words), {word: name for name in OBJECTS for word in (plural(name), name)}
     if found is None or (name := found["object"]) not in names:
         form = f"[{', '.join(NUMBERS)}] [small, large] [{', '.join(COLOURS)}] OBJECT"
-        raise UserError(f"scenes: {words!r} in {text!r} is not of the form {form}; objects: {', '.join(OBJECTS)}")
+        inside = "" if words == " ".join(text.lower().split()).rstrip(".") else f" in {text[:60]!r}"
+        last = words.rpartition(" ")[2]
+        near = [] if last in names else [*dict.fromkeys(names[one] for one in get_close_matches(last, names))]
+        like = f" (did you mean {' or '.join(near)}?)" if near else ""
+        listed = f"docs/text-to-image.md lists the {len(OBJECTS)} objects"
+        raise UserError(f"scenes: {words[:60]!r}{inside} is not of the form {form}{like}; {listed}")
     count = 1 if found["count"] == "an" else NUMBERS.index(found["count"]) + 1
     return Group(names[name], count, found["colour"] or "", found["size"] or "")
 

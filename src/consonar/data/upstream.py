@@ -16,7 +16,7 @@ from consonar.data.labels import MAX_CLASSES
 from consonar.data.store_format import check_tokens
 from consonar.data.tokens import TokenStore, new_store
 from consonar.errors import UserError, reading
-from consonar.files.readers import home_expanded, parse_json, read_npy
+from consonar.files.readers import entry_of, home_expanded, parse_json, read_npy
 from consonar.types import Tokenizer
 
 ITEMS_PER_WRITE = 1024
@@ -55,7 +55,7 @@ def _rar_items(jsonl: Path, tokenizer: Tokenizer) -> Iterator[Item]:
                 continue
             with reading(where, 'a line of the form {"class_id": int, "tokens": [int, ...]}'):
                 entry = parse_json(line)
-                label, tokens = entry["class_id"], np.asarray(entry["tokens"])
+                label, tokens = entry_of(entry, "class_id", where), np.asarray(entry_of(entry, "tokens", where))
             _check_item(tokens[None], label, tokenizer, where)
             yield tokens[None], label, f"{jsonl.name}:{number}"
 

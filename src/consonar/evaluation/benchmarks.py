@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from consonar.errors import UserError, check_choice, reading
 from consonar.evaluation.results import Measurement, library_versions
-from consonar.files.readers import parse_json
+from consonar.files.readers import entry_of, parse_json, text_lines
 from consonar.files.writers import file_sha256
 from consonar.json_types import Json
 from consonar.metrics.shares import mean_of, wilson
@@ -84,14 +84,19 @@ def read_scores(form: str, path: Path, prompts: Path | None) -> Json:
 def geneval(path: Path, prompts: Path | None) -> tuple[list[str], dict[str, Measurement]]:
     """Of results.jsonl: a line for each picture, with tag, prompt and whether it is correct."""
     tasks: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with reading(path, "results of GenEval", "name the file that evaluate_images.py wrote"):
-        for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
+    for number, line in enumerate(text_lines(path, path), 1):
+        if not line.strip():
+            continue
+        with reading(
+            at := f"{path} line {number}", "a result of GenEval", "name the file that evaluate_images.py wrote"
+        ):
             row = parse_json(line)
-            if not isinstance(row["correct"], bool):
-                raise ValueError(f"correct is {row['correct']!r}")
-            tasks[str(row["tag"])][str(row["prompt"])].append(float(row["correct"]))
-        if not tasks:
-            raise ValueError("it is empty")
+            tag, prompt, correct = (entry_of(row, key, at) for key in ("tag", "prompt", "correct"))
+            if not isinstance(correct, bool):
+                raise ValueError(f"correct is {correct!r}")
+        tasks[str(tag)][str(prompt)].append(float(correct))
+    if not tasks:
+        raise UserError(f"{path}: it is empty; name the file that evaluate_images.py wrote")
     texts = [text for of_task in tasks.values() for text in of_task]
     if prompts is not None and (missing := {*read_benchmark("geneval", prompts).texts.values()} ^ {*texts}):
         raise UserError(f"{path}: is of other prompts than {prompts}: {min(missing)!r} is in one of them")
@@ -142,7 +147,9 @@ def dpg(path: Path, prompts: Path) -> tuple[list[str], dict[str, Measurement], d
         rows[row["item_id"]][int(row["proposition_id"])] = row
     answers: dict[str, dict[str, Answers]] = defaultdict(lambda: defaultdict(dict))
     with reading(path, "answers of DPG-Bench", "name the file ..._detail.txt that compute_dpg_bench.py wrote"):
-        for number, line in enumerate(filter(None, path.read_text(encoding="utf-8").split("\n")), 1):
+        for number, line in enumerate(text_lines(path, path), 1):
+            if not line:
+                continue
             if (found := DETAIL.fullmatch(line)) is None:
                 raise ValueError(f"line {number} has no file, place, question and answer")
             item = PurePosixPath(found["file"]).stem

@@ -7,7 +7,9 @@ and the size that an array claims is compared with what is there before memory i
 import json
 import math
 import os
+import re
 import zipfile
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +53,28 @@ def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in table if keys.count(key) > 1)!r} is given twice")
     return table
+
+
+def text_lines(path: Path, where: object) -> list[str]:
+    """The lines of a text in UTF-8, however they end. `UserError`, which begins with `where`, for what cannot be read,
+    and with its number for a line that is no UTF-8."""
+    with reading(where, "text in UTF-8"):
+        lines = re.split(rb"\r\n?|\n", path.read_bytes().removeprefix(BOM_UTF8))
+    found = []
+    for number, line in enumerate(lines, start=1):
+        with reading(f"{where} line {number}", "text in UTF-8"):
+            found.append(line.decode())
+    return found
+
+
+def entry_of(value: object, key: str, where: str) -> Any:
+    """An entry of a table of JSON. `UserError`, which begins with `where`, for what is no table, and with the entries
+    that are there for one without it."""
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: a {type(value).__name__}, no table of JSON with the entry "{key}"')
+    if key not in value:
+        raise UserError(f'{where}: the entry "{key}" is missing; there: {", ".join(value) or "none"}')
+    return value[key]
 
 
 def read_json(path: Path, remedy: str = "") -> Json:

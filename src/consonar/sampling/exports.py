@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from consonar.errors import UserError, reading
-from consonar.files.readers import parse_json, plain_name
+from consonar.files.readers import entry_of, parse_json, plain_name, text_lines
 from consonar.sampling.prompt_files import checked, lines_of, read_prompt_file
 
 PER_PROMPT = {"geneval": (4, 1000), "geneval2": (1, 1), "dpg": (4, 4)}
@@ -62,9 +62,8 @@ def prompt_of(form: str, where: str, line: str) -> tuple[str, str]:
     """Where a line stands, and its prompt."""
     with reading(where, f"a line of {form}"):
         row = parse_json(line)
-        if missing := [key for key in READ[form] if key not in row]:
-            raise ValueError(f"it has no {missing[0]!r}")
-    return where, checked(row["prompt"], where)
+    read = {key: entry_of(row, key, where) for key in READ[form]}
+    return where, checked(read["prompt"], where)
 
 
 def dpg_prompts(place: Path) -> tuple[list[str], dict[str, str]]:
@@ -72,8 +71,8 @@ def dpg_prompts(place: Path) -> tuple[list[str], dict[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     if place.is_dir():
         for path in sorted(place.glob("*.txt")):
-            with reading(f"--prompts: {path}", "text in UTF-8"):
-                found[path.stem] = f"--prompts: {path}", path.read_text(encoding="utf-8-sig")
+            where = f"--prompts: {path}"
+            found[path.stem] = where, "\n".join(text_lines(path, where))
     else:
         for line, row in dpg_rows(place).items():
             found.setdefault(row["item_id"], (f"--prompts: {place} line {line}", row["text"]))
@@ -84,7 +83,7 @@ def dpg_rows(place: Path) -> dict[int, dict[str, str]]:
     """The rows of dpg_bench.csv, one for each question, by the line on which they end."""
     rows: dict[int, dict[str, str]] = {}
     with reading(f"--prompts: {place}", "dpg_bench.csv"):
-        table = csv.DictReader(io.StringIO(place.read_text(encoding="utf-8-sig")))
+        table = csv.DictReader(io.StringIO("\n".join(text_lines(place, f"--prompts: {place}"))))
         columns = table.fieldnames or ()
         if not {"item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"} <= {*columns}:
             raise ValueError(f"has the columns {', '.join(columns)}")

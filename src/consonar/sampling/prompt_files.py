@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from consonar.errors import UserError, reading
-from consonar.files.readers import parse_json
+from consonar.errors import UserError, check_choice, reading
+from consonar.files.readers import entry_of, parse_json, text_lines
+
+ENDINGS = (".txt", ".jsonl", ".json")
 
 
 def lines_of(file: Path) -> list[str]:
     """Without empty ones at the end. `UserError` for what is no text."""
-    with reading(f"--prompts: {file}", "text in UTF-8"):
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    lines = text_lines(file, f"--prompts: {file}")
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
@@ -29,9 +30,10 @@ def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> dict[s
     file those of a list, texts or tables with that entry.
 
     Raises `UserError`, with the number of the line or item, for one that is empty, for JSON that has no prompt, and
-    where `check` raises it of a prompt.
+    where `check` raises it of a prompt; for a file of another ending (a table's header would pass for a prompt).
     """
     where, suffix, found = f"--prompts: {file}", file.suffix.lower(), dict[str, str]()
+    check_choice(f"{where}: ending", suffix, ENDINGS)
     items: list[object] = [*lines_of(file)]
     if suffix == ".json":
         with reading(where, 'a JSON list of prompts, or of tables such as {"prompt": "a dog"}'):
@@ -42,10 +44,10 @@ def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> dict[s
         at = f"{where} {'item' if suffix == '.json' else 'line'} {number}"
         if suffix == ".jsonl":
             with reading(at, 'JSON such as {"prompt": "a dog"}'):
-                item = parse_json(str(item))["prompt"]
-        elif isinstance(item, dict):
-            item = item.get("prompt")
-        elif suffix != ".json":
+                item = parse_json(str(item))
+        if suffix == ".jsonl" or isinstance(item, dict):
+            item = entry_of(item, "prompt", at)
+        elif suffix == ".txt":
             item = str(item).strip()
         found[at] = checked(item, at)
         try:
