@@ -586,9 +586,9 @@ def test_wrong_prompts_to_score(place, capsys, words, said):
     assert said in line and line.count("\n") == 1
 
 
-def test_a_generator_of_the_package_has_no_folder_for_scores(capsys):
+def test_a_generator_of_classes_has_no_score_of_prompts(capsys):
     line = refusal(capsys, "evaluate", "openmoji", "--prompts", "scenes-validation")
-    assert "openmoji is a shipped generator, which keeps no results; first consonar sample openmoji --prompts" in line
+    assert line == "consonar: prompts: openmoji takes class ids 0..9, no captions\n"
 
 
 def test_folders_for_the_scorers_of_benchmarks(place, tmp_path, capsys):

@@ -13,6 +13,7 @@ from consonar.cli import counting, say
 from consonar.cli.compositional import score_of_run, score_of_samples, show_benchmark
 from consonar.cli.measured import beside, is_tokenizer, keeps_results, print_metrics, say_about, say_bad, show_check
 from consonar.cli.parsing import BadImageGroup, check_read, numbers_in
+from consonar.components import load_generator, load_own_text_encoder
 from consonar.data.bad_images import BadImages
 from consonar.distributed import World, failing_together, joined
 from consonar.errors import UserError, unknown
@@ -187,6 +188,8 @@ def measure_prompts(options: Options, prompts: str | None, world: World) -> None
     check_read(options.bad, BAD_IMAGES, "without --prompts and --format")
     if place is None or not place.exists():
         if place is not None:
+            if (name := str(place)) in SHIPPED["generator"]:
+                load_own_text_encoder(name, load_generator(name))  # refuses one of classes
             keeps_results(place, "--prompts FILE")  # refuses a generator of the package
         raise UserError(f"{place or 'evaluate'}: no such file or folder; name samples, or a run folder")
     if options.format is not None or prompts is None:
