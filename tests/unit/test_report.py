@@ -427,3 +427,14 @@ def test_scores_have_the_ceiling_of_their_own_tokenizer_and_one_detector(two_run
     write_scores(two_runs[0], 0.5, ["a dog"], detector="another")
     part = " ".join(Page(write_report(two_runs, tmp_path / "c.html").read_text()).text.split())
     assert "25 %" in part and "The detector is not this version's (another...)" in part
+
+
+def test_a_run_whose_prompts_alone_were_scored_is_told_how_its_pictures_come(two_runs, tmp_path):
+    write_results(two_runs[0], {1.0: 50.0})
+    ask_in_words(two_runs[0], ["a dog", "a cat", "a hat"])
+    (two_runs[1] / "results.json").unlink()
+    write_scores(two_runs[1], 0.5, ["a dog"])
+    html = write_report(two_runs, tmp_path / "r.html").read_text()
+    told = "Pictures come with consonar evaluate RUN --reference DATA; a score of prompts alone keeps none."
+    assert f"Not sampled: {two_runs[1].name}. {told}" in " ".join(Page(html).text.split())
+    assert '<span class=""> Columns: a dog; a cat; a hat.' in html  # on narrow screens too

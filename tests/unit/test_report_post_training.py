@@ -146,6 +146,18 @@ def test_frontier_charts_ring_the_control_in_the_colour_of_its_run(six_runs):
     assert "ring" not in only[0].note
 
 
+def test_points_at_one_temperature_say_which_was_guided(six_runs):
+    [run] = load_runs(six_runs[:1])
+    plain = next(row for row in run.results.rows if row.temperature == 1)
+    guided = replace(plain, guidance_scale=2.0, top_k=100)
+    both, one = (
+        frontier_charts([replace(run, results=replace(run.results, rows=rows))])[0]
+        for rows in ((plain, guided), (guided,))
+    )
+    assert both.svg.count("guidance 2, top-k 100") == 1 and "Words at a line" in both.note
+    assert "guidance" not in one.svg and "guidance" not in one.note
+
+
 def section(*runs: Path) -> dict:
     return training_groups(load_runs(list(runs)))[0]
 

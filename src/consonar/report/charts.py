@@ -36,6 +36,8 @@ class Line(NamedTuple):
     """Hollow circles: x, y, colour."""
     spreads: list[tuple[float, float]]
     """How far a bar goes down and up from each point; empty: there are none."""
+    label: str = ""
+    """What stands at its last point."""
 
 
 class Chart(NamedTuple):
@@ -117,7 +119,7 @@ def svg_chart(
         axes.set_xscale(scale)
         if scale == "linear" and all(float(x).is_integer() for line in lines for x, _ in line.points):
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        for look, points, rings, spreads in lines:
+        for look, points, rings, spreads, label in lines:
             marked, bars = len(points) <= MAX_MARKERS, [*zip(*spreads, strict=True)] or None
             across, up = [x for x, _ in points], [y for _, y in points]
             axes.errorbar(
@@ -127,6 +129,8 @@ def svg_chart(
             if bars and not marked:
                 low, high = zip(*[(y - a, y + b) for y, (a, b) in zip(up, spreads, strict=True)], strict=True)
                 axes.fill_between(across, low, high, color=look.colour, alpha=0.18, linewidth=0)
+            if label:
+                axes.annotate(label, points[-1], (6, -3), textcoords="offset points", color=look.colour, fontsize=7)
             for x, y, colour in rings:
                 axes.plot(x, y, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
         file = io.StringIO()
@@ -177,6 +181,10 @@ def frontier_charts(runs: Sequence[Run]) -> list[Chart]:
     charts = []
     for title, (right, up, note) in FRONTIERS.items():
         lines = [line for run in runs for line in frontier_lines(run, runs, right, up)]
+        if len({line.label for line in lines}) > 1:
+            note += " Words at a line are how it was drawn; without any there was neither guidance nor truncation."
+        else:
+            lines = [line._replace(label="") for line in lines]
         if any(line.rings for line in lines):
             note += " A ring marks the temperature control, in the colour of the run whose entropy it has."
         labels = metric_of(right).label, metric_of(up).label
@@ -191,7 +199,7 @@ def frontier_lines(run: Run, runs: Sequence[Run], right: str, up: str) -> list[L
     for row in sorted(run.results.rows, key=lambda row: row.temperature):
         x, y = value_of(row, right), value_of(row, up)
         if x and y:
-            line = lines.setdefault(row.sampler, Line(look_of(runs.index(run)), [], [], []))
+            line = lines.setdefault(row.sampler, Line(look_of(runs.index(run)), [], [], [], row.sampler_text))
             line.points.append((x.value, y.value))
             line.spreads.append((y.spread or 0.0,) * 2)
             if row.matched_to:

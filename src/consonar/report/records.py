@@ -37,6 +37,13 @@ class ResultRow:
         return (self.guidance_scale, self.top_k, self.top_p)
 
     @property
+    def sampler_text(self) -> str:
+        """ "guidance 2, top-k 100": what of the sampler is not plain."""
+        guidance, top_k, top_p = self.sampler
+        parts = {f"guidance {guidance:g}": guidance != 1, f"top-k {top_k}": top_k, f"top-p {top_p:g}": top_p != 1}
+        return ", ".join(part for part, said in parts.items() if said)
+
+    @property
     def deciding(self) -> Measurement | None:
         """The number by which runs are judged."""
         return next((measured for name, measured in self.metrics.items() if decides(name)), None)
