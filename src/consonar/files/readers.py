@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from consonar.errors import UserError, reading
+from consonar.errors import LONGEST_CAUSE, UserError, reading
 from consonar.json_types import Json
 
 FOLDER = 0x10
@@ -73,7 +73,7 @@ def entry_of(value: object, key: str, where: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f'{where}: a {type(value).__name__}, no table of JSON with the entry "{key}"')
     if key not in value:
-        raise UserError(f'{where}: the entry "{key}" is missing; there: {", ".join(value) or "none"}')
+        raise UserError(f'{where}: the entry "{key}" is missing; there: {", ".join(value)[:LONGEST_CAUSE] or "none"}')
     return value[key]
 
 
