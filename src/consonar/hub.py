@@ -15,6 +15,7 @@ import re
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 from consonar.errors import UserError, unknown
@@ -246,7 +247,7 @@ def released_file(wanted: Wanted) -> Path:
         raise
     # No network, no such file, no permission, offline mode, a proxy's page: each library below has errors of its own.
     except Exception as error:
-        cause = " ".join(str(error).split())[:160] or type(error).__name__
+        cause = shorten(str(error), 240, placeholder=" ...") or type(error).__name__
         raise UserError(
             f"{wanted.text}: cannot download {asked} of https://huggingface.co/{wanted.repository} ({cause}); "
             f"get it elsewhere and put it at {wanted.place.with_name(Path(asked).name)}"

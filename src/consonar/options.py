@@ -13,6 +13,8 @@ import math
 import numbers
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeGuard
 
@@ -168,7 +170,7 @@ class Divides:
 
 @dataclass(frozen=True)
 class ReadOnlyWith:
-    """The option is read by some configurations only; in others it must be left at its default."""
+    """The option is read by some configurations only; in others it must be left at its default (`started_from`)."""
 
     is_read: Callable[[Any], bool]
     words: str
@@ -184,12 +186,32 @@ Rule = OneOf | Range | Divides | ReadOnlyWith
 other fields matter, the field `name` of a configuration, called `prefix` + `name`."""
 
 
+START: ContextVar[DataclassInstance | None] = ContextVar("START", default=None)
+
+
+@contextmanager
+def started_from(recipe: DataclassInstance) -> Iterator[None]:
+    """Inside, an option that is left as the recipe has it, and that nothing reads after what was changed, gets its
+    default: nobody asked for it. Only a value that the recipe has not is refused."""
+    before = START.set(recipe)
+    try:
+        yield
+    finally:
+        START.reset(before)
+
+
 def check_left(config: DataclassInstance, key: str, words: str, prefix: str = "") -> None:
-    """Raises `UserError` where an option that is read only with `words` is not at its default; `a.b` is b inside a."""
+    """Raises `UserError` where an option that is read only with `words` is not at its default; `a.b` is b inside a. One
+    that is as in the recipe gets its default (`started_from`)."""
     *sections, name = key.split(".")
     owner = functools.reduce(getattr, sections, config)
     value, usual = getattr(owner, name), default(owner, name)
-    if value != usual:
+    of_recipe: object = START.get()
+    for part in f"{prefix}{key}".split("."):
+        of_recipe = getattr(of_recipe, part, dataclasses.MISSING)
+    if value == of_recipe:
+        object.__setattr__(owner, name, usual)
+    elif value != usual:
         raise UserError(
             f"{prefix}{key}: {value!r} is read only with {words}; remove it, or set it to its default {usual!r}"
         )

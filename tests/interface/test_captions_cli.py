@@ -307,7 +307,17 @@ def test_pictures_without_captions_are_refused_before_they_are_tokenized(place, 
 def test_an_encoder_that_nothing_reads_is_refused(place, tmp_path, capsys):
     line = refusal(capsys, "train", "ar-openmoji", "--tokenizer", str(place / "tok"), "--data.tokens",
                    str(place / "scenes"), "--text-encoder", "minilm", "--out", str(tmp_path / "bad"))  # fmt: skip
-    assert "text_encoder: 'minilm' is read only for a generator of captions" in line
+    assert "text_encoder: 'minilm' is read only with a generator of captions" in line
+
+
+def test_an_encoder_of_another_width_and_a_start_model_of_classes_are_refused(place, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "bad")]
+    wide = ["9" if word == "8" else word for word in MODEL]  # the width of a caption's features
+    line = refusal(capsys, "train", "ar-scenes", "--tokenizer", str(place / "tok"), "--data.tokens",
+                   str(place / "scenes"), "--text-encoder", str(place / "enc"), *wide, *out)  # fmt: skip
+    assert "model.caption_dim: 9, but the features of" in line and "have 8; set model.caption_dim to 8, or give" in line
+    line = refusal(capsys, "train", "vapi-scenes", "--init", "openmoji", "--data", "scenes:4", *out)
+    assert "init: 'openmoji' takes classes, no captions, and not the classes of data.images: scenes:4" in line
 
 
 @pytest.mark.parametrize("recipe", ["vapi-scenes", "vapi-spatial-scenes", "ce-scenes"])

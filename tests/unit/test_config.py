@@ -7,18 +7,21 @@ import typing
 from pathlib import Path
 
 import pytest
+import tyro
 
 import consonar
+from consonar.cli.train import Options, parse_run
 from consonar.config_io import REPLACED_TABLES, from_dict, merge, to_dict
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
 from consonar.generators.janus import JanusConfig
 from consonar.generators.llamagen import LlamaGenConfig
-from consonar.generators.rear import ReARConfig
+from consonar.generators.rear import REAR_PRESETS, ReARConfig
 from consonar.parallel import ParallelConfig
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.sampling.sample import SamplerConfig
+from consonar.sweeps.rows import read_sweep
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig
 from consonar.tokenizers.titok import TiTokConfig
@@ -69,6 +72,34 @@ def test_base_and_changes(tmp_path):
     assert config.objective.noise == dataclasses.replace(base.objective.noise, corruption="mask")
     assert config.objective.embedding_weight == base.objective.embedding_weight
     assert config.loop.trackers == ("wandb",) and config.model == base.model
+
+
+@pytest.mark.parametrize("way", ["options", "file", "sweep"])
+def test_what_a_recipe_says_itself_is_not_refused_where_a_change_leaves_it_unread(way, tmp_path):
+    """A value that the user gave is."""
+
+    def made(section: str, **changes: object) -> TrainConfig:
+        if way == "options":
+            words = [word for key in changes for word in (f"--{section}.{key.replace('_', '-')}", str(changes[key]))]
+            given = parse_run("train", ["ar-scenes", "--out", str(tmp_path / "run"), *words], Options, out=tyro.MISSING)
+            assert given is not None
+            return given.config
+        if way == "file":
+            return read(tmp_path, json.dumps({"base": "ar-scenes", section: changes}))
+        row = {f"{section}.{key}": value for key, value in changes.items()}
+        table = {"base": "ar-scenes", "seeds": 1, "rows": {"one": row}, "evaluate": {"reference": "scenes"}}
+        (tmp_path / "sweep.json").write_text(json.dumps(table))
+        [cell] = read_sweep(tmp_path / "sweep.json", tmp_path / "out").cells.values()
+        return cell.config
+
+    assert made("data", validation_tokens="").data.validation_items == 0
+    with pytest.raises(UserError, match=r"data\.validation_items: 7 is read only with"):
+        made("data", validation_tokens="", validation_items=7)
+    config = made("model", condition="class")
+    assert config.model == REAR_PRESETS["tiny"] and config.text_encoder is None
+    with pytest.raises(UserError, match=r"model\.caption_dim: 100 is read only with model\.condition 'text'"):
+        made("model", condition="class", caption_dim=100)
+    assert find_recipe("ar-scenes").data.validation_items == 1000
 
 
 def test_another_kind_replaces_the_whole_table():

@@ -133,8 +133,15 @@ def test_a_caption_without_words_shows_nothing(folder):
 def test_what_is_missing_is_said(folder, tmp_path):
     with pytest.raises(UserError, match=r"^text_encoder: \./nowhere: no folder"):
         load_text_encoder("./nowhere")
-    with pytest.raises(UserError, match=r"^text_encoder: minim: .*choices: minilm, a folder, OWNER/NAME of the hub"):
+    with pytest.raises(
+        UserError, match=r"^text_encoder: minim: .*choices: minilm, a folder of T5, .*, OWNER/NAME of the hub"
+    ):
         load_text_encoder("minim")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(
+        UserError, match=r"^text_encoder: .*pictures has no config\.json; choices: minilm, a folder of T5"
+    ):
+        load_text_encoder(str(tmp_path / "pictures"))
     config = json.loads((folder / "config.json").read_text())
     if "clip" in config["model_type"]:
         with pytest.raises(
@@ -172,7 +179,9 @@ def test_an_encoder_of_the_hub_may_be_in_shards(folder, tmp_path, monkeypatch):
     assert shards <= set(asked)
     lost = min(shards)
     (place / lost).unlink()
-    with pytest.raises(UserError, match=rf"cannot download {lost} of .*owner/large \(404\)"):
+    with pytest.raises(
+        UserError, match=rf"^text_encoder: owner/large: .*cannot download {lost} of .*owner/large \(404\)"
+    ):
         load_text_encoder("owner/large", length=6)
     (place / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"cannot download model\.safetensors of .*owner/large \(404\)"):

@@ -15,6 +15,7 @@ from consonar.data.store_format import read_metadata
 from consonar.errors import UserError
 from consonar.files.readers import home_expanded
 from consonar.model_folders import SHIPPED
+from consonar.options import started_from
 from consonar.recipes import RECIPES, find_recipe, read_config
 from consonar.training.config import TrainConfig
 from consonar.training.objectives.alignment import AlignmentConfig
@@ -96,7 +97,8 @@ def parse_run(command: str, args: Sequence[str], kind: Callable[..., Parsed], **
             raise UserError(f"{weight}: given together with --objective.rewards, which names all rewards; keep one")
         config = with_rewards(config, rewards)
     default = kind(config=config, **needed)
-    return parse(type(default), words, f"{command} {args[0]}", default)
+    with started_from(config):
+        return parse(type(default), words, f"{command} {args[0]}", default)
 
 
 def with_rewards(config: TrainConfig, text: str) -> TrainConfig:

@@ -9,22 +9,31 @@ from consonar.errors import UserError, needs, reading
 from consonar.files.readers import home_expanded
 from consonar.hub import read_name, released_file, released_weights
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 """As transformers saves them; large ones in shards, with an index of this name."""
 
 
-def find_folder(place: str, where: str, files: tuple[str, ...], also: str = "") -> Path:
+def find_folder(place: str, where: str, files: tuple[str, ...], known: str = "a folder") -> Path:
     """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched, weights
-    in shards where they are published so; `also`: what else might have been named, for the list of choices."""
-    folder = home_expanded(place)
+    in shards where they are published so; `known`: what on this machine might have been named, for the choices.
+
+    Raises `UserError` where there is neither, and for a folder without the config.json that is one of the files.
+    """
+    folder, choices = home_expanded(place), f"choices: {known}, OWNER/NAME of the hub"
     if folder.is_dir():
+        if CONFIG in files and not (folder / CONFIG).is_file():
+            raise UserError(f"{where}: the folder {folder} has no {CONFIG}; {choices}")
         return folder
     if place.count("/") != 1 or place.startswith((".", "/", "~")):
-        raise UserError(f"{where}: no folder {folder}; choices: {also}a folder, OWNER/NAME of the hub")
-    found = [
-        released_weights(place, file) if file == WEIGHTS else released_file(read_name(f"hf:{place}/{file}"))
-        for file in files
-    ]
+        raise UserError(f"{where}: no folder {folder}; {choices}")
+    try:
+        found = [
+            released_weights(place, file) if file == WEIGHTS else released_file(read_name(f"hf:{place}/{file}"))
+            for file in files
+        ]
+    except UserError as error:
+        raise UserError(f"{where}: no folder {folder}, and {error}; {choices}") from error
     if len({file.parent for file in found}) > 1:
         raise UserError(f"{where}: put {' and '.join(file.name for file in found)} into one folder")
     return found[0].parent

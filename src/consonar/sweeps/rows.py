@@ -14,7 +14,7 @@ from consonar.config_io import from_dict, merge, to_dict
 from consonar.errors import UserError, check_choice, unknown
 from consonar.evaluation.runs import RunSettings
 from consonar.json_types import Json, JsonMap
-from consonar.options import Options, Range, is_whole
+from consonar.options import Options, Range, is_whole, started_from
 from consonar.recipes import RECIPES, find_recipe, read_table
 from consonar.sweeps.plan import OF_CELLS, Cell, Evaluated, Sweep, run_folder
 from consonar.training.config import TrainConfig
@@ -214,11 +214,13 @@ class Rows:
             options["init"] = table["init"]
         elif table.get("init") is not None and start is None:
             raise UserError(f"{place}: init: expected {{cell: ROW}} or a run folder, got {table['init']!r}")
-        values: JsonMap = to_dict(find_recipe(base))
+        recipe = find_recipe(base)
+        values: JsonMap = to_dict(recipe)
         for key, value in options.items():
             values = merge(values, nested(key, value, values, place))
         named = {"recipe": name, "seed": seed} | ({"init": str(run_folder(self.out, start))} if start else {})
-        config = from_dict({**values, **named}, place, TrainConfig)
+        with started_from(recipe):
+            config = from_dict({**values, **named}, place, TrainConfig)
         if config.run == "tokenizer":
             raise UserError(f"{place}: base: {base!r} trains a tokenizer; a sweep trains generators")
         if config.run == "post-training" and config.init is None:

@@ -57,11 +57,11 @@ def build(config: TrainConfig, world: World, batch_size: int, out: Path, progres
     """All of a run that `resolve_start` has completed; `batch_size` is that of this process. Raises `UserError`."""
     place = Place(batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     built = RUNS[config.run](config, world, place, out, progress)
-    unread = "is read only with data for validation, and there are none; set it to"
     if built.held_out is None and config.data.validation_items:
-        raise UserError(f"data.validation_items: {config.data.validation_items} {unread} 0")
+        unread = f"data.validation_items {config.data.validation_items} is not read"
+        built.about = (*built.about, f"no data for validation: {unread}")
     if built.held_out is None and config.loop.keep_best:
-        raise UserError(f"loop.keep_best: True {unread} False")
+        raise UserError("loop.keep_best: True is read only with data for validation, and there are none; remove it")
     if config.loop.keep_best or built.distance:
         built.best = KeepBest(BEST_BY[config.run], out, built.origin)
     return built
@@ -97,8 +97,7 @@ def generator_run(config: TrainConfig, world: World, place: Place, out: Path, pr
 def post_training_run(config: TrainConfig, world: World, place: Place, out: Path, progress: Progress) -> Built:
     """Post-training on images: VA-pi and its controls, from the generator of `init`."""
     data, shape, init, settings = config.data, config.model, config.init, config.objective
-    # `resolve_start`, `METHODS`
-    assert isinstance(shape, GeneratorConfig) and isinstance(settings, AlignmentConfig)
+    assert isinstance(shape, GeneratorConfig) and isinstance(settings, AlignmentConfig)  # `resolve_start`, `METHODS`
     assert config.tokenizer is not None and init is not None
     tokenizer = load_tokenizer(config.tokenizer, num_tokens=shape.num_tokens).to(world.device)
     model = start_of(config, shape, tokenizer, world.device)

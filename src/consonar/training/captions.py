@@ -36,7 +36,7 @@ def text_encoder_of(config: TrainConfig, shape: GeneratorConfig, device: torch.d
         return None
     if name is None:
         raise UserError(f"text_encoder: the generator takes captions; name what reads them: {readers(shape)}")
-    return load_caption_reader(shape, name, device)
+    return load_caption_reader(shape, name, device, fresh=config.init is None)
 
 
 def caption_features(

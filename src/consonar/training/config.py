@@ -9,6 +9,7 @@ from consonar.data.transforms import VIEWS
 from consonar.distributed import DEVICES, World, from_main
 from consonar.errors import UserError
 from consonar.generators import GENERATORS
+from consonar.generators.base import GeneratorConfig
 from consonar.generators.rear import ReARConfig
 from consonar.options import (
     Count,
@@ -194,6 +195,8 @@ class TrainConfig(Options):
             raise UserError(
                 f"objective.kind: {self.objective.kind!r} does not train model.kind {kind!r}; choices: {fitting}"
             )
+        if isinstance(self.model, GeneratorConfig) and self.model.has_classes:
+            check_left(self, "text_encoder", "a generator of captions, such as with model.condition 'text'")
         self.objective.check_model(self.model)
         if self.run == "generator" and not (self.tokenizer or self.init):
             raise UserError("tokenizer: a generator needs the name or folder of its tokenizer")

@@ -11,6 +11,7 @@ import torch
 
 from consonar.components import load_generator, load_tokenizer, model_folder, read_origin, weights_sha256
 from consonar.config_io import from_dict
+from consonar.data.sources import find_source
 from consonar.errors import UserError
 from consonar.files.readers import read_json
 from consonar.files.weights import load_weights
@@ -156,7 +157,10 @@ def origin_of(config: TrainConfig, place: str, fingerprint: str, data: Origin) -
     start = Origin()
     if config.init:
         start = read_origin(config.init)
-        remedy = "bring the data into the model's order with --classes FILE, or start from a model of such data"
+        remedy = "start from a model of such data, or bring the data into the model's order with --classes FILE"
+        # Classes are compared where captions are not read: those may have been meant.
+        if config.data.images and find_source(config.data.images)[0].has_captions:
+            place = f"init: {config.init!r} takes classes, no captions, and not the classes of {place}"
         check(place, data, start, config.init, remedy, parts=("classes",))
         check("text_encoder", data, start, config.init, "its features mean something else", parts=("text_encoder",))
     return replace(
