@@ -7,9 +7,8 @@ uninterrupted one would have read, and W ranks together read what one rank with 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Generic, NotRequired, TypedDict, TypeVar, Unpack
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from consonar.data.captions import CaptionFeatures
 from consonar.data.labels import check_label, check_labels
 from consonar.data.mixture import TokenStores
-from consonar.data.picture_files import decoding_threads, prefetch
+from consonar.data.picture_files import decoding_threads
 from consonar.data.tokens import TokenStore
 from consonar.data.transforms import center_crop, from_uint8
 from consonar.errors import UserError
@@ -32,8 +31,6 @@ MANY = 2**31
 """Numbers that choose among the captions of an item, whose count divides them nearly evenly."""
 BLOCK = 10_000
 """Items after which several stores have given exactly their shares."""
-AHEAD = 64
-"""Pictures that are decoded before they are wanted."""
 MAX_MEMORY = 4e9
 """Bytes of decoded images held in memory; a larger source is read again in every epoch, and must be `IndexedSource`."""
 
@@ -281,17 +278,15 @@ def load_images(
     than `MAX_MEMORY`."""
     check_labels(source, num_classes, missing)
     items, room = list[tuple[np.ndarray, int]](), MAX_MEMORY // (3 * image_size**2)
-    item = partial(item_of, image_size=image_size, num_classes=num_classes, missing=missing)
-    with closing(prefetch(source, item, num_workers=0, depth=AHEAD)) as decoded:
-        for found in decoded:
-            if len(items) >= room:
-                held = f"holds over {room:,.0f} pictures of {image_size} px, {MAX_MEMORY / 1e9:.3g} GB in every process"
-                remedy = (
-                    "put shards (tars as they are, Parquet in row groups of 268 MB at most, Arrow) or a folder on this "
-                    "machine, or take hf: for hf-stream:"
-                )
-                raise UserError(f"data.images: {source.name} {held}, and is read from its beginning alone; {remedy}")
-            items.append(found)
+    for record in source:
+        if len(items) >= room:
+            held = f"holds over {room:,.0f} pictures of {image_size} px, {MAX_MEMORY / 1e9:.3g} GB in every process"
+            remedy = (
+                "put shards (tars as they are, Parquet in row groups of 268 MB at most, Arrow) or a folder on this "
+                "machine, or take hf: for hf-stream:"
+            )
+            raise UserError(f"data.images: {source.name} {held}, and is read from its beginning alone; {remedy}")
+        items.append(item_of(record, image_size, num_classes, missing))
     if not items:
         raise UserError(f"data.images: {source.name} holds no image")
     return stacked(items)
