@@ -20,9 +20,9 @@ from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.report.records import measurement_text
-from consonar.sweeps.page import named, table
+from consonar.sweeps.page import difference_rows, named, table
 from consonar.sweeps.plan import Cell, Sweep
-from consonar.sweeps.summary import Setting, difference_cells, over_seeds, value_cells
+from consonar.sweeps.summary import Setting, over_seeds, value_cells
 from consonar.sweeps.work import Place
 
 NAMES = {"cpu": "text", "gpu": "text-gpu"}
@@ -104,11 +104,8 @@ def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
         ]  # fmt: skip
         if best and kinds:
             at = [setting.title.removeprefix("at temperature ") for setting in grid]
-            if differences := {
-                f"{row} \u2212 {best.base[row]}": [cell for one in grid for cell in difference_cells(one, row, [SCORE])]
-                for row in best.values
-                if best.differences(row)
-            }:
+            compared = [difference_rows(setting, [SCORE]) for setting in grid]
+            if differences := {row: [cell for of in compared for cell in of.get(row, ["–"])] for row in compared[0]}:
                 lines += ["", "Differences of the score by temperature, seed by seed:", "", *table(at, differences)]
             by_kind = {named(row, best): value_cells(best, row, kinds) for row in best.values}
             by_kind |= {
