@@ -92,14 +92,15 @@ def load_tokenizer(name_or_path: str | Path, *, num_tokens: int | None = None) -
     return read_tokenizer(model_folder(name_or_path, "tokenizer"), num_tokens)
 
 
-def load_own_tokenizer(path: str | Path) -> CodebookTokenizer:
-    """The tokenizer that a stored generator was trained with, frozen, on the CPU. `UserError` when it is not there or
-    its weights have changed since: other codes would decode to noise."""
+def load_own_tokenizer(path: str | Path, name: str | None = None) -> CodebookTokenizer:
+    """The tokenizer that a stored generator was trained with, or `name`, which has to be the same, frozen, on the CPU.
+    `UserError` when it is not there or its weights have changed since: other codes would decode to noise."""
     _, origin, settings, _ = read_settings(model_folder(path), "generator", GENERATORS)
-    if origin.tokenizer is None:
+    chosen = origin.tokenizer if name is None else name
+    if chosen is None:
         raise UserError(f"tokenizer: {path} does not say which it was trained with; name one, e.g. --tokenizer FOLDER")
-    tokenizer = load_tokenizer(origin.tokenizer, num_tokens=settings.num_tokens or None)
-    here = Origin(tokenizer=origin.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint)
+    tokenizer = load_tokenizer(chosen, num_tokens=settings.num_tokens or None)
+    here = Origin(tokenizer=chosen, tokenizer_fingerprint=tokenizer.fingerprint)
     check("tokenizer", here, origin, str(path), "it has changed since; train again, or put back the one it was")
     return tokenizer
 

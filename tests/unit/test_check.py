@@ -95,7 +95,7 @@ def test_other_pictures_of_that_name_are_told_and_not_reproduced(measured):
     assert not found.reproduced and any(line.startswith("samples: ") for line in found.differs)
 
 
-def test_samples_and_references_may_have_moved(measured, tmp_path, picture_folder):
+def test_samples_and_references_may_have_moved(measured, tmp_path, picture_folder, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "samples.npz").rename(tmp_path / "there" / "mine.npz")
     with pytest.raises(UserError, match=r"samples.npz is not there; name the samples"):
@@ -103,6 +103,8 @@ def test_samples_and_references_may_have_moved(measured, tmp_path, picture_folde
     shutil.copytree(picture_folder, "pictures")
     changed(measured, reference="nowhere")
     assert status("--check", measured, "there/mine.npz") == 2
+    said = capsys.readouterr().err
+    assert "'nowhere' is neither" in said and said.endswith("by --reference, --tokenizer, --feature-network\n")
     cli.main(["evaluate", "there/mine.npz", "--reference", "pictures", "--check", str(measured)])
     assert check_results(measured, samples=tmp_path / "there/mine.npz", reference="pictures").differs == []
 
@@ -142,7 +144,7 @@ def test_samples_that_are_gone_are_drawn_again_as_they_were(run, tiny_generator,
 AT = "temperature 0.5, guidance 2"
 
 
-def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tiny_generator):
+def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tokenizer_folder, tmp_path):
     settings = RunSettings(num_samples=12, draws=2, guidance_scales=(1, 2), seed=4, reconstruct=False)
     grid = [SamplerConfig(top_k=7), SamplerConfig(temperature=0.5, top_k=7, guidance_scale=2)]
     content = evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters", grid=grid)
@@ -163,6 +165,10 @@ def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tiny_ge
     assert "not seen are differences below those allowed, as " in found.verdict and found.verdict.endswith(deciding)
     changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 2.1 * entry["spread"]})
     assert [one.name for one in check_results(run / "results.json").numbers if not one.holds] == [f"{AT}: {metric}"]
+    changed(run / "model" / "config.json", tokenizer=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"^tokenizer: .*gone.*; what has moved since .* by SAMPLES, --reference, --tok"):
+        check_results(run / "results.json")
+    assert check_results(run / "results.json", tokenizer=str(tokenizer_folder)).differs == []
 
 
 def test_a_cell_of_a_sweep_is_checked_by_its_run(run, picture_folder, tmp_path):
@@ -337,7 +343,7 @@ def test_results_of_a_later_format_are_refused(measured, capsys):
 
 
 def test_options_that_the_record_has_are_refused(measured, capsys):
-    for words in (["--draws", "3"], ["--bad-images", "skip"], ["--feature-network", "inception"], ["--overwrite"]):
+    for words in (["--draws", "3"], ["--bad-images", "skip"], ["--perceptual", "lpips"], ["--overwrite"]):
         assert status("--check", measured, *words) == 2
         assert "read only without --check" in capsys.readouterr().err
     assert status() == 2 and status("samples.npz") == 2

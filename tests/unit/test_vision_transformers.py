@@ -190,3 +190,29 @@ def test_results_say_what_loads_the_network_again(models, tmp_path, monkeypatch)
     found.to_json(tmp_path / "results.json")
     checked = check_results(tmp_path / "results.json")
     assert checked.reproduced and len(checked.numbers) == 3
+
+
+def test_a_network_that_has_moved_is_named_to_the_check(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path / "cache"))
+    kept, images = tmp_path / "kept", np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    shutil.copytree(models["dinov2"][0], kept)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    np.savez(tmp_path / "b.npz", arr_0=images[::-1] // 2)
+    found = evaluate(tmp_path / "a.npz", tmp_path / "b.npz", feature_network=f"dinov2:{kept}", metrics=("fd",))
+    found.to_json(results := tmp_path / "results.json")
+    moved = kept.rename(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"kept: no folder .* named by SAMPLES, --reference, --tokenizer, --feature-netw"
+    ):
+        check_results(results)
+    checked = check_results(results, feature_network=f"dinov2:{moved}")
+    assert checked.reproduced and checked.differs == [] and checked.numbers[0].name == "FD(dinov2:kept)"
+    content = json.loads(results.read_text())
+    for other, line in (
+        (f"clip:{models['clip'][0]}", "is clip:tiny-clip, SHA"),
+        (f"dinov2:{moved}", "is of dinov2:kept, 0"),
+    ):
+        with pytest.raises(UserError, match=rf"^--feature-network: {other} .*{line}.*; say where that lies now"):
+            check_results(results, feature_network=other)
+        content["feature_network"]["sha256"] = "0" * 64
+        results.write_text(json.dumps(content))

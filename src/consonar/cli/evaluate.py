@@ -32,6 +32,7 @@ from consonar.networks import load_feature_network
 from consonar.precision import pick_precision
 from consonar.seeding import check_seed
 
+NETWORK = "efficientnet-lite0"
 NOT_SMALLER = "no setting takes less, another --device may have more"
 Settings = TypeVar("Settings", bound=EvaluationSettings)
 
@@ -50,9 +51,10 @@ class Options:
     validation_split: str | None = None
     """Images of the reference to compare with as validation images: the name of a split, or a share of those to train
     on, such as 5%, which `tokenize` and `train` hold out (default: the split validation, else test, else none)."""
-    feature_network: str = "efficientnet-lite0"
-    """efficientnet-lite0 (offline), inception (FID as in the ADM evaluator, torch-fidelity), inception-pytorch-fid, or
-    inception:FILE, dinov2:FOLDER, clip:FOLDER; the weights of all but the first you bring (docs/evaluation.md)."""
+    feature_network: str | None = None
+    """efficientnet-lite0 (default, offline), inception (FID as in the ADM evaluator, torch-fidelity),
+    inception-pytorch-fid, or inception:FILE, dinov2:FOLDER, clip:FOLDER; the weights of all but the first you bring
+    (docs/evaluation.md)."""
     perceptual: str | None = None
     """Of a tokenizer: efficientnet-lite0 (default, of images of 32 px or more) or lpips (you bring its VGG weights)."""
     metrics: str = ""
@@ -92,7 +94,7 @@ class Options:
     bad: BadImageGroup
     check: Path | None = None
     """A file of results: measure again what it records, and say whether it reproduces (status 1: it does not). SAMPLES,
-    --reference (--data) and --tokenizer then say where these lie now, if not where they lay."""
+    --reference (--data), --tokenizer and --feature-network then say where these lie now, if not where they lay."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace results that are there."""
 
@@ -152,14 +154,14 @@ def tokenizer_meant(options: Options) -> Path | str | None:
 
 def check(options: Options, path: Path, device: str) -> None:
     """Whether the results in `path` reproduce; the process ends with status 1 where they do not."""
-    read = ("samples", "reference", "data", "tokenizer", "device", "check", "bad")
+    read = ("samples", "reference", "data", "tokenizer", "feature_network", "device", "check", "bad")
     unread = [item.name for item in fields(options) if item.name not in read]
     check_read(options, unread, "without --check, which measures as it was measured")
     check_read(options.bad, BAD_IMAGES, "without --check")
     with memory.explained(NOT_SMALLER, torch.device(device)):
         found = check_results(
             path, samples=options.samples, reference=options.reference or options.data, tokenizer=options.tokenizer,
-            device=device, progress=say,
+            feature_network=options.feature_network, device=device, progress=say,
         )  # fmt: skip
     show_check(found, str(path))
     if not found.reproduced:
@@ -223,10 +225,10 @@ def measure_tokenizer(options: Options, name: Path | str, world: World) -> None:
         check_place(out, overwrite=options.overwrite, key="--out", keys={"psnr", "origin"})
     bad = options.bad.policy(beside(out) if into is None else into / "bad-images-evaluation.txt")
     content = evaluate_tokenizer(
-        name, reference=options.reference or options.data, into=into, feature_network=options.feature_network,
-        perceptual=options.perceptual, batch_size=options.batch_size, device=str(world.device),
-        precision=options.precision, overwrite=options.overwrite, validation_split=options.validation_split, bad=bad,
-        world=world,
+        name, reference=options.reference or options.data, into=into,
+        feature_network=options.feature_network or NETWORK, perceptual=options.perceptual,
+        batch_size=options.batch_size, device=str(world.device), precision=options.precision,
+        overwrite=options.overwrite, validation_split=options.validation_split, bad=bad, world=world,
     )  # fmt: skip
     if world.is_main:
         origin = content.pop("origin")
@@ -244,7 +246,7 @@ def measure_generator(options: Options, place: Path, reference: str, world: Worl
     scales = numbers_in(options.guidance_scales, "--guidance-scales") if options.guidance_scales else []
     settings = settings_of(RunSettings, options, str(world.device), temperatures=temperatures, guidance_scales=scales)
     content = evaluate_run(
-        place, settings, reference=reference, feature_network=options.feature_network,
+        place, settings, reference=reference, feature_network=options.feature_network or NETWORK,
         overwrite=options.overwrite, bad=bad, progress=say if world.is_main else lambda text: None, world=world,
     )  # fmt: skip
     if not world.is_main:
@@ -274,7 +276,8 @@ def measure_samples(options: Options, place: Path, reference: str, world: World,
     check_metrics(measured)
     samples = load_samples(place, bad=bad)
     measured.check_parts(samples.count, str(place))
-    network = load_feature_network(options.feature_network, device)  # what is wrong is found before pictures are read
+    # Now, for what is wrong is found before pictures are read.
+    network = load_feature_network(options.feature_network or NETWORK, device)
     target = open_target(samples, reference, tokenizer, measured, bad, world)
     if target.about and world.is_main:
         say(f"reference: {target.about}")

@@ -5,9 +5,9 @@ What is read: the results of samples, of a run (which is sampled again), of a ce
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,6 @@ from consonar.components import (
     load_generator,
     load_own_text_encoder,
     load_own_tokenizer,
-    load_tokenizer,
     read_component_kind,
     read_origin,
 )  # fmt: skip
@@ -33,12 +32,14 @@ from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import read_json
 from consonar.files.weights import component_fingerprint
-from consonar.json_types import Json
+from consonar.json_types import Json, JsonMap
 from consonar.model_folders import SHIPPED
+from consonar.networks import FeatureNetwork, load_feature_network
 from consonar.sampling.job import Job, Prompts, balanced_labels, run_job
 from consonar.sampling.sample import SamplerConfig
 
 Value = TypeVar("Value")
+PLACES = ("SAMPLES", "--reference", "--tokenizer", "--feature-network")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Record:
     """The samples, or the run; None: where the record says, or beside it."""
     reference: str | None
     tokenizer: str | None
+    feature_network: str | None
     device: str
     progress: Callable[[str], None]
 
@@ -72,9 +74,30 @@ class Record:
         """Against what was measured."""
         return self.get(key, str) if self.reference is None else self.reference
 
-    def network(self) -> str:
-        """What loads the feature network: its name, or that with its place."""
-        return self.get(f"feature_network.{'place' if 'place' in self.get('feature_network', dict) else 'name'}", str)
+    def network(self, known: JsonMap | None = None) -> FeatureNetwork:
+        """The recorded feature network (None: that of samples or a run) from its place, or from where it is said to
+        lie now, called as it was then, for numbers are. `UserError` for another one."""
+        known = self.get("feature_network", dict) if known is None else known
+        given, name, sha256 = self.feature_network, str(known.get("name")), known.get("sha256")
+        network = load_feature_network(given or str(known.get("place", name)), self.device)
+        is_kind, now = network.name.partition(":")[0] == name.partition(":")[0], network.weights_sha256
+        if given and not (is_kind and sha256 in (None, now)):
+            wanted = f"{self.path} is of {name}, {str(sha256)[:12]}; say where that lies now"
+            raise UserError(f"--feature-network: {given} is {network.name}, SHA-256 {now[:12]}, and {wanted}")
+        network.name = name
+        return network
+
+    @contextmanager
+    def found(self) -> Iterator[None]:
+        """Around the measuring: what is not to be had ends with the options that say where it lies now."""
+        places = (self.samples, self.reference, self.tokenizer, self.feature_network)
+        unsaid = ", ".join(option for option, place in zip(PLACES, places, strict=True) if place is None)
+        try:
+            yield
+        except UserError as error:
+            if not unsaid or str(error).startswith(("--", str(self.path))):  # says itself what to do
+                raise
+            raise UserError(f"{error}; what has moved since {self.path} was made is named by {unsaid}") from error
 
     def bad(self, key: str = "bad_images") -> BadImages | None:
         """What was done about pictures that cannot be read."""
@@ -91,15 +114,16 @@ def check_results(
     samples: Path | None = None,
     reference: str | None = None,
     tokenizer: str | None = None,
+    feature_network: str | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> Check:
-    """Measures again what the file `path` records. `samples` (or the run), `reference` and `tokenizer`: where these lie
-    now, if not where they lay.
+    """Measures again what the file `path` records. `samples` (or the run), `reference`, `tokenizer` and
+    `feature_network` (with its kind, as inception:FILE): where these lie now, if not where they lay.
 
     Raises `UserError` for a file without such a record, and where what it was made from is nowhere to be found.
     """
-    record = Record(path, read_json(path), samples, reference, tokenizer, device, progress)
+    record = Record(path, read_json(path), samples, reference, tokenizer, feature_network, device, progress)
     if (schema := record.content.get("schema", 1)) != 1:
         raise UserError(f"{path}: schema is {schema!r:.60}; this version reads 1")
     if again := diagnosed_by(record.content, path.stem):
@@ -120,7 +144,7 @@ def check_results(
                 f"{path}: its run is not in {run}; name it, or train it again: consonar train {path}{started} --out "
                 f"RUN; consonar evaluate RUN --check {path}"
             )
-        record = Record(path, record.get("results", dict), run, reference, tokenizer, device, progress)
+        record = replace(record, content=record.get("results", dict), samples=run)
     with reading(path, "results as `evaluate` writes them"):
         before, made, sizes = numbers_of(record.content), made_of(record.content), image_counts(record.content)
     if "benchmark" in record.content:
@@ -128,12 +152,10 @@ def check_results(
     made_by = {"prompts": prompts_again, "rows": run_again, "metrics": samples_again, "psnr": codec_again}
     measure = next((function for key, function in made_by.items() if key in record.content), None)
     if measure is None:
-        raise UserError(
-            f"{path}: no results of samples, a run, a cell of a sweep or a tokenizer; others are not checked"
-        )
+        raise UserError(f"{path}: no results of samples, a run, a cell of a sweep or a tokenizer; others have no check")
     if not before:
         raise UserError(f"{path}: records no number; evaluate again")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, record.found():
         now, redrawn = measure(record, Path(folder))
     numbers = compare(before, numbers_of(now), sizes, redrawn)
     after = made_of(now)
@@ -151,8 +173,9 @@ def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:
     if codec is None and "copy rate (tokens)" in record.content["metrics"]:
         codec = (record.content.get("tokenizer") or {}).get("name") or (samples.settings or {}).get("tokenizer")
         check_there(record, codec, "copy rate in tokens")
+    network = record.network()
     target = open_target(samples, record.target("reference"), codec, settings, bad)
-    evaluate(samples, target, settings, feature_network=record.network()).to_json(folder / RESULTS)
+    evaluate(samples, target, settings, feature_network=network).to_json(folder / RESULTS)
     content = read_json(folder / RESULTS)
     if redrawn:
         content["samples"].pop("sha256")  # another file, of other names and versions
@@ -182,8 +205,8 @@ def draw_again(record: Record, named: Path, to: Path, settings: EvaluationSettin
         raise UserError(f"{record.path}: {record.samples or named} is not there; {remedy}")
     source, count = record.get("samples.settings.generator", str), record.get("samples.settings.num_samples", int)
     record.progress(f"{named} is gone: {count} samples are drawn again from {source}")
-    generator, shipped = load_generator(source).to(settings.device), made.get("tokenizer") in SHIPPED["tokenizer"]
-    tokenizer = load_tokenizer(made["tokenizer"]) if shipped else load_own_tokenizer(source)
+    codec = record.tokenizer or (made["tokenizer"] if made.get("tokenizer") in SHIPPED["tokenizer"] else None)
+    generator, tokenizer = load_generator(source).to(settings.device), load_own_tokenizer(source, codec)
     prompts = None
     if texts := made.get("prompts"):
         prompts = Prompts.read_by(load_own_text_encoder(source, generator), texts)
@@ -219,18 +242,20 @@ def run_again(record: Record, folder: Path) -> tuple[Json, bool]:
     run = stand_in(record.samples or record.path.parent, folder, record.path)
     content = evaluate_run(
         run, settings, reference=record.target("reference.name"), feature_network=record.network(), grid=grid,
-        bad=record.bad(), progress=record.progress,
+        tokenizer=record.tokenizer, bad=record.bad(), progress=record.progress,
     )  # fmt: skip
     return content, True
 
 
 def prompts_again(record: Record, folder: Path) -> tuple[Json, bool]:
     """The compositional score of a run, which draws anew, or of samples."""
+    if unread := record.reference or record.feature_network:
+        raise UserError(f"{record.path}: is of prompts, and nothing reads {unread!r}; leave it away")
     if "rows" in record.content:
         settings = from_dict(record.settings(record.get("config.seed", int)), str(record.path), PromptSettings)
         run = stand_in(record.samples or record.path.parent, folder, record.path)
         texts, name = record.get("prompts.texts", list), record.get("prompts.name", str)
-        return score_run(run, texts, settings, name=name, progress=record.progress), True
+        return score_run(run, texts, settings, name=name, tokenizer=record.tokenizer, progress=record.progress), True
     seed, codec = record.get("config.seed", int), record.tokenizer
     place, redrawn = find_samples(record, folder, EvaluationSettings(seed=seed, device=record.device))
     if codec is None and (made := record.get("tokenizer", dict)):
@@ -251,9 +276,10 @@ def codec_again(record: Record, folder: Path) -> tuple[Json, bool]:
             named = beside if read_component_kind(beside) == "tokenizer" else None
     if named is None and (named := origin.get("tokenizer_place")) is None:
         raise UserError(f"{record.path}: {beside} holds no tokenizer; name it: --tokenizer FOLDER")
-    network = next((name[4:-1] for name in record.content if name.startswith("rFD(")), "efficientnet-lite0")
+    name = next((name[4:-1] for name in record.content if name.startswith("rFD(")), "efficientnet-lite0")
+    known = {"name": name, "place": origin.get("feature_network", name), "sha256": origin.get("feature_network_sha256")}
     found = evaluate_tokenizer(
-        named, reference=record.target("origin.reference"), feature_network=origin.get("feature_network", network),
+        named, reference=record.target("origin.reference"), feature_network=record.network(known),
         perceptual=origin.get("perceptual"), batch_size=origin.get("batch_size", 64), device=record.device,
         precision=record.get("origin.precision", str), validation_split=origin.get("validation_split"),
         held_out=origin.get("held_out"), bad=record.bad("origin.bad_images"),

@@ -176,12 +176,13 @@ def made_of(content: JsonMap) -> Json:
     hashes = reference if isinstance(reference, Mapping) else content.get("reference_sha256") or {}
     found |= {f"reference, {key.removesuffix('_sha256')}": value for key, value in hashes.items() if key != "name"}
     found |= content.get("versions") or {}
-    found |= {f"feature network, {key}": value for key, value in (content.get("feature_network") or {}).items()}
+    network = content.get("feature_network") or {}
+    found |= {f"feature network, {key}": value for key, value in network.items() if key != "place"}
     found |= {"samples": samples.get("sha256"), "generator": (samples.get("settings") or {}).get("generator_sha256")}
     found["tokenizer"] = (content.get("tokenizer") or {}).get("fingerprint")
     found["detector"] = content.get("detector_sha256")
     if "rows" not in content:  # of a tokenizer; that of a run is of its making, not of the measurement
-        places = ("reference", "tokenizer_place", "bad_images")
+        places = ("reference", "tokenizer_place", "feature_network", "bad_images")
         found |= {key: value for key, value in origin.items() if key not in places}
     left_out = (content.get("bad_images") or origin.get("bad_images") or {}).get("left_out") or {}
     found |= {f"left out of {part}": count for part, count in left_out.items()}

@@ -169,6 +169,7 @@ def score_run(
     settings: PromptSettings,
     *,
     name: str,
+    tokenizer: str | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     world: World = ALONE,
@@ -176,11 +177,12 @@ def score_run(
     """Draws pictures of the different prompts, called `name`, by a finished run at every temperature, and writes
     `COMPOSITIONAL` into it, whose content is returned.
 
-    The processes of `world` share the drawing; the first one writes. Raises `UserError` for a run that takes no
+    `tokenizer` says where that of the run lies now, if not where it lay. The processes of `world` share the drawing;
+    the first one writes. Raises `UserError` for a run that takes no
     captions, for prompts that are none of scenes, and where there are scores, unless `overwrite`.
     """
     texts = [text for text in dict.fromkeys(texts) if scene_of(text)]
-    run, detector = FinishedRun(folder, settings.device), load_scene_detector().to(settings.device)
+    run, detector = FinishedRun(folder, settings.device, tokenizer), load_scene_detector().to(settings.device)
     prompts = Prompts.read_by(load_own_text_encoder(folder, run.generator), texts)
     if prompts.features.num_cut:
         progress(prompts.features.about)

@@ -71,9 +71,7 @@ def evaluate(
         reference = open_reference(reference, samples.image_size, validation_split=settings.validation_split)
     if samples.tokens is not None:
         check_tokenizer(samples, reference.origin or Origin())
-    network = feature_network
-    if isinstance(network, str):
-        network = load_feature_network(network, settings.device)
+    network = load_feature_network(feature_network, settings.device)
     with settings.multiplying():
         prepared = PreparedReference(reference, network, settings, progress, world)
         return compare(samples, prepared, settings, progress, world)

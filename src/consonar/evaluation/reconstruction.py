@@ -106,7 +106,7 @@ def evaluate_tokenizer(
     *,
     reference: str | None = None,
     into: Path | None = None,
-    feature_network: str = "efficientnet-lite0",
+    feature_network: str | FeatureNetwork = "efficientnet-lite0",
     perceptual: str | None = None,
     batch_size: int = 64,
     device: str = "cpu",

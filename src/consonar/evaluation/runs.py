@@ -41,7 +41,7 @@ from consonar.files.readers import read_npz
 from consonar.files.writers import file_sha256, write_json
 from consonar.json_types import Json
 from consonar.metrics import decides
-from consonar.networks import load_feature_network
+from consonar.networks import FeatureNetwork, load_feature_network
 from consonar.origin import check
 from consonar.sampling.job import Job, Prompts, balanced_labels, check_count, run_job
 from consonar.sampling.sample import SamplerConfig
@@ -96,11 +96,12 @@ class RunSettings(EvaluationSettings):
 
 
 class FinishedRun:
-    """The model of a run and its tokenizer, on a device."""
+    """The model of a run and its tokenizer, which may be said to lie elsewhere now, on a device."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, tokenizer: str | None = None) -> None:
         self.folder, self.sha256, self.origin = folder, weights_sha256(folder), read_origin(folder)
-        self.generator, self.tokenizer = load_generator(folder).to(device), load_own_tokenizer(folder).to(device)
+        self.generator = load_generator(folder).to(device)
+        self.tokenizer = load_own_tokenizer(folder, tokenizer).to(device)
         self.encoder = None if self.generator.num_classes else load_own_text_encoder(folder, self.generator)
 
     def sharpness(self, reference: str, settings: RunSettings, bad: BadImages | None) -> Sharpness:
@@ -124,7 +125,8 @@ def evaluate_run(
     settings: RunSettings,
     *,
     reference: str = "openmoji-64",
-    feature_network: str = "efficientnet-lite0",
+    feature_network: str | FeatureNetwork = "efficientnet-lite0",
+    tokenizer: str | None = None,
     target: ReferenceSet | None = None,
     grid: Sequence[SamplerConfig] = (),
     overwrite: bool = False,
@@ -134,15 +136,16 @@ def evaluate_run(
 ) -> Json:
     """Samples a finished run at every temperature, measures each against `reference`, and writes results.json into it.
 
-    `target` is the encoded reference where several runs share it; else it is opened here without `bad` images. `grid`
-    says how the rows are drawn in the place of the settings' own. Beside results.json, whose content is returned:
-    samples_tX.npz (some images of each row, with their nearest training images) and, of validation images and where
-    wanted, reconstructions.npz and reconstruction.json. What was there stays until all is measured. `progress` gets
-    what is being done, in words. The processes of `world` share the work; the first one writes. Raises `UserError` for
-    a run that is not finished, and when results exist, unless `overwrite`.
+    `tokenizer`: where that of the run lies now, if not where it lay. `target` is the encoded reference where several
+    runs share it; else it is opened here without `bad` images. `grid` says how the rows are drawn in the place of the
+    settings' own. Beside results.json, whose content is returned: samples_tX.npz (some images of each row, with their
+    nearest training images) and, of validation images and where wanted, reconstructions.npz and reconstruction.json.
+    What was there stays until all is measured. `progress` gets what is being done, in words. The processes of `world`
+    share the work; the first one writes. Raises `UserError` for a run that is not finished, and when results exist,
+    unless `overwrite`.
     """
     check_unmeasured(folder, RESULTS, overwrite=overwrite)
-    run = FinishedRun(folder, settings.device)
+    run = FinishedRun(folder, settings.device, tokenizer)
     network = load_feature_network(feature_network, settings.device)
     sharpness = run.sharpness(reference, settings, bad)
     with replacing(folder, RESULTS, overwrite=overwrite, world=world) as staged, settings.multiplying():

@@ -72,8 +72,11 @@ def record_of(network: FeatureNetwork) -> dict[str, str]:
     return found | {"place": place} if place else found
 
 
-def load_feature_network(name: str, device: str = "cpu") -> FeatureNetwork:
-    """The feature network called `name` on `device`; UserError for another name, or where its weights are missing."""
+def load_feature_network(name: str | FeatureNetwork, device: str = "cpu") -> FeatureNetwork:
+    """The feature network called `name` on `device`, or as it is where it is one; UserError for another name, or where
+    its weights are missing."""
+    if not isinstance(name, str):
+        return name
     kind, colon, file = name.partition(":")
     if colon and kind in KINDS:
         return load_vision_transformer(name, device)
