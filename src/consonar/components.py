@@ -41,12 +41,13 @@ def stored(model: Weights, dtype: str) -> dict[str, torch.Tensor]:
     return {key: value.to(getattr(torch, dtype)) for key, value in model.state_dict().items()}
 
 
-def model_folder(name: str | Path, what: str = "generator") -> Path:
+def model_folder(name: str | Path, what: str = "generator", key: str | None = None) -> Path:
     """The model folder that is meant: the path, `model` inside a run folder, that of a shipped or an `hf:` model.
 
-    `what` is `generator` or `tokenizer`. Raises `UserError` where there is none, and for a run that has no model yet.
+    `what` is `generator` or `tokenizer`. Raises `UserError` where there is none, which begins with the option `key`
+    (None: `what`), and for a run that has no model yet.
     """
-    return fetch_component(str(name), what) if str(name).startswith(PREFIX) else shipped_or_folder(what, name)
+    return fetch_component(str(name), what) if str(name).startswith(PREFIX) else shipped_or_folder(what, name, key)
 
 
 def read_component_kind(path: str | Path) -> str:

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 MOST_CHOICES = 60
 """Choices that are listed."""
@@ -58,6 +59,13 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     more = f" and {len(names) - MOST_CHOICES} more" if len(names) > MOST_CHOICES else ""
     listed = f"choices: {', '.join(names[:MOST_CHOICES])}{more}" if names else "there are none"
     return UserError(f"{what}: unknown {value!r}{hint}; {listed}")
+
+
+def no_folder(what: str, name: str | Path, choices: Iterable[object]) -> UserError:
+    """`unknown` for what may be the path of a folder, too; of what is written as one it says that none is there."""
+    if isinstance(name, str) and (name == Path(name).name or name.startswith("hf:")):
+        return unknown(what, name, choices)
+    return UserError(f"{what}: no folder {name}; choices: {', '.join(map(str, choices))}")
 
 
 def check_choice(what: str, value: object, choices: Collection[object]) -> None:

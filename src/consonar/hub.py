@@ -272,12 +272,21 @@ def released_weights(repository: str, file: str) -> Path:
 
 def download(repository: str, file: str) -> str:
     """The path of a hub file on this machine; the only place that touches the network."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     told = logging.getLogger("huggingface_hub")  # of every attempt that failed; the last one is an error
     level = told.level
     told.setLevel(logging.ERROR)
     try:
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, file))
+        except HfHubHTTPError:
+            pass  # the hub answers; whether to ask again is for what follows to say
+        except Exception:  # it is out of reach, where what follows would ask again for half a minute or more
+            if isinstance(kept := try_to_load_from_cache(repository, file), str):
+                return kept
+            raise
         return hf_hub_download(repo_id=repository, filename=file)
     finally:
         told.setLevel(level)

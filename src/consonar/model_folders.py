@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from consonar.config_io import from_dict
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, no_folder, unknown
 from consonar.files.weights import component_config, load_module, released
 from consonar.networks import prompts
 from consonar.origin import Origin
@@ -32,13 +32,14 @@ def from_anywhere(what: str, name: str) -> str:
     return name if name in SHIPPED[what] or name.startswith("hf:") else str(Path(name).resolve())
 
 
-def shipped_or_folder(what: str, name: str | Path) -> Path:
-    """The folder of a shipped model or of a run, or the path itself; `what` is `generator` or `tokenizer`. `UserError`
-    for a name that is neither shipped nor a folder, and for a run that has no model yet."""
+def shipped_or_folder(what: str, name: str | Path, key: str | None = None) -> Path:
+    """The folder of a shipped model or of a run, or the path itself; `what` is `generator` or `tokenizer`. `UserError`,
+    which begins with `key` (None: `what`), for a name that is neither shipped nor a folder, and for a run that has no
+    model yet."""
     if isinstance(name, str) and name in SHIPPED[what]:  # a `Path` is a folder: `Path("./openmoji")` has lost its dot
         return PACKAGE / f"{what}s" / "pretrained" / name
     if not str(name) or not Path(name).is_dir():  # an empty name would be the working directory
-        raise unknown(what, str(name), [*SHIPPED[what], "a run folder", "a model folder", "hf:NAME"])
+        raise no_folder(key or what, name, [*SHIPPED[what], "a run folder", "a model folder", "hf:NAME"])
     return released(Path(name), what)
 
 

@@ -144,6 +144,10 @@ def test_another_encoder_is_refused(place, tmp_path, capsys):
         ([], "classes: this generator has none, it takes captions: give --prompt"),
         (["--prompt", "  "], "--prompt: '  ' is no prompt"),
         (["--prompt", "[PAD]"], "--prompt: '[PAD]' has no words for enc"),
+        (
+            ["--prompt", "a\0dog"],
+            "--prompt: not text in UTF-8, damaged or cut short (ValueError: it holds a zero byte)",
+        ),
         (["--prompt", "a dog", "--classes", "1"], "--classes: given together with a prompt"),
         (["--prompt", "a dog", "--prompts", "x.txt"], "--prompt: give either it or --prompts FILE"),
         (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: cannot be read"),
@@ -161,6 +165,9 @@ def test_wrong_prompts(place, tmp_path, capsys, words, said):
     [
         ("p.txt", b"a dog\n\na cat\n", "line 2: '' is no prompt"),
         ("p.txt", b"", "is empty"),
+        ("p.txt", b"a dog\na\0cat\n", "line 2: not text in UTF-8"),
+        ("p.jsonl", b'{"prompt": "a dog"}\n\n{"prompt": "a cat"}\n\n', "line 2: '' is no prompt"),
+        ("p.jsonl", b'{"prompt": "a\\u0000dog"}\n', "line 1: not text in UTF-8"),
         ("p.txt", b"a dog\r\na cat\r\n\xff\n", "p.txt line 3: not text in UTF-8"),
         ("p.jsonl", b'{"prompt": "a dog"}\n{"prompt": "\xe9"}\n', "p.jsonl line 2: not text in UTF-8"),
         ("p.jsonl", b'{"prompt": "a dog"}\n"a cat"\n', 'line 2: a str, no table of JSON with the entry "prompt"'),

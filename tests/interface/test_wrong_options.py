@@ -126,7 +126,9 @@ def test_rewards_are_named_together_with_what_they_need(tmp_path, capsys):
     rewards = ["--objective.rewards", "mse=1,patch-discriminator=0.1"]
     assert "needs the folder of a discriminator" in told([*start, *rewards], capsys)
     both = told([*start, *rewards, "--objective.discriminator", str(tmp_path)], capsys)
-    assert both.startswith("generator: unknown 'nowhere'")  # the next thing that is wrong
+    assert both.startswith("init: unknown 'nowhere'")  # the next thing that is wrong
+    tokenizer = ["train", "tokenizer-openmoji-64", "--out", str(tmp_path / "run"), "--init", "./nowhere"]
+    assert told(tokenizer, capsys).startswith("init: no folder ./nowhere; choices: openmoji-64, ")
     assert "-1.0 is not 0 or more" in told([*start, "--objective.rewards", "mse=-1"], capsys)
     given = [*start, "--objective.rewards", "mse=1", "--objective.rewards.mse", "2"]
     assert "--objective.rewards.mse: given together with --objective.rewards" in told(given, capsys)

@@ -294,7 +294,10 @@ def test_mistakes_about_the_start_are_one_line(make, start, tmp_path, tokenizer_
     save_tokenizer(other, tmp_path / "other")
     mistakes = {
         "no init": (make(init=None), "init: 'tiny' starts from a trained generator"),
-        "no folder": (make(init=str(tmp_path / "nothing")), "generator: unknown"),
+        "no folder": (
+            make(init=str(tmp_path / "nothing")),
+            "init: no folder /.*nothing; choices: openmoji, a run folder",
+        ),
         "a tokenizer": (make(init=str(tokenizer_folder)), "not a generator folder"),
         "another tokenizer": (make(tokenizer=str(tmp_path / "other")), "the tokenizer is 'other'"),
         "another shape": (

@@ -146,7 +146,7 @@ def test_prompts_are_told_by_their_line_and_ids_name_files(tmp_path):
     first = {"prompt": "a", "tag": "t", "include": []}
     for second, said in (
         (first | {"prompt": ""}, "'' is no prompt"), ({"prompt": "x"}, 'the entry "tag" is missing'),
-        ("", "not a line of geneval"), (first | {"prompt": "x\ud83d"}, "not text in UTF-8"),
+        ("", "'' is no prompt"), (first | {"prompt": "x\ud83d"}, "not text in UTF-8"),
     ):  # fmt: skip
         rows = [first, second, first]
         path.write_text("\n".join(json.dumps(row) if row else "" for row in rows), encoding="utf-8-sig")

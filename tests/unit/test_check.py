@@ -166,7 +166,9 @@ def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tokeniz
     changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 2.1 * entry["spread"]})
     assert [one.name for one in check_results(run / "results.json").numbers if not one.holds] == [f"{AT}: {metric}"]
     changed(run / "model" / "config.json", tokenizer=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"^tokenizer: .*gone.*; what has moved since .* by SAMPLES, --reference, --tok"):
+    with pytest.raises(
+        UserError, match=r"^tokenizer: .*gone.*; what has moved since .* by SAMPLES, --reference, --tok"
+    ):
         check_results(run / "results.json")
     assert check_results(run / "results.json", tokenizer=str(tokenizer_folder)).differs == []
 

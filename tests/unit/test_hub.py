@@ -98,15 +98,20 @@ def test_names_that_mean_nothing(name, cache):
         load_tokenizer("hf:rar-b@big")
 
 
-def test_attempts_to_download_that_fail_are_one_line_together(cache, monkeypatch, caplog):
-    def fail(**_: str) -> str:
+def test_a_hub_out_of_reach_is_asked_once_and_told_in_one_line(cache, monkeypatch, caplog):
+    asked = []
+
+    def fail(*given: str, **_: str) -> str:
+        asked.append(given)
         logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
     with pytest.raises(UserError, match=r"cannot download rar_b\.bin of https.*\(no network\); get it elsewhere"):
         load_generator("hf:rar-b")
-    assert not caplog.records
+    assert not caplog.records and len(asked) == 1
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, file: f"{repository}/{file}")
+    assert hub.download("owner/name", "downloaded.bin") == "owner/name/downloaded.bin"
 
 
 def test_a_file_is_downloaded_and_converted_once(hub_files, cache):

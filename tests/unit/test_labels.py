@@ -112,10 +112,11 @@ def test_files_of_names_that_say_nothing_clear_are_refused(tmp_path):
         (tmp_path / "names.txt").write_text(text)
         with pytest.raises(UserError, match=expected):
             read_class_file(tmp_path / "names.txt")
-    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"names\.txt: not a text file of class names"):
-        read_class_file(tmp_path / "names.txt")
-    with pytest.raises(UserError, match=r"nowhere: cannot be read"):
+    for line in (b"\xff", "cat".encode("utf-16-le")):
+        (tmp_path / "names.txt").write_bytes(b"dog\n" + line)
+        with pytest.raises(UserError, match=r"^--classes: .*names\.txt line 2: not text in UTF-8"):
+            read_class_file(tmp_path / "names.txt")
+    with pytest.raises(UserError, match=r"nowhere: cannot be read.*; name a text file of class names.*or imagenet"):
         read_class_file(tmp_path / "nowhere")
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n\r\n")  # as an editor on Windows writes it
     assert read_class_file(tmp_path / "names.txt") == ("cat", "dog")

@@ -296,6 +296,7 @@ def test_the_command_prints_a_page_and_writes_all_numbers(tmp_path, capsys) -> N
         (["rear-l", "--tokenizer", "nowhere"], r"tokenizer: .*'nowhere'.*hf:maskgit-vq"),
         (["vapi-openmoji"], r"init: 'vapi-openmoji' starts from a trained generator; name it"),
         (["vapi-openmoji", "--init", "hf:no"], r"init: .*'hf:no'.*hf:rear-s"),
+        (["vapi-openmoji", "--init", "./nowhere"], r"init: no folder \./nowhere; choices: openmoji, a run folder"),
         (["vapi-llamagen-t2i", "--init", "hf:rear-s"], r"init: 'hf:rear-s' takes classes, and \S+ has captions"),
         (["vapi-llamagen-xl", "--init", "hf:janus-pro-1b"], r"init: 'hf:janus-pro-1b' takes captions, .* has classes"),
         (["rear-l", "--num-classes", "0"], r"--num-classes: 0 is not positive"),

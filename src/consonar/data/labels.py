@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from consonar.errors import UserError, printable, reading, unknown
-from consonar.files.readers import home_expanded
+from consonar.errors import UserError, printable, unknown
+from consonar.files.readers import home_expanded, lines_of
 from consonar.origin import same_text
 from consonar.types import ImageSource
 
@@ -69,8 +69,7 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
         lines = Path(__file__).with_name("imagenet.txt").read_text(encoding="utf-8").splitlines()
         return tuple(line.split()[0] for line in lines)
     path = home_expanded(path)
-    with reading(f"--classes: {path}", "a text file of class names, one a line", "name one, or imagenet"):
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    lines = lines_of(path, f"--classes: {path}", "name a text file of class names, one a line, or imagenet")
     names = [same_text(line.strip()) for line in lines]
     seen: set[str] = set()
     for number, name in enumerate(names, 1):

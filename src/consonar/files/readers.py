@@ -55,16 +55,29 @@ def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def text_lines(path: Path, where: object) -> list[str]:
-    """The lines of a text in UTF-8, however they end. `UserError`, which begins with `where`, for what cannot be read,
-    and with its number for a line that is no UTF-8."""
+def text_in(data: bytes, where: object) -> str:
+    """A text in UTF-8; `UserError`, which begins with `where`, for other bytes, and for zero bytes, which no text has
+    and UTF-16 is full of."""
     with reading(where, "text in UTF-8"):
+        if 0 in data:
+            raise ValueError("it holds a zero byte")
+        return data.decode()
+
+
+def text_lines(path: Path, where: object, remedy: str = "") -> list[str]:
+    """The lines of a text in UTF-8, however they end. `UserError`, which begins with `where`, for what cannot be read,
+    which ends with `remedy`, and with its number for a line that is no text."""
+    with reading(where, "text in UTF-8", remedy):
         lines = re.split(rb"\r\n?|\n", path.read_bytes().removeprefix(BOM_UTF8))
-    found = []
-    for number, line in enumerate(lines, start=1):
-        with reading(f"{where} line {number}", "text in UTF-8"):
-            found.append(line.decode())
-    return found
+    return [text_in(line, f"{where} line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def lines_of(path: Path, where: object, remedy: str = "") -> list[str]:
+    """`text_lines` without empty ones at the end."""
+    lines = text_lines(path, where, remedy)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def entry_of(value: object, key: str, where: str) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from consonar.data.store_format import read_metadata
-from consonar.errors import UserError, unknown
+from consonar.errors import UserError, no_folder
 from consonar.files.readers import home_expanded
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import ALITOK_PRESETS
@@ -121,7 +121,7 @@ def start_shape(name: str, assumed: list[str]) -> tuple[GeneratorConfig, str | N
         return shape, origin.tokenizer
     known = name.removeprefix(PREFIX)
     if known not in GENERATORS_BY_NAME:
-        raise unknown(
+        raise no_folder(
             "init", name, [*SHIPPED["generator"], "a run folder", *(f"{PREFIX}{n}" for n in GENERATORS_BY_NAME)]
         )
     assumed.append(f"the start model is the released {known}")
@@ -136,7 +136,7 @@ def tokenizer_shape(name: str, num_tokens: int, assumed: list[str]) -> Tokenizer
     else:
         known = FOLDERS.get(name, name.removeprefix(PREFIX).partition("@")[0])
         if known not in TOKENIZERS_BY_NAME:
-            raise unknown(
+            raise no_folder(
                 "tokenizer", name, [*SHIPPED["tokenizer"], "a folder", *(f"{PREFIX}{n}" for n in TOKENIZERS_BY_NAME)]
             )
         shape = TOKENIZERS_BY_NAME[known]

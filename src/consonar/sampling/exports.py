@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from consonar.errors import UserError, reading
-from consonar.files.readers import entry_of, parse_json, plain_name, text_lines
-from consonar.sampling.prompt_files import checked, lines_of, read_prompt_file
+from consonar.files.readers import entry_of, lines_of, parse_json, plain_name, text_lines
+from consonar.sampling.prompt_files import checked, read_prompt_file
 
 PER_PROMPT = {"geneval": (4, 1000), "geneval2": (1, 1), "dpg": (4, 4)}
 """Pictures of a prompt: how many are usual, and at most."""
@@ -47,7 +47,7 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
         texts = read_prompt_file(place)
         items = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts.values()]
     else:
-        items = lines_of(place)
+        items = lines_of(place, f"--prompts: {place}")
         texts = dict(prompt_of(form, f"--prompts: {place} line {number}", line) for number, line in enumerate(items, 1))
     if not texts:
         raise UserError(f"--prompts: {place} holds no prompts of {form}")
@@ -61,7 +61,7 @@ def read_benchmark(form: str, place: Path) -> BenchmarkPrompts:
 def prompt_of(form: str, where: str, line: str) -> tuple[str, str]:
     """Where a line stands, and its prompt."""
     with reading(where, f"a line of {form}"):
-        row = parse_json(line)
+        row = parse_json(checked(line, where))
     read = {key: entry_of(row, key, where) for key in READ[form]}
     return where, checked(read["prompt"], where)
 

@@ -4,25 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from consonar.errors import UserError, check_choice, reading
-from consonar.files.readers import entry_of, parse_json, text_lines
+from consonar.files.readers import entry_of, lines_of, parse_json, text_in
 
 ENDINGS = (".txt", ".jsonl", ".json")
-
-
-def lines_of(file: Path) -> list[str]:
-    """Without empty ones at the end. `UserError` for what is no text."""
-    lines = text_lines(file, f"--prompts: {file}")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
 
 
 def checked(prompt: object, at: str) -> str:
     """The prompt; `UserError`, which begins with `at`, for what is none: JSON may hold half a letter."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{at}: {prompt!r} is no prompt")
-    with reading(at, "text in UTF-8"):
-        return prompt.encode().decode()
+    return text_in(prompt.encode(errors="surrogatepass"), at)
 
 
 def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> dict[str, str]:
@@ -34,7 +25,7 @@ def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> dict[s
     """
     where, suffix, found = f"--prompts: {file}", file.suffix.lower(), dict[str, str]()
     check_choice(f"{where}: ending", suffix, ENDINGS)
-    items: list[object] = [*lines_of(file)]
+    items: list[object] = [*lines_of(file, where)]
     if suffix == ".json":
         with reading(where, 'a JSON list of prompts, or of tables such as {"prompt": "a dog"}'):
             if not isinstance(given := parse_json("\n".join(map(str, items))), list):
@@ -44,7 +35,7 @@ def read_prompt_file(file: Path, check: Callable[[str], object] = str) -> dict[s
         at = f"{where} {'item' if suffix == '.json' else 'line'} {number}"
         if suffix == ".jsonl":
             with reading(at, 'JSON such as {"prompt": "a dog"}'):
-                item = parse_json(str(item))
+                item = parse_json(checked(item, at))
         if suffix == ".jsonl" or isinstance(item, dict):
             item = entry_of(item, "prompt", at)
         elif suffix == ".txt":

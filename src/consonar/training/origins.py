@@ -63,9 +63,9 @@ def resolve_start(config: TrainConfig) -> TrainConfig:
                 "e.g. --init runs/rear"
             )
         return config
+    folder = model_folder(start, "tokenizer" if config.run == "tokenizer" else "generator", "init")
     if config.run == "tokenizer":
         return replace(config, init=from_anywhere("tokenizer", start))
-    folder = model_folder(start)
     _, origin, stored, _ = read_settings(folder, "generator", GENERATORS)
     tokenizer = origin.tokenizer if config.tokenizer is None else config.tokenizer
     if tokenizer is None:
