@@ -17,7 +17,7 @@ from consonar.evaluation.check import check_results
 from consonar.evaluation.compared import Check, Compared, allowed, compare, image_counts
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.reconstruction import evaluate_tokenizer, trained_on
-from consonar.evaluation.results import Measurement
+from consonar.evaluation.results import Measurement, source_hash
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.files.weights import component_fingerprint
 from consonar.origin import Origin
@@ -112,13 +112,24 @@ def test_samples_and_references_may_have_moved(measured, tmp_path, picture_folde
 def test_results_of_older_versions_are_compared_by_what_they_record(measured):
     content = json.loads(measured.read_text())
     assert content["versions"]["threads"] == str(torch.get_num_threads()) and "pillow" in content["versions"]
-    changed(measured, **{"versions/threads": "99", "versions/pillow": "0"})
-    assert [line.partition(":")[0] for line in check_results(measured).differs] == ["pillow", "threads"]
+    changed(measured, **{f"versions/{key}": "0" for key in ("threads", "pillow", "consonar source")})
+    assert [line.partition(":")[0] for line in check_results(measured).differs] == [
+        "pillow", "consonar source", "threads",
+    ]  # fmt: skip
     for key in ("tokenizer", "versions", "machine"):
         del content[key]
     del content["config"]["precision"]
     measured.write_text(json.dumps(content))
     assert check_results(measured).tolerance == "digit for digit"
+
+
+def test_the_hash_of_the_code_changes_with_it_and_not_with_its_place(tmp_path):
+    for place, name, text in (("a", "x.py", b"1\n2\n"), ("b", "x.py", b"1\r\n2\r\n"), ("c", "x.py", b"1\n3\n"), ("d", "y.py", b"1\n2\n")):
+        (tmp_path / place / "room").mkdir(parents=True)
+        (tmp_path / place / "room" / name).write_bytes(text)
+        (tmp_path / place / "room" / "x.pyc").write_text(place)
+    one, moved, other, renamed = (source_hash(tmp_path / place) for place in "abcd")
+    assert one == moved and len({one, other, renamed, source_hash()}) == 4
 
 
 def test_samples_that_are_gone_are_drawn_again_as_they_were(run, tiny_generator, tokenizer, picture_folder, tmp_path):

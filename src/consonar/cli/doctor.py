@@ -20,6 +20,7 @@ from consonar.cli import say
 from consonar.cli.ceilings import benchmark
 from consonar.cpu import kernels, kernels_mode, timing
 from consonar.errors import UserError
+from consonar.evaluation.results import source_hash
 from consonar.files.writers import cache_dir
 from consonar.networks import inception, lpips
 from consonar.training.optim import adamw_ways
@@ -45,7 +46,7 @@ def command(options: Options) -> None:
 
 def findings() -> Iterator[tuple[str, str]]:
     """(what, in words), one paragraph each; the kernels that are most used are measured if they were not yet."""
-    ours = f"consonar {consonar.__version__}, python {platform.python_version()}"
+    ours = f"consonar {consonar.__version__} (source {source_hash()}), python {platform.python_version()}"
     yield "versions", f"{ours}, torch {torch.__version__}, numpy {numpy.__version__}"
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
     yield from devices()
