@@ -68,6 +68,9 @@ def test_every_part_is_measured_written_and_shown(root: Path, tmp_path: Path, ca
         assert f"{name}: {part['summary']}" in said and f'id="{name}"' in page and part["numbers"]
         assert all(number["low"] <= number["value"] + 1e-9 and number["value"] <= number["high"] + 1e-9
                    for key, number in part["numbers"].items() if "nearest code" not in key), name  # fmt: skip
+    told = {name: part["protocol"] for name, part in content["parts"].items() if part["protocol"]}
+    assert told.keys() == {"forgiveness", "attribution"} and all(line in page for line in told.values())
+    assert told["attribution"].startswith("each time 8 pictures, greys, against ") and "8 images as others" in page
     source = content["provenance"]
     assert len(source["generator"]["sha256"]) == 64 and source["settings"]["seed"] == 0
     assert source["pictures"]["held-out"]["count"] == source["pictures"]["others"]["count"] == 8

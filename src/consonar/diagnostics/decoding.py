@@ -32,6 +32,7 @@ from consonar.diagnostics.statistics import (
     psnr_of,
 )  # fmt: skip
 from consonar.diagnostics.subject import Subject
+from consonar.metrics import protocol_line
 from consonar.metrics.frechet import frechet_distance_of_rows
 from consonar.seeding import generator, integers
 from consonar.training.noise import corrupt_tokens
@@ -178,6 +179,9 @@ def forgiveness(subject: Subject) -> Finding:
         f"one, on average over rates from {RATES[1]:.0%} to {RATES[-1]:.0%}. The less, the more is forgiven.",
         numbers,
         [figure(f"FD({name})", found), figure("PSNR in dB", error), figure("Perceptual distance", perceptual)],
+        protocol=protocol_line(
+            f"each time {count:,} reconstructions by {subject.tokenizer.name}", name, pictures.name, {"originals": count}
+        ),
         pictures=shown,
     )
 
@@ -216,5 +220,9 @@ def attribution(subject: Subject) -> Finding | str:
         f"{len(subject.others.images)} pictures of {subject.others.name}.",
         numbers,
         [Figure("Distance to other real pictures", steps, f"FD({name})", [Curve("all", range(4), found[:4])])],
+        protocol=protocol_line(
+            f"each time {len(pictures.tokens):,} pictures", name, subject.others.name,
+            {"others": len(subject.others.images)},
+        ),
         pictures={which: images[subject.shown.numpy()] for which, images in sets.items()},
     )  # fmt: skip

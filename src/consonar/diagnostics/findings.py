@@ -79,6 +79,8 @@ class Finding:
     """The numbers behind the sentence, by what they are."""
     figures: Sequence[Figure] = ()
     maps: Sequence[HeatMap] = ()
+    protocol: str = ""
+    """What its Fréchet distances are of, in one line; empty where it has none."""
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
     """Rows of pictures (k, H, W, 3) uint8 by what they are; not written into diagnosis.json."""
 

@@ -33,6 +33,7 @@ from consonar.evaluation.reference import PreparedReference
 from consonar.evaluation.results import Evaluation, library_versions
 from consonar.evaluation.sample_metrics import check_metrics, copy_rates, measure
 from consonar.evaluation.settings import EvaluationSettings
+from consonar.metrics import protocol_line
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import random_parts
 from consonar.metrics.frechet import distance_of_draws
@@ -129,10 +130,9 @@ def protocol(found: FeatureSet, reference: PreparedReference) -> str:
     """What the numbers are of: how many samples, whose features, against what of the reference."""
     given, most = reference.given, reference.settings.max_neighbours_images
     counts = {name: features.moments.count for name, features in reference.features.items()}
-    known = [f"{count:,} images as {name}" for name, count in counts.items()]
-    known = ["statistics of the file for FD and sFD", *known] if given.statistics else known
+    own = ("statistics of the file for FD and sFD",) if given.statistics else ()
     some = f"; single images of {most:,} drawn" if max([found.moments.count, *counts.values()]) > most else ""
-    return f"{found.moments.count:,} samples, {reference.network.name}, against {given.name}: {', '.join(known)}{some}"
+    return protocol_line(f"{found.moments.count:,} samples", reference.network.name, given.name, counts, *own) + some
 
 
 def open_target(

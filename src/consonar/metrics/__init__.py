@@ -3,7 +3,7 @@
 A row is all that tables and charts need of a number; one that has no row is shown under its own name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -126,6 +126,14 @@ def meanings(names: Iterable[str]) -> dict[str, str]:
     """What numbers of these names mean, by what they are called; a family once."""
     rows = [metric_of(name) for name in names]
     return {row.name.rstrip("(") if row.name.endswith("(") else row.heading: row.meaning for row in rows if row.meaning}
+
+
+def protocol_line(measured: str, network: str, against: str, sets: Mapping[str, int], *more: str) -> str:
+    """What numbers are of, which their names do not say: pictures that were `measured`, in the features of which
+    network, `against` what, with `more` of it, and its `sets` of so many images."""
+    return f"{measured}, {network}, against {against}: " + ", ".join(
+        [*more, *(f"{count:,} images as {name}" for name, count in sets.items())]
+    )
 
 
 def decides(name: str) -> bool:

@@ -147,9 +147,10 @@ def training_notes(runs: Sequence[Run]) -> list[str]:
         later = f" It was resumed later, to step {last:,}." if last > step else ""
         notes.append(f"{run.name} was stopped by its guard at step {step:,}: {run.stopped['reason']}.{later}")
     if metrics := dict.fromkeys(run.best_model["metric"] for run in runs if run.best_model):
+        of = dict.fromkeys(f" Measured on {m['protocol']}." for run in runs if "protocol" in (m := run.best_model))
         notes.append(
             f"The best step is that of the best {listed(list(metrics))} on the way (ringed below; step 0 is the start "
-            "model). That model is in best/; everything else on this page is about the last one."
+            f"model). That model is in best/; everything else on this page is about the last one.{''.join(of)}"
         )
     if len({str(run.objective.get("rewards")) for run in runs}) > 1:
         notes.append("The weights of the rewards differ between runs: compare the parts, not the sum.")

@@ -10,7 +10,7 @@ from consonar.data.loader import ImageBatches
 from consonar.errors import UserError, reading
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
-from consonar.metrics import metric_of
+from consonar.metrics import metric_of, protocol_line
 from consonar.metrics.distribution import Moments, frechet_distance
 from consonar.networks import load_feature_network
 from consonar.origin import Origin
@@ -35,6 +35,8 @@ class KeepBest:
     metric: str
     folder: Path
     origin: Origin
+    protocol: str | None = None
+    """What values of the metric are of, where its name does not say it."""
 
     def keep(self, trainee: Trainee | TokenizerTrainee, step: int, value: float) -> None:
         """Keeps the model of what is trained, if it is the best so far."""
@@ -47,7 +49,8 @@ class KeepBest:
             if better:
                 return
         trainee.save(self.folder / "best", self.origin)
-        write_json(record, {"step": step, "metric": self.metric, "value": value})
+        of = {} if self.protocol is None else {"protocol": self.protocol}
+        write_json(record, {"step": step, "metric": self.metric, "value": value, **of})
 
 
 @dataclass
@@ -58,6 +61,8 @@ class DistanceToHeldOut:
     """
 
     validation: ImageBatches
+    where: str
+    """Name of the data that these are of."""
     tokenizer: Tokenizer
     num_samples: int
 
@@ -67,6 +72,12 @@ class DistanceToHeldOut:
         self.target = self.moments(batch.images for batch in self.validation.ordered(self.batch_size))
         if self.target.count < 2:
             raise UserError("loop.fd_samples: a distance needs 2 validation images or more, there is 1; set it to 0")
+
+    @property
+    def protocol(self) -> str:
+        """What the distance is of, in one line."""
+        drawn = f"{self.num_samples:,} samples at temperature 1 of seeds from 0 on, not rounded to 8 bits"
+        return protocol_line(drawn, self.network.name, self.where, {"validation": self.target.count})
 
     def moments(self, batches: Iterable[Tensor]) -> Moments:
         moments = Moments(self.network.num_features)

@@ -36,7 +36,7 @@ from consonar.sampling.sample import sample
 from consonar.seeding import derive_seed, draw_weights, generator
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.base import Codebook
-from consonar.training.best import BEST_BY, DistanceToHeldOut, KeepBest
+from consonar.training.best import BEST_BY, METRIC, DistanceToHeldOut, KeepBest
 from consonar.training.captions import Progress, caption_features, captions_of_pictures, read_by, text_encoder_of, told
 from consonar.training.config import TrainConfig
 from consonar.training.loop import Built
@@ -63,7 +63,7 @@ def build(config: TrainConfig, world: World, batch_size: int, out: Path, progres
     if built.held_out is None and config.loop.keep_best:
         raise UserError("loop.keep_best: True is read only with data for validation, and there are none; remove it")
     if config.loop.keep_best or built.distance:
-        built.best = KeepBest(BEST_BY[config.run], out, built.origin)
+        built.best = KeepBest(BEST_BY[config.run], out, built.origin, built.distance.protocol if built.distance else None)
     return built
 
 
@@ -134,7 +134,8 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     if pictures.held_out is not None:
         built.held_out = validation = made(pictures.held_out, captions=held_out, **place)
         if config.loop.fd_samples:
-            built.distance = DistanceToHeldOut(validation, tokenizer, config.loop.fd_samples)
+            built.distance = DistanceToHeldOut(validation, data.images, tokenizer, config.loop.fd_samples)
+            built.about += (f"{METRIC}: {built.distance.protocol}",)
     return built
 
 
