@@ -132,6 +132,16 @@ def test_classes_of_fewer_images_than_features_are_said():
         assert [line.startswith(said) for line in lines] == [True] * bool(few) and "by their numbers" in paired
 
 
+def test_the_bias_of_a_spatial_distance_by_few_images_is_said_too():
+    """6 spatial features: of 59 samples and images, not of 60; beside the distance of 12 features in a line of its own."""
+    for metrics, count, said in ((("sfd",), 59, ["sFD"] * 2), (("sfd",), 60, []), (("fd", "sfd"), 59, ["FD", "FD", "sFD", "sFD"])):
+        (images, _), other = pictures(count, 0), pictures(count, 1)
+        given, known = SampleSet(in_memory(images, other[1]), count, 4, "0"), {"reference": in_memory(*other)}
+        found = evaluate(given, ReferenceSet("r", known), metrics=metrics, feature_network=Quarters()).remarks
+        assert [line.partition("(quarters) is biased upwards by few ")[0] for line in found] == said
+        assert not said or f"{count} draws from the Gaussian of the reference set itself (6 features)" in found[-2]
+
+
 def of_classes(images, labels, path, class_names):
     """Samples as a job writes them."""
     settings = json.dumps({"origin": {"class_names": class_names}})

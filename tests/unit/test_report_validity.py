@@ -129,6 +129,9 @@ def test_reconstructions_are_of_the_tokenizer_that_is_there(tmp_path):
     origin = {"checkpoint_sha256": file_sha256(weights)}
     (run / "reconstruction.json").write_text(json.dumps({"psnr": 20.25, "origin": origin}))
     assert load_runs([run])[0].reconstruction == {"psnr": 20.25} and "20.25" in text_of([run], tmp_path / "page.html")
+    origin |= {"protocol": "9 reconstructions", "remarks": ["of few images"]}
+    (run / "reconstruction.json").write_text(json.dumps({"psnr": 20.25, "origin": origin}))
+    assert "9 reconstructions; of few images" in text_of([run], tmp_path / "page.html")
     weights.write_text("trained on")
     text = text_of([run], tmp_path / "page.html")
     assert "The reconstructions of tokenizer are not shown: they are of weights that have changed" in text

@@ -233,7 +233,7 @@ def measure_tokenizer(options: Options, name: Path | str, world: World) -> None:
     if world.is_main:
         origin = content.pop("origin")
         print_metrics({key: Measurement(value) for key, value in content.items()}, str(name))
-        say(origin["protocol"])
+        say_about(origin["protocol"], {}, origin["remarks"])
         if out is not None:
             write_json(out, {**content, "origin": origin})
         if (path := into / RECONSTRUCTION if into else out) is not None:

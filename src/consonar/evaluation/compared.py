@@ -182,7 +182,7 @@ def made_of(content: JsonMap) -> Json:
     found["tokenizer"] = (content.get("tokenizer") or {}).get("fingerprint")
     found["detector"] = content.get("detector_sha256")
     if "rows" not in content:  # of a tokenizer; that of a run is of its making, not of the measurement
-        places = ("reference", "tokenizer_place", "feature_network", "bad_images")
+        places = ("reference", "tokenizer_place", "feature_network", "bad_images", "remarks")
         found |= {key: value for key, value in origin.items() if key not in places}
     left_out = (content.get("bad_images") or origin.get("bad_images") or {}).get("left_out") or {}
     found |= {f"left out of {part}": count for part, count in left_out.items()}

@@ -32,19 +32,15 @@ from consonar.evaluation.inputs import (
 from consonar.evaluation.reference import PreparedReference
 from consonar.evaluation.results import Evaluation, library_versions
 from consonar.evaluation.sample_metrics import check_metrics, copy_rates, measure
-from consonar.evaluation.settings import EvaluationSettings
+from consonar.evaluation.settings import ENOUGH, EvaluationSettings
 from consonar.metrics import protocol_line
 from consonar.metrics.copying import CopyRate
-from consonar.metrics.distribution import random_parts
+from consonar.metrics.distribution import Target, random_parts
 from consonar.metrics.frechet import distance_of_draws
 from consonar.model_folders import SHIPPED
 from consonar.networks import FeatureNetwork, load_feature_network, record_of
 from consonar.origin import Origin, same_text
 from consonar.seeding import derive_seed
-
-ENOUGH = 10
-"""Samples for each feature from which on the bias of a Fréchet distance is not mentioned."""
-
 
 def evaluate(
     samples: SampleSet | str | Path,
@@ -170,28 +166,15 @@ def remarks(
     """What must be known to read the numbers, one line each: the bias of few images, also within a class (`labels` (S,)
     are those of the samples), and copies that are not seen."""
     network, known, count = reference.network, reference.features, found.moments.count
-    few, of_features = ENOUGH * network.num_features, f"{network.num_features:,} features"
-    gaussians = reference.target.gaussians
-    if count < few and gaussians:
-        name, (_, _, root) = next(iter(gaussians.items()))
-        perfect = distance_of_draws(root, count, derive_seed(seed, "draws"))
-        yield (
-            f"FD({network.name}) is biased upwards by few samples: {count:,} draws from the Gaussian of the {name} set "
-            f"itself ({of_features}) score {perfect:.3g}; compare it at equal numbers of samples only"
-        )
-    sizes = [(name, features.moments.count) for name, features in known.items()]
-    own = reference.given.statistics is not None  # then how few images there are does not matter
-    if gaussians and not own and (small := [f"{name} {size:,}" for name, size in sizes if size < few]):
-        yield (
-            f"FD({network.name}) is biased upwards by few images of the reference, too ({', '.join(small)}, "
-            f"{of_features}); compare it at equal references only"
-        )
+    for kind, target in (("FD", reference.target), ("sFD", reference.spatial)):
+        if target is not None and target.gaussians:
+            yield from remarks_on_few(f"{kind}({network.name})", target, count, reference, seed)
     if reference.settings.wants("fd-per-class") and labels is not None and reference.labels:
         smallest = min(int(of.unique(return_counts=True)[1].min()) for of in (labels, *reference.labels.values()))
         if smallest < network.num_features:
             yield (
                 f"FD per class({network.name}) is biased upwards: the smallest class has {smallest:,} images "
-                f"({of_features}); compare it at equal numbers of samples and equal references only"
+                f"({network.num_features:,} features); compare it at equal numbers of samples and equal references only"
             )
     train = known.get("train")
     most = reference.settings.max_neighbours_images
@@ -208,6 +191,25 @@ def remarks(
             )
     if found.scores and count < ENOUGH * (num_classes := found.scores.num_classes):
         yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
+
+
+def remarks_on_few(name: str, target: Target, count: int, reference: PreparedReference, seed: int) -> Iterator[str]:
+    """The bias of a Fréchet distance to `target` by few samples, `count`, and by few images of the reference."""
+    of, (mean, _, root) = next(iter(target.gaussians.items()))
+    few, of_features = ENOUGH * len(mean), f"{len(mean):,} features"
+    if count < few:
+        perfect = distance_of_draws(root, count, derive_seed(seed, "draws"))
+        yield (
+            f"{name} is biased upwards by few samples: {count:,} draws from the Gaussian of the {of} set itself "
+            f"({of_features}) score {perfect:.3g}; compare it at equal numbers of samples only"
+        )
+    sizes = {which: features.moments.count for which, features in reference.features.items()}
+    small = [f"{which} {size:,}" for which, size in sizes.items() if size < few]
+    if small and reference.given.statistics is None:  # else how few images there are does not matter
+        yield (
+            f"{name} is biased upwards by few images of the reference, too ({', '.join(small)}, {of_features}); compare "
+            "it at equal references only"
+        )
 
 
 def remarks_on_sets(samples: SampleSet, reference: PreparedReference) -> Iterator[str]:

@@ -20,6 +20,7 @@ from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import as_input, open_reference
 from consonar.evaluation.kept import keep_reconstructions
 from consonar.evaluation.results import RECONSTRUCTION, check_unmeasured, library_versions, replacing
+from consonar.evaluation.settings import ENOUGH
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
@@ -202,16 +203,21 @@ def measure_reconstruction(
     metrics = reconstruction_metrics(tokenizer, batches, feature_network=network, perceptual=judge, world=world)
     count = int(metrics["num_images"])
     against = f"reconstructions by {tokenizer.name} against their originals in {images.name}"
-    if few := images.enlarged():
-        note = f", {few:,} of them enlarged to {tokenizer.image_size} px{note}"
+    if small := images.enlarged():
+        note = f", {small:,} of them enlarged to {tokenizer.image_size} px{note}"
     known = record_of(network)
     judged = {"perceptual": judge.name, "perceptual_sha256": judge.weights_sha256} if judge else {}
-    left_out = bad_images_record(bad)
+    left_out, few = bad_images_record(bad), count < ENOUGH * network.num_features
+    biased = (  # as both Gaussians are of samples, and the distance is convex in them; of perfect ones it is 0
+        f"rFD({network.name}) is biased upwards by few images ({count:,}, {network.num_features:,} features); compare "
+        "it at equal images only"
+    )
     content = {
         **metrics,
         "origin": {
             **{key: value for key, value in origin.items() if value is not None},
             "protocol": f"{count:,} {against}, {network.name}{note}",
+            "remarks": [biased] * few,
             "images": images.name,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "feature_network": known.get("place", network.name),

@@ -14,6 +14,8 @@ from consonar.seeding import check_seed
 
 ON_REQUEST = ("fd-infinity", "fd-per-class")
 """Metrics for which every vector is kept, 4 bytes a feature and image: calculated where they are named."""
+ENOUGH = 10
+"""Images for each feature from which on the bias of a Fréchet distance is not mentioned."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,8 @@ def without_outdated(run: Run) -> Run:
     if why := outdated_reconstruction(origin, run):
         return withhold(run, f"The reconstructions of {run.name} are not shown: they {why}.", reconstruction={})
     if isinstance(origin, Mapping) and "protocol" in origin:
-        values["protocol"] = str(origin["protocol"])
+        said = origin.get("remarks")
+        values["protocol"] = "; ".join(map(str, (origin["protocol"], *(said if isinstance(said, list) else ()))))
     return replace(run, reconstruction=values)
 
 
