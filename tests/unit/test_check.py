@@ -124,7 +124,10 @@ def test_results_of_older_versions_are_compared_by_what_they_record(measured):
 
 
 def test_the_hash_of_the_code_changes_with_it_and_not_with_its_place(tmp_path):
-    for place, name, text in (("a", "x.py", b"1\n2\n"), ("b", "x.py", b"1\r\n2\r\n"), ("c", "x.py", b"1\n3\n"), ("d", "y.py", b"1\n2\n")):
+    code = b"1\n2\n"
+    for place, name, text in (
+        ("a", "x.py", code), ("b", "x.py", b"1\r\n2\r\n"), ("c", "x.py", b"1\n3\n"), ("d", "y.py", code)
+    ):  # fmt: skip
         (tmp_path / place / "room").mkdir(parents=True)
         (tmp_path / place / "room" / name).write_bytes(text)
         (tmp_path / place / "room" / "x.pyc").write_text(place)

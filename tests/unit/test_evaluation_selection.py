@@ -133,8 +133,9 @@ def test_classes_of_fewer_images_than_features_are_said():
 
 
 def test_the_bias_of_a_spatial_distance_by_few_images_is_said_too():
-    """6 spatial features: of 59 samples and images, not of 60; beside the distance of 12 features in a line of its own."""
-    for metrics, count, said in ((("sfd",), 59, ["sFD"] * 2), (("sfd",), 60, []), (("fd", "sfd"), 59, ["FD", "FD", "sFD", "sFD"])):
+    """6 spatial features: of 59 samples and images, not of 60; in a line beside that of the 12 other features."""
+    both = ["FD", "FD", "sFD", "sFD"]
+    for metrics, count, said in ((("sfd",), 59, both[2:]), (("sfd",), 60, []), (("fd", "sfd"), 59, both)):
         (images, _), other = pictures(count, 0), pictures(count, 1)
         given, known = SampleSet(in_memory(images, other[1]), count, 4, "0"), {"reference": in_memory(*other)}
         found = evaluate(given, ReferenceSet("r", known), metrics=metrics, feature_network=Quarters()).remarks
@@ -180,8 +181,20 @@ def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path):
     five = of_classes(images, np.arange(60) % 5, tmp_path / "five.npz", None)
     (line,) = evaluate(five, folder, metrics=("kid",), feature_network=Quarters()).remarks
     assert line.startswith("samples of 5 classes, a reference of 2, and 2 are in both (by number)")
-    plain = of_classes(images, 0 * bright, tmp_path / "plain.npz", None)
-    assert evaluate(plain, folder, metrics=("kid",), feature_network=Quarters()).remarks == ()
+    plain = {"arr_0": images, "labels": 0 * bright}
+    for classes, said in ((None, 1), (1, 0), (2, 1)):  # not known; a generator without classes; only one of its two
+        settings = {} if classes is None else {"settings": json.dumps({"num_classes": classes})}
+        np.savez(tmp_path / "plain.npz", **plain, **settings)
+        found = evaluate(tmp_path / "plain.npz", folder, metrics=("kid",), feature_network=Quarters())
+        assert [line.startswith("samples of 1 classes, a reference of 2") for line in found.remarks] == [True] * said
+    half = of_classes(images, np.arange(60) % 2, tmp_path / "half.npz", ["a_bright", "z_dark"])
+    assert evaluate(half, folder, metrics=("kid",), feature_network=Quarters()).remarks == ()
+    np.savez(tmp_path / "most.npz", arr_0=images, labels=np.arange(60) % 20 // 18)
+    np.savez(tmp_path / "even.npz", arr_0=images, labels=np.arange(60) % 2)
+    (line,) = evaluate(
+        tmp_path / "most.npz", tmp_path / "even.npz", metrics=("kid",), feature_network=Quarters()
+    ).remarks
+    assert line.startswith("samples and reference have their classes in other shares (40% of the images would have to")
 
 
 def test_a_reference_is_enlarged_only_where_that_is_said(tmp_path):

@@ -214,12 +214,16 @@ def test_a_run_that_was_stopped_and_its_best_step_are_told(tmp_path):
     with (trained / "metrics.jsonl").open("a") as file:
         file.write("".join(json.dumps({"step": s, metric: v}) + "\n" for s, v in ((0, 90.0), (10, 80.0), (20, 85.0))))
     (trained / "stopped.json").write_text('{"step": 20, "reason": "kl 0.31 is above <0.3>"}')
-    (trained / "best.json").write_text('{"step": 10, "metric": "FD(net) validation", "value": 80.0, "protocol": "8 samples"}')
+    (trained / "best.json").write_text(
+        '{"step": 10, "metric": "FD(net) validation", "value": 80.0, "protocol": "8 samples"}'
+    )
     made = section(trained, other)
     cells = re.findall(r"<td>([^<]*)</td>", write_report([trained, other], tmp_path / "both.html").read_text())
     assert [cells[index] for index in (0, 8, 9, 10, 18, 19)] == ["90.00 → 85.00", "20, stopped", "10", "–", "20", "–"]
     assert "vapi was stopped by its guard at step 20: kl 0.31 is above <0.3>." in made["notes"]
-    assert any("best FD(net) validation on the way" in n and "last one. Measured on 8 samples." in n for n in made["notes"])
+    assert any(
+        "best FD(net) validation on the way" in n and "last one. Measured on 8 samples." in n for n in made["notes"]
+    )
     chart = next(chart for chart in made["charts"] if chart.title == "Validation FD(net) validation")
     assert rings_of(chart) == {LOOKS[0].colour} and not rings_of(made["charts"][1])
     assert "&lt;0.3&gt;" in write_report([trained], tmp_path / "page.html").read_text()

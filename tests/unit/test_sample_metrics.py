@@ -1,6 +1,7 @@
 """A metric of samples is a row of a table: results and the command line show it without knowing of it."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional
 
 from consonar import cli, networks
 from consonar.evaluation.sample_metrics import SAMPLE_METRICS
+from consonar.metrics.shares import class_shift
 
 
 class Halves:
@@ -56,3 +58,22 @@ def test_a_metric_says_why_it_has_no_value_or_nothing(measured):
     assert results["unavailable"]["captions"] == "the samples carry no captions"
     assert "captions: not measured (the samples carry no captions)" in printed
     assert "nothing to ask" not in printed and "nothing to ask" not in json.dumps(results)
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 20), (2, 2000), (10, 100), (150, 64), (150, 1024)])
+def test_classes_that_are_drawn_are_in_no_other_shares_by_chance(classes, count):
+    known = dict.fromkeys(range(classes), 60)
+    for seed in range(25):
+        drawn = Counter(np.random.default_rng(seed).integers(0, classes, count).tolist())
+        assert not class_shift(drawn, known, seed)[1], seed
+    equal = Counter((np.arange(count) * classes // count).tolist())
+    assert not class_shift(equal, known, 0)[1]
+    assert class_shift(dict.fromkeys(range(classes // 2), 60), known, 0) == (pytest.approx(0.5), True)
+
+
+def test_other_shares_of_classes_are_told_from_small_differences_and_a_missing_class_too():
+    assert class_shift({"a": 900, "b": 100}, {"b": 500, "a": 500}, 0) == (pytest.approx(0.4), True)
+    assert class_shift({"a": 52_000, "b": 48_000}, {"a": 50_000, "b": 50_000}, 0) == (pytest.approx(0.02), False)
+    few = dict.fromkeys(range(300), 50)
+    assert class_shift(few, few | {300: 50}, 0) == (pytest.approx(1 / 301), True)
+    assert class_shift(few | {300: 1}, few, 0)[1] is False

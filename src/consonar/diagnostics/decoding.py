@@ -180,7 +180,10 @@ def forgiveness(subject: Subject) -> Finding:
         numbers,
         [figure(f"FD({name})", found), figure("PSNR in dB", error), figure("Perceptual distance", perceptual)],
         protocol=protocol_line(
-            f"each time {count:,} reconstructions by {subject.tokenizer.name}", name, pictures.name, {"originals": count}
+            f"each time {count:,} reconstructions by {subject.tokenizer.name}",
+            name,
+            pictures.name,
+            {"originals": count},
         ),
         pictures=shown,
     )

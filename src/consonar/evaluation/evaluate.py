@@ -6,6 +6,7 @@ into that many disjoint equal parts, and the standard deviation of a metric over
 distance is biased upwards for few samples, so parts compare among themselves only, and their values are not reported.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,10 +38,12 @@ from consonar.metrics import protocol_line
 from consonar.metrics.copying import CopyRate
 from consonar.metrics.distribution import Target, random_parts
 from consonar.metrics.frechet import distance_of_draws
+from consonar.metrics.shares import class_shift
 from consonar.model_folders import SHIPPED
 from consonar.networks import FeatureNetwork, load_feature_network, record_of
 from consonar.origin import Origin, same_text
 from consonar.seeding import derive_seed
+
 
 def evaluate(
     samples: SampleSet | str | Path,
@@ -207,8 +210,8 @@ def remarks_on_few(name: str, target: Target, count: int, reference: PreparedRef
     small = [f"{which} {size:,}" for which, size in sizes.items() if size < few]
     if small and reference.given.statistics is None:  # else how few images there are does not matter
         yield (
-            f"{name} is biased upwards by few images of the reference, too ({', '.join(small)}, {of_features}); compare "
-            "it at equal references only"
+            f"{name} is biased upwards by few images of the reference, too ({', '.join(small)}, {of_features}); "
+            "compare it at equal references only"
         )
 
 
@@ -221,21 +224,30 @@ def remarks_on_sets(samples: SampleSet, reference: PreparedReference) -> Iterato
     sets = [(labels, reference.given.images[name].class_names) for name, labels in reference.labels.items()]
     if samples.labels is None or not sets:
         return
-    ours, named = (samples.labels, samples.class_names), None not in (samples.class_names, *(own for _, own in sets))
-    if reference.settings.wants("fd-per-class"):  # for which other classes are refused
-        if not named:
-            unnamed = "samples name" if samples.class_names is None else "reference names"
-            yield f"FD per class({reference.network.name}) pairs classes by their numbers: the {unnamed} none"
-        return
-    own, known = class_set(*ours, named), set[int | str]().union(*(class_set(*one, named) for one in sets))
-    if own not in (known, {0}):  # {0}: of a generator without classes
+    named = None not in (samples.class_names, *(own for _, own in sets))
+    if reference.settings.wants("fd-per-class") and not named:
+        unnamed = "samples name" if samples.class_names is None else "reference names"
+        yield f"FD per class({reference.network.name}) pairs classes by their numbers: the {unnamed} none"
+    if samples.class_names is None and (samples.settings or {}).get("num_classes") in (0, 1):
+        return  # of a generator without classes
+    own = class_counts(samples.labels, samples.class_names, named)
+    known = sum((class_counts(*one, named) for one in sets), Counter[str | int]())
+    apart, is_shift = class_shift(own, known, derive_seed(reference.settings.seed, "classes"))
+    shared = own.keys() & known.keys()
+    if own.keys() != known.keys() and (is_shift or not shared):
         yield (
-            f"samples of {len(own):,} classes, a reference of {len(known):,}, and {len(own & known):,} are in both (by "
+            f"samples of {len(own):,} classes, a reference of {len(known):,}, and {len(shared):,} are in both (by "
             f"{'name' if named else 'number'}): every distance is also one of the classes"
+        )
+    elif is_shift:
+        yield (
+            f"samples and reference have their classes in other shares ({apart:.0%} of the images would have to be of "
+            "another class): every distance is also one of the shares"
         )
 
 
-def class_set(labels: Tensor, class_names: Sequence[str] | None, named: bool) -> set[int | str]:
-    """The classes that there are, by name or by number."""
+def class_counts(labels: Tensor, class_names: Sequence[str] | None, named: bool) -> Counter[str | int]:
+    """How many images each class has, by its name or its number."""
     names = class_names if named and class_names else ()
-    return {same_text(names[label]) if label < len(names) else label for label in labels.unique().tolist()}
+    found = Counter[int](labels.tolist())
+    return Counter({same_text(names[one]) if one < len(names) else one: count for one, count in found.items()})

@@ -1,10 +1,13 @@
 """Shares of what is right and wrong, with their intervals. Pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 Interval = tuple[float, float]
 Z = 1.96
 """Standard deviations to either side that hold 95 % of a normal distribution."""
+DIVISIONS, DEVIATIONS, NOTABLE, RARE = 200, 5, 0.05, 1e-4
 
 
 def wilson(share: float, count: float) -> Interval:
@@ -24,3 +27,26 @@ def mean_of(shares: Sequence[float], intervals: Sequence[Interval]) -> tuple[flo
     below = sum((share - low) ** 2 for share, (low, _) in pairs) ** 0.5 / count
     above = sum((high - share) ** 2 for share, (_, high) in pairs) ** 0.5 / count
     return mean, (mean - below, mean + above)
+
+
+def class_shift(ours: Mapping[str | int, int], theirs: Mapping[str | int, int], seed: int) -> tuple[float, bool]:
+    """How far apart the classes of two sets of images are, which are counted by class: the share of images that would
+    have to be of another class (total variation distance), and whether that is beyond chance.
+
+    Chance is how all images would be divided at random into two sets of these sizes. Beyond it is a distance of
+    `NOTABLE` or more and over `DEVIATIONS` deviations above the mean of `DIVISIONS` divisions (by `seed`), and a class
+    that is missing on one side, as any of the classes is in less than one of 1 / `RARE` divisions.
+    """
+    classes = sorted({**ours, **theirs}, key=str)
+    mine, other = (np.array([side.get(one, 0) for one in classes]) for side in (ours, theirs))  # (C,)
+    size, both = int(mine.sum()), mine + other
+
+    def apart(counts: np.ndarray) -> np.ndarray:
+        return np.abs(counts / size - (both - counts) / other.sum()).sum(-1) / 2
+
+    divided = np.random.default_rng(seed).multivariate_hypergeometric(both, size, DIVISIONS)  # (DIVISIONS, C)
+    found, drawn = float(apart(mine)), apart(divided)
+    # At most so often an image, and with `both` as power all of a class, falls to the side that has them.
+    missing = np.where(mine == 0, other.sum(), np.where(other == 0, size, both.sum())) / both.sum()
+    is_shift = found >= NOTABLE and found > drawn.mean() + DEVIATIONS * drawn.std()
+    return found, bool(is_shift or len(both) * (missing**both).min() < RARE)

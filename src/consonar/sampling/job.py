@@ -120,6 +120,7 @@ class Job:
             "sampler": to_dict(sampler),
             "seed": seed,
             "num_samples": len(labels),
+            "num_classes": generator.num_classes,
             "labels_sha256": component_fingerprint({}, {"labels": labels}),
             **({} if prompts is None else {"prompts": list(prompts.texts), "text_encoder": prompts.fingerprint}),
             **({} if image_size is None else {"image_size": image_size}),
@@ -171,7 +172,7 @@ def run_job(
     last makes `out` of them. Raises `UserError` when `out` exists, for no images or a batch or shard size below 1, and
     when OUT.parts holds unfinished samples of another job (`restart`: those are removed) or other things.
     """
-    old = {"precision": "fp32"}  # older versions had no other
+    old = {"precision": "fp32", "num_classes": job.settings["num_classes"]}  # what older versions did not say
     work = SharedWork(
         out=out, settings=job.settings, what="samples", unread=PLACES, old=old, patience=seconds_of_patience()
     )

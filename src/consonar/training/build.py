@@ -58,12 +58,12 @@ def build(config: TrainConfig, world: World, batch_size: int, out: Path, progres
     place = Place(batch_size=batch_size, seed=config.seed, rank=world.rank, world_size=world.size)
     built = RUNS[config.run](config, world, place, out, progress)
     if built.held_out is None and config.data.validation_items:
-        unread = f"data.validation_items {config.data.validation_items} is not read"
-        built.about = (*built.about, f"no data for validation: {unread}")
+        built.about += (f"no data for validation: data.validation_items {config.data.validation_items} is not read",)
     if built.held_out is None and config.loop.keep_best:
         raise UserError("loop.keep_best: True is read only with data for validation, and there are none; remove it")
     if config.loop.keep_best or built.distance:
-        built.best = KeepBest(BEST_BY[config.run], out, built.origin, built.distance.protocol if built.distance else None)
+        of = built.distance.protocol if built.distance else None
+        built.best = KeepBest(BEST_BY[config.run], out, built.origin, of)
     return built
 
 
