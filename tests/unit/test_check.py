@@ -18,7 +18,7 @@ from consonar.evaluation.compared import Check, Compared, allowed, compare, imag
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.reconstruction import evaluate_tokenizer, trained_on
 from consonar.evaluation.results import Measurement, source_hash
-from consonar.evaluation.runs import RunSettings, evaluate_run
+from consonar.evaluation.runs import ENTROPY, RunSettings, evaluate_run
 from consonar.files.weights import component_fingerprint
 from consonar.origin import Origin
 from consonar.recipes import read_config
@@ -83,9 +83,10 @@ def test_a_number_that_is_not_what_is_measured_is_not_reproduced(measured, capsy
     assert found.reproduced and found.tolerance.startswith("the same pictures, within 0.0001 of the value")
     spread = json.loads(measured.read_text())["metrics"]["FD(quarters) validation"]["spread"]
     changed(measured, **{"metrics/FD(quarters) validation/value": value + 0.02 * spread, "versions/torch": "1.0"})
+    changed(measured, **{"noise_floor/FD(quarters) validation vs train": 1.0})
     assert status("--check", measured) == 1
     said = capsys.readouterr().out
-    assert "not reproduced: 1 of" in said and f"differs: torch: 1.0 then, {torch.__version__} now" in said
+    assert "not reproduced: 2 of" in said and f"differs: torch: 1.0 then, {torch.__version__} now" in said
 
 
 def test_other_pictures_of_that_name_are_told_and_not_reproduced(measured):
@@ -169,7 +170,7 @@ def test_a_run_is_sampled_again_and_keeps_its_files(run, picture_folder, tokeniz
     assert found.reproduced and found.redrawn and found.differs == []
     assert sum(" samples at " in line for line in said) == len(grid), "no row is drawn twice, nor any that was not"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert {number.name.partition(": ")[0] for number in found.numbers} == {"temperature 1", AT}
+    assert {number.name.partition(": ")[0] for number in found.numbers} == {"temperature 1", AT, "noise floor"}
     metric = "FD(quarters) validation"
     entry = json.loads((run / "results.json").read_text())["rows"][1]["metrics"][metric]
     changed(run / "results.json", **{f"rows/1/metrics/{metric}/value": entry["value"] + 1.9 * entry["spread"]})
@@ -395,6 +396,17 @@ def test_shares_of_the_reference_are_of_its_images(measured, run, picture_folder
     content = evaluate_run(run, settings, reference=str(picture_folder), feature_network="quarters")
     assert image_counts(content) == {"samples": 14, "compared": 13, "reference": 13}
     assert image_counts(json.loads(measured.read_text())) == {"samples": 12, "compared": 12, "reference": 24}
+
+
+def test_what_is_not_drawn_again_is_as_that_of_the_same_pictures():
+    """The entropy under the true context is of the model: under other weights a number without a spread."""
+    sizes = {"samples": 9, "compared": 9, "reference": 9}
+    before = {f"temperature 1: {ENTROPY}": 3.0, "noise floor: FD(x) validation vs train": 50.0, "entropy": 2.0}
+    was, now = ({name: Measurement(k * value) for name, value in before.items()} for k in (1, 1.001))
+    for redrawn, other, holds in (
+        (True, False, [False, False, True]), (True, True, [True, False, True]), (False, False, [False] * 3)
+    ):  # fmt: skip
+        assert [one.holds for one in compare(was, now, sizes, redrawn, other)] == holds
 
 
 def test_every_class_of_a_mean_over_classes_is_compared():

@@ -157,11 +157,11 @@ def check_results(
         raise UserError(f"{path}: records no number; evaluate again")
     with tempfile.TemporaryDirectory() as folder, record.found():
         now, redrawn = measure(record, Path(folder))
-    numbers = compare(before, numbers_of(now), sizes, redrawn)
     after = made_of(now)
     if cell and component_fingerprint({}, load_generator(str(record.samples)).state_dict()) == cell.get("weights"):
         made["weights"] = after["weights"]  # in another file
-    return Check(numbers, redrawn, differences(made, after), model_differs(made, after))
+    other = model_differs(made, after)
+    return Check(compare(before, numbers_of(now), sizes, redrawn, other), redrawn, differences(made, after), other)
 
 
 def samples_again(record: Record, folder: Path) -> tuple[Json, bool]:

@@ -14,6 +14,8 @@ How close numbers must come:
   one picture. A number without a spread may differ by 1 %, KID, which may be near 0, by 0.24 / sqrt(n) of n samples
   where that is more: what twice the spread of 4 parts is in the middle of this repository's results (claims/results).
   What is below that is not seen, which the verdict says.
+* Not drawn again is the noise floor, which is of the reference alone, nor the teacher-forced entropy of the recorded
+  weights: as the same pictures.
 * Each class of a mean over C classes: the same; without a spread sqrt(C) times as far as the mean, which averages C of
   them. The class that is farthest off, beside what is allowed, is the one that is told.
 """
@@ -27,6 +29,7 @@ from pydantic import Field
 
 from consonar.config_io import adapter
 from consonar.evaluation.results import Measurement, Row
+from consonar.evaluation.runs import ENTROPY
 from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, metric_of
 
@@ -39,6 +42,7 @@ SHARES = {
 """What images a share is of (`image_counts`); what else is in percent is of all samples."""
 UNKNOWN = 10_000
 """Images where an older file does not say how many there were."""
+FLOOR = "noise floor: "
 MODELS = ("weights", "generator", "checkpoint_sha256", "tokenizer")
 """What was measured, by the names of `made_of`; the pictures are told by their hash."""
 Numbers = Mapping[str, Measurement]
@@ -109,11 +113,14 @@ class Check:
         return ours * self.other_weights + words
 
 
-def compare(before: Numbers, after: Numbers, sizes: Mapping[str, int], redrawn: bool) -> list[Compared]:
+def compare(
+    before: Numbers, after: Numbers, sizes: Mapping[str, int], samples_redrawn: bool, other_weights: bool = False
+) -> list[Compared]:
     """Every recorded number, and of each mean over classes the class that is farthest off."""
     found = []
     for name, one in before.items():
-        again = after.get(name)
+        again, of_model = after.get(name), name.endswith(ENTROPY) and not other_weights
+        redrawn = samples_redrawn and not (of_model or name.startswith(FLOOR))
         found.append(
             Compared(name, one.value, None if again is None else again.value, allowed(name, one, sizes, redrawn))
         )
@@ -154,7 +161,9 @@ def image_counts(content: JsonMap) -> dict[str, int]:
 
 
 def numbers_of(content: JsonMap) -> dict[str, Measurement]:
-    """The metrics of results, of each row with its temperature before the name."""
+    """The metrics of results, of each row with its temperature before the name, and the noise floor."""
+    floor = adapter(dict[str, float | Measurement]).validate_python(content.get("noise_floor") or {})
+    floors = {f"{FLOOR}{key}": one if isinstance(one, Measurement) else Measurement(one) for key, one in floor.items()}
     if "rows" in content:
         rows = adapter(Annotated[list[Row], Field(min_length=1)]).validate_python(content["rows"])
         guided = [f", guidance {row.guidance_scale:g}" if row.guidance_scale != 1 else "" for row in rows]
@@ -162,10 +171,9 @@ def numbers_of(content: JsonMap) -> dict[str, Measurement]:
             f"temperature {row.temperature:g}{more}: {name}": one
             for row, more in zip(rows, guided, strict=True)
             for name, one in row.metrics.items()
-        }
+        } | floors
     if "metrics" in content:
-        read: dict[str, Measurement] = adapter(dict[str, Measurement]).validate_python(content["metrics"])
-        return read
+        return adapter(dict[str, Measurement]).validate_python(content["metrics"]) | floors
     return {name: Measurement(float(value)) for name, value in content.items() if isinstance(value, int | float)}
 
 
