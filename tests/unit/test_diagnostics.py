@@ -17,10 +17,11 @@ from scipy.stats import spearmanr
 from consonar.data.bad_images import BadImages
 from consonar.diagnostics import codes, context, decoding, exposure, forcing, layers, statistics
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
-from consonar.diagnostics.findings import Interval, exactly
+from consonar.diagnostics.findings import HeatMap, Interval, exactly
 from consonar.diagnostics.pictures import choose
 from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject
 from consonar.errors import BadImage
+from consonar.report.diagnosis import heat_map
 from consonar.sampling.sample import SamplerConfig
 from consonar.seeding import generator as seeded
 from consonar.seeding import spread
@@ -228,6 +229,11 @@ def test_positions_show_where_a_counter_is_wrong() -> None:
     found = context.positions(subject_of(counts))
     accuracy = found.maps[1].rows
     assert accuracy[0] == [0, 1, 1, 1] and accuracy[1:] == [[1, 1, 1, 1]] * 3
+    for one in found.maps:
+        low, values, high = map(np.array, (one.low, one.rows, one.high))
+        assert low.shape == values.shape == high.shape and (low <= values).all() and (values <= high).all()
+    shown = heat_map(HeatMap("m", [[0.5]], "nats", low=[[0.25]], high=[[0.75]]))[0]
+    assert "row 0, column 0: 0.50 [0.25, 0.75]" in shown and "column 0: 0.5<" in heat_map(HeatMap("m", [[0.5]], ""))[0]
     assert near(found.numbers["accuracy, last above first quarter"], 0.25)
 
 

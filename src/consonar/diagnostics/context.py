@@ -3,11 +3,13 @@
 All are of the generator itself: no guidance, temperature 1. Letters: `n` pictures, `N` tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from consonar.diagnostics import forcing
-from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap, resolved
+from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap, Interval, resolved
 from consonar.diagnostics.statistics import bootstrap_weights, intervals, mean_intervals
 from consonar.diagnostics.subject import Subject
 from consonar.seeding import generator
@@ -85,6 +87,14 @@ def on_grid(values: Tensor, grid: Grid | None) -> list[list[float | None]]:
     return [row + [None] * (columns - len(row)) for row in rows]
 
 
+def map_of(name: str, values: Sequence[Interval], grid: Grid | None) -> HeatMap:
+    """The numbers called `name` of every token (N,)."""
+    where = "in raster order" if grid else "in order"
+    sides = torch.tensor(values, dtype=torch.float64).T
+    rows, low, high = (on_grid(side, grid) for side in sides)
+    return HeatMap(name.capitalize(), rows, name, f"A square is a token, {where}.", low, high)
+
+
 def positions(subject: Subject) -> Finding:
     """Entropy, cross-entropy and accuracy of every token of the grid, under the true tokens before it."""
     pictures, grid = subject.held_out, subject.tokenizer.grid
@@ -104,7 +114,6 @@ def positions(subject: Subject) -> Finding:
     changes = intervals(weights @ (per_token[:, :, -quarter:].mean(2) - per_token[:, :, :quarter].mean(2)).T)
     numbers |= {f"{name}, last above first quarter": change for name, change in zip(names, changes, strict=True)}
     words = resolved(changes[0], "harder", "easier", "as hard")
-    where = "in raster order" if grid else "in order"
     return Finding(
         f"The last quarter of the tokens is {words} to predict: cross-entropy {changes[0].text} nats, accuracy "
         f"{changes[1].text}, entropy {changes[2].text} nats against the first quarter.",
@@ -113,6 +122,5 @@ def positions(subject: Subject) -> Finding:
             Figure("Cross-entropy and entropy by position", "position of the token", "nats",
                    [Curve("cross-entropy", range(length), found[0]), Curve("entropy", range(length), found[2])]),
         ],
-        [HeatMap(name.capitalize(), on_grid(values.mean(0), grid), name, f"A square is a token, {where}.")
-         for name, values in zip(names, per_token, strict=True)],
+        [map_of(name, values, grid) for name, values in zip(names, found, strict=True)],
     )  # fmt: skip

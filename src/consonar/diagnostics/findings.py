@@ -67,6 +67,9 @@ class HeatMap:
     rows: Sequence[Sequence[float | None]]
     unit: str
     note: str = ""
+    low: Sequence[Sequence[float | None]] = ()
+    high: Sequence[Sequence[float | None]] = ()
+    """Ends of the intervals of `rows`, where these have any."""
 
 
 @dataclass(frozen=True)

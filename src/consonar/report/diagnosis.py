@@ -10,7 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
-from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap
+from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap, Interval
 from consonar.errors import UserError
 from consonar.files.readers import has_keys
 from consonar.files.writers import check_replaced, write_json
@@ -112,7 +112,9 @@ def heat_map(values: HeatMap) -> tuple[Markup, float, float]:
                     *(round(a + share * (b - a)) for a, b in zip(LIGHT, DARK, strict=True))
                 )
                 place = f'x="{column * CELL}" y="{row * CELL}" width="{CELL}" height="{CELL}"'
-                words = f"row {row}, column {column}: {value:.3g}"
+                ends = [end for side in (values.low, values.high) if side and (end := side[row][column]) is not None]
+                number = Interval(value, *ends).text if ends else f"{value:.3g}"
+                words = f"row {row}, column {column}: {number}"
                 squares.append(f'<rect {place} fill="{colour}"><title>{words}</title></rect>')
     size = f"0 0 {max(map(len, values.rows)) * CELL} {len(values.rows) * CELL}"
     head = Markup('<svg class="chart map" viewBox="{}" role="img" aria-label="Heat map: {}">').format(
