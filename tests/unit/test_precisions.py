@@ -150,8 +150,8 @@ def test_a_job_records_its_precision_and_another_is_another_job(tiny_generator, 
         run("fp32", stop=2)
     record = tmp_path / "a.npz.parts" / "job.json"
     before = json.loads(record.read_text())
-    assert before.pop("precision") == "fp32"
-    record.write_text(json.dumps(before))  # as versions wrote it that had no other
+    assert before.pop("precision") == "fp32" and before.pop("num_classes") == generator.num_classes
+    record.write_text(json.dumps(before))  # as versions wrote it that had no other precision and said no classes
     run("fp32")
 
 
