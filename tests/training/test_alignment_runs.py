@@ -245,8 +245,8 @@ def test_the_best_model_is_kept_beside_the_last(make, tmp_path, quarters, monkey
     distances = {line["step"]: line[key] for line in read_metrics(run / "metrics.jsonl") if key in line}
     best = json.loads((run / "best.json").read_text())
     assert len(distances) == 4 and best["value"] == min(distances.values()) == distances[best["step"]]
-    drawn, of = "8 samples at temperature 1 of seeds from 0 on, not rounded to 8 bits, quarters", config.data.images
-    assert best["protocol"] == f"{drawn}, against {of}: 6 images as validation"
+    drawn = "8 samples at temperature 1 of seeds from 0 on, not rounded to 8 bits, quarters, against imagefolder:"
+    assert best["protocol"] == f"{drawn}{config.data.images}[validation]: 6 images as validation"
     kept, last = map_tensors(run / "best" / "model.safetensors"), weights(run)
     same = all(torch.equal(kept[name], last[name]) for name in kept)
     assert same == (best["step"] == 3)

@@ -134,7 +134,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     if pictures.held_out is not None:
         built.held_out = validation = made(pictures.held_out, captions=held_out, **place)
         if config.loop.fd_samples:
-            built.distance = DistanceToHeldOut(validation, data.images, tokenizer, config.loop.fd_samples)
+            built.distance = DistanceToHeldOut(validation, pictures.held_out.name, tokenizer, config.loop.fd_samples)
             built.about += (f"{METRIC}: {built.distance.protocol}",)
     return built
 
