@@ -12,6 +12,7 @@ from pathlib import Path
 
 from photographs import write_section
 
+from consonar.cpu import hold_memory
 from consonar.diagnostics.diagnose import diagnose
 from consonar.diagnostics.findings import Interval
 from consonar.diagnostics.subject import DiagnosisSettings
@@ -87,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the section from the files that are there alone")
     only_page, paths = parser.parse_args().page, {n: HERE / "results" / "diagnosis" / f"{n}.json" for n in MODELS}
+    hold_memory()
     for name, path in paths.items():
         if not only_page and not path.exists():
             write_json(path, measured(name), allow_nan=False)

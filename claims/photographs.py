@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from consonar.components import load_tokenizer
+from consonar.cpu import hold_memory
 from consonar.data.cifar10 import cifar10_place
 from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
@@ -30,7 +31,7 @@ from consonar.seeding import generator, permutation
 from consonar.sweeps.page import HOW_TO_READ, difference_rows, named, protocol_lines, table
 from consonar.sweeps.plan import Evaluated, Sweep
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import BEST, Setting, Summary, judge, over_seeds, summarise, value_cells
+from consonar.sweeps.summary import BEST, Setting, Summary, judge, notes_of, over_seeds, summarise, value_cells
 from consonar.sweeps.work import Place, Then, read_result, run_sweep
 
 HERE = Path(__file__).parent
@@ -242,6 +243,11 @@ def opening(name: str, title: tuple[str, str], sweep: Sweep, results: dict[str, 
     ]  # fmt: skip
 
 
+def note_lines(sweep: Sweep, results: dict[str, Json]) -> list[str]:
+    """Of the whole study: what its groups say, a start of another group trained again among it."""
+    return ["", *(f"- {note}" for note in notes_of(sweep, results))]
+
+
 def groups(sweep: Sweep, results: dict[str, Json]) -> dict[str, Summary]:
     """By the headings of `GROUPS`, what their rows say that have results."""
     done = {cell.row for name, cell in sweep.cells.items() if name in results}
@@ -256,14 +262,13 @@ def groups(sweep: Sweep, results: dict[str, Json]) -> dict[str, Summary]:
 
 def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
     """The section of docs/results.md."""
-    lines = opening(name, TITLES[name], sweep, results, out)
+    lines = opening(name, TITLES[name], sweep, results, out) + note_lines(sweep, results)
     for heading, summary in groups(sweep, results).items():
         lines += [
             "",
             f"### {heading}",
             "",
             *group_lines(summary, results),
-            *(f"- {note}" for note in summary.notes),
         ]
     if (path := out / "tokenizer.json").exists():
         known = read_json(path)
@@ -317,6 +322,7 @@ def run(
     file, out = HERE / f"{name}.yaml", options.out or HERE / "results" / name
     sweep = read_sweep(file, out)
     if not options.page:
+        hold_memory()
         with hold(out / ".working" / "preparing", wait=True):  # several processes may share a study
             prepare(options.profile, sweep, out)
         place = Place(out, sweep, lambda text: print(text, flush=True))

@@ -8,7 +8,7 @@ distances every finished run gets a compositional score (docs/text-to-image.md) 
 from pathlib import Path
 from statistics import mean
 
-from photographs import FD, group_lines, groups, opening, run
+from photographs import FD, group_lines, groups, note_lines, opening, run
 
 from consonar.components import load_tokenizer
 from consonar.data.sources import open_source
@@ -93,6 +93,7 @@ def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
         ceilings = [f"{of} {known['ceilings'][of][SCORE]['value']:.1%}" for of in known["ceilings"]]
         asked, each = len(known["prompts"]["texts"]), known["prompts"]["per_prompt"]
         lines += [f"The score is of {asked:,} held-out captions, {each} picture{'s' * (each > 1)} of each; the same of {', of '.join(ceilings)}."]  # fmt: skip
+    lines += note_lines(sweep, results)
     for heading, summary in groups(sweep, results).items():
         grid = [setting for setting in summary.settings if setting.temperature is not None and setting.values]
         best = max(grid, key=mean_score, default=None)
@@ -100,7 +101,6 @@ def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
         lines += [
             "", f"### {heading}", "",
             *group_lines(summary, results, COLUMNS, f"{FD} to held-out scenes / compositional score"),
-            *(f"- {note}" for note in summary.notes),
         ]  # fmt: skip
         if best and kinds:
             at = [setting.title.removeprefix("at temperature ") for setting in grid]

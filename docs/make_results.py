@@ -131,7 +131,7 @@ def main() -> None:
         f"{last['rear-vapi'][-1]['step']} updates of batch {batch['rear-vapi']} per post-training run (VA-pi with spatial credit).",
         f"- Machine: {first['machine']}; {', '.join(f'{k} {v}' for k, v in first['versions'].items())}.",
         f"- Data: OpenMoji, {first['reference']['num_train']} training and {first['reference']['num_validation']} validation images.",
-        f"- Tokenizer: `{first['tokenizer']['name']}` (fingerprint {first['tokenizer']['fingerprint'][:12]}): validation PSNR "
+        f"- Tokenizer: `{first['tokenizer']['name']}` (fingerprint {first['tokenizer']['fingerprint'][:12]}), of these validation images: PSNR "
         f"{reconstruction['psnr']:.2f} dB, SSIM {reconstruction['ssim']:.3f}, code usage {reconstruction['usage']:.1%}, "
         f"rFD(efficientnet-lite0) {reconstruction['rFD(efficientnet-lite0)']:.1f}.",
         f"- Feature network: {first['feature_network']['name']}, SHA-256 {first['feature_network']['sha256'][:12]}. "

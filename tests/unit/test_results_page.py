@@ -1,13 +1,17 @@
-"""docs/results.md: what a demo writes keeps the sections of the studies, and that of diagnoses is of its files."""
+"""docs/results.md: what a demo writes keeps the sections of the studies, and those of the studies are of their files."""
 
 import importlib.util
 from pathlib import Path
+
+import pytest
 
 from consonar.diagnostics.diagnose import Diagnosis
 from consonar.diagnostics.findings import Finding, Interval
 from consonar.evaluation.check import diagnosed_by
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
+from consonar.sweeps.rows import read_sweep
+from consonar.sweeps.summary import notes_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -83,3 +87,24 @@ def test_the_section_on_diagnoses_is_of_its_files(monkeypatch):
         assert one["command"].split(" --parts ")[0].split(" --out ")[0] in str(diagnosed_by(one, name))
         assert again["numbers"] == {"noise": {"cost": {"value": 0.333333, "low": 0.0, "high": 1.0}}}
     assert asked == {model: list(parts) for model, _, parts in module.MODELS.values()}
+
+
+@pytest.mark.parametrize("name", ["photographs", "text"])
+def test_the_sections_of_studies_are_of_their_files(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "claims"))
+    study, out = script("claims/photographs.py"), ROOT / "claims" / "results" / name
+    sweep = read_sweep(ROOT / "claims" / f"{name}.yaml", out)
+    results = study.results_of(sweep, out)
+    section = script(f"claims/{name}.py").page(name, sweep, results, out)
+    assert f"<!-- {name} -->\n{section}\n<!-- /{name} -->" in PAGE.read_text()
+    assert all(section.count(f"- {note}\n") == 1 for note in notes_of(sweep, results)), "of the study, not of each group"
+
+
+def test_the_section_on_vapi_is_of_its_files(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "claims"))
+    module = script("claims/vapi.py")
+    monkeypatch.setattr(module.Study, "make", lambda study, run: None)
+    monkeypatch.setattr(module.Study, "match", lambda study, runs: None)
+    monkeypatch.setattr("sys.argv", ["vapi.py", "--page", str(tmp_path / "page.md")])
+    module.main()
+    assert (tmp_path / "page.md").read_text().strip() in PAGE.read_text()
