@@ -1,4 +1,4 @@
-"""docs/results.md: what a demo writes keeps the sections of the studies, and those of the studies are of their files."""
+"""docs/results.md: what a demo writes keeps the sections of the studies, which are of their files."""
 
 import importlib.util
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_the_sections_of_studies_are_of_their_files(name, monkeypatch):
     results = study.results_of(sweep, out)
     section = script(f"claims/{name}.py").page(name, sweep, results, out)
     assert f"<!-- {name} -->\n{section}\n<!-- /{name} -->" in PAGE.read_text()
-    assert all(section.count(f"- {note}\n") == 1 for note in notes_of(sweep, results)), "of the study, not of each group"
+    assert all(section.count(f"- {note}\n") == 1 for note in notes_of(sweep, results)), "once in all"
 
 
 def test_the_section_on_vapi_is_of_its_files(monkeypatch, tmp_path):
