@@ -3,8 +3,8 @@
 
 A start model (plain AR, stopped where its validation cross-entropy is lowest; for some rows reAR of as many steps), then
 for every seed the same number of updates on the same images with each method; frontiers of free-running samples for all.
-Every finished run leaves a small file in claims/results/vapi, and no run that has one is made again, on whatever machine:
-a few rows at a time fill the table. Writes the section on VA-pi of docs/results.md; every number comes from these files.
+Every finished run leaves a small file in claims/results/vapi, and no run that has one is made again while the start's
+weights are the same: a few rows at a time fill the table. Writes the section on VA-pi of docs/results.md; every number comes from these files.
 """
 
 import argparse
@@ -92,6 +92,11 @@ def run_config(run: str, out: Path, steps: int) -> TrainConfig:
     return replace(recipe, init=str(out / row.start), seed=int(seed), loop=loop, objective=objective)
 
 
+def start_of(run: str) -> str:
+    """What METHOD-SEED starts from."""
+    return METHODS[run.rsplit("-", 1)[0]].start
+
+
 class Study:
     """Runs in a folder, and the files of those that are finished."""
 
@@ -102,10 +107,13 @@ class Study:
         self.target: Any = None  # encoded once: the runs share it
 
     def result(self, run: str) -> Result | None:
-        """What is known of a run; None for nothing, or of other settings."""
+        """What is known of a run; None for nothing, of other settings, or from another start than is measured."""
         path = self.results / f"{run}.json"
         known = json.loads(path.read_text()) if path.exists() else None
-        return known if known and known["settings"] == self.settings else None
+        if not known or known["settings"] != self.settings:
+            return None
+        start = known if run in STARTS else self.result(start_of(run))
+        return known if start and start["start_sha256"] == known["start_sha256"] else None
 
     def keep(self, run: str, result: Result) -> None:
         self.results.mkdir(parents=True, exist_ok=True)
@@ -121,9 +129,19 @@ class Study:
         folder = self.out / run
         if not (folder / "model").exists():
             if run not in STARTS:
-                self.train(METHODS[run.rsplit("-", 1)[0]].start)
+                self.train(start_of(run))
             config = run_config(run, self.out, self.steps)
             train(config, folder, resume=(folder / "config.json").exists(), quiet=True)
+
+    def begin(self, start: str) -> None:
+        """Trains and measures a start. Other weights than the committed runs began from, as another machine trains
+        them, are measured in their place: runs are compared from one start alone, so that all are made anew."""
+        self.train(start)
+        known = self.result(start)
+        if known and known["start_sha256"] != file_sha256(self.out / start / "model" / "model.safetensors"):
+            print(f"{start}: trained to other weights than those of {self.results}; all from it is made anew")
+            (self.results / f"{start}.json").unlink()
+        self.make(start)
 
     def measure(self, run: str, **settings: Any) -> list[Result]:
         """Rows of its frontier."""
@@ -145,7 +163,7 @@ class Study:
             return
         started = time.monotonic()
         self.train(run)
-        start = self.out / (run if run in STARTS else METHODS[run.rsplit("-", 1)[0]].start)
+        start = self.out / (run if run in STARTS else start_of(run))
         lines = [line for line in read_metrics(self.out / run / "metrics.jsonl") if "validation/reward" in line]
         found = [
             {key.removeprefix("validation/"): v for key, v in line.items() if "validation/" in key} for line in lines
@@ -308,11 +326,13 @@ def main() -> None:
     hold_memory()
     study = Study(args.out, args.results, args.steps, args.samples)
     names = [name for name in METHODS if name in args.methods.split(",")]
-    for seed in range(args.seeds):  # whatever ends it, there is a table of fewer seeds
-        for run in [*dict.fromkeys(METHODS[name].start for name in names), *(f"{name}-{seed}" for name in names)]:
-            study.make(run)
+    wanted = [f"{name}-{seed}" for seed in range(args.seeds) for name in names]
+    for start in dict.fromkeys(start_of(run) for run in wanted if study.result(run) is None):
+        study.begin(start)
+    for run in wanted:  # seed by seed: whatever ends it, there is a table of fewer
+        study.make(run)
     if any(METHODS[name].start == "start" for name in names):
-        study.match([f"{name}-{seed}" for name in names if name in MATCHED for seed in range(args.seeds)])
+        study.match([run for run in wanted if run.rsplit("-", 1)[0] in MATCHED])
     runs = [*STARTS, *(f"{name}-{seed}" for name in METHODS for seed in range(args.seeds))]
     write_section(args.page, page({run: known for run in runs if (known := study.result(run))}))
     print(args.page, flush=True)

@@ -102,9 +102,36 @@ def test_the_sections_of_studies_are_of_their_files(name, monkeypatch):
 
 def test_the_section_on_vapi_is_of_its_files(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "claims"))
-    module = script("claims/vapi.py")
-    monkeypatch.setattr(module.Study, "make", lambda study, run: None)
+    module, asked = script("claims/vapi.py"), []
+    monkeypatch.setattr(module.Study, "make", lambda study, run: asked.append(run))
     monkeypatch.setattr(module.Study, "match", lambda study, runs: None)
-    monkeypatch.setattr("sys.argv", ["vapi.py", "--page", str(tmp_path / "page.md")])
+    monkeypatch.setattr(module.Study, "begin", lambda study, start: asked.append(start))
+    monkeypatch.setattr("sys.argv", ["vapi.py", "--page", str(tmp_path / "page.md"), "--methods", "ce,vapi"])
     module.main()
     assert (tmp_path / "page.md").read_text().strip() in PAGE.read_text()
+    assert asked == [f"{name}-{seed}" for seed in range(3) for name in ("ce", "vapi")], "no start where nothing lacks"
+
+
+def test_a_start_trained_to_other_weights_has_all_runs_made_anew(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "claims"))
+    module, made = script("claims/vapi.py"), []
+    study = module.Study(tmp_path / "runs", tmp_path / "results", 80, 8)
+    weights = tmp_path / "runs" / "start" / "model" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"one")
+    here = module.file_sha256(weights)
+    monkeypatch.setattr(module.Study, "train", lambda study, run: None)
+    monkeypatch.setattr(module.Study, "make", lambda study, run: made.append((run, study.result(run))))
+    study.keep("start", {"settings": study.settings, "start_sha256": here})
+    study.keep("ce-0", {"settings": study.settings, "start_sha256": here})
+    study.keep("ce-1", {"settings": study.settings, "start_sha256": "another"})
+    assert study.result("ce-0") is not None and study.result("ce-1") is None
+    study.begin("start")
+    assert made.pop()[1] is not None and not capsys.readouterr().out
+    weights.write_bytes(b"other")
+    study.begin("start")
+    assert (
+        made == [("start", None)]
+        and study.result("ce-0") is None
+        and "all from it is made anew" in capsys.readouterr().out
+    )
