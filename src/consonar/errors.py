@@ -105,6 +105,15 @@ def reading(where: object, what: str, remedy: str = "", kind: type[UserError] = 
 
 
 @contextmanager
+def begins(start: str, instead_of: str = "") -> Iterator[None]:
+    """Around what a value names: a `UserError` about it begins with the place where the value was given."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{start}{str(error).removeprefix(instead_of)}") from error
+
+
+@contextmanager
 def needs(key: object, extra: str) -> Iterator[None]:
     """Around the import of packages of an extra; `UserError`, about `key`, where one is missing."""
     try:

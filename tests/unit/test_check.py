@@ -110,6 +110,15 @@ def test_samples_and_references_may_have_moved(measured, tmp_path, picture_folde
     assert check_results(measured, samples=tmp_path / "there/mine.npz", reference="pictures").differs == []
 
 
+def test_only_what_is_not_there_is_said_to_have_moved(measured, capsys):
+    assert status("--check", measured, "--feature-network", "quartets") == 2
+    assert capsys.readouterr().err.startswith("consonar: --feature-network: unknown 'quartets' (did you mean")
+    Path("samples.npz").write_bytes(b"PK damaged")
+    assert status("--check", measured) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("consonar: samples.npz: not an .npz") and "has moved" not in said
+
+
 def test_results_of_older_versions_are_compared_by_what_they_record(measured):
     content = json.loads(measured.read_text())
     assert content["versions"]["threads"] == str(torch.get_num_threads()) and "pillow" in content["versions"]

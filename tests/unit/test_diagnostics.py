@@ -427,6 +427,7 @@ def test_rank_correlation_is_spearmans() -> None:
 def test_an_interval_is_told_with_the_digits_that_it_has() -> None:
     assert Interval(0.12345, 0.10001, 0.15).text == "0.123 [0.100, 0.150]"
     assert Interval(123.4, 100.0, 150.0).text == "123 [100, 150]" and exactly(0.5).text == "0.5000"
+    assert exactly(0.0).text == "0"
     assert [Interval(1, 0.5, 2).sign, Interval(-1, -2, -0.5).sign, Interval(0, -1, 1).sign] == [1, -1, 0]
 
 

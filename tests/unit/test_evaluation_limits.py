@@ -90,6 +90,7 @@ def test_what_perfect_samples_score_is_said_where_samples_are_few(rng):
     said = float(line.split(" score ")[1].split(";")[0])
     # The samples come from the distribution of the reference: their distance is that bias and little else.
     assert said == pytest.approx(result.metrics["FD(cells)"].value, rel=0.25)
+    assert measured(few, reference, seed=5).remarks == result.remarks  # the number is the reference's
     assert measured(enough, reference).remarks == ()
     (line,) = measured(enough, noise(100, 3)).remarks
     assert "by few images of the reference, too (reference 100, 48 features)" in line

@@ -197,6 +197,42 @@ def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path):
     assert line.startswith("samples and reference have their classes in other shares (40% of the images would have to")
 
 
+@pytest.mark.parametrize("names", [None, ["z_dark", "a_bright"]])
+def test_pictures_of_no_known_class_are_left_out_of_what_is_said_of_classes(tmp_path, names):
+    """Label -1; the distances within classes are those without these pictures."""
+    (images, _), labels = pictures(60, 0), np.arange(60) % 2
+    folder = in_folders(tmp_path / "known", pictures(60, 1)[0], labels, ("z_dark", "a_bright"))
+    partly, found = np.where(np.arange(60) < 20, -1, labels), []
+    for rows, own in ((slice(20, 60), labels), (slice(0, 60), partly)):
+        samples = of_classes(images[rows], own[rows], tmp_path / "samples.npz", names)
+        found.append(evaluate(samples, folder, metrics=("fd-per-class",), feature_network=Quarters()))
+    without, some = (one.metrics["FD per class(quarters)"].classes for one in found)
+    assert some == pytest.approx(without, rel=1e-4) and some.keys() == {"0", "1"}
+    said = "20 of 60 images (samples) have no label: what is said of classes is without them"
+    assert set(found[1].remarks) - set(found[0].remarks) == {said}
+    bare = of_classes(images, partly, tmp_path / "reference.npz", None)  # on the other side
+    found = evaluate(of_classes(images, labels, tmp_path / "whole.npz", names), bare, feature_network=Quarters())
+    assert said.replace("samples", "reference") in found.remarks
+    none = of_classes(images, partly * 0 - 1, tmp_path / "none.npz", names)
+    found = evaluate(none, folder, metrics=("kid", "fd-per-class"), feature_network=Quarters())
+    assert found.unavailable == {"FD per class(quarters)": "the samples carry no labels"} and found.remarks == ()
+
+
+@pytest.mark.parametrize(("metrics", "needed"), [(("fd", "kid"), 2), (("precision",), 4), (("density",), 2)])
+def test_as_many_samples_are_needed_as_the_chosen_metrics_ask_for(tmp_path, metrics, needed):
+    reference = with_labels(tmp_path / "reference.npz", None)
+    for count in (1, needed - 1, needed):
+        np.savez(tmp_path / "few.npz", arr_0=pictures(60, 1)[0][:count])
+        asked = (tmp_path / "few.npz", reference, EvaluationSettings(metrics=metrics, max_neighbours_images=60))
+        if count == needed:
+            assert evaluate(*asked, feature_network=Quarters()).metrics
+            continue
+        of = " of 3 neighbours" if needed == 4 else ""
+        line = f"few.npz: {count} image{'s' * (count > 1)}; a measurement{of} needs {needed} or more$"
+        with pytest.raises(UserError, match=line):
+            evaluate(*asked, feature_network=Quarters())
+
+
 def test_a_reference_is_enlarged_only_where_that_is_said(tmp_path):
     images, labels = pictures(60, 0)
     large = images.repeat(2, 1).repeat(2, 2)
@@ -225,6 +261,7 @@ def test_metrics_are_chosen_on_the_command_line_and_their_protocol_is_said(tmp_p
     assert content["metrics"]["FD per class(quarters)"]["classes"].keys() == {"0", "1", "2"}
     line = f"60 samples, quarters, against {tmp_path / 'reference.npz'}: 60 images as reference"
     assert content["protocol"] == line and line in printed.replace("\n", "")
+    assert f"reference: {tmp_path / 'reference.npz'}, 60 pictures" in printed.replace("\n", "")
     assert "error" in printed
 
 
@@ -282,6 +319,8 @@ def test_a_metric_that_is_asked_for_is_a_number_or_a_reason():
     assert found.metrics.keys() == {"FD(quarters) train", "FD(quarters) validation"}
     assert found.unavailable == dict.fromkeys(("sfd", "is"), "quarters gives nothing it is made of")
     assert not measured(metrics=(), network=plain).unavailable.keys() & {"sfd", "is"}  # nobody asked
+    with pytest.raises(UserError, match=r"^metrics: sfd: quarters gives nothing .*choose --feature-network inception"):
+        measured(metrics=("sfd",), network=plain)
 
 
 @pytest.mark.parametrize(

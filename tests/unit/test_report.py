@@ -158,7 +158,7 @@ def test_values_appear_and_samples_are_paired_by_seed(two_runs, tmp_path):
 def test_the_page_is_the_same_bytes_twice_and_existing_out_is_refused(two_runs, tmp_path):
     first = write_report(two_runs, tmp_path / "a.html")
     assert first.read_bytes() == write_report(two_runs, tmp_path / "b.html").read_bytes()
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match=r"^--out: .* already exists"):
         write_report(two_runs, first)
     before = first.read_bytes()
     write_report(two_runs, first, title="A <title>", overwrite=True)

@@ -16,7 +16,7 @@ from consonar import cli, networks
 from consonar.config_io import to_dict
 from consonar.errors import NonFiniteLoss, UserError
 from consonar.files.lock import hold
-from consonar.sweeps import work
+from consonar.sweeps import inputs, work
 from consonar.sweeps.page import markdown, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
@@ -327,6 +327,7 @@ WRONG = {
     "no recipe": (lambda table: table | {"rows": {"a": {}}}, "rows.a: base: no recipe is named"),
     "seed": (lambda table: table | {"options": {"seed": 3}}, "seed: 3; a sweep sets the seed"),
     "seeds": (lambda table: table | {"seeds": 0}, "seeds: 0"),
+    "a list of seeds": (lambda table: table | {"seeds": [0, 0]}, r"seeds: \[0, 0\] is not a number of seeds"),
     "start": (
         lambda table: table | {"rows": table["rows"] | {"ce": {"base": "ce-openmoji", "init": {"cell": "plan"}}}},
         "rows.ce: init.cell: unknown 'plan' .*did you mean 'plain'",
@@ -382,16 +383,21 @@ def test_a_wrong_file_is_one_line_before_any_work(table, write, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_told_before_any_work(table, write, tmp_path, monkeypatch):
+def test_what_is_missing_is_told_before_any_work(table, write, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "do_cell", None)
     lost = {"data.tokens": "nowhere"}
     for change, words in (
         ({"rows": {"a": table["rows"]["rear"] | lost}}, "data.tokens: no token store at nowhere"),
-        ({"evaluate": table["evaluate"] | {"reference": "nowhere"}}, "nowhere"),
-        ({"evaluate": table["evaluate"] | {"feature_network": "fourths"}}, "feature_network: unknown 'fourths'"),
+        ({"evaluate": table["evaluate"] | {"reference": "gone.npz"}}, "evaluate.reference: gone.npz: cannot be read"),
+        ({"evaluate": table["evaluate"] | {"feature_network": "fourths"}}, "evaluate.feature_network: unknown 'four"),
     ):
-        with pytest.raises(UserError, match=words):
-            run_sweep(read_sweep(write(table | change), tmp_path / "out"), tmp_path / "out", lambda text: None)
+        path = write(table | change)
+        with pytest.raises(UserError, match=f"^{path}: {words}"):
+            run_sweep(read_sweep(path, tmp_path / "out"), tmp_path / "out", lambda text: None)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["sweep", str(path), "--out", str(tmp_path / "out"), "--dry-run"])
+        found = capsys.readouterr()
+        assert " to do" in found.out and words in found.err
 
 
 def test_the_reference_is_split_as_the_file_says(table, write, tmp_path, monkeypatch):
@@ -403,8 +409,9 @@ def test_the_reference_is_split_as_the_file_says(table, write, tmp_path, monkeyp
         raise UserError("asked")
 
     monkeypatch.setattr(work, "open_reference", opened)
+    monkeypatch.setattr(inputs, "open_reference", opened)
     for ask in (
-        lambda: work.check_inputs(cells),
+        lambda: inputs.check_inputs(cells, "study.yaml"),
         lambda: work.target_of(work.Place(tmp_path, None, print), cells[0], torch.device("cpu")),
     ):
         with pytest.raises(UserError, match="asked"):

@@ -8,6 +8,7 @@ import tyro
 
 from consonar.cli import say
 from consonar.errors import UserError
+from consonar.sweeps.inputs import check_inputs
 from consonar.sweeps.page import MARKDOWN, write_summary
 from consonar.sweeps.rows import read_sweep
 from consonar.sweeps.work import run_sweep, states
@@ -22,7 +23,7 @@ class Options:
     seeds: int | None = None
     """How many seeds, in the place of the file's."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Check the file, list the cells and what is done of each, and end."""
+    """Check the file, list the cells and what is done of each, say what the others lack, and end."""
 
 
 def command(options: Options) -> None:
@@ -40,6 +41,8 @@ def command(options: Options) -> None:
             say(f"{name}: {state}")
         counts = Counter(map(kind_of, found.values()))
         say(", ".join(f"{count} {state}" for state, count in counts.items()))
+        left = [sweep.cells[name] for name, state in found.items() if kind_of(state) not in ("done", "failed")]
+        check_inputs(left, sweep.file)
         return
     results = run_sweep(sweep, out, say)
     page = write_summary(sweep, results, out)

@@ -16,12 +16,14 @@ class Interval(NamedTuple):
 
     @property
     def text(self) -> str:
-        """ "0.123 [0.100, 0.150]", all three with as many decimals as tell the ends apart."""
+        """ "0.123 [0.100, 0.150]", all three with as many decimals as tell the ends apart; "0"."""
         width = max(self.high - self.low, abs(self.value) * 1e-2, 1e-12)
         digits = min(6, max(0, 1 - int(np.floor(np.log10(width)))))
         low, high = (f"{end:.{digits}f}" for end in (self.low, self.high))
         value = f"{self.value:.{digits}f}"
-        return value if low == high else f"{value} [{low}, {high}]"
+        if low == high:
+            return value if float(value) else f"{self.value:.2g}"
+        return f"{value} [{low}, {high}]"
 
     @property
     def sign(self) -> int:

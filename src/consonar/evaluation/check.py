@@ -6,7 +6,7 @@ What is read: the results of samples, of a run (which is sampled again), of a ce
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from consonar.components import (
 )  # fmt: skip
 from consonar.config_io import from_dict
 from consonar.data.bad_images import BadImages
-from consonar.errors import UserError, reading
+from consonar.errors import UserError, begins, reading
 from consonar.evaluation.compared import Check, compare, differences, image_counts, made_of, model_differs, numbers_of
 from consonar.evaluation.compositional import COMPOSITIONAL, PromptSettings, score_run, score_samples
 from consonar.evaluation.diagnosed import diagnosed_by
@@ -79,7 +79,8 @@ class Record:
         lie now, called as it was then, for numbers are. `UserError` for another one."""
         known = self.get("feature_network", dict) if known is None else known
         given, name, sha256 = self.feature_network, str(known.get("name")), known.get("sha256")
-        network = load_feature_network(given or str(known.get("place", name)), self.device)
+        with begins("--feature-network: ", instead_of="feature_network: ") if given else nullcontext():
+            network = load_feature_network(given or str(known.get("place", name)), self.device)
         is_kind, now = network.name.partition(":")[0] == name.partition(":")[0], network.weights_sha256
         if given and not (is_kind and sha256 in (None, now)):
             wanted = f"{self.path} is of {name}, {str(sha256)[:12]}; say where that lies now"
@@ -89,13 +90,14 @@ class Record:
 
     @contextmanager
     def found(self) -> Iterator[None]:
-        """Around the measuring: what is not to be had ends with the options that say where it lies now."""
+        """Around the measuring: what is not there ends with the options that say where it lies now."""
         places = (self.samples, self.reference, self.tokenizer, self.feature_network)
         unsaid = ", ".join(option for option, place in zip(PLACES, places, strict=True) if place is None)
         try:
             yield
         except UserError as error:
-            if not unsaid or str(error).startswith(("--", str(self.path))):  # says itself what to do
+            begun = str(error).removeprefix("reference ").partition(": ")[0]
+            if not unsaid or begun.startswith("--") or Path(begun[:200]).is_file():  # says what to do, or is there
                 raise
             raise UserError(f"{error}; what has moved since {self.path} was made is named by {unsaid}") from error
 
@@ -134,8 +136,7 @@ def check_results(
     cell: Json = {}
     if "asked" in record.content:  # a cell of a sweep
         cell = record.content
-        failure = cell.get("failure")
-        if failure is not None:
+        if (failure := cell.get("failure")) is not None:
             raise UserError(f"{path}: records a run that failed ({failure}); there is nothing to measure")
         run = samples or path.parent / record.get("run", str)
         if not run.exists():

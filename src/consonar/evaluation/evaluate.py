@@ -86,6 +86,8 @@ def compare(
 ) -> Evaluation:
     """`evaluate` of samples that were checked, against a reference that was prepared with the same settings."""
     network, seed = reference.network, settings.seed
+    if samples.labels is not None and not (samples.labels >= 0).any():
+        samples = replace(samples, labels=None)
     reference.check_labels(samples.labels, samples.class_names)
     places, _ = drawn_places(samples.images, settings)  # (S,)
     part_of = random_parts(places, settings.draws)
@@ -106,7 +108,7 @@ def compare(
     return Evaluation(
         metrics={name: replace(value, spread=spreads.get(name)) for name, value in values.items()},
         unavailable=unavailable,
-        remarks=(*remarks(found, reference, copies, samples.labels, seed), *remarks_on_sets(samples, reference)),
+        remarks=(*remarks(found, reference, copies, samples.labels), *remarks_on_sets(samples, reference)),
         noise_floor=reference.noise_floor,
         copies=copies,
         num_samples=samples.count,
@@ -164,16 +166,18 @@ def open_target(
 
 
 def remarks(
-    found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], labels: Tensor | None, seed: int
+    found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], labels: Tensor | None
 ) -> Iterator[str]:
     """What must be known to read the numbers, one line each: the bias of few images, also within a class (`labels` (S,)
     are those of the samples), and copies that are not seen."""
     network, known, count = reference.network, reference.features, found.moments.count
     for kind, target in (("FD", reference.target), ("sFD", reference.spatial)):
         if target is not None and target.gaussians:
-            yield from remarks_on_few(f"{kind}({network.name})", target, count, reference, seed)
+            yield from remarks_on_few(f"{kind}({network.name})", target, count, reference)
     if reference.settings.wants("fd-per-class") and labels is not None and reference.labels:
-        smallest = min(int(of.unique(return_counts=True)[1].min()) for of in (labels, *reference.labels.values()))
+        smallest = min(
+            int(of[of >= 0].unique(return_counts=True)[1].min()) for of in (labels, *reference.labels.values())
+        )
         if smallest < network.num_features:
             yield (
                 f"FD per class({network.name}) is biased upwards: the smallest class has {smallest:,} images "
@@ -196,12 +200,13 @@ def remarks(
         yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
 
 
-def remarks_on_few(name: str, target: Target, count: int, reference: PreparedReference, seed: int) -> Iterator[str]:
-    """The bias of a Fréchet distance to `target` by few samples, `count`, and by few images of the reference."""
+def remarks_on_few(name: str, target: Target, count: int, reference: PreparedReference) -> Iterator[str]:
+    """The bias of a Fréchet distance to `target` by few samples, `count`, and by few images of the reference: the same
+    line for all samples, whatever the seed."""
     of, (mean, _, root) = next(iter(target.gaussians.items()))
     few, of_features = ENOUGH * len(mean), f"{len(mean):,} features"
     if count < few:
-        perfect = distance_of_draws(root, count, derive_seed(seed, "draws"))
+        perfect = distance_of_draws(root, count, derive_seed(0, "draws"))
         yield (
             f"{name} is biased upwards by few samples: {count:,} draws from the Gaussian of the {of} set itself "
             f"({of_features}) score {perfect:.3g}; compare it at equal numbers of samples only"
@@ -224,6 +229,9 @@ def remarks_on_sets(samples: SampleSet, reference: PreparedReference) -> Iterato
     sets = [(labels, reference.given.images[name].class_names) for name, labels in reference.labels.items()]
     if samples.labels is None or not sets:
         return
+    for what, of in (("samples", samples.labels), *reference.labels.items()):
+        if unknown := int((of < 0).sum()):
+            yield f"{unknown:,} of {len(of):,} images ({what}) have no label: what is said of classes is without them"
     named = None not in (samples.class_names, *(own for _, own in sets))
     if reference.settings.wants("fd-per-class") and not named:
         unnamed = "samples name" if samples.class_names is None else "reference names"
@@ -247,7 +255,7 @@ def remarks_on_sets(samples: SampleSet, reference: PreparedReference) -> Iterato
 
 
 def class_counts(labels: Tensor, class_names: Sequence[str] | None, named: bool) -> Counter[str | int]:
-    """How many images each class has, by its name or its number."""
+    """How many images each class has, by its name or its number; those of no known class (below 0) are left out."""
     names = class_names if named and class_names else ()
-    found = Counter[int](labels.tolist())
+    found = Counter[int](labels[labels >= 0].tolist())
     return Counter({same_text(names[one]) if one < len(names) else one: count for one, count in found.items()})

@@ -52,7 +52,7 @@ class SampleSet:
     tokens: Tensor | None = None
     """(S, N) int64."""
     labels: Tensor | None = None
-    """(S,) int64."""
+    """(S,) int64; below 0 where the class is unknown."""
     settings: Json | None = None
     """Of the sampler."""
     bad: BadImages | None = None
@@ -83,7 +83,7 @@ class ReferenceSet:
     origin: Origin | None = None
     """The tokenizer that made them."""
     about: str = ""
-    """How many pictures and classes there are."""
+    """How many pictures and classes there are; of a file its name first."""
     bad: BadImages | None = None
     """What is done about images that cannot be read."""
 
@@ -172,7 +172,7 @@ def largest_looked_at(source: ImageSource) -> float:
 
 
 def _open_npz_reference(path: Path, image_size: int) -> ReferenceSet:
-    keys, images = set(npz_keys(path, NEEDED)), {}
+    keys, images, about = set(npz_keys(path, NEEDED)), {}, [str(path)]
     statistics, spatial_statistics = (
         npz_statistics(path, mean, cov) if keys.issuperset((mean, cov)) else None
         for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
@@ -181,10 +181,12 @@ def _open_npz_reference(path: Path, image_size: int) -> ReferenceSet:
         raise UserError(f"{path}: holds mu without sigma; statistics are both")
     if statistics is None or keys & {"images", "arr_0"}:
         images["reference"], shape = npz_image_set(path)
+        about.append(f"{shape[0]:,} pictures")
         if (size := _square(path, shape)) != image_size:
             raise UserError(f"reference {path}: images of {size} px, but the samples have {image_size} px")
     of_file = {"statistics": file_sha256(path)} if statistics else {}
-    return ReferenceSet(str(path), images, statistics, spatial_statistics, of_file)
+    about += ["statistics"] if statistics else []
+    return ReferenceSet(str(path), images, statistics, spatial_statistics, of_file, about=", ".join(about))
 
 
 def _square(path: Path, shape: tuple[int, ...]) -> int:

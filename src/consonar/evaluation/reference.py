@@ -20,7 +20,10 @@ from consonar.metrics.frechet import check_classes
 from consonar.metrics.kernels import kernel_mean
 from consonar.metrics.neighbours import nearest_distances
 from consonar.networks import FeatureNetwork, ScoringNetwork
+from consonar.networks.inception import FRONT_ENDS
 
+OF_SCORES = frozenset(("sfd", "is"))
+"""Metrics that a `ScoringNetwork` alone has."""
 LARGEST = 1e30
 """Of the numbers of a Gaussian: the product of two covariances is calculated with."""
 
@@ -29,8 +32,8 @@ class PreparedReference:
     """What samples are compared with, in the features of one network: calculated once for any number of samples.
 
     `features` (`cached_features`) are those of each set of images by its name; `target` is for FD, `spatial` for sFD,
-    None where the network or given statistics have none. `UserError` for too few images, and for statistics that are
-    not of this network.
+    None where the network or given statistics have none. `UserError` for too few images, for statistics that are not of
+    this network, and where it gives nothing that the metrics are made of.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class PreparedReference:
         world: World = ALONE,
     ) -> None:
         self.given, self.network, self.settings, k = given, network, settings, settings.num_neighbours
+        check_network(network, settings)
         keep = settings.kept_references
         self.features = {
             name: cached_features(network, images, settings, progress, max_rows=keep, world=world)
@@ -99,7 +103,7 @@ class PreparedReference:
         wanted = self.settings.wants("fd-per-class")
         sets = {name: one for name, one in self.given.images.items() if wanted or one.knows_labels}
         found = {name: images.labels() for name, images in sets.items()}
-        return {name: labels for name, labels in found.items() if labels is not None}
+        return {name: labels for name, labels in found.items() if labels is not None and (labels >= 0).any()}
 
     def labels_as(self, class_names: Sequence[str] | None) -> dict[str, Tensor]:
         """`labels` that count `class_names`, where both sides name their classes; `UserError` for a class of the
@@ -109,7 +113,8 @@ class PreparedReference:
             own = self.given.images[name].class_names
             if own is not None and class_names is not None:
                 where = f"fd-per-class: class of reference {self.given.name}, which the samples do not have"
-                found[name] = torch.tensor(places_among(class_names, own, where))[labels]
+                # The last place is that of -1, of a picture whose class is unknown.
+                found[name] = torch.tensor((*places_among(class_names, own, where), -1))[labels.clamp(min=-1)]
         return found
 
     def check_labels(self, labels: Tensor | None, class_names: Sequence[str] | None) -> None:
@@ -127,6 +132,16 @@ class PreparedReference:
             if target is not None
             for name, value in target.noise_floor().items()
         }
+
+
+def check_network(network: FeatureNetwork, settings: EvaluationSettings) -> None:
+    """Raises `UserError` where all that is asked for is made of what only other networks give."""
+    asked = settings.metrics
+    if asked and OF_SCORES.issuperset(asked) and not isinstance(network, ScoringNetwork):
+        raise UserError(
+            f"metrics: {','.join(asked)}: {network.name} gives nothing it is made of; choose --feature-network "
+            f"{' or '.join(FRONT_ENDS)}, or other metrics"
+        )
 
 
 def given_gaussian(

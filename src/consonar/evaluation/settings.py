@@ -51,13 +51,23 @@ class EvaluationSettings:
         chosen = pick_precision(self.precision, torch.device(self.device), "precision", "measuring")
         object.__setattr__(self, "precision", chosen)
         check_seed(self.seed, "seed")
-        if self.max_neighbours_images <= self.num_neighbours:
-            needed = f"{self.num_neighbours} neighbours need more"
+        if self.max_neighbours_images < self.fewest:
+            needed = f"a measurement{self.of_neighbours} needs {self.fewest} or more"
             raise UserError(f"max_neighbours_images: {self.max_neighbours_images}; {needed}")
 
     def wants(self, *keys: str) -> bool:
         """Whether any of the metrics with these keys is to be calculated."""
         return any(key in self.metrics if self.metrics else key not in ON_REQUEST for key in keys)
+
+    @property
+    def of_neighbours(self) -> str:
+        """What asks for more images than a covariance does, in words; empty where no metric does."""
+        return f" of {self.num_neighbours} neighbours" if self.wants("precision", "recall") else ""
+
+    @property
+    def fewest(self) -> int:
+        """Samples that a measurement needs."""
+        return max(2, self.num_neighbours + 1) if self.of_neighbours else 2
 
     @property
     def kept_samples(self) -> int:
@@ -77,11 +87,8 @@ class EvaluationSettings:
         """Raises `UserError` where so many images, called `what`, cannot be measured in `draws` parts."""
         if self.draws < 1:
             raise UserError(f"draws: {self.draws}; choose 1 or more")
-        if min(count, self.max_neighbours_images) // self.draws <= self.num_neighbours:
-            needed = self.draws * (self.num_neighbours + 1)
-            parts = (
-                f"{self.draws} draws (--draws: parts whose spread is reported)" if self.draws > 1 else "a measurement"
-            )
-            raise UserError(
-                f"{what}: {count} images; {parts} of {self.num_neighbours} neighbours need {needed} or more"
-            )
+        if min(count, self.max_neighbours_images) // self.draws < self.fewest:
+            several = self.draws > 1
+            parts = f"{self.draws} draws (--draws: parts whose spread is reported)" if several else "a measurement"
+            needed = f"{parts}{self.of_neighbours} {'need' if several else 'needs'} {self.draws * self.fewest} or more"
+            raise UserError(f"{what}: {count} image{'' if count == 1 else 's'}; {needed}")

@@ -105,20 +105,21 @@ def frechet_distance_of_rows(reference: Tensor, samples: Tensor) -> float:
 def class_distances(
     reference: Tensor, reference_labels: Tensor, samples: Tensor, sample_labels: Tensor
 ) -> dict[int, float]:
-    """`frechet_distance_of_rows` within every class: rows (R, F), (S, F) and their labels (R,), (S,), integers.
+    """`frechet_distance_of_rows` within every class: rows (R, F), (S, F) and their labels (R,), (S,), integers,
+    without those whose label is below 0, which is none.
 
     Raises UserError as `check_classes` does.
     """
     check_classes(reference_labels, sample_labels)
     return {
         label: frechet_distance_of_rows(reference[reference_labels == label], samples[sample_labels == label])
-        for label in sample_labels.unique().tolist()
+        for label in sample_labels[sample_labels >= 0].unique().tolist()
     }
 
 
 def check_classes(reference_labels: Tensor, sample_labels: Tensor) -> None:
     """Raises UserError where labels (R,) and (S,) are of other classes, or one side has a class of one image."""
-    theirs, ours = (Counter(labels.tolist()) for labels in (reference_labels, sample_labels))
+    theirs, ours = (Counter(labels[labels >= 0].tolist()) for labels in (reference_labels, sample_labels))
     if only := sorted(theirs.keys() ^ ours.keys()):
         raise UserError(
             f"fd-per-class: samples of {len(ours)} classes, a reference of {len(theirs)}; class {only[0]} is on one "

@@ -45,7 +45,7 @@ def write_report(
 def check_page(out: Path, *, overwrite: bool) -> None:
     """Raises `UserError` where a page cannot be written, or would replace anything but a page."""
     check_replaced(
-        out, "out", "report.html", "is no page", lambda path: b"<!doctype html>" in path.read_bytes()[:100],
+        out, "--out", "report.html", "is no page", lambda path: b"<!doctype html>" in path.read_bytes()[:100],
         overwrite=overwrite,
     )  # fmt: skip
 

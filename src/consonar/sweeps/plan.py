@@ -89,6 +89,8 @@ class Sweep:
     rows: tuple[str, ...]
     """As in the file."""
     compare_with: str
+    file: str
+    """Where it stands."""
 
     def matched(self, cell: Cell) -> list[Cell]:
         """The cells whose entropies `cell` is also measured at."""

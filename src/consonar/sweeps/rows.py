@@ -52,7 +52,9 @@ def read_sweep(path: Path, out: Path, seeds: int | None = None) -> Sweep:
     Raises `UserError`, one line with key, value and choices, for whatever is wrong with the file or any of its cells.
     """
     where = str(path)
-    file = from_dict(read_table(path), where, SweepFile)
+    table = read_table(path)
+    check_seeds(table.get("seeds", 1), where)
+    file = from_dict(table, where, SweepFile)
     file = file if seeds is None else replace(file, seeds=seeds)
     rows = {**file.rows, **grid_rows(file, where)}
     if not rows:
@@ -70,12 +72,19 @@ def read_sweep(path: Path, out: Path, seeds: int | None = None) -> Sweep:
         for name in rows:
             if seed < made.seeds(name):
                 made.cell(name, seed, ())
-    sweep = Sweep(path.stem, cells, tuple(rows), base)
+    sweep = Sweep(path.stem, cells, tuple(rows), base, where)
     for cell in cells.values():
         for row in cell.match:
             if not any(other.row == row and other.start and other.start.row == cell.row for other in cells.values()):
                 raise UserError(f"{where}: rows.{cell.row}.match: no cell of {row!r} starts from {cell.name}")
     return sweep
+
+
+def check_seeds(seeds: object, where: str) -> int:
+    """How many seeds there are; `UserError` for what is no such number, a list of them included."""
+    if not is_whole(seeds) or not 1 <= seeds <= MOST_CELLS:
+        raise UserError(f"{where}: seeds: {seeds!r} is not a number of seeds (3 is 0, 1 and 2), 1 to {MOST_CELLS}")
+    return seeds
 
 
 def evaluation_of(asked: JsonMap, where: str) -> Evaluated:
@@ -154,9 +163,7 @@ class Rows:
 
     def seeds(self, name: str) -> int:
         seeds = self.table(name).get("seeds", self.file.seeds)
-        if not is_whole(seeds) or not 1 <= seeds <= MOST_CELLS:
-            raise UserError(f"{self.place(name)}: seeds: {seeds!r} is not a number of seeds, 1 to {MOST_CELLS}")
-        return seeds
+        return check_seeds(seeds, self.place(name))
 
     def cell(self, name: str, seed: int, above: tuple[str, ...]) -> Cell:
         """The cell of a row at a seed, made with what it starts from; `above` are the rows that start from it."""

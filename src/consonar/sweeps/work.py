@@ -8,7 +8,6 @@ works on by a lock (`files.lock`), which ends with it; another goes to the next 
 A run whose loss is not finite is a result as well: it says so, and the others go on.
 """
 
-import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,10 +29,9 @@ from consonar.files.readers import read_json
 from consonar.files.weights import is_component
 from consonar.files.writers import write_json
 from consonar.json_types import Json
-from consonar.networks import load_feature_network
 from consonar.sweeps.contents import Contents, fingerprint, known_to_both, of_run, recorded, tokenizer_of
+from consonar.sweeps.inputs import check_inputs
 from consonar.sweeps.plan import FREE, Cell, Sweep, check_result, comparable, made_from, plain, run_folder, sha256_of
-from consonar.training.build import open_store
 from consonar.training.config import TrainConfig
 from consonar.training.origins import comparable as comparable_run
 from consonar.training.run import SESSIONS, train
@@ -80,7 +78,7 @@ def run_sweep(sweep: Sweep, out: Path, say: Say, then: Then = lambda place, cell
     waiting = [cell for cell in sweep.cells.values() if read_result(place, cell) is None]
     check_begun(place)
     check_contents(place)
-    check_inputs(waiting)
+    check_inputs(waiting, sweep.file)
     while waiting:
         held: Held | None = None
         for cell in list(waiting):
@@ -258,18 +256,6 @@ def check_contents(place: Place) -> None:
         else:
             continue
         check_same(path, *known_to_both(place.contents.of(cell, run), before))
-
-
-def check_inputs(cells: list[Cell]) -> None:
-    """Raises `UserError` for what the cells need and what is not there: token stores, models, references, networks."""
-    generators = [(cell.config.data, tokenizer_of(cell)) for cell in cells if cell.config.run == "generator"]
-    for tokens, views, tokenizer in {(data.tokens, data.views, tokenizer) for data, tokenizer in generators}:
-        open_store(tokens, "data.tokens", tokenizer, views)
-    references = {(one.reference, one.settings.validation_split) for one in (cell.evaluated for cell in cells)}
-    for (reference, split), tokenizer in itertools.product(references, set(map(tokenizer_of, cells))):
-        open_reference(reference, load_tokenizer(tokenizer).image_size, validation_split=split)
-    for network, device in {(cell.evaluated.feature_network, cell.config.loop.device) for cell in cells}:
-        load_feature_network(network, str(pick_device(device, "loop.device")))
 
 
 def states(sweep: Sweep, out: Path) -> dict[str, str]:
