@@ -61,7 +61,9 @@ def read_origin(path: str | Path) -> Origin:
 
 
 def weights_sha256(path: str | Path, what: str = "generator") -> str:
-    return file_sha256(model_folder(path, what) / "model.safetensors")
+    """Of a model by name; `UserError` for a folder that lacks a file."""
+    component_config(folder := model_folder(path, what))
+    return file_sha256(folder / "model.safetensors")
 
 
 def load_generator(path: str | Path) -> Generator:

@@ -33,6 +33,10 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
+class NotHere(UserError):
+    """What was named is not on this machine; what is there and cannot be read is a `UserError` of another kind."""
+
+
 class MissingSplit(UserError):
     """The data are there, but not the split that was asked for."""
 
@@ -61,11 +65,11 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> UserError:
     return UserError(f"{what}: unknown {value!r}{hint}; {listed}")
 
 
-def no_folder(what: str, name: str | Path, choices: Iterable[object]) -> UserError:
+def no_folder(what: str, name: str | Path, choices: Iterable[object]) -> NotHere:
     """`unknown` for what may be the path of a folder, too; of what is written as one it says that none is there."""
     if isinstance(name, str) and (name == Path(name).name or name.startswith("hf:")):
-        return unknown(what, name, choices)
-    return UserError(f"{what}: no folder {name}; choices: {', '.join(map(str, choices))}")
+        return NotHere(unknown(what, name, choices))
+    return NotHere(f"{what}: no folder {name}; choices: {', '.join(map(str, choices))}")
 
 
 def check_choice(what: str, value: object, choices: Collection[object]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Literal
 
-from consonar.errors import UserError, unknown
+from consonar.errors import NotHere, UserError, unknown
 from consonar.files.readers import beside, plain_name, read_json
 from consonar.files.writers import cache_dir
 
@@ -229,12 +229,12 @@ def read_name(text: str) -> Wanted:
 
 def released_file(wanted: Wanted) -> Path:
     """The released file: put there by hand, or downloaded, with its words and the shards of an index beside it.
-    `UserError` says where to put one that cannot be had."""
+    `NotHere` says where to put one that cannot be had."""
     if wanted.place.is_file():
         return wanted.place
     if wanted.repository is None:
         where = wanted.published and wanted.published.elsewhere
-        raise UserError(f"{wanted.text}: not on the hub ({where}); put {wanted.file} at {wanted.place}")
+        raise NotHere(f"{wanted.text}: not on the hub ({where}); put {wanted.file} at {wanted.place}")
     asked = wanted.file
     try:
         file = Path(download(wanted.repository, asked))
@@ -248,7 +248,7 @@ def released_file(wanted: Wanted) -> Path:
     # No network, no such file, no permission, offline mode, a proxy's page: each library below has errors of its own.
     except Exception as error:
         cause = shorten(str(error), 240, placeholder=" ...") or type(error).__name__
-        raise UserError(
+        raise NotHere(
             f"{wanted.text}: cannot download {asked} of https://huggingface.co/{wanted.repository} ({cause}); "
             f"get it elsewhere and put it at {wanted.place.with_name(Path(asked).name)}"
         ) from error

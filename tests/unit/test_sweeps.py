@@ -13,10 +13,15 @@ from conftest import Quarters, picture, save_pictures
 from scipy import stats
 
 from consonar import cli, networks
+from consonar.components import save_generator, weights_sha256
 from consonar.config_io import to_dict
+from consonar.data.store_format import TOKENS_FILE
 from consonar.errors import NonFiniteLoss, UserError
 from consonar.files.lock import hold
+from consonar.networks import load_feature_network
+from consonar.origin import Origin
 from consonar.sweeps import inputs, work
+from consonar.sweeps.contents import Contents, reference_content
 from consonar.sweeps.page import markdown, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
@@ -220,6 +225,13 @@ def test_results_and_runs_of_files_that_were_made_anew_in_their_place_are_refuse
     run_sweep(sweep, out, str)  # as it was
     (tmp_path / "train").rename(tmp_path / "kept")
     run_sweep(sweep, out, str)  # not here: unknown
+    (tmp_path / "train").mkdir()
+    refused("no token store at 'train'")
+    (tmp_path / "train").rmdir()
+    shutil.copytree(tmp_path / "kept", tmp_path / "train")
+    (tmp_path / "train" / TOKENS_FILE).write_bytes(b"cut")
+    refused("'train'.* not a token store, damaged or cut short")
+    shutil.rmtree(tmp_path / "train")
     shutil.copytree(tmp_path / "validation", tmp_path / "train")
     refused("results/plain-0.json: the content of data.tokens is '.{12}' there and '.{12}' here; remove it")
     (out / "results" / "plain-0.json").unlink()
@@ -236,6 +248,24 @@ def test_results_and_runs_of_files_that_were_made_anew_in_their_place_are_refuse
     del older["contents"], older["results"]["origin"]
     (out / "results" / "ce-0.json").write_text(json.dumps(older))
     assert states(sweep, out)["ce-0"] == "done"
+
+
+def test_only_what_is_not_here_is_not_compared(tiny_generator, tmp_path):
+    save_generator(tiny_generator(), tmp_path / "model", Origin())
+    reads = {
+        "evaluate.feature_network": lambda place: load_feature_network(f"inception:{place}").weights_sha256,
+        "evaluate.reference": lambda place: reference_content(f"{place}.npz", None, lambda: 8),
+        "init": weights_sha256,
+    }
+    for key, read in reads.items():
+        assert Contents().once((key, ()), lambda read=read: read("gone")) is None
+    for name in ("weights", "statistics.npz"):
+        (tmp_path / name).write_bytes(b"cut")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert len(Contents().once(("evaluate.reference", ()), lambda: reads["evaluate.reference"]("statistics"))) == 64
+    for key, place in (("evaluate.feature_network", "weights"), ("init", "model")):
+        with pytest.raises(UserError, match=place):
+            Contents().once((key, ()), lambda read=reads[key], place=place: read(place))
 
 
 def test_a_result_of_an_older_version_has_the_defaults_of_newer_options(table, write, tmp_path):

@@ -15,7 +15,7 @@ from consonar.data.openmoji import SPLITS, OpenMoji
 from consonar.data.picture_files import ShardStream, Unread
 from consonar.data.scene_source import open_scenes
 from consonar.data.shards import is_pattern, open_shards
-from consonar.errors import UserError
+from consonar.errors import NotHere, UserError
 from consonar.files.readers import home_expanded
 from consonar.origin import class_difference, same_text
 from consonar.types import ImageRecord, ImageSource, IndexedSource
@@ -78,13 +78,13 @@ def choices() -> str:
 
 
 def find_source(spec: str) -> tuple[SourceKind, str]:
-    """The kind and target that `spec` means; a path that exists is an image folder. `UserError` for anything else."""
+    """The kind and target that `spec` means; a path that exists is an image folder. `NotHere` for anything else."""
     name, colon, target = spec.partition(":")
     if name in SOURCES and bool(colon) in map(bool, SOURCES[name].targets):
         return SOURCES[name], target
     if home_expanded(spec).exists():
         return SOURCES["imagefolder"], spec
-    raise UserError(f"data: {spec!r} is neither a folder nor a known source; choices: {choices()}")
+    raise NotHere(f"data: {spec!r} is neither a folder nor a known source; choices: {choices()}")
 
 
 def named_after(place: str) -> str:

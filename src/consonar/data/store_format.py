@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from consonar.config_io import from_dict
 from consonar.data.labels import MAX_CLASSES
-from consonar.errors import UserError
+from consonar.errors import NotHere, UserError
 from consonar.files.readers import read_json
 from consonar.options import Count, CountOrZero, Range, check_options
 from consonar.origin import check_distinct
@@ -73,10 +73,10 @@ class StoreMetadata:
 
 
 def read_metadata(folder: Path) -> StoreMetadata:
-    """store.json of a token store; `UserError` for another version or a damaged one."""
+    """store.json of a token store; `NotHere` where there is no such folder, `UserError` for another version or a damaged one."""
     path = folder / METADATA_FILE
     if not path.is_file():
-        raise UserError(f"tokens: no token store at {str(folder)!r}; make one with consonar tokenize")
+        raise (UserError if folder.exists() else NotHere)(f"tokens: no token store at {str(folder)!r}; make one with consonar tokenize")
     content = read_json(path, REMEDY)
     if (version := content.get("format_version")) != FORMAT_VERSION:
         raise UserError(f"tokens: {str(folder)!r} has format {version!r}, but this consonar reads {FORMAT_VERSION}")

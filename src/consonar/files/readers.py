@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from consonar.errors import LONGEST_CAUSE, UserError, reading
+from consonar.errors import LONGEST_CAUSE, NotHere, UserError, reading
 from consonar.json_types import Json
 
 FOLDER = 0x10
@@ -32,7 +32,7 @@ def home_expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{path}: nobody is called so here ({error}); write the path without ~") from error
+        raise NotHere(f"{path}: nobody is called so here ({error}); write the path without ~") from error
 
 
 def parse_json(text: str | bytes) -> Any:

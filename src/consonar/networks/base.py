@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from consonar.errors import UserError, reading
+from consonar.errors import NotHere, UserError, reading
 from consonar.files.readers import home_expanded
 from consonar.files.weights import check_plain, load_weights
 from consonar.files.writers import cache_dir, file_sha256
@@ -43,7 +43,7 @@ class WeightFile:
         file = home_expanded(path) if path is not None else cache_dir() / self.name
         where = f"{self.network}: {file}"
         if not file.is_file():
-            raise UserError(
+            raise NotHere(
                 f"{self.network}: no weights at {file}; download {self.url} (SHA-256 {self.sha256_prefix}...) and put "
                 "it there" + ("" if path is None else ", or name the file you have")
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from consonar.errors import UserError, needs, reading
+from consonar.errors import NotHere, UserError, needs, reading
 from consonar.files.readers import home_expanded
 from consonar.hub import read_name, released_file, released_weights
 
@@ -18,7 +18,7 @@ def find_folder(place: str, where: str, files: tuple[str, ...], known: str = "a 
     """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched, weights
     in shards where they are published so; `known`: what on this machine might have been named, for the choices.
 
-    Raises `UserError` where there is neither, and for a folder without the config.json that is one of the files.
+    Raises `NotHere` where there is neither, and `UserError` for a folder without the config.json that is one of the files.
     """
     folder, choices = home_expanded(place), f"choices: {known}, OWNER/NAME of the hub"
     if folder.is_dir():
@@ -26,14 +26,14 @@ def find_folder(place: str, where: str, files: tuple[str, ...], known: str = "a 
             raise UserError(f"{where}: the folder {folder} has no {CONFIG}; {choices}")
         return folder
     if place.count("/") != 1 or place.startswith((".", "/", "~")):
-        raise UserError(f"{where}: no folder {folder}; {choices}")
+        raise NotHere(f"{where}: no folder {folder}; {choices}")
     try:
         found = [
             released_weights(place, file) if file == WEIGHTS else released_file(read_name(f"hf:{place}/{file}"))
             for file in files
         ]
     except UserError as error:
-        raise UserError(f"{where}: no folder {folder}, and {error}; {choices}") from error
+        raise NotHere(f"{where}: no folder {folder}, and {error}; {choices}") from error
     if len({file.parent for file in found}) > 1:
         raise UserError(f"{where}: put {' and '.join(file.name for file in found)} into one folder")
     return found[0].parent

@@ -1,7 +1,8 @@
 """By content, what a cell is made of and measured against: a result or a run is re-used for the same files only.
 
 Hashes are those of what lies on this machine now, and those that a result or a run recorded. What one of them does not
-know (a store that is elsewhere, an older file, a data set that is fetched by its name) differs from nothing.
+know (a store that is elsewhere, an older file, a data set that is fetched by its name) differs from nothing. What is
+here and cannot be read is an error: it might be another.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from consonar.data.mixture import as_one, store_paths
 from consonar.data.sources import at_size, find_source
 from consonar.data.splits import open_splits
 from consonar.data.tokens import TokenStore
-from consonar.errors import UserError
+from consonar.errors import NotHere, UserError
 from consonar.files.readers import home_expanded
 from consonar.files.weights import component_fingerprint
 from consonar.files.writers import file_sha256
@@ -58,7 +59,7 @@ class Contents:
         self.known: dict[Read, str | None] = {}
 
     def of(self, cell: Cell, run: Path) -> Hashes:
-        """What can be read here; `run` is the folder of the cell."""
+        """Of all that is here; `run` is the folder of the cell. `UserError` for what cannot be read."""
         config, data, asked = cell.config, cell.config.data, cell.evaluated
         split = asked.settings.validation_split
 
@@ -97,7 +98,7 @@ class Contents:
         if key not in self.known:
             try:
                 self.known[key] = read()
-            except UserError:  # it is not here; where there is work to do for which it is needed, that says so
+            except NotHere:  # where there is work to do for which it is needed, that says so
                 self.known[key] = None
         return self.known[key]
 
@@ -143,10 +144,10 @@ def is_here(spec: str | None) -> bool:
 
 def reference_content(spec: str, split: str | None, image_size: Callable[[], int]) -> str | None:
     """Of a reference in files of this machine: of the whole .npz, else as sources know their content."""
-    if spec.endswith(".npz"):
-        return file_sha256(home_expanded(spec))
     if at_size(spec)[1] is not None or not is_here(spec):
         return None
+    if spec.endswith(".npz"):
+        return file_sha256(home_expanded(spec))
     splits = open_splits(spec, split, key="evaluate.validation_split", otherwise=0, image_size=image_size())
     hashes = [getattr(one, "content_hash", None) for one in (splits.train, splits.validation) if one is not None]
     return None if None in hashes else hashlib.sha256(" ".join(map(str, hashes)).encode()).hexdigest()
