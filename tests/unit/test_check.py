@@ -391,7 +391,7 @@ def test_how_far_a_number_may_be_off():
         ("FD(x)", Measurement(100.0, 3.0), True, 6.0),
         ("entropy", Measurement(3.0), True, 0.03),
         ("density", Measurement(0.0, 0.0), True, 0.004),
-        ("temperature 1: KID(x) validation", Measurement(0.0001), True, 0.24 / 1000**0.5),
+        ("temperature 1: KID(x) validation", Measurement(0.0001), True, 0.25 / 1000**0.5),
         ("KID(x) validation", Measurement(0.9), True, 0.009),
         ("KID(x) validation", Measurement(0.0001, error=0.001), True, 0.002),
         ("KID(x) validation", Measurement(1.0), False, 0.0001),
