@@ -31,7 +31,17 @@ from consonar.seeding import generator, permutation
 from consonar.sweeps.page import HOW_TO_READ, difference_rows, named, protocol_lines, table
 from consonar.sweeps.plan import Evaluated, Sweep
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import BEST, Setting, Summary, judge, notes_of, over_seeds, summarise, value_cells
+from consonar.sweeps.summary import (
+    BEST,
+    ONE_START,
+    Setting,
+    Summary,
+    judge,
+    notes_of,
+    over_seeds,
+    summarise,
+    value_cells,
+)
 from consonar.sweeps.work import Place, Then, read_result, run_sweep
 
 HERE = Path(__file__).parent
@@ -45,15 +55,20 @@ TITLES = {
     "photographs": (
         "The articles' parts on photographs",
         f"Made by `make claims`: {PART['train']:,} photographs of CIFAR-10 to train on and {PART['test']:,} others held out, so few "
-        "that plain AR overfits within minutes of a CPU: its cross-entropy of held-out tokens rises again, as the tables say, while hardly a "
-        "sample is a copy.",
+        "that plain AR overfits within minutes of a CPU: its cross-entropy of held-out tokens rises again, as the tables say.",
     ),
     "photographs-gpu": (
         "The articles' parts on CIFAR-10, at size",
         "Made by `make claims PROFILE=gpu`: all of CIFAR-10, the split `test` held out.",
     ),
 }
-SAID = {"ahead": "agrees", "behind": "the other way", "no difference": "undecided", "open": "one seed, open"}
+SAID = {
+    "ahead": "agrees",
+    "behind": "the other way",
+    "no difference": "undecided",
+    "open": "one seed, open",
+    ONE_START: ONE_START,
+}
 COLUMNS = (
     f"{FD} validation",
     f"{FD} train",
@@ -64,11 +79,12 @@ COLUMNS = (
     "copy rate (tokens)",
 )
 GROUPS = {
-    "Training": ("plain", "plain"),
-    "Post-training of plain AR": ("plain+", "plain+ce"),
-    "Post-training of reAR": ("rear+", "rear+ce"),
+    "Training": (r"[^+]*", "plain"),
+    "Post-training of plain AR": (r"plain\+.*(?<!-long)", "plain+ce"),
+    "Post-training of plain AR, of two and a half times the updates": (r"plain\+.*-long", "plain+ce-long"),
+    "Post-training of reAR": (r"rear\+.*", "rear+ce"),
 }
-"""Heading: how the names of its rows begin that are no training, and what they are compared with."""
+"""Heading: the names of its rows, and what they are compared with, the control of as many updates."""
 ARTICLES = (
     ("reAR beats plain AR", "3.02 → 1.86", "rear", "plain"),
     ("both parts beat the embedding alone", "2.12 → 2.00", "rear", "embedding"),
@@ -252,9 +268,8 @@ def groups(sweep: Sweep, results: dict[str, Json]) -> dict[str, Summary]:
     """By the headings of `GROUPS`, what their rows say that have results."""
     done = {cell.row for name, cell in sweep.cells.items() if name in results}
     found = {}
-    for heading, (prefix, base) in GROUPS.items():
-        of_group = [row.startswith(prefix) if prefix.endswith("+") else "+" not in row for row in sweep.rows]
-        rows = [row for row, belongs in zip(sweep.rows, of_group, strict=True) if belongs and row in done]
+    for heading, (names, base) in GROUPS.items():
+        rows = [row for row in sweep.rows if re.fullmatch(names, row) and row in done]
         if rows:
             found[heading] = part_of(sweep, results, rows, base if base in rows else rows[0])
     return found
@@ -291,11 +306,12 @@ def page(name: str, sweep: Sweep, results: dict[str, Json], out: Path) -> str:
 
 def write_section(name: str, text: str) -> None:
     """Puts it into docs/results.md in the place of what was there."""
-    path = HERE.parent / "docs" / "results.md"
-    before, section = path.read_text(encoding="utf-8"), f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+    path, section = HERE.parent / "docs" / "results.md", f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
     marked = re.compile(f"<!-- {name} -->.*<!-- /{name} -->", re.DOTALL)
-    after = marked.sub(lambda _: section, before) if marked.search(before) else f"{before}\n{section}\n"
-    write_atomically(path, lambda partial: partial.write_text(after, encoding="utf-8"))
+    with hold(path.with_name(f".{path.name}.writing"), wait=True):  # another study may be at its own section
+        before = path.read_text(encoding="utf-8")
+        after = marked.sub(lambda _: section, before) if marked.search(before) else f"{before}\n{section}\n"
+        write_atomically(path, lambda partial: partial.write_text(after, encoding="utf-8"))
 
 
 def run(

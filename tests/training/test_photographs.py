@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -131,5 +132,10 @@ def test_both_profiles_have_the_rows_that_the_page_speaks_of(study, name, tmp_pa
     sweep = read_sweep(CLAIMS / f"{name}.yaml", tmp_path)
     assert {row for _, _, *pair in study.ARTICLES for row in pair} <= set(sweep.rows)
     assert {base for _, base in study.GROUPS.values()} <= set(sweep.rows)
+    of_group = {names: [row for row in sweep.rows if re.fullmatch(names, row)] for names, _ in study.GROUPS.values()}
+    assert sorted(row for rows in of_group.values() for row in rows) == sorted(sweep.rows)
+    updates = {cell.row: cell.config.loop.steps for cell in sweep.cells.values()}
+    for names, base in study.GROUPS.values():
+        assert "+" not in base or {updates[row] for row in of_group[names]} == {updates[base]}
     seeds = {row: sum(cell.row == row for cell in sweep.cells.values()) for row in sweep.rows}
     assert all(seeds[row] == (3 if "+" in row else 1 if "guided" in row else 2) for row in sweep.rows)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -98,6 +99,27 @@ def test_the_sections_of_studies_are_of_their_files(name, monkeypatch):
     section = script(f"claims/{name}.py").page(name, sweep, results, out)
     assert f"<!-- {name} -->\n{section}\n<!-- /{name} -->" in PAGE.read_text()
     assert all(section.count(f"- {note}\n") == 1 for note in notes_of(sweep, results)), "once in all"
+
+
+def test_two_studies_that_write_at_once_both_have_their_section(monkeypatch, tmp_path):
+    study, others = script("claims/photographs.py"), []
+    monkeypatch.setattr(study, "HERE", tmp_path / "claims")
+    (tmp_path / "docs").mkdir()
+    (page := tmp_path / "docs" / "results.md").write_text("# Results\n")
+    write = study.write_atomically
+
+    def slow(path, put):
+        if not others:
+            others.append(Thread(target=study.write_section, args=("text", "T")))
+            others[0].start()
+            others[0].join(0.1)
+        write(path, put)
+
+    monkeypatch.setattr(study, "write_atomically", slow)
+    study.write_section("photographs", "P")
+    others[0].join(60)
+    assert "<!-- photographs -->\nP\n" in page.read_text() and "<!-- text -->\nT\n" in page.read_text()
+    assert [path.name for path in page.parent.iterdir()] == ["results.md"]
 
 
 def test_the_section_on_vapi_is_of_its_files(monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ from consonar.sweeps.contents import Contents, reference_content
 from consonar.sweeps.page import markdown, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import T_95, Difference, judge, paired, summarise
+from consonar.sweeps.summary import ONE_START, T_95, Difference, judge, paired, summarise
 from consonar.sweeps.work import run_sweep, states
 
 QUIET = {
@@ -299,6 +299,8 @@ def test_a_loss_that_is_not_finite_is_a_result_and_the_others_go_on(table, write
         "ce-0": failure,
         "rear-0": failure,
     }
+    assert (results["plain-0"]["matched"], results["plain-0"]["not_matched"]) == ([], ["ce-0"])
+    assert states(sweep, out)["plain-0"] == "done", "once"
     assert f"ce-0 failed: {failure}." in summarise(sweep, results).notes and states(sweep, out)["ce-0"] == "failed"
     write_summary(sweep, results, out)
     assert failure in (out / "sweep.html").read_text()
@@ -488,12 +490,18 @@ def test_a_run_is_compared_with_the_very_run_that_it_started_from(table, write, 
         "plain": {"ce": [1, 3, 8], "rear": [30, -29], "ste": [-8, -5], "far": [-9, -3]},
         "ce": {"plain": [-1, -3, -8], "rear": [29], "ste": [-9, -8], "far": [-12, -6]},
     }
+    of_one = {("plain", "ce"), ("plain", "ste"), ("plain", "far"), ("ce", "plain"), ("ce", "far")}
     for base, differences in expected.items():
         sweep = read_sweep(write(table | {"compare_with": base}), tmp_path)
         summary = summarise(sweep, {n: scored(c, {1.0: values[c.row][c.seed]}) for n, c in sweep.cells.items()})
         found = {row: summary.settings[0].differences(row).get("FD(q) validation") for row in differences}
         assert found == {
-            row: paired(dict(enumerate(of)), dict.fromkeys(range(3), 0)) for row, of in differences.items()
+            row: replace(paired(dict(enumerate(of)), dict.fromkeys(range(3), 0)), one_start=(base, row) in of_one)
+            for row, of in differences.items()
+        }
+        verdicts = {row: found[0].word for row, found in summary.verdicts()[1].items()}
+        assert {(base, row) for row, word in verdicts.items() if word == ONE_START} == {
+            pair for pair in of_one if pair[0] == base
         }
 
 
@@ -559,9 +567,18 @@ def test_numbers_of_two_protocols_are_told_apart_and_not_compared(table, write, 
     assert "| rear (temperature 0.5; protocol 2) |" in text and "| ce (protocol 1) |" in text
     assert "rear" not in verdicts and "ce" in verdicts and len(titles) == 3
     assert text.count("| rear − plain |") == 1, "of training alone"
+    for cell in sweep.cells.values():  # one protocol by its words, of two files of weights
+        network = {"name": "n", "sha256": ("c" if cell.row == "rear" else "d") * 64, "place": str(cell.seed)}
+        results[cell.name]["results"] |= {"reference": {}, "protocol": "of n", "feature_network": network}
+    summary = summarise(sweep, results)
+    assert summary.protocols == [f"Protocol {at}: of n (n {of * 12})." for at, of in ((1, "d"), (2, "c"))]
+    assert "rear" not in summary.verdicts()[1]
 
 
-def test_at_equal_entropy_both_have_the_guidance_at_which_the_start_was_drawn(table, write, tmp_path):
+@pytest.mark.parametrize("start", [{"cell": "plain"}, {"cell": "plain", "seed": 0}])
+def test_at_equal_entropy_both_have_the_guidance_at_which_the_start_was_drawn(table, write, tmp_path, start):
+    table["rows"]["ce"]["init"] = start
+    table["rows"]["plain"]["seeds"] = 1 if "seed" in start else 2
     sweep = read_sweep(write(table), tmp_path)
     results = {}
     for name, cell in sweep.cells.items():
@@ -570,13 +587,16 @@ def test_at_equal_entropy_both_have_the_guidance_at_which_the_start_was_drawn(ta
             for scale in (2.0, 4.0)
         ]
         if cell.row == "plain":
-            rows.append({**rows[0], "temperature": 0.8, "matched_to": f"ce-{cell.seed}"})
+            matched = sweep.matched(cell)
+            rows += [{**rows[0], "temperature": 0.8, "matched_to": other.name} for other in matched]
         results[name] = scored(cell, {}) | {
             "asked": {"evaluate": {"temperatures": [1.0], "guidance_scales": [2.0, 4.0]}}
         }
         results[name]["results"]["rows"] = rows
     equal = next(setting for setting in summarise(sweep, results).settings if setting.title == "at equal entropy")
     assert set(equal.values["ce"]["FD(q) validation"].values()) == {2.0}
+    word = judge(equal.differences("ce")["FD(q) validation"], -1).word
+    assert word == (ONE_START if "seed" in start else "no difference")
 
 
 @pytest.mark.parametrize(

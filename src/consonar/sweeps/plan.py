@@ -114,6 +114,11 @@ class Sweep:
             ]
         return [(one.seed, other.seed) for one, other in pairs]
 
+    def of_one_start(self, row: str, base: str) -> bool:
+        """Whether several runs of one of two rows have the same partner: the one run that they started from."""
+        pairs = self.partners(row, base)
+        return len(pairs) > 1 and any(len(set(seeds)) == 1 for seeds in zip(*pairs, strict=True))
+
 
 def comparable(asked: JsonMap, where: str) -> dict[str, object]:
     """What `Cell.asked` gave, now or in a file of an older version, by dotted key, without what is `ELSEWHERE`."""

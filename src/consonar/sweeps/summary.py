@@ -4,8 +4,8 @@ A comparison takes the difference at every seed that both rows have, so that wha
 data, first weights, random numbers of sampling) leaves it; of a run and what it started from, whatever their seeds.
 Its standard error is the deviation of these differences over the root of their number n; ahead or behind is what lies
 beyond the two-sided 95 % quantile of Student's t with n - 1 degrees of freedom times that. Nothing corrects for the
-number of comparisons. Where all runs of a row have one start the deviation knows nothing of other starts, nor of what
-drawing other samples does to that start.
+number of comparisons. Where all runs of a row have one start the deviation knows nothing of other starts; compared with
+that start they get no verdict, for it holds nothing of what training and drawing that one again would do, either.
 """
 
 import math
@@ -27,6 +27,8 @@ T_95 = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 """The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; with more than these the last one is used."""
+ONE_START = "against one draw of the start"
+"""The word of a comparison without a verdict."""
 BEST, EQUAL_ENTROPY, TRAINING = "each at its own best temperature", "at equal entropy", "training"
 
 
@@ -43,6 +45,8 @@ class Difference:
     value: float
     error: float | None
     count: int
+    one_start: bool = False
+    """Whether it is of several runs and of the one that all of them started from, whose own draw `error` lacks."""
 
 
 def paired(values: Values, base: Values, pairs: Iterable[tuple[int, int]] | None = None) -> Difference | None:
@@ -61,6 +65,8 @@ def judge(difference: Difference | None, direction: int) -> Verdict:
     text = difference_text(difference)
     if difference.error is None or not direction:
         return Verdict("open" if direction else "", text)
+    if difference.one_start:
+        return Verdict(ONE_START, text)
     bound = T_95[min(difference.count - 1, len(T_95)) - 1] * difference.error
     gain = direction * difference.value
     return Verdict("no difference" if abs(gain) <= bound else "ahead" if gain > 0 else "behind", text)
@@ -88,6 +94,8 @@ class Setting:
     """Row: what it is compared with."""
     pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """Row: between which seeds of both (`Sweep.partners`); equal ones where it is not there."""
+    one_start: set[str] = field(default_factory=set)
+    """Rows that are compared with one run, or that are one run which all of the other row started from."""
     notes: dict[str, str] = field(default_factory=dict)
     """Row: what else is said of it, as its temperature."""
 
@@ -104,7 +112,7 @@ class Setting:
         other = self.values.get(self.base.get(row, ""), {})
         of_row, pairs = self.values.get(row, {}), self.pairs.get(row)
         found = {name: paired(values, other.get(name, {}), pairs) for name, values in of_row.items()}
-        return {name: pair for name, pair in found.items() if pair}
+        return {name: replace(pair, one_start=row in self.one_start) for name, pair in found.items() if pair}
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,7 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
                 entropy.add(at, trained.seed, numbers | {"temperature": temperature})
                 protocols.add(at, result["results"])
                 entropy.base[trained.row], guided[trained.row] = at, guidance
+                entropy.one_start |= {trained.row} if sweep.of_one_start(trained.row, row) else set()
             if temperature in asked["temperatures"]:
                 setting = Setting(f"at {setting_text(temperature, guidance)}", temperature, guidance)
                 grid.setdefault((temperature, guidance), setting).add(row, seed, numbers)
@@ -165,6 +174,7 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     for setting in (*of_grid, best, training):
         setting.base = {row: sweep.compare_with for row in sweep.rows if row != sweep.compare_with}
         setting.pairs = {row: sweep.partners(row, base) for row, base in setting.base.items()}
+        setting.one_start = {row for row, base in setting.base.items() if sweep.of_one_start(row, base)}
     for setting in shown:
         setting.base = {row: base for row, base in setting.base.items() if protocols.same(row, base)}
     for setting in (*shown, training):
@@ -182,29 +192,30 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
 class Protocols:
     """What the numbers of rows are of; numbers of two protocols are told apart and not compared."""
 
-    of_rows: dict[str, dict[str, str]]
-    """Row: what tells its protocols from others, with the text of each."""
+    of_rows: dict[str, dict[str, tuple[str, str]]]
+    """Row: what tells its protocols from others, with the text of each and the hashes of its files."""
 
     def add(self, row: str, results: JsonMap) -> None:
-        reference, config = (one if isinstance(one, dict) else {} for one in map(results.get, ("reference", "config")))
-        hashes = {key: value for key, value in reference.items() if key.endswith("_sha256")}
-        counts = sorted({str(line.get("num_samples")) for line in results["rows"]})
-        network = results.get("feature_network")
-        name = network.get("name") if isinstance(network, dict) else None
-        key = str([hashes or reference.get("name"), name, counts, config.get("max_neighbours_images")])
+        keys = ("reference", "feature_network", "config")
+        reference, network, config = (one if isinstance(one, dict) else {} for one in map(results.get, keys))
+        hashes = {key.removesuffix("_sha256"): of for key, of in reference.items() if key.endswith("_sha256")}
+        counts, name = sorted({str(line.get("num_samples")) for line in results["rows"]}), network.get("name")
+        of_network, most = (name, network.get("sha256")), config.get("max_neighbours_images")
+        key = str([hashes or reference.get("name"), of_network, counts, most])
         text = results.get("protocol") or f"{', '.join(counts)} samples, {name}, against {reference.get('name')}"
-        self.of_rows.setdefault(row, {}).setdefault(key, str(text))
+        files = ", ".join(f"{file} {str(of)[:12]}" for file, of in {name: of_network[1], **hashes}.items())
+        self.of_rows.setdefault(row, {}).setdefault(key, (str(text), files))
 
     @property
-    def known(self) -> dict[str, str]:
+    def known(self) -> dict[str, tuple[str, str]]:
         """All there are."""
         return {key: text for found in self.of_rows.values() for key, text in found.items()}
 
     @property
     def lines(self) -> list[str]:
-        if len(self.known) == 1:
-            return [f"Protocol: {text}." for text in self.known.values()]
-        return [f"Protocol {number}: {text}." for number, text in enumerate(self.known.values(), start=1)]
+        texts = [text for text, _ in self.known.values()]
+        told = (f"{text} ({files})" if texts.count(text) > 1 else text for text, files in self.known.values())
+        return [f"Protocol{f' {at}' if len(texts) > 1 else ''}: {text}." for at, text in enumerate(told, start=1)]
 
     def name(self, row: str) -> str:
         """What a row says of its own; "" where all have the same."""

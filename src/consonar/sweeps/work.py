@@ -127,14 +127,15 @@ def do_cell(place: Place, cell: Cell, needed: list[Cell]) -> None:
             try:
                 train_cell(place, one)
             except NonFiniteLoss:
-                if one not in cell.lineage:  # one that this is matched to: its own result will say so
+                if one not in cell.lineage:  # one that this would be matched to: its own result will say so
                     continue
                 raise
         figures |= measure(place, cell)
     except NonFiniteLoss as error:
         place.say(f"{cell.name}: {error}")
         figures["failure"] = str(error)
-    asked = cell.asked()
+    asked, rows = cell.asked(), figures.get("results", {}).get("rows", [])
+    wanted, found = [other.name for other in place.sweep.matched(cell)], {row.get("matched_to") for row in rows}
     result = {
         "schema": SCHEMA,
         "sweep": place.sweep.name,
@@ -142,7 +143,8 @@ def do_cell(place: Place, cell: Cell, needed: list[Cell]) -> None:
         "seed": cell.seed,
         "config_sha256": sha256_of(asked, cell.name),
         "asked": asked,
-        "matched": [other.name for other in place.sweep.matched(cell)],
+        "matched": [name for name in wanted if name in found],
+        "not_matched": [name for name in wanted if name not in found],
         "run": f"../runs/{cell.name}",
         "contents": place.contents.of(cell, place.run(cell)),
         **figures,
@@ -210,7 +212,7 @@ def read_result(place: Place, cell: Cell) -> Json | None:
     with reading(path, "a result of a sweep", REMEDY):
         check_result(content)
         before, row, seed = comparable(content["asked"], str(path)), content["row"], content["seed"]
-        matched = set(content["matched"])
+        matched = {*content["matched"], *content.get("not_matched", ())}
     check_same(path, comparable(cell.asked(), cell.name), before)
     if (row, seed) != (cell.row, cell.seed):
         raise UserError(f"{path}: is of {row}-{seed}; {REMEDY}")
