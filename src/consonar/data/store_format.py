@@ -73,10 +73,12 @@ class StoreMetadata:
 
 
 def read_metadata(folder: Path) -> StoreMetadata:
-    """store.json of a token store; `NotHere` where there is no such folder, `UserError` for another version or a damaged one."""
+    """store.json of a token store; `NotHere` where there is no such folder, `UserError` for another version or a
+    damaged one."""
     path = folder / METADATA_FILE
     if not path.is_file():
-        raise (UserError if folder.exists() else NotHere)(f"tokens: no token store at {str(folder)!r}; make one with consonar tokenize")
+        kind = UserError if folder.exists() else NotHere
+        raise kind(f"tokens: no token store at {str(folder)!r}; make one with consonar tokenize")
     content = read_json(path, REMEDY)
     if (version := content.get("format_version")) != FORMAT_VERSION:
         raise UserError(f"tokens: {str(folder)!r} has format {version!r}, but this consonar reads {FORMAT_VERSION}")

@@ -18,7 +18,8 @@ def find_folder(place: str, where: str, files: tuple[str, ...], known: str = "a 
     """The folder that `place` names, or that holds the `files` of OWNER/NAME of the hub, which are fetched, weights
     in shards where they are published so; `known`: what on this machine might have been named, for the choices.
 
-    Raises `NotHere` where there is neither, and `UserError` for a folder without the config.json that is one of the files.
+    Raises `NotHere` where there is neither, and `UserError` for a folder without the config.json that is one of the
+    files.
     """
     folder, choices = home_expanded(place), f"choices: {known}, OWNER/NAME of the hub"
     if folder.is_dir():

@@ -19,8 +19,9 @@ HOW_TO_READ = (
     "“±” behind a value is the standard deviation over seeds, behind a difference the standard error of its mean; "
     "differences are taken seed by seed, n of them; between a run and one of the other row that it started from, "
     "whatever their seeds: where that is one for all, “±” is of post-training alone and knows no other start; against "
-    "that one itself it also lacks what training and drawing it again would do, and there is no verdict. Ahead or behind is what lies beyond the 95 % quantile of Student's t "
-    "(12.7 standard errors for two seeds, 4.3 for three, 2.8 for five); nothing corrects for the number of comparisons."
+    "that one itself it also lacks what training and drawing it again would do, and there is no verdict. Ahead or "
+    "behind is what lies beyond the 95 % quantile of Student's t (12.7 standard errors for two seeds, 4.3 for three, "
+    "2.8 for five); nothing corrects for the number of comparisons."
 )
 
 
