@@ -7,7 +7,7 @@ BIN := .venv/bin
 # the few long tests of one file, for which all other processes would wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo style types lint fast test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results results-whole claims claims-text claims-vapi claims-diagnosis clean
+.PHONY: help demo style types lint fast test fuzz soak failing-writes test-slow test-gpu test-portable lint bench gpu-prepare gpu-check house results results-whole results-afresh claims claims-text claims-vapi claims-diagnosis clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-14s %s\n' "$$name" "$$text"; done
@@ -79,12 +79,20 @@ clean:  ## remove what the targets above have made, but no runs
 results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the sections of the targets below
 	$(BIN)/python docs/make_results.py runs/demo
 
-results-whole: demo  ## docs/results.md as a whole: of demo and studies what is missing (hours; what is there is kept: CONTRIBUTING.md says how it is made afresh)
+results-whole: demo  ## docs/results.md as a whole: of demo and studies what is missing (hours; what is there is kept)
 	$(MAKE) results
 	$(MAKE) claims-vapi
 	$(MAKE) claims
 	$(MAKE) claims-diagnosis
 	$(MAKE) claims-text
+
+# What the numbers are kept in, and the runs behind them; those of the two studies lie beside their results.
+NUMBERS := $(addprefix claims/results/,demo vapi photographs text diagnosis) $(addprefix runs/,demo claims-vapi photographs text)
+
+results-afresh: .venv/installed  ## docs/results.md with every number of demo and studies made anew (many hours; nothing is lost: what is there is moved to runs/before-DATE; interrupted, make results-whole goes on)
+	to=runs/before-$$(date +%Y%m%d-%H%M%S); for place in $(NUMBERS); do \
+		if test -e $$place; then mkdir -p $$to/$$(dirname $$place) && mv $$place $$to/$$place || exit 1; fi; done
+	$(MAKE) results-whole
 
 TO := $(if $(OUT),--out $(OUT))
 # Processes that share a study on CPUs, one thread each: two do 1.98 times the work of one (benchmarks/results/processes.json).

@@ -3,23 +3,30 @@
 
 `consonar diagnose` for the generator of the package, for the two that a demo trains (runs/demo), and for three that the
 study on photographs trains (`make claims`). Of each the numbers and what they are of are kept,
-claims/results/diagnosis/NAME.json, and committed; what is there is not made again. Then the section of docs/results.md
-is written from these files.
+claims/results/diagnosis/NAME.json, and committed; what is there is not made again. A model of the study that is missing
+is trained as `make claims` trains it; those of a demo `make demo` makes. Then the section of docs/results.md is written
+from these files.
 """
 
 import argparse
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-from photographs import write_section
+from photographs import prepare, write_section
 
 from consonar.cpu import hold_memory
 from consonar.diagnostics.diagnose import diagnose
 from consonar.diagnostics.findings import Interval
 from consonar.diagnostics.subject import DiagnosisSettings
+from consonar.errors import UserError
+from consonar.files.lock import hold
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.sweeps.page import table
+from consonar.sweeps.rows import read_sweep
+from consonar.sweeps.work import Place, check_begun, check_contents, hold_needed, train_cell
 
 HERE = Path(__file__).parent
 EMOJI, PHOTOGRAPHS = "openmoji", "cifar10:runs/photographs/data"
@@ -41,6 +48,29 @@ SHOWN = {
     "forgiveness": ("rFD", "the same above rFD"), "attribution": ("added", "gFD"),
 }  # fmt: skip
 """Part: how the names of its numbers begin that the page shows; the files have all."""
+
+
+def complete(names: list[str]) -> None:
+    """Trains the models of the study that these diagnoses are of, and what they start from, where they are not here, of
+    the same files as its results. `UserError` for a model of a demo that is not here."""
+    models = [MODELS[name][0] for name in names]
+    for model in models:
+        if model.startswith("runs/demo") and not Path(model).exists():
+            raise UserError(f"{model}: not here; `make demo` makes it")
+    cells = [Path(model).name for model in models if model.startswith(STUDIED)]
+    if not cells:
+        return
+    out = HERE / "results" / "photographs"
+    sweep = read_sweep(HERE / "photographs.yaml", out)
+    with hold(out / ".working" / "preparing", wait=True):
+        prepare("cpu", sweep, out)
+    place = Place(out, sweep, lambda text: print(text, flush=True))
+    check_begun(place)
+    check_contents(place)
+    for cell in cells:
+        with ExitStack() as locks:
+            for needed in hold_needed(place, sweep.cells[cell], locks):
+                train_cell(place, needed)
 
 
 def measured(name: str) -> Json:
@@ -89,9 +119,14 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the section from the files that are there alone")
     only_page, paths = parser.parse_args().page, {n: HERE / "results" / "diagnosis" / f"{n}.json" for n in MODELS}
     hold_memory()
-    for name, path in paths.items():
-        if not only_page and not path.exists():
-            write_json(path, measured(name), allow_nan=False)
+    missing = [] if only_page else [name for name, path in paths.items() if not path.exists()]
+    try:
+        complete(missing)
+        for name in missing:
+            write_json(paths[name], measured(name), allow_nan=False)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     write_section("diagnosis", page({name: read_json(path) for name, path in paths.items() if path.exists()}))
 
 

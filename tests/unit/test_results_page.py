@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import yaml
 
 from consonar.diagnostics.diagnose import Diagnosis
 from consonar.diagnostics.findings import Finding, Interval
@@ -88,6 +89,25 @@ def test_the_section_on_diagnoses_is_of_its_files(monkeypatch):
         assert one["command"].split(" --parts ")[0].split(" --out ")[0] in str(diagnosed_by(one, name))
         assert again["numbers"] == {"noise": {"cost": {"value": 0.333333, "low": 0.0, "high": 1.0}}}
     assert asked == {model: list(parts) for model, _, parts in module.MODELS.values()}
+
+
+def test_a_diagnosis_whose_model_is_missing_has_it_trained_or_says_who_makes_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "claims"))
+    module, done = script("claims/diagnosis.py"), []
+    (tmp_path / "claims").mkdir()
+    study = yaml.safe_load((ROOT / "claims" / "photographs.yaml").read_text())
+    study["rows"] = {row: study["rows"][row] for row in ("plain", "plain+vapi")}
+    (tmp_path / "claims" / "photographs.yaml").write_text(yaml.safe_dump(study))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "HERE", tmp_path / "claims")
+    monkeypatch.setattr(module, "prepare", lambda profile, sweep, out: done.append(profile))
+    monkeypatch.setattr(module, "train_cell", lambda place, cell: done.append(cell.name))
+    monkeypatch.setattr("sys.argv", ["diagnosis.py"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert capsys.readouterr().err == "runs/demo/plain-ar: not here; `make demo` makes it\n" and not done
+    module.complete(["openmoji", "photographs-vapi"])
+    assert done == ["cpu", "plain-0", "plain+vapi-0"]
 
 
 @pytest.mark.parametrize("name", ["photographs", "text"])
