@@ -4,17 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Quarters
 from forked import call, on_two
+from PIL import Image
 from torch.nn import functional
 
 from consonar import cli, networks
 from consonar.components import save_generator, save_tokenizer
 from consonar.errors import UserError
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.origin import Origin
 
 
@@ -44,40 +47,67 @@ def evaluate(breaks, words):
         assert not any("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
 
 
-def processes(words, cache, ranks=2, breaks="-"):
+def processes(words, cache, ranks=2, breaks="-", run=evaluate):
     """How every process ended."""
     start = on_two if ranks == 2 else lambda *given, **settings: [call(*given, **settings)]
-    return start(evaluate, breaks, words, CONSONAR_CACHE=str(cache))
+    return start(run, breaks, words, CONSONAR_CACHE=str(cache))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewCompared(EvaluationSettings):
+    """Of which single images are drawn from all sets of the test; copies are seen in part of them."""
+
+    max_neighbours_images: int = 18
+    copy_quantile: float = 0.5
+
+
+def evaluate_few(breaks, words):
+    sys.modules["consonar.cli.evaluate"].EvaluationSettings = FewCompared
+    evaluate(breaks, words)
 
 
 @pytest.fixture
 def samples(tmp_path):
-    """Two files of the same pictures, the second in another order."""
-    pictures = np.random.default_rng(0).integers(0, 256, (75, 2, 2, 3), np.uint8).repeat(16, 1).repeat(16, 2)
-    np.savez(tmp_path / "a.npz", images=pictures[:45], labels=np.arange(45) % 3)
-    order = np.random.default_rng(1).permutation(45)
-    np.savez(tmp_path / "b.npz", images=pictures[order], labels=order % 3)
-    np.savez(tmp_path / "known.npz", images=pictures[45:], labels=np.arange(30) % 3)
+    """Two files of the same pictures, the second in another order, and a reference of both, likewise."""
+    pictures = np.random.default_rng(0).integers(0, 256, (105, 2, 2, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+    np.savez(tmp_path / "known.npz", images=pictures[45:75], labels=np.arange(30) % 3)
+    for seed, name in enumerate("ab"):
+        order = np.random.default_rng(seed).permutation(105)
+        ours = order[order < 45]
+        np.savez(tmp_path / f"{name}.npz", images=pictures[ours], labels=ours % 3)
+        for number, row in enumerate(order[order >= 45]):
+            folder = tmp_path / name / ("train" if row < 81 else "validation") / "xyz"[row % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pictures[row]).save(folder / f"{number:03d}.png")
     return tmp_path
 
 
-def test_two_processes_give_the_numbers_of_one_in_any_order_and_batch(samples):
-    wanted = "fd,sfd,kid,is,precision,recall,density,coverage,fd-infinity,fd-per-class"
-    words = ["--reference", samples / "known.npz", "--metrics", wanted, "--draws", "3"]
-    alone = processes([samples / "a.npz", *words, "--out", samples / "1.json"], samples / "cache-1", ranks=1)
+DEFAULT = "fd,sfd,kid,is,precision,recall,density,coverage,copy-rate"
+
+
+@pytest.mark.parametrize(
+    "wanted", [DEFAULT, pytest.param(f"{DEFAULT},fd-infinity,fd-per-class", marks=pytest.mark.slow)]
+)
+def test_two_processes_give_the_numbers_of_one_in_any_order_and_batch(samples, wanted):
+    """Of sets that are all larger than what is compared one by one, which is drawn."""
+    words = ["--metrics", wanted, "--draws", "3"]
+    a, b = ([samples / f"{name}.npz", "--reference", samples / name, *words] for name in "ab")
+    alone = processes([*a, "--out", samples / "1.json"], samples / "cache-1", ranks=1, run=evaluate_few)
     assert alone[0][0] == 0, alone
-    both = processes([samples / "b.npz", *words, "--out", samples / "2.json", "--batch-size", "7"], samples / "cache-2")
+    b += ["--out", samples / "2.json", "--batch-size", "7"]
+    both = processes(b, samples / "cache-2", run=evaluate_few)
     assert [status for status, *_ in both] == [0, 0], both
     assert "results:" in both[0][1] and both[1][1] == "", "one of them says it"
     one, two = (json.loads((samples / f"{count}.json").read_text()) for count in (1, 2))
-    assert one["metrics"].keys() == two["metrics"].keys() and len(one["metrics"]) == 10
+    assert one["metrics"].keys() == two["metrics"].keys() and len(one["metrics"]) == (12 if wanted == DEFAULT else 16)
+    assert "single images of 18 drawn" in one["protocol"] and 0 < one["metrics"]["copy rate (features)"]["value"] < 1
     for name, found in one["metrics"].items():
         again = two["metrics"][name]
         for part in ("value", "spread", "error", "classes"):
             if found.get(part) is not None:
                 assert again[part] == pytest.approx(found[part], rel=1e-4, abs=1e-7), (name, part)
-    cached = [sorted(path.name for path in (samples / f"cache-{count}" / "features").iterdir()) for count in (1, 2)]
-    assert len(cached[0]) == 1 and cached[0] == cached[1]
+    for count in (1, 2):
+        assert len([*(samples / f"cache-{count}" / "features").iterdir()]) == 2, "train and validation, once"
 
 
 @pytest.mark.parametrize("where", ["both", "1", "end"])
@@ -116,6 +146,7 @@ def test_two_processes_share_runs(tiny_generator, tokenizer, tokenizer_folder, p
         one, two = (json.loads((tmp_path / f"{name}-{count}" / of).read_text()) for count in (1, 2))
         if name == "tokenizer":
             assert two["rFD(quarters)"] == pytest.approx(one["rFD(quarters)"], rel=1e-4)
+            assert two["origin"]["images_sha256"] == one["origin"]["images_sha256"]
             assert two["psnr"] == pytest.approx(one["psnr"], rel=1e-4) and one["num_images"] == two["num_images"]
             continue
         for first, second in zip(one["rows"], two["rows"], strict=True):

@@ -242,16 +242,20 @@ def test_the_files_of_claims_say_how_they_are_made_again(tmp_path):
     assert (config.recipe, config.loop.steps, config.model.width) == ("plain", 600, 128)
 
 
-def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer, picture_folder):
+def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer):
+    pictures = save_pictures(tmp_path / "pictures")
     save_tokenizer(tokenizer, (codec := tmp_path / "codec") / "model")
     (codec / "config.json").write_text('{"data": {"images": "elsewhere"}}')
-    evaluate_tokenizer(codec, into=codec, reference=str(picture_folder), feature_network="quarters")
+    evaluate_tokenizer(codec, into=codec, reference=str(pictures), feature_network="quarters")
     found = check_results(tmp_path / "codec" / "reconstruction.json")
     assert found.tolerance == "digit for digit" and found.differs == []
     assert {"psnr", "rFD(quarters)", "usage"} <= {number.name for number in found.numbers}
     changed(tmp_path / "codec" / "reconstruction.json", psnr=40.0, **{"origin/torch": "1.0"})
     found = check_results(tmp_path / "codec" / "reconstruction.json")
     assert not found.reproduced and found.differs == [f"torch: 1.0 then, {torch.__version__} now"]
+    picture(999).save(pictures / "validation" / "a" / "102.png")
+    told = check_results(tmp_path / "codec" / "reconstruction.json").differs
+    assert [line.partition(":")[0] for line in told] == ["images_sha256", "torch"], "one picture is another one"
 
 
 def test_a_model_folder_is_measured_where_it_is_one_of_a_tokenizer(

@@ -224,6 +224,10 @@ def test_a_run_that_was_stopped_and_its_best_step_are_told(tmp_path):
     assert any(
         "best FD(net) validation on the way" in n and "last one. Measured on 8 samples." in n for n in made["notes"]
     )
+    best = {"step": 20, "metric": "FD(net) validation", "value": 1.0, "protocol": "9 samples"}
+    (other / "best.json").write_text(json.dumps(best))
+    notes = section(trained, other)["notes"]
+    assert any("last one. vapi is measured on 8 samples. other is measured on 9 samples." in note for note in notes)
     chart = next(chart for chart in made["charts"] if chart.title == "Validation FD(net) validation")
     assert rings_of(chart) == {LOOKS[0].colour} and not rings_of(made["charts"][1])
     assert "&lt;0.3&gt;" in write_report([trained], tmp_path / "page.html").read_text()

@@ -61,6 +61,22 @@ def test_what_the_numbers_are_of_stands_under_every_table_of_them(runs, tmp_path
     assert "Protocol of plain: 2,048 samples" in text
 
 
+def test_validation_on_other_held_out_data_is_told(runs, tmp_path):
+    """By content where that is known, else by name."""
+    said = "Validation is not of the same held-out data"
+    assert said not in text_of(runs, tmp_path / "page.html")
+    config = json.loads((runs[1] / "config.json").read_text())
+    config["data"] |= {"images": "mine", "validation_items": 500}
+    (runs[1] / "config.json").write_text(json.dumps(config))
+    text = text_of(runs, tmp_path / "page.html")
+    assert f"{said} and tokens, and does not compare: plain None; rear up to 500 of mine." in text
+    (runs[0] / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"images": "moved"}}))
+    for known, expected in (((0, 0), False), ((0, 1), True)):
+        for run, index in zip(runs, known, strict=True):
+            (run / "origin.json").write_text(json.dumps({"validation_sha256": "ab"[index]}))
+        assert (said in text_of(runs, tmp_path / "page.html")) == expected
+
+
 def test_results_whose_model_was_not_kept_are_shown(runs, tmp_path):
     (runs[1] / "model" / "model.safetensors").unlink()
     assert load_runs(runs)[1].results.rows
@@ -72,6 +88,7 @@ def test_results_whose_model_was_not_kept_are_shown(runs, tmp_path):
     ({"_num_samples": 512}, "they are of 512 samples, those of 2,048, and a Fréchet distance depends on that"),
     ({"config": {"num_neighbours": 3, "draws": 4}}, "with other draws"),
     ({"config": {"num_neighbours": 3, "draws": 2, "precision": "bf16"}}, "with other precision"),
+    ({"config": {"num_neighbours": 3, "draws": 2, "density_neighbours": 9}}, "with other density_neighbours"),
 ])  # fmt: skip
 def test_numbers_that_were_measured_otherwise_are_not_compared(runs, entries, why):
     alike = {

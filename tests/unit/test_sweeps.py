@@ -22,7 +22,7 @@ from consonar.networks import load_feature_network
 from consonar.origin import Origin
 from consonar.sweeps import inputs, work
 from consonar.sweeps.contents import Contents, reference_content
-from consonar.sweeps.page import markdown, write_summary
+from consonar.sweeps.page import markdown, page, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
 from consonar.sweeps.summary import ONE_START, T_95, Difference, judge, paired, summarise
@@ -554,6 +554,7 @@ def test_numbers_of_two_protocols_are_told_apart_and_not_compared(table, write, 
     for name, one in results.items():
         one["results"] |= {"reference": {"name": "adm.npz", "statistics_sha256": "a"}, "protocol": "against adm.npz"}
         one |= {"config_sha256": "0"}
+        one["asked"]["config"] = to_dict(sweep.cells[name].config)
         if name == "rear-1":  # which has moved
             one["results"] |= {"reference": {"name": "b", "statistics_sha256": "a"}, "protocol": "against b"}
     same = markdown(summarise(sweep, results))
@@ -567,12 +568,40 @@ def test_numbers_of_two_protocols_are_told_apart_and_not_compared(table, write, 
     assert "| rear (temperature 0.5; protocol 2) |" in text and "| ce (protocol 1) |" in text
     assert "rear" not in verdicts and "ce" in verdicts and len(titles) == 3
     assert text.count("| rear − plain |") == 1, "of training alone"
+    legends = page(summary, results)
+    assert (legends.count(", protocol 1<"), legends.count(", protocol 2<")) == (2, 1), "beside the charts"
     for cell in sweep.cells.values():  # one protocol by its words, of two files of weights
         network = {"name": "n", "sha256": ("c" if cell.row == "rear" else "d") * 64, "place": str(cell.seed)}
         results[cell.name]["results"] |= {"reference": {}, "protocol": "of n", "feature_network": network}
     summary = summarise(sweep, results)
-    assert summary.protocols == [f"Protocol {at}: of n (n {of * 12})." for at, of in ((1, "d"), (2, "c"))]
+    assert summary.protocols.lines == [f"Protocol {at}: of n (n {of * 12})." for at, of in ((1, "d"), (2, "c"))]
     assert "rear" not in summary.verdicts()[1]
+
+
+def test_seeds_of_two_protocols_are_not_paired(table, write, tmp_path):
+    """Where both rows have both protocols, but not at the same seeds; other settings of measuring are another one."""
+    del table["rows"]["plain"]["match"]
+    sweep = read_sweep(write(table | {"seeds": 3}), tmp_path)
+    results = {name: scored(cell, {1.0: 5.0 + cell.seed}) for name, cell in sweep.cells.items()}
+    for name in ("plain-0", "rear-1"):
+        results[name]["results"] |= {"protocol": "p", "config": {"copy_quantile": 0.05, "draws": 4}}
+    summary = summarise(sweep, results)
+    (at_one,) = (setting for setting in summary.settings if setting.temperature == 1)
+    assert at_one.pairs["rear"] == [(2, 2)] and at_one.differences("rear")["FD(q) validation"].count == 1
+    assert at_one.notes["rear"] == "protocol 1 and 2" and at_one.notes["ce"] == "protocol 2"
+    assert "Protocol 1: p; copy_quantile 0.05." in summary.protocols.lines
+
+
+def test_training_is_compared_on_the_same_held_out_data_alone(table, write, tmp_path):
+    del table["rows"]["plain"]["match"]
+    sweep = read_sweep(write(table), tmp_path)
+    results = {name: scored(cell, {1.0: 5.0}) for name, cell in sweep.cells.items()}
+    for name, one in results.items():
+        data = {"validation_tokens": "tokens", "validation_items": 500 if name.startswith("ce") else 1000}
+        one["asked"]["config"] = {"data": data}
+    text = markdown(summarise(sweep, results)).partition("## Training")[2]
+    assert "| ce (validation 2) |" in text and "ce − plain" not in text and "| rear − plain |" in text
+    assert "Validation 1: up to 1,000 of tokens." in text and "Validation 2: up to 500 of tokens." in text
 
 
 @pytest.mark.parametrize("start", [{"cell": "plain"}, {"cell": "plain", "seed": 0}])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from consonar.distributed import ALONE, World, in_turn, of_every
 from consonar.errors import UserError, reading
-from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.image_sets import ImageSet, hashed
 from consonar.evaluation.inputs import as_input
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.lock import making
@@ -85,10 +85,8 @@ def drawn_places(images: ImageSet, settings: EvaluationSettings) -> tuple[Tensor
     """
     digest, seen, numbers = hashlib.sha256(), Counter[bytes](), list[int]()
     key = derive_seed(settings.seed, "rows").to_bytes(8, "big", signed=True)
-    for batch in images.stream(settings.batch_size):
-        digest.update(b"" if numbers else repr(batch.shape[1:]).encode())
+    for batch in hashed(images.stream(settings.batch_size), digest.update):
         for image in map(np.ascontiguousarray, batch):
-            digest.update(image.data)
             content = hashlib.blake2b(image.data, digest_size=16).digest()
             copy = seen[content].to_bytes(8, "big")
             seen[content] += 1

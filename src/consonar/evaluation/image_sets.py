@@ -53,6 +53,15 @@ class ImageSet:
         return np.stack([found[row] for row in rows.tolist()])
 
 
+def hashed(batches: Iterable[np.ndarray], update: Callable[[bytes | memoryview], object]) -> Iterator[np.ndarray]:
+    """The batches of a set as they come; the hash of `update` gets their pixels, behind the size: however cut, the
+    same."""
+    for number, batch in enumerate(batches):
+        update(b"" if number else repr(batch.shape[1:]).encode())
+        update(np.ascontiguousarray(batch).data)
+        yield batch
+
+
 def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
     """The uint8 array `images` or `arr_0` (count, H, W, 3) of an .npz, read batch by batch, and its shape.
 

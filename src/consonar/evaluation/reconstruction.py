@@ -4,6 +4,7 @@ rFD is the Fréchet distance between the features of originals and reconstructio
 Shapes: `B` batch, `N` tokens per image, `V` vocabulary.
 """
 
+import hashlib
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from consonar.data.bad_images import BadImages, bad_images_record
 from consonar.data.splits import HELD_OUT
 from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, check_choice
-from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.image_sets import ImageSet, hashed
 from consonar.evaluation.inputs import as_input, open_reference
 from consonar.evaluation.kept import keep_reconstructions
 from consonar.evaluation.results import RECONSTRUCTION, check_unmeasured, library_versions, replacing
@@ -199,7 +200,8 @@ def measure_reconstruction(
 
     Of the processes of `world`, which share the work, the first one writes.
     """
-    batches = (as_input(batch, tokenizer) for batch in images.stream(batch_size))
+    pixels = hashlib.sha256()
+    batches = (as_input(batch, tokenizer) for batch in hashed(images.stream(batch_size), pixels.update))
     metrics = reconstruction_metrics(tokenizer, batches, feature_network=network, perceptual=judge, world=world)
     count = int(metrics["num_images"])
     against = f"reconstructions by {tokenizer.name} against their originals in {images.name}"
@@ -219,6 +221,7 @@ def measure_reconstruction(
             "protocol": f"{count:,} {against}, {network.name}{note}",
             "remarks": [biased] * few,
             "images": images.name,
+            "images_sha256": pixels.hexdigest(),
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "feature_network": known.get("place", network.name),
             "feature_network_sha256": known["sha256"],

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 
 from consonar.errors import UserError
+from consonar.json_types import Json, JsonMap
 from consonar.options import Count, Range, check_options
 from consonar.precision import multiplying, pick_precision
 from consonar.seeding import check_seed
@@ -78,6 +79,12 @@ class EvaluationSettings:
     def kept_references(self) -> int:
         """Images of each set of the reference whose vectors are kept."""
         return sys.maxsize if self.wants("fd-per-class") else self.max_neighbours_images
+
+    @classmethod
+    def deciding(cls, recorded: JsonMap) -> Json:
+        """Of settings that a file records those that numbers depend on; what is newer than the file has its default."""
+        keys = ("num_neighbours", "density_neighbours", "max_neighbours_images", "copy_quantile", "draws", "precision")
+        return {key: recorded.get(key, getattr(cls, key)) for key in keys}
 
     def multiplying(self) -> AbstractContextManager[None]:
         """Around what is measured."""

@@ -14,18 +14,18 @@ from pydantic import ValidationError
 from consonar.config_io import adapter
 from consonar.errors import UserError, reading
 from consonar.evaluation.results import exported_sha256, outdated
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import beside, read_json
 from consonar.files.writers import file_sha256
 from consonar.json_types import Json
 from consonar.report.records import ResultRow, Results, Run, listed
 from consonar.training.objectives import completed, method_of
+from consonar.training.origins import FILE
 from consonar.training.tracking import read_metrics
 
 MAX_RUNS = 8
 COMPONENTS = ("model", "best")
 """Folders inside a run that another run can start from."""
-SETTINGS = ("num_neighbours", "max_neighbours_images", "copy_quantile", "draws", "precision")
-"""Options of `evaluate` that a number depends on."""
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -70,6 +70,7 @@ def load_run(folder: Path, name: str) -> Run:
         reconstruction=read_note(folder / "reconstruction.json"),
         start=(init.parent if init.name in COMPONENTS else init) if config.get("init") else None,
         starts_from_best=init.name == "best",
+        origin=read_note(folder / FILE),
         weights_sha256=exported_sha256(folder),
         stopped=read_note(folder / "stopped.json", step=int, reason=str),
         best_model=read_note(folder / "best.json", step=int, metric=str, value=(int, float)),
@@ -184,8 +185,8 @@ def difference(results: Results, others: Results) -> str | None:
         here, there = (listed([f"{count:,}" for count in one]) for one in counts)
         return f"they are of {here} samples, those of {there}, and a Fréchet distance depends on that"
     given = [one["config"] if isinstance(one.get("config"), Mapping) else {} for one in (ours, theirs)]
-    options = [{"precision": "fp32", **one} for one in given]  # older versions had no other
-    changed = [key for key in SETTINGS if options[0].get(key) != options[1].get(key)]
+    options = [EvaluationSettings.deciding(one) for one in given]
+    changed = [key for key in options[0] if options[0][key] != options[1][key]]
     return f"they were measured with other {listed(changed)}" if changed else None
 
 

@@ -97,6 +97,8 @@ class Run:
     """The run folder, or whatever else, that the model lies in which this run trained on."""
     starts_from_best: bool = False
     """Whether that is the best model of that run rather than its last one."""
+    origin: JsonMap = field(default_factory=dict)
+    """What it was made of, as training found it."""
     weights_sha256: str | None = None
     withheld: tuple[str, ...] = ()
     """Sentences on what was measured and is not shown, and why."""
@@ -126,6 +128,17 @@ class Run:
             return str(self.objective.get("kind", "run"))
         details = self.row.details(self.objective)
         return f"{self.row.name} ({', '.join(details)})" if details else self.row.name
+
+
+def held_out_of(config: JsonMap, origin: JsonMap) -> tuple[str, str]:
+    """What tells the held-out data of a run's validation from those of others, by content where that is known; and
+    what they are called."""
+    data = known if isinstance(known := config.get("data"), Mapping) else {}
+    split, items = data.get("validation_split"), data.get("validation_items")
+    place = data.get("validation_tokens") or f"{data.get('images')}{f' ({split})' if split else ''}"
+    codec = origin.get("tokenizer_fingerprint") or config.get("tokenizer")
+    key = str([origin.get("validation_sha256") or place, codec, items])
+    return key, f"up to {items:,} of {place}" if isinstance(items, int) else place
 
 
 def find_start(run: Run, runs: Sequence[Run]) -> Run | None:

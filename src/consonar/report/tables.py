@@ -13,7 +13,16 @@ from consonar.evaluation.results import Measurement
 from consonar.json_types import Json
 from consonar.metrics import in_order, metric_of
 from consonar.report.charts import curve_charts
-from consonar.report.records import ResultRow, Run, control_of, find_matched, listed, measured_start, measurement_text
+from consonar.report.records import (
+    ResultRow,
+    Run,
+    control_of,
+    find_matched,
+    held_out_of,
+    listed,
+    measured_start,
+    measurement_text,
+)
 from consonar.training.origins import flat
 
 Entry = tuple[Run, ResultRow]
@@ -147,11 +156,25 @@ def training_notes(runs: Sequence[Run]) -> list[str]:
         later = f" It was resumed later, to step {last:,}." if last > step else ""
         notes.append(f"{run.name} was stopped by its guard at step {step:,}: {run.stopped['reason']}.{later}")
     if metrics := dict.fromkeys(run.best_model["metric"] for run in runs if run.best_model):
-        of = dict.fromkeys(f" Measured on {m['protocol']}." for run in runs if "protocol" in (m := run.best_model))
+        of: dict[str, list[str]] = {}
+        for run in runs:
+            if "protocol" in run.best_model:
+                of.setdefault(run.best_model["protocol"], []).append(run.name)
+        measured = [
+            f" {f'{listed(names)} is m' if len(of) > 1 else 'M'}easured on {text}." for text, names in of.items()
+        ]
         notes.append(
             f"The best step is that of the best {listed(list(metrics))} on the way (ringed below; step 0 is the start "
-            f"model). That model is in best/; everything else on this page is about the last one.{''.join(of)}"
+            f"model). That model is in best/; everything else on this page is about the last one.{''.join(measured)}"
         )
+    validated = {
+        run.name: held_out_of(run.config, run.origin)
+        for run in runs
+        if any(key.startswith("validation/") for line in run.metrics for key in line)
+    }
+    if len(dict(validated.values())) > 1:
+        listing = "; ".join(f"{name} {text}" for name, (_, text) in validated.items())
+        notes.append(f"Validation is not of the same held-out data and tokens, and does not compare: {listing}.")
     if len({str(run.objective.get("rewards")) for run in runs}) > 1:
         notes.append("The weights of the rewards differ between runs: compare the parts, not the sum.")
     if noisy := [run.name for run in runs if any(value > 0 for _, value in run.series("train/noise_rate"))]:

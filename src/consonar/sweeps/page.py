@@ -37,10 +37,14 @@ def write_summary(sweep: Sweep, results: Mapping[str, Json], out: Path) -> Path:
 def about(summary: Summary) -> str:
     """What was done, in a sentence."""
     cells = summary.sweep.cells.values()
-    seeds, evaluated = len({cell.seed for cell in cells}), next(iter(cells)).evaluated
+    seeds = len({cell.seed for cell in cells})
+    measured = dict.fromkeys(
+        f"{cell.evaluated.settings.num_samples:,} samples a temperature, measured against {cell.evaluated.reference}"
+        for cell in cells
+    )
     return (
         f"{len(summary.sweep.rows)} rows, {len(cells)} runs, up to {seeds} seed{'s' * (seeds > 1)} each; "
-        f"{evaluated.settings.num_samples:,} samples a temperature, measured against {evaluated.reference}."
+        f"{', or '.join(measured)}."
     )
 
 
@@ -58,14 +62,15 @@ def markdown(summary: Summary) -> str:
         lines += [f"## {setting.title.capitalize()}", "", *table(headings, values), ""]
         if differences := difference_rows(setting):
             lines += ["Differences:", "", *table(headings, differences), ""]
-        lines += [] if setting.title == TRAINING else protocol_lines(summary)
+        lines += protocol_lines(summary, training=setting.title == TRAINING)
     lines += [f"- {note}" for note in summary.notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def protocol_lines(summary: Summary) -> list[str]:
+def protocol_lines(summary: Summary, *, training: bool = False) -> list[str]:
     """What the numbers of a table above are of."""
-    return [text for line in summary.protocols for text in (line, "")]
+    known = summary.validations if training else summary.protocols
+    return [text for line in known.lines for text in (line, "")]
 
 
 def table(headings: list[str], rows: Mapping[str, list[str]]) -> list[str]:
@@ -99,7 +104,7 @@ def page(summary: Summary, results: Mapping[str, Json]) -> str:
         title=f"{sweep.name}: {len(sweep.rows)} rows over seeds",
         about=about(summary),
         how_to_read=HOW_TO_READ,
-        legends=[run.method for run in runs],
+        legends=[", ".join(filter(None, (run.method, summary.protocols.name(run.name)))) for run in runs],
         deciding=summary.deciding,
         base=sweep.compare_with,
         titles=titles,
@@ -114,13 +119,13 @@ def page(summary: Summary, results: Mapping[str, Json]) -> str:
                 "columns": setting.columns,
                 "rows": {named(row, setting): value_cells(setting, row, setting.columns) for row in setting.values},
                 "differences": difference_rows(setting),
-                "protocols": [] if setting.title == TRAINING else summary.protocols,
+                "protocols": (summary.validations if setting.title == TRAINING else summary.protocols).lines,
             }
             for setting in summary.settings
         ],
         meaning=meanings({name: None for setting in summary.settings for name in setting.columns}),
         notes=summary.notes,
-        protocols=summary.protocols,
+        protocols=summary.protocols.lines,
         records=compared(runs, [dict(run.config) for run in runs]),
         results={name: origin_of(result) for name, result in results.items()},
     )

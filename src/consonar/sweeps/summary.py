@@ -16,9 +16,10 @@ from statistics import mean, stdev
 from consonar.evaluation.results import Measurement
 from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, in_order, metric_of
-from consonar.report.records import measurement_text
+from consonar.report.records import held_out_of, measurement_text
 from consonar.report.tables import UNMEASURED, Verdict
 from consonar.sweeps.plan import Sweep
+from consonar.sweeps.protocols import Protocols, measured_as
 
 Values = Mapping[int, float]
 """Seed: value."""
@@ -125,8 +126,10 @@ class Summary:
     deciding: str | None
     """The metric by which rows are judged; None: nothing was measured."""
     notes: list[str]
-    protocols: list[str]
-    """What the numbers are of (`protocol` of the results), a line each; of several each row names its own."""
+    protocols: Protocols
+    """What the numbers of samples are of."""
+    validations: Protocols
+    """What those of training are of."""
 
     def verdicts(self) -> tuple[list[str], dict[str, list[Verdict]]]:
         """Titles of the settings that were compared by `deciding`, and {row: a verdict for each}."""
@@ -145,13 +148,14 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     """The results of all cells, by name."""
     scored = {name: one for name, one in results.items() if not one["failure"]}
     rows = [line for one in scored.values() for line in one["results"]["rows"]]
-    protocols = Protocols({})
+    protocols, validations = Protocols("Protocol"), Protocols("Validation")
     deciding = deciding_metric(line["metrics"] for line in rows)
     grid: dict[tuple[float, float], Setting] = {}
     entropy, training, guided = Setting(EQUAL_ENTROPY), Setting(TRAINING), dict[str, float]()
     for name, result in scored.items():
         row, seed = sweep.cells[name].row, sweep.cells[name].seed
-        protocols.add(row, result["results"])
+        protocols.add(row, seed, *measured_as(result["results"]))
+        validations.add(row, seed, *held_out_of(result["asked"].get("config", {}), result["results"].get("origin", {})))
         training.add(row, seed, {key: value for key, value in result["validation"].items() if value is not None})
         for line in result["results"]["rows"]:
             numbers, temperature = {key: one["value"] for key, one in line["metrics"].items()}, line["temperature"]
@@ -160,7 +164,7 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
             if trained := sweep.cells.get(line.get("matched_to") or ""):
                 at = f"{row} at the entropy of {trained.row}"
                 entropy.add(at, trained.seed, numbers | {"temperature": temperature})
-                protocols.add(at, result["results"])
+                protocols.add(at, trained.seed, *measured_as(result["results"]))
                 entropy.base[trained.row], guided[trained.row] = at, guidance
                 entropy.one_start |= {trained.row} if sweep.of_one_start(trained.row, row) else set()
             if temperature in asked["temperatures"]:
@@ -175,56 +179,16 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
         setting.base = {row: sweep.compare_with for row in sweep.rows if row != sweep.compare_with}
         setting.pairs = {row: sweep.partners(row, base) for row, base in setting.base.items()}
         setting.one_start = {row for row, base in setting.base.items() if sweep.of_one_start(row, base)}
-    for setting in shown:
-        setting.base = {row: base for row, base in setting.base.items() if protocols.same(row, base)}
     for setting in (*shown, training):
+        known = validations if setting is training else protocols
+        setting.pairs = {row: known.alike(row, base, setting.pairs.get(row)) for row, base in setting.base.items()}
         seeds = {row: max(map(len, of.values()), default=0) for row, of in setting.values.items()}
         for row, count in seeds.items():
             of_seeds = f"n\u00a0{count}" if len(set(seeds.values())) > 1 else ""
-            of_protocol = "" if setting is training else protocols.name(row)
-            setting.notes[row] = "; ".join(filter(None, (setting.notes.get(row), of_seeds, of_protocol)))
+            setting.notes[row] = "; ".join(filter(None, (setting.notes.get(row), of_seeds, known.name(row))))
         setting.notes = {row: note for row, note in setting.notes.items() if note}
     shown = [one for one in (*shown, in_rows(training, sweep)) if one.values]
-    return Summary(sweep, shown, deciding, notes_of(sweep, results), protocols.lines)
-
-
-@dataclass(frozen=True)
-class Protocols:
-    """What the numbers of rows are of; numbers of two protocols are told apart and not compared."""
-
-    of_rows: dict[str, dict[str, tuple[str, str]]]
-    """Row: what tells its protocols from others, with the text of each and the hashes of its files."""
-
-    def add(self, row: str, results: JsonMap) -> None:
-        keys = ("reference", "feature_network", "config")
-        reference, network, config = (one if isinstance(one, dict) else {} for one in map(results.get, keys))
-        hashes = {key.removesuffix("_sha256"): of for key, of in reference.items() if key.endswith("_sha256")}
-        counts, name = sorted({str(line.get("num_samples")) for line in results["rows"]}), network.get("name")
-        of_network, most = (name, network.get("sha256")), config.get("max_neighbours_images")
-        key = str([hashes or reference.get("name"), of_network, counts, most])
-        text = results.get("protocol") or f"{', '.join(counts)} samples, {name}, against {reference.get('name')}"
-        files = ", ".join(f"{file} {str(of)[:12]}" for file, of in {name: of_network[1], **hashes}.items())
-        self.of_rows.setdefault(row, {}).setdefault(key, (str(text), files))
-
-    @property
-    def known(self) -> dict[str, tuple[str, str]]:
-        """All there are."""
-        return {key: text for found in self.of_rows.values() for key, text in found.items()}
-
-    @property
-    def lines(self) -> list[str]:
-        texts = [text for text, _ in self.known.values()]
-        told = (f"{text} ({files})" if texts.count(text) > 1 else text for text, files in self.known.values())
-        return [f"Protocol{f' {at}' if len(texts) > 1 else ''}: {text}." for at, text in enumerate(told, start=1)]
-
-    def name(self, row: str) -> str:
-        """What a row says of its own; "" where all have the same."""
-        places = [list(self.known).index(key) + 1 for key in self.of_rows.get(row, ())]
-        return f"protocol {' and '.join(map(str, places))}" if len(self.known) > 1 and places else ""
-
-    def same(self, row: str, other: str) -> bool:
-        """Whether two rows may be compared, as far as they were measured."""
-        return self.of_rows.get(row, {}).keys() == self.of_rows.get(other, {}).keys()
+    return Summary(sweep, shown, deciding, notes_of(sweep, results), protocols, validations)
 
 
 def setting_text(temperature: float, guidance: float) -> str:
