@@ -27,6 +27,7 @@ from consonar.training.config import TrainConfig
 from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 
+RESULTS = Path(__file__).parents[2] / "claims" / "results"
 WHOLE = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
 
@@ -135,7 +136,14 @@ def test_the_shipped_tokenizer_has_the_shape_of_its_recipe_and_is_small():
     assert (tokenizer.name, tokenizer.image_size, tokenizer.num_tokens) == ("cifar10-32", 32, 64)
     folder = Path(cifar10.__file__).parents[1] / "tokenizers" / "pretrained" / "cifar10-32"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
-    assert tokenizer.fingerprint in (folder / "README.md").read_text()
+    card, found = (folder / "README.md").read_text(), read_json(RESULTS / "tokenizers" / "cifar10-32.json")
+    assert tokenizer.fingerprint in card and tokenizer.fingerprint == found["origin"]["tokenizer_fingerprint"]
+    rfd, perceptual = (found[f"{name}(efficientnet-lite0)"] for name in ("rFD", "perceptual"))
+    assert (
+        f"| {found['psnr']:.2f} dB | {found['ssim']:.3f} | {found['l1']:.4f} | {rfd:.1f} | {perceptual:.3f} | "
+        f"{100 * found['usage']:.1f} % | {found['perplexity']:.0f} |\n" in card
+    )
+    assert found["num_images"] == 10_000 and found["psnr"] >= 24 and found["usage"] >= 0.95
 
 
 @pytest.mark.skipif(not WHOLE.is_dir(), reason="no copy of CIFAR-10 at ../shared/data/cifar10")
