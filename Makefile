@@ -109,7 +109,7 @@ else
 endif
 
 # Ten minutes of a GPU at a time.
-claims-text: .venv/installed  ## the same on captions of scenes, with the compositional score (3 hours on 2 cores; PROFILE=gpu: at size, 10 minutes a call)
+claims-text: .venv/installed  ## the same on captions of scenes, with the compositional score (3.5 hours on 2 cores; PROFILE=gpu: at size, 10 minutes a call)
 ifeq ($(PROFILE),gpu)
 	timeout --signal=INT 600 $(BIN)/python claims/text.py --profile gpu $(TO) || test $$? -eq 124
 	$(BIN)/python claims/text.py --profile gpu --page $(TO)
@@ -120,5 +120,5 @@ endif
 claims-diagnosis: .venv/installed  ## what goes wrong in the shipped generator and in models of a demo and of make claims, into docs/results.md; files that are there are kept
 	$(BIN)/python claims/diagnosis.py
 
-claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md; finished runs are kept (6 minutes each on 2 cores)
+claims-vapi: .venv/installed  ## VA-pi against its controls over 3 seeds, into docs/results.md; finished runs are kept (25 of them, 5 minutes each on 2 cores)
 	$(BIN)/python claims/vapi.py --out runs/claims-vapi

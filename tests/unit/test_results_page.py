@@ -142,38 +142,72 @@ def test_two_studies_that_write_at_once_both_have_their_section(monkeypatch, tmp
     assert [path.name for path in page.parent.iterdir()] == ["results.md"]
 
 
-def test_the_section_on_vapi_is_of_its_files(monkeypatch, tmp_path):
+def test_the_section_on_vapi_is_of_its_files(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "claims"))
     module, asked = script("claims/vapi.py"), []
     monkeypatch.setattr(module.Study, "make", lambda study, run: asked.append(run))
-    monkeypatch.setattr(module.Study, "match", lambda study, runs: None)
-    monkeypatch.setattr(module.Study, "begin", lambda study, start: asked.append(start))
-    monkeypatch.setattr("sys.argv", ["vapi.py", "--page", str(tmp_path / "page.md"), "--methods", "ce,vapi"])
-    module.main()
-    assert (tmp_path / "page.md").read_text().strip() in PAGE.read_text()
-    assert asked == [f"{name}-{seed}" for seed in range(3) for name in ("ce", "vapi")], "no start where nothing lacks"
-
-
-def test_a_start_trained_to_other_weights_has_all_runs_made_anew(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "claims"))
-    module, made = script("claims/vapi.py"), []
-    study = module.Study(tmp_path / "runs", tmp_path / "results", 80, 8)
-    weights = tmp_path / "runs" / "start" / "model" / "model.safetensors"
-    weights.parent.mkdir(parents=True)
-    weights.write_bytes(b"one")
-    here = module.file_sha256(weights)
-    monkeypatch.setattr(module.Study, "train", lambda study, run: None)
-    monkeypatch.setattr(module.Study, "make", lambda study, run: made.append((run, study.result(run))))
-    study.keep("start", {"settings": study.settings, "start_sha256": here})
-    study.keep("ce-0", {"settings": study.settings, "start_sha256": here})
-    study.keep("ce-1", {"settings": study.settings, "start_sha256": "another"})
-    assert study.result("ce-0") is not None and study.result("ce-1") is None
-    study.begin("start")
-    assert made.pop()[1] is not None and not capsys.readouterr().out
-    weights.write_bytes(b"other")
-    study.begin("start")
-    assert (
-        made == [("start", None)]
-        and study.result("ce-0") is None
-        and "all from it is made anew" in capsys.readouterr().out
+    monkeypatch.setattr(module.Study, "match", lambda study, runs: asked.append("match"))
+    monkeypatch.setattr(module.Study, "begin", lambda study: asked.append("start"))
+    monkeypatch.setattr(
+        module, "write_section", lambda name, text: asked.append(f"<!-- {name} -->\n{text}\n<!-- /{name} -->")
     )
+    monkeypatch.setattr("sys.argv", ["vapi.py", "--page"])
+    module.main()
+    assert asked.pop() in PAGE.read_text() and not asked
+    monkeypatch.setattr("sys.argv", ["vapi.py", "--methods", "ce,vapi"])
+    module.main()
+    made = [f"{name}-{seed}" for seed in range(3) for name in ("ce", "vapi")]
+    assert asked[:-1] == [*made, "match"], "no start where nothing lacks"
+
+
+@pytest.fixture
+def emoji_study(monkeypatch, tmp_path):
+    """The module and a study of two runs, all of whose weights are here; nothing is trained."""
+    monkeypatch.syspath_prepend(str(ROOT / "claims"))
+    module = script("claims/vapi.py")
+    study = module.Study(tmp_path / "runs", tmp_path / "results", 80, 8)
+    monkeypatch.setattr(module.Study, "train", lambda study, run: None)
+    for run in ("start", "ce-0", "vapi-0"):
+        weights = tmp_path / "runs" / run / "model" / "model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(run.encode())
+    for run in ("start", "ce-0", "vapi-0"):
+        config = module.to_dict(module.run_config(run, Path(), 80))
+        hashes = {"weights_sha256": study.weights(run), "start_sha256": study.weights("start")}
+        study.keep(run, {"settings": study.settings, "config": config, "minutes": 1, "frontier": [], **hashes})
+    return module, study
+
+
+def test_a_start_trained_to_other_weights_has_all_runs_made_anew(emoji_study, monkeypatch, capsys):
+    (module, study), made = emoji_study, []
+    monkeypatch.setattr(module.Study, "make", lambda study, run: made.append((run, study.result(run))))
+    study.keep("ce-1", {**study.result("ce-0"), "start_sha256": "another"})
+    study.keep("ce-2", {**study.result("ce-0"), "config": module.to_dict(module.run_config("vapi-2", Path(), 80))})
+    assert study.result("ce-0") is not None and study.result("ce-1") is None, "of one start"
+    assert study.result("ce-2") is None, "of this configuration"
+    study.begin()
+    assert made.pop()[1] is not None and not capsys.readouterr().out
+    (study.out / "start" / "model" / "model.safetensors").write_bytes(b"other")
+    study.begin()
+    assert made == [("start", None)] and study.result("ce-0") is None
+    assert "all is made anew" in capsys.readouterr().out
+
+
+def test_the_start_is_measured_anew_at_the_entropy_of_a_run_that_was(emoji_study, monkeypatch, capsys):
+    (module, study), asked = emoji_study, []
+
+    def measure(study, run, *, temperatures, match):
+        asked.append([path.name for path in match])
+        return [{"matched_to": path.name, "matched_sha256": study.weights(path.name)} for path in match]
+
+    monkeypatch.setattr(module.Study, "measure", measure)
+    for _ in range(2):
+        study.match(["vapi-0"])
+    assert asked == [["vapi-0"]], "once"
+    (study.out / "vapi-0" / "model" / "model.safetensors").write_bytes(b"anew")
+    study.keep("vapi-0", {**study.result("vapi-0"), "weights_sha256": study.weights("vapi-0")})
+    study.match(["vapi-0"])
+    assert asked == [["vapi-0"]] * 2 and len(study.result("start")["frontier"]) == 1
+    study.keep("vapi-0", {**study.result("vapi-0"), "weights_sha256": "elsewhere"})
+    study.match(["vapi-0"])
+    assert len(asked) == 2 and study.result("start")["frontier"] == [] and "vapi-0" in capsys.readouterr().out
