@@ -9,11 +9,10 @@ from these files.
 """
 
 import argparse
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from photographs import prepare, write_section
+from photographs import one_line, prepare, write_section
 
 from consonar.cpu import hold_memory
 from consonar.diagnostics.diagnose import diagnose
@@ -114,19 +113,16 @@ def page(known: dict[str, Json]) -> str:
     return "\n".join(lines)
 
 
+@one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the section from the files that are there alone")
     only_page, paths = parser.parse_args().page, {n: HERE / "results" / "diagnosis" / f"{n}.json" for n in MODELS}
     hold_memory()
     missing = [] if only_page else [name for name, path in paths.items() if not path.exists()]
-    try:
-        complete(missing)
-        for name in missing:
-            write_json(paths[name], measured(name), allow_nan=False)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    complete(missing)
+    for name in missing:
+        write_json(paths[name], measured(name), allow_nan=False)
     write_section("diagnosis", page({name: read_json(path) for name, path in paths.items() if path.exists()}))
 
 

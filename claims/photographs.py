@@ -10,7 +10,9 @@ The profile `cpu` trains on a part of CIFAR-10, drawn by seed, `gpu` (claims/pho
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
 from consonar.diagnostics.diagnose import diagnose
 from consonar.diagnostics.subject import DiagnosisSettings
+from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically, write_json
@@ -314,6 +317,17 @@ def write_section(name: str, text: str) -> None:
         write_atomically(path, lambda partial: partial.write_text(after, encoding="utf-8"))
 
 
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Around a study's command: a mistake of the user's is a line and status 2, as in consonar's own."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+@one_line()
 def run(
     about: str | None,
     names: Mapping[str, str],

@@ -8,7 +8,6 @@ rows at a time fill the table. Writes the section on VA-pi of docs/results.md; e
 """
 
 import argparse
-import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from blanks import empty_share, patch_changes
-from photographs import write_section
+from photographs import one_line, write_section
 
 from consonar.components import load_tokenizer
 from consonar.config_io import from_dict, to_dict
@@ -25,16 +24,19 @@ from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
 from consonar.data.tokens import TokenStore
 from consonar.distributed import machine_name
+from consonar.errors import reading
 from consonar.evaluation.inputs import encode_reference, open_reference
 from consonar.evaluation.results import library_versions
 from consonar.evaluation.runs import RunSettings, evaluate_run
-from consonar.files.writers import file_sha256, write_atomically
+from consonar.files.readers import read_json
+from consonar.files.writers import file_sha256, write_json
 from consonar.recipes import find_recipe
 from consonar.training.config import TrainConfig
 from consonar.training.run import train
 from consonar.training.tracking import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "vapi"
+REMEDY = "remove it, and it is made again"
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,17 @@ class Study:
     def result(self, run: str) -> Result | None:
         """What is known of a run; None for nothing, of other settings, or from another start than is measured."""
         path = self.results / f"{run}.json"
-        known = json.loads(path.read_text()) if path.exists() else None
-        if not known or known["settings"] != self.settings:
+        if not path.exists():
             return None
-        if from_dict(known["config"], str(path), TrainConfig) != run_config(run, Path(), self.steps):
+        known = read_json(path, REMEDY)
+        with reading(path, "a result of this study", REMEDY):
+            settings, config, began = known["settings"], known["config"], known["start_sha256"]
+        if settings != self.settings:
+            return None
+        if from_dict(config, str(path), TrainConfig) != run_config(run, Path(), self.steps):
             return None
         start = known if run == START else self.result(START)
-        return known if start and start["start_sha256"] == known["start_sha256"] else None
+        return known if start and start["start_sha256"] == began else None
 
     def weights(self, run: str) -> str | None:
         """The hash of those of a run in the folder."""
@@ -109,9 +115,7 @@ class Study:
         return file_sha256(path) if path.exists() else None
 
     def keep(self, run: str, result: Result) -> None:
-        self.results.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        write_atomically(self.results / f"{run}.json", lambda path: path.write_text(text))
+        write_json(self.results / f"{run}.json", result)
 
     def train(self, run: str) -> None:
         """The run, unless it is there; before it the token stores and the model that it starts from."""
@@ -322,6 +326,7 @@ def against_control(results: dict[str, Result], of: dict[str, list[Result]]) -> 
     return lines
 
 
+@one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/claims-vapi"))
@@ -334,6 +339,9 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    for key in ("seeds", "steps", "samples"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key}: {getattr(args, key)} is not in the range [1, inf)")
     if unknown := set(args.methods.split(",")) - set(METHODS):
         parser.error(f"--methods: unknown {', '.join(sorted(unknown))}; choices: {', '.join(METHODS)}")
     hold_memory()
@@ -349,7 +357,7 @@ def main() -> None:
     runs = [START, *(f"{name}-{seed}" for name in METHODS for seed in range(args.seeds))]
     results = {run: known for run in runs if (known := study.result(run))}
     if results.keys() <= {START}:
-        parser.error(f"--results: no run of these settings in {args.results}; without --page they are made")
+        parser.error(f"--results: no run of these settings is in {args.results}; without --page they are made")
     write_section("claims-vapi", page(results))
 
 

@@ -178,6 +178,22 @@ def emoji_study(monkeypatch, tmp_path):
     return module, study
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"settings": {"steps"', "vapi-2.json: not valid JSON"),
+        ('{"settings": {}}', "vapi-2.json: not a result of this study"),
+    ],
+)
+def test_a_damaged_result_of_the_emoji_study_is_one_line(emoji_study, monkeypatch, capsys, text, said):
+    module, study = emoji_study
+    (study.results / "vapi-2.json").write_text(text)
+    monkeypatch.setattr("sys.argv", ["vapi.py", "--page", "--results", str(study.results), "--samples", "8"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_a_start_trained_to_other_weights_has_all_runs_made_anew(emoji_study, monkeypatch, capsys):
     (module, study), made = emoji_study, []
     monkeypatch.setattr(module.Study, "make", lambda study, run: made.append((run, study.result(run))))

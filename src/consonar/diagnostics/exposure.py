@@ -113,15 +113,14 @@ def summary(equal_ratio: list[Interval], equal_share: list[Interval], context: d
 
     def where(gaps: list[Interval], sign: int) -> str:
         found = [f"{ratio:.0%}" for ratio, gap in zip(RATIOS[1:], gaps, strict=True) if gap.sign == sign]
-        return ", ".join(found) or "none"
+        return f"at {', '.join(found)}" if found else "nowhere"
 
     of_context = context["interleaved"][half]
     cause = resolved(of_context, "adds", "takes away", "does not resolvably change it:")
     return (
-        f"At equal numbers of true tokens interleaved context is resolvably worse than a true prefix where "
-        f"{where(equal_ratio, 1)} of them are true, better where {where(equal_ratio, -1)} are (the article: worse "
-        f"throughout); at an equal share of correct tokens worse at {where(equal_share, 1)}, better at "
-        f"{where(equal_share, -1)}. With half of them true, interleaved less prefix is {equal_ratio[half].text}; "
-        f"against draws at the same places under true tokens, the generator's own context {cause} {of_context.text} "
-        f"(interleaved), {context['prefix'][half].text} (prefix)."
+        f"At equal shares of true tokens interleaved context is resolvably worse than a true prefix "
+        f"{where(equal_ratio, 1)}, better {where(equal_ratio, -1)} (the article: worse throughout); at equal shares of "
+        f"correct tokens worse {where(equal_share, 1)}, better {where(equal_share, -1)}. With half of them true, "
+        f"interleaved less prefix is {equal_ratio[half].text}; against draws at the same places under true tokens, the "
+        f"generator's own context {cause} {of_context.text} (interleaved), {context['prefix'][half].text} (prefix)."
     )

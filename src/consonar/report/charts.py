@@ -81,6 +81,7 @@ STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#8a8f98",
+    "axes.formatter.useoffset": False,  # beside ticks of nearly equal values it stands on the axis's title
     "axes.labelcolor": "#33373d",
     "axes.spines.top": False,
     "axes.spines.right": False,
