@@ -13,7 +13,7 @@ from test_report import FD, Page, images_of, write_results, write_run
 
 from consonar.errors import UserError
 from consonar.report import MAX_RUNS, load_runs, write_report
-from consonar.report.charts import LOOKS, RING_OF_OTHERS, Chart, frontier_charts
+from consonar.report.charts import LOOKS, RING_OF_OTHERS, Chart, Line, frontier_charts, svg_chart
 from consonar.report.tables import from_to, result_sections, training_groups, verdict_table
 from consonar.training.config import DataConfig
 from consonar.training.objectives.controls import CrossEntropyConfig
@@ -284,3 +284,10 @@ def test_real_runs_of_post_training_make_a_page(make_config, tmp_path):
     page = Page(write_report([start, vapi, ce], tmp_path / "page.html").read_text())
     assert "2, stopped" in page.text and page.text.count(" → ") == 2 * len(made["columns"])
     assert "VA-pi, from start" in page.text and "above objective.guard.max_entropy 0.1" in page.text
+
+
+def test_numbers_of_nearly_equal_values_do_not_stand_upon_each_other() -> None:
+    lines = [Line(LOOKS[at], [(6.8805 + at * 2e-5, 255.0 + at)], [], []) for at in (0, 1)]
+    numbers = re.findall(r">([\d.]+)</text>", svg_chart(lines, "t", ("entropy", "distance"), (4.2, 2.6)))
+    across = [number for number in numbers if float(number) < 10]
+    assert "6.88" in across and max(map(len, across)) <= 5

@@ -76,6 +76,8 @@ FRONTIERS = {
 RING_OF_OTHERS = "#5b616b"
 """Colour of the ring when the matched run is not on the page."""
 
+LEAST_SPAN = 0.01
+"""Of the numbers along an axis, so that those of nearly equal values do not stand upon each other."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -134,6 +136,9 @@ def svg_chart(
                 axes.annotate(label, points[-1], (6, -3), textcoords="offset points", color=look.colour, fontsize=7)
             for x, y, colour in rings:
                 axes.plot(x, y, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+        left, right = axes.get_xlim()
+        if scale == "linear" and right - left < (least := LEAST_SPAN * max(abs(left), abs(right))):
+            axes.set_xlim((left + right - least) / 2, (left + right + least) / 2)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     _, head, body = re.split(r"<svg([^>]*)>", file.getvalue())
