@@ -95,7 +95,7 @@ class Study:
         self.target: Any = None  # encoded once: the runs share it
 
     def result(self, run: str) -> Result | None:
-        """What is known of a run; None for nothing, of other settings, or from another start than is measured."""
+        """What is known of a run; None for nothing, of other settings or configuration, or from another start."""
         path = self.results / f"{run}.json"
         if not path.exists():
             return None
