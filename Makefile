@@ -76,11 +76,15 @@ house: .venv/installed  ## the figure of the rooms, drawn from the imports, and 
 clean:  ## remove what the targets above have made, but no runs
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
 
-results: .venv/installed  ## docs/results.md from the files of a finished demo; keeps the sections of the targets below
-	$(BIN)/python docs/make_results.py runs/demo
+results: .venv/installed  ## the numbers of a finished demo into claims/results/demo, its pictures into docs/images, both into docs/results.md
+	$(BIN)/python claims/demo.py runs/demo
 
-results-whole: demo  ## docs/results.md as a whole: of demo and studies what is missing (hours; what is there is kept)
+claims/results/demo/demo.json: MINUTES = 60
+claims/results/demo/demo.json:
+	$(MAKE) demo MINUTES=$(MINUTES)
 	$(MAKE) results
+
+results-whole: .venv/installed claims/results/demo/demo.json  ## docs/results.md as a whole: of demo (MINUTES=60) and studies what is missing (hours; what is there is kept)
 	$(MAKE) claims-vapi
 	$(MAKE) claims
 	$(MAKE) claims-diagnosis

@@ -1,14 +1,18 @@
-"""docs/results.md: what a demo writes keeps the sections of the studies, which are of their files."""
+"""docs/results.md: its sections are of the files of the demo and of the studies."""
 
 import importlib.util
+import json
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import yaml
 
+from consonar.config_io import to_dict
+from consonar.demo.plan import PARTS, Work, config_of
 from consonar.diagnostics.diagnose import Diagnosis
 from consonar.diagnostics.findings import Finding, Interval
+from consonar.errors import UserError
 from consonar.evaluation.check import diagnosed_by
 from consonar.files.readers import read_json
 from consonar.files.writers import write_json
@@ -26,47 +30,61 @@ def script(place):
     return module
 
 
-def test_sections_of_other_hands_are_kept_once_wherever_they_stood():
-    module, page = script("docs/make_results.py"), PAGE.read_text()
-    kept = module.kept(page)
-    assert kept in page and page.partition(kept)[2].startswith("\n\n### Tokenizer\n"), "as it stands now"
-    assert "<!--" not in page.replace(kept, "") and module.kept(kept) == kept
-    moved = module.kept("### Tokenizer\n<!-- text -->\n## Captions\n<!-- /text -->\n<!-- mine -->\nx\n<!-- /mine -->")
-    assert [moved.count(f"<!-- {name} -->") for name in (*module.SECTIONS, "mine")] == [1] * 11
-    assert module.kept(f"{page}\n<!-- text-gpu -->late<!-- /text-gpu -->").endswith(
-        "<!-- text-gpu -->late<!-- /text-gpu -->"
-    )
-    assert "<!-- text -->\n## Captions\n<!-- /text -->" in moved and moved.endswith("x\n<!-- /mine -->")
+@pytest.fixture
+def demo(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "claims"))
+    return script("claims/demo.py")
 
 
-def test_a_demo_written_twice_is_one_page(tmp_path, monkeypatch):
-    module = script("docs/make_results.py")
-    row = {"temperature": 1.0, "num_samples": 8, "metrics": {"precision": {"value": 0.5, "spread": None}}}
-    results = {
-        "rows": [row], "best": 0, "noise_floor": {}, "machine": "m", "versions": {}, "draws": 2, "protocol": "p",
-        "reference": {"num_train": 2, "num_validation": 1}, "tokenizer": {"name": "t", "fingerprint": "f" * 64},
-        "feature_network": {"name": "n", "sha256": "s" * 64}, "checkpoint_sha256": "c" * 64,
-    }  # fmt: skip
-    line = {"step": 3, "validation/cross_entropy": 2.0, "validation/accuracy": 0.5}
-    for run in ("rear", "rear-vapi"):
-        write_json(tmp_path / run / "config.json", {"loop": {"batch_size": 4}})
-    write_json(
-        tmp_path / "rear" / "reconstruction.json",
-        {"psnr": 20.0, "ssim": 0.5, "usage": 1.0, "rFD(efficientnet-lite0)": 9.0},
-    )
-    write_json(tmp_path / "demo.json", {"minutes": 1, "seed": 0, "steps": 3})
-    for name, put in (("read_results", lambda run: results), ("read_metrics", lambda path: [line]), ("DOCS", tmp_path)):
-        monkeypatch.setattr(module, name, put)
-    for name in ("pictures", "overview"):
-        monkeypatch.setattr(module, name, lambda demo, results: None)
-    monkeypatch.setattr("sys.argv", ["make_results.py", str(tmp_path)])
-    written = tmp_path / "results.md"
-    written.write_text("<!-- claims-vapi -->V<!-- /claims-vapi -->\n### Tokenizer\n<!-- text -->T<!-- /text -->\n")
-    module.main()
-    first = written.read_text()
-    module.main()
-    assert written.read_text() == first and all(first.count(f"<!-- {name} -->") == 1 for name in module.SECTIONS)
-    assert first.count(">V<") == first.count(">T<") == first.count("### Tokenizer") == 1
+def test_the_section_on_the_demo_is_of_its_files(demo):
+    known = {path.stem: read_json(path) for path in demo.KEPT.iterdir()}
+    plan = known.pop("demo")
+    assert known.keys() == demo.NAMES.keys() == PARTS.keys(), "all runs of the demo"
+    assert f"<!-- demo -->\n{demo.page(plan, known)}\n<!-- /demo -->" in PAGE.read_text()
+    for name, content in known.items():
+        work, config = Work(plan["steps"], plan["updates"], plan["samples"]), content["asked"]["config"]
+        # From a configuration to JSON and back, as the run wrote its own.
+        asked = json.loads(json.dumps(to_dict(config_of(name, Path("runs/demo"), work, plan["seed"]))))
+        chosen = ("recipe", "seed", "objective", "init")
+        assert {key: config[key] for key in chosen} == {key: asked[key] for key in chosen}
+        assert all(row["num_samples"] == plan["samples"] for row in content["results"]["rows"])
+
+
+def test_the_diagnosed_models_of_the_demo_are_those_of_its_numbers(demo):
+    for name in demo.TRAINED:
+        diagnosis = read_json(ROOT / "claims" / "results" / "diagnosis" / f"{name}.json")
+        kept = read_json(demo.KEPT / f"{name}.json")
+        assert diagnosis["provenance"]["generator"]["sha256"] == kept["results"]["checkpoint_sha256"]
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_demo(demo):
+    said = " ".join((ROOT / "README.md").read_text().split())
+    plan = read_json(demo.KEPT / "demo.json")
+    assert f"({plan['steps']} steps and {plan['updates']} updates; temperature 0.7," in said
+    for row in (0, 1):
+        of = [read_json(demo.KEPT / f"{run}.json")["results"]["rows"][row] for run in demo.PICTURED]
+        assert ", ".join(demo.cell(entry["metrics"][demo.COLUMNS[0]]) for entry in of) in said
+
+
+def test_what_is_kept_of_a_demo_says_where_its_runs_lay_by_paths_from_here(demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "KEPT", tmp_path / "kept")
+    folder = tmp_path / "runs" / "demo"
+    for name in demo.NAMES:
+        write_json(folder / name / "results.json", {"rows": [], "origin": {"init_sha256": "5" * 64}})
+        write_json(folder / name / "config.json", {"init": f"{folder}/rear"})
+        lines = [{"step": 1, "train/loss": 1.0}, {"step": 1, "validation/cross_entropy": 2.0}]
+        (folder / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_json(folder / "rear" / "reconstruction.json", {"psnr": 20.0})
+    with pytest.raises(UserError, match=r"demo/demo\.json: .*; it is of no finished demo"):
+        demo.keep(folder)
+    assert not (tmp_path / "kept").exists(), "all or nothing"
+    write_json(folder / "demo.json", {"steps": 3})
+    demo.keep(folder)
+    assert read_json(tmp_path / "kept" / "demo.json") == {"steps": 3, "reconstruction": {"psnr": 20.0}}
+    kept = read_json(tmp_path / "kept" / "rear-vapi.json")
+    assert kept["asked"]["config"] == {"init": "runs/demo/rear"} and kept["run"] == "../runs/demo/rear-vapi"
+    assert kept["validations"] == [{"step": 1, "validation/cross_entropy": 2.0}] and kept["start_weights"] == "5" * 64
 
 
 def test_the_section_on_diagnoses_is_of_its_files(monkeypatch):

@@ -13,14 +13,20 @@ from pathlib import Path
 from statistics import median_high
 
 from consonar.json_types import JsonMap
-from consonar.recipes.openmoji import ar_openmoji, ce_openmoji, rear_openmoji, vapi_spatial_openmoji
+from consonar.recipes.openmoji import (
+    ar_openmoji,
+    ce_openmoji,
+    isentropic_openmoji,
+    rear_openmoji,
+    vapi_spatial_openmoji,
+)
 from consonar.training.config import TrainConfig
 
 Say = Callable[[str], None]
 
 TEMPERATURES = (1.0, 0.7)
 RUNS = {"plain-ar": ar_openmoji, "rear": rear_openmoji}
-POST_TRAINING = {"ce": ce_openmoji, "vapi": vapi_spatial_openmoji}
+POST_TRAINING = {"ce": ce_openmoji, "vapi": vapi_spatial_openmoji, "isentropic": isentropic_openmoji}
 LEAST_STEPS, MOST_STEPS = 8, 10**12
 LEAST_UPDATES = 2
 FEWEST_SAMPLES, MOST_SAMPLES = 64, 512
@@ -33,7 +39,7 @@ PAGE_SECONDS = 10.0
 SUSTAINED = 1.15
 """Seconds of long work against those of its first steps (warm processor, its neighbours): 1.1 to 1.3 were seen."""
 
-DRAWING, MEASURING, LEAST = 5.0, 42.0, 275.0
+DRAWING, MEASURING, LEAST = 10.0, 109.0, 575.0
 """About the seconds of the opening's pictures, of measuring and of the least work, where docs/results.md is from."""
 
 
