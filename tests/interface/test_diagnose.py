@@ -18,7 +18,7 @@ from consonar.cli.diagnose import Options
 from consonar.components import load_tokenizer, save_generator
 from consonar.data.bad_images import BadImages
 from consonar.data.splits import open_splits
-from consonar.diagnostics.diagnose import PARTS
+from consonar.diagnostics.diagnose import PARTS, chosen_parts
 from consonar.diagnostics.pictures import foreign
 from consonar.errors import UserError
 from consonar.evaluation.check import check_results
@@ -151,6 +151,12 @@ def test_the_help_names_every_part() -> None:
     source = inspect.getsource(Options)
     listed = re.search(r"\(default: all\): (.*?)\.\"\"\"", source, re.DOTALL)
     assert listed and re.split(r",\s*", listed[1]) == list(PARTS)
+
+
+def test_a_part_of_generators_is_told_to_be_one() -> None:
+    with pytest.raises(UserError, match=r"^--parts: 'exposure' is of a generator, and this is a tokenizer; choices: "):
+        chosen_parts(["exposure"], has_generator=False)
+    assert chosen_parts(["codebook"], has_generator=False) == ["codebook"]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from consonar import cli
 from consonar.cli.parsing import check_repeats
 from consonar.cli.sample import class_list
 from consonar.cli.train import with_rewards
-from consonar.components import load_generator, load_tokenizer, save_generator
+from consonar.components import load_generator, load_tokenizer, read_origin, save_generator
 from consonar.demo.job import run_demo
 from consonar.errors import UserError, unknown
+from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.results import check_place
 from consonar.evaluation.runs import RunSettings
@@ -270,6 +271,43 @@ def test_an_option_of_runs_is_told_as_it_was_given(tmp_path, capsys):
         line
         == f"--match: 'ar' is read only with the run folder of a generator, not {tmp_path / 's.npz'}; leave it away"
     )
+
+
+def test_a_reference_that_is_nowhere_is_told_by_its_option_and_what_it_takes(tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((16, 16, 16, 3), np.uint8))
+    line = told(["evaluate", str(tmp_path / "s.npz"), "--reference", "nowhere"], capsys)
+    assert line.startswith(
+        "--reference: 'nowhere' is neither a folder nor a known source; choices: FILE.npz, openmoji-64,"
+    )
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "parquet" / "train.parquet").touch()
+    line = told(["evaluate", str(tmp_path / "s.npz"), "--reference", str(tmp_path / "parquet")], capsys)
+    assert "(.parquet 1)" in line and "one of Parquet files with hf:PATH" in line
+
+
+def test_a_model_to_match_is_told_by_its_option_and_may_be_one_of_the_package(model, monkeypatch):
+    sharpness = Sharpness("openmoji-64", load_tokenizer("openmoji-64"), 8, read_origin(model), None, None, None)
+    with pytest.raises(UserError, match=r"^--match: unknown 'nope'; choices: openmoji, a run folder"):
+        sharpness.match(load_generator(model), Path("nope"))
+    # Found, and of another tokenizer than the toy.
+    with pytest.raises(UserError, match=r"^--match: openmoji: "):
+        sharpness.match(load_generator(model), Path("openmoji"))
+
+
+def test_results_of_samples_that_no_file_keeps_are_said_to_be_so(tmp_path, capsys):
+    colours = np.random.default_rng(0).integers(0, 255, (16, 16, 16, 3), np.uint8)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", arr_0=colours)
+    command = ["evaluate", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "b.npz"), "--metrics", "fd"]
+    cli.main(command)
+    assert "results: in no file; --out FILE keeps them" in capsys.readouterr().out
+    cli.main([*command, "--out", str(tmp_path / "r.json")])
+    assert f"results: {tmp_path / 'r.json'}\n" in capsys.readouterr().out
+
+
+def test_a_file_that_is_of_no_results_is_not_called_damaged(tmp_path, capsys):
+    (tmp_path / "store.json").write_text('{"origin": "mine", "num_images": 3}')
+    assert "no results of samples, a run" in told(["evaluate", "--check", str(tmp_path / "store.json")], capsys)
 
 
 def test_where_there_are_no_choices_that_is_said():

@@ -176,6 +176,7 @@ def settings_of(kind: type[Settings], options: Options, device: str, **given: ob
     return kind(**named | {"metrics": metrics, "device": device} | given)
 
 
+NOT_KEPT = "results: in no file; --out FILE keeps them with what they are of, as --check needs it"
 BAD_IMAGES = ("bad_images", "bad_images_limit")
 OF_DRAWING = ("per_prompt", "guidance_scales", "temperatures")
 """Options that say how a run is asked."""
@@ -236,8 +237,8 @@ def measure_tokenizer(options: Options, name: Path | str, world: World) -> None:
         say_about(origin["protocol"], {}, origin["remarks"])
         if out is not None:
             write_json(out, {**content, "origin": origin})
-        if (path := into / RECONSTRUCTION if into else out) is not None:
-            say(f"results: {path}")
+        path = into / RECONSTRUCTION if into else out
+        say(f"results: {path}" if path else NOT_KEPT)
     say_bad(bad, world)
 
 
@@ -292,4 +293,4 @@ def measure_samples(options: Options, place: Path, reference: str, world: World,
     say_about(results.protocol, results.unavailable, results.remarks)
     if out is not None:
         results.to_json(out, overwrite=options.overwrite)
-        say(f"results: {out}")
+    say(f"results: {out}" if out else NOT_KEPT)

@@ -81,7 +81,9 @@ class ImageFolder:
         self.found: PictureFiles = find_pictures(folder)
         self.files = self.found.files
         if not self.files:
-            hint = "a data set saved by Hugging Face datasets is opened with arrow:PATH"
+            hint = (
+                "a data set saved by Hugging Face datasets is opened with arrow:PATH, one of Parquet files with hf:PATH"
+            )
             beside = f" beside {self.found.note}" if self.found.note else ""
             endings = ", ".join(IMAGE_ENDINGS)
             raise UserError(f"data: no image in {str(folder)!r}{beside}; looked for {endings} ({hint})")

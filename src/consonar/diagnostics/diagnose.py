@@ -150,6 +150,10 @@ def chosen_parts(names: Sequence[str], *, has_generator: bool) -> list[str]:
     """The parts that `names` mean, in the table's order; all that can be measured for none. `UserError` for others."""
     possible = [name for name, part in PARTS.items() if has_generator or not part.of_generator]
     for name in names:
+        if name in PARTS and name not in possible:
+            raise UserError(
+                f"--parts: {name!r} is of a generator, and this is a tokenizer; choices: {', '.join(possible)}"
+            )
         check_choice("--parts", name, possible)
     return [name for name in possible if name in names or not names]
 

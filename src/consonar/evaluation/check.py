@@ -146,14 +146,14 @@ def check_results(
                 f"RUN; consonar evaluate RUN --check {path}"
             )
         record = replace(record, content=record.get("results", dict), samples=run)
-    with reading(path, "results as `evaluate` writes them"):
-        before, made, sizes = numbers_of(record.content), made_of(record.content), image_counts(record.content)
     if "benchmark" in record.content:
         raise UserError(f"{path}: holds what another scorer found, which is not measured here; read it again")
     made_by = {"prompts": prompts_again, "rows": run_again, "metrics": samples_again, "psnr": codec_again}
     measure = next((function for key, function in made_by.items() if key in record.content), None)
     if measure is None:
         raise UserError(f"{path}: no results of samples, a run, a cell of a sweep or a tokenizer; others have no check")
+    with reading(path, "results as `evaluate` writes them"):
+        before, made, sizes = numbers_of(record.content), made_of(record.content), image_counts(record.content)
     if not before:
         raise UserError(f"{path}: records no number; evaluate again")
     with tempfile.TemporaryDirectory() as folder, record.found():

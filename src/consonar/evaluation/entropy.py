@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consonar.components import load_generator, read_origin
+from consonar.components import load_generator, model_folder, read_origin
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.captions import CaptionFeatures, all_captions
 from consonar.data.labels import check_label
@@ -143,16 +143,17 @@ class Sharpness:
         return dict(zip(wanted, teacher_forced_entropies(generator, batches, wanted), strict=True))
 
     def match(self, generator: Generator, other: Path) -> float:
-        """The temperature at which `generator` has the entropy of the run `other` at temperature 1.
+        """The temperature at which `generator` has the entropy of the run or model `other` at temperature 1.
 
         Raises `UserError` where there is no entropy, and for a run of another tokenizer or with other classes.
         """
-        theirs = read_origin(other)
+        folder = model_folder(str(other), key="--match")
+        theirs = read_origin(folder)
         check(f"--match: {other}", theirs, self.origin, "the run", "entropies compare within one tokenizer and classes")
         if not isinstance(self.source, str):
             classes = Origin(class_names=self.source.class_names)
             check(f"--match: {other}", theirs, classes, "the reference", "its labels would mean other classes")
-        model = load_generator(other).to(device_of(generator))
+        model = load_generator(folder).to(device_of(generator))
         own, wanted = self.entropies(generator, GRID), self.entropies(model, [1.0])
         if isinstance(own, str) or isinstance(wanted, str):
             missing = own if isinstance(own, str) else wanted

@@ -15,11 +15,11 @@ from torch import Tensor
 from consonar.cpu.kernels import channels_last
 from consonar.data.bad_images import BadImages, leave_out
 from consonar.data.labels import describe
-from consonar.data.sources import at_size
+from consonar.data.sources import at_size, find_source
 from consonar.data.splits import open_splits
 from consonar.data.transforms import from_uint8
 from consonar.distributed import ALONE, World, in_turn
-from consonar.errors import UserError, reading
+from consonar.errors import NotHere, UserError, reading
 from consonar.evaluation.image_sets import (
     NEEDED,
     ImageSet,
@@ -146,6 +146,11 @@ def open_reference(
             raise UserError(f"--validation-split: {validation_split!r} is not read with {spec}; leave it away")
         return _open_npz_reference(Path(spec), image_size)
 
+    try:
+        find_source(spec)
+    except NotHere as error:
+        said = str(error).removeprefix("data: ").replace("choices: ", "choices: FILE.npz, openmoji-64, ")
+        raise NotHere(f"--reference: {said}") from error
     splits = open_splits(spec, validation_split, key="--validation-split", otherwise=held_out, image_size=image_size)
     sources = {"reference": splits.train}
     if splits.validation:

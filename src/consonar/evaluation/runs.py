@@ -168,7 +168,7 @@ def evaluate_run(
             row, results = measure_row(run, sampler, labels, prompts, prepared, settings, staged, world)
             if sampler.temperature in entropies:
                 row["metrics"][ENTROPY] = Measurement(entropies[sampler.temperature]).record()
-            matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(other)} for other in matched]
+            matches = [{"matched_to": other.name, "matched_sha256": weights_sha256(str(other))} for other in matched]
             rows += [row | match for match in matches or [{}]]
         content = record_of_run(run, rows, results, settings, unavailable)
         if settings.reconstruct and (held_out := target.images.get("validation")):
