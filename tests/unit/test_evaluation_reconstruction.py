@@ -1,15 +1,20 @@
 """PSNR, SSIM, codebook usage and rFD of a real grey-level tokenizer and in closed form."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from conftest import picture
 from torch.nn import functional
 
+from consonar.components import save_tokenizer
+from consonar.data.splits import open_splits
 from consonar.errors import UserError
-from consonar.evaluation.reconstruction import reconstruction_metrics, round_to_8_bits
+from consonar.evaluation.reconstruction import evaluate_tokenizer, reconstruction_metrics, round_to_8_bits
 from consonar.metrics.pixels import gaussian_filter, psnr, ssim
 from consonar.types import Grid
 
@@ -141,3 +146,35 @@ def test_wrong_input_is_named():
     tokenizer.encode = lambda images: torch.full((len(images), 16), 9)
     with pytest.raises(UserError, match="token 9 from tokenizer grey, which has 4 codes"):
         reconstruction_metrics(tokenizer, [torch.zeros(1, 3, 16, 16)])
+
+
+def test_training_data_are_known_however_they_are_spelled(tokenizer, quarters, tmp_path, monkeypatch):
+    """Then what was held out is measured, and not the pictures that the tokenizer was trained on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pics").mkdir()
+    for index in range(40):
+        picture(index).save(tmp_path / "pics" / f"{index}.png")
+    save_tokenizer(tokenizer, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.json").write_text('{"data": {"images": "pics"}}')
+    parts = open_splits("pics", key="", image_size=16)
+    hashes = {"data_sha256": parts.train.content_hash, "validation_sha256": parts.validation.content_hash}
+    (tmp_path / "run" / "origin.json").write_text(json.dumps(hashes))
+    shutil.copytree("pics", "copy")
+    shutil.copytree("pics", "others")
+    (tmp_path / "others" / "0.png").rename(tmp_path / "others" / "new.png")
+
+    def measured(spec, name="run", **options):
+        found = evaluate_tokenizer(name, reference=spec, feature_network="quarters", **options)
+        return found["num_images"], found["origin"]["protocol"].partition("; ")[2]
+
+    for spec in (None, "pics", "./pics", str(tmp_path / "pics"), "imagefolder:pics", "copy"):
+        assert measured(spec) == (2, ""), spec
+    assert measured("copy", name="run/model") == (2, "")
+    assert measured("others") == (40, "")
+    assert measured("./pics", validation_split="0%") == (40, "those that it was trained on among them")
+    assert measured("copy", validation_split="50%") == (20, "not the pictures that were held out when it was trained")
+    (tmp_path / "pics" / "0.png").unlink()
+    assert measured("./pics") == (2, "not the pictures that were held out when it was trained")
+    hashes["data_sha256"] = open_splits("others", "0%", key="", image_size=16).train.content_hash
+    (tmp_path / "run" / "origin.json").write_text(json.dumps(hashes))
+    assert measured("others", held_out=0) == (40, "the pictures that it was trained on")

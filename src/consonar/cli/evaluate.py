@@ -47,7 +47,7 @@ class Options:
     """openmoji-64, cifar10, an .npz of images or statistics, a folder, hf:owner/name."""
     data: str | None = None
     """The same by another name, of a tokenizer: the images to reconstruct (default: those it was trained on, where they
-    are known; in any case held-out ones)."""
+    are known; of these, however spelled, the held-out ones)."""
     validation_split: str | None = None
     """Images of the reference to compare with as validation images: the name of a split, or a share of those to train
     on, such as 5%, which `tokenize` and `train` hold out (default: the split validation, else test, else none)."""

@@ -6,7 +6,7 @@ Shapes: `B` batch, `N` tokens per image, `V` vocabulary.
 
 import hashlib
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from consonar.components import load_tokenizer, weights_sha256
 from consonar.data.bad_images import BadImages, bad_images_record
+from consonar.data.sources import find_source
 from consonar.data.splits import HELD_OUT
 from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, check_choice
@@ -22,7 +23,7 @@ from consonar.evaluation.inputs import as_input, open_reference
 from consonar.evaluation.kept import keep_reconstructions
 from consonar.evaluation.results import RECONSTRUCTION, check_unmeasured, library_versions, replacing
 from consonar.evaluation.settings import ENOUGH
-from consonar.files.readers import read_json
+from consonar.files.readers import home_expanded, read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.metrics.distribution import Moments, frechet_distance
@@ -35,6 +36,8 @@ from consonar.records import device_of
 from consonar.tokenizers import quantizer
 from consonar.training.origins import FILE as ORIGIN
 from consonar.types import Tokenizer
+
+HASHES = ("data_sha256", "validation_sha256")
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:
@@ -120,11 +123,12 @@ def evaluate_tokenizer(
     world: World = ALONE,
 ) -> Json:
     """`measure_reconstruction` of a tokenizer (as `load_tokenizer` takes it) on the validation images of `reference` or
-    its one set. None: of the data that it was trained on; of these always what was held out then, unless
-    `validation_split` says otherwise. `held_out` is the share of data without splits that is measured, where it need
-    not be told by what it was trained on. Written into the folder `into`, where one is named.
+    its one set. None: of the data that it was trained on; of these, however `reference` spells them, always what was
+    held out then, unless `validation_split` says otherwise. `held_out` is the share of data without splits that is
+    measured, where it need not be told by what it was trained on. Written into the folder `into`, where one is named.
 
-    The protocol says so where what is held out now is not what was when it was trained: pictures came or went.
+    The protocol says so where what is held out now is not what was when it was trained (pictures came or went), and
+    where pictures are measured that it was trained on.
 
     Raises `UserError` where `into` has such results, unless `overwrite`.
     """
@@ -137,7 +141,7 @@ def evaluate_tokenizer(
     spec = known.get("images") if reference is None else reference
     if spec is None:
         raise UserError(f"--data: missing; name the images that {name} is to reconstruct")
-    is_same = spec == known.get("images")
+    is_same = is_trained_on(str(spec), known, tokenizer.image_size)
     split = validation_split or (known.get("validation_split") if is_same and held_out is None else None)
     share = (HELD_OUT if is_same else 0) if held_out is None else held_out
     images = open_reference(
@@ -146,8 +150,7 @@ def evaluate_tokenizer(
     if not images:
         raise UserError(f"--reference: {spec} holds statistics, but a tokenizer is measured on images")
     measured = images.get("validation") or next(iter(images.values()))
-    hashes = {known.get("validation_sha256"), measured.content_hash()}
-    changed = is_same and validation_split is None and None not in hashes and len(hashes) > 1
+    note = note_of_training(known, measured, validation_split, is_same=is_same, holds_out="validation" in images)
     network = load_feature_network(feature_network, device)
     judge = load_perceptual_distance(perceptual, tokenizer.image_size, device)
     saved = nullcontext() if into is None else replacing(into, RECONSTRUCTION, overwrite=overwrite, world=world)
@@ -155,19 +158,48 @@ def evaluate_tokenizer(
         return measure_reconstruction(
             staged, tokenizer, measured, network, judge, world, batch_size=batch_size, bad=bad, held_out=share,
             checkpoint_sha256=weights_sha256(name, "tokenizer"), tokenizer_place=from_anywhere("tokenizer", str(name)),
-            note="; not the pictures that were held out when it was trained" if changed else "", reference=spec,
-            validation_split=split, precision=chosen,
+            note=note, reference=spec, validation_split=split, precision=chosen,
         )  # fmt: skip
 
 
 def trained_on(name: str | Path) -> Json:
-    """What is known of the data of a tokenizer, as `data` of a run's settings has it, and the hash of what was held
-    out."""
+    """What is known of the data of a tokenizer, as `data` of a run's settings has it, and the hashes of what it was
+    trained on and of what was held out; `name` may also be a model folder in the run."""
     if name in SHIPPED["tokenizer"]:
         return {"images": str(name).partition("-")[0]}
-    paths = (Path(name) / "config.json", Path(name) / ORIGIN)
-    config, origin = (read_json(path) if path.is_file() else {} for path in paths)
-    return {**(config.get("data") or {}), "validation_sha256": origin.get("validation_sha256")}
+    folder = Path(name).absolute()
+    run = folder.parent if (folder.parent / ORIGIN).is_file() else folder
+    config, origin = (read_json(path) if path.is_file() else {} for path in (run / "config.json", run / ORIGIN))
+    return {**(config.get("data") or {}), **{key: origin.get(key) for key in HASHES}}
+
+
+def is_trained_on(spec: str, known: Json, image_size: int) -> bool:
+    """Whether `spec` means the data of `known`: the same place, however written, or wherever it lies the same pictures,
+    of those trained on or of those held out."""
+    if spec == (ours := str(known.get("images") or "")):
+        return True
+    with suppress(UserError):  # those lie elsewhere now
+        here, there = ((kind, home_expanded(target).resolve()) for kind, target in map(find_source, (spec, ours)))
+        if here == there:
+            return True
+    if hashes := {known.get(key) for key in HASHES} - {None}:
+        with suppress(UserError):  # other data, without such a split
+            split = known.get("validation_split")
+            found = open_reference(spec, image_size, held_out=HELD_OUT, validation_split=split, enlarge=True).images
+            return any(one.content_hash() in hashes for one in found.values())
+    return False
+
+
+def note_of_training(known: Json, measured: ImageSet, split: str | None, *, is_same: bool, holds_out: bool) -> str:
+    """For the end of a protocol: that pictures are `measured` which a tokenizer was trained on, or others than were
+    held out then; empty where neither is known. `split` is what was asked for."""
+    content, before = measured.content_hash(), known.get("validation_sha256")
+    if content is not None and content == known.get("data_sha256"):
+        return "; the pictures that it was trained on"
+    if is_same and not holds_out:
+        return "; those that it was trained on among them"
+    changed = is_same and (split is None or "%" in split) and None not in (content, before) and content != before
+    return "; not the pictures that were held out when it was trained" if changed else ""
 
 
 def load_perceptual_distance(name: str | None, image_size: int, device: str) -> LayerDistance | None:
