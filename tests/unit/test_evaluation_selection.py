@@ -157,6 +157,16 @@ def in_folders(path, images, labels, class_names):
     return path
 
 
+def test_labels_that_number_prompts_are_classes_on_neither_side(tmp_path):
+    images, labels = pictures(60, 0)
+    ours, theirs = (tmp_path / f"{side}.npz" for side in ("classes", "prompts"))
+    np.savez(ours, arr_0=images, labels=labels)
+    np.savez(theirs, arr_0=images, labels=labels, settings=json.dumps({"prompts": ["a", "b", "c"]}))
+    for samples, reference, bare in ((ours, theirs, "reference carries"), (theirs, ours, "samples carry")):
+        found = evaluate(samples, reference, metrics=("fd-per-class",), feature_network=Quarters())
+        assert found.unavailable == {"FD per class(quarters)": f"the {bare} no labels"} and not found.metrics
+
+
 def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path):
     """A folder counts classes by name; the samples count them the other way."""
     per_class, (images, labels) = EvaluationSettings(metrics=("fd-per-class",)), pictures(60, 0)

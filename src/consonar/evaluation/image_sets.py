@@ -21,8 +21,9 @@ from consonar.data.labels import known_labels
 from consonar.data.picture_files import IMAGE_ENDINGS, find_pictures, read_image
 from consonar.data.transforms import center_crop
 from consonar.errors import BadImage, UserError, reading
-from consonar.files.readers import npz_keys, npz_member, read_npz
+from consonar.files.readers import npz_keys, npz_member, parse_json, read_npz
 from consonar.files.writers import file_sha256
+from consonar.json_types import Json
 from consonar.types import ImageSource
 
 NEEDED = "give an .npz or a folder of images"
@@ -92,9 +93,21 @@ def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
         if (key := one_of(path, keys, "labels", "arr_1")) is None:
             return None
         check_integers(path, key, found := read_npz(path, (key,))[key], shape[0])
-        return torch.from_numpy(found.astype(np.int64))
+        # What they number of samples of prompts is no classes.
+        return None if "prompts" in (npz_settings(path) or {}) else torch.from_numpy(found.astype(np.int64))
 
     return ImageSet(str(path), stream, labels), shape
+
+
+def npz_settings(path: Path) -> Json | None:
+    """What a sampler said of an .npz that it drew; `UserError` for what is no JSON object."""
+    if (text := read_npz(path, ("settings",)).get("settings")) is None:
+        return None
+    with reading(f"{path}: settings", "valid JSON"):
+        settings = parse_json(str(text))
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: settings are a {type(settings).__name__}, expected a JSON object")
+    return settings
 
 
 def one_of(path: Path, keys: Iterable[str], *names: str) -> str | None:

@@ -19,16 +19,17 @@ from consonar.data.sources import at_size, find_source
 from consonar.data.splits import open_splits
 from consonar.data.transforms import from_uint8
 from consonar.distributed import ALONE, World, in_turn
-from consonar.errors import NotHere, UserError, reading
+from consonar.errors import NotHere, UserError
 from consonar.evaluation.image_sets import (
     NEEDED,
     ImageSet,
     check_integers,
     folder_image_set,
     npz_image_set,
+    npz_settings,
     source_image_set,
 )  # fmt: skip
-from consonar.files.readers import npz_keys, parse_json, read_npz
+from consonar.files.readers import npz_keys, read_npz
 from consonar.files.writers import file_sha256
 from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
@@ -100,20 +101,12 @@ def load_samples(path: str | Path, *, bad: BadImages | None = None) -> SampleSet
         images, shape, sha256 = folder_image_set(path, bad)
         return SampleSet(images, shape[0], _square(path, shape), sha256, bad=bad)
     images, shape = npz_image_set(path)
-    arrays = read_npz(path, ("tokens", "seeds", "settings"))
-    labels, text, settings = images.labels(), arrays.pop("settings", None), None
+    arrays, labels, settings = read_npz(path, ("tokens", "seeds")), images.labels(), npz_settings(path)
     for key, array in arrays.items():
         check_integers(path, key, array, shape[0])
         if key == "tokens" and array.size and (array.min() < 0 or array.max() >= 2**31):
             raise UserError(f"{path}: tokens from {array.min()} to {array.max()}; a tokenizer counts its codes from 0")
     tokens = torch.from_numpy(arrays["tokens"].astype(np.int64)) if "tokens" in arrays else None
-    if text is not None:
-        with reading(f"{path}: settings", "valid JSON"):
-            settings = parse_json(str(text))
-        if not isinstance(settings, dict):
-            raise UserError(f"{path}: settings are a {type(settings).__name__}, expected a JSON object")
-        if "prompts" in settings:  # what the labels number then is no classes
-            labels = None
     return SampleSet(images, shape[0], _square(path, shape), file_sha256(path), tokens, labels, settings)
 
 
