@@ -89,7 +89,7 @@ def keep(demo: Path) -> None:
     kept["demo"] = plan | {"reconstruction": read(demo / "rear" / RECONSTRUCTION)}
     KEPT.mkdir(parents=True, exist_ok=True)
     for name, content in kept.items():
-        write_json(KEPT / f"{name}.json", content, allow_nan=False)
+        write_json(KEPT / f"{name}.json", content)
 
 
 def pictures(demo: Path, results: dict[str, Json]) -> None:

@@ -122,7 +122,7 @@ def main() -> None:
     missing = [] if only_page else [name for name, path in paths.items() if not path.exists()]
     complete(missing)
     for name in missing:
-        write_json(paths[name], measured(name), allow_nan=False)
+        write_json(paths[name], measured(name))
     write_section("diagnosis", page({name: read_json(path) for name, path in paths.items() if path.exists()}))
 
 

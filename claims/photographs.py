@@ -143,7 +143,7 @@ def forgiveness(path: Path, evaluated: Evaluated) -> None:
     if not path.exists():
         settings = DiagnosisSettings(num_images=PERTURBED, feature_network=evaluated.feature_network)
         found = diagnose("cifar10-32", evaluated.reference, settings, parts=["forgiveness"])
-        write_json(path, found.content(), allow_nan=False)
+        write_json(path, found.content())
 
 
 def results_of(sweep: Sweep, out: Path) -> dict[str, Json]:

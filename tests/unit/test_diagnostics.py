@@ -21,6 +21,7 @@ from consonar.diagnostics.findings import HeatMap, Interval, exactly
 from consonar.diagnostics.pictures import choose
 from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject
 from consonar.errors import BadImage
+from consonar.metrics.pixels import LARGEST_PSNR
 from consonar.report.diagnosis import heat_map
 from consonar.sampling.sample import SamplerConfig
 from consonar.seeding import generator as seeded
@@ -179,7 +180,7 @@ def test_a_generator_that_knows_the_truth_has_no_exposure_bias() -> None:
     assert all(tuple(interval) == (0, 0, 0) for interval in found.numbers.values())
     assert all(y.value == 0 for curve in found.figures[0].curves for y in curve.y)
     assert {x for curve in found.figures[0].curves for x in curve.x} == {1.0}
-    assert {y.value for curve in found.figures[1].curves for y in curve.y} == {statistics.EQUAL_PSNR}
+    assert {y.value for curve in found.figures[1].curves for y in curve.y} == {LARGEST_PSNR}
 
 
 def test_exposure_bias_of_a_counter_is_what_its_first_error_costs() -> None:
@@ -389,7 +390,7 @@ def test_wrong_tokens_cost_and_near_ones_less() -> None:
     )
     assert far.value > 0 and close.value > 0
     curve = found.figures[1].curves[0].y
-    assert curve[0].value == statistics.EQUAL_PSNR and curve[1].value > curve[-1].value
+    assert curve[0].value == LARGEST_PSNR and curve[1].value > curve[-1].value
 
 
 def test_a_generator_that_knows_the_truth_adds_nothing_to_the_tokenizer() -> None:

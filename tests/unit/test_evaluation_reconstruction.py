@@ -1,7 +1,6 @@
 """PSNR, SSIM, codebook usage and rFD of a real grey-level tokenizer and in closed form."""
 
 import json
-import math
 import shutil
 
 import numpy as np
@@ -11,10 +10,19 @@ import torch
 from conftest import picture
 from torch.nn import functional
 
+from consonar import networks
 from consonar.components import save_tokenizer
 from consonar.data.splits import open_splits
 from consonar.errors import UserError
-from consonar.evaluation.reconstruction import evaluate_tokenizer, reconstruction_metrics, round_to_8_bits
+from consonar.evaluation.image_sets import ImageSet
+from consonar.evaluation.reconstruction import (
+    evaluate_tokenizer,
+    measure_reconstruction,
+    reconstruction_metrics,
+    round_to_8_bits,
+)
+from consonar.files.readers import read_json
+from consonar.files.writers import write_json
 from consonar.metrics.pixels import gaussian_filter, psnr, ssim
 from consonar.types import Grid
 
@@ -71,7 +79,7 @@ def test_psnr_of_a_constant_offset():
     original = torch.full((2, 3, 8, 8), 0.25, dtype=torch.float64)
     offset = torch.tensor([0.1, 0.01], dtype=torch.float64)[:, None, None, None]
     assert psnr(original + offset, original).tolist() == pytest.approx([20, 40])
-    assert psnr(original, original).tolist() == [math.inf, math.inf]
+    assert psnr(original, original).tolist() == [100, 100]
 
 
 def test_gaussian_filter_equals_scipy(rng):
@@ -109,7 +117,7 @@ def test_metrics_of_images_that_the_tokenizer_reproduces():
     images = tokenizer.decode(((levels + 1) / 2).long())
     metrics = reconstruction_metrics(tokenizer, [images], feature_network=MeanColour(), perceptual=Difference())
     assert metrics == {
-        "psnr": math.inf, "ssim": 1, "l1": 0, "perceptual(difference)": 0, "num_images": 2, "usage": 1,
+        "psnr": 100, "exact": 2, "ssim": 1, "l1": 0, "perceptual(difference)": 0, "num_images": 2, "usage": 1,
         "perplexity": pytest.approx(2), "rFD(mean-colour)": pytest.approx(0, abs=1e-12),
     }  # fmt: skip
 
@@ -146,6 +154,17 @@ def test_wrong_input_is_named():
     tokenizer.encode = lambda images: torch.full((len(images), 16), 9)
     with pytest.raises(UserError, match="token 9 from tokenizer grey, which has 4 codes"):
         reconstruction_metrics(tokenizer, [torch.zeros(1, 3, 16, 16)])
+
+
+def test_a_file_with_pictures_that_are_reproduced_exactly_is_read_again(tokenizer, quarters, tmp_path, monkeypatch):
+    black = torch.zeros(2, tokenizer.image_size, tokenizer.image_size, 3, dtype=torch.uint8).numpy()
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: -torch.ones(len(tokens), 3, *black.shape[1:3]))
+    images = ImageSet("black", lambda batch_size: iter([black]))
+    content = measure_reconstruction(tmp_path, tokenizer, images, networks.load_feature_network("quarters", "cpu"))
+    assert read_json(tmp_path / "reconstruction.json") == content
+    assert content["origin"]["remarks"][-1] == "psnr is a mean in which 2 pictures, reproduced exactly, are 100 dB"
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "inf.json", {"psnr": float("inf")})
 
 
 def test_training_data_are_known_however_they_are_spelled(tokenizer, quarters, tmp_path, monkeypatch):

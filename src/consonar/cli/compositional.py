@@ -62,7 +62,7 @@ def score_of_samples(
     content = score_samples(place, tokenizer=tokenizer, seed=settings.seed, device=settings.device)
     print_scores(content, str(place))
     if out is not None:
-        write_json(out, content, allow_nan=False)
+        write_json(out, content)
         say(f"results: {out}")
 
 
@@ -75,7 +75,7 @@ def show_benchmark(form: str, path: Path, prompts: str | None, out: Path | None,
     print_scores({**content, "ceilings": {} if theirs is None else {"as their scorer": theirs}}, str(path))
     say(content["protocol"])
     if out is not None:
-        write_json(out, content, allow_nan=False)
+        write_json(out, content)
         say(f"results: {out}")
 
 

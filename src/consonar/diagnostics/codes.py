@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from consonar.diagnostics import forcing
 from consonar.diagnostics.findings import Curve, Figure, Finding, count_of, exactly, resolved
-from consonar.diagnostics.statistics import bootstrap_weights, intervals, mean_intervals, psnr_of, rank_correlation
+from consonar.diagnostics.statistics import bootstrap_weights, intervals, mean_intervals, rank_correlation
 from consonar.diagnostics.subject import Subject
+from consonar.metrics.pixels import psnr_of
 from consonar.seeding import generator, integers, permutation, uniform
 from consonar.tokenizers import quantizer
 from consonar.training.objectives.base import codebook_of

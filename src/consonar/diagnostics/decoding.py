@@ -29,11 +29,11 @@ from consonar.diagnostics.statistics import (
     intervals,
     jackknife,
     mean_intervals,
-    psnr_of,
 )  # fmt: skip
 from consonar.diagnostics.subject import Subject
 from consonar.metrics import protocol_line
 from consonar.metrics.frechet import frechet_distance_of_rows
+from consonar.metrics.pixels import psnr_of
 from consonar.seeding import generator, integers
 from consonar.training.noise import corrupt_tokens
 from consonar.training.objectives.base import codebook_of

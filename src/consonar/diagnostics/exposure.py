@@ -16,8 +16,9 @@ from torch import Tensor
 
 from consonar.diagnostics import forcing
 from consonar.diagnostics.findings import Curve, Figure, Finding, Interval, resolved
-from consonar.diagnostics.statistics import bootstrap_weights, interpolated, intervals, psnr_of
+from consonar.diagnostics.statistics import bootstrap_weights, interpolated, intervals
 from consonar.diagnostics.subject import Subject
+from consonar.metrics.pixels import psnr_of
 from consonar.seeding import generator, uniform
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)

@@ -22,8 +22,6 @@ GROUPS = 10
 LEVEL = 0.95
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties of a probe, relative to the mean variance of its inputs."""
-EQUAL_PSNR = 100.0
-"""Decibels that stand for equal pictures, whose ratio is infinite; 8-bit pictures that differ reach about 90."""
 
 
 def bootstrap_weights(count: int, seed: int, name: str, resamples: int = RESAMPLES) -> Tensor:
@@ -45,11 +43,6 @@ def intervals(draws: Tensor) -> list[Interval]:
 def mean_intervals(values: Tensor, weights: Tensor) -> list[Interval]:
     """Of the means over images of (n, K)."""
     return intervals(weights @ values.double())
-
-
-def psnr_of(mse: Tensor) -> Tensor:
-    """dB of a mean squared error on the scale of 0 to 1; `EQUAL_PSNR` for 0."""
-    return (-10 * mse.log10()).clamp(max=EQUAL_PSNR)
 
 
 def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from consonar.files.readers import home_expanded, read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 from consonar.metrics.distribution import Moments, frechet_distance
-from consonar.metrics.pixels import SSIM_WINDOW, psnr, ssim
+from consonar.metrics.pixels import LARGEST_PSNR, SSIM_WINDOW, psnr, ssim
 from consonar.model_folders import SHIPPED, from_anywhere
 from consonar.networks import PERCEPTUAL_DISTANCES, FeatureNetwork, load_feature_network, record_of
 from consonar.networks.base import LayerDistance
@@ -56,15 +56,16 @@ def reconstruction_metrics(
 ) -> dict[str, float]:
     """Metrics of `tokenizer` over `batches` of images (B, 3, H, W) in [-1, 1] on its device.
 
-    `psnr` (dB, mean over images; inf when one is reproduced exactly), `ssim` (of images of 11 px or more) and `l1`
-    (mean absolute difference), all of images rounded to 8 bits on a scale of 0 to 1; `num_images`; `usage` (share
-    of the vocabulary that occurs) and `perplexity`; with `perceptual(reconstructions, originals) -> (B,)`, called
-    with 8-bit-rounded images in [-1, 1], also `perceptual(NAME)`; with `feature_network` also `rFD(NAME)`. Memory does
-    not grow with the number of images. The processes of `world` take turns at the batches; all get the same. Raises
+    `psnr` (dB, mean over images), `ssim` (of images of 11 px or more) and `l1` (mean absolute difference), all of
+    images rounded to 8 bits on a scale of 0 to 1; `exact`, how many are reproduced exactly, where any are;
+    `num_images`; `usage` (share of the vocabulary that occurs) and `perplexity`; with
+    `perceptual(reconstructions, originals) -> (B,)`, called with 8-bit-rounded images in [-1, 1], also
+    `perceptual(NAME)`; with `feature_network` also `rFD(NAME)`. Memory does not grow with the number of images. The
+    processes of `world` take turns at the batches; all get the same. Raises
     UserError for no images, tokens outside the vocabulary, or one image with rFD.
     """
     with_ssim, judged = tokenizer.image_size >= SSIM_WINDOW, f"perceptual({perceptual.name})" if perceptual else None
-    sums = dict.fromkeys(("psnr", *(["ssim"] if with_ssim else []), "l1", *([judged] if judged else [])), 0.0)
+    sums = dict.fromkeys(("exact", "psnr", *(["ssim"] if with_ssim else []), "l1", *([judged] if judged else [])), 0.0)
     num_images, size = 0, tokenizer.vocab_size
     counts = torch.zeros(size, dtype=torch.int64)  # (V,)
     moments = [Moments(feature_network.num_features) for _ in range(2)] if feature_network else []
@@ -74,10 +75,8 @@ def reconstruction_metrics(
         if len(outside := tokens[(tokens < 0) | (tokens >= size)]):
             raise UserError(f"token {outside[0]} from tokenizer {tokenizer.name}, which has {size} codes")
         pair = [round_to_8_bits(tokenizer.decode(tokens)), round_to_8_bits(images)]
-        found = {
-            "psnr": float(psnr(*pair).sum()),
-            "l1": float((pair[0] - pair[1]).abs().flatten(1).mean(1).sum()),
-        }
+        l1 = (pair[0] - pair[1]).abs().flatten(1).mean(1)  # (B,)
+        found = {"exact": float((l1 == 0).sum()), "psnr": float(psnr(*pair).sum()), "l1": float(l1.sum())}
         if with_ssim:
             found["ssim"] = float(ssim(*pair).sum())
         rounded = [(side * 2 - 1).float() for side in pair]
@@ -94,7 +93,8 @@ def reconstruction_metrics(
             kept.update(rows)
     if num_images == 0:
         raise UserError("reconstruction metrics: no images were given")
-    metrics = {name: total / num_images for name, total in sums.items()}
+    exact = int(sums.pop("exact"))
+    metrics = {name: total / num_images for name, total in sums.items()} | ({"exact": exact} if exact else {})
     of_codes = {"usage": quantizer.usage(counts), "perplexity": quantizer.perplexity(counts)}
     metrics |= {"num_images": num_images, **of_codes}
     if feature_network:
@@ -242,6 +242,7 @@ def measure_reconstruction(
     known = record_of(network)
     judged = {"perceptual": judge.name, "perceptual_sha256": judge.weights_sha256} if judge else {}
     left_out, few = bad_images_record(bad), count < ENOUGH * network.num_features
+    exact = f"psnr is a mean in which {metrics.get('exact', 0):,} pictures, reproduced exactly, are {LARGEST_PSNR:g} dB"
     biased = (  # as both Gaussians are of samples, and the distance is convex in them; of perfect ones it is 0
         f"rFD({network.name}) is biased upwards by few images ({count:,}, {network.num_features:,} features); compare "
         "it at equal images only"
@@ -251,7 +252,7 @@ def measure_reconstruction(
         "origin": {
             **{key: value for key, value in origin.items() if value is not None},
             "protocol": f"{count:,} {against}, {network.name}{note}",
-            "remarks": [biased] * few,
+            "remarks": [biased] * few + [exact] * ("exact" in metrics),
             "images": images.name,
             "images_sha256": pixels.hexdigest(),
             "tokenizer_fingerprint": tokenizer.fingerprint,

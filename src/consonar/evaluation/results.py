@@ -130,7 +130,7 @@ class Evaluation:
         content = asdict(replace(self, copies={}))
         content["metrics"] = {name: found.record() for name, found in self.metrics.items()}
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
-        write_json(path, content, allow_nan=False)
+        write_json(path, content)
 
 
 def origin_of_numbers(results: Evaluation) -> Json:

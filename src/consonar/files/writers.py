@@ -91,8 +91,9 @@ def check_writable(out: Path, key: str) -> None:
         raise UserError(f"{key}: {place} cannot be written ({error.strerror}); choose another folder") from error
 
 
-def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:
-    text = json.dumps(value, indent=1, allow_nan=allow_nan) + "\n"
+def write_json(path: Path, value: object) -> None:
+    """Raises ValueError for numbers that are not finite, which `parse_json` refuses."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text))
 
 

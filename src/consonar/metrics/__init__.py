@@ -85,6 +85,7 @@ METRICS = (
         meaning="is that of the next token of held-out pictures: lower is sharper, as a lower temperature is",
     ),
     Metric("psnr", "PSNR", "dB", 1),
+    Metric("exact", "images reproduced exactly", direction=1),
     Metric("ssim", "SSIM", direction=1),
     Metric("l1", "mean absolute error", direction=-1),
     Metric("rFD(", direction=-1),

@@ -41,7 +41,7 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> Path:
     numbers = out.with_suffix(".json")
     html = render(diagnosis, numbers.name)
     is_new = not numbers.exists()
-    write_json(numbers, diagnosis.content(), allow_nan=False)
+    write_json(numbers, diagnosis.content())
     try:
         write_page(html, out)
     except BaseException:  # alone they would be in the way of the same command

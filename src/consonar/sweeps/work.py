@@ -151,7 +151,7 @@ def do_cell(place: Place, cell: Cell, needed: list[Cell]) -> None:
         "versions": library_versions(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(place.result(cell), result, allow_nan=False)
+    write_json(place.result(cell), result)
 
 
 def train_cell(place: Place, cell: Cell) -> None:

@@ -37,8 +37,6 @@ KEY = "objective.rewards"
 DOTTED_PATH = "package.module:function"
 TIES = "reward_ties_"
 """Begins the name, in the log, of the share of groups whose draws a reward does not tell apart."""
-LARGEST_PSNR = 100.0
-"""dB; what equal images get, whose PSNR is infinite."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def as_unit_range(images: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
-    """Peak signal-to-noise ratio in dB of clamped images, at most `LARGEST_PSNR`."""
-    return pixels.psnr(as_unit_range(images), as_unit_range(originals)).clamp_max(LARGEST_PSNR)
+    """Peak signal-to-noise ratio in dB of clamped images, at most `pixels.LARGEST_PSNR`."""
+    return pixels.psnr(as_unit_range(images), as_unit_range(originals))
 
 
 def ssim(images: Tensor, originals: Tensor, batch: ImageBatch) -> Tensor:
