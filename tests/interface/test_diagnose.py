@@ -104,6 +104,16 @@ def test_a_tokenizer_alone_has_the_parts_that_need_no_generator(root: Path, tmp_
     assert len(content["provenance"]["tokenizer"]["sha256"]) == 64
 
 
+def test_sets_are_compared_with_all_training_pictures_where_few_are_left_over(
+    root: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(FEATURE_NETWORKS, "greys", Greys)
+    few = save_pictures(tmp_path / "few", train=10, validation=8, size=32)
+    words = "--parts", "attribution", "--feature-network", "greys", "--data", str(few)
+    pictures = diagnose(root, tmp_path / "page.html", *words)["provenance"]["pictures"]
+    assert [pictures[part]["count"] for part in ("held-out", "training", "others")] == [8, 8, 8]
+
+
 def test_data_of_one_set_say_what_cannot_be_measured(root: Path, tmp_path: Path, capsys) -> None:
     content = diagnose(
         root,

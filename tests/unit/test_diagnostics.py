@@ -15,6 +15,7 @@ from conftest import picture
 from scipy.stats import spearmanr
 
 from consonar.data.bad_images import BadImages
+from consonar.data.sources import Stream
 from consonar.diagnostics import codes, context, decoding, exposure, forcing, layers, statistics
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
 from consonar.diagnostics.findings import HeatMap, Interval, exactly
@@ -495,6 +496,27 @@ def test_pictures_are_drawn_by_seed_and_pixels_in_any_order_of_a_file(monkeypatc
     assert bad.note.startswith("2 of 40 pictures cannot be read and are left out: picture ")
     monkeypatch.setattr("consonar.diagnostics.pictures.MOST_READ", 39)
     assert names(moved, 10) != names(Ordered(), 10), "of a larger set by number"
+    measured, others = names(Ordered(), 10)
+    damaged.damaged = {int(measured[0]), int(measured[9]), int(others[4])}
+    bad = BadImages("skip", limit=1)
+    found = names(damaged, 10)
+    assert found[0][1:9] == measured[1:9] and len({*found[0], *found[1]} - set(map(str, damaged.damaged))) == 20
+    tried = len(damaged.damaged & set(bad.found["held-out, drawn"]))
+    assert tried >= 2 and bad.note.startswith(f"{tried} of {20 + tried} pictures cannot be read and are left out")
+    assert names(damaged, 30)[1] and sum(map(len, names(damaged, 30))) == 37, "no more than there are"
+
+
+def test_pictures_of_a_stream_that_cannot_be_read_are_left_out() -> None:
+    def read(index: int) -> ImageRecord:
+        if index in (1, 5):
+            raise BadImage(f"picture {index}: is no picture")
+        return ImageRecord(picture(index), str(index))
+
+    bad = BadImages("skip", limit=1)
+    parts = choose(Stream("stream", None, lambda: map(read, range(40))), 10, 0, 16, bad)
+    names = [[int(record.name) for record in part] for part in parts]
+    assert sorted(names[0] + names[1]) == sorted(set(range(22)) - {1, 5})
+    assert bad.note.startswith("2 of 22 pictures cannot be read and are left out")
 
 
 def test_a_record_of_findings_is_json_and_says_every_number() -> None:

@@ -148,13 +148,16 @@ def readable(source: ImageSource, bad: BadImages, part: str) -> Iterator[ImageRe
     """The pictures of a stream without those that cannot be read."""
     records = iter(source)
     for row in itertools.count():
+        record = None
         try:
-            yield next(records)
+            record = next(records)
         except StopIteration:
             return
         except BadImage as error:
             bad.met(part, row, error, max(row + 1, STREAM_START))
         bad.totals[part] = max(row + 1, bad.totals.get(part, 0))
+        if record is not None:
+            yield record
 
 
 def leave_out(source: ImageSource, bad: BadImages | None, part: str) -> ImageSource:

@@ -5,10 +5,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from consonar.data.bad_images import BadImages, leave_out, readable_rows
+from consonar.data.bad_images import BadImages, leave_out, readable, readable_rows
 from consonar.data.sources import Part, at_size, in_order_of
 from consonar.data.splits import open_splits
-from consonar.errors import UserError
+from consonar.errors import BadImage, UserError
 from consonar.evaluation.features import drawn_places
 from consonar.evaluation.image_sets import source_image_set
 from consonar.evaluation.settings import EvaluationSettings
@@ -55,17 +55,30 @@ def choose(
         order = places.argsort().tolist()
         drawn = [[source.read(row) for row in order[start : start + wanted]] for start in (0, wanted)]
         return drawn[0], drawn[1]
-    rng = generator(seed, "diagnosis", "pictures")
-    first = [] if isinstance(source, IndexedSource) else list(itertools.islice(source, 2 * wanted))
+    rng, some = generator(seed, "diagnosis", "pictures"), f"{part}, drawn"
+    first = [] if isinstance(source, IndexedSource) else [*itertools.islice(readable(source, bad, part), 2 * wanted)]
     count = len(source) if isinstance(source, IndexedSource) else len(first)
-    chosen = spread(rng, wanted, count)
-    rest = torch.ones(count, dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
-    others = rest[spread(rng, wanted, len(rest))] if len(rest) else rest
+    used = torch.zeros(count, dtype=torch.bool)
 
     def read(rows: Tensor) -> list[ImageRecord]:
-        return [source.read(row) if isinstance(source, IndexedSource) else first[row] for row in rows.tolist()]
+        used[rows] = True
+        found: list[ImageRecord] = []
+        for row in rows.tolist():
+            later = (place % count for place in range(row + 1, row + count))
+            for place in itertools.chain([row], (place for place in later if not used[place])):
+                used[place] = True
+                try:
+                    found.append(source.read(place) if isinstance(source, IndexedSource) else first[place])
+                    break
+                except BadImage as error:  # the next one instead
+                    bad.met(some, place, error, count)
+        if some in bad.found:
+            bad.totals[some] = int(used.sum())
+        return found
 
-    return read(chosen), read(others)
+    chosen = read(spread(rng, wanted, count))
+    rest = (~used).nonzero()[:, 0]
+    return chosen, read(rest[spread(rng, wanted, len(rest))] if len(rest) else rest)
 
 
 def foreign(origin: Origin, seen: ImageSource, bad: BadImages) -> str:

@@ -240,7 +240,7 @@ def open_subject(
     train, more = chosen(seen, part="training") if seen else ([], [])
     source = held_out
     if seen and len(others) * 2 < len(measured):  # too few are left to compare with
-        others, source = more or train, seen
+        others, source = train if len(more) * 2 < len(measured) else more, seen
     return Subject(
         codec, made(measured, held_out.name), settings, judge, network, model,
         train=made(train, seen.name) if seen and train else None, others=made(others, source.name) if others else None,
