@@ -106,6 +106,19 @@ def test_a_copy_rate_that_cannot_see_a_copy_is_said():
         assert result.metrics["copy rate (features)"].value == 1 - said  # all are training images
 
 
+def test_balls_of_pictures_that_are_there_many_times_are_told():
+    known = noise(60, 0)
+    for times, said in (
+        (5, []),
+        (6, ["density and coverage: 12 of 70 pictures of the reference are there more than 5"]),
+    ):
+        copies = np.concatenate([known[: 70 - 2 * (times - 1)], *[known[:2]] * (times - 1)])
+        result = measured(copies, copies, metrics=("density", "coverage"))
+        assert [line.partition(" times, ")[0] for line in result.remarks] == said
+        assert (result.metrics["coverage"].value == 1) != bool(said)
+    assert measured(copies, copies, metrics=("precision",)).remarks == ()
+
+
 @pytest.mark.parametrize("count", [10, 40, 400])
 def test_the_distance_of_draws_is_that_of_drawn_features(count, rng):
     mixing = torch.randn(20, 20, generator=rng, dtype=torch.float64)

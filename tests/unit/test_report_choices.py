@@ -27,8 +27,8 @@ def test_long_logs_are_averaged_in_equal_bins_and_choices_are_even():
 
 @pytest.mark.parametrize(
     ("metric", "expected"),
-    [("FD(inception) train", -1), ("sFD(inception)", -1), ("IS(inception)", 1), ("copy rate (tokens)", -1),
-     ("recall", 1), ("ISO", 0), ("entropy (teacher-forced)", 0), ("entropy", 0)],
+    [("FD(inception) train", -1), ("sFD(inception)", -1), ("IS(inception)", 1), ("FD(org/net) validation", -1),
+     ("copy rate (tokens)", -1), ("recall", 1), ("ISO", 0), ("entropy (teacher-forced)", 0), ("entropy", 0)],
 )  # fmt: skip
 def test_directions_of_metrics(metric, expected):
     assert metric_of(metric).direction == expected
@@ -37,6 +37,7 @@ def test_directions_of_metrics(metric, expected):
 def test_a_number_is_called_what_its_row_says_and_a_new_one_by_its_own_name():
     assert title_of("validation/psnr") == "Validation PSNR (dB)"
     assert title_of("train/reward_own:bright") == "Training reward: own:bright"
+    assert title_of("train/reward_org/net") == "Training reward: org/net"
     assert title_of("train/my_term{}") == "Training my_term{}"
     fd = ["FD(net) train", "FD(net) validation"]
     assert [decides(name) for name in fd] == [False, True] and [*meanings(fd)] == ["FD"]

@@ -11,7 +11,7 @@ How close numbers must come:
 * Samples drawn again: twice the spread that was recorded. It is the deviation over m parts; that of the difference of
   two independent draws of all samples is sqrt(2 / m) of it, so that two spreads are 2.8 such deviations at 4 parts. A
   redraw has the same seeds and gives mostly the same pictures, but rounding can change a token, and with it the rest of
-  one picture. A number without a spread may differ by 1 %, KID, which may be near 0, by 0.24 / sqrt(n) of n samples
+  one picture. A number without a spread may differ by 1 %, KID, which may be near 0, by 0.25 / sqrt(n) of n samples
   where that is more: what twice the spread of 4 parts is in the middle of this repository's results (claims/results).
   What is below that is not seen, which the verdict says.
 * Not drawn again is the noise floor, which is of the reference alone, nor the teacher-forced entropy of the recorded

@@ -196,6 +196,13 @@ def remarks(
                 f"copy rate ({kind}) cannot see a copy: a validation image is equal to a training image; keep it in "
                 "one of the sets, or read the rate at another copy_quantile"
             )
+    k = reference.settings.density_neighbours
+    radii = reference.radii.get(k) if reference.settings.wants("density", "coverage") else None
+    if radii is not None and (empty := int((radii == 0).sum())):
+        yield (
+            f"density and coverage: {empty:,} of {len(radii):,} pictures of the reference are there more than {k} "
+            "times, and their balls hold nothing: not even the reference itself scores 1"
+        )
     if found.scores and count < ENOUGH * (num_classes := found.scores.num_classes):
         yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
 

@@ -104,14 +104,19 @@ METRICS = (
 
 def metric_of(name: str) -> Metric:
     """The row of a number by its name in results or in a log, with the heading of this one; its own for a new name."""
-    short = name.partition("/")[2] or name
+    short = in_results(name)
     row = [*METRICS, Metric(short)][place_of(name)]
     return replace(row, heading=row.heading.format(short.removeprefix(row.name)) or short)
 
 
+def in_results(name: str) -> str:
+    """A number's name without what a log puts before it; that of a network may hold a "/"."""
+    return name.removeprefix("train/").removeprefix("validation/")
+
+
 def place_of(name: str) -> int:
     """Number of a name's row; that of rows for a name that has none."""
-    short = name.partition("/")[2] or name
+    short = in_results(name)
     for place, row in enumerate(METRICS):
         if short == row.name or (row.name.endswith(("(", "_")) and short.startswith(row.name)):
             return place

@@ -86,8 +86,9 @@ def density_coverage(
     Density is the number of balls of the `reference` rows (R, F) that a sample of (S, F) lies in, over k, on average:
     about 1 for samples of the reference's distribution, over 1 where they crowd where it is dense. Coverage is the
     share of balls that hold a sample, 0 to 1. Unlike recall both rest on the balls of real images alone. Balls are
-    open, as in the authors' code: a set has density 1 to itself. Raises UserError when the reference has no more than
-    k rows.
+    open, as in the authors' code: a set has density 1 to itself where no distances of a row are equal, and a row that
+    is there more than k times has a ball of radius 0, which holds nothing. Raises UserError when the reference has no
+    more than k rows.
     """
     radii = neighbour_radii(reference, k, block) if reference_radii is None else reference_radii  # (R,)
     num_inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool)
