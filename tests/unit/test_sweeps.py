@@ -468,6 +468,29 @@ def test_a_grid_is_every_combination_of_its_lists(table, write, tmp_path):
     )
 
 
+def test_tables_of_options_are_joined_with_those_of_a_row_key_by_key(tmp_path, write):
+    made = read_sweep(write({
+        "base": "rear-openmoji",
+        "options": {"data.tokens": "x", "loop.steps": 1, "loop": {"steps": 111, "validate_every": 37},
+                    "evaluate": {"num_samples": 64, "draws": 2}},
+        "rows": {"a": {}, "b": {"loop": {"batch_size": 16}}, "c": {"loop.steps": 9},
+                 "d": {"evaluate": {"temperatures": [1, 0.5], "draws": 1}}},
+        "grid": {"loop": [{"batch_size": 8}, {"steps": 7}]},
+        "evaluate": {"reference": "openmoji-64", "num_samples": 32},
+    }), tmp_path).cells.values()  # fmt: skip
+    loops = {cell.row: (cell.config.loop.steps, cell.config.loop.validate_every) for cell in made}
+    assert loops == dict.fromkeys(["a", "b", "d", "loop=batch_size=8"], (111, 37)) | {
+        "c": (9, 37),
+        "loop=steps=7": (7, 37),
+    }
+    assert {cell.row: cell.config.loop.batch_size for cell in made}["b"] == 16
+    settings = {cell.row: cell.evaluated.settings for cell in made}
+    assert {row: (one.num_samples, one.draws) for row, one in settings.items()} == dict.fromkeys(loops, (64, 2)) | {
+        "d": (64, 1)
+    }
+    assert list(settings["d"].temperatures) == [1, 0.5]
+
+
 def test_differences_are_taken_seed_by_seed():
     a, b = {0: 3.0, 1: 5.0, 2: 4.0, 7: 9.0}, {0: 1.0, 1: 2.0, 2: 3.0}
     found = paired(a, b)

@@ -35,7 +35,7 @@ class SweepFile(Options):
     seeds: Annotated[int, Range(1, MOST_CELLS)] = 1
     """Seeds of every row that does not say how many: 0, 1, ..."""
     options: Json = field(default_factory=dict)
-    """Options of every row, by path (`loop.steps`)."""
+    """Options of every row, by path (`loop.steps`) or in tables, over which a row's own are laid key by key."""
     rows: Json = field(default_factory=dict)
     """Name: a table of options, and of `ROW_KEYS`."""
     grid: Json = field(default_factory=dict)
@@ -155,11 +155,16 @@ class Rows:
         """What a row is called in a message."""
         return f"{self.where}: {'rows' if name in self.file.rows else 'grid'}.{name}"
 
-    def table(self, name: str) -> Json:
-        """The row, over what all rows have."""
+    def tables(self, name: str) -> tuple[Json, Json]:
+        """What all rows have, and what the row says over that."""
         if not isinstance(self.rows[name], dict):
             raise UserError(f"{self.place(name)}: expected a table of options, got {self.rows[name]!r}")
-        return self.file.options | self.rows[name]
+        return self.file.options, self.rows[name]
+
+    def table(self, name: str) -> Json:
+        """The row, over what all have: for keys whose value is one, no table to join."""
+        shared, own = self.tables(name)
+        return shared | own
 
     def seeds(self, name: str) -> int:
         seeds = self.table(name).get("seeds", self.file.seeds)
@@ -188,10 +193,13 @@ class Rows:
 
     def evaluated(self, name: str) -> Evaluated:
         """How a row is measured: as all are, but for what it says itself."""
-        own = self.table(name).get("evaluate", {})
-        if not isinstance(own, dict):
-            raise UserError(f"{self.place(name)}: evaluate: expected a table, got {own!r}")
-        return evaluation_of(merge(self.file.evaluate, own), self.place(name) if own else self.where)
+        asked: JsonMap = self.file.evaluate
+        for table in self.tables(name):
+            own = table.get("evaluate", {})
+            if not isinstance(own, dict):
+                raise UserError(f"{self.place(name)}: evaluate: expected a table, got {own!r}")
+            asked = merge(asked, own)
+        return evaluation_of(asked, self.place(name) if own else self.where)
 
     def start_of(self, name: str, seed: int, above: tuple[str, ...]) -> Cell | None:
         """The cell that `init: {cell: ROW}` means, at the same seed or at that of `seed: N`."""
@@ -216,16 +224,16 @@ class Rows:
         check_choice(f"{place}: base", base, RECIPES)
         if "seed" in table:
             raise UserError(f"{place}: seed: {table['seed']!r}; a sweep sets the seed; say how many with seeds")
-        options = {key: value for key, value in table.items() if key not in ROW_KEYS}
-        if isinstance(table.get("init"), str):
-            options["init"] = table["init"]
-        elif table.get("init") is not None and start is None:
-            raise UserError(f"{place}: init: expected {{cell: ROW}} or a run folder, got {table['init']!r}")
+        init = table.get("init") if start is None else str(run_folder(self.out, start))
+        if not isinstance(init, str | None):
+            raise UserError(f"{place}: init: expected {{cell: ROW}} or a run folder, got {init!r}")
         recipe = find_recipe(base)
         values: JsonMap = to_dict(recipe)
-        for key, value in options.items():
-            values = merge(values, nested(key, value, values, place))
-        named = {"recipe": name, "seed": seed} | ({"init": str(run_folder(self.out, start))} if start else {})
+        for options in self.tables(name):
+            for key, value in options.items():
+                if key not in ROW_KEYS:
+                    values = merge(values, nested(key, value, values, place))
+        named = {"recipe": name, "seed": seed} | ({} if init is None else {"init": init})
         with started_from(recipe):
             config = from_dict({**values, **named}, place, TrainConfig)
         if config.run == "tokenizer":
