@@ -395,6 +395,15 @@ WRONG = {
         lambda table: table | {"rows": table["rows"] | {"rear": table["rows"]["rear"] | {"evaluate": 3}}},
         "rows.rear: evaluate: expected a table, got 3",
     ),
+    "a temperature that is not drawn": (
+        lambda table: table | {"evaluate": table["evaluate"] | {"sampler": {"temperature": 0.5}}},
+        r"study.yaml: evaluate: sampler.temperature: 0.5 is none of temperatures \[1.0\], at which rows are drawn",
+    ),
+    "guidance that is not drawn": (
+        lambda table: table | {"rows": table["rows"] | {"rear": table["rows"]["rear"] | {
+            "evaluate": {"sampler": {"guidance_scale": 3}, "guidance_scales": [1, 2]}}}},
+        r"rows.rear: evaluate: sampler.guidance_scale: 3.0 is none of guidance_scales \[1.0, 2.0\]",
+    ),
     "a device": (lambda table: table | {"evaluate": {"reference": "x", "device": "cpu"}}, "evaluate.device: unknown"),
     "grid": (lambda table: table | {"grid": {"loop.steps": 3}}, "grid: no key has a list of values"),
     "alike": (

@@ -66,7 +66,7 @@ class RunSettings(EvaluationSettings):
     match: Sequence[Path] = ()
     """Other runs, each of which adds a row at the temperature at which this one has its teacher-forced entropy."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """All but the temperature, and the guidance where `guidance_scales` say it."""
+    """All but the temperature, and the guidance where `guidance_scales` say it: 1, or one of them, for its schedule."""
     reconstruct: bool = True
     """Measure the tokenizer on the validation images as well."""
 
@@ -77,6 +77,9 @@ class RunSettings(EvaluationSettings):
         check_metrics(self)
         if not self.wants("fd"):
             raise UserError(f"metrics: {', '.join(self.metrics)}; the rows of a run are ranked by fd, add it")
+        for key, drawn in (("temperature", self.temperatures), ("guidance_scale", self.guidance_scales)):
+            if drawn and (given := getattr(self.sampler, key)) not in (1, *drawn):
+                raise UserError(f"sampler.{key}: {given} is none of {key}s {[*drawn]}, at which rows are drawn; add it")
         self.grid()
 
     def at(self, temperature: float, scale: float | None = None) -> SamplerConfig:
