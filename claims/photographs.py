@@ -18,9 +18,11 @@ from pathlib import Path
 
 from consonar.components import load_tokenizer
 from consonar.cpu import hold_memory
-from consonar.data.cifar10 import cifar10_place
+from consonar.data.cifar10 import HUB, VARIABLE, cifar10_place
+from consonar.data.huggingface import DatasetImages
 from consonar.data.sources import open_source
 from consonar.data.tokenizing import write_token_store
+from consonar.data.tokens import TokenStore
 from consonar.diagnostics.diagnose import diagnose
 from consonar.diagnostics.subject import DiagnosisSettings
 from consonar.errors import UserError
@@ -46,6 +48,7 @@ from consonar.sweeps.summary import (
     value_cells,
 )
 from consonar.sweeps.work import Place, Then, read_result, run_sweep
+from consonar.types import ImageSource, Tokenizer
 
 HERE = Path(__file__).parent
 NAMES = {"cpu": "photographs", "gpu": "photographs-gpu"}
@@ -112,30 +115,56 @@ guidance, 1.86 of L, else S; VA-pi (arXiv 2512.19680): LlamaGen-XL on ImageNet, 
 
 
 def prepare(profile: str, sweep: Sweep, out: Path) -> None:
-    """The pictures and the tokens of a profile, where they are not there yet, and pFID of the tokenizer."""
+    """The pictures and the tokens of a profile, where they are not there yet, and pFID of the tokenizer. `UserError`
+    where those that are there are of another copy of CIFAR-10 than the one that is named."""
     folder, data = Path("runs") / NAMES[profile], "cifar10"
     if profile == "cpu":
         data = f"cifar10:{folder / 'data'}"
         for split, count in PART.items():
-            path = folder / "data" / f"{split}-00000-of-00001.parquet"
-            if not path.exists():
-                write_part(split, count, path)
+            make_part(split, count, folder / "data" / f"{split}-00000-of-00001.parquet")
     tokenizer = load_tokenizer("cifar10-32")
     for split, name, views in (("train", "tokens", "center_flip"), ("test", "tokens-validation", "center")):
-        if not (folder / name).exists():
-            source = open_source(data, split=split, image_size=tokenizer.image_size)
-            write_token_store(folder / name, source, tokenizer, views=views)
+        source = open_source(data, split=split, image_size=tokenizer.image_size)
+        make_store(folder / name, source, tokenizer, views)
     forgiveness(out / "tokenizer.json", next(iter(sweep.cells.values())).evaluated)
 
 
-def write_part(split: str, count: int, path: Path) -> None:
-    """So many pictures of a split, the same ones wherever they are drawn from the same copy."""
-    import datasets
+def make_part(split: str, count: int, path: Path) -> None:
+    """So many pictures of a split, the same ones wherever they are drawn from the same copy. Those that are there are
+    compared with them, but where the copy is the hub's and cannot be had."""
+    from datasets import Image
 
-    whole = datasets.load_dataset(cifar10_place(""), split=split)
+    place = cifar10_place("")
+    try:
+        whole = open_source("cifar10", split=split, image_size=32)
+    except UserError as error:
+        if place != HUB or not path.exists():
+            raise
+        print(f"{path}: is kept, and not compared with the copy of the hub ({error})")
+        return
+    assert isinstance(whole, DatasetImages)  # a split of a data set, not streamed
     rows = sorted(permutation(generator(0, "claims", split), len(whole))[:count].tolist())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: whole.select(rows).to_parquet(partial))
+    part = whole.dataset.select(rows).cast_column(whole.columns.image, Image())
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda partial: part.to_parquet(partial))
+        return
+    there = open_source(f"cifar10:{path.parent}", split=split, image_size=32)
+    check_made_of(path.parent, getattr(there, "content_hash", None), DatasetImages(part, f"{place} ({VARIABLE})", {}))
+
+
+def make_store(path: Path, source: ImageSource, tokenizer: Tokenizer, views: str = "center") -> None:
+    """The tokens of these pictures, where they are not there yet."""
+    if not path.exists():
+        write_token_store(path, source, tokenizer, views=views)
+    check_made_of(path, TokenStore.open(path).metadata.source_sha256, source)
+
+
+def check_made_of(path: Path, content: str | None, source: ImageSource) -> None:
+    """Raises `UserError` where it is known to be of another content than the source has now."""
+    now = getattr(source, "content_hash", None)
+    if None not in (content, now) and content != now:
+        raise UserError(f"{path}: is of other pictures than {source.name} has; move {path.parent} away, or name those")
 
 
 def forgiveness(path: Path, evaluated: Evaluated) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
 from consonar.data.cifar10 import CLASS_NAMES
+from consonar.errors import UserError
 from consonar.sweeps import work
 from consonar.sweeps.rows import read_sweep
 
@@ -24,17 +26,25 @@ TINY = {
 }  # fmt: skip
 
 
+def save_copy(folder, first=0):
+    """A small copy of CIFAR-10."""
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=list(CLASS_NAMES))})
+    folder.mkdir()
+    for split, count in (("train", 40), ("test", 30)):
+        columns = {
+            "img": [picture(first + row, 32) for row in range(count)],
+            "label": [row % 10 for row in range(count)],
+        }
+        Dataset.from_dict(columns, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch, quarters):
     """The script, in a folder of its own."""
     spec = importlib.util.spec_from_file_location("photographs", CLAIMS / "photographs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    features = Features({"img": ImageFeature(), "label": ClassLabel(names=list(CLASS_NAMES))})
-    (tmp_path / "whole").mkdir()
-    for split, count in (("train", 40), ("test", 30)):
-        columns = {"img": [picture(row, 32) for row in range(count)], "label": [row % 10 for row in range(count)]}
-        Dataset.from_dict(columns, features).to_parquet(tmp_path / "whole" / f"{split}-00000-of-00001.parquet")
+    save_copy(tmp_path / "whole")
     rows = {
         "plain": {"base": "ar-cifar10", **TINY},
         "rear": {"base": "rear-cifar10", "objective.head_width": 8, **TINY},
@@ -109,6 +119,39 @@ def test_the_study_goes_on_where_it_was_killed_and_writes_what_is_there(study, t
     assert guided["weights"] == plain["weights"] and list(plain["validations"]) == ["1", "2"]
     assert guided["results"]["rows"][0]["guidance_scale"] == 2 and plain["results"]["rows"][0]["guidance_scale"] == 1
     assert guided["results"]["rows"][0]["metrics"] != plain["results"]["rows"][0]["metrics"]
+
+
+def test_pictures_and_tokens_of_another_copy_are_refused(study, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "runs" / "photographs"
+
+    def refused(words):
+        with pytest.raises(SystemExit, match="2"):
+            study.main()
+        said = capsys.readouterr().err.splitlines()[-1]  # after the progress of the library
+        assert re.fullmatch(f"{words}; move runs/photographs away, or name those", said)
+
+    def make_parts():
+        for split, count in study.PART.items():
+            study.make_part(split, count, Path("runs/photographs/data") / f"{split}-00000-of-00001.parquet")
+
+    make_parts()
+    source = study.open_source("cifar10:runs/photographs/data", split="train", image_size=32)
+    study.make_store(Path("runs/photographs/tokens"), source, study.load_tokenizer("cifar10-32"), "center_flip")
+    make_parts()  # the same copy
+    save_copy(tmp_path / "png", first=100)
+    monkeypatch.setenv("CONSONAR_CIFAR10", str(tmp_path / "png"))
+    monkeypatch.setattr(sys, "argv", ["photographs.py", "--out", "other"])
+    refused(r"runs/photographs/data: is of other pictures than .*/png \(CONSONAR_CIFAR10\) has")
+    shutil.rmtree(place / "data")
+    refused(r"runs/photographs/tokens: is of other pictures than cifar10\[train\] has")
+    monkeypatch.delenv("CONSONAR_CIFAR10")
+    monkeypatch.setattr(study, "open_source", unreachable)
+    make_parts()
+    assert "not compared with the copy of the hub (the hub cannot be reached)" in capsys.readouterr().out
+
+
+def unreachable(name, **options):
+    raise UserError("the hub cannot be reached")
 
 
 def test_runs_without_a_number_and_results_elsewhere_have_their_page(study, tmp_path, monkeypatch):
