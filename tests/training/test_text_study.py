@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,17 +11,54 @@ import yaml
 from tiny_encoder import save_encoder
 
 from consonar.data import scene_source
+from consonar.errors import UserError
 from consonar.evaluation.check import check_results
+from consonar.sweeps.rows import read_sweep
+from consonar.sweeps.work import Place
 
 CLAIMS = Path(__file__).parents[2] / "claims"
 
 
-@pytest.mark.slow
-def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch, quarters):
+@pytest.fixture
+def study(monkeypatch):
+    """The script."""
     monkeypatch.syspath_prepend(str(CLAIMS))
     spec = importlib.util.spec_from_file_location("study_on_captions", CLAIMS / "text.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_score_is_used_beside_the_result_of_the_same_weights_prompts_and_seed_alone(study, tmp_path, monkeypatch):
+    place = Place(tmp_path, read_sweep(CLAIMS / "text.yaml", tmp_path), print)
+    cell = place.sweep.cells["plain-0"]
+    for part in ("results", "scores"):
+        (tmp_path / part).mkdir()
+        shutil.copy(CLAIMS / "results" / "text" / part / "plain-0.json", tmp_path / part)
+    path, result = tmp_path / "scores" / "plain-0.json", json.loads((tmp_path / "results" / "plain-0.json").read_text())
+    known = json.loads(path.read_text())
+    monkeypatch.setattr(study, "score_run", lambda *asked, **options: known)
+    monkeypatch.setattr(Place, "is_trained", lambda place, cell: True)
+    here = ["0" * 64]
+    monkeypatch.setattr(study, "weights_sha256", lambda run: here[0])
+    for change in (
+        {"checkpoint_sha256": "0" * 64}, {"config": known["config"] | {"seed": 1}}, {"detector_sha256": "0" * 64},
+        {"prompts": known["prompts"] | {"texts": known["prompts"]["texts"][1:]}},
+    ):  # fmt: skip
+        path.write_text(json.dumps(known | change))
+        assert study.scores_of(place.sweep, {"plain-0": result}, tmp_path) == ({}, ["plain-0"])
+        study.score(place, cell)  # the run here is another one than that of the result
+        assert json.loads(path.read_text()) == known | change
+    here[0] = result["results"]["checkpoint_sha256"]
+    study.score(place, cell)
+    assert study.scores_of(place.sweep, {"plain-0": result}, tmp_path) == ({"plain-0": known}, [])
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"scores/plain-0.json: not a score of this study.*; remove it"):
+        study.score(place, cell)
+
+
+@pytest.mark.slow
+def test_the_study_on_captions_writes_distances_and_scores(study, tmp_path, monkeypatch, quarters):
     save_encoder(tmp_path / "enc")
     trained = {
         "text_encoder": str(tmp_path / "enc"), "data.tokens": "runs/text/tokens", "data.validation_items": 4,
@@ -66,6 +104,13 @@ def test_the_study_on_captions_writes_distances_and_scores(tmp_path, monkeypatch
     assert 0 <= kept["rows"][0]["metrics"]["compositional score"]["value"] <= 1
     assert "Differences of the score by temperature" in text and text.count("\n| true pictures | ") == 2
     assert check_results(scored, samples=tmp_path / "claims/results/text/runs/plain+ce-1").reproduced
+    scored.write_text(json.dumps(kept | {"checkpoint_sha256": "0" * 64}))  # as where the cell was done anew
+    monkeypatch.setattr(sys, "argv", ["text.py", "--page"])
+    study.run("about", study.NAMES, study.prepare, study.page, study.score)
+    assert "Left out: the score of plain+ce-1, which is of other" in (tmp_path / "docs" / "results.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["text.py"])
+    study.run("about", study.NAMES, study.prepare, study.page, study.score)
+    assert (tmp_path / "docs" / "results.md").read_text() == text
     scored.unlink()  # as where a process was ended between a result and its score
     study.run("about", study.NAMES, study.prepare, study.page, study.score)
     assert json.loads(scored.read_text())["rows"] == kept["rows"]
