@@ -1,11 +1,13 @@
 """CUDA graphs on the pretended device: a capture notes the operations and leaves no trace of their results; a replay
 does the same operations on the same memory, so that what Python decided at the capture stays decided.
 
-Refused as CUDA refuses it: whatever waits for the device during a capture; the end of a capture that failed fails too.
+Refused as CUDA refuses it: whatever waits for the device during a capture; the end of a capture that failed fails too,
+and leaves the allocator in it: then `empty_cache`, and with it every other capture, is refused until that is ended.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,9 +95,32 @@ class State:
 
     def __init__(self) -> None:
         self.made: list[Graph] = []
+        self.underway: list[Any] = []
+        """Pools that the allocator takes memory of captures from."""
+        self.uses: Counter[Any] = Counter()
+        """Of each pool, captures whose memory it has."""
 
 
 STATE = State()
+
+
+def empty_cache() -> None:
+    """torch.cuda.empty_cache."""
+    if STATE.underway:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+
+def end_allocate(device: int, pool: Any) -> None:
+    """torch._C._cuda_endAllocateToPool."""
+    if pool not in STATE.underway:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+    STATE.underway.remove(pool)
+
+
+def release(device: int, pool: Any) -> None:
+    """torch._C._cuda_releasePool."""
+    assert STATE.uses[pool] > 0, "a pool that no capture has"
+    STATE.uses[pool] -= 1
 
 
 @contextmanager
@@ -103,13 +128,17 @@ def capture(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mo
     """torch.cuda.graph."""
     assert STATE.tape is None, "a capture inside of another"
     assert capture_error_mode in ("global", "thread_local", "relaxed")
+    empty_cache()
     STATE.tape = tape = Tape()
+    STATE.underway.append(pool)
+    STATE.uses[pool] += 1
     try:
         yield
     except BaseException:
         STATE.tape = None
         raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
     STATE.tape = None
+    end_allocate(0, pool)
     with torch._C._DisableTorchDispatch(), torch.inference_mode(False), torch.no_grad():
         tape.undo()
     graph.tape = tape

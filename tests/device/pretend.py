@@ -366,7 +366,7 @@ def pretended_cuda() -> Iterator[Log]:
             "is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 1,
             "current_device": 0, "_is_in_bad_fork": False, "get_device_name": "a pretended device", "_lazy_init": None,
             "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "synchronize": None,
-            "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 0,
+            "set_device": None, "reset_peak_memory_stats": None, "max_memory_allocated": 0,
             "memory_allocated": 2**30, "memory_reserved": 2**30,
             "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_tf32_supported": True,
             "mem_get_info": (2**30, 2**31),
@@ -379,9 +379,14 @@ def pretended_cuda() -> Iterator[Log]:
         patch.setattr(torch.cuda, "stream", in_stream)
         patch.setattr(torch.cuda, "Event", PretendedEvent)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-        for name, pretended_one in (("CUDAGraph", graphs.Graph), ("graph", graphs.capture)):
+        ours = {"CUDAGraph": graphs.Graph, "graph": graphs.capture, "empty_cache": graphs.empty_cache}
+        for name, pretended_one in ours.items():
             patch.setattr(torch.cuda, name, pretended_one)
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", graphs.end_allocate)
+        patch.setattr(torch._C, "_cuda_releasePool", graphs.release)
         patch.setattr(graphs.STATE, "made", [])
+        patch.setattr(graphs.STATE, "underway", [])
+        patch.setattr(graphs.STATE, "uses", Counter())
         patch.setattr(graphs.STATE, "replayed", lambda: LOG.launches.update(["graph"]))
         patch.setattr(torch, "mm", multiply)
         patch.setattr(torch.Tensor, "to", move)

@@ -212,6 +212,28 @@ def test_a_failed_capture_is_said_and_costs_no_token(cuda, tiny_generator, spoil
     assert not decoder.batches
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_a_failed_capture_leaves_nothing_begun(cuda, tiny_generator, later) -> None:
+    """Whether graphs of the same pool were made before it or not: memory can be given back, and others are captured."""
+    here = tiny_generator()
+    there = copy.deepcopy(here).to(CUDA)
+
+    def wait(module, inputs, output):
+        return output * float(output.isfinite().all()) if len(graphs.STATE.made) == later else output
+
+    hook = there.blocks[0].register_forward_hook(wait)
+    with pytest.warns(UserWarning, match="sampling goes on"):
+        draw_batch(decoder_of(there, GUIDED), torch.arange(3).to(CUDA), range(3))
+    assert len(graphs.STATE.made) == later and not graphs.STATE.underway
+    assert graphs.STATE.uses.total() == later, "that of the graph, which gives it back itself"
+    hook.remove()
+    torch.cuda.empty_cache()
+    decoder = decoder_of(there, GUIDED)
+    tokens, _ = draw_batch(decoder, torch.arange(3).to(CUDA), range(3))
+    assert torch.equal(tokens.cpu(), sample_tokens(here, torch.arange(3), range(3), GUIDED)[0])
+    assert [batch for batch in decoder.batches.values() if batch.replays]
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_memory_that_is_missing_for_a_capture_is_an_error_that_says_so(cuda, tiny_generator, inside) -> None:
     """Raised by the step or by what begins the capture: it is not taken for a step that cannot be captured."""

@@ -10,6 +10,7 @@ Letters: `B` images, `R` rows: B, or under guidance 2 B with the null conditions
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -151,6 +152,20 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def give_up(device: torch.device, pool: Any) -> None:
+    """After a capture that failed: ends what PyTorch leaves begun where CUDA refuses the capture's end, too.
+
+    The allocator would go on to take for this device what belongs to `pool`, and refuse `empty_cache` and every other
+    capture; PyTorch before 2.13 would refuse random numbers of the device.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # the capture had not begun, or its end succeeded and did this
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    for generator in torch.cuda.default_generators[index : index + 1]:
+        generator.graphsafe_set_state(generator.clone_state())  # the same numbers, in no capture
+
+
 class Decoder:
     """Draws batches for one generator and one list of guidance scales (N), and keeps the graphs of their shapes.
 
@@ -195,6 +210,7 @@ class Decoder:
                 self.batches[tuple(kinds)] = batch
             except Exception as error:  # whatever it is: the same tokens are drawn without
                 self.graphs, batch.replays = False, {}
+                give_up(batch.tokens.device, self.pool)
                 # The end of a failed capture fails as well.
                 reasons = [one for one in (error.__context__, error) if one is not None]
                 if lacking := next(filter(is_out_of_memory, reasons), None):  # of which who asked knows what to change
