@@ -90,10 +90,10 @@ class Bench:
         """Writes what `run` measured, or why there is nothing."""
         if time.monotonic() > self.deadline:
             return self.emit(name, skipped="no time left")
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         try:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
             figures = run(self)
             self.emit(name, **figures, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
         except Exception as error:  # whatever it is: the stages after it are worth their minutes

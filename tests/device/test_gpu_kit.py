@@ -177,6 +177,18 @@ def test_a_stage_that_breaks_loses_no_other_and_time_runs_out(timed) -> None:
     assert timed(stages, seconds=-1) == (0, lines + [{"name": name, "skipped": "no time left"} for name in stages])
 
 
+def test_memory_that_cannot_be_given_back_loses_no_stage(timed, monkeypatch) -> None:
+    """As after a kernel that read where it may not: every call of CUDA fails from then on, and every stage says so."""
+
+    def refuse() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    status, lines = timed(dict.fromkeys(("first", "second"), lambda bench: {}))
+    assert status == 1 and [line["name"] for line in lines] == ["first", "second"]
+    assert all("illegal memory access" in line["error"] for line in lines)
+
+
 def test_the_commands_of_the_real_run(tmp_path: Path) -> None:
     """As `real.sh` gives them, on the CPU with few pictures."""
     for split, count in (("train", 12), ("validation", 6)):
