@@ -103,19 +103,21 @@ TO := $(if $(OUT),--out $(OUT))
 JOBS ?= 2
 SHARED = seq $(JOBS) | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} $(BIN)/python
 
-# Twelve minutes of a GPU at a time; what was not finished is gone on with by the next call.
-claims: .venv/installed  ## the articles' parts on photographs over seeds, into docs/results.md; goes on where it ended (JOBS=2 processes share it; PROFILE=gpu: at size, 12 minutes a call; OUT=folder: of a copy of CIFAR-10 other than that of the files in claims/results)
+# So many seconds of a GPU at a time; what was not finished is gone on with by the next call.
+claims: LIMIT ?= 720
+claims-text: LIMIT ?= 600
+
+claims: .venv/installed  ## the articles' parts on photographs over seeds, into docs/results.md; goes on where it ended (JOBS=2 processes share it; PROFILE=gpu: at size, LIMIT=720 seconds a call; OUT=folder: of a copy of CIFAR-10 other than that of the files in claims/results)
 ifeq ($(PROFILE),gpu)
-	timeout --signal=INT 720 $(BIN)/python claims/photographs.py --profile gpu $(TO) || test $$? -eq 124
+	timeout --signal=INT $(LIMIT) $(BIN)/python claims/photographs.py --profile gpu $(TO) || test $$? -eq 124
 	$(BIN)/python claims/photographs.py --profile gpu --page $(TO)
 else
 	$(SHARED) claims/photographs.py $(TO)
 endif
 
-# Ten minutes of a GPU at a time.
-claims-text: .venv/installed  ## the same on captions of scenes, with the compositional score (3.5 hours on 2 cores; PROFILE=gpu: at size, 10 minutes a call)
+claims-text: .venv/installed  ## the same on captions of scenes, with the compositional score (3.5 hours on 2 cores; PROFILE=gpu: at size, LIMIT=600 seconds a call)
 ifeq ($(PROFILE),gpu)
-	timeout --signal=INT 600 $(BIN)/python claims/text.py --profile gpu $(TO) || test $$? -eq 124
+	timeout --signal=INT $(LIMIT) $(BIN)/python claims/text.py --profile gpu $(TO) || test $$? -eq 124
 	$(BIN)/python claims/text.py --profile gpu --page $(TO)
 else
 	$(SHARED) claims/text.py $(TO)

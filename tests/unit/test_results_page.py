@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 from threading import Thread
 
@@ -21,6 +22,14 @@ from consonar.sweeps.summary import notes_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
+
+
+@pytest.mark.parametrize(("target", "usual"), [("claims", 720), ("claims-text", 600)])
+def test_a_call_on_a_gpu_takes_the_seconds_that_it_is_given(target, usual):
+    for given, limit in (["LIMIT=3600"], 3600), ([], usual):
+        command = ["make", "-n", "-o", ".venv/installed", target, "PROFILE=gpu", *given]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        assert f"timeout --signal=INT {limit} " in told
 
 
 def script(place):
