@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -66,8 +67,8 @@ def published_llamagen(preset: GeneratorConfig, vocab_size: int, side: int, rows
     """RAR's and AliTok's samplers grow their cache by concatenation; LlamaGen's reads a static one, compiled."""
     model = bench.made(build_generator, bench.sized(preset, vocab_size, side)).to(BF16)
     labels, config = torch.arange(rows, device=bench.device), SamplerConfig(temperature=0, guidance_scale=2.0)
-    static = StaticSampler(model, rows, compiled=not bench.toy)
-    return compare_tokens(
+    static, skipped = StaticSampler(model, rows, compiled=not bench.toy), counters["inductor"]["cudagraph_skips"]
+    figures = compare_tokens(
         {
             "ours": lambda: sample_tokens(model, labels, range(rows), config)[0],
             "growing cache": lambda: growing_greedy(model, labels, config.guidance_scale),
@@ -75,6 +76,9 @@ def published_llamagen(preset: GeneratorConfig, vocab_size: int, side: int, rows
         },
         bench,
     )
+    if counters["inductor"]["cudagraph_skips"] > skipped:
+        raise RuntimeError("static cache, compiled: PyTorch made no CUDA graph of it, as the released sampler has")
+    return figures
 
 
 class StaticSampler:
@@ -86,6 +90,7 @@ class StaticSampler:
         length, weight = 1 + model.num_tokens, model.output.weight
         shape = (config.num_layers, 2, 2 * rows, config.num_key_heads, length, config.width // config.num_heads)
         self.cache, self.table = weight.new_zeros(shape), model.rotary_table(weight.device)
+        torch._dynamo.mark_static_address(self.cache)  # which a graph writes to: only then PyTorch makes one
         self.causal = torch.ones(length, length, dtype=torch.bool, device=weight.device).tril()
         self.one = torch.compile(self.logits, mode="reduce-overhead", fullgraph=True) if compiled else self.logits
 

@@ -150,6 +150,40 @@ def test_the_alternatives_draw_what_ours_draws(cuda, timing) -> None:
     assert torch.equal(versus.StaticSampler(model, 2, compiled=False).greedy(labels, 2.0), ours)
 
 
+def test_the_static_cache_is_one_that_cuda_graphs_may_write_to(timing, monkeypatch) -> None:
+    """PyTorch makes no graph of a call that writes to a tensor whose place in memory it does not know to stay."""
+    versus, own, kinds = sys.modules["versus"], torch.compile, {}
+
+    def look(graph, inputs):
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                kinds[tuple(node.meta["example_value"].shape)] = node.meta["tensor_dict"].get(
+                    "_dynamo_static_input_type"
+                )
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda call, mode, fullgraph: own(call, backend=look, fullgraph=fullgraph))
+    shape = replace(timing.LLAMAGEN_PRESETS["XL"], num_layers=1, width=64, num_heads=4)
+    sampler = versus.StaticSampler(build_generator(shape.sized(64, 4, 10, grid=Grid(2, 2))), 2, compiled=True)
+    reset()
+    sampler.greedy(torch.arange(2), 2.0)
+    assert kinds[tuple(sampler.cache.shape)] == "unguarded" and None in kinds.values()
+
+
+def test_a_ratio_against_graphs_that_were_not_made_is_none(timed, timing, monkeypatch) -> None:
+    versus = sys.modules["versus"]
+    own = versus.compare_tokens
+
+    def compare(*given):
+        versus.counters["inductor"]["cudagraph_skips"] += 1
+        return own(*given)
+
+    monkeypatch.setattr(versus, "compare_tokens", compare)
+    name = next(name for name in timing.STAGES if "RAR's and LlamaGen's samplers" in name)
+    status, (line,) = timed({name: timing.STAGES[name]})
+    assert status == 1 and "made no CUDA graph" in line["error"]
+
+
 def test_the_released_step_of_rear_is_compiled_as_ours_is(timing) -> None:
     """One graph for all blocks, with the loss of ours."""
     counter, shape = CompileCounterWithBackend("eager"), replace(timing.REAR_PRESETS["S"], width=64, num_heads=4)
