@@ -250,3 +250,16 @@ def test_a_tensor_that_one_bit_calls_a_folder_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"data/0 is a folder\); remove it to resume from the one before"):
         load_resume(path)
+
+
+def test_casts_of_the_average_are_not_kept(monkeypatch):
+    """Autocast keeps them until the outermost context ends, in older PyTorch those of inference mode too."""
+    model, cleared = torch.nn.Linear(1, 1), []
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    state = checkpoints.State(
+        model, torch.optim.SGD(model.parameters()), {key: value + 1 for key, value in own.items()}
+    )
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(same(dict(model.state_dict()), own)))
+    with state.averaged():
+        assert not cleared and not same(dict(model.state_dict()), own)
+    assert cleared == [True], "after the weights are those of the model again"

@@ -268,4 +268,5 @@ class State:
             finally:
                 if average is not None:
                     model.load_state_dict(own, strict=False)
+                torch.clear_autocast_cache()  # older PyTorch keeps there what it cast of the average
                 model.train()
