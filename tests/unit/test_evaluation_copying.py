@@ -1,10 +1,14 @@
 """Copy rates by Hamming and cosine distance on sets whose nearest neighbours are known by construction."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from consonar.errors import UserError
-from consonar.metrics import copying
+from consonar.evaluation import sample_metrics
+from consonar.evaluation.settings import EvaluationSettings
+from consonar.metrics import copying, kernels
 from consonar.metrics.copying import copy_rate_features, copy_rate_tokens, hamming_distances
 
 
@@ -102,3 +106,42 @@ def test_wrong_input_is_named():
         copy_rate_tokens(tokens, tokens, tokens[:0])
     with pytest.raises(UserError, match="length 0"):
         copy_rate_features(torch.zeros(1, 4), torch.ones(3, 4), torch.ones(3, 4))
+
+
+def test_what_does_not_depend_on_the_samples_is_calculated_once(monkeypatch):
+    """The distances of the validation images, for any number of samples; the kernel of samples, for any set."""
+    rng, asked = torch.Generator().manual_seed(0), []
+    sets = {name: torch.randn(count, 6, generator=rng) for name, count in (("train", 9), ("validation", 5))}
+    tokens = {name: torch.randint(4, (len(rows), 8), generator=rng) for name, rows in sets.items()}
+
+    class Kept(SimpleNamespace):
+        def first(self, count):
+            return self
+
+    features = {name: Kept(rows=rows, indices=torch.arange(len(rows))) for name, rows in sets.items()}
+    reference = SimpleNamespace(features=features, given=SimpleNamespace(tokens=tokens), held_out={}, vectors=sets)
+    reference.kernel_mean = {name: kernels.kernel_mean(rows) for name, rows in sets.items()}.__getitem__
+
+    def counting(inner):
+        def count(left, right, *more):
+            asked.append((len(left), len(right)))
+            return inner(left, right, *more)
+
+        return count
+
+    monkeypatch.setattr(copying, "_nearest", counting(copying._nearest))
+    monkeypatch.setattr(kernels, "kernel_sum", counting(kernels.kernel_sum))
+    for count in (3, 4):
+        rows, drawn = torch.randn(count, 6, generator=rng), torch.randint(4, (count, 8), generator=rng)
+        found = Kept(rows=rows, indices=torch.arange(count))
+        rates = sample_metrics.copy_rates(SimpleNamespace(tokens=drawn), found, reference, EvaluationSettings())
+        alone = {"features": copy_rate_features(rows, **sets), "tokens": copy_rate_tokens(drawn, **tokens)}
+        for kind, rate in alone.items():
+            assert rates[kind].threshold == rate.threshold and torch.equal(rates[kind].distances, rate.distances)
+    assert asked.count((5, 9)) == 2 + 4, "of either kind, and each time alone"
+    asked.clear()
+    measured = sample_metrics.Measured(reference, None, sets["train"][:4], {})
+    for name in sets:
+        value = sample_metrics.kernel_distance_to(name, measured).value
+        assert value == kernels.kernel_distance(sets[name], sets["train"][:4])
+    assert asked.count((4, 4)) == 1 + 2, "and each time alone"

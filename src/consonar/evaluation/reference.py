@@ -68,6 +68,8 @@ class PreparedReference:
             spatial |= given_gaussian(given, given.spatial_statistics, what, network.num_spatial)
             self.spatial = self.made_target(spatial if settings.wants("sfd") else {})
         self.kernel_mean = cache(lambda name: kernel_mean(self.vectors[name]))
+        self.held_out: dict[str, Tensor] = {}
+        """By kind, the distances of the validation images that copy rates are measured by, once they are known."""
 
     def made_target(self, gaussians: dict[str, tuple[Tensor, Tensor]]) -> Target:
         try:

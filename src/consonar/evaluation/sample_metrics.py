@@ -18,7 +18,7 @@ from consonar.evaluation.results import Measurement
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.metrics.copying import CopyRate, copy_rate_features, copy_rate_tokens
 from consonar.metrics.frechet import SUBSETS, class_distances, frechet_distance_at_infinity
-from consonar.metrics.kernels import kernel_distance, kernel_distance_error
+from consonar.metrics.kernels import kernel_distance, kernel_distance_error, kernel_mean
 from consonar.metrics.neighbours import density_coverage, precision_recall
 
 
@@ -38,6 +38,11 @@ class Measured:
     """Of all samples, (S,)."""
     class_names: tuple[str, ...] | None = None
     """Of the classes that labels count."""
+
+    @cached_property
+    def kernel_mean(self) -> float:
+        """Of the samples, whichever set they are compared with."""
+        return kernel_mean(self.rows)
 
     @cached_property
     def precision_recall(self) -> tuple[float, float] | str:
@@ -103,7 +108,8 @@ def kernel_distance_to(name: str, measured: Measured) -> Measurement | str | Non
     if name not in reference.features:
         return no_images(name, reference)
     known = reference.vectors[name]
-    value = kernel_distance(known, measured.rows, reference_mean=reference.kernel_mean(name))
+    own = reference.kernel_mean(name)
+    value = kernel_distance(known, measured.rows, reference_mean=own, samples_mean=measured.kernel_mean)
     return Measurement(value, error=kernel_distance_error(known, measured.rows) if measured.every else None)
 
 
@@ -207,10 +213,15 @@ def copy_rates(
         return dict.fromkeys(("features", "tokens"), "the reference has no train and validation images")
     quantile, most = settings.copy_quantile, settings.max_neighbours_images
     found, train, validation = (kept.first(most) for kept in (found, known["train"], known["validation"]))
-    near = copy_rate_features(found.rows, train.rows, validation.rows, quantile=quantile)
+    held_out = reference.held_out.get
+    near = copy_rate_features(found.rows, train.rows, validation.rows, quantile=quantile, held_out=held_out("features"))
+    reference.held_out["features"] = near.held_out
     in_features = replace(near, indices=train.indices[near.indices], rows=found.indices)
     if samples.tokens is None or tokens is None:
         bare = "samples carry" if samples.tokens is None else "reference carries"
         return {"features": in_features, "tokens": f"the {bare} no tokens"}
-    in_tokens = copy_rate_tokens(samples.tokens, tokens["train"], tokens["validation"], quantile=quantile)
+    in_tokens = copy_rate_tokens(
+        samples.tokens, tokens["train"], tokens["validation"], quantile=quantile, held_out=held_out("tokens")
+    )
+    reference.held_out["tokens"] = in_tokens.held_out
     return {"features": in_features, "tokens": in_tokens}

@@ -46,30 +46,37 @@ class CopyRate:
     """(S,) int64: row of that training image."""
     rows: Tensor
     """(S,) int64: which samples these are, where some were drawn from more."""
+    held_out: Tensor
+    """(K,) float64: distance of each validation image to its nearest training image, whatever the samples are."""
 
 
-def copy_rate_tokens(samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0) -> CopyRate:
+def copy_rate_tokens(
+    samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, held_out: Tensor | None = None
+) -> CopyRate:
     """Copy rate by Hamming distance of tokens: how many of N differ.
 
     `samples` (S, N), `train` (T, N) or (T, views, N), `validation` (K, N) or (K, views, N), integers that are not
-    negative. Raises UserError as `check_sets` does.
+    negative. `held_out`: that of a `CopyRate` against the same two sets, where the caller has one. Raises UserError as
+    `check_sets` does.
     """
     check_sets(samples, train, validation, quantile, "tokens", "tokens per image (same tokenizer?)")
     # All three in the smallest integer type that holds them: the comparison is bound by memory traffic.
     largest = max(int(tokens.max()) for tokens in (samples, train, validation))
     dtype = torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
     samples, train, validation = samples.to(dtype), train.to(dtype), validation.to(dtype)
-    return _copy_rate(samples, train, validation, hamming_distances, quantile)
+    return _copy_rate(samples, train, validation, hamming_distances, quantile, held_out)
 
 
-def copy_rate_features(samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0) -> CopyRate:
+def copy_rate_features(
+    samples: Tensor, train: Tensor, validation: Tensor, *, quantile: float = 0.0, held_out: Tensor | None = None
+) -> CopyRate:
     """Copy rate by cosine distance of features, 1 - cosine similarity: 0 to 2.
 
     `samples` (S, F), `train` (T, F) or (T, views, F), `validation` (K, F) or (K, views, F), float32 or float64.
-    Raises UserError as `check_sets` does, and for a vector of length 0.
+    `held_out` as of `copy_rate_tokens`. Raises UserError as `check_sets` does, and for a vector of length 0.
     """
     check_sets(samples, train, validation, quantile, "features", "features (same feature network?)")
-    return _copy_rate(_unit(samples), _unit(train), _unit(validation), _cosine_distances, quantile)
+    return _copy_rate(_unit(samples), _unit(train), _unit(validation), _cosine_distances, quantile, held_out)
 
 
 def check_sets(samples: Tensor, train: Tensor, validation: Tensor, quantile: float, what: str, number: str) -> None:
@@ -132,12 +139,15 @@ def _nearest(queries: Tensor, rows: Tensor, distance: Distance) -> tuple[Tensor,
     return torch.cat(distances), torch.cat(indices)
 
 
-def _copy_rate(samples: Tensor, train: Tensor, validation: Tensor, distance: Distance, quantile: float) -> CopyRate:
+def _copy_rate(
+    samples: Tensor, train: Tensor, validation: Tensor, distance: Distance, quantile: float, held_out: Tensor | None
+) -> CopyRate:
     num_views = train.shape[1] if train.ndim == 3 else 1
     train_rows = train.reshape(-1, train.shape[-1])  # (T * views, F or N)
-    validation_distances, _ = _nearest(validation.reshape(-1, validation.shape[-1]), train_rows, distance)
-    per_image = validation_distances.reshape(len(validation), -1).amin(1)  # (K,): its nearest view counts
-    threshold = float(per_image.double().quantile(quantile, interpolation="lower"))
+    if held_out is None:
+        of_views, _ = _nearest(validation.reshape(-1, validation.shape[-1]), train_rows, distance)
+        held_out = of_views.reshape(len(validation), -1).amin(1)  # the nearest view of an image counts
+    threshold = float(held_out.quantile(quantile, interpolation="lower"))
     distances, indices = _nearest(samples, train_rows, distance)
     return CopyRate(
         threshold=threshold,
@@ -146,4 +156,5 @@ def _copy_rate(samples: Tensor, train: Tensor, validation: Tensor, distance: Dis
         distances=distances,
         indices=indices // num_views,
         rows=torch.arange(len(samples)),
+        held_out=held_out,
     )

@@ -48,14 +48,17 @@ def own_kernels(rows: Tensor) -> float:
     return float((rows.double().square().sum(1) / rows.shape[1] + 1).pow(3).sum())
 
 
-def kernel_distance(reference: Tensor, samples: Tensor, *, reference_mean: float | None = None) -> float:
+def kernel_distance(
+    reference: Tensor, samples: Tensor, *, reference_mean: float | None = None, samples_mean: float | None = None
+) -> float:
     """Unbiased squared MMD of (R, F) and (S, F) (Eq. 4): 0 on average for sets of one distribution, so below 0 as well;
     0 for the same set, which the biased one (Eq. 3, of all pairs) tells: that is 0 for no other.
 
-    `reference_mean` is the `kernel_mean` of the reference where the caller has it. Raises UserError for a set of one.
+    `reference_mean`, `samples_mean` are the `kernel_mean` of either set where the caller has it. Raises UserError
+    for a set of one.
     """
     own = kernel_mean(reference) if reference_mean is None else reference_mean
-    means = [(reference, own), (samples, kernel_mean(samples))]
+    means = [(reference, own), (samples, kernel_mean(samples) if samples_mean is None else samples_mean)]
     across = kernel_sum(samples, reference) / (len(samples) * len(reference))
     pairs = sum((mean * (len(rows) - 1) + own_kernels(rows) / len(rows)) / len(rows) for rows, mean in means)
     return 0.0 if pairs - 2 * across <= SAME * pairs else own + means[1][1] - 2 * across
