@@ -34,10 +34,13 @@ if [ -z "${PRETEND:-}" ] && [ -d .gpu/whl ] && ! "$PYTHON" -c "$imports" > /dev/
     --target /tmp/gpu-site .gpu/whl/*.whl
 fi
 if stage imports 60 "$PYTHON" -c "$imports"; then
-  [ -n "${PRETEND:-}" ] || stage tests 120 "$PYTHON" -m pytest -m gpu tests/gpu -q -p no:cacheprovider
+  tests() { stage "$1" 120 "$PYTHON" -m pytest -m gpu tests/gpu -q -p no:cacheprovider -k "$2"; }
+  [ -n "${PRETEND:-}" ] || tests tests "not (compiled or shards)"
   stage parity 120 "$PYTHON" benchmarks/gpu/parity.py
   stage timing 190 "$PYTHON" benchmarks/gpu/timing.py
   stage real 150 bash benchmarks/gpu/real.sh
+  # The compiler and NCCL may take minutes the first time: after all else.
+  [ -n "${PRETEND:-}" ] || tests slow_tests "compiled or shards"
 fi
 echo "== after $SECONDS s, failed:${failed:- none}"
 (cd "$OUT" && tar czf logs.tgz ./*.log && rm -f ./*.log)

@@ -240,6 +240,18 @@ def test_the_commands_of_the_real_run(tmp_path: Path) -> None:
     assert (tmp_path / "rear.json").is_file() and (tmp_path / "vapi.png").is_file()
 
 
+def test_what_compiles_or_calls_nccl_is_tested_after_all_else() -> None:
+    """In two stages that together run every test."""
+    text, tests = (KIT / "check.sh").read_text(), (ROOT / "tests" / "gpu" / "test_cuda.py").read_text()
+    first, last = re.findall(r'tests \w+ "(.+)"', text)
+    assert first == f"not ({last})" and text.index("real.sh") < text.index(f'"{last}"')
+    slow = re.compile(last.replace(" or ", "|"))
+    bodies = re.split(r"\ndef (?=test_)", tests)[1:]
+    assert len(bodies) > 10
+    for body in bodies:
+        assert bool(slow.search(body.partition("(")[0])) == bool(re.search(r'compile|"fsdp"', body)), body[:80]
+
+
 @pytest.mark.parametrize("name", ["prepare", "check", "real"])
 def test_shell_scripts_can_be_read_and_import_what_there_is(name) -> None:
     assert subprocess.run(["bash", "-n", KIT / f"{name}.sh"]).returncode == 0
