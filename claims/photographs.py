@@ -25,6 +25,7 @@ from consonar.data.tokenizing import write_token_store
 from consonar.data.tokens import TokenStore
 from consonar.diagnostics.diagnose import diagnose
 from consonar.diagnostics.subject import DiagnosisSettings
+from consonar.distributed import pick_device
 from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.files.readers import read_json
@@ -122,7 +123,7 @@ def prepare(profile: str, sweep: Sweep, out: Path) -> None:
         data = f"cifar10:{folder / 'data'}"
         for split, count in PART.items():
             make_part(split, count, folder / "data" / f"{split}-00000-of-00001.parquet")
-    tokenizer = load_tokenizer("cifar10-32")
+    tokenizer = load_tokenizer("cifar10-32").to(pick_device())
     for split, name, views in (("train", "tokens", "center_flip"), ("test", "tokens-validation", "center")):
         source = open_source(data, split=split, image_size=tokenizer.image_size)
         make_store(folder / name, source, tokenizer, views)
@@ -170,7 +171,9 @@ def check_made_of(path: Path, content: str | None, source: ImageSource) -> None:
 def forgiveness(path: Path, evaluated: Evaluated) -> None:
     """pFID (docs/diagnostics.md), which is the tokenizer's: one for all rows."""
     if not path.exists():
-        settings = DiagnosisSettings(num_images=PERTURBED, feature_network=evaluated.feature_network)
+        settings = DiagnosisSettings(
+            num_images=PERTURBED, feature_network=evaluated.feature_network, device=str(pick_device())
+        )
         found = diagnose("cifar10-32", evaluated.reference, settings, parts=["forgiveness"])
         write_json(path, found.content())
 

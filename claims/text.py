@@ -42,7 +42,7 @@ COLUMNS = (f"{FD} validation", SCORE, f"{FD} train", "precision", "recall")
 
 def prepare(profile: str, sweep: Sweep, out: Path) -> None:
     """The tokens of a profile, where they are not there yet; `UserError` for those of other scenes."""
-    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer = load_tokenizer(TOKENIZER).to(pick_device())
     for split, name in (("train", "tokens"), ("validation", "tokens-validation")):
         source = open_source(SCENES[profile], split=split, image_size=tokenizer.image_size)
         make_store(Path("runs") / NAMES[profile] / name, source, tokenizer)

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from datasets import Image as ImageFeature
 
 from consonar.data.cifar10 import CLASS_NAMES
 from consonar.errors import UserError
+from consonar.records import device_of
 from consonar.sweeps import work
 from consonar.sweeps.rows import read_sweep
 
@@ -152,6 +154,28 @@ def test_pictures_and_tokens_of_another_copy_are_refused(study, tmp_path, monkey
 
 def unreachable(name, **options):
     raise UserError("the hub cannot be reached")
+
+
+@pytest.mark.parametrize("name", ["photographs", "text"])
+def test_tokens_and_forgiveness_are_made_on_the_device(name, study, cuda, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    module, seen = study if name == "photographs" else importlib.import_module("text"), []
+
+    def diagnose(tokenizer, reference, settings, **options):
+        seen.append(settings.device)
+        return SimpleNamespace(content=dict)
+
+    monkeypatch.setattr(study, "diagnose", diagnose)
+    monkeypatch.setattr(module, "open_source", lambda *given, **options: None)
+
+    def make_store(path, source, tokenizer, *views):
+        seen.append(str(device_of(tokenizer)))
+
+    monkeypatch.setattr(module, "make_store", make_store)
+    sweep = read_sweep(tmp_path / "claims" / "photographs.yaml", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    module.prepare("gpu", sweep, tmp_path / "out")
+    assert seen == ["cuda:0"] * (3 if name == "photographs" else 2)
 
 
 def test_runs_without_a_number_and_results_elsewhere_have_their_page(study, tmp_path, monkeypatch):
