@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,16 @@ from device import pretend
 from torch import nn
 from torch.nn import functional
 
+from consonar.evaluation import evaluate as evaluating
+from consonar.evaluation import inputs
 from consonar.evaluation.evaluate import evaluate
 from consonar.evaluation.image_sets import ImageSet
 from consonar.evaluation.inputs import ReferenceSet, SampleSet, as_input, encode_reference
+from consonar.evaluation.kept import keep_reconstructions
 from consonar.evaluation.reconstruction import reconstruction_metrics
 from consonar.evaluation.settings import EvaluationSettings
+from consonar.files.readers import read_npz
+from consonar.sampling.pictures import bytes_of
 
 BATCH, SIDE = 8, 16
 PICTURES = BATCH * SIDE * SIDE * 3 * 4
@@ -104,3 +110,44 @@ def test_the_device_holds_what_a_batch_takes_and_no_more_for_more_pictures(
     few, many = (held(monkeypatch, count, codec) for count in (24, 72))
     assert few == many
     assert PICTURES < few[0] < 4 * PICTURES, "the batch, and what it is made of"
+
+
+def test_a_tokenizer_takes_a_batch_in_parts_that_fit(cuda, tokenizer, monkeypatch, tmp_path) -> None:
+    """Whatever the batch size and the device: 64 pictures of 256 px took 10 GiB. The results are those of the batch."""
+    wide = replace(tokenizer.config, base_channels=32)  # so that its maps are what takes memory, as in real ones
+    codec = type(tokenizer)(wide).to("cuda").eval().requires_grad_(False)
+    pictures = in_memory("train", BATCH)
+    batches = [as_input(batch, codec) for batch in pictures.stream(BATCH)]
+    whole = inputs.BUDGET
+    monkeypatch.setattr(inputs, "of_tokenizer", lambda tokenizer: None)  # which reads the weights, after the pictures
+    with torch.inference_mode():
+        some = 2 * bytes_of(lambda: codec.decode(codec.encode(batches[0][:1])))
+    found = []
+    for budget in (whole, some):
+        monkeypatch.setattr(inputs, "BUDGET", budget)
+        taken = []
+        with counted(monkeypatch) as most:
+            tokens = encode_reference(ReferenceSet("known", {"train": pictures}), codec, batch_size=BATCH).tokens
+            taken.append(most[0])
+        with counted(monkeypatch) as most:
+            metrics = reconstruction_metrics(codec, batches)
+            taken.append(most[0])
+        with counted(monkeypatch) as most:
+            keep_reconstructions(tmp_path, codec, pictures, BATCH)
+            taken.append(most[0])
+        kept = read_npz(tmp_path / "reconstructions.npz", ["reconstructions"])["reconstructions"].astype(int)
+        found.append((tokens["train"], metrics, kept, taken))
+    (tokens, metrics, kept, taken), (same, near, close, less) = found
+    assert all(bytes_ > some + PICTURES for bytes_ in taken), "or nothing had to be cut"
+    assert all(bytes_ < some + PICTURES for bytes_ in less)
+    assert torch.equal(tokens, same) and near == pytest.approx(metrics, rel=1e-5)
+    assert np.abs(kept - close).max() <= 1
+
+
+def test_a_reference_is_encoded_in_batches_of_the_size_that_is_asked_for(
+    monkeypatch, tokenizer_folder, picture_folder
+) -> None:
+    monkeypatch.setattr(evaluating, "encode_reference", lambda target, codec, **given: given["batch_size"])
+    samples = SampleSet(in_memory("samples", 4), 4, SIDE, "0", tokens=torch.zeros(4, 16, dtype=torch.int64))
+    settings = EvaluationSettings(batch_size=5)
+    assert evaluating.open_target(samples, str(picture_folder), str(tokenizer_folder), settings) == 5

@@ -162,7 +162,7 @@ def open_target(
         return target  # another of that name made them
     check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
     check_tokens(samples.tokens.numpy(), codec.vocab_size, codec.name, where)
-    return encode_reference(target, codec, precision=settings.precision, world=world)
+    return encode_reference(target, codec, batch_size=settings.batch_size, precision=settings.precision, world=world)
 
 
 def remarks(

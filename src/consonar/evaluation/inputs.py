@@ -5,8 +5,11 @@ arrays, always of one size in a set, and are never held as floats.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,10 +38,14 @@ from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import multiplying, pick_precision
 from consonar.records import device_of, to_device
+from consonar.sampling.pictures import bytes_of
 from consonar.types import ImageSource, IndexedSource, Tokenizer
 
 LOOKED_AT = 8
 """Pictures of a reference whose size is looked at before any work."""
+BUDGET = 5 * 2**29
+"""Bytes that the maps of a batch may take, as `bytes_of` estimates them: with the weights it stays below 4 GiB."""
+Pictures = TypeVar("Pictures", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -236,10 +243,20 @@ def encode_reference(
     chosen = pick_precision(precision, device, "precision", "measuring")
     with multiplying(chosen, device, autocast=True):
         tokens = {
-            name: torch.cat(list(in_turn(encoded, images.stream(batch_size), world)))
+            name: torch.cat(list(in_turn(encoded, fitting(images.stream(batch_size), encoded), world)))
             for name, images in reference.images.items()
         }
     return replace(reference, tokens=tokens, origin=of_tokenizer(tokenizer))
+
+
+def fitting(batches: Iterable[Pictures], run: Callable[[Pictures], object]) -> Iterator[Pictures]:
+    """The batches, in equal parts where what `run` makes of one would take more than `BUDGET`: its first picture is
+    looked at for that."""
+    at_once = 0
+    for batch in batches:
+        at_once = at_once or max(1, BUDGET // bytes_of(partial(run, batch[:1])))
+        parts = -(-len(batch) // at_once)
+        yield from (batch[len(batch) * i // parts : len(batch) * (i + 1) // parts] for i in range(parts))
 
 
 def as_input(images: np.ndarray, model: object) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from consonar.data.transforms import to_uint8
 from consonar.evaluation.image_sets import ImageSet
-from consonar.evaluation.inputs import ReferenceSet, as_input, load_samples
+from consonar.evaluation.inputs import ReferenceSet, as_input, fitting, load_samples
 from consonar.files.readers import read_npz
 from consonar.files.writers import write_atomically
 from consonar.metrics.copying import CopyRate
@@ -48,11 +48,15 @@ def keep_reconstructions(folder: Path, tokenizer: Tokenizer, images: ImageSet, c
     """Some of `count` images, evenly spaced, and what the tokenizer makes of them, in reconstructions.npz."""
     rows = torch.linspace(0, count - 1, min(RECONSTRUCTIONS, count)).long()
     originals = images.pick(rows)
+
+    def decoded(batch: np.ndarray) -> np.ndarray:
+        return to_uint8(tokenizer.decode(tokenizer.encode(as_input(batch, tokenizer))).clamp(-1, 1)).cpu().numpy()
+
     with torch.inference_mode():
-        decoded = tokenizer.decode(tokenizer.encode(as_input(originals, tokenizer))).clamp(-1, 1)
+        reconstructions = np.concatenate([decoded(part) for part in fitting([originals], decoded)])
     arrays = {
         "originals": originals,
-        "reconstructions": to_uint8(decoded).cpu().numpy(),
+        "reconstructions": reconstructions,
         "names": np.array([f"{images.name} {i}" for i in rows]),
     }
     write_atomically(folder / "reconstructions.npz", lambda partial: write_npz(partial, arrays))

@@ -19,7 +19,7 @@ from consonar.data.splits import HELD_OUT
 from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, check_choice
 from consonar.evaluation.image_sets import ImageSet, hashed
-from consonar.evaluation.inputs import as_input, open_reference
+from consonar.evaluation.inputs import as_input, fitting, open_reference
 from consonar.evaluation.kept import keep_reconstructions
 from consonar.evaluation.results import RECONSTRUCTION, check_unmeasured, library_versions, replacing
 from consonar.evaluation.settings import ENOUGH
@@ -85,7 +85,7 @@ def reconstruction_metrics(
         features = [feature_network(side).cpu() for side in rounded] if feature_network else []
         return len(images), quantizer.code_counts(tokens, size).cpu(), found, features
 
-    for count, codes, found, features in in_turn(of_batch, batches, world):
+    for count, codes, found, features in in_turn(of_batch, fitting(batches, of_batch), world):
         num_images += count
         counts += codes
         sums = {name: total + found[name] for name, total in sums.items()}

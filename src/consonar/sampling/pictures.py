@@ -1,12 +1,14 @@
 """From tokens to pictures: as many at once as fit, and on CUDA while the tokens of the next batch are drawn."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 from consonar import memory
 from consonar.compiling import compiled
@@ -25,17 +27,20 @@ def images_at_once(tokenizer: Tokenizer, tokens: Tensor) -> int:
 
 
 def bytes_of_image(tokenizer: Tokenizer, tokens: Tensor) -> int:
-    """Memory that decoding takes for each image, by the decoder's largest map for tokens (1, N); next to none for what
-    is no module of PyTorch's, which does not say."""
+    """Memory that decoding takes for each image, of tokens (1, N)."""
+    return bytes_of(partial(tokenizer.decode, tokens))
+
+
+def bytes_of(run: Callable[[], object]) -> int:
+    """Memory that `run` takes, by the largest map that a layer makes in it; next to none for what is no module of
+    PyTorch's, which does not say."""
     sizes = [1]
 
     def see(module: nn.Module, inputs: object, output: object) -> None:
         sizes.append(output.nbytes if isinstance(output, Tensor) else 0)
 
-    with ExitStack() as hooks:
-        for module in tokenizer.modules() if isinstance(tokenizer, nn.Module) else ():
-            hooks.enter_context(module.register_forward_hook(see))
-        tokenizer.decode(tokens)
+    with register_module_forward_hook(see):
+        run()
     return LIVE_MAPS * max(sizes)
 
 
