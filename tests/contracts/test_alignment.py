@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 from conftest import TINY_VQ, stir
+from contracts.test_generators import make_generator
 from rounding import assert_rounding
-from test_generators import make_generator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consonar import records

@@ -240,6 +240,14 @@ def test_the_commands_of_the_real_run(tmp_path: Path) -> None:
     assert (tmp_path / "rear.json").is_file() and (tmp_path / "vapi.png").is_file()
 
 
+def test_the_scripts_find_what_they_import_where_check_sh_calls_them() -> None:
+    """There pytest has put no folder of tests on the path."""
+    code = f"import sys; sys.path[:0] = [{str(KIT)!r}]; import parity, timing"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_compiles_or_calls_nccl_is_tested_after_all_else() -> None:
     """In two stages that together run every test."""
     text, tests = (KIT / "check.sh").read_text(), (ROOT / "tests" / "gpu" / "test_cuda.py").read_text()
