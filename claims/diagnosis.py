@@ -55,7 +55,7 @@ def complete(names: list[str]) -> None:
     models = [MODELS[name][0] for name in names]
     for model in models:
         if model.startswith("runs/demo") and not Path(model).exists():
-            raise UserError(f"{model}: not here; `make demo` makes it")
+            raise UserError(f"{model}: not here; `make demo MINUTES=60` makes it, and `make results` its numbers")
     cells = [Path(model).name for model in models if model.startswith(STUDIED)]
     if not cells:
         return

@@ -204,7 +204,8 @@ def test_labels_of_other_classes_are_refused(root: Path, tmp_path: Path, capsys)
 
 def test_a_tokenizer_takes_no_other_and_no_part_of_generators(root: Path, tmp_path: Path, capsys) -> None:
     for words, message in (
-        (["--tokenizer", "x"], "is read only with a generator"), (["--parts", "gap"], "--parts: unknown 'gap'"),
+        (["--tokenizer", "x"], "is read only with a generator"),
+        (["--parts", "gap"], "--parts: 'gap' is of a generator"),
         (["--temperature", "0.7"], "--temperature: 0.7 is read only where tokens of a generator are drawn (exposure,"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):

@@ -193,7 +193,9 @@ def test_minutes_that_are_no_time_are_refused(pretended, tmp_path: Path, minutes
 
 def test_a_plan_that_cannot_be_read_is_told_and_nothing_is_replaced(pretended, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
-    for content, message in (("{", "not valid JSON"), ('{"minutes": 15, "seed": 0, "steps": 273}', "older version")):
+    older = '{"minutes": 15, "seed": 0, "steps": 273'
+    fewer = f'{older}, "seconds": {{"training rear": 9}}}}'
+    for content, message in (("{", "not valid JSON"), (older + "}", "older version"), (fewer, "older version")):
         (tmp_path / "demo" / "demo.json").write_text(content)
         with pytest.raises(UserError, match=message):
             demo.run_demo(tmp_path / "demo", minutes=15, seed=0, say=print)

@@ -191,7 +191,7 @@ def test_training_data_are_known_however_they_are_spelled(tokenizer, quarters, t
     assert measured("copy", name="run/model") == (2, "")
     assert measured("others") == (40, "")
     assert measured("./pics", validation_split="0%") == (40, "those that it was trained on among them")
-    assert measured("copy", validation_split="50%") == (20, "not the pictures that were held out when it was trained")
+    assert measured("copy", validation_split="50%") == (20, "some that it was trained on may be among them")
     (tmp_path / "pics" / "0.png").unlink()
     assert measured("./pics") == (2, "not the pictures that were held out when it was trained")
     hashes["data_sha256"] = open_splits("others", "0%", key="", image_size=16).train.content_hash

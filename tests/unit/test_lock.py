@@ -156,6 +156,25 @@ def test_without_locks_work_goes_on_with_a_word(tmp_path, monkeypatch, capsys):
     assert "do not start a second process" in capsys.readouterr().err
 
 
+def test_a_folder_that_another_process_removes_between_two_looks_is_no_file(tmp_path, monkeypatch):
+    exists, folder = Path.exists, tmp_path / "work"
+    folder.mkdir()
+
+    def removed_after(path, **how):
+        found = exists(path, **how)
+        if path == folder and not list(folder.iterdir()):
+            folder.rmdir()
+        return found
+
+    monkeypatch.setattr(Path, "exists", removed_after)
+    with lock.hold(folder):
+        pass
+    (file := tmp_path / "file").touch()
+    assert not lock.is_taken(folder) and lock.is_taken(file)
+    with pytest.raises(UserError, match="is a file; name a folder"), lock.hold(file):
+        pass
+
+
 def test_leftovers_of_killed_processes_are_no_content_and_are_removed(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     left = [".lock", ".config.json.17.partial", "checkpoints/.step_00000002.pt.17.partial"]

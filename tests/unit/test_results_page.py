@@ -133,7 +133,11 @@ def test_a_diagnosis_whose_model_is_missing_has_it_trained_or_says_who_makes_it(
     monkeypatch.setattr("sys.argv", ["diagnosis.py"])
     with pytest.raises(SystemExit, match="2"):
         module.main()
-    assert capsys.readouterr().err == "runs/demo/plain-ar: not here; `make demo` makes it\n" and not done
+    assert (
+        capsys.readouterr().err
+        == "runs/demo/plain-ar: not here; `make demo MINUTES=60` makes it, and `make results` its numbers\n"
+        and not done
+    )
     module.complete(["openmoji", "photographs-vapi"])
     assert done == ["cpu", "plain-0", "plain+vapi-0"]
 

@@ -244,6 +244,6 @@ def claim(out: Path, settings: Json) -> Json:
                 f"--{key}: {value:g}, but the demo in {out} was started with {stored.get(key)}; "
                 "remove it or choose another --out"
             )
-    if "steps" in stored and "seconds" not in stored:
+    if "steps" in stored and not {f"training {name}" for name in PARTS} <= stored.get("seconds", {}).keys():
         raise UserError(f"--out: the demo in {out} was planned by an older version; remove it or choose another --out")
     return stored

@@ -96,7 +96,7 @@ class Record:
         try:
             yield
         except UserError as error:
-            begun = str(error).removeprefix("reference ").partition(": ")[0]
+            begun = str(error).removeprefix("reference ").removeprefix("--reference: ").partition(": ")[0]
             if not unsaid or begun.startswith("--") or Path(begun[:200]).is_file():  # says what to do, or is there
                 raise
             raise UserError(f"{error}; what has moved since {self.path} was made is named by {unsaid}") from error

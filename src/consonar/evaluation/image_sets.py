@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,8 +94,11 @@ def npz_image_set(path: Path) -> tuple[ImageSet, tuple[int, ...]]:
         if (key := one_of(path, keys, "labels", "arr_1")) is None:
             return None
         check_integers(path, key, found := read_npz(path, (key,))[key], shape[0])
+        settings = None
+        with suppress(UserError):  # of a reference by other hands, whose settings nothing reads
+            settings = npz_settings(path)
         # What they number of samples of prompts is no classes.
-        return None if "prompts" in (npz_settings(path) or {}) else torch.from_numpy(found.astype(np.int64))
+        return None if "prompts" in (settings or {}) else torch.from_numpy(found.astype(np.int64))
 
     return ImageSet(str(path), stream, labels), shape
 

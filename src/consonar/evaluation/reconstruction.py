@@ -196,9 +196,13 @@ def note_of_training(known: Json, measured: ImageSet, split: str | None, *, is_s
     content, before = measured.content_hash(), known.get("validation_sha256")
     if content is not None and content == known.get("data_sha256"):
         return "; the pictures that it was trained on"
-    if is_same and not holds_out:
+    if not is_same or (content is not None and content == before):
+        return ""
+    if not holds_out:
         return "; those that it was trained on among them"
-    changed = is_same and (split is None or "%" in split) and None not in (content, before) and content != before
+    if split is not None and "%" in split:
+        return "; some that it was trained on may be among them"
+    changed = split is None and None not in (content, before)
     return "; not the pictures that were held out when it was trained" if changed else ""
 
 

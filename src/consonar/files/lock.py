@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ def hold(
     Gives what its holder calls while it works (`Beat`). Raises `Held` that names who holds it; with `wait`, waits for
     them instead, as `Waiting` does.
     """
-    if folder.exists() and not folder.is_dir():
+    if is_no_folder(folder):
         raise UserError(f"{folder}: is a file; name a folder")
     made: list[Path] = []
     path = folder / LOCK_FILE
@@ -204,7 +205,15 @@ def _holder(file: IO[str]) -> str:
 
 def is_taken(path: Path) -> bool:
     """Whether something lies at `path`; an empty folder is nothing."""
-    return path.exists() and not (path.is_dir() and is_unused(path))
+    return is_no_folder(path) or (path.is_dir() and not is_unused(path))
+
+
+def is_no_folder(path: Path) -> bool:
+    """Whether something else than a folder lies at `path`, by one look: others make and remove it between two."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 @contextmanager
