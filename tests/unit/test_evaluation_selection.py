@@ -167,6 +167,17 @@ def test_labels_that_number_prompts_are_classes_on_neither_side(tmp_path):
         assert found.unavailable == {"FD per class(quarters)": f"the {bare} no labels"} and not found.metrics
 
 
+def test_settings_of_another_program_stand_in_a_reference_and_not_in_samples(tmp_path):
+    images, labels = pictures(60, 0)
+    ours, theirs = (tmp_path / f"{side}.npz" for side in ("ours", "theirs"))
+    np.savez(ours, arr_0=images, labels=labels)
+    np.savez(theirs, arr_0=images, labels=labels, settings="seed=3 cfg=1.5")
+    found = evaluate(ours, theirs, metrics=("fd-per-class",), feature_network=Quarters())
+    assert found.metrics["FD per class(quarters)"].classes
+    with pytest.raises(UserError, match="settings: not valid JSON"):
+        evaluate(theirs, ours, metrics=("fd-per-class",), feature_network=Quarters())
+
+
 def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path):
     """A folder counts classes by name; the samples count them the other way."""
     per_class, (images, labels) = EvaluationSettings(metrics=("fd-per-class",)), pictures(60, 0)
