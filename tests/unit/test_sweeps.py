@@ -15,7 +15,7 @@ from scipy import stats
 from consonar import cli, networks
 from consonar.components import save_generator, weights_sha256
 from consonar.config_io import to_dict
-from consonar.data.store_format import TOKENS_FILE
+from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
 from consonar.errors import NonFiniteLoss, UserError
 from consonar.files.lock import hold
 from consonar.networks import load_feature_network
@@ -25,7 +25,7 @@ from consonar.sweeps.contents import Contents, reference_content
 from consonar.sweeps.page import markdown, page, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import ONE_START, T_95, Difference, judge, paired, summarise
+from consonar.sweeps.summary import ONE_START, T_95, Difference, judge, paired, summarise, told_once
 from consonar.sweeps.work import run_sweep, states
 
 QUIET = {
@@ -207,6 +207,8 @@ def test_results_and_runs_of_files_that_were_made_anew_in_their_place_are_refuse
 ):
     for name, origin in (("train", stores[0]), ("validation", stores[1]), ("classes", classes)):
         shutil.copytree(origin, tmp_path / name)
+    told = json.loads((tmp_path / "train" / METADATA_FILE).read_text()) | {"source_sha256": "pictures"}
+    (tmp_path / "train" / METADATA_FILE).write_text(json.dumps(told))
     table["seeds"], out = 1, tmp_path / "out"
     table["rows"] = {name: table["rows"][name] for name in ("plain", "ce")}
     table["rows"]["plain"] |= {"data.tokens": "train", "data.validation_tokens": "validation", "match": []}
@@ -231,6 +233,12 @@ def test_results_and_runs_of_files_that_were_made_anew_in_their_place_are_refuse
     shutil.copytree(tmp_path / "kept", tmp_path / "train")
     (tmp_path / "train" / TOKENS_FILE).write_bytes(b"cut")
     refused("'train'.* not a token store, damaged or cut short")
+    shutil.copyfile(tmp_path / "kept" / TOKENS_FILE, tmp_path / "train" / TOKENS_FILE)
+    rounded = told | {"content_sha256": "of a processor that decides near ties otherwise"}
+    (tmp_path / "train" / METADATA_FILE).write_text(json.dumps(rounded))
+    run_sweep(sweep, out, str)  # tokens of the same pictures
+    (tmp_path / "train" / METADATA_FILE).write_text(json.dumps(rounded | {"views": "others"}))
+    refused("the content of data.tokens is '.{12}' there and 'of a process' here; remove it")
     shutil.rmtree(tmp_path / "train")
     shutil.copytree(tmp_path / "validation", tmp_path / "train")
     refused("results/plain-0.json: the content of data.tokens is '.{12}' there and '.{12}' here; remove it")
@@ -665,3 +673,12 @@ def test_at_equal_entropy_both_have_the_guidance_at_which_the_start_was_drawn(ta
 )
 def test_the_sweeps_of_the_repository_are_valid(file, tmp_path):
     assert len(read_sweep(file, tmp_path).cells) >= 10
+
+
+def test_remarks_that_differ_in_their_numbers_alone_are_told_once():
+    drawn = [
+        f"FD(lite0) is high: {count} of run-3 score {value}" for count, value in (("1,024", 16.5), ("1,024", 7.81))
+    ]
+    assert told_once([*drawn, "2 empty", drawn[0], "2 full"]) == [
+        "FD(lite0) is high: 1,024 of run-3 score 7.81 to 16.5", "2 empty", "2 full",
+    ]  # fmt: skip

@@ -32,6 +32,8 @@ Hashes = dict[str, str]
 Read = tuple[str, tuple[str | None, ...]]
 """That key, and all that says what is read."""
 REFERENCE, NETWORK = "evaluate.reference", "evaluate.feature_network"
+MADE_OF = " made of"
+"""Ends the key of what tokens were made of (`store_made_of`); the key without it is that of the tokens themselves."""
 
 
 def tokenizer_of(cell: Cell) -> str:
@@ -90,6 +92,7 @@ class Contents:
             for key, path in (("data.tokens", data.tokens), ("data.validation_tokens", data.validation_tokens)):
                 if path is not None:
                     reads.append(((key, (path,)), partial(store_content, path)))
+                    reads.append(((key + MADE_OF, (path,)), partial(store_made_of, path)))
         else:
             reads.append((("data.images", (*map(str, to_dict(data).values()), start)), pictures))
         return {key[0]: sha256 for key, read in reads if (sha256 := self.once(key, read)) is not None}
@@ -126,14 +129,25 @@ def of_origin(origin: Origin) -> Hashes:
 
 
 def known_to_both(now: Hashes, before: Hashes) -> tuple[dict[str, object], dict[str, object]]:
-    """What both know, named as in a message."""
-    shared = sorted(now.keys() & before.keys())
+    """What both know, named as in a message. Tokens made alike are the same, though another processor, which rounds
+    otherwise, may have decided between two codes at equal distance otherwise."""
+    alike = {key for key, value in now.items() if key.endswith(MADE_OF) and before.get(key) == value}
+    shared = sorted(
+        key for key in now.keys() & before.keys() if not key.endswith(MADE_OF) and key + MADE_OF not in alike
+    )
     ours, theirs = ({f"the content of {key}": one[key][:12] for key in shared} for one in (now, before))
     return {**ours}, {**theirs}
 
 
 def store_content(path: str) -> str | None:
     return as_one([TokenStore.open(one) for one in store_paths(path)]).origin.data_sha256
+
+
+def store_made_of(path: str) -> str | None:
+    """Hash of the pictures, their views and the precision; None where one is not known, as of imported tokens."""
+    stores = [TokenStore.open(one).metadata for one in store_paths(path)]
+    told = [(one.source_sha256, one.counts.items, one.views, one.precision) for one in stores]
+    return None if any(None in one for one in told) else hashlib.sha256(f"{told}".encode()).hexdigest()
 
 
 def is_here(spec: str | None) -> bool:

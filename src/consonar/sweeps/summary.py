@@ -9,6 +9,7 @@ that start they get no verdict, for it holds nothing of what training and drawin
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
@@ -18,6 +19,7 @@ from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, in_order, metric_of
 from consonar.report.records import held_out_of, measurement_text
 from consonar.report.tables import UNMEASURED, Verdict
+from consonar.sweeps.contents import MADE_OF
 from consonar.sweeps.plan import Sweep
 from consonar.sweeps.protocols import Protocols, measured_as
 
@@ -30,6 +32,8 @@ T_95 = (
 """The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; with more than these the last one is used."""
 ONE_START = "against one draw of the start"
 """The word of a comparison without a verdict."""
+NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?\b")
+"""In a remark; digits of a name (`inception-v3`, `run-0`) are none."""
 BEST, EQUAL_ENTROPY, TRAINING = "each at its own best temperature", "at equal entropy", "training"
 
 
@@ -235,14 +239,34 @@ def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
         start = sweep.cells[name].start
         if start and start.name in scored and scored[start.name]["weights"] != one["start_weights"]:
             notes.append(f"{name} started from {start.name} trained again, to other weights than were measured.")
+    tokens: dict[str, set[str]] = {}
+    for held in (one.get("contents") or {} for one in scored.values()):
+        for key in held.keys() & {key.removesuffix(MADE_OF) for key in held if key.endswith(MADE_OF)}:
+            tokens.setdefault(held[key + MADE_OF], set()).add(held[key])
+    if any(len(found) > 1 for found in tokens.values()):
+        notes.append("The cells' tokens are of the same pictures and not all equal: processors round otherwise.")
     for what, values in (
         ("machines", [one["results"]["machine"] for one in scored.values()]),
         ("versions of torch", [one["versions"]["torch"] for one in scored.values()]),
     ):
         if len(set(values)) > 1:
             notes.append(f"The cells were run with different {what}: {', '.join(sorted(set(values)))}.")
-    remarks = dict.fromkeys(line for one in scored.values() for line in one["results"]["remarks"])
-    return notes + [f"{line}." for line in remarks]
+    return notes + [
+        f"{line}." for line in told_once(line for one in scored.values() for line in one["results"]["remarks"])
+    ]
+
+
+def told_once(remarks: Iterable[str]) -> list[str]:
+    """Each remark once; those that differ in their numbers alone (a bias drawn by seed) as one, with their ranges."""
+    kinds: dict[tuple[str, ...], list[list[str]]] = {}
+    for line in dict.fromkeys(remarks):
+        kinds.setdefault(tuple(NUMBER.split(line)), []).append(NUMBER.findall(line))
+    told = []
+    for (first, *texts), found in kinds.items():
+        ranges = [sorted(set(each), key=lambda text: float(text.replace(",", ""))) for each in zip(*found, strict=True)]
+        numbers = (each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in ranges)
+        told.append(first + "".join(number + text for number, text in zip(numbers, texts, strict=True)))
+    return told
 
 
 def value_cells(setting: Setting, row: str, columns: Sequence[str]) -> list[str]:
