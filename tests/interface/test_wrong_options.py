@@ -137,9 +137,15 @@ def test_rewards_are_named_together_with_what_they_need(tmp_path, capsys):
 
 
 def test_a_wrong_option_of_train_names_the_help_that_lists_it(tmp_path, capsys):
-    assert told(["train", "ar-openmoji", "--out", str(tmp_path / "x"), "--optim.lr", "fast"], capsys).endswith(
-        "see: consonar train ar-openmoji --help"
-    )
+    for words, message in (
+        (["--optim.lr", "fast"], "--optim.lr: 'fast' is not a number"),
+        (["--loop.steps=3.5"], "--loop.steps: '3.5' is not a whole number"),
+        (["--data.tokens"], "--data.tokens: a value is missing"),
+    ):
+        found = told(["train", "ar-openmoji", "--out", str(tmp_path / "x"), *words], capsys)
+        assert found.endswith(f"train ar-openmoji: {message}; see: consonar train ar-openmoji --help")
+    several = told(["sample", "openmoji", "--out", str(tmp_path / "x"), "--num-samples", "few"], capsys)
+    assert several.endswith("sample: --num-samples: 'few' is not a whole number or None; see: consonar sample --help")
 
 
 def test_the_nearest_choice_is_suggested_in_any_case():
@@ -188,6 +194,8 @@ def test_wrong_settings_of_an_evaluation_are_refused_before_a_model_is_read():
             {"temperatures": [1.0, -1.0]},
             r"temperature: -1\.0 is not in \[1e-06, 1e\+06\]; 0 takes the most likely token",
         ),
+        ({"temperatures": [1.0, 0.5, 1.0]}, r"temperatures: \[1\.0, 0\.5, 1\.0\] has one twice; keep one of each"),
+        ({"guidance_scales": [2, 2]}, r"guidance_scales: \[2, 2\] has one twice"),
         ({"temperatures": [float("nan")]}, r"temperature: nan is not a finite number"),
         ({"draws": 0}, r"draws: 0; choose 1 or more"),
         ({"draws": 10**20}, r"100000000000000000000 draws .* need 4000"),

@@ -101,6 +101,9 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
         open_source(str(tmp_path), image_size=8)
     with pytest.raises(UserError, match="it is a file"):
         open_source(str(tmp_path / "stray.png"), image_size=8)
+    (tmp_path / "many.tar").touch()
+    with pytest.raises(UserError, match=r"it is a file, which webdataset:.*many\.tar reads"):
+        open_source(str(tmp_path / "many.tar"), image_size=8)
     with pytest.raises(UserError, match="no folder"):
         open_source(f"imagefolder:{tmp_path}/nowhere", image_size=8)
 

@@ -12,7 +12,7 @@ from torch import nn
 from consonar.components import load_generator, load_tokenizer, read_origin, save_generator
 from consonar.errors import UserError
 from consonar.files.weights import component_fingerprint, finish_save, is_component, load_weights, save_tensors
-from consonar.files.writers import write_atomically
+from consonar.files.writers import remove_halves, write_atomically
 from consonar.origin import Origin
 from consonar.training.checkpoints import State, list_resume, load_resume, save_resume
 
@@ -286,3 +286,25 @@ def test_a_resume_file_with_a_part_that_is_something_else_is_refused_by_name(par
     torch.save(torch.load(path, weights_only=True) | {part: value}, path)
     with pytest.raises(UserError, match=r"step_00000004\.pt: "):
         moving().restore(load_resume(path), str(path))
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_of_outputs_named_alike(tmp_path, monkeypatch):
+    half = []
+    monkeypatch.setattr(
+        "consonar.files.writers.Path.unlink", lambda path, missing_ok: half.append(path)
+    )  # it is killed
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "s[1]", lambda path: (path.touch(), os.kill(os.getpid(), 2), path.read_bytes()))
+    monkeypatch.undo()
+    others = [
+        ".s[1].npz.12-abcdef.partial",
+        ".s[1].flip.partial",
+        ".s1.12-abcdef.partial",
+        ".s[1].12-abcdef.partial.npz",
+    ]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".s[1].12-fedcba.partial").mkdir()
+    assert half[0].exists()
+    remove_halves(tmp_path / "s[1]")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, ".s[1].12-fedcba.partial"}

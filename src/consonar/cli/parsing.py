@@ -107,6 +107,10 @@ def check_empty(args: Sequence[str]) -> None:
             raise UserError(f"{option}: given an empty value; give one, or leave it away")
 
 
+KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
+"""What tyro calls the kinds of values, in words."""
+
+
 def in_one_line(box: str) -> str:
     """The message and the first suggestion of a tyro error box, in one line."""
     paragraphs: list[list[str]] = [[]]
@@ -117,7 +121,13 @@ def in_one_line(box: str) -> str:
         elif text:
             paragraphs[-1].append(text)
     found = [" ".join(words) for words in paragraphs if words and "full helptext" not in " ".join(words)]
-    return " (".join(found[:2]) + (")" if len(found) > 1 else "")
+    told = " (".join(found[:2]) + (")" if len(found) > 1 else "")
+    if missing := re.match(r"Missing value for argument '(\S+)'", told):
+        return f"{missing[1]}: a value is missing"
+    if wrong := re.match(r"Error parsing (\S+): [^']*'([^']*)'.* \(Argument helptext: .*?\1 (\S+)", told):
+        kinds = " or ".join(KINDS.get(kind, kind) for kind in reversed(wrong[3].split("|")))
+        return f"{wrong[1]}: {wrong[2]!r} is not {kinds}"
+    return told
 
 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:

@@ -19,8 +19,12 @@ def cifar10_place(target: str) -> str:
     """Where the pictures are: the folder `target`, else the one that `$CONSONAR_CIFAR10` names, else `cifar10` in the
     cache folder where it is there, else the public data set. Raises `UserError` for a folder that is not there."""
     named = target or os.environ.get(VARIABLE)
-    if named and not home_expanded(named.partition("?")[0]).is_dir():
-        raise UserError(f"{'data: cifar10' if target else VARIABLE}: no folder {named!r}")
+    if named:
+        folder = home_expanded(named.partition("?")[0])
+        if not [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]:
+            found = "holds no such file" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+            layout = "a copy is a folder of Parquet files with the columns img and label"
+            raise UserError(f"{'data: cifar10:' if target else VARIABLE + ': '}{named} {found}; {layout}")
     local = cache_dir() / "cifar10"
     return named or (str(local) if local.is_dir() else HUB)
 

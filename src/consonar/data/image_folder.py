@@ -13,6 +13,8 @@ from consonar.types import ImageRecord
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 """The splits that can be asked for, and the names under which folders and data sets hold them."""
+READERS = {".tar": "webdataset", ".parquet": "parquet"}
+"""By the ending of a file that holds many pictures, the kind of source that reads it."""
 
 
 def choose_split(split: str, available: Sequence[str], where: str) -> str:
@@ -69,7 +71,9 @@ class ImageFolder:
     def __init__(self, root: str | Path, split: str = "train") -> None:
         root = home_expanded(root)
         if not root.is_dir():
-            raise UserError(f"data: no folder {str(root)!r}" + (" (it is a file)" if root.exists() else ""))
+            reader = READERS.get(root.suffix.lower(), "")
+            hint = f" (it is a file{f', which {reader}:{root} reads' if reader else ''})" if root.exists() else ""
+            raise UserError(f"data: no folder {str(root)!r}{hint}")
         folder, class_folders = self._layout(root, split)
         self.root = root
         self.name = f"imagefolder:{root.resolve()}[{split if folder == root else label_of(split, folder.name)}]"

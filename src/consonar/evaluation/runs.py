@@ -78,6 +78,8 @@ class RunSettings(EvaluationSettings):
         if not self.wants("fd"):
             raise UserError(f"metrics: {', '.join(self.metrics)}; the rows of a run are ranked by fd, add it")
         for key, drawn in (("temperature", self.temperatures), ("guidance_scale", self.guidance_scales)):
+            if len({*drawn}) < len(drawn):
+                raise UserError(f"{key}s: {[*drawn]} has one twice; keep one of each")
             if drawn and (given := getattr(self.sampler, key)) not in (1, *drawn):
                 raise UserError(f"sampler.{key}: {given} is none of {key}s {[*drawn]}, at which rows are drawn; add it")
         self.grid()

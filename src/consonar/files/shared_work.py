@@ -5,13 +5,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 
 from consonar.errors import UserError
 from consonar.files.lock import LOCK_FILE, Beat, Held, Waiting, hold, is_taken, is_unused
 from consonar.files.readers import read_json
-from consonar.files.writers import write_json
+from consonar.files.writers import remove_halves, write_json
 from consonar.json_types import Json
 
 RECORD = "job.json"
@@ -93,8 +92,7 @@ class SharedWork:
                             beat()
                     except Held as error:
                         return error
-                for half in self.out.parent.glob(f".{escape(self.out.name)}.*.partial"):  # of one that was killed
-                    half.unlink()
+                remove_halves(self.out)
                 finish(beat)
                 remove(self.folder)
         return None

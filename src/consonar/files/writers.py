@@ -46,6 +46,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def remove_halves(path: Path) -> None:
+    """Removes what `write_atomically` left beside `path` in a process that was killed at it, and nothing of outputs
+    whose names go on after a dot (`s.npz` beside `s`)."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{6}}\.partial")
+    for half in path.parent.iterdir():
+        if name.fullmatch(half.name) and half.is_file():
+            half.unlink(missing_ok=True)
+
+
 @contextmanager
 def no_room_said(path: Path) -> Iterator[None]:
     """Around what writes beside `path` and then renames: `UserError` where there is no room, with why, what is free,
