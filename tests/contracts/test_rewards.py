@@ -61,18 +61,18 @@ def perturbations(originals, rng):
 @pytest.mark.parametrize("name", PLACED_REWARDS)
 def test_a_run_in_bf16_ranks_the_draws_of_a_picture_as_one_in_float32(name, build, originals, rng):
     """Blocks of the picture replaced, as draws replace tokens. Only LPIPS multiplies in bf16: what that moves is under
-    2 % of the spread within a group, and under 1 % of the reward."""
-    blocks = torch.rand(5, 8, 3, 8, 8, generator=rng) * 1.8 - 0.9
-    kept = torch.rand(5, 8, 1, 8, 8, generator=rng) < 0.8
+    2 % of the spread within a group, and under 1 % of the reward. Few pictures: without bf16 a CPU takes half a second
+    for each."""
+    originals = originals[:2]
+    blocks = torch.rand(2, 6, 3, 8, 8, generator=rng) * 1.8 - 0.9
+    kept = torch.rand(2, 6, 1, 8, 8, generator=rng) < 0.8
     small = torch.where(kept, originals[:, None, :, ::4, ::4], blocks)
     images = small.repeat_interleave(4, 3).repeat_interleave(4, 4).flatten(0, 1)
     exact, found = (rated(build({name: 1.0}, dtype=dtype), images, originals)[0] for dtype in (None, torch.bfloat16))
     assert found.dtype == torch.float32 and torch.equal(found, exact) == (name != "lpips")
-    moved = (found - exact).view(5, 8)
-    spread = exact.view(5, 8).std(1).mean()
-    assert (moved - moved.mean(1, keepdim=True)).std() < 0.02 * spread and (
-        moved.abs() < 0.01 * exact.abs().view(5, 8)
-    ).all()
+    moved, exact = (found - exact).view(2, 6), exact.view(2, 6)
+    spread = exact.std(1).mean()
+    assert (moved - moved.mean(1, keepdim=True)).std() < 0.02 * spread and (moved.abs() < 0.01 * exact.abs()).all()
 
 
 def test_the_table_is_complete():

@@ -302,11 +302,12 @@ def test_a_model_to_match_is_told_by_its_option_and_may_be_one_of_the_package(mo
         sharpness.match(load_generator(model), Path("openmoji"))
 
 
-def test_results_of_samples_that_no_file_keeps_are_said_to_be_so(tmp_path, capsys):
+def test_results_of_samples_that_no_file_keeps_are_said_to_be_so(tmp_path, quarters, capsys):
     colours = np.random.default_rng(0).integers(0, 255, (16, 16, 16, 3), np.uint8)
     for name in ("a", "b"):
         np.savez(tmp_path / f"{name}.npz", arr_0=colours)
     command = ["evaluate", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "b.npz"), "--metrics", "fd"]
+    command += ["--feature-network", "quarters"]
     cli.main(command)
     assert "results: in no file; --out FILE keeps them" in capsys.readouterr().out
     cli.main([*command, "--out", str(tmp_path / "r.json")])
