@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,20 +28,26 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [values] if isinstance(values, Tensor) else []
 
 
+@cache
+def changed_by(func: Any) -> list[tuple[int, str]]:
+    """Place and name of the arguments that an operation changes; PyTorch makes its schema anew for all who ask."""
+    arguments = enumerate(func._schema.arguments)
+    return [(place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The arguments that an operation changes."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return tensors_in([given.get(name) for name in changed])
+    return tensors_in([args[place] if place < len(args) else kwargs.get(name) for place, name in changed_by(func)])
 
 
 def is_launch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
     """Whether the device does something: not for views and for memory that is only taken."""
     if written(func, args, kwargs):
         return True
+    if func._opname.startswith(("empty", "new_empty")):
+        return False
     known = {storage_of(tensor) for tensor in tensors_in([*args, *kwargs.values()])}
-    made = [tensor for tensor in tensors_in(result) if storage_of(tensor) not in known]
-    return bool(made) and not func._opname.startswith(("empty", "new_empty"))
+    return any(storage_of(tensor) not in known for tensor in tensors_in(result))
 
 
 class Tape:

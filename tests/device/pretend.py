@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,8 +159,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             check_generator(func, leaf, claimed)
     if not inside and not claimed:
         return func(*args, **kwargs)
-    in_parts = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    if torch.is_inference_mode_enabled() and in_parts and func._opname != "scaled_dot_product_attention":
+    if torch.is_inference_mode_enabled() and in_parts(func) and func._opname != "scaled_dot_product_attention":
         with Pretence():  # outside of inference mode, operations arrive here in parts anyway
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
@@ -170,6 +170,12 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch.inference_mode(False), torch.no_grad():
         result = compute(func, tuple(map(plain, args)), {key: plain(value) for key, value in kwargs.items()})
     return claim(func, args, kwargs, result) if claimed else result
+
+
+@cache
+def in_parts(func: Any) -> bool:
+    """Whether PyTorch writes an operation as others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,11 +201,9 @@ def on_device(device: torch.device) -> bool:
 
 def claim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """The results as pretended tensors; of an operation in place the tensor that it was given."""
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(result, Tensor):
-            given = args[index] if index < len(args) else kwargs.get(argument.name)
-            if isinstance(given, Tensor):
-                return given
+    if isinstance(result, Tensor):
+        for given in graphs.written(func, args, kwargs):
+            return given
     return pretended(result)
 
 
