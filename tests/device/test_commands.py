@@ -21,6 +21,7 @@ from consonar.data.tokens import TokenStore
 from consonar.diagnostics.diagnose import PARTS
 from consonar.generators.rear import ReARConfig
 from consonar.tokenizers.vqgan import MaskGITConfig
+from consonar.training import best
 from consonar.training import policy_gradient as policy
 
 LOOP = {"steps": 2, "batch_size": 4, "log_every": 1, "precision": "bf16"}
@@ -82,11 +83,11 @@ def test_samples_of_a_run_are_drawn_and_measured(cuda, root: Path, tmp_path: Pat
     )
     cli.main(
         ["evaluate", drawn, "--reference", str(root / "pictures"), "--tokenizer", str(root / "tokenizer"),
-         "--draws", "2", "--out", str(results)]
+         "--draws", "2", "--metrics", "precision,copy-rate", "--out", str(results)]
     )  # fmt: skip
-    assert {"copy rate (tokens)", "precision", "FD(efficientnet-lite0) train"} <= set(
-        json.loads(results.read_text())["metrics"]
-    )
+    content = json.loads(results.read_text())
+    assert {"copy rate (tokens)", "copy rate (features)", "precision"} <= set(content["metrics"])
+    assert content["feature_network"]["name"] == "efficientnet-lite0"
     assert (tmp_path / "grid.png").is_file()
 
 
@@ -106,7 +107,7 @@ def test_a_run_is_diagnosed(cuda, root: Path, tmp_path: Path, parts: Collection[
 
 
 def test_a_run_is_measured_over_temperatures_and_matched(cuda, quarters, root: Path) -> None:
-    """By a small network: distances of 1,280 features are no matter of a device, and that one was there above."""
+    """By a small network: distances of 1,280 features are no matter of a device, and what has them was there above."""
     run = root / "rear"
     cli.main(
         ["evaluate", str(run), "--reference", str(root / "pictures"), "--num-samples", "8", "--draws", "2",
@@ -121,8 +122,8 @@ def test_a_run_is_measured_over_temperatures_and_matched(cuda, quarters, root: P
 def test_a_sweep_is_trained_and_measured(cuda, quarters, root: Path) -> None:
     options = {f"loop.{name}": value for name, value in LOOP.items()} | {"data.tokens": str(root / "tokens")}
     study = {
-        "base": "ar-openmoji", "options": {**options, "tokenizer": str(root / "tokenizer"), "model.num_layers": 1},
-        "rows": {"plain": {}},
+        "base": "ar-openmoji", "options": {**options, "tokenizer": str(root / "tokenizer")},
+        "rows": {"plain": {"model.num_layers": 1, "model.width": 32, "model.num_heads": 2}},
         "evaluate": {"reference": str(root / "pictures"), "feature_network": "quarters", "num_samples": 8, "draws": 2},
     }  # fmt: skip
     (root / "study.yaml").write_text(yaml.safe_dump(study))
@@ -133,12 +134,13 @@ def test_a_sweep_is_trained_and_measured(cuda, quarters, root: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["vapi-spatial-openmoji", "ce-openmoji", "ste-openmoji"])
-def test_a_generator_is_post_trained(cuda, root: Path, base: str) -> None:
+def test_a_generator_is_post_trained(cuda, quarters, root: Path, base: str, monkeypatch) -> None:
+    monkeypatch.setattr(best, "NETWORK", "quarters")
     name = base.removesuffix("-openmoji")
     train(
         root, name, base=base, init=str(root / "rear"), data={"images": str(root / "pictures")},
-        objective={"rewards": {"mse": 1.0, "efficientnet-lite0": 1.0}} if name.startswith("vapi") else {},
-        loop=LOOP | {"accumulation": 2, "validate_every": 2, "fd_samples": 4 if name == "ce" else 0},
+        objective={"rewards": {"mse": 1.0, "efficientnet-lite0": 1.0}, "group_size": 2} if name[0] == "v" else {},
+        loop=LOOP | {"batch_size": 2, "accumulation": 2, "validate_every": 2, "fd_samples": 4 if name == "ce" else 0},
     )  # fmt: skip
     lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
     assert any("validation/reward" in line for line in lines)
@@ -176,15 +178,15 @@ def test_a_run_without_memory_says_where_it_went_and_what_to_change(cuda, root: 
     ]  # fmt: skip
 
 
-def test_a_tokenizer_is_trained_and_measured(cuda, root: Path) -> None:
+def test_a_tokenizer_is_trained_and_measured(cuda, quarters, root: Path) -> None:
     train(
         root, "codec", base="tokenizer-openmoji-64", data={"images": str(root / "pictures")},
         model={"image_size": 32, "vocab_size": 32, "code_dim": 4, "base_channels": 8, "latent_channels": 8,
                "channel_multipliers": [1, 1, 2, 2], "num_groups": 4},
         objective={"discriminator_weight": 0.1, "discriminator_start": 0, "revive_after": 1},
-        loop=LOOP | {"accumulation": 2, "validate_every": 1, "sample_every": 1},
+        loop=LOOP | {"batch_size": 2, "accumulation": 2, "validate_every": 1, "sample_every": 1},
     )  # fmt: skip
-    cli.main(["evaluate", str(root / "codec"), "--reference", str(root / "pictures")])
+    cli.main(["evaluate", str(root / "codec"), "--reference", str(root / "pictures"), "--feature-network", "quarters"])
     assert (root / "codec" / "reconstruction.json").is_file()
 
 
