@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VQ, Pictures, picture
+from conftest import TINY_VQ, Pictures, save_pictures
 from contracts.test_generators import KINDS, LENGTH, make_condition, make_generator
 from device.test_models import TOKENIZER_CASES, make_tokenizer
 from rounding import assert_rounding
@@ -26,6 +26,7 @@ from consonar.generators.rear import ReARConfig
 from consonar.origin import of_tokenizer
 from consonar.sampling.job import Job, run_job
 from consonar.sampling.sample import SamplerConfig, sample_tokens
+from consonar.training import best
 from consonar.training import run as runs
 from consonar.training.config import DataConfig
 from consonar.training.objectives.autoregressive import AutoregressiveConfig
@@ -76,38 +77,40 @@ def test_all_blocks_are_one_graph_and_no_sampling_adds_to_it(name, rng, counter)
 
 
 @pytest.fixture
-def run_configs(make_config, picture_folder, tmp_path):
-    """By the number of graphs: that of the blocks, or those of a tokenizer's encoder and decoder."""
+def run_config(request, make_config, picture_folder, tmp_path):
+    """The run of a name, by the number of graphs: that of the blocks, or those of a tokenizer's encoder and decoder."""
     measured = {"validate_every": 1, "sample_every": 1, "ema_decay": 0.5, "compile": True, "steps": 3}
-    for index in range(12):
-        folder = tmp_path / "labelled" / ("train", "validation")[index % 2] / "abc"[index % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        picture(index).save(folder / f"{index}.png")
-    labelled = DataConfig(images=str(tmp_path / "labelled"))
+    if request.param == "reAR":
+        model = ReARConfig(width=32, num_layers=3, num_heads=4, dropout=0.1)
+        heads = AutoregressiveConfig(embedding_weight=1.0, head_width=16)
+        return 1, make_config(model=model, objective=heads, loop=measured | {"accumulation": 2})
+    if request.param == "tokenizer":
+        plain = ReconstructionConfig(perceptual_weight=0, discriminator_weight=0.1, revive_after=1)
+        model, data = replace(TINY_VQ, channel_multipliers=(1, 2)), DataConfig(images=str(picture_folder))
+        return 2, make_config(tokenizer=None, model=model, objective=plain, data=data, loop=measured)
+    labelled = save_pictures(tmp_path / "labelled", train=6)
     start = train(make_config(loop={"steps": 1}), tmp_path / "start", quiet=True)
-    model = ReARConfig(width=32, num_layers=3, num_heads=4, dropout=0.1)
-    heads = AutoregressiveConfig(embedding_weight=1.0, head_width=16)
     policy = PolicyConfig(rewards={"mse": 1.0}, group_size=2, inner_epochs=2)
-    plain = ReconstructionConfig(perceptual_weight=0, discriminator_weight=0.1, revive_after=1)
-    return {
-        "reAR": (1, make_config(model=model, objective=heads, loop=measured | {"accumulation": 2})),
-        "post-training": (1, make_config(
-            init=str(start), tokenizer=None, model=None, objective=policy, data=labelled,
-            loop=measured | {"batch_size": 4, "fd_samples": 4},
-        )),
-        "tokenizer": (2, make_config(
-            tokenizer=None, model=TINY_VQ, objective=plain, data=DataConfig(images=str(picture_folder)), loop=measured,
-        )),
-    }  # fmt: skip
+    return 1, make_config(
+        init=str(start), tokenizer=None, model=None, objective=policy, data=DataConfig(images=str(labelled)),
+        loop=measured | {"batch_size": 4, "fd_samples": 4},
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["reAR", "post-training", "tokenizer"])
+@pytest.mark.parametrize(
+    ("run_config", "counter"),
+    # Graphs are the front end's; that blocks have gradients in one is asked above. The convolutions of a tokenizer
+    # would take inductor minutes.
+    [("reAR", "eager"), ("post-training", "eager"), ("tokenizer", "aot_eager"),
+     pytest.param("reAR", *INDUCTOR.values, marks=INDUCTOR.marks),
+     pytest.param("post-training", *INDUCTOR.values, marks=INDUCTOR.marks)],
+    indirect=True,
+)  # fmt: skip
 def test_a_run_that_validates_and_shows_pictures_compiles_nothing_anew(
-    name, run_configs, counter, tmp_path, monkeypatch
+    run_config, counter, quarters, tmp_path, monkeypatch
 ):
-    graphs, config = run_configs[name]
-    if name == "tokenizer" and counter.backend == "inductor":
-        pytest.skip("its convolutions take minutes to compile")
+    graphs, config = run_config
+    monkeypatch.setattr(best, "NETWORK", "quarters")
     monkeypatch.setattr(runs, "compile_for_training", lambda part: compile_for_training(part, backend=counter))
     lines = read_metrics(train(config, tmp_path / "run", quiet=True) / "metrics.jsonl")
     assert counter.frame_count == graphs
@@ -115,8 +118,9 @@ def test_a_run_that_validates_and_shows_pictures_compiles_nothing_anew(
     assert len(list((tmp_path / "run" / "samples").iterdir())) >= 2
 
 
-def test_a_tokenizer_is_not_compiled_in_bf16_on_a_cpu(run_configs, tmp_path):
-    config = run_configs["tokenizer"][1]
+@pytest.mark.parametrize("run_config", ["tokenizer"], indirect=True)
+def test_a_tokenizer_is_not_compiled_in_bf16_on_a_cpu(run_config, tmp_path):
+    config = run_config[1]
     with pytest.raises(UserError, match=r"^loop\.compile: .* set loop\.precision fp32"):
         train(replace(config, loop=replace(config.loop, precision="bf16")), tmp_path / "run", quiet=True)
 
