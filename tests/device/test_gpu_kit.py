@@ -32,7 +32,7 @@ PARITY_CASES = [
     "generators: llamagen: a pass", "generators: rear: sampling, filtered", "tokenizers: vqgan-plus, signs",
     "objectives: post-training, vapi", "objectives: post-training, ste", "networks: features of inception-pytorch",
     "networks: features of efficientnet", "networks: features of clip", "networks: features of dinov2",
-    "networks: text encoder t5", "networks: distance", "networks: patch", "rewards:",
+    "networks: text encoder t5", "networks: distance efficientnet", "networks: patch", "rewards: lpips",
 ]  # fmt: skip
 """Every function of the script; every case is in the other files here."""
 
@@ -78,7 +78,7 @@ def test_parity_fails_where_the_device_computes_something_else(cuda, parity, mon
         return model.to(device)
 
     monkeypatch.setattr(parity, "moved", moved_and_changed)
-    cases = ["rear: a pass", "tokenizers: vq", "distance lpips"]
+    cases = ["rear: a pass", "tokenizers: maskgit", "distance efficientnet"]
     with pytest.raises(SystemExit) as ended:
         parity.main(["--only", *cases, "rewards: mse"])
     *lines, last = capsys.readouterr().out.split("FAILS: ")
