@@ -27,6 +27,12 @@ def test_every_room_has_a_floor() -> None:
     assert {house.room(module) for module in house.modules()} == {name for rooms in house.FLOORS for name in rooms}
 
 
+def test_the_readme_names_every_room() -> None:
+    block = (Path(__file__).parents[2] / "README.md").read_text().partition("## The house")[2].split("```")[1]
+    rooms = {name for rooms in house.FLOORS for name in rooms if not name.startswith("__")}
+    assert rooms <= set(block.replace(",", " ").split())
+
+
 def test_no_arrow_points_up() -> None:
     arrows = {(house.room(one.source), house.room(one.target)) for one in IMPORTS}
     ground = set(house.FLOORS[-1])

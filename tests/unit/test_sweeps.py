@@ -638,10 +638,16 @@ def test_training_is_compared_on_the_same_held_out_data_alone(table, write, tmp_
     results = {name: scored(cell, {1.0: 5.0}) for name, cell in sweep.cells.items()}
     for name, one in results.items():
         data = {"validation_tokens": "tokens", "validation_items": 500 if name.startswith("ce") else 1000}
+        if name.startswith("rear"):  # left open: what lies beside
+            data |= {"validation_tokens": None, "tokens": "a,b"}
         one["asked"]["config"] = {"data": data}
     text = markdown(summarise(sweep, results)).partition("## Training")[2]
-    assert "| ce (validation 2) |" in text and "ce − plain" not in text and "| rear − plain |" in text
+    assert "| ce (validation 2) |" in text and "ce − plain" not in text and "rear − plain" not in text
     assert "Validation 1: up to 1,000 of tokens." in text and "Validation 2: up to 500 of tokens." in text
+    assert "Validation 3: up to 1,000 of a-validation,b-validation." in text
+    for name in ("rear-0", "rear-1"):
+        results[name]["asked"]["config"]["data"]["validation_tokens"] = "tokens"
+    assert "| rear − plain |" in markdown(summarise(sweep, results)).partition("## Training")[2]
 
 
 @pytest.mark.parametrize("start", [{"cell": "plain"}, {"cell": "plain", "seed": 0}])

@@ -255,7 +255,8 @@ def measure_generator(options: Options, place: Path, reference: str, world: Worl
     for row in content["rows"]:
         metrics = {name: Measurement(**found) for name, found in row["metrics"].items()}
         guided = f", guidance {row['guidance_scale']:g}" if scales else ""
-        print_metrics(metrics, f"temperature {row['temperature']:g}{guided}")
+        matched = f", entropy of {row['matched_to']}" if "matched_to" in row else ""
+        print_metrics(metrics, f"temperature {row['temperature']:g}{guided}{matched}")
     say_about(content["protocol"], content["unavailable"], content["remarks"])
     say(f"results: {place / 'results.json'}")
 

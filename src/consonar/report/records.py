@@ -135,7 +135,11 @@ def held_out_of(config: JsonMap, origin: JsonMap) -> tuple[str, str]:
     what they are called."""
     data = known if isinstance(known := config.get("data"), Mapping) else {}
     split, items = data.get("validation_split"), data.get("validation_items")
-    place = data.get("validation_tokens") or f"{data.get('images')}{f' ({split})' if split else ''}"
+    beside = ",".join(f"{path}-validation" for path in str(data.get("tokens") or "").split(",") if path)
+    tokens = (
+        beside if data.get("validation_tokens") is None else data["validation_tokens"]
+    )  # left open, it is filled so
+    place = tokens or f"{data.get('images')}{f' ({split})' if split else ''}"
     codec = origin.get("tokenizer_fingerprint") or config.get("tokenizer")
     key = str([origin.get("validation_sha256") or place, codec, items])
     return key, f"up to {items:,} of {place}" if isinstance(items, int) else place
