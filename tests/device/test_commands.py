@@ -106,13 +106,14 @@ def test_a_run_is_diagnosed(cuda, root: Path, tmp_path: Path, parts: Collection[
     )
 
 
-def test_a_run_is_measured_over_temperatures_and_matched(cuda, quarters, root: Path) -> None:
+def test_a_run_is_measured_over_temperatures_and_matched(cuda, quarters, root: Path, capsys) -> None:
     """By a small network: distances of 1,280 features are no matter of a device, and what has them was there above."""
     run = root / "rear"
     cli.main(
         ["evaluate", str(run), "--reference", str(root / "pictures"), "--num-samples", "8", "--draws", "2",
          "--temperatures", "1,0", "--match", str(run), "--feature-network", "quarters"]
     )  # fmt: skip
+    assert "entropy of rear" in capsys.readouterr().out
     content = json.loads((run / "results.json").read_text())
     assert content["machine"] == "a pretended device"
     assert {"entropy (teacher-forced)", "copy rate (tokens)"} <= set(content["rows"][0]["metrics"])
