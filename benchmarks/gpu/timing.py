@@ -68,6 +68,7 @@ RELEASED_VQ = VQConfig(
 FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """Without cuDNN's attention, which PyTorch prefers on some devices."""
 BF16 = torch.bfloat16
+TOY_CODEC: dict[str, Any] = {"base_channels": 32, "image_size": 32}
 Call = Callable[[], object]
 
 
@@ -179,7 +180,7 @@ def coding(mode: str, network: str, bench: Bench) -> dict[str, Any]:
     """128 pictures of 256 px by MaskGIT's decoder (`network` pixels) or encoder (latents). `mode`: tf32, ieee, bf16
     weights, or those with channels last, as sampling has them; ending in `compiled`, as --compile does it, of which
     `compiled` says whether that worked."""
-    config = MaskGITConfig(base_channels=32, image_size=32) if bench.toy else MaskGITConfig()
+    config = MaskGITConfig(**TOY_CODEC) if bench.toy else MaskGITConfig()
     tokenizer = bench.made(MaskGITTokenizer, config)
     if mode.startswith("bf16"):
         tokenizer = with_weights(tokenizer, "bf16", bench.device) if mode != "bf16" else tokenizer.to(BF16)
@@ -226,7 +227,8 @@ def token_step(
 ) -> tuple[Any, Callable[[], None]]:  # fmt: skip
     """What is trained on tokens, and a step of it; `released`: reAR's arithmetic and optimizer as published."""
     shape = bench.sized(preset, vocab_size, side)
-    tokenizer = bench.made(MaskGITTokenizer, MaskGITConfig(vocab_size=vocab_size)).requires_grad_(False)
+    coded = MaskGITConfig(vocab_size=vocab_size, **TOY_CODEC if bench.toy else {})
+    tokenizer = bench.made(MaskGITTokenizer, coded).requires_grad_(False)
     specs = config.head_specs(shape.num_layers, tokenizer.code_dim)
     make = Released if released else build_generator
     trainee = bench.made(lambda shape: Trainee(make(shape), specs), shape).train()
