@@ -87,7 +87,7 @@ class Batch:
             self.cache.restart()
         self.step(self.new[:, :0])
 
-    def finish(self, on_token: Callable[[int, Tensor], None] | None) -> None:
+    def finish(self) -> None:
         """Draws the tokens after the first."""
         first = self.cache.length
         for position in range(self.length):
@@ -96,8 +96,6 @@ class Batch:
                 self.replays[self.reach(first + position - 1)]()
             elif position:
                 self.step(self.new)
-            if on_token:
-                on_token(position, self.tokens)
         if not self.finite:
             raise UserError("generator: its logits are not finite; its weights are damaged, or its training diverged")
 
@@ -179,9 +177,7 @@ class Decoder:
         self.pool: Any = None
 
     @torch.inference_mode()
-    def __call__(
-        self, condition: Condition, uniforms: Tensor, on_token: Callable[[int, Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, condition: Condition, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N), and (B,) the mean entropy of what they were drawn from; see `sample.sample_tokens`."""
         count, device = records.num_rows(condition), records.first_tensor(condition).device
         uniforms = records.to_device(uniforms, device)
@@ -192,7 +188,7 @@ class Decoder:
         batch = self.batch_of(condition, uniforms)
         with ordered_weights(self.generator, len(batch.new), batch.length):
             batch.begin(condition, uniforms)
-            batch.finish(on_token and (lambda position, tokens: on_token(position, tokens[:count])))
+            batch.finish()
         return batch.tokens[:count].clone(), batch.entropy[:count].clone()
 
     def batch_of(self, condition: Condition, uniforms: Tensor) -> Batch:

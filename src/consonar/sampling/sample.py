@@ -172,27 +172,20 @@ def sample_tokens(
     config: SamplerConfig,
     *,
     num_tokens: int | None = None,
-    on_token: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens (B, N) and the mean entropy (B,) of the filtered distributions, for B conditions and one seed per row.
 
     Conditional and null rows run as one batch of 2B while guidance is on at any position. `num_tokens`: only the first
-    ones, which are also all that the guidance schedule knows of. `on_token(position, tokens)` is called after each
-    token. Raises `UserError` for logits that are not finite.
+    ones, which are also all that the guidance schedule knows of. Raises `UserError` for logits that are not finite.
     """
-    return draw_batch(decoder_of(generator, config, num_tokens=num_tokens), condition, seeds, on_token)
+    return draw_batch(decoder_of(generator, config, num_tokens=num_tokens), condition, seeds)
 
 
-def draw_batch(
-    decoder: Decoder,
-    condition: Condition,
-    seeds: Sequence[int],
-    on_token: Callable[[int, Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+def draw_batch(decoder: Decoder, condition: Condition, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """As `sample_tokens`, by a decoder that may keep its graphs."""
     if len(seeds) != (count := records.num_rows(condition)):
         raise UserError(f"seeds: {len(seeds)} seeds for {count} conditions")
-    return decoder(condition, uniforms(seeds, len(decoder.scales)), on_token)
+    return decoder(condition, uniforms(seeds, len(decoder.scales)))
 
 
 @torch.inference_mode()
