@@ -51,7 +51,7 @@ def main() -> None:
         seconds = interleaved(
             {
                 "encoder alone": encode,
-                "decoding alone": lambda: list(prefetch(source, decoded, num_workers=0, depth=192)),
+                "decoding alone": lambda: list(prefetch(source, decoded, depth=192)),
                 "whole": lambda: write_token_store(next(stores), source, tokenizer),
             },
             args.rounds,

@@ -169,8 +169,8 @@ def tokenizer(tokenizer_folder: Path) -> VQTokenizer:
 def stores(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Path]:
     """Folders of a training store (40 images) and a validation store (10)."""
     folder, tokenizer = tmp_path_factory.mktemp("stores"), load_tokenizer(tokenizer_folder)
-    write_token_store(folder / "train", Pictures(40), tokenizer, num_workers=1)
-    write_token_store(folder / "validation", Pictures(10, first=100), tokenizer, num_workers=1)
+    write_token_store(folder / "train", Pictures(40), tokenizer)
+    write_token_store(folder / "validation", Pictures(10, first=100), tokenizer)
     return folder / "train", folder / "validation"
 
 

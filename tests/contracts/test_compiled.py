@@ -156,9 +156,7 @@ def test_jobs_compile_once_and_find_the_same(tokenizer, tiny_generator, tmp_path
     for compile in (False, True):
         job = Job(tiny_generator(), tokenizer, labels, seed=0, sampler=SAMPLER, source="run", compile=compile)
         drawn = np.load(run_job(job, tmp_path / f"{compile}.npz", batch_size=2, shard_size=6))
-        store = write_token_store(
-            tmp_path / f"store {compile}", Pictures(9), tokenizer, batch_size=4, num_workers=1, compile=compile
-        )
+        store = write_token_store(tmp_path / f"store {compile}", Pictures(9), tokenizer, batch_size=4, compile=compile)
         found.append((drawn, store.read(torch.arange(9), torch.zeros(9, dtype=torch.int64))))
         assert counter.frame_count == (2 if compile else 0)
     (samples, tokens), (others, theirs) = found

@@ -129,7 +129,7 @@ def read_generator(folder: Path) -> None:
 
 
 def make_store(folder: Path) -> None:
-    write_token_store(folder / "s", Pictures(), tokenizer(), num_workers=1)
+    write_token_store(folder / "s", Pictures(), tokenizer())
 
 
 def read_store(folder: Path) -> None:

@@ -85,7 +85,7 @@ def data(tmp_path_factory):
             tokenizer = TOKENIZERS[config.kind][1](config, name=name.replace(", ", "-"))
         folder = root / name.replace(", ", "-")
         save_tokenizer(tokenizer, folder)
-        write_token_store(root / f"{folder.name}-tokens", Pictures(12), load_tokenizer(folder), num_workers=1)
+        write_token_store(root / f"{folder.name}-tokens", Pictures(12), load_tokenizer(folder))
         made[name] = folder, root / f"{folder.name}-tokens"
     return made, root / "images"
 

@@ -18,7 +18,7 @@ from consonar.training.build import open_store
 
 @pytest.fixture
 def store(tokenizer, tmp_path):
-    return write_token_store(tmp_path / "s", Pictures(6), tokenizer, num_workers=1)
+    return write_token_store(tmp_path / "s", Pictures(6), tokenizer)
 
 
 @pytest.mark.parametrize("column", ["tokens", "label"])

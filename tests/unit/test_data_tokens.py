@@ -126,9 +126,7 @@ def test_ten_crop_of_a_folder(tmp_path):
     for i in range(3):
         Levels().record(40 * i).image.save(tmp_path / f"images/{i}.png")
     tokenizer = GreyTokenizer()
-    store = write_token_store(
-        tmp_path / "s", ImageFolder(tmp_path / "images"), tokenizer, views="ten_crop", num_workers=2
-    )
+    store = write_token_store(tmp_path / "s", ImageFolder(tmp_path / "images"), tokenizer, views="ten_crop")
     assert store.num_views == 10 and store.num_classes == 0 and store.class_names is None
     item = torch.stack([store.read(rows(2), rows(view))[0] for view in range(10)])  # (10, 4)
     assert torch.equal(item[5:], item[:5, [1, 0, 3, 2]]), "the flipped crops have their columns swapped"
@@ -458,7 +456,8 @@ def test_image_batches_and_their_flips():
 
 
 @pytest.mark.parametrize("source", [Levels(40), IndexedLevels(40)])
-def test_prefetch_keeps_the_order_and_runs_ahead(source):
+def test_prefetch_keeps_the_order_and_runs_ahead(source, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
     started, release = [], threading.Event()
 
     def prepare(record: ImageRecord) -> str:
@@ -469,7 +468,7 @@ def test_prefetch_keeps_the_order_and_runs_ahead(source):
             release.set()
         return record.name
 
-    stream = prefetch(source, prepare, num_workers=3, depth=10)
+    stream = prefetch(source, prepare, depth=10)
     assert next(stream) == "level-0" and len(started) >= 6
     assert list(stream) == [f"level-{i}" for i in range(1, 40)]
     assert len(started) == 40

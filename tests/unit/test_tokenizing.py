@@ -160,9 +160,7 @@ def test_while_another_process_is_at_a_shard_the_others_are_made(in_shards, toke
             stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
             write_token_store(tmp_path / "a", source, tokenizer, progress=stop)
         record = tmp_path / "t.parts" / "job.json"
-        settings = tokenizing.settings_of(
-            source, tokenizer, tokenizing.Encoder(tokenizer, "center", 4, 1, "fp32", False)
-        )
+        settings = tokenizing.settings_of(source, tokenizer, tokenizing.Encoder(tokenizer, "center", 4, "fp32", False))
         record.write_text(json.dumps(settings))
         store = write_token_store(tmp_path / "t", source, tokenizer, batch_size=4, progress=progress)
     assert seen == [4, 8, 12, 16, 20, 24]

@@ -196,16 +196,15 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def decoding_threads(count: int = 0) -> ThreadPoolExecutor:
-    """Threads for pictures, since Pillow releases the interpreter lock; 0: one per CPU core, at most 16."""
-    return ThreadPoolExecutor(count or min(os.cpu_count() or 1, 16))
+def decoding_threads() -> ThreadPoolExecutor:
+    """Threads for pictures, since Pillow releases the interpreter lock: one per CPU core, at most 16."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
 
 
 def prefetch(
     source: ImageSource | Iterator[Unread],
     prepare: Callable[[ImageRecord], T],
     *,
-    num_workers: int,
     depth: int,
     rows: Iterable[int] | None = None,
     met: Callable[[int, BadImage], None] | None = None,
@@ -213,10 +212,10 @@ def prefetch(
     """`prepare(record)` for every image of `source` (of an `IndexedSource`: of `rows`, None for all), in its order,
     computed by threads up to `depth` items ahead.
 
-    The pictures of an `IndexedSource` and those of a shard are decoded by all `num_workers` threads (as
-    `decoding_threads`); any other source is walked by one more thread, and only `prepare` runs in the others. An
-    exception in a thread is raised here, at its item; waiting work is then dropped. With `met` it gets the pictures
-    that cannot be read, by their number, and the others follow.
+    The pictures of an `IndexedSource` and those of a shard are decoded by all `decoding_threads`; any other source is
+    walked by one more thread, and only `prepare` runs in the others. An exception in a thread is raised here, at its
+    item; waiting work is then dropped. With `met` it gets the pictures that cannot be read, by their number, and the
+    others follow.
     """
 
     def prepared(read: Callable[[], ImageRecord | Unread | None]) -> T | None:
@@ -224,7 +223,7 @@ def prefetch(
         record = record.read() if isinstance(record, Unread) else record
         return None if record is None else prepare(record)
 
-    reader, workers = ThreadPoolExecutor(1), decoding_threads(num_workers)
+    reader, workers = ThreadPoolExecutor(1), decoding_threads()
     reads: Iterator[Callable[[], ImageRecord | Unread | None]]
     if isinstance(source, IndexedSource):
         reads = (partial(source.read, index) for index in (range(len(source)) if rows is None else rows))

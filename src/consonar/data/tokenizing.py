@@ -41,12 +41,10 @@ LEFT_OUT = "left-out.json"
 class Encoder:
     """What turns pictures into the items of a store; see `write_token_store`."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, views: str, batch_size: int, num_workers: int, precision: str, compile: bool
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, views: str, batch_size: int, precision: str, compile: bool) -> None:
         check_choice("views", views, VIEWS)
         Range(1).check("batch_size", batch_size)
-        self.tokenizer, self.views, self.num_workers = tokenizer, views, num_workers
+        self.tokenizer, self.views = tokenizer, views
         self.device = device_of(tokenizer)
         self.precision = pick_precision(precision, self.device, "precision", "measuring")
         network = with_weights(tokenizer, self.precision, self.device)
@@ -60,7 +58,7 @@ class Encoder:
         picture that cannot be read (None: it is raised)."""
         pictures, rows = pictures_of(source, shard)
         depth = 3 * self.images_per_call
-        items = prefetch(pictures, self.prepare, num_workers=self.num_workers, depth=depth, rows=rows, met=met)
+        items = prefetch(pictures, self.prepare, depth=depth, rows=rows, met=met)
 
         def encoded() -> Iterator[Fetched[dict[str, Any]]]:
             while batch := list(islice(items, self.images_per_call)):
@@ -229,7 +227,6 @@ def write_token_store(
     *,
     views: str = "center",
     batch_size: int = 64,
-    num_workers: int = 0,
     precision: str = "fp32",
     compile: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
@@ -242,10 +239,10 @@ def write_token_store(
     """Tokenise every image of `source` and return the store, opened.
 
     `views`: which crops of each image (`VIEWS`), square, `tokenizer.image_size` pixels. `tokenizer`, on any device,
-    gets about `batch_size` crops at a time, while `num_workers` threads (0: one per CPU core) decode the next ones, and
-    multiplies in `precision` (one of `precision.CHOICES`); `compile` compiles its `latents`. `progress(done, total)` is
-    called after each of these calls with numbers of images; total is None when the source does not know it. `bad` says
-    what is done about images that cannot be read (None: stop at the first), which it lists as those of `part`.
+    gets about `batch_size` crops at a time, while threads decode the next ones, and multiplies in `precision` (one of
+    `precision.CHOICES`); `compile` compiles its `latents`. `progress(done, total)` is called after each of these calls
+    with numbers of images; total is None when the source does not know it. `bad` says what is done about images that
+    cannot be read (None: stop at the first), which it lists as those of `part`.
 
     Processes that call it alike share the shards of PATH.parts (`SharedWork`), and a later call goes on with those that
     are there; `settings` are further ones that have to be the same. Raises `UserError` as `new_store`, `SharedWork` and
@@ -253,7 +250,7 @@ def write_token_store(
     torchrun that call it together.
     """
     path, bad = home_expanded(path), bad or BadImages()
-    encoder = Encoder(tokenizer, views, batch_size, num_workers, precision, compile)
+    encoder = Encoder(tokenizer, views, batch_size, precision, compile)
     if isinstance(source, Sized) and len(source) == 0:
         raise UserError(f"data: {source.name} holds no items")
     given = settings_of(source, tokenizer, encoder) | dict(settings or {})
