@@ -33,7 +33,7 @@ from consonar.data import scenes
 from consonar.data.scene_source import Scenes
 from consonar.data.transforms import from_uint8
 from consonar.files.weights import save_component
-from consonar.networks.scene_claims import CONFIDENCE, claims, holds, kind_of
+from consonar.networks.scene_claims import CONFIDENCE, claims, kind_of
 from consonar.networks.scene_detector import (
     COLOUR_NAMES,
     FOLDER,
@@ -274,7 +274,8 @@ def by_object(detector: SceneDetector, changed: Callable[[Tensor], Tensor]) -> d
     shares = {}
     for name in OBJECT_NAMES:
         alone = scenes.Scene((scenes.Group(name),))
-        right = [holds(alone, sight) for sight in look(detector, changed(small_emoji(name)))]
+        sights = look(detector, changed(small_emoji(name)))
+        right = [all(held for _, held in claims(alone, sight)) for sight in sights]
         shares[name] = round(100 * sum(right) / len(right), 1)
     return dict(sorted(shares.items(), key=lambda one: one[1]))
 

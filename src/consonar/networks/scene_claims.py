@@ -73,11 +73,6 @@ def stands(relation: str, first: Found, second: Found) -> bool:
     return apart > MARGIN * (first.side + second.side)
 
 
-def holds(scene: Scene, sight: Sight) -> bool:
-    """Whether a picture is what the caption says: every claim holds."""
-    return all(held for _, held in claims(scene, sight))
-
-
 def degree(scene: Scene, sight: Sight) -> float:
     """0 to 1: the share of claims that hold, meaned over bounds of confidence, so that it moves before a claim does."""
     found = [[held for _, held in claims(scene, sight, bound)] for bound in CONFIDENCES]
