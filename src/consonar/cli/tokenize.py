@@ -111,7 +111,7 @@ def tokenize(options: Options, world: World) -> None:
         called = NUMBERED if name in ours else partial(called_in, source)
         all_captions(known or (), f"--captions: {source.name}", CAPTION_REMEDY, has_words, called)
     barrier(world)  # nobody looks for stores after another process has made them
-    tell = say if world.is_main else ignore
+    tell = say if world.is_main else lambda text: None
     if note:
         tell(note)
     for name, source in sources.items():
@@ -172,10 +172,6 @@ def views_of(options: Options) -> str:
     if options.split not in (None, "train") and views not in ("center_flip", "center"):
         raise UserError(f"--views: {views!r} is read only for the split train; of others the centre is kept")
     return views
-
-
-def ignore(text: str) -> None:
-    """What another process says."""
 
 
 def open_sources(options: Options, image_size: int) -> tuple[dict[str, ImageSource], str]:
