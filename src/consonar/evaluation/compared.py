@@ -28,7 +28,7 @@ from typing import Annotated
 from pydantic import Field
 
 from consonar.config_io import adapter
-from consonar.evaluation.results import Measurement, Row
+from consonar.evaluation.results import Measurement, Row, setting_text
 from consonar.evaluation.runs import ENTROPY
 from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, metric_of
@@ -166,10 +166,9 @@ def numbers_of(content: JsonMap) -> dict[str, Measurement]:
     floors = {f"{FLOOR}{key}": one if isinstance(one, Measurement) else Measurement(one) for key, one in floor.items()}
     if "rows" in content:
         rows = adapter(Annotated[list[Row], Field(min_length=1)]).validate_python(content["rows"])
-        guided = [f", guidance {row.guidance_scale:g}" if row.guidance_scale != 1 else "" for row in rows]
         return {
-            f"temperature {row.temperature:g}{more}: {name}": one
-            for row, more in zip(rows, guided, strict=True)
+            f"{setting_text(row.temperature, row.guidance_scale)}: {name}": one
+            for row in rows
             for name, one in row.metrics.items()
         } | floors
     if "metrics" in content:

@@ -58,6 +58,11 @@ class Row:
     guidance_scale: float = 1.0
 
 
+def setting_text(temperature: float, guidance: float) -> str:
+    """What tells a row from the others, in words."""
+    return f"temperature {temperature:g}" + ("" if guidance == 1 else f", guidance {guidance:g}")
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers depend on, of those that are installed, of our own code,
     and how many threads add them up."""

@@ -34,6 +34,7 @@ from consonar.evaluation.results import (
     check_unmeasured,
     origin_of_numbers,
     replacing,
+    setting_text,
 )  # fmt: skip
 from consonar.evaluation.sample_metrics import check_metrics
 from consonar.evaluation.settings import EvaluationSettings
@@ -146,8 +147,7 @@ def evaluate_run(
     settings' own. Beside results.json, whose content is returned: samples_tX.npz (some images of each row, with their
     nearest training images) and, of validation images and where wanted, reconstructions.npz and reconstruction.json.
     What was there stays until all is measured. `progress` gets what is being done, in words. The processes of `world`
-    share the work; the first one writes. Raises `UserError` for a run that is not finished, and when results exist,
-    unless `overwrite`.
+    share the work; the first one writes. `UserError` for an unfinished run, and for results there without `overwrite`.
     """
     check_unmeasured(folder, RESULTS, overwrite=overwrite)
     run = FinishedRun(folder, settings.device, tokenizer)
@@ -169,7 +169,8 @@ def evaluate_run(
             unavailable[ENTROPY], entropies = entropies, {}
         rows = []
         for sampler, matched in samplers.items():
-            progress(f"{folder.name}: {settings.num_samples} samples at {setting_name(sampler)}")
+            at = setting_text(sampler.temperature, sampler.guidance_scale)
+            progress(f"{folder.name}: {settings.num_samples} samples at {at}")
             row, results = measure_row(run, sampler, labels, prompts, prepared, settings, staged, world)
             if sampler.temperature in entropies:
                 row["metrics"][ENTROPY] = Measurement(entropies[sampler.temperature]).record()
@@ -205,12 +206,6 @@ def record_of_run(
         "draws": settings.draws,
         "machine": results.machine,
     }
-
-
-def setting_name(sampler: SamplerConfig) -> str:
-    """What tells a row from the others, in words."""
-    guided = "" if sampler.guidance_scale == 1 else f", guidance {sampler.guidance_scale:g}"
-    return f"temperature {sampler.temperature:g}{guided}"
 
 
 def samplers_of(

@@ -6,8 +6,7 @@ from typing import NamedTuple
 from consonar.config_io import adapter
 from consonar.errors import reading
 from consonar.evaluation.compositional import COMPOSITIONAL, SCORE
-from consonar.evaluation.results import Measurement, outdated
-from consonar.json_types import JsonMap
+from consonar.evaluation.results import Measurement, outdated, setting_text
 from consonar.networks.scene_detector import detector_sha256
 from consonar.report.folders import read_note
 from consonar.report.records import Run
@@ -49,7 +48,10 @@ def score_table(runs: Sequence[Run]) -> ScoreTable | None:
             continue
         with reading(path, "compositional scores", REMEDY):
             asked = content["prompts"]["texts"], content["prompts"]["per_prompt"]
-            rows = [(setting_of(row), metrics_of(row["metrics"])) for row in content["rows"]]
+            rows = []
+            for row in content["rows"]:
+                at = setting_text(float(row["temperature"]), float(row.get("guidance_scale", 1)))
+                rows.append((at, metrics_of(row["metrics"])))
             limits = {name: metrics_of(metrics) for name, metrics in content["ceilings"].items()}
             codec, judge, seed = content["tokenizer"], content["detector_sha256"], content["rows"][0].get("seed")
         if why := outdated(content, run.weights_sha256):
@@ -82,11 +84,6 @@ def score_table(runs: Sequence[Run]) -> ScoreTable | None:
     said = f"{len(prompts[0]):,} prompts, pictures of each: {prompts[1]:g}; in brackets intervals of 95 % over prompts."
     headings = [name.removeprefix(SCORE).strip(" ()") or "all" for name in kinds]
     return ScoreTable(headings, lines, [said, *notes])
-
-
-def setting_of(row: JsonMap) -> str:
-    guidance = float(row.get("guidance_scale", 1.0))
-    return f"temperature {float(row['temperature']):g}" + ("" if guidance == 1 else f", guidance {guidance:g}")
 
 
 def metrics_of(metrics: object) -> Mapping[str, Measurement]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 
-from consonar.evaluation.results import Measurement
+from consonar.evaluation.results import Measurement, setting_text
 from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, in_order, metric_of
 from consonar.report.records import held_out_of, measurement_text
@@ -193,10 +193,6 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
         setting.notes = {row: note for row, note in setting.notes.items() if note}
     shown = [one for one in (*shown, in_rows(training, sweep)) if one.values]
     return Summary(sweep, shown, deciding, notes_of(sweep, results), protocols, validations)
-
-
-def setting_text(temperature: float, guidance: float) -> str:
-    return f"temperature {temperature:g}" + ("" if guidance == 1 else f", guidance {guidance:g}")
 
 
 def in_rows(setting: Setting, sweep: Sweep) -> Setting:
