@@ -250,6 +250,8 @@ def test_reconstructions_of_a_tokenizer_are_measured_again(tmp_path, tokenizer):
     found = check_results(tmp_path / "codec" / "reconstruction.json")
     assert found.tolerance == "digit for digit" and found.differs == []
     assert {"psnr", "rFD(quarters)", "usage"} <= {number.name for number in found.numbers}
+    content = json.loads((codec / "reconstruction.json").read_text())
+    assert image_counts(content)["samples"] == content["num_images"] == len(list(pictures.glob("validation/*/*.png")))
     changed(tmp_path / "codec" / "reconstruction.json", psnr=40.0, **{"origin/torch": "1.0"})
     found = check_results(tmp_path / "codec" / "reconstruction.json")
     assert not found.reproduced and found.differs == [f"torch: 1.0 then, {torch.__version__} now"]

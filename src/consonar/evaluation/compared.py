@@ -155,7 +155,8 @@ def image_counts(content: JsonMap) -> dict[str, int]:
         for one in ((content.get("rows") or [content])[0], *map(content.get, ("config", "num_reference", "reference")))
     )
     known = [of_sets.get("train"), of_sets.get("reference"), of_run.get("num_train"), of_run.get("num_reference")]
-    sizes = (row.get("num_samples"), config.get("max_neighbours_images"), next(filter(None, known), None))
+    count = row.get("num_samples", row.get("num_images"))  # of a tokenizer its pictures
+    sizes = (count, config.get("max_neighbours_images"), next(filter(None, known), None))
     samples, most, reference = (int(size or UNKNOWN) for size in sizes)
     return {"samples": samples, "compared": min(samples, most), "reference": min(reference, most)}
 
