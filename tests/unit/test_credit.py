@@ -6,8 +6,12 @@ from torch.nn import functional as F
 
 from consonar.components import load_tokenizer
 from consonar.errors import UserError
+from consonar.training import credit
 from consonar.training.credit import Influence, measure_influence, resize_to_grid, spatial_credit, token_grid
 from consonar.types import Grid
+
+ALL = 99
+"""Positions: more than any grid here has."""
 
 
 class Painter:
@@ -62,7 +66,7 @@ def test_resizing_keeps_the_mean(size, rng):
 @pytest.mark.parametrize("grid", [Grid(3, 4), Grid(3, 4, prefix=5)], ids=str)
 def test_a_local_decoder_influences_its_own_cell_alone(grid, rng):
     tokenizer = Painter(grid)
-    influence = measure_influence(tokenizer, tokens_for(tokenizer, rng), rng=rng)
+    influence = measure_influence(tokenizer, tokens_for(tokenizer, rng), num_positions=ALL, rng=rng)
     expected = torch.zeros(5, 7)
     expected[2, 3] = 1
     assert torch.equal(influence.kernel, expected)
@@ -75,7 +79,7 @@ def test_a_blur_is_measured(rng):
     blur = torch.tensor([[0.0, 1, 0], [2, 4, 2], [0, 1, 0]])  # symmetric: a convolution is a correlation
     grid = Grid(5, 6)
     tokenizer = Painter(grid, blur)
-    influence = measure_influence(tokenizer, tokens_for(tokenizer, rng), rng=rng)
+    influence = measure_influence(tokenizer, tokens_for(tokenizer, rng), num_positions=ALL, rng=rng)
     assert influence.kernel.sum().item() == pytest.approx(1)
     outside = influence.kernel.clone()
     outside[3:6, 4:7] = 0
@@ -87,7 +91,7 @@ def test_a_blur_is_measured(rng):
     torch.testing.assert_close(inner[1:4, 2:5], blur.square() / blur.square().sum(), atol=0.02, rtol=0)
     one_sided = torch.tensor([[0.0, 0, 0], [3, 4, 0], [0, 0, 0]])  # the cell to the right of a token, by correlation
     tokenizer = Painter(grid, one_sided)
-    matrix = measure_influence(tokenizer, tokens_for(tokenizer, rng), rng=rng).matrix(grid)
+    matrix = measure_influence(tokenizer, tokens_for(tokenizer, rng), num_positions=ALL, rng=rng).matrix(grid)
     torch.testing.assert_close(matrix[8, 8:10], torch.tensor([16 / 25, 9 / 25]), atol=0.06, rtol=0)
     assert matrix[8, 9] > 0.3 and matrix[8, [7, 2, 14]].abs().max() < 1e-6
     assert matrix[11, 11].item() == pytest.approx(1)  # the last column has no cell to its right
@@ -107,12 +111,13 @@ def test_radius_in_closed_form():
     assert [radius(influence, share) for share in (0.4, 0.6, 0.8, 0.9, 1.0)] == [0, 1, 1, 3, 3]
 
 
-def test_positions_chunks_and_the_generator_decide_what_is_replaced():
+def test_positions_and_the_generator_decide_what_is_replaced(monkeypatch):
     tokenizer = Painter(Grid(4, 4), torch.tensor([[0.0, 1, 0], [1, 4, 1], [0, 1, 0]]))
     tokens = tokens_for(tokenizer, torch.Generator().manual_seed(5), count=3)
 
-    def measure(seed, **options):
-        return measure_influence(tokenizer, tokens, rng=torch.Generator().manual_seed(seed), **options)
+    def measure(seed, num_positions=16):
+        rng = torch.Generator().manual_seed(seed)
+        return measure_influence(tokenizer, tokens, num_positions=num_positions, rng=rng)
 
     some = measure(0, num_positions=2)
     assert torch.equal(some.kernel, measure(0, num_positions=2).kernel)
@@ -122,7 +127,8 @@ def test_positions_chunks_and_the_generator_decide_what_is_replaced():
     torch.testing.assert_close(measure(0).coverage, everywhere[:, None] * everywhere)
     assert tokenizer.largest_batch == 16
     whole, tokenizer.largest_batch = measure(0), 0
-    torch.testing.assert_close(measure(0, chunk=5).kernel, whole.kernel)
+    monkeypatch.setattr(credit, "AT_ONCE", 5)
+    torch.testing.assert_close(measure(0).kernel, whole.kernel)
     assert tokenizer.largest_batch == 5
 
 
@@ -155,7 +161,8 @@ def test_equal_cells_stay_equal_under_smoothing(rng):
 
 def test_what_cannot_be_measured_is_refused(rng):
     one_dimensional = Painter(None)
-    for call in (token_grid, lambda model: measure_influence(model, tokens_for(model, rng), rng=rng)):
+    measure = lambda model: measure_influence(model, tokens_for(model, rng), num_positions=ALL, rng=rng)  # noqa: E731
+    for call in (token_grid, measure):
         with pytest.raises(
             UserError, match=r"^objective\.credit: 'token' .*painter is a 1D tokenizer; choices: seq"
         ) as e:
@@ -163,7 +170,7 @@ def test_what_cannot_be_measured_is_refused(rng):
         assert "\n" not in str(e.value)
     deaf = Painter(Grid(2, 2), torch.zeros(3, 3))
     with pytest.raises(UserError, match="painter: replacing tokens changes no pixel"):
-        measure_influence(deaf, tokens_for(deaf, rng), rng=rng)
+        measure(deaf)
 
 
 def test_a_token_of_the_shipped_tokenizer_shows_near_its_own_cell(rng):

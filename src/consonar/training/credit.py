@@ -21,6 +21,9 @@ from consonar.records import to_device
 from consonar.seeding import integers, permutation
 from consonar.types import Grid, Tokenizer
 
+AT_ONCE = 32
+"""Images decoded at once."""
+
 
 def area_weights(source: int, target: int, device: torch.device) -> Tensor:
     """(target, source), rows sum to 1: how much of target interval i lies in source interval j, both over [0, 1]."""
@@ -85,27 +88,25 @@ def measure_influence(
     tokenizer: Tokenizer,
     tokens: Tensor,
     *,
-    num_positions: int | None = None,
+    num_positions: int,
     rng: torch.Generator,
-    chunk: int = 32,
 ) -> Influence:
     """Replaces single tokens of real sequences `tokens` (B, N) by another random code and decodes: where does it show?
 
-    At most `num_positions` places of each sequence are tried, drawn without repetition from `rng` (on the CPU); None:
-    all but the prefix. Every replacement counts the same, however much it changes. `chunk` images are decoded at once.
+    At most `num_positions` places of each sequence are tried, drawn without repetition from `rng` (on the CPU). Every
+    replacement counts the same, however much it changes.
 
     Raises `UserError` for a 1D tokenizer or a decoder that ignores its tokens.
     """
     grid = token_grid(tokenizer)
     num_cells = grid.rows * grid.columns
-    assert num_positions is None or num_positions > 0
     sums, counts = (torch.zeros(2 * grid.rows - 1, 2 * grid.columns - 1, dtype=torch.float64) for _ in range(2))
     vertical, horizontal = relative_offsets(grid)
     for sequence in tokens:  # (N,)
         original = tokenizer.decode(sequence[None])  # (1, 3, H, W)
         replaced = permutation(rng, num_cells)[:num_positions]
         shifts = integers(rng, 1, tokenizer.vocab_size, len(replaced))  # not 0: to another code
-        for cells, shift in zip(replaced.split(chunk), shifts.split(chunk), strict=True):
+        for cells, shift in zip(replaced.split(AT_ONCE), shifts.split(AT_ONCE), strict=True):
             places, shift = to_device(grid.prefix + cells, tokens.device), to_device(shift, tokens.device)
             others = (sequence[places] + shift) % tokenizer.vocab_size
             changed = sequence.repeat(len(cells), 1).scatter(1, places[:, None], others[:, None])  # (P, N)
