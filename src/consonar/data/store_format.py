@@ -34,7 +34,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreMetadata:
-    """What store.json says; None for what older versions did not write."""
+    """What store.json says; None for what older versions did not write, or is not known of imported tokens."""
 
     format_version: int = FORMAT_VERSION
     consonar_version: str | None = None

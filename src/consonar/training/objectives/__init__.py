@@ -134,9 +134,8 @@ def completed(settings: Settings) -> Settings:
 
 
 def method_of(settings: Settings) -> Method | None:
-    """The method with these settings, `completed`; None for a kind that is not in the table."""
-    given = completed(settings)
-    return next((m for m in METHODS if m.kind == given.get("kind") and m.fits(given)), None)
+    """The method with these settings, which are `completed`; None for a kind that is not in the table."""
+    return next((m for m in METHODS if m.kind == settings.get("kind") and m.fits(settings)), None)
 
 
 def method_of_config(config: ObjectiveConfig) -> Method:
