@@ -396,6 +396,7 @@ def test_how_far_a_number_may_be_off():
         ("copy rate (features)", Measurement(0.0), False, 0.004),
         ("FD(x)", Measurement(100.0, 3.0), True, 6.0),
         ("entropy", Measurement(3.0), True, 0.03),
+        ("exact", Measurement(3.0), False, 2.0),
         ("density", Measurement(0.0, 0.0), True, 0.004),
         ("temperature 1: KID(x) validation", Measurement(0.0001), True, 0.25 / 1000**0.5),
         ("KID(x) validation", Measurement(0.9), True, 0.009),
@@ -404,6 +405,11 @@ def test_how_far_a_number_may_be_off():
     ):
         assert allowed(name, measured, sizes, redrawn) == pytest.approx(far), name
     assert not Check([Compared("FD(x)", 1.0, None, 9.0)], redrawn=False, differs=[]).reproduced
+    exact = {"exact": Measurement(2.0)}  # pictures; where there are none no number is written
+    assert (
+        compare(exact, {}, sizes, False)[0].holds
+        and not compare({"exact": Measurement(3.0)}, {}, sizes, False)[0].holds
+    )
 
 
 def test_shares_of_the_reference_are_of_its_images(measured, run, picture_folder):

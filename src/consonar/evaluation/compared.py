@@ -42,7 +42,7 @@ SHARES = {
 """What images a share is of (`image_counts`); what else is in percent is of all samples."""
 UNKNOWN = 10_000
 """Images where an older file does not say how many there were."""
-FLOOR = "noise floor: "
+FLOOR, EXACT = "noise floor: ", "exact"
 MODELS = ("weights", "generator", "checkpoint_sha256", "tokenizer")
 """What was measured, by the names of `made_of`; the pictures are told by their hash."""
 Numbers = Mapping[str, Measurement]
@@ -119,7 +119,8 @@ def compare(
     """Every recorded number, and of each mean over classes the class that is farthest off."""
     found = []
     for name, one in before.items():
-        again, of_model = after.get(name), name.endswith(ENTROPY) and not other_weights
+        none = Measurement(0.0) if name == EXACT else None  # which is not written
+        again, of_model = after.get(name, none), name.endswith(ENTROPY) and not other_weights
         redrawn = samples_redrawn and not (of_model or name.startswith(FLOOR))
         found.append(
             Compared(name, one.value, None if again is None else again.value, allowed(name, one, sizes, redrawn))
@@ -141,7 +142,7 @@ def allowed(name: str, recorded: Measurement, sizes: Mapping[str, int], redrawn:
     """How far a number of images of these `image_counts` may be off."""
     size, spread, metric = abs(recorded.value), recorded.spread or recorded.error or 0.0, name.rpartition(": ")[2]
     counted = SHARES.get(metric, "samples" if metric_of(metric).unit == "%" else None)
-    images = IMAGES / sizes[counted] if counted else 0.0
+    images = IMAGES / sizes[counted] if counted else float(IMAGES * (metric == EXACT))
     if redrawn:
         kernels = OF_KERNELS / sizes["samples"] ** 0.5 if metric.startswith("KID") else 0.0
         return max(SPREADS * spread or max(WITHOUT_SPREAD * size, kernels), images)
