@@ -234,6 +234,24 @@ def test_the_guard_also_reads_validation(make, tmp_path):
     assert reason["step"] == 2 and reason["reason"].startswith("kl ")
 
 
+def test_without_validation_a_bound_on_kl_is_refused_and_no_start_model_is_kept(
+    make, labelled_folder, tmp_path, monkeypatch
+):
+    data, bound = DataConfig(images=str(labelled_folder), validation_split="0%"), GuardConfig(max_kl=1e-9)
+    fast = {"lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 0}
+    with pytest.raises(
+        UserError, match=r"^objective\.guard\.max_kl: 1e-09 is read only with data for validation, and "
+    ):
+        train(make(replace(VAPI, guard=bound), data=data), tmp_path / "refused", quiet=True)
+    run = train(
+        make(replace(VAPI, guard=bound, kl_weight=0.1), {"log_every": 1}, data=data, optim=fast),
+        tmp_path / "weighed", quiet=True,
+    )  # fmt: skip
+    assert json.loads((run / "stopped.json").read_text())["reason"].startswith("kl ")
+    monkeypatch.setattr("consonar.training.build.load_generator", Mock(side_effect=AssertionError))
+    train(make(data=data), tmp_path / "run", quiet=True)
+
+
 def test_the_best_model_is_kept_beside_the_last(make, tmp_path, quarters, monkeypatch):
     monkeypatch.setattr(best_model, "NETWORK", "quarters")
     config = make(

@@ -257,7 +257,7 @@ def observe(tiny_generator, tokenizer):
         trainee = AlignmentTrainee(tiny_generator(), heads)
         yield from updates(objective, trainee, batch(), (0, 5, 7))
         yield objective.validate(AlignmentTrainee(tiny_generator()), iter([batch()])), calls
-        yield objective.breach({"entropy": 1.0, "kl": 1.0}), config.needs_prior
+        yield objective.breach({"entropy": 1.0, "kl": 1.0}), config.needs_prior()
 
     return observed
 

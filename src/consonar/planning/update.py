@@ -139,7 +139,7 @@ def models(config: TrainConfig, shapes: Shapes) -> Models:
         tokenizer = TOKENIZERS[shapes.tokenizer.kind].model(shapes.tokenizer, name="tokenizer")
         trainee = trainee_of(config, shapes, tokenizer)
         prior = list[nn.Module]()
-        if config.objective.needs_prior and shapes.generator is not None and not config.lora.rank:
+        if config.objective.needs_prior() and shapes.generator is not None and not config.lora.rank:
             prior.append(built(shapes.generator))
     for model in (tokenizer, trainee, *prior):
         plain(model)
@@ -165,7 +165,7 @@ def update(config: TrainConfig, shapes: Shapes, batch_size: int, *, low: bool, c
     given = {"autocast_dtype": dtype} if config.run == "post-training" else {}
     with without_memory(), ExitStack() as stack:
         tokenizer, trainee, prior = models(config, shapes)
-        start = StartModel(trainee) if config.objective.needs_prior else None
+        start = StartModel(trainee) if config.objective.needs_prior() else None
         known: dict[str, list[nn.Module | StartModel | None]] = {
             "generator": [tokenizer], "post-training": [tokenizer, prior[0] if prior else start], "tokenizer": [],
         }  # fmt: skip

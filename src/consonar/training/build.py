@@ -118,7 +118,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
 
     dtype = autocast_type(config.loop.multiplied_in(world))
     trainee = with_heads(init, model, tokenizer) if settings.keeps_heads else AlignmentTrainee(model)
-    needed, inside = settings.needs_prior, config.lora.rank > 0
+    needed, inside = settings.needs_prior(validated=pictures.held_out is not None), config.lora.rank > 0
     prior: Generator | StartModel | None = StartModel(trainee) if needed and inside else None
     if needed and not inside:
         prior = load_generator(init)

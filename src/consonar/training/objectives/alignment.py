@@ -47,9 +47,9 @@ class GuardConfig(Options):
     max_entropy: NotNegative | None = None
     """Highest teacher-forced entropy, nats."""
     max_kl: NotNegative | None = None
-    """Largest KL to the start model, nats per token."""
+    """Largest KL to the start model, nats per token; read with data for validation, or a `kl_weight`."""
     measure_kl: bool = True
-    """Keep the start model in memory and measure KL to it at every validation."""
+    """Keep the start model in memory and measure KL to it at every validation, where there are data for one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,9 +113,12 @@ class AlignmentConfig(ObjectiveConfig):
             raise UserError("objective.rewards: empty; give at least one, e.g. mse 1.0")
         check_rewards(self.rewards, {key: getattr(self, key) for key in ("discriminator", "clip", "hpsv2")})
 
-    @property
-    def needs_prior(self) -> bool:
-        return self.guard.measure_kl
+    def needs_prior(self, *, validated: bool = True) -> bool:
+        """As above; `UserError` for a bound on the KL where no line of the log would have one."""
+        if self.guard.max_kl is not None and not validated and not getattr(self, "kl_weight", 0):
+            without = "with data for validation, and there are none, or with objective.kl_weight over 0"
+            raise UserError(f"objective.guard.max_kl: {self.guard.max_kl} is read only {without}; remove it")
+        return self.guard.measure_kl and validated
 
     @property
     def measures_lpips(self) -> bool:

@@ -28,9 +28,8 @@ class ObjectiveConfig(Options):
         """Optimiser steps on each batch."""
         return 1
 
-    @property
-    def needs_prior(self) -> bool:
-        """Whether the start model is kept in memory."""
+    def needs_prior(self, *, validated: bool = True) -> bool:
+        """Whether the start model is kept in memory, in a run with data for validation or without."""
         return False
 
     @property

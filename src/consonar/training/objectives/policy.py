@@ -113,9 +113,8 @@ class PolicyConfig(AlignmentConfig):
     def updates(self) -> int:
         return self.inner_epochs
 
-    @property
-    def needs_prior(self) -> bool:
-        return super().needs_prior or self.asks_prior
+    def needs_prior(self, *, validated: bool = True) -> bool:
+        return super().needs_prior(validated=validated) or self.asks_prior
 
     @property
     def asks_prior(self) -> bool:
