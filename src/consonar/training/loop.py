@@ -232,7 +232,7 @@ class Running:
         """Warns once of a reward that told no draw from another at `IDLE_LINES` logged updates in a row."""
         for key, share in values.items():
             if key.startswith(TIES):
-                self.idle[key] = self.idle[key] + 1 if share == 1 else 0
+                self.idle[key] = self.idle[key] + 1 if share > 1 - 1e-4 else 0  # a mean of ones is rounded
                 if self.idle[key] == IDLE_LINES:
                     name = key.removeprefix(TIES)
                     self.tracker.warn(f"reward {name!r} is the same for all draws of every image: it teaches nothing")
