@@ -110,11 +110,11 @@ def test_groups_of_images_share_an_original(rng):
     images, labels = repeated + 0.1 * noise, torch.arange(3)
 
     def labelled(images, originals, batch):
-        assert torch.equal(originals, repeated[batch.condition * 4])
+        assert torch.equal(originals, repeated[batch.condition * 4]) and len(images) <= chunk
         return batch.condition.float()
 
     weights = {"mse": 1.0, "l1": 1.0, "psnr": 0.0, "efficientnet-lite0": 0.5}
-    for chunk in (1, 5, 100):
+    for chunk in (1, 3, 5, 100):
         rewards = build_rewards(weights, ON_CPU, chunk=chunk)
         rewards = Rewards({**rewards.functions, "own": labelled}, {**weights, "own": 0.0}, chunk=chunk)
         total, values, maps = rewards.measure(images, ImageBatch(originals, labels), grid=Grid(4, 4))

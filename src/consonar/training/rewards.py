@@ -147,7 +147,7 @@ class Rewards:
         """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
 
         `images` (B * G, 3, H, W) in [-1, 1], or what `decode` makes them of, a chunk beside the judging of the one
-        before; the G of row b of `batch` one after the other, so that networks see each original once. Raises
+        before; the G of row b of `batch` one after the other, so that networks see an original once a chunk. Raises
         `UserError` for images too small for a network, for a reward that raises or returns anything but one finite
         number per image, and, with a grid, when a reward with a weight over 0 has no place.
         """
@@ -159,13 +159,15 @@ class Rewards:
             )
         group, rest = divmod(len(images), len(batch.images))
         assert not rest, "the same number of images for each row of the batch"
-        step = max(1, self.chunk // group)
-        parts: list[tuple[dict[str, Tensor], Tensor]] = []
+        whole = self.chunk // group * group  # a group larger than a chunk is cut too
+        cut = images.split(whole) if whole else [p for g in images.split(group) for p in g.split(self.chunk)]
+        parts, done = list[tuple[dict[str, Tensor], Tensor]](), 0
         # In float32 even inside an update in bf16: samples of one image may differ by less than bf16 would leave.
         with exact(images.device):
-            for pictures in one_ahead_beside(decode, images.split(step * group)):
-                start = len(parts) * step
-                parts.append(self._chunk(pictures.float(), records.rows(batch, slice(start, start + step)), grid))
+            for pictures in one_ahead_beside(decode, cut):
+                rows = slice(done // group, -(-(done + len(pictures)) // group))
+                done += len(pictures)
+                parts.append(self._chunk(pictures.float(), records.rows(batch, rows), grid))
                 del pictures  # before those after the next are made
         values = {name: torch.cat([part[name] for part, _ in parts]) for name in self.functions}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum(0)
