@@ -202,6 +202,15 @@ UNREAD = {
     "interval": (lambda: SamplerConfig(guidance_scale=2.0, guidance_interval=3), "guidance_schedule 'interval'"),
     "top-k of the most likely": (lambda: SamplerConfig(temperature=0, top_k=5), "temperature over 0"),
     "noise": (lambda: NoiseConfig(max_rate=0.5), r"objective\.noise\.schedule other than 'none'"),
+    "noise of no rate": (
+        lambda: NoiseConfig(schedule="linear", max_rate=0, corruption="mask"), r"objective\.noise\.max_rate over 0"
+    ),
+    "neighbours of no rate": (
+        lambda: NoiseConfig(schedule="linear", max_rate=0, num_neighbours=4), r"objective\.noise\.max_rate over 0"
+    ),
+    "annealing of no rate": (
+        lambda: NoiseConfig(schedule="truncated_linear", max_rate=0, anneal_end=0.5), "max_rate over 0"
+    ),
     "heads": (lambda: AutoregressiveConfig(head_width=7), r"objective\.embedding_weight over 0"),
     "head that is not there": (
         lambda: AutoregressiveConfig(embedding_weight=1, heads="encode", decode_layer=0), "heads 'decode' or 'both'"

@@ -16,10 +16,14 @@ from consonar.seeding import integers, uniform
 Schedule = Literal["none", "constant", "uniform", "linear", "truncated_linear"]
 Corruption = Literal["uniform", "mask", "nearest"]
 NOISE = ReadOnlyWith(lambda given: given.schedule != "none", "{}schedule other than 'none'")
-ANNEALING = ReadOnlyWith(lambda given: given.schedule == "truncated_linear", "{}schedule 'truncated_linear'")
+REPLACED = ReadOnlyWith(lambda given: given.replaces, "{}schedule other than 'none' and {}max_rate over 0")
+ANNEALING = ReadOnlyWith(
+    lambda given: given.replaces and given.schedule == "truncated_linear",
+    "{}schedule 'truncated_linear' and {}max_rate over 0",
+)
 NEAREST = ReadOnlyWith(
-    lambda given: given.schedule != "none" and given.corruption == "nearest",
-    "{}corruption 'nearest' and {}schedule other than 'none'",
+    lambda given: given.replaces and given.corruption == "nearest",
+    "{}corruption 'nearest', {}schedule other than 'none' and {}max_rate over 0",
 )
 
 
@@ -35,10 +39,15 @@ class NoiseConfig(Options):
     """Largest rate at the start (linear, truncated_linear), always (uniform), or the rate itself (constant)."""
     anneal_end: Annotated[float, Range(0, 1, "(]"), ANNEALING] = 0.75
     """Share of training after which truncated_linear is 0."""
-    corruption: Annotated[Corruption, NOISE] = "uniform"
+    corruption: Annotated[Corruption, REPLACED] = "uniform"
     """What replaces a token: any code, the mask, or one of its nearest codes."""
     num_neighbours: Annotated[Count, NEAREST] = 16
     """How many nearest codes `nearest` chooses from."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether any token is replaced at some step."""
+        return self.schedule != "none" and self.max_rate > 0
 
 
 def max_noise_rate(schedule: Schedule, progress: float, *, max_rate: float = 1.0, anneal_end: float = 0.75) -> float:

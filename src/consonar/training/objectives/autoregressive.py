@@ -34,8 +34,8 @@ DECODE_HEAD = ReadOnlyWith(
     lambda given: given.has_head("decode"), "{}embedding_weight over 0 and {}heads 'decode' or 'both'"
 )
 NOISED_ENCODE_HEAD = ReadOnlyWith(
-    lambda given: given.has_head("encode") and given.noise.schedule != "none" and given.noise.max_rate > 0,
-    "{}embedding_weight over 0, {}heads 'encode' or 'both', and {}noise.schedule other than 'none'",
+    lambda given: given.has_head("encode") and given.noise.replaces,
+    "{}embedding_weight over 0, {}heads 'encode' or 'both', {}noise.schedule but 'none' and {}noise.max_rate over 0",
 )
 
 
