@@ -413,7 +413,10 @@ def test_intervals_of_a_mean_are_those_of_theory() -> None:
         2 * wide, rel=0.1
     )
     (left_out,) = statistics.jackknife(lambda keep: [float(values[keep].mean())], torch.arange(200))
-    assert left_out.high - left_out.value == pytest.approx(wide, rel=1e-6)
+    assert left_out.high - left_out.value == pytest.approx(wide * 2.042 / 1.96, rel=1e-6), "Student's t"
+    ten = torch.arange(10)
+    (few,) = statistics.jackknife(lambda keep: [float(values[:10][keep].mean())], ten)
+    assert few.high - few.value == pytest.approx(2.262 * float(values[:10].std()) / math.sqrt(10), rel=1e-6)
     groups = statistics.groups_of(200, 0)
     assert groups.bincount().tolist() == [20] * 10 and not torch.equal(groups, statistics.groups_of(200, 1))
 

@@ -18,6 +18,7 @@ from consonar.config_io import to_dict
 from consonar.data.store_format import METADATA_FILE, TOKENS_FILE
 from consonar.errors import NonFiniteLoss, UserError
 from consonar.files.lock import hold
+from consonar.metrics.shares import T_95
 from consonar.networks import load_feature_network
 from consonar.origin import Origin
 from consonar.sweeps import inputs, work
@@ -25,7 +26,7 @@ from consonar.sweeps.contents import Contents, reference_content
 from consonar.sweeps.page import markdown, page, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import ONE_START, T_95, Difference, judge, paired, summarise, told_once
+from consonar.sweeps.summary import ONE_START, Difference, judge, paired, summarise, told_once
 from consonar.sweeps.work import run_sweep, states
 
 QUIET = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from consonar.diagnostics.findings import Interval
 from consonar.float32 import in_float32
+from consonar.metrics.shares import t_95
 from consonar.seeding import generator, integers, permutation
 
 RESAMPLES = 1000
@@ -62,7 +63,8 @@ def groups_of(count: int, seed: int) -> Tensor:
 
 
 def jackknife(statistic: Callable[[Tensor], Sequence[float]], groups: Tensor) -> list[Interval]:
-    """Of each number that `statistic` gives for a choice of images (n,) bool: of all, ± 1.96 standard errors.
+    """Of each number that `statistic` gives for a choice of images (n,) bool: of all, ± t standard errors,
+    t that of Student with g - 1 degrees of freedom.
 
     The error is that of the delete-a-group jackknife: (g - 1) / g times the squared deviations of the g numbers that
     leave one group out. Differences of numbers of one call are paired.
@@ -70,7 +72,7 @@ def jackknife(statistic: Callable[[Tensor], Sequence[float]], groups: Tensor) ->
     whole = torch.tensor(statistic(torch.ones_like(groups, dtype=torch.bool)), dtype=torch.float64)
     count = int(groups.max()) + 1
     parts = torch.stack([torch.tensor(statistic(groups != g), dtype=torch.float64) for g in range(count)])
-    error = 1.96 * ((count - 1) / count * (parts - parts.mean(0)).square().sum(0)).sqrt()
+    error = t_95(count - 1) * ((count - 1) / count * (parts - parts.mean(0)).square().sum(0)).sqrt()
     return [Interval(float(v), float(v - e), float(v + e)) for v, e in zip(whole, error, strict=True)]
 
 

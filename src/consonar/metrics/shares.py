@@ -7,7 +7,16 @@ import numpy as np
 Interval = tuple[float, float]
 Z = 1.96
 """Standard deviations to either side that hold 95 % of a normal distribution."""
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 DIVISIONS, DEVIATIONS, NOTABLE, RARE = 200, 5, 0.05, 1e-4
+
+
+def t_95(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t with so many degrees of freedom; with more than 30 that of 30."""
+    return T_95[min(degrees, len(T_95)) - 1]
 
 
 def wilson(share: float, count: float) -> Interval:

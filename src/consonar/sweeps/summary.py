@@ -17,6 +17,7 @@ from statistics import mean, stdev
 from consonar.evaluation.results import Measurement, setting_text
 from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, in_order, metric_of
+from consonar.metrics.shares import t_95
 from consonar.report.records import held_out_of, measurement_text
 from consonar.report.tables import UNMEASURED, Verdict
 from consonar.sweeps.contents import MADE_OF
@@ -25,11 +26,6 @@ from consonar.sweeps.protocols import Protocols, measured_as
 
 Values = Mapping[int, float]
 """Seed: value."""
-T_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; with more than these the last one is used."""
 ONE_START = "against one draw of the start"
 """The word of a comparison without a verdict."""
 NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?\b")
@@ -72,7 +68,7 @@ def judge(difference: Difference | None, direction: int) -> Verdict:
         return Verdict("open" if direction else "", text)
     if difference.one_start:
         return Verdict(ONE_START, text)
-    bound = T_95[min(difference.count - 1, len(T_95)) - 1] * difference.error
+    bound = t_95(difference.count - 1) * difference.error
     gain = direction * difference.value
     return Verdict("no difference" if abs(gain) <= bound else "ahead" if gain > 0 else "behind", text)
 
