@@ -146,8 +146,9 @@ def test_a_gap_on_pictures_of_others_is_said(root: Path, tmp_path: Path) -> None
     train = open_splits(str(root / "pictures"), key="k", image_size=32).train
     of = load_tokenizer(root / "tokenizer").fingerprint
     for data, sha256, said in (
-        (train.name, train.content_hash, ""), ("moved", train.content_hash, ""), (None, None, ""),
-        (train.name, None, ""), (train.name, "0", "these are others"), ("emoji", None, "the same is not known"),
+        (train.name, train.content_hash, ""), ("moved", train.content_hash, ""),
+        (None, None, "trained on is not known: "), (train.name, None, ""),
+        (train.name, "0", "these are others"), ("emoji", None, "the same is not known"),
     ):  # fmt: skip
         told = foreign(Origin(data=data, pictures_sha256=sha256), train, BadImages("skip", limit=1))
         assert said in told and bool(said) == bool(told), (data, sha256)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from consonar.diagnostics.findings import Curve, Figure, Finding, Interval
 from consonar.diagnostics.statistics import Products, bootstrap_weights, intervals
 from consonar.diagnostics.subject import Subject
+from consonar.float32 import in_float32
 from consonar.records import rows, to_device
 
 TARGETS = {"current": 0, "next": 1}
@@ -32,6 +33,7 @@ def probed(hidden: Tensor, prefix: int, target: str) -> Tensor:
     return hidden[:, start : hidden.shape[1] - TARGETS[target]]
 
 
+@in_float32
 def cosines(hidden: Tensor, codes: Tensor, fitted: tuple[Tensor, Tensor]) -> Tensor:
     """(B,) float64: mean cosine over the tokens of a probe's prediction from (B, N, D) and the codes (B, N, C)."""
     weights, offset = (to_device(part, hidden.device) for part in fitted)

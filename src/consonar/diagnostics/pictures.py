@@ -83,11 +83,13 @@ def choose(
 
 def foreign(origin: Origin, seen: ImageSource, bad: BadImages) -> str:
     """Whether the pictures `seen` are others than a generator of this origin was trained on, in a sentence: by content
-    where that is known of both, else by name. Empty where they agree, or it does not say what it was trained on."""
+    where that is known of both, else by name. Empty where they agree."""
     part = leave_out(seen, bad, "training") if "training" in bad.found else seen  # as post-training hashes them
     ours = {getattr(one, "content_hash", None) for one in (seen, part)}
     known = origin.pictures_sha256 is not None and None not in ours
-    if origin.pictures_sha256 in ours if known else origin.data in (None, seen.name):
+    if origin.pictures_sha256 in ours if known else origin.data == seen.name:
         return ""
+    if origin.data is None and not known:
+        return "What the generator was trained on is not known: a gap tells of memory only on its own pictures."
     differ = f"these are others ({seen.name})" if known else f"whether {seen.name} are the same is not known"
     return f"The generator was trained on {origin.data}; {differ}: a gap tells of memory only on its own pictures."
