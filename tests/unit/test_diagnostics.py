@@ -18,7 +18,7 @@ from consonar.data.bad_images import BadImages
 from consonar.data.sources import Stream
 from consonar.diagnostics import codes, context, decoding, exposure, forcing, layers, statistics
 from consonar.diagnostics.diagnose import PARTS, Diagnosis
-from consonar.diagnostics.findings import HeatMap, Interval, exactly
+from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap, Interval, exactly
 from consonar.diagnostics.pictures import choose
 from consonar.diagnostics.subject import DiagnosisSettings, Pictures, Subject
 from consonar.errors import BadImage
@@ -285,6 +285,67 @@ def test_change_grows_with_distance_in_a_codebook_of_greys() -> None:
     assert nearest == pytest.approx((1 / CODES) ** 2 / 4 / LENGTH, rel=0.1)
 
 
+class Pairs(Cells):
+    """Codes 2 k and 2 k + 1 are the same in the codebook and in the picture."""
+
+    def embed(self, tokens):
+        return super().embed(tokens // 2)
+
+    def decode(self, tokens):
+        return super().decode(tokens // 2 * 2)
+
+
+class Blank(Cells):
+    """All codes are one, and no picture depends on its tokens."""
+
+    def embed(self, tokens):
+        return super().embed(tokens * 0)
+
+    def decode(self, tokens):
+        return super().decode(tokens * 0)
+
+
+@pytest.mark.parametrize(("tokenizer", "left"), [(Pairs(), True), (Blank(), False)])
+def test_what_has_nothing_below_the_line_is_left_out_and_said(tokenizer, left: bool) -> None:
+    found = codes.neighbourhoods(subject_of(tokenizer=tokenizer))
+    assert "changes too few pixels to compare others with." in found.summary and not found.not_finite
+    assert "squared pixel change, farthest over nearest code" not in found.numbers
+    assert ("the same over the distance to the middle one" in found.numbers) == left
+    reach = decoding.receptive_field(subject_of(tokenizer=tokenizer))
+    assert any(name.startswith("reach") for name in reach.numbers) == left and not reach.not_finite
+    assert ("too few pictures" in reach.summary) != left
+    draws = codes.embedding_unawareness(subject_of(knows, tokenizer=tokenizer))
+    assert "the same, relative" not in draws.numbers and "the change is 0, with " in draws.summary
+
+
+def test_a_ratio_has_the_interval_of_both_its_numbers() -> None:
+    under = torch.rand(50, 1, generator=seeded(0, "ratio")).double() + 0.5
+    weights = statistics.bootstrap_weights(50, 0, "ratio")
+    found = statistics.ratio(weights @ (under / 2), weights @ under)
+    assert found is not None and found == pytest.approx((0.5, 0.5, 0.5))
+    assert statistics.ratio(weights, weights * 0) is None
+
+
+def test_a_finding_names_what_is_not_finite() -> None:
+    good, bad = exactly(1.0), Interval(0.0, -math.inf, math.nan)
+    assert Finding("", {"a": good, "b": bad}).not_finite == "b" and not Finding("", {"a": good}).not_finite
+    figure = Figure("f", "x", "y", [Curve("c", [0.0], [bad])])
+    assert Finding("", {"a": good}, [figure]).not_finite == "f"
+    assert Finding("", {}, maps=[HeatMap("m", [[None, 0.0], [math.nan]], "")]).not_finite == "m"
+    assert Interval(math.nan, math.nan, math.nan).text == "nan"
+
+
+def test_probes_are_scored_in_float32_under_autocast() -> None:
+    hidden = torch.randn(4, 9, 6, generator=seeded(0, "hidden")) + 30
+    codes_of = hidden @ torch.randn(6, 3, generator=seeded(0, "codes"))
+    products = statistics.Products(6, 3)
+    products.add(hidden.flatten(0, 1), codes_of.flatten(0, 1))
+    fitted = products.ridge()
+    expected = layers.cosines(hidden, codes_of, fitted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layers.cosines(hidden, codes_of, fitted), expected)
+
+
 def test_a_ridge_finds_a_linear_map_and_shrinks_noise() -> None:
     rng = seeded(0, "ridge")
     x, true = torch.randn(400, 6, generator=rng), torch.randn(6, 3, generator=rng)
@@ -293,11 +354,11 @@ def test_a_ridge_finds_a_linear_map_and_shrinks_noise() -> None:
         products.add(part, (part - 5) @ true + 2)
     weights, offset = products.ridge()
     torch.testing.assert_close((x + 5) @ weights + offset, x @ true + 2, rtol=1e-3, atol=1e-3)
-    noise = statistics.Products(6, 3)
-    noise.add(x, torch.randn(400, 3, generator=rng))
-    assert (
-        noise.ridge()[0].norm() < 0.5 * torch.linalg.lstsq(x, torch.randn(400, 3, generator=rng)).solution.norm() + 0.2
-    )
+    wide, noise = torch.randn(40, 30, generator=rng), torch.randn(40, 3, generator=rng)
+    of_noise = statistics.Products(30, 3)
+    of_noise.add(wide, noise)
+    unshrunk = torch.linalg.lstsq(wide - wide.mean(0), noise - noise.mean(0)).solution
+    assert of_noise.ridge()[0].norm() < 0.5 * unshrunk.norm()
 
 
 class Deep(Toy):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from consonar.diagnostics import forcing
 from consonar.diagnostics.findings import Curve, Figure, Finding, count_of, exactly, resolved
-from consonar.diagnostics.statistics import bootstrap_weights, intervals, mean_intervals, rank_correlation
+from consonar.diagnostics.statistics import bootstrap_weights, intervals, rank_correlation, ratio
 from consonar.diagnostics.subject import Subject
 from consonar.metrics.pixels import psnr_of
 from consonar.seeding import generator, integers, permutation, uniform
@@ -71,13 +71,16 @@ def embedding_unawareness(subject: Subject) -> Finding:
     error = psnr_of(error)
     ends = {
         "perceptual distance, all replaced above none": distance[:, -1] - distance[:, 0],
-        "the same, relative": distance[:, -1] / distance[:, 0].clamp(min=1e-12) - 1,
         "PSNR gained, dB": error[:, -1] - error[:, 0],
         "mean cosine of codes to the true ones, gained": cosine[:, -1] - cosine[:, 0],
         "share of correct tokens": right[:, 0],
     }
     numbers = dict(zip(ends, intervals(torch.stack([*ends.values()], 1)), strict=True))
-    fall, relative, *_, correct = numbers.values()
+    fall, *_, correct = numbers.values()
+    relative = ratio(distance[:, -1:] - distance[:, :1], distance[:, :1])
+    if relative:
+        numbers = {next(iter(numbers)): fall, "the same, relative": relative} | numbers
+    of_it = f", {relative.text} of it" if relative else ""
     steps = count_of(intervals(distance.diff(dim=1)), lambda step: step.sign < 0)
     x, draws = "share of wrong tokens replaced", "draws under true context"
     rows = {
@@ -86,8 +89,8 @@ def embedding_unawareness(subject: Subject) -> Finding:
     }  # fmt: skip
     return Finding(
         f"With all wrong tokens replaced by the code nearest to the true one, the perceptual distance "
-        f"{resolved(fall, 'rises', 'falls', 'does not resolvably change')}: the change is {fall.text}, {relative.text} "
-        f"of it, with {correct.text} of the tokens correct as before. It falls beyond its interval in {steps} steps.",
+        f"{resolved(fall, 'rises', 'falls', 'does not resolvably change')}: the change is {fall.text}{of_it}, "
+        f"with {correct.text} of the tokens correct as before. It falls beyond its interval in {steps} steps.",
         numbers,
         (
             Figure(
@@ -127,31 +130,33 @@ def neighbourhoods(subject: Subject) -> Finding:
     nth = sorted({*(n for n in NEIGHBOURS if n < size), middle, size - 1})
     asked = permutation(rng, size)[:ASKED]
     spacing = neighbours(codebook, asked, nth)[1]  # (M, K)
-    relative = spacing[:, :1] / spacing[:, nth.index(middle)].mean()
     found = changes(subject, codebook, nth, rng)
     weights, of_codes = bootstrap_weights(len(tokens), seed, "codes"), bootstrap_weights(len(asked), seed, "spacing")
     (agreement,) = intervals(rank_correlation(found[0], found[1], weights)[:, None])
     draws = weights @ found.unflatten(2, (PLACES, len(nth))).mean(2)  # (3, 1 + R, K)
     _, error, seen = map(intervals, draws)
-    (times,) = intervals(draws[1, :, -1:] / draws[1, :, :1].clamp(min=1e-30))
-    counts = quantizer.code_counts(tokens, size)
-    distances = mean_intervals(torch.cat([spacing, relative], 1), of_codes)
+    times = ratio(draws[1, :, -1:], draws[1, :, :1])
+    counts, distances = quantizer.code_counts(tokens, size), of_codes @ spacing
+    to_middle = ratio(distances[:, :1], distances[:, nth.index(middle), None])
+    said = "a token that becomes the nearest code changes too few pixels to compare others with."
+    if times:
+        said = f"a token that becomes the farthest code changes {times.text} times as many squared pixels as one that "
+        said += "becomes the nearest."
     k, of_pictures = "k, the k-th nearest code", "one token of each picture"
     return Finding(
-        f"Distance in the codebook and change of the picture have a rank correlation of {agreement.text}: a token that "
-        f"becomes the farthest code changes {times.text} times as many squared pixels as one that becomes the nearest. "
+        f"Distance in the codebook and change of the picture have a rank correlation of {agreement.text}: {said} "
         f"{int((counts > 0).sum())} of {size} codes occur in these {len(tokens)} pictures.",
         {
             "rank correlation of code distance and squared pixel change": agreement,
-            "squared pixel change, farthest over nearest code": times,
-            "distance to the nearest code": distances[0],
-            "the same over the distance to the middle one": distances[-1],
+            **({"squared pixel change, farthest over nearest code": times} if times else {}),
+            "distance to the nearest code": intervals(distances)[0],
+            **({"the same over the distance to the middle one": to_middle} if to_middle else {}),
             "share of the codes that occur": exactly(quantizer.usage(counts)),
             "perplexity of the codes": exactly(quantizer.perplexity(counts)),
         },
         (
             Figure("Where the neighbours are", k, "distance in the codebook",
-                   [Curve("codes drawn from the codebook", nth, distances[:-1])], log=True),
+                   [Curve("codes drawn from the codebook", nth, intervals(distances))], log=True),
             Figure("What a neighbour changes", k, "squared change of pixels",
                    [Curve(of_pictures, nth, error)], log=True),
             Figure("What of it is seen", k, "perceptual distance", [Curve(of_pictures, nth, seen)], log=True),

@@ -112,7 +112,9 @@ def receptive_field(subject: Subject) -> Finding:
     shape = (grid.rows, grid.columns)
     by_distance = sum(change_by_distance(*pair, shape) for pair in zip(changes, places, strict=True))
     draws = weights @ by_distance
-    draws = draws / draws.sum(1, keepdim=True).clamp(min=1e-30)
+    if not bool((draws.sum(1) > 0).all()):
+        return Finding(f"{spread}. In too few pictures anything changes to say how far a token reaches.", numbers)
+    draws = draws / draws.sum(1, keepdim=True)
     (reach,) = intervals(reach_of(draws)[:, None])
     own, within = intervals(draws[:, :1])[0], intervals(draws.cumsum(1))
     numbers |= {
@@ -127,7 +129,7 @@ def receptive_field(subject: Subject) -> Finding:
         numbers,
         [Figure("Share of the change by distance", "distance from the token, tokens", "share within",
                 [Curve("squared change of pixels", range(len(within)), within)])],
-        [HeatMap("Where a token is seen", (middle / middle.max().clamp(min=1e-30)).tolist(), "share of the largest",
+        [HeatMap("Where a token is seen", (middle / middle.max()).tolist(), "share of the largest",
                  "The changed token is in the middle; squared change of pixels.")],
     )  # fmt: skip
 

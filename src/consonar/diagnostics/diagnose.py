@@ -200,6 +200,8 @@ def diagnose(
             for part in chosen:
                 progress(part)
                 found = PARTS[part].measure(subject)
+                if not isinstance(found, str) and found.not_finite:
+                    found = f"{found.not_finite} is no finite number"
                 if isinstance(found, str):
                     unavailable[part] = found
                 else:

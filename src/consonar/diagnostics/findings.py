@@ -1,6 +1,8 @@
 """What a diagnostic hands to the page and to diagnosis.json: numbers with intervals, curves, maps, what they say."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ class Interval(NamedTuple):
     @property
     def text(self) -> str:
         """ "0.123 [0.100, 0.150]", all three with as many decimals as tell the ends apart; "0"."""
+        if not all(map(math.isfinite, self)):
+            return str(self.value)
         width = max(self.high - self.low, abs(self.value) * 1e-2, 1e-12)
         digits = min(6, max(0, 1 - int(np.floor(np.log10(width)))))
         low, high = (f"{end:.{digits}f}" for end in (self.low, self.high))
@@ -88,6 +92,14 @@ class Finding:
     """What its Fréchet distances are of, in one line; empty where it has none."""
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
     """Rows of pictures (k, H, W, 3) uint8 by what they are; not written into diagnosis.json."""
+
+    @property
+    def not_finite(self) -> str:
+        """The first of what it holds that is no finite number; empty where all are."""
+        named: list[tuple[str, Iterable[float | None]]] = [*self.numbers.items()]
+        named += [(f.title, [*c.x, *itertools.chain(*c.y)]) for f in self.figures for c in f.curves]
+        named += [(m.title, itertools.chain(*m.rows, *m.low, *m.high)) for m in self.maps]
+        return next((name for name, values in named if not all(v is None or math.isfinite(v) for v in values)), "")
 
 
 def resolved(gap: Interval, above: str, below: str, same: str) -> str:

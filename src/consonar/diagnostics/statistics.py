@@ -41,6 +41,11 @@ def intervals(draws: Tensor) -> list[Interval]:
     return [Interval(*map(float, numbers)) for numbers in zip(draws[0], low, high, strict=True)]
 
 
+def ratio(over: Tensor, under: Tensor) -> Interval | None:
+    """Of draws (1 + R, 1) of two numbers, that below 0 or more; None where it is 0 in any, and no interval holds it."""
+    return intervals(over / under)[0] if bool((under > 0).all()) else None
+
+
 def mean_intervals(values: Tensor, weights: Tensor) -> list[Interval]:
     """Of the means over images of (n, K)."""
     return intervals(weights @ values.double())
