@@ -139,6 +139,7 @@ def test_rewards_are_named_together_with_what_they_need(tmp_path, capsys):
 def test_a_wrong_option_of_train_names_the_help_that_lists_it(tmp_path, capsys):
     for words, message in (
         (["--optim.lr", "fast"], "--optim.lr: 'fast' is not a number"),
+        (["--optim.lr", "fa'st"], '--optim.lr: "fa\'st" is not a number'),
         (["--loop.steps=3.5"], "--loop.steps: '3.5' is not a whole number"),
         (["--data.tokens"], "--data.tokens: a value is missing"),
     ):

@@ -21,12 +21,13 @@ from consonar.files.lock import hold
 from consonar.metrics.shares import T_95
 from consonar.networks import load_feature_network
 from consonar.origin import Origin
+from consonar.report.records import told_once
 from consonar.sweeps import inputs, work
-from consonar.sweeps.contents import Contents, reference_content
+from consonar.sweeps.contents import Contents, known_to_both, reference_content, store_made_of
 from consonar.sweeps.page import markdown, page, write_summary
 from consonar.sweeps.plan import comparable
 from consonar.sweeps.rows import read_sweep
-from consonar.sweeps.summary import ONE_START, Difference, judge, paired, summarise, told_once
+from consonar.sweeps.summary import ONE_START, Difference, judge, paired, summarise
 from consonar.sweeps.work import run_sweep, states
 
 QUIET = {
@@ -682,10 +683,30 @@ def test_the_sweeps_of_the_repository_are_valid(file, tmp_path):
     assert len(read_sweep(file, tmp_path).cells) >= 10
 
 
-def test_remarks_that_differ_in_their_numbers_alone_are_told_once():
+def test_remarks_that_differ_in_one_number_alone_are_told_once():
     drawn = [
         f"FD(lite0) is high: {count} of run-3 score {value}" for count, value in (("1,024", 16.5), ("1,024", 7.81))
     ]
-    assert told_once([*drawn, "2 empty", drawn[0], "2 full"]) == [
-        "FD(lite0) is high: 1,024 of run-3 score 7.81 to 16.5", "2 empty", "2 full",
-    ]  # fmt: skip
+    others = ["2 empty", "2 full", "few (train 2,500, validation 500)", "few (train 500, validation 2,500)"]
+    assert told_once([*drawn, *others, drawn[0]]) == ["FD(lite0) is high: 1,024 of run-3 score 7.81 to 16.5", *others]
+
+
+def test_tokens_of_other_labels_or_of_another_tokenizer_are_not_made_alike(stores, tmp_path):
+    def made(**change):
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        shutil.copytree(stores[0], tmp_path / "store")
+        file = tmp_path / "store" / METADATA_FILE
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"source_sha256": "pictures"} | change))
+        return store_made_of(str(tmp_path / "store"))
+
+    alike = made()
+    assert alike == made(content_sha256="rounded", consonar_version="0.2")
+    names = json.loads((stores[0] / METADATA_FILE).read_text())["class_names"]
+    for change in ({"fingerprint": "other"}, {"views": "flip"}, {"class_names": names[::-1] if names else ["a"]}):
+        assert made(**change) != alike, change
+    assert made(source_sha256=None) is None
+    now, before = {"data.tokens": "a", "data.tokens made of": "x"}, {"data.tokens": "b", "data.tokens made of": "x"}
+    assert known_to_both(now, before) == ({}, {})
+    assert known_to_both(now | {"data.tokens made of": "y"}, before) == (
+        {"the content of data.tokens": "a"}, {"the content of data.tokens": "b"},
+    )  # fmt: skip

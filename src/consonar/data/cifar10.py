@@ -21,8 +21,8 @@ def cifar10_place(target: str) -> str:
     named = target or os.environ.get(VARIABLE)
     if named:
         folder = home_expanded(named.partition("?")[0])
-        if not [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]:
-            found = "holds no such file" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "is not there"
             layout = "a copy is a folder of Parquet files with the columns img and label"
             raise UserError(f"{'data: cifar10:' if target else VARIABLE + ': '}{named} {found}; {layout}")
     local = cache_dir() / "cifar10"

@@ -118,9 +118,10 @@ def compare(
 ) -> list[Compared]:
     """Every recorded number, and of each mean over classes the class that is farthest off."""
     found = []
+    if EXACT in {*before, *after}:  # where there are none, no number is written
+        before, after = ({EXACT: Measurement(0.0)} | dict(one) for one in (before, after))
     for name, one in before.items():
-        none = Measurement(0.0) if name == EXACT else None  # which is not written
-        again, of_model = after.get(name, none), name.endswith(ENTROPY) and not other_weights
+        again, of_model = after.get(name), name.endswith(ENTROPY) and not other_weights
         redrawn = samples_redrawn and not (of_model or name.startswith(FLOOR))
         found.append(
             Compared(name, one.value, None if again is None else again.value, allowed(name, one, sizes, redrawn))

@@ -22,7 +22,7 @@ from consonar.metrics import in_order, meanings, metric_of
 from consonar.report import images, tables
 from consonar.report.charts import frontier_charts, look_of
 from consonar.report.folders import MAX_RUNS, load_runs
-from consonar.report.records import Run, listed, start_text
+from consonar.report.records import Run, listed, start_text, told_once
 from consonar.report.scores import score_table
 
 __all__ = ["MAX_RUNS", "load_runs", "write_report"]
@@ -127,12 +127,12 @@ def protocols(runs: Sequence[Run]) -> list[str]:
 def remarks(runs: Sequence[Run]) -> list[str]:
     """What must be known to read the numbers, one sentence each: as measured, and of the temperatures."""
     measured = [run for run in runs if run.results.rows]
-    said = dict.fromkeys(f"{line}." for run in measured for line in run.results.remarks)
+    said = [f"{line}." for line in told_once(line for run in measured for line in run.results.remarks)]
     grids = {run.name: sorted({row.temperature for row in run.results.rows if not row.matched_to}) for run in measured}
     if len({tuple(grid) for grid in grids.values()}) > 1:
         text = "; ".join(f"{name} {listed([f'{value:g}' for value in grid])}" for name, grid in grids.items() if grid)
         return [*said, f"The runs were measured at different temperatures, and the best is the best of these: {text}."]
-    return [*said]
+    return said
 
 
 def record_of(run: Run, runs: Sequence[Run]) -> Json:

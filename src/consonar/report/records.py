@@ -1,7 +1,8 @@
 """What the page knows of a run folder, as plain records, and which runs of a page began or control others."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +13,9 @@ from consonar.evaluation.results import Measurement
 from consonar.json_types import JsonMap
 from consonar.metrics import decides
 from consonar.training.objectives import Method, Settings
+
+NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?\b")
+"""In a remark; digits of a name (`inception-v3`, `run-0`) are none."""
 
 
 @dataclass(frozen=True)
@@ -206,3 +210,20 @@ def measurement_text(measurement: Measurement, *, percent: bool = False) -> str:
 def listed(items: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def told_once(remarks: Iterable[str]) -> list[str]:
+    """Each remark once; those that differ in one number alone (a bias drawn by seed) as one, with its range."""
+    kinds: dict[tuple[str, ...], list[list[str]]] = {}
+    lines = list(dict.fromkeys(remarks))
+    for line in lines:
+        kinds.setdefault(tuple(NUMBER.split(line)), []).append(NUMBER.findall(line))
+    told = []
+    for (first, *texts), found in kinds.items():
+        ranges = [sorted(set(each), key=lambda text: float(text.replace(",", ""))) for each in zip(*found, strict=True)]
+        if sum(len(each) > 1 for each in ranges) > 1:  # of other things, not one drawn anew
+            told += [line for line in lines if tuple(NUMBER.split(line)) == (first, *texts)]
+            continue
+        numbers = (each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in ranges)
+        told.append(first + "".join(number + text for number, text in zip(numbers, texts, strict=True)))
+    return told

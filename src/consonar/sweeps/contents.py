@@ -144,10 +144,16 @@ def store_content(path: str) -> str | None:
 
 
 def store_made_of(path: str) -> str | None:
-    """Hash of the pictures, their views and the precision; None where one is not known, as of imported tokens."""
-    stores = [TokenStore.open(one).metadata for one in store_paths(path)]
-    told = [(one.source_sha256, one.counts.items, one.views, one.precision) for one in stores]
-    return None if any(None in one for one in told) else hashlib.sha256(f"{told}".encode()).hexdigest()
+    """Hash of pictures, tokenizer, views, precision, classes, labels and captions; None where one of the first is not
+    known, as of imported tokens."""
+    told = []
+    for store in map(TokenStore.open, store_paths(path)):
+        known = store.metadata
+        made = (known.source_sha256, known.fingerprint, known.views, known.precision)
+        if None in made:
+            return None
+        told.append((*made, known.class_names, store.table.column("label").to_pylist(), store.captions))
+    return hashlib.sha256(f"{told}".encode(errors="replace")).hexdigest()
 
 
 def is_here(spec: str | None) -> bool:

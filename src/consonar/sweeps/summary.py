@@ -9,7 +9,6 @@ that start they get no verdict, for it holds nothing of what training and drawin
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
@@ -18,7 +17,7 @@ from consonar.evaluation.results import Measurement, setting_text
 from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, in_order, metric_of
 from consonar.metrics.shares import t_95
-from consonar.report.records import held_out_of, measurement_text
+from consonar.report.records import held_out_of, measurement_text, told_once
 from consonar.report.tables import UNMEASURED, Verdict
 from consonar.sweeps.contents import MADE_OF
 from consonar.sweeps.plan import Sweep
@@ -28,8 +27,6 @@ Values = Mapping[int, float]
 """Seed: value."""
 ONE_START = "against one draw of the start"
 """The word of a comparison without a verdict."""
-NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?\b")
-"""In a remark; digits of a name (`inception-v3`, `run-0`) are none."""
 BEST, EQUAL_ENTROPY, TRAINING = "each at its own best temperature", "at equal entropy", "training"
 
 
@@ -246,19 +243,6 @@ def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
     return notes + [
         f"{line}." for line in told_once(line for one in scored.values() for line in one["results"]["remarks"])
     ]
-
-
-def told_once(remarks: Iterable[str]) -> list[str]:
-    """Each remark once; those that differ in their numbers alone (a bias drawn by seed) as one, with their ranges."""
-    kinds: dict[tuple[str, ...], list[list[str]]] = {}
-    for line in dict.fromkeys(remarks):
-        kinds.setdefault(tuple(NUMBER.split(line)), []).append(NUMBER.findall(line))
-    told = []
-    for (first, *texts), found in kinds.items():
-        ranges = [sorted(set(each), key=lambda text: float(text.replace(",", ""))) for each in zip(*found, strict=True)]
-        numbers = (each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in ranges)
-        told.append(first + "".join(number + text for number, text in zip(numbers, texts, strict=True)))
-    return told
 
 
 def value_cells(setting: Setting, row: str, columns: Sequence[str]) -> list[str]:
