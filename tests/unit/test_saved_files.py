@@ -294,7 +294,7 @@ def test_what_a_killed_process_left_half_written_is_removed_and_nothing_of_outpu
         "consonar.files.writers.Path.unlink", lambda path, missing_ok: half.append(path)
     )  # it is killed
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "s[1]", lambda path: (path.touch(), os.kill(os.getpid(), 2), path.read_bytes()))
+        write_atomically(tmp_path / "s[1]", killed)
     monkeypatch.undo()
     others = [
         ".s[1].npz.12-abcdef.partial",
