@@ -290,9 +290,12 @@ def test_a_resume_file_with_a_part_that_is_something_else_is_refused_by_name(par
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_of_outputs_named_alike(tmp_path, monkeypatch):
     half = []
-    monkeypatch.setattr(
-        "consonar.files.writers.Path.unlink", lambda path, missing_ok: half.append(path)
-    )  # it is killed
+
+    def killed(path):
+        path.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("consonar.files.writers.Path.unlink", lambda path, missing_ok: half.append(path))
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "s[1]", killed)
     monkeypatch.undo()
