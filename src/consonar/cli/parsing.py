@@ -124,9 +124,7 @@ def in_one_line(box: str) -> str:
     told = " (".join(found[:2]) + (")" if len(found) > 1 else "")
     if missing := re.match(r"Missing value for argument '(\S+)'", told):
         return f"{missing[1]}: a value is missing"
-    if wrong := re.match(
-        r"Error parsing (\S+): .*?(['\"])(.*?)\2(?:\]| \().* ?\(?Argument helptext: .*?\1 (\S+)", told
-    ):
+    if wrong := re.match(r"Error parsing (\S+): .*?(['\"])(.*?)\2(?:\]| \().*Argument helptext: .*?\1 (\S+)", told):
         kinds = " or ".join(KINDS.get(kind, kind) for kind in reversed(wrong[4].split("|")))
         return f"{wrong[1]}: {wrong[3]!r} is not {kinds}"
     return told

@@ -143,7 +143,7 @@ def allowed(name: str, recorded: Measurement, sizes: Mapping[str, int], redrawn:
     """How far a number of images of these `image_counts` may be off."""
     size, spread, metric = abs(recorded.value), recorded.spread or recorded.error or 0.0, name.rpartition(": ")[2]
     counted = SHARES.get(metric, "samples" if metric_of(metric).unit == "%" else None)
-    images = IMAGES / sizes[counted] if counted else float(IMAGES * (metric == EXACT))
+    images = IMAGES / sizes[counted] if counted else IMAGES if metric == EXACT else 0
     if redrawn:
         kernels = OF_KERNELS / sizes["samples"] ** 0.5 if metric.startswith("KID") else 0.0
         return max(SPREADS * spread or max(WITHOUT_SPREAD * size, kernels), images)

@@ -139,10 +139,9 @@ def held_out_of(config: JsonMap, origin: JsonMap) -> tuple[str, str]:
     what they are called."""
     data = known if isinstance(known := config.get("data"), Mapping) else {}
     split, items = data.get("validation_split"), data.get("validation_items")
-    beside = ",".join(f"{path}-validation" for path in str(data.get("tokens") or "").split(",") if path)
-    tokens = (
-        beside if data.get("validation_tokens") is None else data["validation_tokens"]
-    )  # left open, it is filled so
+    tokens = data.get("validation_tokens")
+    if tokens is None:  # left open: those beside
+        tokens = ",".join(f"{path}-validation" for path in str(data.get("tokens") or "").split(",") if path)
     place = tokens or f"{data.get('images')}{f' ({split})' if split else ''}"
     codec = origin.get("tokenizer_fingerprint") or config.get("tokenizer")
     key = str([origin.get("validation_sha256") or place, codec, items])
@@ -214,16 +213,16 @@ def listed(items: Sequence[str]) -> str:
 
 def told_once(remarks: Iterable[str]) -> list[str]:
     """Each remark once; those that differ in one number alone (a bias drawn by seed) as one, with its range."""
-    kinds: dict[tuple[str, ...], list[list[str]]] = {}
-    lines = list(dict.fromkeys(remarks))
-    for line in lines:
-        kinds.setdefault(tuple(NUMBER.split(line)), []).append(NUMBER.findall(line))
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for line in dict.fromkeys(remarks):
+        kinds.setdefault(tuple(NUMBER.split(line)), []).append(line)
     told = []
-    for (first, *texts), found in kinds.items():
-        ranges = [sorted(set(each), key=lambda text: float(text.replace(",", ""))) for each in zip(*found, strict=True)]
+    for (first, *texts), lines in kinds.items():
+        columns = zip(*map(NUMBER.findall, lines), strict=True)
+        ranges = [sorted(set(each), key=lambda text: float(text.replace(",", ""))) for each in columns]
         if sum(len(each) > 1 for each in ranges) > 1:  # of other things, not one drawn anew
-            told += [line for line in lines if tuple(NUMBER.split(line)) == (first, *texts)]
-            continue
-        numbers = (each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in ranges)
-        told.append(first + "".join(number + text for number, text in zip(numbers, texts, strict=True)))
+            told += lines
+        else:
+            numbers = (" to ".join(dict.fromkeys([each[0], each[-1]])) for each in ranges)
+            told.append(first + "".join(number + text for number, text in zip(numbers, texts, strict=True)))
     return told

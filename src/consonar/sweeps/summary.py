@@ -230,8 +230,9 @@ def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
             notes.append(f"{name} started from {start.name} trained again, to other weights than were measured.")
     tokens: dict[str, set[str]] = {}
     for held in (one.get("contents") or {} for one in scored.values()):
-        for key in held.keys() & {key.removesuffix(MADE_OF) for key in held if key.endswith(MADE_OF)}:
-            tokens.setdefault(held[key + MADE_OF], set()).add(held[key])
+        for key in held:
+            if key + MADE_OF in held:
+                tokens.setdefault(held[key + MADE_OF], set()).add(held[key])
     if any(len(found) > 1 for found in tokens.values()):
         notes.append("The cells' tokens are of the same pictures and not all equal: processors round otherwise.")
     for what, values in (

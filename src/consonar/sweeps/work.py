@@ -160,7 +160,7 @@ def train_cell(place: Place, cell: Cell) -> None:
         raise NonFiniteLoss(failure)
     run, steps = place.run(cell), cell.config.loop.steps
     resume = (run / "config.json").exists()
-    place.say(f"{cell.name}: {f'goes on to step {steps}' if resume else f'trains for {steps} steps'}")
+    place.say(f"{cell.name}: " + (f"goes on to step {steps}" if resume else f"trains for {steps} steps"))
     train(cell.config, run, resume=resume, quiet=True)
 
 

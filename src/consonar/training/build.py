@@ -103,6 +103,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     model = start_of(config, shape, tokenizer, world.device)
     encoder = text_encoder_of(config, shape, world.device)
     pictures = open_pictures(config, tokenizer.image_size, out)
+    settings.check_guard(validated=pictures.held_out is not None)
     read = partial(captions_of_pictures, encoder=encoder, progress=progress, rewards=settings.rewards)
     shown, held_out = read(pictures.train), read(pictures.held_out) if pictures.held_out else None
     origin = read_by(pictures.origin, encoder, config.text_encoder, shown, held_out)
@@ -122,12 +123,11 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
     prior: Generator | StartModel | None = StartModel(trainee) if needed and inside else None
     if needed and not inside:
         prior = load_generator(init)
-        # A generator is a module, which its protocol cannot say.
-        parallel.shard(prior, prior.blocks, config.parallel, world)  # type: ignore[arg-type]
+        parallel.shard(prior, prior.blocks, config.parallel, world)  # type: ignore[arg-type]  # a module, too
         prior = prior.to(world.device)
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
-    about = (*pictures.about, *told(shown, held_out))
-    built = Built(trainee, objective, batches, origin=origin, about=about, bad=pictures.bad)
+    built = Built(trainee, objective, batches, origin=origin, bad=pictures.bad)
+    built.about = (*pictures.about, *told(shown, held_out))
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, held_out or shown)
     if config.loop.fd_samples and pictures.held_out is None:
         raise UserError(f"loop.fd_samples: {data.images} has no validation images to compare with; set it to 0")

@@ -114,11 +114,13 @@ class AlignmentConfig(ObjectiveConfig):
         check_rewards(self.rewards, {key: getattr(self, key) for key in ("discriminator", "clip", "hpsv2")})
 
     def needs_prior(self, *, validated: bool = True) -> bool:
-        """As above; `UserError` for a bound on the KL where no line of the log would have one."""
+        return self.guard.measure_kl and validated
+
+    def check_guard(self, *, validated: bool) -> None:
+        """`UserError` for a bound on the KL in a run without data for validation, where no line would have one."""
         if self.guard.max_kl is not None and not validated and not getattr(self, "kl_weight", 0):
             without = "with data for validation, and there are none, or with objective.kl_weight over 0"
             raise UserError(f"objective.guard.max_kl: {self.guard.max_kl} is read only {without}; remove it")
-        return self.guard.measure_kl and validated
 
     @property
     def measures_lpips(self) -> bool:
