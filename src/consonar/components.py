@@ -15,6 +15,7 @@ from consonar.files.readers import plain_name, read_json
 from consonar.files.weights import component_config, load_module, save_component
 from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
+from consonar.generators.checked import checked_generator
 from consonar.hub import PREFIX, Wanted, read_name, released_file
 from consonar.model_folders import own_text_encoder, read_settings, read_tokenizer, shipped_or_folder
 from consonar.networks.text_encoders import load_caption_reader, readers
@@ -25,16 +26,16 @@ from consonar.tokenizers.base import CodebookTokenizer
 from consonar.types import Generator, TextEncoder, Weights
 
 
-def save_generator(generator: Generator, folder: Path, origin: Origin, *, dtype: str = "float32") -> None:
+def save_generator(generator: Generator, folder: str | Path, origin: Origin, *, dtype: str = "float32") -> None:
     """Writes a model folder: the generator's shape, its origin and its weights; `dtype` float16 halves the file."""
     config = {"component": "generator", **to_dict(origin), **to_dict(generator.config)}
-    save_component(folder, config, stored(generator, dtype))
+    save_component(Path(folder), config, stored(generator, dtype))
 
 
-def save_tokenizer(tokenizer: CodebookTokenizer, folder: Path, *, dtype: str = "float32") -> None:
+def save_tokenizer(tokenizer: CodebookTokenizer, folder: str | Path, *, dtype: str = "float32") -> None:
     """Writes a model folder; `dtype` float16 halves the file (the fingerprint is that of the rounded weights)."""
     config = {"component": "tokenizer", "name": tokenizer.name, **to_dict(tokenizer.config)}
-    save_component(folder, config, stored(tokenizer, dtype))
+    save_component(Path(folder), config, stored(tokenizer, dtype))
 
 
 def stored(model: Weights, dtype: str) -> dict[str, torch.Tensor]:
@@ -75,7 +76,7 @@ def load_generator(path: str | Path) -> Generator:
     """
     folder = model_folder(path)
     _, origin, settings, generator_class = read_settings(folder, "generator", GENERATORS)
-    generator = tune(load_module(lambda: generator_class(settings), folder))
+    generator = checked_generator(tune(load_module(lambda: generator_class(settings), folder)), str(folder))
     generator.origin = origin
     names, where = origin.class_names or (), str(folder / "config.json")
     if len(names) > generator.num_classes:

@@ -15,6 +15,7 @@ from consonar.networks import prompts
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, resized
 from consonar.tokenizers.base import CodebookTokenizer
+from consonar.tokenizers.checked import checked_tokenizer
 from consonar.types import Kind, ModelConfig
 
 SHIPPED = {
@@ -71,4 +72,4 @@ def read_tokenizer(folder: Path, num_tokens: int | None = None) -> CodebookToken
     name, _, settings, tokenizer_class = read_settings(folder, "tokenizer", TOKENIZERS)
     if num_tokens is not None:
         settings = resized(settings, num_tokens)
-    return load_module(lambda: tokenizer_class(settings, name=name), folder)
+    return checked_tokenizer(load_module(lambda: tokenizer_class(settings, name=name), folder), str(folder))

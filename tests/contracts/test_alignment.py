@@ -120,6 +120,16 @@ def test_every_objective_has_a_case():
     assert estimators == set(get_args(policy.Estimator))
 
 
+def test_a_decoder_without_a_gradient_is_refused_by_what_needs_one(make, batch, tokenizer, monkeypatch):
+    decode = tokenizer.decode_embeddings
+    objective, trainee = make(CASES["ste"])
+    prepared = objective.prepare(trainee, batch, 0)
+    objective.loss(trainee, prepared, 0)
+    monkeypatch.setattr(tokenizer, "decode_embeddings", lambda codes: decode(codes.detach()))
+    with pytest.raises(UserError, match="the pixel loss has no gradient: decode_embeddings of the tokenizer cuts it"):
+        objective.loss(trainee, prepared, 0)
+
+
 def weighted_terms(config, terms):
     """The loss as the sum of its named terms."""
     if isinstance(config, PolicyConfig):

@@ -13,6 +13,7 @@ from consonar.cpu.kernels import tune
 from consonar.distributed import ALONE
 from consonar.generators import GENERATORS
 from consonar.generators.alitok import AliTokARConfig
+from consonar.generators.checked import check_generator
 from consonar.generators.janus import JanusConfig, pad_prompts
 from consonar.generators.llamagen import LlamaGenConfig
 from consonar.generators.rear import ReARConfig
@@ -92,6 +93,7 @@ def test_every_kind_has_a_tiny_model():
 
 def test_it_is_a_generator(model):
     assert isinstance(model, Generator)
+    check_generator(model, "what is asked of those of other packages")
 
 
 @pytest.mark.parametrize("changed", [0, 7, LENGTH - 1])

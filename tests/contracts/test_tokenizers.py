@@ -8,6 +8,7 @@ from consonar.data.transforms import to_uint8
 from consonar.errors import UserError
 from consonar.tokenizers import TOKENIZERS
 from consonar.tokenizers.alitok import AliTokConfig, AliTokTokenizer
+from consonar.tokenizers.checked import check_tokenizer
 from consonar.tokenizers.titok import TiTokConfig, TiTokTokenizer
 from consonar.tokenizers.vit import TransformerConfig
 from consonar.tokenizers.vqgan import MaskGITConfig, MaskGITTokenizer, VQGANPlusConfig, VQGANPlusTokenizer
@@ -44,6 +45,7 @@ def images(model, rng):
 def test_it_is_a_tokenizer(model):
     assert isinstance(model, Tokenizer)
     assert model.grid is None or model.grid.num_tokens == model.num_tokens
+    check_tokenizer(model, "what is asked of those of other packages")
 
 
 def test_shapes_and_ranges(model, images):

@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
         if several and name not in SHARED:
             raise UserError(f"{name}: is for one process; leave torchrun away, which is for {', '.join(SHARED)}")
+        if os.environ.get("CONSONAR_MODELS"):
+            import_module("consonar.cli.own_models").import_own_models()
         module = import_module(f"consonar.cli.{name.replace('-', '_')}")
         if name in ("train", "plan"):  # their options are those of the recipe that is named first
             module.command(args)

@@ -17,6 +17,7 @@ from consonar.files.readers import read_json
 from consonar.files.weights import load_weights
 from consonar.generators import GENERATORS, build_generator
 from consonar.generators.base import GeneratorConfig
+from consonar.generators.checked import checked_generator
 from consonar.generators.tied import TiedEmbedding
 from consonar.json_types import Json
 from consonar.model_folders import from_anywhere, own_text_encoder, read_settings
@@ -96,7 +97,7 @@ def random_start(seed: int, shape: GeneratorConfig, tokenizer: Tokenizer, device
     model.reset_parameters(seeded(seed, "init"))
     if isinstance(rows := getattr(model, "embeddings", None), TiedEmbedding):
         rows.tie(codebook_of(tokenizer, device))
-    return model
+    return checked_generator(model, f"model.kind {shape.kind}")
 
 
 def start_tokenizer(init: str | None, tokenizer: CodebookTokenizer, data: Origin) -> Origin:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from consonar import records
 from consonar.distributed import World
+from consonar.errors import UserError
 from consonar.options import Options
 from consonar.seeding import generator, uniform
 from consonar.training import losses
@@ -78,8 +79,19 @@ def alignment_terms(
 
 
 def codebook_of(tokenizer: Tokenizer, device: torch.device) -> Tensor:
-    """(V, C): what the decoder receives for each token."""
-    return tokenizer.embed(torch.arange(tokenizer.vocab_size, device=device)[None])[0]
+    """(V, C): what the decoder receives for each token. `UserError` where that depends on the token's place, as with
+    one codebook for each level of a residual quantiser: there is no such table."""
+    codes, places = tokenizer.vocab_size, tokenizer.num_tokens
+    tokens = torch.arange(-(-codes // places) * places, device=device) % codes
+    table = tokenizer.embed(tokens.view(-1, places)).flatten(0, 1)
+    moved = tokenizer.embed(tokens.roll(1).view(-1, places)).flatten(0, 1).roll(-1, 0)
+    if type(table) is Tensor and not torch.allclose(table, moved, rtol=1e-4, atol=1e-5):  # a plan's has no numbers
+        raise UserError(
+            "tokenizer: what its decoder receives for a token depends on the token's place, so that there is no "
+            "codebook; straight-through, soft targets, `nearest` noise, tied embeddings and diagnoses of the codebook "
+            "need one"
+        )
+    return table[:codes]
 
 
 def means(measured: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, float]:

@@ -129,6 +129,8 @@ class StraightThrough(Alignment):
             noisy = logits.float() + gumbel_noise(prepared.seeds, logits)
             chosen = straight_through(noisy, self.config.gumbel_temperature)  # (B, N, V)
             decoded = self.tokenizer.decode_embeddings(chosen @ self.codes)
+            if torch.is_grad_enabled() and not decoded.requires_grad:
+                raise UserError("objective: the pixel loss has no gradient: decode_embeddings of the tokenizer cuts it")
             terms = {
                 "mse": F.mse_loss(decoded, images),
                 "cross_entropy": losses.next_token_loss(logits, tokens),
