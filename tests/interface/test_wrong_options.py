@@ -294,8 +294,8 @@ def test_a_reference_that_is_nowhere_is_told_by_its_option_and_what_it_takes(tmp
     assert "(.parquet 1)" in line and "one of Parquet files with hf:PATH" in line
 
 
-def test_a_model_to_match_is_told_by_its_option_and_may_be_one_of_the_package(model):
-    sharpness = Sharpness("openmoji-64", load_tokenizer("openmoji-64"), 8, read_origin(model), None, None, None)
+def test_a_model_to_match_is_told_by_its_option_and_may_be_one_of_the_package(model, picture_folder):
+    sharpness = Sharpness(str(picture_folder), load_tokenizer("openmoji-64"), 8, read_origin(model), None, None, None)
     with pytest.raises(UserError, match=r"^--match: unknown 'nope'; choices: openmoji, a run folder"):
         sharpness.match(load_generator(model), Path("nope"))
     # Found, and of another tokenizer than the toy.
