@@ -260,6 +260,15 @@ def test_results_and_runs_of_files_that_were_made_anew_in_their_place_are_refuse
     assert states(sweep, out)["ce-0"] == "done"
 
 
+def test_a_sweep_without_validation_tokens_ends_and_is_called_again(table, write, tmp_path):
+    table["seeds"] = 1
+    table["rows"] = {"plain": table["rows"]["plain"] | {"data.validation_tokens": "", "match": []}}
+    sweep = read_sweep(write(table), tmp_path / "out")
+    results = run_sweep(sweep, tmp_path / "out", lambda text: None)
+    assert "data.validation_tokens" not in results["plain-0"]["contents"]
+    assert run_sweep(sweep, tmp_path / "out", lambda text: None) == results
+
+
 def test_only_what_is_not_here_is_not_compared(tiny_generator, tmp_path):
     save_generator(tiny_generator(), tmp_path / "model", Origin())
     reads = {
@@ -650,6 +659,10 @@ def test_training_is_compared_on_the_same_held_out_data_alone(table, write, tmp_
     for name in ("rear-0", "rear-1"):
         results[name]["asked"]["config"]["data"]["validation_tokens"] = "tokens"
     assert "| rear − plain |" in markdown(summarise(sweep, results)).partition("## Training")[2]
+    for name in ("ce-0", "ce-1"):  # which have none
+        results[name]["asked"]["config"]["data"]["validation_tokens"] = ""
+        results[name]["validation"] = {}
+    assert "None" not in markdown(summarise(sweep, results)).partition("## Training")[2]
 
 
 @pytest.mark.parametrize("start", [{"cell": "plain"}, {"cell": "plain", "seed": 0}])

@@ -90,7 +90,7 @@ class Contents:
             reads.append((("init", (config.init,)), partial(weights_sha256, config.init)))
         if config.run == "generator":
             for key, path in (("data.tokens", data.tokens), ("data.validation_tokens", data.validation_tokens)):
-                if path is not None:
+                if path:  # "" is no store
                     reads.append(((key, (path,)), partial(store_content, path)))
                     reads.append(((key + MADE_OF, (path,)), partial(store_made_of, path)))
         else:

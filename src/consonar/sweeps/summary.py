@@ -152,7 +152,9 @@ def summarise(sweep: Sweep, results: Mapping[str, Json]) -> Summary:
     for name, result in scored.items():
         row, seed = sweep.cells[name].row, sweep.cells[name].seed
         protocols.add(row, seed, *measured_as(result["results"]))
-        validations.add(row, seed, *held_out_of(result["asked"].get("config", {}), result["results"].get("origin", {})))
+        if result["validation"]:
+            config, origin = result["asked"].get("config", {}), result["results"].get("origin", {})
+            validations.add(row, seed, *held_out_of(config, origin))
         training.add(row, seed, {key: value for key, value in result["validation"].items() if value is not None})
         for line in result["results"]["rows"]:
             numbers, temperature = {key: one["value"] for key, one in line["metrics"].items()}, line["temperature"]
