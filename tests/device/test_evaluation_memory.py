@@ -147,7 +147,11 @@ def test_a_tokenizer_takes_a_batch_in_parts_that_fit(cuda, tokenizer, monkeypatc
 def test_a_reference_is_encoded_in_batches_of_the_size_that_is_asked_for(
     monkeypatch, tokenizer_folder, picture_folder
 ) -> None:
-    monkeypatch.setattr(evaluating, "encode_reference", lambda target, codec, **given: given["batch_size"])
+    monkeypatch.setattr(inputs, "encode_reference", lambda target, codec, **given: given["batch_size"])
     samples = SampleSet(in_memory("samples", 4), 4, SIDE, "0", tokens=torch.zeros(4, 16, dtype=torch.int64))
     settings = EvaluationSettings(batch_size=5)
     assert evaluating.open_target(samples, str(picture_folder), str(tokenizer_folder), settings) == 5
+    unasked = replace(settings, metrics=("fd",))  # or of one set, which has no copy rate
+    for place, how in ((picture_folder, unasked), (picture_folder / "train", settings)):
+        target = evaluating.open_target(samples, str(place), str(tokenizer_folder), how)
+        assert target.tokens is None and target.origin.tokenizer_fingerprint

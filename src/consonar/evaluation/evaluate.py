@@ -26,7 +26,7 @@ from consonar.evaluation.inputs import (
     ReferenceSet,
     SampleSet,
     check_tokenizer,
-    encode_reference,
+    in_tokens,
     load_samples,
     open_reference,
 )
@@ -144,7 +144,7 @@ def open_target(
     bad: BadImages | None = None,
     world: World = ALONE,
 ) -> ReferenceSet:
-    """The reference `spec` for samples; where these have tokens, in those of `tokenizer`, for the copy rate in them.
+    """The reference `spec` for samples; where these have tokens, in those of `tokenizer` (`in_tokens`).
 
     None: in those of the tokenizer that the samples name, when that is a shipped one. Raises `UserError` for a
     tokenizer of samples without tokens, one that did not make them, and as `open_reference` does.
@@ -162,7 +162,7 @@ def open_target(
         return target  # another of that name made them
     check_tokenizer(samples, Origin(tokenizer=name, tokenizer_fingerprint=codec.fingerprint))
     check_tokens(samples.tokens.numpy(), codec.vocab_size, codec.name, where)
-    return encode_reference(target, codec, batch_size=settings.batch_size, precision=settings.precision, world=world)
+    return in_tokens(target, codec, settings, world)
 
 
 def remarks(

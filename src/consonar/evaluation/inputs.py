@@ -32,6 +32,7 @@ from consonar.evaluation.image_sets import (
     npz_settings,
     source_image_set,
 )  # fmt: skip
+from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import npz_keys, read_npz
 from consonar.files.writers import file_sha256
 from consonar.json_types import Json
@@ -89,7 +90,7 @@ class ReferenceSet:
     tokens: dict[str, Tensor] | None = None
     """Tokens (T, N) or (T, views, N) of the same images by the same names; see `encode_reference`."""
     origin: Origin | None = None
-    """The tokenizer that made them."""
+    """The tokenizer that made them, or would (`in_tokens`)."""
     about: str = ""
     """How many pictures and classes there are; of a file its name first."""
     bad: BadImages | None = None
@@ -247,6 +248,18 @@ def encode_reference(
             for name, images in reference.images.items()
         }
     return replace(reference, tokens=tokens, origin=of_tokenizer(tokenizer))
+
+
+def in_tokens(
+    reference: ReferenceSet, tokenizer: Tokenizer, settings: EvaluationSettings, world: World = ALONE
+) -> ReferenceSet:
+    """`encode_reference` where the copy rate is wanted and has both sets that it needs; else whose tokens they would
+    be, alone."""
+    if not settings.wants("copy-rate") or not {"train", "validation"} <= reference.images.keys():
+        return replace(reference, origin=of_tokenizer(tokenizer))
+    return encode_reference(
+        reference, tokenizer, batch_size=settings.batch_size, precision=settings.precision, world=world
+    )
 
 
 def fitting(batches: Iterable[Pictures], run: Callable[[Pictures], object]) -> Iterator[Pictures]:

@@ -23,7 +23,7 @@ from consonar.distributed import ALONE, World, of_every
 from consonar.errors import UserError
 from consonar.evaluation.entropy import Sharpness
 from consonar.evaluation.evaluate import compare
-from consonar.evaluation.inputs import ReferenceSet, encode_reference, load_samples, open_reference
+from consonar.evaluation.inputs import ReferenceSet, in_tokens, load_samples, open_reference
 from consonar.evaluation.kept import keep_samples
 from consonar.evaluation.reconstruction import measure_reconstruction
 from consonar.evaluation.reference import PreparedReference
@@ -231,9 +231,7 @@ def target_of(
     if target is None:
         wanted = settings.validation_split
         target = open_reference(reference, tokenizer.image_size, validation_split=wanted, bad=bad)
-        return encode_reference(
-            target, tokenizer, batch_size=settings.batch_size, precision=settings.precision, world=world
-        )
+        return in_tokens(target, tokenizer, settings, world)
     if target.name != reference or target.origin is None:
         raise UserError(f"target: {target.name} is not {reference} in the tokens of {tokenizer.name}; encode it anew")
     check("target", target.origin, run.origin, str(run.folder), "encode it anew", parts=("tokenizer",))

@@ -21,7 +21,7 @@ from consonar.components import load_tokenizer
 from consonar.config_io import from_dict, to_dict
 from consonar.distributed import pick_device
 from consonar.errors import NonFiniteLoss, UserError, reading
-from consonar.evaluation.inputs import ReferenceSet, encode_reference, open_reference
+from consonar.evaluation.inputs import ReferenceSet, in_tokens, open_reference
 from consonar.evaluation.results import library_versions
 from consonar.evaluation.runs import evaluate_run
 from consonar.files.lock import Held, hold
@@ -50,8 +50,9 @@ class Place:
     out: Path
     sweep: Sweep
     say: Say
-    targets: dict[tuple[str, str | None, str], ReferenceSet] = field(default_factory=dict)
-    """References in tokens, by their names, what of them is held out, and the names of the tokenizers."""
+    targets: dict[tuple[str, str | None, str, bool], ReferenceSet] = field(default_factory=dict)
+    """References in tokens, by their names, what of them is held out, the names of the tokenizers, and whether the
+    copy rate is wanted."""
     contents: Contents = field(default_factory=Contents)
 
     def run(self, cell: Cell) -> Path:
@@ -192,13 +193,11 @@ def measure(place: Place, cell: Cell) -> Json:
 def target_of(place: Place, cell: Cell, device: torch.device) -> ReferenceSet:
     """The reference in the tokens of the cell's tokenizer; opened and encoded once for all cells."""
     tokenizer, reference, settings = tokenizer_of(cell), cell.evaluated.reference, cell.evaluated.settings
-    key = (reference, settings.validation_split, tokenizer)
+    key = (reference, settings.validation_split, tokenizer, settings.wants("copy-rate"))
     if key not in place.targets:
         codec = load_tokenizer(tokenizer).to(device)
         opened = open_reference(reference, codec.image_size, validation_split=settings.validation_split)
-        place.targets[key] = encode_reference(
-            opened, codec, batch_size=settings.batch_size, precision=settings.precision
-        )
+        place.targets[key] = in_tokens(opened, codec, settings)
     return place.targets[key]
 
 
