@@ -178,7 +178,7 @@ def remarks(
         smallest = min(
             int(of[of >= 0].unique(return_counts=True)[1].min()) for of in (labels, *reference.labels.values())
         )
-        if smallest < network.num_features:
+        if smallest < ENOUGH * network.num_features:
             yield (
                 f"FD per class({network.name}) is biased upwards: the smallest class has {smallest:,} images "
                 f"({network.num_features:,} features); compare it at equal numbers of samples and equal references only"
