@@ -180,6 +180,16 @@ def test_reference_features_are_calculated_once(cache, images):
     assert len(list(cache.iterdir())) == 4
 
 
+def test_a_file_with_all_vectors_serves_fewer_of_any_seed(cache, images):
+    settings, network = EvaluationSettings(batch_size=4, max_neighbours_images=6, seed=3), MeanColour()
+    asked = sets.extract_features(network, in_memory(images), settings)
+    whole = sets.cached_features(network, in_memory(images), EvaluationSettings(batch_size=4), max_rows=10)
+    calls = network.calls
+    found = sets.cached_features(network, in_memory(images), settings)
+    assert network.calls == calls and len(whole.rows) == 10 and len(list(cache.iterdir())) == 1
+    assert torch.equal(found.rows, asked.rows) and torch.equal(found.indices, asked.indices)
+
+
 def test_who_comes_second_waits_and_reads(cache, images, monkeypatch):
     settings, second, waiting, reached = EvaluationSettings(), MeanColour(), [], threading.Event()
     look = lock.Waiting.look

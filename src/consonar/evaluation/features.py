@@ -68,6 +68,8 @@ class FeatureSet(Statistics):
 
     def first(self, count: int) -> "FeatureSet":
         """With no more than `count` vectors, the first of the drawn order."""
+        if len(self.rows) <= count:
+            return self
         kept = self.places[self.indices] < count
         return replace(self, rows=self.rows[kept], indices=self.indices[kept])
 
@@ -176,18 +178,24 @@ def cached_features(
     """`extract_features` of a reference, kept in `cache_dir()/features`.
 
     The key hashes the pixels (so the size, too), the network's name, weights and kind, the precision, and where not all
-    vectors are kept how many and the seed; reading the images once for it costs little beside the network. A file that
-    cannot be written is left out with a line on stderr. Raises UserError when a cached file cannot be read: delete it.
+    vectors are kept how many and the seed; a file with all vectors serves fewer, too. Reading the images once for it
+    costs little beside the network. A file that cannot be written is left out with a line on stderr. Raises UserError
+    when a cached file cannot be read: delete it.
     """
     places, content = drawn_places(images, settings)
     kind = "/spatial" if isinstance(network, ScoringNetwork) else ""
     kind += "" if settings.precision == "fp32" else f"/{settings.precision}"
     max_rows = settings.max_neighbours_images if max_rows is None else max_rows
-    kept = f"{max_rows} by {settings.seed}" if len(places) > max_rows else "all"
-    parts = f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}"
-    path = cache_dir() / "features" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npz"
-    if all(of_every(path.exists(), world)):
-        return kept_features(path, places, content)
+    some = [f"{max_rows} by {settings.seed}"] if len(places) > max_rows else []
+    parts = [
+        f"{CACHE_VERSION}/{content}/{network.name}/{network.weights_sha256}/{kept}{kind}" for kept in (*some, "all")
+    ]
+    path, *others = (
+        cache_dir() / "features" / f"{hashlib.sha256(part.encode()).hexdigest()[:32]}.npz" for part in parts
+    )
+    for there in (path, *others):
+        if all(of_every(there.exists(), world)):
+            return kept_features(there, places, content).first(max_rows)
     # One process of `world` holds it: one that waited for it would be waited for by the one that has it. For another
     # job it does not wait either: the others of its own would take it for hung.
     with making(path, wait=world.size == 1) if world.is_main else nullcontext(lambda: None) as beat:
