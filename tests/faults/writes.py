@@ -30,7 +30,7 @@ def kinds(writes: Sequence[Write]) -> list[int]:
 
 
 def kind_of(name: str) -> str:
-    return re.sub(r"\d+-[0-9a-f]+|\d+", "#", name)
+    return re.sub(r"\d+-[0-9a-f]+|\d+", "#", re.sub(r"[^/]*\.partial/\.lock$", "#.lock", name))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -143,10 +143,9 @@ class Trials:
         return [f"called again, without {self.lacks()}"] if self.lacks() else []
 
     def lacks(self) -> list[str]:
-        """Files that are missing or other than wanted, and leftovers."""
+        """Files that are missing or other than wanted, and leftovers: what the undisturbed command does not leave."""
         now = contents(self.folder)
-        other = [name for name, wanted in self.wanted.items() if now.get(name) != wanted]
-        return other + [name for name in now if name not in self.wanted and LEFT.search(name)]
+        return [name for name in {**self.wanted, **now} if now.get(name) != self.wanted.get(name)]
 
 
 def may_lack(name: str, said: str, failed: Write) -> bool:

@@ -14,9 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked import Child
 
 from consonar.errors import UserError
 from consonar.files import lock
+from consonar.files.writers import write_atomically
 
 HOLDER = """
 import sys, time
@@ -149,11 +151,26 @@ def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
     assert [path.name for path in (tmp_path / "runs" / "mine").iterdir()] == ["file"]
 
 
+def killed_while_it_makes(entry):
+    with lock.making(entry):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_entry_of_the_cache_that_a_killed_process_was_making_leaves_no_folder(tmp_path):
+    assert Child(killed_while_it_makes, tmp_path / "entry").end().code == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    with lock.making(tmp_path / "entry"), lock.making(tmp_path / "entry", wait=False):
+        assert len(list(tmp_path.iterdir())) == 1, "the second does not remove the first one's"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_locks_work_goes_on_with_a_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lock, "fcntl", None)
     with lock.hold(tmp_path / "work"):
         assert (tmp_path / "work" / ".lock").exists()
     assert "do not start a second process" in capsys.readouterr().err
+    write_atomically(tmp_path / "file", lambda path: path.write_text("whole"))
+    assert capsys.readouterr().err == "" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_folder_that_another_process_removes_between_two_looks_is_no_file(tmp_path, monkeypatch):

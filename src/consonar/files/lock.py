@@ -31,6 +31,8 @@ except ImportError:  # Windows
 LOCK_FILE = ".lock"
 PARTIAL = ".*.partial"
 """What a file or folder is called while it is written."""
+HALF = ".*-??????.partial"
+"""The same of the folder in which one file is written."""
 MAX_TRIES = 1000
 LOOKS = 0.001, 1.0
 """Seconds between two looks of who waits: first, and at most."""
@@ -116,6 +118,7 @@ def making(entry: Path, *, wait: bool = True, meanwhile: Meanwhile = lambda: Non
         beat: Beat = lambda: None  # noqa: E731
         with suppress(Held, OSError):
             place = entry.with_name(f".{entry.name}.making")
+            held.callback(_remove_empty, [place])  # of one that was killed
             beat = held.enter_context(hold(place, wait=wait, patience=QUIET, meanwhile=meanwhile))
         yield beat
 
@@ -189,7 +192,8 @@ def _take(file: IO[str], path: Path) -> bool:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
                 return False
             reason = error.strerror or str(error)
-    print(f"consonar: {path.parent}: no lock ({reason}); do not start a second process on it", file=sys.stderr)
+    if not path.parent.match(HALF):  # one line for each file that is written would be too many
+        print(f"consonar: {path.parent}: no lock ({reason}); do not start a second process on it", file=sys.stderr)
     return True
 
 
@@ -256,3 +260,11 @@ def remove_partials(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_unheld(folder: Path) -> None:
+    """Removes `folder`, unless a process holds it, or there are no locks to tell."""
+    if fcntl is not None:
+        with suppress(OSError), (folder / LOCK_FILE).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)

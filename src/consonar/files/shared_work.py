@@ -10,7 +10,7 @@ from pathlib import Path
 from consonar.errors import UserError
 from consonar.files.lock import LOCK_FILE, Beat, Held, Waiting, hold, is_taken, is_unused
 from consonar.files.readers import read_json
-from consonar.files.writers import remove_halves, write_json
+from consonar.files.writers import write_json
 from consonar.json_types import Json
 
 RECORD = "job.json"
@@ -92,7 +92,6 @@ class SharedWork:
                             beat()
                     except Held as error:
                         return error
-                remove_halves(self.out)
                 finish(beat)
                 remove(self.folder)
         return None

@@ -11,13 +11,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import safetensors
 
 from consonar.errors import UserError, printable
+from consonar.files.lock import hold, remove_unheld
 from consonar.files.readers import home_expanded
 
 NO_ROOM: dict[int | None, str] = {
@@ -28,31 +29,38 @@ NO_ROOM: dict[int | None, str] = {
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, then renames; a failed write leaves what was there.
+    """Calls `write` with a temporary path, then renames; a failed write leaves what was there.
 
-    Raises as `no_room_said`.
+    It is in a hidden folder beside `path`, which this process holds, and which is removed with all that a library makes
+    beside its file (safetensors `.tmpXXXXXX`); where a process was killed, by the next that writes `path`. Raises as
+    `no_room_said`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not of the process alone: two machines or containers that share a folder have processes of the same number.
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
+    half = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
     try:
-        with no_room_said(path):
+        with no_room_said(path), hold(half, wait=True):  # who would remove another's half may hold this for a moment
+            remove_halves(path)
+            partial = half / half.name
             write(partial)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())  # else a name may outlive a power cut without its content
             partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def halves(path: Path) -> list[Path]:
+    """What `write_atomically` has beside `path`, or left there in a process that was killed at it, and nothing of
+    outputs whose names go on after a dot (`s.npz` beside `s`)."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{6}}\.partial")
+    return [half for half in path.parent.iterdir() if name.fullmatch(half.name) and half.is_dir()]
 
 
 def remove_halves(path: Path) -> None:
-    """Removes what `write_atomically` left beside `path` in a process that was killed at it, and nothing of outputs
-    whose names go on after a dot (`s.npz` beside `s`)."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{6}}\.partial")
-    for half in path.parent.iterdir():
-        if name.fullmatch(half.name) and half.is_file():
-            half.unlink(missing_ok=True)
+    """Removes the `halves` of processes that were killed."""
+    with suppress(OSError):
+        for half in halves(path):
+            remove_unheld(half)
 
 
 @contextmanager
