@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny_generator, save_pictures, save_tokenizer_of_32
+from forked import Child
 
 from consonar import cli
+from consonar.cli import diagnose as cli_diagnose
 from consonar.cli.diagnose import Options
 from consonar.components import load_tokenizer, save_generator
 from consonar.data.bad_images import BadImages
@@ -22,8 +26,10 @@ from consonar.diagnostics.diagnose import PARTS, chosen_parts
 from consonar.diagnostics.pictures import foreign
 from consonar.errors import UserError
 from consonar.evaluation.check import check_results
+from consonar.files.writers import write_json
 from consonar.networks import FEATURE_NETWORKS
 from consonar.origin import Origin
+from consonar.report import diagnosis as report_diagnosis
 
 HOSTILE = 'a "name" <b>&amp;'
 
@@ -245,3 +251,38 @@ def test_only_a_diagnosis_is_replaced(root: Path, tmp_path: Path, capsys) -> Non
     page.with_suffix(".json").unlink()
     diagnose(root, page, "--parts", "gap")
     diagnose(root, page, "--parts", "gap", "--overwrite")
+
+
+def test_a_page_that_came_while_it_worked_is_not_replaced(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    measure = cli_diagnose.diagnose
+
+    def meanwhile(*given, **named):
+        (tmp_path / "page.html").write_text("another's")
+        return measure(*given, **named)
+
+    monkeypatch.setattr(cli_diagnose, "diagnose", meanwhile)
+    with pytest.raises(SystemExit):
+        diagnose(root, tmp_path / "page.html", "--parts", "gap")
+    assert "page.html already exists" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"page.html": "another's"}
+
+
+def killed_after_its_numbers(root: Path, page: Path) -> None:
+    def write_numbers(path: Path, value: object) -> None:
+        write_json(path, value)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    report_diagnosis.write_json = write_numbers
+    diagnose(root, page, "--parts", "gap")
+
+
+def test_one_that_was_killed_between_its_two_files_goes_on(root: Path, tmp_path: Path, capsys) -> None:
+    page = tmp_path / "page.html"
+    assert Child(killed_after_its_numbers, root, page).end().code == -signal.SIGKILL
+    assert page.with_suffix(".json").exists() and not page.exists()
+    diagnose(root, page, "--parts", "gap")
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", "page.json"}
+    page.unlink()
+    with pytest.raises(SystemExit):  # numbers that somebody keeps without their page
+        diagnose(root, page, "--parts", "gap")
+    assert "page.json already exists" in capsys.readouterr().err

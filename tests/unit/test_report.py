@@ -155,7 +155,7 @@ def test_values_appear_and_samples_are_paired_by_seed(two_runs, tmp_path):
     assert red[12:24] == [0, 1, 0, 1, 10, 11, 10, 11, 20, 21, 20, 21]
 
 
-def test_the_page_is_the_same_bytes_twice_and_existing_out_is_refused(two_runs, tmp_path):
+def test_the_page_is_the_same_bytes_twice_and_existing_out_is_refused(two_runs, tmp_path, monkeypatch):
     first = write_report(two_runs, tmp_path / "a.html")
     assert first.read_bytes() == write_report(two_runs, tmp_path / "b.html").read_bytes()
     with pytest.raises(UserError, match=r"^--out: .* already exists"):
@@ -166,6 +166,14 @@ def test_the_page_is_the_same_bytes_twice_and_existing_out_is_refused(two_runs, 
     with pytest.raises(UserError, match="is a folder"):
         write_report(two_runs, tmp_path)
     assert not list(tmp_path.glob(".*"))
+
+    def late(runs):
+        (tmp_path / "late.html").touch()
+        return load_runs(runs)
+
+    monkeypatch.setattr("consonar.report.load_runs", late)
+    with pytest.raises(UserError, match=r"late\.html already exists"):  # it came while the runs were read
+        write_report(two_runs, tmp_path / "late.html")
 
 
 def test_what_is_no_page_is_not_overwritten_by_one(two_runs):

@@ -17,8 +17,7 @@ from consonar.evaluation.compositional import (
     score_samples,
     validation_prompts,
 )  # fmt: skip
-from consonar.evaluation.results import check_place, check_unmeasured
-from consonar.files.writers import write_json
+from consonar.evaluation.results import check_place, check_unmeasured, write_results
 from consonar.json_types import Json
 from consonar.networks.scene_claims import scene_of
 from consonar.sampling.prompt_files import read_prompt_file
@@ -62,7 +61,7 @@ def score_of_samples(
     content = score_samples(place, tokenizer=tokenizer, seed=settings.seed, device=settings.device)
     print_scores(content, str(place))
     if out is not None:
-        write_json(out, content)
+        write_results(out, content, overwrite=overwrite, key="--out")
         say(f"results: {out}")
 
 
@@ -75,7 +74,7 @@ def show_benchmark(form: str, path: Path, prompts: str | None, out: Path | None,
     print_scores({**content, "ceilings": {} if theirs is None else {"as their scorer": theirs}}, str(path))
     say(content["protocol"])
     if out is not None:
-        write_json(out, content)
+        write_results(out, content, overwrite=overwrite, key="--out")
         say(f"results: {out}")
 
 

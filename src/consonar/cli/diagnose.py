@@ -86,4 +86,4 @@ def command(options: Options) -> None:
         say(f"{name}: {finding.summary}")
     for name, reason in found.unavailable.items():
         say(f"{name}: not measured ({reason})")
-    say(f"diagnosis: {write_diagnosis(found, options.out)}")
+    say(f"diagnosis: {write_diagnosis(found, options.out, overwrite=options.overwrite)}")

@@ -22,11 +22,10 @@ from consonar.evaluation.compositional import PromptSettings
 from consonar.evaluation.evaluate import evaluate, open_target
 from consonar.evaluation.inputs import load_samples
 from consonar.evaluation.reconstruction import evaluate_tokenizer
-from consonar.evaluation.results import RECONSTRUCTION, Measurement, check_place
+from consonar.evaluation.results import RECONSTRUCTION, Measurement, check_place, write_results
 from consonar.evaluation.runs import RunSettings, evaluate_run
 from consonar.evaluation.sample_metrics import check_metrics
 from consonar.evaluation.settings import EvaluationSettings
-from consonar.files.writers import write_json
 from consonar.model_folders import SHIPPED
 from consonar.networks import load_feature_network
 from consonar.precision import pick_precision
@@ -236,7 +235,8 @@ def measure_tokenizer(options: Options, name: Path | str, world: World) -> None:
         print_metrics({key: Measurement(value) for key, value in content.items()}, str(name))
         say_about(origin["protocol"], {}, origin["remarks"])
         if out is not None:
-            write_json(out, {**content, "origin": origin})
+            now = {**content, "origin": origin}
+            write_results(out, now, overwrite=options.overwrite, key="--out", keys={"psnr", "origin"})
         path = into / RECONSTRUCTION if into else out
         say(f"results: {path}" if path else NOT_KEPT)
     say_bad(bad, world)

@@ -38,13 +38,19 @@ def command(args: Sequence[str]) -> None:
     if options.num_classes is not None:
         Range(1).check("--num-classes", options.num_classes)
     if options.json is not None:
-        is_ours = partial(has_keys, keys={"gpus", "fits"})
-        check_replaced(options.json, "--json", "plan.json", "holds no plan", is_ours, overwrite=options.overwrite)
+        check_json(options.json, overwrite=options.overwrite)
         check_writable(options.json, "--json")
     found = plan(options.config, options.machine, options.num_classes)
     if options.json is not None:
+        check_json(options.json, overwrite=options.overwrite)  # another may have come meanwhile
         write_json(options.json, record(found))
     for line in lines(found, remedies(found, options.num_classes)):
         say(line)
     if not found.fits:
         sys.exit(1)
+
+
+def check_json(path: Path, *, overwrite: bool) -> None:
+    """Raises `UserError` where a plan would replace anything but a plan."""
+    is_ours = partial(has_keys, keys={"gpus", "fits"})
+    check_replaced(path, "--json", "plan.json", "holds no plan", is_ours, overwrite=overwrite)

@@ -226,8 +226,7 @@ def to_official(folder: Path, out: Path) -> str:
     both halves gives one file. One that was trained here gives what the released code loads. Raises `UserError` when
     `out` exists and for a model that has no released layout.
     """
-    if out.exists():
-        raise UserError(f"--to-official: {out} exists; choose another name")
+    check_new(out)
     if out.suffix not in (*TORCH_ENDINGS, ".safetensors"):
         raise UserError(
             f"--to-official: {out} ends in {out.suffix!r}; choose .safetensors or {', '.join(TORCH_ENDINGS)}"
@@ -235,6 +234,7 @@ def to_official(folder: Path, out: Path) -> str:
     halves = [folder / part for part in ("generator", "tokenizer") if (folder / part / "config.json").is_file()]
     parts = [official_state(half) for half in halves or [files.released(folder, "--to-official")]]
     state = {key: value for _, tensors, _ in parts for key, value in tensors.items()}
+    check_new(out)  # another may have come meanwhile
     if out.suffix == ".safetensors":
         files.save_tensors(out, state)
     else:
@@ -243,6 +243,11 @@ def to_official(folder: Path, out: Path) -> str:
             payload = {key: payload}
         write_atomically(out, lambda path: torch.save(payload, path))
     return " and ".join(name for name, _, _ in parts)
+
+
+def check_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--to-official: {out} exists; choose another name")
 
 
 def official_state(folder: Path) -> tuple[str, State, list[str]]:

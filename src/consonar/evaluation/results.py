@@ -25,6 +25,8 @@ from consonar.metrics.copying import CopyRate
 
 RESULTS, RECONSTRUCTION = "results.json", "reconstruction.json"
 STAGED = ".evaluation.partial"
+AGAIN = "evaluate again with --overwrite"
+RESULT_KEYS = frozenset(("schema", "metrics"))
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,19 @@ def source_hash(package: Path = Path(__file__).parents[1]) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_place(path: Path, *, overwrite: bool, key: str, keys: Set[str] = frozenset(("schema", "metrics"))) -> None:
+def check_place(path: Path, *, overwrite: bool, key: str, keys: Set[str] = RESULT_KEYS) -> None:
     """Makes the folder of results; `UserError` where they cannot be written, or would replace anything but results,
     which have these `keys`."""
     is_ours = partial(has_keys, keys=keys)
     check_replaced(path, key, "results.json", "holds no results", is_ours, overwrite=overwrite)
     check_writable(path, key)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_results(path: Path, content: Json, *, overwrite: bool, key: str, keys: Set[str] = RESULT_KEYS) -> None:
+    """Raises as `check_place`: other results may have come since that was asked, before they were measured."""
+    check_place(path, overwrite=overwrite, key=key, keys=keys)
+    write_json(path, content)
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,10 @@ class Evaluation:
     def to_json(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the results. Raises UserError when the file exists (unless `overwrite`) or the disk is full."""
         path = Path(path)
-        check_place(path, overwrite=overwrite, key="results")
         content = asdict(replace(self, copies={}))
         content["metrics"] = {name: found.record() for name, found in self.metrics.items()}
         content["copies"] = {k: {"threshold": c.threshold, "quantile": c.quantile} for k, c in self.copies.items()}
-        write_json(path, content)
+        write_results(path, content, overwrite=overwrite, key="results")
 
 
 def origin_of_numbers(results: Evaluation) -> Json:
@@ -205,7 +212,7 @@ def outdated(content: JsonMap, sha256: str | None) -> str | None:
     if sha256 is None or measured == sha256:
         return None
     what = "do not say of which weights they are" if measured is None else "are of weights that have changed since"
-    return f"{what}; evaluate again with --overwrite"
+    return f"{what}; {AGAIN}"
 
 
 def check_unmeasured(run: Path, record: str, *, overwrite: bool) -> None:

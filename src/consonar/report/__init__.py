@@ -11,7 +11,7 @@ What is missing is left out of the page; what is there and broken is a `UserErro
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -38,7 +38,9 @@ def write_report(
     exists (unless `overwrite`).
     """
     check_page(out := Path(out), overwrite=overwrite)
-    write_page(render(load_runs(runs), title=title, opening=opening), out)
+    html = render(load_runs(runs), title=title, opening=opening)
+    check_page(out, overwrite=overwrite)  # another may have come meanwhile
+    write_page(html, out)
     return out
 
 
@@ -102,9 +104,15 @@ def filled(template: str, *, runs: Sequence[Run], **values: object) -> str:
     return environment.get_template(template).render(**named, **values)
 
 
-def write_page(html: str, out: Path) -> None:
-    """Under a temporary name first, so that a failure leaves no half page; names of files need not be UTF-8."""
-    write_atomically(out, lambda partial: partial.write_text(html, encoding="utf-8", errors="backslashreplace"))
+def write_page(html: str, out: Path, beside: Callable[[], object] = lambda: None) -> None:
+    """Under a temporary name first, so that a failure leaves no half page; names of files need not be UTF-8. `beside`
+    is called when all is written, before the page has its name."""
+
+    def write(partial: Path) -> None:
+        partial.write_text(html, encoding="utf-8", errors="backslashreplace")
+        beside()
+
+    write_atomically(out, write)
 
 
 def noise_floor(runs: Sequence[Run]) -> str:

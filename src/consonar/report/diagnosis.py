@@ -13,7 +13,7 @@ from consonar.diagnostics.diagnose import PARTS, Diagnosis
 from consonar.diagnostics.findings import Curve, Figure, Finding, HeatMap, Interval
 from consonar.errors import UserError
 from consonar.files.readers import has_keys
-from consonar.files.writers import check_replaced, write_json
+from consonar.files.writers import check_replaced, halves, write_json
 from consonar.report import check_page, filled, shows_openmoji, write_page
 from consonar.report.charts import LOOKS, Line, Look, svg_chart
 from consonar.report.images import picture
@@ -33,20 +33,26 @@ def check_outputs(out: Path, *, overwrite: bool) -> None:
         raise UserError(f"--out: {out} does not end in .html; the numbers go into a .json of that name beside it")
     check_page(out, overwrite=overwrite)
     is_ours, numbers = partial(has_keys, keys={"subject", "parts"}), out.with_suffix(".json")
+    overwrite = overwrite or is_unfinished(out)
     check_replaced(numbers, "--out", "numbers.json", "is no diagnosis", is_ours, overwrite=overwrite)
 
 
-def write_diagnosis(diagnosis: Diagnosis, out: Path) -> Path:
-    """Writes the page, and all its numbers beside it; returns the page's path."""
+def is_unfinished(out: Path) -> bool:
+    """Whether numbers that lie there are of a process that was killed before it gave the page beside them its name."""
+    return not out.exists() and out.parent.is_dir() and bool(halves(out))
+
+
+def write_diagnosis(diagnosis: Diagnosis, out: Path, *, overwrite: bool) -> Path:
+    """Writes the page, and all its numbers beside it; returns the page's path. Raises as `check_outputs`."""
     numbers = out.with_suffix(".json")
     html = render(diagnosis, numbers.name)
-    is_new = not numbers.exists()
-    write_json(numbers, diagnosis.content())
+    check_outputs(out, overwrite=overwrite)
+    is_new = is_unfinished(out) or not numbers.exists()
     try:
-        write_page(html, out)
+        write_page(html, out, beside=lambda: write_json(numbers, diagnosis.content()))
     except BaseException:  # alone they would be in the way of the same command
         if is_new:
-            numbers.unlink()
+            numbers.unlink(missing_ok=True)
         raise
     return out
 
