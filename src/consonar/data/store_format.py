@@ -15,6 +15,7 @@ from consonar.config_io import from_dict
 from consonar.data.labels import MAX_CLASSES
 from consonar.errors import NotHere, UserError
 from consonar.files.readers import read_json
+from consonar.files.writers import no_room
 from consonar.options import Count, CountOrZero, Range, check_options
 from consonar.origin import check_distinct
 
@@ -130,8 +131,10 @@ def disk_errors(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        room = f"{needed / 1e6:.1f} MB are needed, {free_room(path) / 1e6:.1f} MB free; nothing was replaced"
-        raise UserError(f"out: cannot write {str(path)!r}: {error.strerror or error}; {room}") from error
+        need = f"{needed / 1e6:.1f} MB are needed" if needed >= 1e5 else f"{needed / 1e3:.1f} kB are needed"
+        room = f"{need}, {free_room(path) / 1e6:.1f} MB free; nothing was replaced"
+        why = no_room(error) or error.strerror or error
+        raise UserError(f"out: cannot write {str(path)!r}: {why}; {room}") from error
 
 
 def free_room(path: Path) -> int:
