@@ -133,7 +133,9 @@ def test_pictures_that_are_not_those_that_were_measured_are_refused(runs):
     (runs[0] / "results.json").write_text(json.dumps(content))
     assert load_runs(runs)
     path.write_bytes((runs[1] / "samples_t0.9.npz").read_bytes() + b" ")
-    with pytest.raises(UserError, match=r"samples_t1.0.npz is not the file that rows\[0\] measured; evaluate again"):
+    with pytest.raises(
+        UserError, match=r"t1.0.npz is not the file that rows\[0\] measured; evaluate again with --over"
+    ):
         load_runs(runs)
 
 

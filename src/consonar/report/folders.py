@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from consonar.config_io import adapter
 from consonar.errors import UserError, reading
-from consonar.evaluation.results import exported_sha256, outdated
+from consonar.evaluation.results import AGAIN, exported_sha256, outdated
 from consonar.evaluation.settings import EvaluationSettings
 from consonar.files.readers import beside, read_json
 from consonar.files.writers import file_sha256
@@ -98,7 +98,7 @@ def read_results(path: Path) -> Results:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {first['msg']}, got {first['input']!r:.60}; evaluate again") from error
+        raise UserError(f"{path}: {place}: {first['msg']}, got {first['input']!r:.60}; {AGAIN}") from error
     if results.best is not None and not 0 <= results.best < len(results.rows):
         raise UserError(f"{path}: best is {results.best}; expected the index of a row, 0 to {len(results.rows) - 1}")
     return replace(results, rows=tuple(with_samples(path, number, row) for number, row in enumerate(results.rows)))
@@ -112,7 +112,7 @@ def with_samples(path: Path, number: int, row: ResultRow) -> ResultRow:
     if not samples.is_file():
         raise UserError(f"{path}: rows[{number}] names {samples.name}, which is not there; sample again")
     if row.samples_sha256 not in (None, file_sha256(samples)):
-        raise UserError(f"{path}: {samples.name} is not the file that rows[{number}] measured; evaluate again")
+        raise UserError(f"{path}: {samples.name} is not the file that rows[{number}] measured; {AGAIN}")
     return replace(row, samples=samples)
 
 
@@ -138,14 +138,14 @@ def without_outdated(run: Run) -> Run:
 def outdated_reconstruction(origin: object, run: Run) -> str | None:
     """Why reconstruction.json is not of the tokenizer that `run` is, or reads its tokens with; else None."""
     if not isinstance(origin, Mapping):
-        return "do not say what they are of; evaluate again with --overwrite"
+        return f"do not say what they are of; {AGAIN}"
     if "checkpoint_sha256" in origin:
         return outdated(origin, run.weights_sha256)
     model = read_note(run.path / "model" / "config.json")
     known, measured = (one.get("tokenizer_fingerprint") for one in (model, origin))
     if known is None or measured is None or known == measured:
         return None
-    return "are of another tokenizer than the model's; evaluate again with --overwrite"
+    return f"are of another tokenizer than the model's; {AGAIN}"
 
 
 def without_old_matches(run: Run, runs: Sequence[Run]) -> Run:
@@ -162,7 +162,7 @@ def without_old_matches(run: Run, runs: Sequence[Run]) -> Run:
     rows = tuple(row for row in run.results.rows if not is_old(row))
     best = rows.index(run.results.best_row) if run.results.best_row in rows else None
     names = listed(old)
-    said = f"Rows of {run.name} at the entropy of {names} are not shown: {names} changed since; evaluate again."
+    said = f"Rows of {run.name} at the entropy of {names} are not shown: {names} changed since; {AGAIN}."
     return withhold(run, said, results=replace(run.results, rows=rows, best=best))
 
 
