@@ -232,6 +232,26 @@ def test_a_damaged_cache_entry_is_named(cache, images):
         sets.cached_features(MeanColour(), in_memory(images), EvaluationSettings(batch_size=4, max_neighbours_images=6))
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"rows": np.zeros((5, 3), "f4")}, r"rows is \(5, 3\), not finite numbers in \(6, 3\)"),
+        ({"indices": np.arange(5)}, r"indices is \(5,\)"),
+        ({"indices": np.arange(6) + 4}, "not of these 10"),
+        ({"mean": np.full(3, np.nan)}, r"mean is \(3,\), not finite"),
+        ({"scatter": np.eye(4)}, r"scatter is \(4, 4\)"),
+        ({"count": np.array(7)}, "of 7 images, not of these 10"),
+    ],
+)
+def test_a_whole_cache_entry_of_something_else_is_named(cache, images, changes, fault):
+    settings = EvaluationSettings(batch_size=4, max_neighbours_images=6)
+    sets.cached_features(MeanColour(), in_memory(images), settings)
+    (entry,) = cache.iterdir()
+    np.savez(entry, **{**np.load(entry), **changes})
+    with pytest.raises(UserError, match=f"feature cache: .*{fault}.*delete it, it is made again"):
+        sets.cached_features(MeanColour(), in_memory(images), settings)
+
+
 def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_not_the_work(tmp_path, images, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
     for place in ("file", "file/below"):

@@ -195,12 +195,13 @@ def cached_features(
     )
     for there in (path, *others):
         if all(of_every(there.exists(), world)):
-            return kept_features(there, places, content).first(max_rows)
+            held = max_rows if there == path else len(places)
+            return kept_features(there, network, places, content, held).first(max_rows)
     # One process of `world` holds it: one that waited for it would be waited for by the one that has it. For another
     # job it does not wait either: the others of its own would take it for hung.
     with making(path, wait=world.size == 1) if world.is_main else nullcontext(lambda: None) as beat:
         if all(of_every(path.exists(), world)):  # another job has made it meanwhile
-            return kept_features(path, places, content)
+            return kept_features(path, network, places, content, max_rows)
 
         def advanced(name: str, done: int) -> None:
             beat()
@@ -219,17 +220,30 @@ def cached_features(
     return replace(features, content=content)
 
 
-def kept_features(path: Path, places: Tensor, content: str) -> FeatureSet:
-    """Those of a file of the cache; `UserError` for a damaged one."""
+def kept_features(path: Path, network: FeatureNetwork, places: Tensor, content: str, max_rows: int) -> FeatureSet:
+    """Those of a file of the cache; `UserError` for a damaged one, and for one of other images or features."""
     remedy = "delete it, it is made again"
     known = read_npz(path, remedy=remedy)
-    spatial = {key.removeprefix("spatial_"): known[key] for key in known if key.startswith("spatial_")}
+    indices = (places < max_rows).nonzero()[:, 0]
+    widths = {"": network.num_features}
+    if isinstance(network, ScoringNetwork):
+        widths["spatial_"] = network.num_spatial
     with reading(f"feature cache: {path}", "features", remedy):
+        wanted = {"rows": (len(indices), network.num_features), "indices": (len(indices),)}
+        for prefix, width in widths.items():
+            wanted |= {f"{prefix}count": (), f"{prefix}mean": (width,), f"{prefix}scatter": (width, width)}
+        for key, shape in wanted.items():
+            if known[key].shape != shape or not np.isfinite(known[key]).all():
+                raise ValueError(f"{key} is {known[key].shape}, not finite numbers in {shape}")
+        counts = [int(known[f"{prefix}count"]) for prefix in widths]
+        if counts != [len(places)] * len(counts) or not np.array_equal(known["indices"], indices):
+            raise ValueError(f"of {counts[0]} images, not of these {len(places)}")
+        spatial = {key.removeprefix("spatial_"): known[key] for key in known if key.startswith("spatial_")}
         return FeatureSet(
             moments=Moments.restored(known),
             spatial=Moments.restored(spatial) if spatial else None,
             rows=torch.from_numpy(known["rows"]),
-            indices=torch.from_numpy(known["indices"]),
+            indices=indices,
             places=places,
             content=content,
         )
