@@ -77,7 +77,7 @@ def main() -> None:
         os.environ["CONSONAR_CACHE"] = cache
         found = evaluate(
             SampleSet(samples, count, size, "none", labels=samples.labels()), ReferenceSet("noise", known), settings,
-            feature_network=Pixels(), progress=lambda name, done: peaks.update({name: peak_mb()}),
+            feature_network=Pixels(), progress=lambda name, *_: peaks.update({name: peak_mb()}),
         )  # fmt: skip
     result = {
         "config": config,

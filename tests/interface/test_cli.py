@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from forked import call
 from PIL import Image
+from rich.console import Console
 
 from consonar import cli
 from consonar.components import model_folder
@@ -127,6 +129,14 @@ def test_quiet_training_prints_nothing(trained: Path, tmp_path: Path, capsys) ->
     assert capsys.readouterr() == ("", "")
     cli.main([*train, "--resume-if-begun", "--stop-at", "2"])
     assert capsys.readouterr().out.endswith(f"run folder: {tmp_path / 'run'}\n")
+
+
+def test_a_bar_says_of_what_how_many_of_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = StringIO()
+    monkeypatch.setattr(cli, "Console", lambda **_: Console(file=shown, force_terminal=True, width=90))
+    with cli.counting("evaluate") as count:
+        count(300, 500, "cifar10[train]")
+    assert all(word in shown.getvalue() for word in ("cifar10[train]", "60%", "300/500"))
 
 
 def test_report_on_a_run(trained: Path, tmp_path: Path, capsys) -> None:

@@ -248,8 +248,11 @@ def test_neighbours_are_kept_up_to_the_cap_and_moments_are_not(tmp_path, data):
 
 def test_progress_names_every_set(tmp_path, data):
     seen = {}
-    evaluate(tmp_path / "samples.npz", tmp_path / "data", feature_network=Quadrants(), progress=seen.__setitem__)
-    assert sorted(seen.values()) == [20, 30, 40]
+    evaluate(
+        tmp_path / "samples.npz", tmp_path / "data", feature_network=Quadrants(),
+        progress=lambda name, *counts: seen.update({name: counts}),
+    )  # fmt: skip
+    assert sorted(seen.values()) == [(20, 20), (30, 30), (40, 40)]
 
 
 def test_wrong_input_is_named(tmp_path, data):

@@ -156,7 +156,7 @@ def test_extracted_moments_rows_and_parts(images):
     assert [part.moments.count for part in found.parts] == [4, 4]
     for part, kept in enumerate(found.parts):
         assert np.allclose(kept.moments.cov, np.cov(expected[part_of == part], rowvar=False), atol=1e-6)
-    assert seen == [("memory", 4), ("memory", 8), ("memory", 10)]
+    assert seen == [("memory", 4, 10), ("memory", 8, 10), ("memory", 10, 10)]
 
 
 def test_reference_features_are_calculated_once(cache, images):

@@ -16,7 +16,8 @@ from io import TextIOWrapper
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress
 
 from consonar import __version__
 from consonar.cpu import hold_memory
@@ -148,11 +149,13 @@ def say(text: str) -> None:
 
 @contextmanager
 def counting(what: str, wanted: bool = True) -> Iterator[Callable[..., None]]:
-    """A progress callback (done, total): a bar on a terminal where it is `wanted`, silence elsewhere."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (wanted and console.is_terminal), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total=None: progress.update(task, completed=done, total=total)
+    """A progress callback (done, total, of what): a bar on a terminal where it is `wanted`, silence elsewhere."""
+    console, columns = Console(stderr=True), (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(escape(what), total=None)
+        yield lambda done, total=None, of=what: progress.update(
+            task, completed=done, total=total, description=escape(of)
+        )
 
 
 def with_home(word: str) -> str:

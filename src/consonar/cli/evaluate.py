@@ -286,7 +286,7 @@ def measure_samples(options: Options, place: Path, reference: str, world: World,
     with counting("evaluate", world.is_main) as count:
         results = evaluate(
             samples, target, measured, feature_network=network,
-            progress=lambda name, done: count(done, None), world=world,
+            progress=lambda name, done, total: count(done, total, name[-32:]), world=world,
         )  # fmt: skip
     if not world.is_main:
         return

@@ -59,7 +59,7 @@ def evaluate(
 
     Means and covariances run over all images; what compares single ones over `max_neighbours_images` of each set. They,
     the parts and the splits are drawn by `seed` and the pixels, so that the order of a set changes nothing. `options`
-    are fields of the settings by name. `progress` gets a set's name and the number of images done. The
+    are fields of the settings by name. `progress` gets a set's name, the number of images done, and of all. The
     processes of `world` call it alike, share the work of the network, and get the same. Raises UserError for
     wrong input or too few samples.
     """

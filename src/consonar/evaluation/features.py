@@ -29,8 +29,8 @@ from consonar.seeding import derive_seed
 
 CACHE_VERSION = 2
 """Of the feature cache: entries of other versions are not found."""
-ImagesDone = Callable[[str, int], None]
-"""Gets the name of a set of images, and how many of them are done."""
+ImagesDone = Callable[[str, int, int], None]
+"""Gets the name of a set of images, how many of them are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def extract_features(
     `places` (count,) are those of `drawn_places`, None: found here; `max_rows` None: `max_neighbours_images`. Of a
     `ScoringNetwork` also the moments of the spatial features. `part_of` (count,) int64 says which part every image is
     in (-1: in none), and asks for all of that of each part as well and for the Inception score. `progress` gets the
-    set's name and the number of images done so far. The processes of `world` take turns at the batches; all get the
-    same. Raises UserError when the network gives another shape than it
-    declares, or values that are not finite.
+    set's name, the number of images done so far, and that of all. The processes of `world` take turns at the batches;
+    all get the same. Raises UserError when the network gives another shape than it declares, or values that are not
+    finite.
     """
     places = drawn_places(images, settings)[0] if places is None else places
     scoring = network if isinstance(network, ScoringNetwork) else None
@@ -150,7 +150,7 @@ def extract_features(
         for part, rows_of_part in zip(parts, members, strict=True):
             part.update([output[rows_of_part[here]] for output in outputs])
         if progress:
-            progress(images.name, whole.moments.count)
+            progress(images.name, whole.moments.count, len(places))
     indices = kept.nonzero()[:, 0]
     return FeatureSet(**vars(whole), rows=vectors, indices=indices, places=places, parts=tuple(parts))
 
@@ -203,10 +203,10 @@ def cached_features(
         if all(of_every(path.exists(), world)):  # another job has made it meanwhile
             return kept_features(path, network, places, content, max_rows)
 
-        def advanced(name: str, done: int) -> None:
+        def advanced(name: str, done: int, total: int) -> None:
             beat()
             if progress:
-                progress(name, done)
+                progress(name, done, total)
 
         features = extract_features(
             network, images, settings, places, max_rows=max_rows, progress=advanced, world=world
