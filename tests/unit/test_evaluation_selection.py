@@ -178,7 +178,7 @@ def test_settings_of_another_program_stand_in_a_reference_and_not_in_samples(tmp
         evaluate(theirs, ours, metrics=("fd-per-class",), feature_network=Quarters())
 
 
-def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path):
+def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path, monkeypatch):
     """A folder counts classes by name; the samples count them the other way."""
     per_class, (images, labels) = EvaluationSettings(metrics=("fd-per-class",)), pictures(60, 0)
     bright = (labels == 2).astype(int)
@@ -194,7 +194,8 @@ def test_classes_are_paired_by_name_and_foreign_ones_are_refused(tmp_path):
     assert "FD per class(quarters) pairs classes by their numbers: the samples name none" in found.remarks
     other = of_classes(images, bright, tmp_path / "other.npz", ["z_dark", "b_bright"])
     line = "class of reference .*known, which the samples do not have: unknown 'a_bright'.*z_dark, b_bright"
-    with pytest.raises(UserError, match=line):
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=line):
+        patched.delattr("consonar.evaluation.reference.cached_features")  # before the network reads anything
         evaluate(other, folder, per_class, feature_network=Quarters())
     found = evaluate(other, folder, metrics=("kid",), feature_network=Quarters())
     (line,) = found.remarks

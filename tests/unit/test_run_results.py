@@ -165,10 +165,10 @@ def test_a_reference_that_cannot_be_measured_against_is_refused_before_anything_
 def test_metrics_that_are_asked_for_are_in_the_results_with_their_errors_and_classes(
     tmp_path, run, picture_folder, tiny_generator, tokenizer_folder, tokenizer, monkeypatch
 ):
-    """And the page reads them; labels of other classes are found before anything is drawn."""
+    """And the page reads them; labels of other classes are found before a network reads anything."""
     asked = ("fd", "fd-infinity", "fd-per-class", "kid")
     with monkeypatch.context() as patched, pytest.raises(UserError, match=r"fd-per-class: .*on one side only"):
-        patched.delattr(runs, "run_job")
+        patched.delattr("consonar.evaluation.reference.cached_features")
         measure(run, picture_folder, metrics=asked, reconstruct=False)
     run = save_run(tmp_path / "one", tiny_generator(num_classes=1), tokenizer_folder, tokenizer)
     content = measure(run, picture_folder, metrics=asked, reconstruct=False)

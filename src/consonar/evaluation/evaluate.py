@@ -73,7 +73,8 @@ def evaluate(
         check_tokenizer(samples, reference.origin or Origin())
     network = load_feature_network(feature_network, settings.device)
     with settings.multiplying():
-        prepared = PreparedReference(reference, network, settings, progress, world)
+        classes = (samples.labels, samples.class_names)
+        prepared = PreparedReference(reference, network, settings, progress, world, classes)
         return compare(samples, prepared, settings, progress, world)
 
 

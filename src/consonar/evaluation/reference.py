@@ -32,8 +32,9 @@ class PreparedReference:
     """What samples are compared with, in the features of one network: calculated once for any number of samples.
 
     `features` (`cached_features`) are those of each set of images by its name; `target` is for FD, `spatial` for sFD,
-    None where the network or given statistics have none. `UserError` for too few images, for statistics that are not of
-    this network, and where it gives nothing that the metrics are made of.
+    None where the network or given statistics have none. `classes` are labels of samples and the names that they count,
+    where known: the network sees no image before they match (`check_labels`). `UserError` for too few images, for
+    statistics that are not of this network, and where it gives nothing that the metrics are made of.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class PreparedReference:
         settings: EvaluationSettings,
         progress: ImagesDone | None = None,
         world: World = ALONE,
+        classes: tuple[Tensor | None, Sequence[str] | None] = (None, None),
     ) -> None:
         self.given, self.network, self.settings, k = given, network, settings, settings.num_neighbours
         check_network(network, settings)
+        self.check_labels(*classes)
         keep = settings.kept_references
         self.features = {
             name: cached_features(network, images, settings, progress, max_rows=keep, world=world)
@@ -121,7 +124,7 @@ class PreparedReference:
 
     def check_labels(self, labels: Tensor | None, class_names: Sequence[str] | None) -> None:
         """Raises `UserError` where distances per class are wanted, of samples with labels (S,) of other classes."""
-        if self.settings.wants("fd-per-class") and labels is not None:
+        if self.settings.wants("fd-per-class") and labels is not None and (labels >= 0).any():
             for known in self.labels_as(class_names).values():
                 check_classes(known, labels)
 

@@ -159,8 +159,8 @@ def evaluate_run(
             progress(prompts.features.about)
         samplers = of_every(samplers_of(settings, grid or settings.grid(), sharpness, run.generator), world)[0]
         target = target_of(run, reference, target, settings, bad, world)
-        # Now, for what is wrong is found before hours of sampling.
-        prepared = PreparedReference(target, network, settings, world=world)
+        classes = (None if prompts else labels, run.origin.class_names)  # what is wrong is found before any sampling
+        prepared = PreparedReference(target, network, settings, world=world, classes=classes)
         progress(f"reference: {target.about}")
         unavailable: dict[str, str] = {}
         entropies = sharpness.entropies(run.generator, [sampler.temperature for sampler in samplers])
@@ -249,7 +249,6 @@ def measure_row(
     world: World,
 ) -> tuple[Json, Evaluation]:
     """Draws the samples of one row of results.json, measures them, and keeps some in `staged`."""
-    reference.check_labels(None if prompts else labels, run.origin.class_names)  # before hours of sampling
     job = Job(
         run.generator, run.tokenizer, labels, seed=settings.seed, sampler=sampler, source=str(run.folder),
         origin=run.origin, precision=settings.precision, prompts=prompts,
