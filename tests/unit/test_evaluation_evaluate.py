@@ -207,6 +207,14 @@ def test_a_statistics_reference_gives_the_distance_only(tmp_path, data):
     assert results.metrics["FD(quadrants)"].value == pytest.approx(distance(data["train"], data["samples"]), rel=1e-4)
     assert results.unavailable["precision"] == "the reference holds statistics, no images"
     assert results.num_reference == {}
+    for asked in (("kid", "precision"), ("copy-rate", "is")):
+        line = f"metrics: {','.join(asked)}: reference .*statistics.npz holds statistics, no images; name one of images"
+        with pytest.raises(UserError, match=line):
+            evaluate(tmp_path / "samples.npz", tmp_path / "statistics.npz", metrics=asked, feature_network=Quadrants())
+    with pytest.raises(UserError, match=r"metrics: copy-rate: reference .* has no train and validation images; name"):
+        evaluate(
+            tmp_path / "samples.npz", tmp_path / "samples.npz", metrics=("copy-rate",), feature_network=Quadrants()
+        )
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UserError, match="2048 features, quadrants has 12"):
         evaluate(tmp_path / "samples.npz", tmp_path / "other.npz", feature_network=Quadrants())

@@ -24,6 +24,8 @@ from consonar.networks.inception import FRONT_ENDS
 
 OF_SCORES = frozenset(("sfd", "is"))
 """Metrics that a `ScoringNetwork` alone has."""
+OF_IMAGES = frozenset(("fd-per-class", "kid", "precision", "recall", "density", "coverage", "copy-rate"))
+"""Metrics that statistics alone cannot give."""
 LARGEST = 1e30
 """Of the numbers of a Gaussian: the product of two covariances is calculated with."""
 
@@ -47,7 +49,7 @@ class PreparedReference:
         classes: tuple[Tensor | None, Sequence[str] | None] = (None, None),
     ) -> None:
         self.given, self.network, self.settings, k = given, network, settings, settings.num_neighbours
-        check_network(network, settings)
+        check_measurable(given, network, settings)
         self.check_labels(*classes)
         keep = settings.kept_references
         self.features = {
@@ -139,14 +141,19 @@ class PreparedReference:
         }
 
 
-def check_network(network: FeatureNetwork, settings: EvaluationSettings) -> None:
-    """Raises `UserError` where all that is asked for is made of what only other networks give."""
-    asked = settings.metrics
-    if asked and OF_SCORES.issuperset(asked) and not isinstance(network, ScoringNetwork):
-        raise UserError(
-            f"metrics: {','.join(asked)}: {network.name} gives nothing it is made of; choose --feature-network "
-            f"{' or '.join(FRONT_ENDS)}, or other metrics"
-        )
+def check_measurable(given: ReferenceSet, network: FeatureNetwork, settings: EvaluationSettings) -> None:
+    """Raises `UserError` where all that is asked for is made of what only other networks or references give."""
+    asked, why = settings.metrics, dict[str, str]()
+    if not isinstance(network, ScoringNetwork):
+        choose = f"choose --feature-network {' or '.join(FRONT_ENDS)}"
+        why |= dict.fromkeys(OF_SCORES, f"{network.name} gives nothing it is made of; {choose}")
+    if not given.images:
+        why |= dict.fromkeys(OF_IMAGES, f"reference {given.name} holds statistics, no images; name one of images")
+    elif not {"train", "validation"} <= given.images.keys():
+        why["copy-rate"] = f"reference {given.name} has no train and validation images; name one of both"
+    if asked and why.keys() >= {*asked}:
+        reasons = ", and ".join(dict.fromkeys(why[key] for key in asked))
+        raise UserError(f"metrics: {','.join(asked)}: {reasons}, or other metrics")
 
 
 def given_gaussian(
