@@ -67,6 +67,15 @@ def test_a_copy_is_found_by_path_variable_or_cache_and_else_the_public_set_is_me
         open_source(f"cifar10:{next(copy.glob('*.parquet'))}", image_size=32)
 
 
+@pytest.mark.parametrize("file", ["batches.bin", "notes.txt"])  # nothing that can be read; a table of lines
+def test_a_folder_that_is_no_copy_is_told_what_one_is(file, tmp_path, monkeypatch):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / file).write_text("a\nb\n")
+    monkeypatch.setenv("CONSONAR_CIFAR10", "copy")
+    with pytest.raises(UserError, match=r"copy.*; a copy of CIFAR-10, which CONSONAR_CIFAR10 or .* names, is a folder"):
+        open_source("cifar10", split="test", image_size=32)
+
+
 def test_it_is_the_same_data_set_in_every_place(copy, monkeypatch):
     by_path = open_splits(f"cifar10:{copy}", key="k", image_size=32)
     monkeypatch.setenv("CONSONAR_CIFAR10", str(copy))

@@ -12,6 +12,7 @@ from consonar.files.writers import cache_dir
 from consonar.types import ImageSource
 
 HUB, VARIABLE = "uoft-cs/cifar10", "CONSONAR_CIFAR10"
+LAYOUT = "a folder of Parquet files with the columns img and label"
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -23,17 +24,19 @@ def cifar10_place(target: str) -> str:
         folder = home_expanded(named.partition("?")[0])
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "is not there"
-            layout = "a copy is a folder of Parquet files with the columns img and label"
-            raise UserError(f"{'data: cifar10:' if target else VARIABLE + ': '}{named} {found}; {layout}")
+            raise UserError(f"{'data: cifar10:' if target else VARIABLE + ': '}{named} {found}; a copy is {LAYOUT}")
     local = cache_dir() / "cifar10"
     return named or (str(local) if local.is_dir() else HUB)
 
 
 def open_cifar10(target: str, split: str) -> ImageSource:
-    """A split, called the same wherever it lies. Raises `UserError` for a data set of other classes."""
+    """A split, called the same wherever it lies. Raises `UserError` for a data set of other classes, or none."""
     place = cifar10_place(target)
-    elsewhere = f"a copy on this machine is a folder of Parquet files that {VARIABLE} names"
-    source = open_dataset("hf", place, split, name="cifar10", remedy=elsewhere if place == HUB else "")
+    try:
+        source = open_dataset("hf", place, split, name="cifar10")
+    except UserError as error:
+        copy = "a copy on this machine" if place == HUB else "a copy of CIFAR-10"
+        raise type(error)(f"{error}; {copy}, which {VARIABLE} or cifar10:PATH names, is {LAYOUT}") from error
     if source.class_names != CLASS_NAMES:
         found = ", ".join((source.class_names or ("none",))[:10])
         raise UserError(f"data: {place!r} is not CIFAR-10, whose classes are {', '.join(CLASS_NAMES)}; it has {found}")

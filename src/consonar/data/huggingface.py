@@ -198,7 +198,7 @@ def columns_wanted(query: str) -> dict[str, str]:
     return columns
 
 
-def dataset_splits(kind: str, target: str, remedy: str = "") -> list[str]:
+def dataset_splits(kind: str, target: str) -> list[str]:
     """The names of the splits of a data set (see `open_dataset`), for which none of its pictures is read; none where
     all of it is one."""
     import datasets
@@ -209,7 +209,7 @@ def dataset_splits(kind: str, target: str, remedy: str = "") -> list[str]:
         raise UserError(f"data: no file or folder {str(path)!r}")
     if path.is_file() or (path / "state.json").is_file():
         return []
-    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set", remedy):
+    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set"):
         if (path / "dataset_dict.json").is_file():
             return list(parse_json((path / "dataset_dict.json").read_bytes())["splits"])
         return list(datasets.get_dataset_split_names(*repository(place)))
@@ -224,22 +224,22 @@ def repository(place: str) -> tuple[str, str | None]:
     return name, config or None
 
 
-def open_dataset(kind: str, target: str, split: str, name: str | None = None, remedy: str = "") -> ImageSource:
+def open_dataset(kind: str, target: str, split: str, name: str | None = None) -> ImageSource:
     """A data set through `datasets`: `target` is a path or name[:config], then ?columns.
 
     `kind` "arrow" is on this machine, "hf" there or on the hub, and "hf-stream" is read while it is used. `name`: what
-    it is called; None: as written. `remedy` ends the line of an error in reading it.
+    it is called; None: as written.
     """
     import datasets
 
     place, _, query = target.partition("?")
     columns = columns_wanted(query)
-    splits, path, chosen = dataset_splits(kind, target, remedy), home_expanded(place), None
+    splits, path, chosen = dataset_splits(kind, target), home_expanded(place), None
     if splits:
         chosen = choose_split(split, splits, place)  # before the pictures are read, which may take minutes
     elif split != "train":
         raise MissingSplit(f"split: {place!r} has no splits, so all of it is the train split, not {split!r}")
-    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set", remedy):
+    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set"):
         if path.is_file():
             loaded: Any = datasets.Dataset.from_file(str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
