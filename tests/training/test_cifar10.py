@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +90,17 @@ def test_it_is_the_same_data_set_in_every_place(copy, monkeypatch):
     assert {name: len(next(iter(one.stream(64)))) for name, one in open_reference("cifar10", 32).images.items()} == {
         "train": 20, "validation": 10,
     }  # fmt: skip
+
+
+def test_a_readme_that_is_no_card_is_not_spoken_of(copy, tmp_path, caplog):
+    logger = logging.getLogger("huggingface_hub.repocard")
+    logger.addHandler(caplog.handler)
+    shutil.copytree(copy, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("# Pictures")
+    open_splits(f"cifar10:{tmp_path / 'copy'}", key="k", image_size=32)
+    open_splits(f"hf:{tmp_path / 'copy'}", key="k", image_size=32)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_another_data_set_is_not_taken_for_it(tmp_path):

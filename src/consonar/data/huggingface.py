@@ -1,6 +1,8 @@
 """Data sets of Hugging Face, of the hub or of this machine, as image sources."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -198,6 +200,18 @@ def columns_wanted(query: str) -> dict[str, str]:
     return columns
 
 
+@contextmanager
+def without_cards() -> Iterator[None]:
+    """Around what looks for the card of a data set: that a README.md beside the files is none is not said."""
+    logger = logging.getLogger("huggingface_hub.repocard")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def dataset_splits(kind: str, target: str) -> list[str]:
     """The names of the splits of a data set (see `open_dataset`), for which none of its pictures is read; none where
     all of it is one."""
@@ -209,7 +223,7 @@ def dataset_splits(kind: str, target: str) -> list[str]:
         raise UserError(f"data: no file or folder {str(path)!r}")
     if path.is_file() or (path / "state.json").is_file():
         return []
-    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set"):
+    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set"), without_cards():
         if (path / "dataset_dict.json").is_file():
             return list(parse_json((path / "dataset_dict.json").read_bytes())["splits"])
         return list(datasets.get_dataset_split_names(*repository(place)))
@@ -239,7 +253,7 @@ def open_dataset(kind: str, target: str, split: str, name: str | None = None) ->
         chosen = choose_split(split, splits, place)  # before the pictures are read, which may take minutes
     elif split != "train":
         raise MissingSplit(f"split: {place!r} has no splits, so all of it is the train split, not {split!r}")
-    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set"):
+    with reading(f"data: '{kind}:{target}'", "a Hugging Face data set"), without_cards():
         if path.is_file():
             loaded: Any = datasets.Dataset.from_file(str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
