@@ -254,6 +254,13 @@ def test_neighbours_are_kept_up_to_the_cap_and_moments_are_not(tmp_path, data):
     assert len(results.copies["features"].is_copy) == 12
 
 
+def test_samples_that_are_one_picture_are_said(tmp_path, data):
+    for images, said in ((data["samples"][:1].repeat(30, 0), True), (data["samples"], False)):
+        np.savez(tmp_path / "same.npz", images=images)
+        found = evaluate(tmp_path / "same.npz", tmp_path / "data", EvaluationSettings(), feature_network=Quadrants())
+        assert ("samples: all 30 are one picture to quadrants" in found.remarks) == said
+
+
 def test_progress_names_every_set(tmp_path, data):
     seen = {}
     evaluate(

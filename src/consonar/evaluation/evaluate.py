@@ -44,6 +44,9 @@ from consonar.networks import FeatureNetwork, load_feature_network, record_of
 from consonar.origin import Origin, same_text
 from consonar.seeding import derive_seed
 
+ALIKE = 1e-10
+"""Share of the squared mean that the variance of features has by the rounding of equal ones, and less."""
+
 
 def evaluate(
     samples: SampleSet | str | Path,
@@ -169,9 +172,11 @@ def open_target(
 def remarks(
     found: FeatureSet, reference: PreparedReference, copies: dict[str, CopyRate], labels: Tensor | None
 ) -> Iterator[str]:
-    """What must be known to read the numbers, one line each: the bias of few images, also within a class (`labels` (S,)
-    are those of the samples), and copies that are not seen."""
+    """What must be known to read the numbers, one line each: samples that are one picture, the bias of few images, also
+    within a class (`labels` (S,) are those of the samples), and copies that are not seen."""
     network, known, count = reference.network, reference.features, found.moments.count
+    if found.moments.cov.trace() <= ALIKE * found.moments.mean.square().sum():
+        yield f"samples: all {count:,} are one picture to {network.name}"
     for kind, target in (("FD", reference.target), ("sFD", reference.spatial)):
         if target is not None and target.gaussians:
             yield from remarks_on_few(f"{kind}({network.name})", target, count, reference)
