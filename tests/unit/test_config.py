@@ -140,7 +140,7 @@ MISTAKES = {
     ),
     "value": ("base: ar-openmoji\noptim: {lr: -1}", r"optim\.lr: -1.* is not in \(0, 10\]"),
     "value of the second kind": (
-        "base: tokenizer-openmoji-64\nmodel: {vocab_size: 0}", r"model\.vocab_size: 0 is not positive"
+        "base: tokenizer-openmoji-64\nmodel: {vocab_size: 1}", r"model\.vocab_size: 1 is too small; at least 2"
     ),
     "type in the second kind": (
         "base: tokenizer-openmoji-64\nmodel: {base_channels: wide}", r"model\.base_channels: .*got 'wide'"

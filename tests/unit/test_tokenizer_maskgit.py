@@ -92,7 +92,7 @@ def test_the_training_pass_reconstructs_the_codes_and_reaches_the_encoder(model,
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"vocab_size": 0}, "model.vocab_size: 0 is not positive"),
+        ({"vocab_size": 1}, "model.vocab_size: 1 is too small; at least 2"),
         ({"channel_multipliers": ()}, "model.channel_multipliers: empty"),
         ({"image_size": 18}, "model.image_size: 18 is not a multiple of 4"),
         ({"num_groups": 3}, "model.num_groups: 3 does not divide 8 channels"),

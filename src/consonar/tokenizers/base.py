@@ -6,7 +6,7 @@ Letters: `B` batch, `N` tokens, `V` vocabulary, `C` code width, `H`, `W` pixels.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from consonar.data.transforms import ImageSize
 from consonar.errors import UserError
 from consonar.files.weights import component_fingerprint
 from consonar.float32 import LOW
-from consonar.options import Count
+from consonar.options import Count, Range
 from consonar.tokenizers import quantizer
 from consonar.types import Grid, ModelConfig
 
+CodebookSize = Annotated[int, Range(2)]
+"""One code alone would say nothing of a picture."""
 OVERSHOOT = 2.0
 """Largest magnitude of a pixel that is still one of [-1, 1], sharpened, resampled or decoded, and not one of 0..255."""
 
@@ -31,7 +33,7 @@ class TokenizerConfig(ModelConfig):
 
     image_size: ImageSize = 256
     """Side of the square images, pixels."""
-    vocab_size: Count
+    vocab_size: CodebookSize
     """Number of codes."""
     code_dim: Count
     """Width of one code."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from consonar.errors import UserError
 from consonar.options import Count, Depth, Divides, check_options
-from consonar.tokenizers.base import CodebookTokenizer, TokenizerConfig, as_row
+from consonar.tokenizers.base import CodebookSize, CodebookTokenizer, TokenizerConfig, as_row
 from consonar.types import Grid
 
 
@@ -48,7 +48,7 @@ LARGE = TransformerConfig(width=1024, num_layers=24, num_heads=16)
 class ViTConfig(TokenizerConfig):
     """Shape of a tokenizer with a transformer on either side; `TiTokConfig` and `AliTokConfig` set the defaults."""
 
-    vocab_size: Count = 4096
+    vocab_size: CodebookSize = 4096
     encoder: TransformerConfig = LARGE
     """The transformer that reads the image."""
     decoder: TransformerConfig = LARGE

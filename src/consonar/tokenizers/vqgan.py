@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from consonar.errors import UserError
 from consonar.options import Count, ReadOnlyWith
-from consonar.tokenizers.base import Codebook, CodebookTokenizer, TokenizerConfig, as_grid, as_row
+from consonar.tokenizers.base import Codebook, CodebookSize, CodebookTokenizer, TokenizerConfig, as_grid, as_row
 from consonar.types import Grid
 
 CODEBOOK = ReadOnlyWith(lambda given: given.quantizer == "lookup", "{}quantizer 'lookup': lookup-free codes are signs")
@@ -44,7 +44,7 @@ CODEBOOK = ReadOnlyWith(lambda given: given.quantizer == "lookup", "{}quantizer 
 class ConvConfig(TokenizerConfig):
     """Shape of a convolutional tokenizer; the defaults are MaskGIT's."""
 
-    vocab_size: Count = 1024
+    vocab_size: CodebookSize = 1024
     code_dim: Count = 256
     base_channels: Count = 128
     """Channels at full resolution."""
@@ -223,7 +223,7 @@ class VQGANPlusConfig(ConvConfig):
     """Shape of a VQGAN+ tokenizer; the defaults are the one that reAR uses."""
 
     kind: Literal["vqgan-plus"] = "vqgan-plus"
-    vocab_size: Count = 4096
+    vocab_size: CodebookSize = 4096
     """Number of codes; 2 to the power of `code_dim` for lookup-free ones."""
     code_dim: Count = 64
     """Width of one code; its number of bits for lookup-free ones."""
