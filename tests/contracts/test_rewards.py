@@ -138,8 +138,9 @@ def test_the_worst_cell_is_where_the_image_differs(name, build, originals):
 def test_rewards_without_a_place_are_refused_where_one_is_needed(name, build, originals):
     rewards = build({"mse": 1.0, name: 0.5})
     with pytest.raises(UserError, match=rf"'{name}' has no place.*choices: {', '.join(PLACED_REWARDS)}") as caught:
-        rated(rewards, originals, originals, Grid(4, 4))
+        rewards.check_places()
     assert "\n" not in str(caught.value) and not isinstance(rewards.functions[name], PlacedReward)
     watched = build({"mse": 1.0, name: 0.0})  # a weight of 0 does not count
+    watched.check_places()
     pairs = ((-originals, originals), (originals, -originals))
     assert torch.equal(*(rated(watched, images, others, Grid(4, 4))[2] for images, others in pairs))

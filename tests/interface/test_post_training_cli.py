@@ -118,6 +118,9 @@ def test_mistakes(words, capsys, tmp_path):
     )
     assert "start from" in fails(capsys, "train", "vapi-openmoji", "--out", str(out)).replace("starts", "start")
     assert "reads images of 32 px or more" in fails(capsys, *vapi)  # the recipe's own reward, on 16 px
+    assert "'embedding' has no place" in fails(
+        capsys, "train", "vapi-spatial-openmoji", *argv, "--objective.rewards", "mse=1,embedding=1"
+    )
     assert not out.exists()
     nonsense = tmp_path / "nonsense_of_this_test.py"
     nonsense.write_text(

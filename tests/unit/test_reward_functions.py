@@ -240,7 +240,7 @@ def test_dotted_paths_to_nowhere_are_refused(own_module):
     assert "No module named 'a_package_that_is_not_there'" in build(f"{own_module}_needy:brightness")
     message = build(f"{own_module}:brightnes")
     assert "unknown 'brightnes' (did you mean 'brightness'?)" in message and own_module in message
-    assert "is of type int, not a function (images, originals, batch)" in build(f"{own_module}:limit")
+    assert "is a int, not a function (images, originals, batch)" in build(f"{own_module}:limit")
     for name in (":brightness", "module:"):
         assert f"'{name}' is not of the form package.module:function" in build(name)
 
@@ -265,6 +265,9 @@ def test_images_too_small_for_a_network_are_refused():
     message = refused(rated, rewards, constant(0.0), constant(0.0))
     assert "'efficientnet-lite0' reads images of 32 px or more, not of 16" in message
     assert refused(rated, rewards, constant(0.0), constant(0.0), Grid(2, 2)) == message
+    assert "'ssim' reads images of 11 px or more, not of 8" in refused(
+        build_rewards({"ssim": 1.0}, ON_CPU).check_size, 8
+    )
 
 
 def test_a_discriminator_is_stored_and_read(tmp_path, rng):

@@ -127,6 +127,7 @@ REWARDS: dict[str, Callable[[Resources], Reward]] = {
 }
 PLACED_REWARDS = ("mse", "l1", "lpips", "efficientnet-lite0")
 """Those that say where in the image they were lost; a user's own does when it is a `PlacedReward`."""
+SMALLEST = {"ssim": pixels.SSIM_WINDOW} | {name: kind.smallest_input for name, kind in PERCEPTUAL_DISTANCES.items()}
 Decode = Callable[[Tensor], Tensor]
 Measured = tuple[Tensor, dict[str, Tensor], Tensor | None]
 """See `Rewards.measure`."""
@@ -147,16 +148,9 @@ class Rewards:
         """Weighted sum (B * G,), every reward by name (B * G,), and with a `grid` the sum at its cells, all float32.
 
         `images` (B * G, 3, H, W) in [-1, 1], or what `decode` makes them of, a chunk beside the judging of the one
-        before; the G of row b of `batch` one after the other, so that networks see an original once a chunk. Raises
-        `UserError` for images too small for a network, for a reward that raises or returns anything but one finite
-        number per image, and, with a grid, when a reward with a weight over 0 has no place.
+        before; the G of row b of `batch` one after the other, so that networks see an original once a chunk. With
+        a `grid` after `check_places`. Raises `UserError` for a reward that raises or gives no finite number per image.
         """
-        counted = [name for name, weight in self.weights.items() if weight > 0 and grid is not None]
-        if without := [name for name in counted if not isinstance(self.functions[name], PlacedReward)]:
-            raise UserError(
-                f"{KEY}: {', '.join(map(repr, without))} has no place in the image, as a reward for each token needs; "
-                f"choices: {', '.join(PLACED_REWARDS)}, or a PlacedReward of your own"
-            )
         group, rest = divmod(len(images), len(batch.images))
         assert not rest, "the same number of images for each row of the batch"
         whole = self.chunk // group * group  # a group larger than a chunk is cut too
@@ -199,11 +193,19 @@ class Rewards:
         return values, torch.stack(cells).sum(0) if cells else images.new_empty(0)
 
     def check_size(self, side: int) -> None:
-        """Raises `UserError` when a network cannot read images of `side` pixels."""
+        """Raises `UserError` when a reward cannot read images of `side` pixels."""
         for name in self.functions:
-            distance = PERCEPTUAL_DISTANCES.get(name)
-            if distance is not None and side < distance.smallest_input:
-                raise UserError(f"{KEY}: {name!r} reads images of {distance.smallest_input} px or more, not of {side}")
+            if side < (smallest := SMALLEST.get(name, 0)):
+                raise UserError(f"{KEY}: {name!r} reads images of {smallest} px or more, not of {side}")
+
+    def check_places(self) -> None:
+        """Raises `UserError` when a reward with a weight over 0 has no place in the image."""
+        counted = [name for name, weight in self.weights.items() if weight > 0]
+        if without := [name for name in counted if not isinstance(self.functions[name], PlacedReward)]:
+            raise UserError(
+                f"{KEY}: {', '.join(map(repr, without))} has no place in the image, as a reward for each token needs; "
+                f"choices: {', '.join(PLACED_REWARDS)}, or a PlacedReward of your own"
+            )
 
 
 @contextlib.contextmanager
@@ -235,9 +237,7 @@ def import_reward(path: str) -> Reward:
         raise unknown(f"{KEY}: module {module_name}", attribute, functions)
     reward = vars(module)[attribute]
     if not callable(reward):
-        raise UserError(
-            f"{KEY}: {path!r} is of type {type(reward).__name__}, not a function (images, originals, batch)"
-        )
+        raise UserError(f"{KEY}: {path!r} is a {type(reward).__name__}, not a function (images, originals, batch)")
     return reward
 
 

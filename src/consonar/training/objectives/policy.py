@@ -167,6 +167,7 @@ class PolicyGradient(Alignment):
         self.influence: Tensor | None = None
         if config.credit == "token":
             self.grid = token_grid(self.tokenizer)  # found out now and not after the first draws
+            self.rewards.check_places()
         if config.smooth_credit and self.grid is not None:
             assert self.probe is not None, "images to measure the decoder with"
             tokens, rng = self.tokenizer.encode(self.probe()), generator(self.seed, "influence")
