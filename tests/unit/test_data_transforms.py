@@ -139,5 +139,5 @@ def test_ranges_and_round_trip():
 def test_to_uint8_clamps_rounds_and_refuses_nan():
     values = torch.tensor([-3.0, 3.0, 100.4 / 127.5 - 1, 100.6 / 127.5 - 1]).view(1, 1, 1, 4).expand(1, 3, 1, 4)
     assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 255, 100, 101]
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(UserError, match="tokenizer: it decodes to NaN"):
         to_uint8(torch.full((1, 3, 2, 2), float("nan")))

@@ -154,6 +154,10 @@ def test_wrong_input_is_named():
     tokenizer.encode = lambda images: torch.full((len(images), 16), 9)
     with pytest.raises(UserError, match="token 9 from tokenizer grey, which has 4 codes"):
         reconstruction_metrics(tokenizer, [torch.zeros(1, 3, 16, 16)])
+    tokenizer = GreyLevels(4)
+    tokenizer.embed = lambda tokens: torch.full((*tokens.shape, 1), float("nan"))
+    with pytest.raises(UserError, match="tokenizer: it decodes to NaN or infinite pixels; its weights are damaged"):
+        reconstruction_metrics(tokenizer, [torch.zeros(1, 3, 16, 16)])
 
 
 def test_a_file_with_pictures_that_are_reproduced_exactly_is_read_again(tokenizer, quarters, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_moments_are_stable_under_a_large_offset(rng):
 def test_moments_refuse_wrong_rows(rng):
     with pytest.raises(ValueError, match=r"\(B, 3\)"):
         Moments(3).update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="features: values that are not finite"):
         Moments(3).update(torch.tensor([[0.0, math.nan, 1.0]]))
     with pytest.raises(ValueError, match="at least 2"):
         _ = moments_of(torch.zeros(1, 3)).cov

@@ -136,11 +136,19 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
+def check_pixels(images: Tensor) -> Tensor:
+    """The images, which a tokenizer has decoded; `UserError` for NaN or infinity, which has no colour."""
+    if not torch.isfinite(images).all():
+        raise UserError(
+            "tokenizer: it decodes to NaN or infinite pixels; its weights are damaged, or its training diverged"
+        )
+    return images
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """(B, 3, H, W) float -> uint8 (B, H, W, 3): (x + 1) * 127.5, rounded to nearest, clamped to 0..255 (decoders
-    overshoot). NaN or infinity raises `ValueError`, for it has no colour."""
-    if not torch.isfinite(images).all():
-        raise ValueError("to_uint8: images hold NaN or infinite pixels")
+    overshoot). Raises `UserError` as `check_pixels`."""
+    images = check_pixels(images)
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

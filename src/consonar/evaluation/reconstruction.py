@@ -16,6 +16,7 @@ from consonar.components import load_tokenizer, weights_sha256
 from consonar.data.bad_images import BadImages, bad_images_record
 from consonar.data.sources import find_source
 from consonar.data.splits import HELD_OUT
+from consonar.data.transforms import check_pixels
 from consonar.distributed import ALONE, World, in_turn, machine_name
 from consonar.errors import UserError, check_choice
 from consonar.evaluation.image_sets import ImageSet, hashed
@@ -74,7 +75,7 @@ def reconstruction_metrics(
         tokens = tokenizer.encode(images)  # (B, N)
         if len(outside := tokens[(tokens < 0) | (tokens >= size)]):
             raise UserError(f"token {outside[0]} from tokenizer {tokenizer.name}, which has {size} codes")
-        pair = [round_to_8_bits(tokenizer.decode(tokens)), round_to_8_bits(images)]
+        pair = [round_to_8_bits(check_pixels(tokenizer.decode(tokens))), round_to_8_bits(images)]
         l1 = (pair[0] - pair[1]).abs().flatten(1).mean(1)  # (B,)
         found = {"exact": float((l1 == 0).sum()), "psnr": float(psnr(*pair).sum()), "l1": float(l1.sum())}
         if with_ssim:

@@ -42,13 +42,13 @@ class Moments:
         self._block = np.empty((0, num_features))  # (BLOCK + 1, F), the rows that wait and room for one more
 
     def update(self, features: Tensor) -> None:
-        """Add the rows of `features` (B, F). Raises ValueError for another width or values that are not finite."""
+        """Add the rows of `features` (B, F). Raises ValueError for another width, of its kind `UserError` for NaN."""
         if features.ndim != 2 or features.shape[1] != len(self._mean):
             raise ValueError(f"features have shape {tuple(features.shape)}, expected (B, {len(self._mean)})")
         # By numpy, in one thread: for so few numbers the threads of torch wait longer for each other than they work.
         array = features.detach().to("cpu", torch.promote_types(features.dtype, torch.float32)).numpy()
         if not np.isfinite(array).all():
-            raise ValueError("features hold values that are not finite")
+            raise UserError("features: values that are not finite; the network is damaged, or the pictures hold NaN")
         if len(self._block) == 0:
             self._block = np.empty((BLOCK + 1, len(self._mean)))
         for start in range(0, len(array), BLOCK):
