@@ -66,8 +66,9 @@ def multiplying(precision: str, device: torch.device, *, autocast: bool = False)
 
 def with_weights(model: Model, precision: str, device: torch.device) -> Model:
     """The model on `device` with bf16 weights where `precision` is that, else without: itself where it is so, moved, or
-    a copy, which shares what does not change. What is no module of PyTorch's is its own affair."""
-    if not isinstance(model, nn.Module):
+    a copy, which shares what does not change. What is no module of PyTorch's is its own affair, and one that does not
+    cast stays in float32."""
+    if not isinstance(model, nn.Module) or not casts(model):
         return model
     types = {parameter.dtype for parameter in model.parameters()}
     low = precision == "bf16"
@@ -79,6 +80,12 @@ def with_weights(model: Model, precision: str, device: torch.device) -> Model:
     if low and device.type == "cuda":
         copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among those declared
     return copied
+
+
+def casts(model: object) -> bool:
+    """Whether a tokenizer makes what it is given of its weights' type, and keeps its codes in float32: one that says
+    which that is, by `dtype`. Of another only the products can be bf16, under autocast. Generators are given tokens."""
+    return hasattr(model, "dtype") or not hasattr(model, "decode_embeddings")
 
 
 def cpu_multiplies_bf16() -> bool:

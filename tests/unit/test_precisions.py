@@ -166,6 +166,40 @@ def test_a_store_records_its_precision(tokenizer, tmp_path):
     assert 0.7 < (exact_ones == low).float().mean() <= 1
 
 
+class Uncast(torch.nn.Module):
+    """An own tokenizer, that of the package inside, which gives its networks what it is given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.name, self.fingerprint, self.grid = inner, "uncast", "0", inner.grid
+        self.vocab_size, self.num_tokens, self.code_dim = inner.vocab_size, inner.num_tokens, inner.code_dim
+        self.image_size = inner.image_size
+
+    def encode(self, images):
+        return self.inner.search(self.inner.latents(images).float().flatten(0, 1)).view(len(images), -1)
+
+    def embed(self, tokens):
+        return self.inner.embed(tokens)
+
+    def decode_embeddings(self, codes):
+        return self.inner.pixels(codes)
+
+    def decode(self, tokens):
+        return self.decode_embeddings(self.embed(tokens))
+
+
+def test_a_tokenizer_that_does_not_cast_multiplies_under_autocast(tokenizer, tiny_generator, tmp_path):
+    own = Uncast(tokenizer).eval()
+    exact_ones, low = (
+        write_token_store(tmp_path / name, Pictures(5), own, precision=name).read(
+            torch.arange(5), torch.zeros(5).long()
+        )
+        for name in ("fp32", "bf16")
+    )
+    assert 0.7 < (exact_ones == low).float().mean() < 1
+    assert sample(tiny_generator(), own, LABELS, precision="bf16").images.isfinite().all()
+
+
 def test_reference_features_of_one_precision_do_not_serve_another(picture_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CONSONAR_CACHE", str(tmp_path))
     images, _, _ = folder_image_set(picture_folder / "validation" / "all")

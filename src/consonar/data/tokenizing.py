@@ -27,7 +27,7 @@ from consonar.files.readers import home_expanded
 from consonar.files.shared_work import SharedWork
 from consonar.json_types import Json
 from consonar.options import Range
-from consonar.precision import multiplying, pick_precision, with_weights
+from consonar.precision import casts, multiplying, pick_precision, with_weights
 from consonar.records import Fetched, device_of, one_ahead, to_device
 from consonar.types import ImageRecord, ImageSource, IndexedSource, Tokenizer
 
@@ -68,7 +68,8 @@ class Encoder:
                 tokens = self.network.encode(from_uint8(pixels.flatten(0, 1)))  # (images * views, N)
                 yield Fetched({"tokens": tokens.unflatten(0, pixels.shape[:2]), "about": (labels, captions, names)})
 
-        with contextlib.closing(items), torch.inference_mode(), multiplying(self.precision, self.device):
+        multiplied = multiplying(self.precision, self.device, autocast=not casts(self.tokenizer))
+        with contextlib.closing(items), torch.inference_mode(), multiplied:
             for done in one_ahead(encoded()):
                 writer.write(done["tokens"].numpy(), *done["about"])
                 yield writer.counts["items"]
