@@ -110,6 +110,17 @@ def test_a_tokenizer_alone_has_the_parts_that_need_no_generator(root: Path, tmp_
     assert len(content["provenance"]["tokenizer"]["sha256"]) == 64
 
 
+def test_pictures_too_small_to_compare_cost_the_parts_that_do(
+    root: Path, tokenizer_folder: Path, tmp_path: Path, capsys
+) -> None:
+    words = "--parts", "receptive,codebook,forgiveness"
+    content = diagnose(root, tmp_path / "page.html", *words, model=str(tokenizer_folder))
+    why = "--perceptual: efficientnet-lite0 reads images of 32 px or more, these have 16"
+    assert list(content["parts"]) == ["receptive"]
+    assert content["unavailable"] == {"codebook": why, "forgiveness": why}
+    assert f"codebook: not measured ({why})" in capsys.readouterr().out
+
+
 def test_sets_are_compared_with_all_training_pictures_where_few_are_left_over(
     root: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -35,6 +35,8 @@ class Part(NamedTuple):
     """Whether it needs a generator, not a tokenizer alone."""
     draws: bool = False
     """Whether tokens are drawn for it, by the settings' sampler."""
+    compares: bool = False
+    """Whether pictures are compared for it, by the perceptual distance."""
 
 
 PARTS: dict[str, Part] = {
@@ -47,6 +49,7 @@ PARTS: dict[str, Part] = {
         "differ by comes from where the wrong tokens are, only a solid curve above its dotted one from the context.",
         exposure.exposure_bias,
         draws=True,
+        compares=True,
     ),
     "embedding": Part(
         "Embedding unawareness",
@@ -55,6 +58,7 @@ PARTS: dict[str, Part] = {
         "alone overlooks what the decoder sees (reAR, Figure 3b).",
         codes.embedding_unawareness,
         draws=True,
+        compares=True,
     ),
     "layers": Part(
         "Layer probe",
@@ -96,6 +100,7 @@ PARTS: dict[str, Part] = {
         "nothing about pictures.",
         codes.neighbourhoods,
         of_generator=False,
+        compares=True,
     ),
     "forgiveness": Part(
         "What the tokenizer forgives",
@@ -103,6 +108,7 @@ PARTS: dict[str, Part] = {
         "one rFD the flatter is easier on a generator, which will make errors.",
         decoding.forgiveness,
         of_generator=False,
+        compares=True,
     ),
     "attribution": Part(
         "Whose is the distance",
@@ -199,7 +205,8 @@ def diagnose(
         with evaluating(subject.model, subject.tokenizer):
             for part in chosen:
                 progress(part)
-                found = PARTS[part].measure(subject)
+                measure = PARTS[part].measure
+                found = subject.too_small if PARTS[part].compares and subject.too_small else measure(subject)
                 if not isinstance(found, str) and found.not_finite:
                     found = f"{found.not_finite} is no finite number"
                 if isinstance(found, str):

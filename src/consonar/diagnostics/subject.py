@@ -120,6 +120,13 @@ class Subject:
         return self.model
 
     @property
+    def too_small(self) -> str:
+        """Why the perceptual distance cannot compare the pictures, in words; empty where it can."""
+        smallest, size = PERCEPTUAL_DISTANCES[self.settings.perceptual].smallest_input, self.tokenizer.image_size
+        told = f"--perceptual: {self.settings.perceptual} reads images of {smallest} px or more, these have {size}"
+        return told if size < smallest else ""
+
+    @property
     def device(self) -> torch.device:
         return device_of(self.tokenizer)
 
@@ -213,11 +220,6 @@ def open_subject(
     model, codec, origin = load_models(name, tokenizer)
     if model is not None:
         check_fit(model, codec, settings.sampler)
-    smallest = PERCEPTUAL_DISTANCES[settings.perceptual].smallest_input
-    if codec.image_size < smallest:
-        raise UserError(
-            f"--perceptual: {settings.perceptual} reads images of {smallest} px, these have {codec.image_size}"
-        )
     judge = PERCEPTUAL_DISTANCES[settings.perceptual].load(None).to(settings.device)
     network = load_feature_network(settings.feature_network, settings.device)
     held_out, seen = open_data(data, codec.image_size, origin, validation_split, label_default)
