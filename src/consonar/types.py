@@ -271,14 +271,15 @@ class Reward(Protocol):
 
 
 Item = TypeVar("Item", contravariant=True)
-"""The kind of batch that an objective reads."""
 Prepared = TypeVar("Prepared")
-"""What it makes of one: a record (`consonar.records`) of its own."""
+"""What an objective makes of a batch of the kind that it reads (`Item`): a record (`consonar.records`) of its own."""
 
 
 class Objective(Protocol[Item, Prepared]):
     """What a method is: what it makes of a batch, and what is minimised; to inherit, or to follow. The model is the
     trainee of its kind of run, or that wrapped for several processes, hence `Any`."""
+
+    about: tuple[str, ...] = ()  # lines that its run says at the start
 
     def prepare(self, model: Any, batch: Item, step: int) -> Prepared:
         """Whatever is corrupted, drawn or rewarded before the model is updated, without gradient."""

@@ -67,7 +67,7 @@ def make(make_config, labelled_folder, start):
     return make
 
 
-def test_the_receptive_field_is_measured_on_pictures_of_all_classes(make, labelled_folder, monkeypatch, tmp_path):
+def test_the_receptive_field_is_measured_on_pictures_of_all_classes(make, labelled_folder, monkeypatch, tmp_path, capsys):
     """The folder is read class by class, eight pictures each."""
     probes, measure = [], policy_objective.measure_influence
 
@@ -77,7 +77,8 @@ def test_the_receptive_field_is_measured_on_pictures_of_all_classes(make, labell
 
     monkeypatch.setattr(policy_objective, "measure_influence", note)
     config = make(OBJECTIVES["spatial"], loop={"steps": 1})
-    train(config, tmp_path / "run", quiet=True)
+    train(config, tmp_path / "run")
+    assert "what tokens change does not follow their places (correlation " in capsys.readouterr().out  # untrained
     codec = load_tokenizer(read_origin(config.init).tokenizer)
     known = {}
     for path in sorted((labelled_folder / "train").rglob("*.png")):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from consonar.components import load_tokenizer
 from consonar.errors import UserError
 from consonar.training import credit
-from consonar.training.credit import Influence, measure_influence, resize_to_grid, spatial_credit, token_grid
+from consonar.training.credit import Influence, followed, measure_influence, resize_to_grid, spatial_credit, token_grid
 from consonar.types import Grid
 
 ALL = 99
@@ -148,6 +148,29 @@ def test_credit_in_closed_form():
     torch.testing.assert_close(smoothed[0], torch.tensor([1.5, 2.5, 3.5, 3, 4, 5]))
 
 
+@pytest.mark.parametrize(
+    ("order", "lowest", "highest"),
+    [("raster", 1, 1), ("columns", -0.1, 0.1), ("snake", -0.3, 0.3), ("reversed", -1, -1)],
+)
+@pytest.mark.parametrize("grid", [Grid(4, 4), Grid(6, 6, prefix=2)], ids=str)
+def test_tokens_in_another_order_are_told(order, lowest, highest, grid, rng):
+    cells = torch.arange(grid.rows * grid.columns).view(grid.rows, grid.columns)
+    snake = torch.stack([row.flip(0) if i % 2 else row for i, row in enumerate(cells)])
+    moved = {"raster": cells, "columns": cells.T, "snake": snake, "reversed": cells.flip(0, 1)}[order].flatten()
+    tokenizer = Painter(grid)
+    decode, place = tokenizer.decode, torch.cat([torch.arange(grid.prefix), grid.prefix + moved])
+    tokenizer.decode = lambda tokens: decode(tokens[:, place])
+    found = measure_influence(tokenizer, tokens_for(tokenizer, rng), num_positions=ALL, rng=rng)
+    assert lowest - 1e-6 <= found.follows <= highest + 1e-6
+    assert ["not follow their places (correlation" in line for line in found.about] == [True] * (order != "raster")
+
+
+def test_what_follows_in_closed_form():
+    assert followed(torch.tensor([0]), torch.ones(1, 1), Grid(1, 1)) == 1
+    assert followed(torch.arange(3), torch.eye(3).double(), Grid(1, 3)) == pytest.approx(1)
+    assert followed(torch.arange(4), torch.full((4, 4), 0.25).double(), Grid(2, 2)) == 0  # the same everywhere
+
+
 def test_equal_cells_stay_equal_under_smoothing(rng):
     kernel = torch.rand(7, 5, generator=rng)
     influence = Influence(kernel / kernel.sum(), torch.rand(7, 5, generator=rng) + 0.1).matrix(Grid(4, 3))
@@ -179,6 +202,7 @@ def test_a_token_of_the_shipped_tokenizer_shows_near_its_own_cell(rng):
     tokens = tokenizer.encode(blocks.repeat_interleave(16, 2).repeat_interleave(16, 3))
     influence = measure_influence(tokenizer, tokens, num_positions=12, rng=rng)
     centre = tokenizer.grid.rows - 1
+    assert influence.follows > 0.9 and not influence.about
     kernel = influence.kernel
     assert kernel.sum().item() == pytest.approx(1)
     assert kernel.argmax() == centre * kernel.shape[1] + centre

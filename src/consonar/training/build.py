@@ -127,7 +127,7 @@ def post_training_run(config: TrainConfig, world: World, place: Place, out: Path
         prior = prior.to(world.device)
     objective = make_objective(config, world, tokenizer, prior, probe=probe, autocast_dtype=dtype)
     built = Built(trainee, objective, batches, origin=origin, bad=pictures.bad)
-    built.about = (*pictures.about, *told(shown, held_out))
+    built.about = (*pictures.about, *told(shown, held_out), *objective.about)
     built.preview = lambda model, path: preview_samples(model.generator, tokenizer, path, held_out or shown)
     if config.loop.fd_samples and pictures.held_out is None:
         raise UserError(f"loop.fd_samples: {data.images} has no validation images to compare with; set it to 0")

@@ -185,6 +185,7 @@ class Alignment:
         files = config.lpips_weights, config.discriminator, config.clip, config.hpsv2
         resources = Resources(world.device, autocast_dtype, *files)
         self.rewards = build_rewards(config.rewards, resources, chunk=config.chunk or CHUNK)
+        self.about: tuple[str, ...] = ()
         self.bytes_of_image = 0  # measured when the first are decoded
         self.rewards.check_size(tokenizer.image_size)
 

@@ -2,9 +2,8 @@
 
 Of every image, G token sequences are drawn from the logits of one pass over the (noisy) true context, decoded by the
 frozen tokenizer and rewarded by their likeness to the image; the loss is the clipped policy loss on group-relative
-advantages + beta_ce cross-entropy on the true tokens + beta_kl KL to the start model.
-
-With `rollout="free"` it is AR-GRPO (`free`).
+advantages + beta_ce cross-entropy on the true tokens + beta_kl KL to the start model. With `rollout="free"` it is
+AR-GRPO (`free`).
 
 Deviations from VA-pi's code: the G samples share one pass (theirs repeats it for each); draw and update see the same
 distribution (theirs drops classes and units in one of the two), so with one inner epoch the ratio is exactly 1 and the
@@ -33,10 +32,10 @@ from consonar.training.credit import measure_influence, spatial_credit, token_gr
 from consonar.training.objectives.alignment import Alignment, AlignmentConfig, AlignmentTrainee, Forced
 from consonar.training.objectives.base import alignment_terms
 from consonar.training.rewards import TIES
-from consonar.types import Condition, EncodedBatch, Grid, ImageBatch
+from consonar.types import Condition, EncodedBatch, ImageBatch
 
-INFLUENCE_POSITIONS = 64
-"""At how many positions of each probe image the decoder's receptive field is measured."""
+INFLUENCE_POSITIONS, ORDER_POSITIONS = 64, 8
+"""At how many positions of each probe image the decoder's receptive field, or the tokens' order alone, is measured."""
 DAPO_CLIP_HIGH = 0.28
 
 FREE = ReadOnlyWith(lambda given: given.rollout == "free", "{}rollout 'free'")
@@ -163,16 +162,18 @@ class PolicyGradient(Alignment):
 
     def __init__(self, config: PolicyConfig, *args: Any, **settings: Any):
         super().__init__(config, *args, **settings)
-        self.grid: Grid | None = None
+        self.grid = token_grid(self.tokenizer) if config.credit == "token" else None  # now, not after the first draws
         self.influence: Tensor | None = None
-        if config.credit == "token":
-            self.grid = token_grid(self.tokenizer)  # found out now and not after the first draws
+        if self.grid is not None:
             self.rewards.check_places()
-        if config.smooth_credit and self.grid is not None:
-            assert self.probe is not None, "images to measure the decoder with"
+        if self.grid is not None and self.probe is not None:
             tokens, rng = self.tokenizer.encode(self.probe()), generator(self.seed, "influence")
-            found = measure_influence(self.tokenizer, tokens, num_positions=INFLUENCE_POSITIONS, rng=rng)
-            self.influence = records.to_device(found.matrix(self.grid), tokens.device)
+            positions = INFLUENCE_POSITIONS if config.smooth_credit else ORDER_POSITIONS
+            found = measure_influence(self.tokenizer, tokens, num_positions=positions, rng=rng)
+            self.about = found.about
+            if config.smooth_credit:
+                self.influence = records.to_device(found.matrix(self.grid), tokens.device)
+        assert self.influence is not None or not config.smooth_credit, "images to measure the decoder with"
 
     @torch.no_grad()
     def reward(self, trainee: AlignmentTrainee, actions: Tensor, batch: EncodedBatch) -> Drawn:
