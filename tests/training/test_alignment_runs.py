@@ -67,7 +67,7 @@ def make(make_config, labelled_folder, start):
     return make
 
 
-def test_the_receptive_field_is_measured_on_pictures_of_all_classes(make, labelled_folder, monkeypatch, tmp_path, capsys):
+def test_the_receptive_field_is_measured_on_all_classes(make, labelled_folder, monkeypatch, tmp_path, capsys):
     """The folder is read class by class, eight pictures each."""
     probes, measure = [], policy_objective.measure_influence
 

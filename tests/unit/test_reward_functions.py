@@ -240,7 +240,7 @@ def test_dotted_paths_to_nowhere_are_refused(own_module):
     assert "No module named 'a_package_that_is_not_there'" in build(f"{own_module}_needy:brightness")
     message = build(f"{own_module}:brightnes")
     assert "unknown 'brightnes' (did you mean 'brightness'?)" in message and own_module in message
-    assert "is a int, not a function (images, originals, batch)" in build(f"{own_module}:limit")
+    assert "is of type int, no function (images, originals, batch)" in build(f"{own_module}:limit")
     for name in (":brightness", "module:"):
         assert f"'{name}' is not of the form package.module:function" in build(name)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from consonar.errors import UserError
 from consonar.generators.base import GeneratorConfig
 from consonar.seeding import generator as seeded
+from consonar.seeding import integers, uniform
 from consonar.types import Condition, Generator, PromptCondition, TextCondition
 
 CLOSE = 0.01
@@ -35,7 +36,7 @@ def check_generator(generator: Generator, name: str) -> None:
 
     count, vocabulary, device = generator.num_tokens, generator.vocab_size, next(generator.parameters()).device
     generator.eval()
-    tokens = torch.randint(vocabulary, (1, count), generator=seeded(0, "checked")).to(device)
+    tokens = integers(seeded(0, "checked"), 0, vocabulary, 1, count).to(device)
     condition = condition_for(generator, device)
     layer = generator.num_layers - 1
     logits, taps = generator(tokens, condition, tap_layers=(layer,))
@@ -69,5 +70,5 @@ def condition_for(generator: Generator, device: torch.device) -> Condition:
     length, width = generator.config.caption_shape
     mask = torch.ones(1, length, dtype=torch.bool, device=device)
     if width:
-        return TextCondition(torch.randn(1, length, width, generator=seeded(0, "caption")).to(device), mask)
+        return TextCondition(uniform(seeded(0, "caption"), 1, length, width).to(device), mask)
     return PromptCondition(torch.zeros(1, length, dtype=torch.int64, device=device), mask)

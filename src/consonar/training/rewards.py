@@ -237,7 +237,7 @@ def import_reward(path: str) -> Reward:
         raise unknown(f"{KEY}: module {module_name}", attribute, functions)
     reward = vars(module)[attribute]
     if not callable(reward):
-        raise UserError(f"{KEY}: {path!r} is a {type(reward).__name__}, not a function (images, originals, batch)")
+        raise UserError(f"{KEY}: {path!r} is of type {type(reward).__name__}, no function (images, originals, batch)")
     return reward
 
 
