@@ -88,6 +88,7 @@ COLUMNS = (
 GROUPS = {
     "Training": (r"[^+]*", "plain"),
     "Post-training of plain AR": (r"plain\+.*(?<!-long)", "plain+ce"),
+    "Post-training of plain AR of the other seed": (r"plain-1\+.*", "plain-1+ce"),
     "Post-training of plain AR, of two and a half times the updates": (r"plain\+.*-long", "plain+ce-long"),
     "Post-training of reAR": (r"rear\+.*", "rear+ce"),
 }

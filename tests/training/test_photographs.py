@@ -205,4 +205,4 @@ def test_both_profiles_have_the_rows_that_the_page_speaks_of(study, name, tmp_pa
     for names, base in study.GROUPS.values():
         assert "+" not in base or {updates[row] for row in of_group[names]} == {updates[base]}
     seeds = {row: sum(cell.row == row for cell in sweep.cells.values()) for row in sweep.rows}
-    assert all(seeds[row] == (3 if "+" in row else 1 if "guided" in row else 2) for row in sweep.rows)
+    assert all(seeds[row] == (3 if "+" in row else 2) for row in sweep.rows)

@@ -17,7 +17,7 @@ from consonar.evaluation.results import Measurement, setting_text
 from consonar.json_types import Json, JsonMap
 from consonar.metrics import decides, in_order, metric_of
 from consonar.metrics.shares import t_95
-from consonar.report.records import held_out_of, measurement_text, told_once
+from consonar.report.records import held_out_of, listed, measurement_text, told_once
 from consonar.report.tables import UNMEASURED, Verdict
 from consonar.sweeps.contents import MADE_OF
 from consonar.sweeps.plan import Sweep
@@ -226,10 +226,13 @@ def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
         for name, one in scored.items()
         if one["stopped"]
     ]
+    again: dict[str, list[str]] = {}
     for name, one in scored.items():
         start = sweep.cells[name].start
         if start and start.name in scored and scored[start.name]["weights"] != one["start_weights"]:
-            notes.append(f"{name} started from {start.name} trained again, to other weights than were measured.")
+            again.setdefault(start.name, []).append(name)
+    for first, names in again.items():
+        notes.append(f"{listed(names)} started from {first} trained again, to other weights than were measured.")
     tokens: dict[str, set[str]] = {}
     for held in (one.get("contents") or {} for one in scored.values()):
         for key in held:
