@@ -204,6 +204,31 @@ def test_leftovers_of_killed_processes_are_no_content_and_are_removed(tmp_path):
     assert lock.is_unused(tmp_path)
 
 
+def test_what_others_are_writing_inside_is_content_and_stays(tmp_path):
+    """`evaluate --overwrite` of a folder in which `tokenize` and `convert` write, of runs below one that is resumed."""
+    (tmp_path / "best").mkdir()
+    others = tmp_path / "best" / ".evaluation.partial"
+    with (
+        lock.folder_at_once(tmp_path / "tokens.parts" / "shard_0") as unfinished,
+        lock.folder_at_once(tmp_path / "model") as model,
+        lock.hold(tmp_path / "best"),
+    ):
+        others.mkdir()
+        (unfinished / ".tokens.arrow.17.partial").touch()
+        assert not lock.is_unused(tmp_path / "tokens.parts")
+        with pytest.raises(UserError, match="exists"), lock.folder_at_once(tmp_path / "tokens.parts"):
+            pass
+
+        def writes(partial):
+            partial.write_text("{}")
+            lock.remove_partials(tmp_path)
+            assert model.is_dir() and others.is_dir() and (unfinished / ".tokens.arrow.17.partial").exists()
+
+        write_atomically(tmp_path / "results.json", writes)
+    lock.remove_partials(tmp_path)
+    assert not others.exists() and (tmp_path / "results.json").exists()
+
+
 def test_a_waiting_process_leaves_no_folder_either(tmp_path):
     folder = tmp_path / "work"
 

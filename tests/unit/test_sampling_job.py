@@ -109,6 +109,24 @@ def test_shards_of_a_finished_job_are_removed_by_the_next_call(draw, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
+def test_a_file_that_comes_meanwhile_is_not_taken_for_the_samples(draw, tmp_path, monkeypatch):
+    original = jobs.draw
+
+    def another_came(*args, **options):
+        (tmp_path / "a.npz").write_text("the user's")
+        return original(*args, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"a\.npz came meanwhile; .*a\.npz\.parts"):
+        patched.setattr(jobs, "draw", another_came)
+        draw()
+    with pytest.raises(UserError, match=r"a\.npz exists"):
+        draw()
+    assert (tmp_path / "a.npz").read_text() == "the user's"
+    (tmp_path / "a.npz").unlink()
+    draw()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
 def test_what_a_failing_removal_leaves_is_still_the_jobs(tmp_path, monkeypatch):
     for name in ("job.json", "shard_0.npz", "shard_1.npz"):
         (tmp_path / name).touch()

@@ -15,8 +15,9 @@ from consonar.components import load_generator, load_tokenizer, read_origin, sav
 from consonar.errors import UserError
 from consonar.files.lock import HALF
 from consonar.files.weights import component_fingerprint, finish_save, is_component, load_weights, save_tensors
-from consonar.files.writers import write_atomically
+from consonar.files.writers import halves, write_atomically
 from consonar.origin import Origin
+from consonar.report import check_page
 from consonar.training.checkpoints import State, list_resume, load_resume, save_resume
 
 
@@ -318,3 +319,29 @@ def test_what_a_killed_process_left_half_written_is_removed_and_nothing_of_outpu
         (tmp_path / name).mkdir()
     save_tensors(tmp_path / "s[1]", {"weight": torch.ones(2)})
     assert {path.name for path in tmp_path.iterdir()} == {*others, "s[1]"}
+
+
+def test_a_link_stays_a_link_and_permissions_stay(tmp_path):
+    page, link = tmp_path / "public" / "page.html", tmp_path / "latest.html"
+    page.parent.mkdir()
+    page.write_text("old")
+    page.chmod(0o640)
+    link.symlink_to(page)
+    write_atomically(link, lambda partial: partial.write_text("new"))
+    assert link.is_symlink() and page.read_text() == "new" and page.stat().st_mode & 0o777 == 0o640
+    assert {path.name for path in (*tmp_path.iterdir(), *page.parent.iterdir())} == {"public", page.name, link.name}
+
+
+@pytest.mark.parametrize("letter", ["n", "é"])
+def test_the_longest_name_that_there_can_be_is_written_and_its_halves_are_found(tmp_path, letter):
+    path = tmp_path / (letter * (250 // len(letter.encode())) + ".json")
+    seen = []
+    write_atomically(path, lambda partial: (partial.write_text("{}"), seen.extend(halves(path))))
+    assert len(seen) == 1 and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "page.html")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"--out: .*page.html is a pipe or a device; name a file, such as report"):
+            check_page(tmp_path / "page.html", overwrite=overwrite)

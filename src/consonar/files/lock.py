@@ -250,16 +250,33 @@ def folder_at_once(to: Path) -> Iterator[Path]:
 
 def is_unused(folder: Path) -> bool:
     """Whether a folder holds nothing but what a process leaves that was ended before it wrote anything."""
-    return all(path.name == LOCK_FILE or path.match(PARTIAL) for path in folder.iterdir())
+    return all(path.name == LOCK_FILE or (path.match(PARTIAL) and not is_held(path)) for path in folder.iterdir())
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds `folder`; False as well where there are no locks to tell."""
+    with suppress(OSError), (folder / LOCK_FILE).open() as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes what ended processes left half-written in `folder`, at any depth; to be called by who holds it."""
-    for path in list(folder.rglob(PARTIAL)):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    """Removes what ended processes left half-written in `folder`, at any depth; to be called by who holds it. What lies
+    in folders in it that others hold stays."""
+    for path in list(folder.iterdir()):
+        if path.match(PARTIAL):
+            if (path / LOCK_FILE).exists():
+                remove_unheld(path)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        elif path.is_dir() and not path.is_symlink() and not is_held(path):
+            remove_partials(path)
 
 
 def remove_unheld(folder: Path) -> None:

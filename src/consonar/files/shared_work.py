@@ -13,7 +13,8 @@ from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 
-RECORD = "job.json"
+RECORD, FINISHING = "job.json", "finishing"
+"""What a job is, and that `out` is being made of its shards: what lies there from then on is its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,8 @@ class SharedWork:
         do), then in the process that ends last `finish`, which makes `out` of the shards. Both call their `Beat` at
         least once in `patience`, else who waits for them takes them for hung.
 
-        Raises `UserError` when the folder holds work of other settings (`restart`: it is removed) or other things, and
-        for another process that hangs.
+        Raises `UserError` when the folder holds work of other settings (`restart`: it is removed) or other things, for
+        another process that hangs, and where something else came to `out` meanwhile.
         """
         left, is_ours, waiting = dict(enumerate(shards)), False, Waiting(self.patience)
         try:
@@ -58,7 +59,7 @@ class SharedWork:
                 for index, path in list(left.items()):
                     with ExitStack() as working:
                         with self.alone():
-                            if is_taken(self.out):
+                            if self.is_done():
                                 return
                             self.claim(restart)
                             is_ours = True
@@ -85,16 +86,24 @@ class SharedWork:
     def finished(self, shards: Sequence[Path], finish: Callable[[Beat], object]) -> Held | None:
         """Makes `out` where it is not there; or who still looks at a shard."""
         with self.alone() as beat:
-            if not is_taken(self.out):
+            if not self.is_done():
                 for path in shards:
                     try:
                         with hold(path.with_suffix("")):
                             beat()
                     except Held as error:
                         return error
+                (self.folder / FINISHING).touch()
                 finish(beat)
                 remove(self.folder)
         return None
+
+    def is_done(self) -> bool:
+        """Whether `out` is there. `UserError` where it is not made of the shards, which still lie there."""
+        if is_taken(self.out) and (self.folder / RECORD).exists() and not (self.folder / FINISHING).exists():
+            where = f"{self.what} are being made in {self.folder}"
+            raise UserError(f"--out: {self.out} came meanwhile; {where}: move it away, and the same command goes on")
+        return is_taken(self.out)
 
     def claim(self, restart: bool) -> None:
         """Makes the folder this job's; `UserError` when it is another's, unless `restart`."""
@@ -111,6 +120,7 @@ class SharedWork:
                 path.unlink()
         if change or not record.exists():
             write_json(record, self.settings)
+        (self.folder / FINISHING).unlink(missing_ok=True)  # of a process that was killed before `out` was there
 
     def change(self) -> str:
         """What is another than in the record of the folder, in words; empty where it is this job's."""
@@ -126,7 +136,7 @@ class SharedWork:
 
     def tidy(self) -> None:
         """Removes this job's shards beside a finished `out`: its last process was ended while it did."""
-        if is_taken(self.out) and (self.folder / RECORD).exists() and not self.change():
+        if is_taken(self.out) and (self.folder / FINISHING).exists() and not self.change():
             remove_shards(self.out)
 
     def remove_unused(self) -> None:
@@ -150,6 +160,7 @@ def remove_shards(out: Path) -> None:
 def remove(folder: Path) -> None:
     """The shards, then the record: what a removal that fails leaves is this job's."""
     for path in folder.iterdir():
-        if path.name not in (LOCK_FILE, RECORD):
+        if path.name not in (LOCK_FILE, RECORD, FINISHING):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / RECORD).unlink(missing_ok=True)
     shutil.rmtree(folder)

@@ -26,17 +26,21 @@ NO_ROOM: dict[int | None, str] = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "files may not be so large here (ulimit -f)",
 }
+LONGEST = 200
+"""Bytes of a name to which more can be added; file systems take 255."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path, then renames; a failed write leaves what was there.
 
     It is in a hidden folder beside `path`, which this process holds, and which is removed with all that a library makes
-    beside its file (safetensors `.tmpXXXXXX`); where a process was killed, by the next that writes `path`. Raises as
-    `no_room_said`.
+    beside its file (safetensors `.tmpXXXXXX`); where a process was killed, by the next that writes `path`. A link stays
+    one, a file that is replaced gives its permissions. Raises as `no_room_said`.
     """
+    if path.is_symlink():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
+    half = path.with_name(f".{short(path.name)}.{os.getpid()}-{secrets.token_hex(3)}.partial")
     try:
         with no_room_said(path), hold(half, wait=True):  # who would remove another's half may hold this for a moment
             remove_halves(path)
@@ -44,15 +48,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             write(partial)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())  # else a name may outlive a power cut without its content
+            if path.exists():
+                shutil.copymode(path, partial)
             partial.replace(path)
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
 
+def short(name: str) -> str:
+    """The name, or digits in its place where it leaves no room for the rest of that of its half."""
+    return name if len(os.fsencode(name)) <= LONGEST else hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+
+
 def halves(path: Path) -> list[Path]:
     """What `write_atomically` has beside `path`, or left there in a process that was killed at it, and nothing of
     outputs whose names go on after a dot (`s.npz` beside `s`)."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{6}}\.partial")
+    name = re.compile(rf"\.{re.escape(short(path.name))}\.\d+-[0-9a-f]{{6}}\.partial")
     return [half for half in path.parent.iterdir() if name.fullmatch(half.name) and half.is_dir()]
 
 
@@ -93,6 +104,8 @@ def check_replaced(
     replaced: without `overwrite` any, else one that `is_ours` does not know, which `fault` says in words."""
     if path.is_dir():
         raise UserError(f"{key}: {path} is a folder; name a file, such as {path / example}")
+    if path.exists() and not path.is_file():  # to read what it holds may wait for ever
+        raise UserError(f"{key}: {path} is a pipe or a device; name a file, such as {example}")
     if path.exists() and not overwrite:
         raise UserError(f"{key}: {path} already exists; choose another name, or add --overwrite")
     if path.exists() and not is_ours(path):

@@ -46,10 +46,12 @@ def write_report(
 
 def check_page(out: Path, *, overwrite: bool) -> None:
     """Raises `UserError` where a page cannot be written, or would replace anything but a page."""
-    check_replaced(
-        out, "--out", "report.html", "is no page", lambda path: b"<!doctype html>" in path.read_bytes()[:100],
-        overwrite=overwrite,
-    )  # fmt: skip
+    check_replaced(out, "--out", "report.html", "is no page", is_page, overwrite=overwrite)
+
+
+def is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<!doctype html>" in file.read(100)
 
 
 def render(runs: Sequence[Run], *, title: str | None = None, opening: Path | None = None) -> str:
