@@ -62,11 +62,8 @@ class KVCache:
         assert end <= most, f"cache of {most} positions asked to hold {end}"
         return slice(self.read, end)
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, _: object = None) -> tuple[Tensor, Tensor]:
-        """Stores (B, heads, n, E) behind what is there and returns everything up to and including it.
-
-        Called as transformers' attention (`generators.janus`) calls its own caches.
-        """
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Stores (B, heads, n, E) behind what is there and returns everything up to and including it."""
         if self.place is not None:
             for kept, new in zip(self.data[layer], (keys, values), strict=True):
                 kept.index_copy_(2, self.place, new.to(kept.dtype))

@@ -206,7 +206,6 @@ class Cache(Protocol):
     def length(self) -> int: ...
 
 
-@runtime_checkable
 class Generator(Weights, Protocol):
     """A causal model of token sequences. `logits[:, i]` predicts token i, in training and in evaluation alike."""
 

@@ -90,8 +90,6 @@ def batch(rng, kind):
 
 @pytest.fixture
 def make(tokenizer, tiny_generator, batch, kind):
-    if kind == "janus":
-        pytest.importorskip("transformers")
     if kind == "classes":
         start, prior = tiny_generator(dropout=0.2), tiny_generator(seed=1)
     else:

@@ -37,7 +37,6 @@ def with_dropout(name: str):
     if name == "rear":
         return make_tiny_generator(dropout=0.2, num_layers=4)
     if name == "janus":  # has none
-        pytest.importorskip("transformers")
         return make_generator(name)
     kept = {"dropout": 0.2} if name.startswith("rear") else DROPOUT
     config = replace(CONFIGS[name], **kept, num_layers=4)

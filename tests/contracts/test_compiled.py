@@ -57,8 +57,6 @@ def gradients(model, tokens, condition) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_all_blocks_are_one_graph_and_no_sampling_adds_to_it(name, rng, counter):
-    if name == "janus":
-        pytest.importorskip("transformers")
     model = make_generator(name).train()
     condition, tokens = make_condition(model, rng), torch.randint(32, (3, LENGTH), generator=rng)
     expected, keys = gradients(model, tokens, condition), list(model.state_dict())

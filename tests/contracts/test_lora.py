@@ -34,8 +34,6 @@ def made(rng):
     """A generator of a kind, a copy of it in a trainee with adapters that are not zero, and what both read."""
 
     def made(name, config=RANK_4):
-        if name == "janus":
-            pytest.importorskip("transformers")
         start = make_generator(name).eval()
         given = torch.randint(32, (3, LENGTH), generator=rng), make_condition(start, rng)
         adapt(generator := copy.deepcopy(start), config, seed=0)

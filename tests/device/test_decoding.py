@@ -31,8 +31,6 @@ GUIDED = SAMPLERS["guided"]
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    if request.param == "janus":
-        pytest.importorskip("transformers")
     return make_generator(request.param)
 
 

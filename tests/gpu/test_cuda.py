@@ -72,8 +72,6 @@ def test_samples_on_cuda_equal_those_of_the_cpu(tiny_generator) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_graphs_draw_the_tokens_of_the_same_step_without(kind, sampler, rng, monkeypatch) -> None:
     """Of all kinds, with several lengths of keys and a shorter last batch; a capture that fails is an error here."""
-    if kind == "janus":
-        pytest.importorskip("transformers")
     monkeypatch.setattr(decoding, "BUCKET", 8)
     model = make_generator(kind)
     condition = to_device(make_condition(model, rng), torch.device("cuda", 0))

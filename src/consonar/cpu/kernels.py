@@ -41,7 +41,7 @@ def tune(generator: Model) -> Model:
     for layer in generator.children():
         if type(layer) in TUNED:
             layer.__class__ = TUNED[type(layer)]
-        elif not type(layer).__module__.startswith("transformers."):  # Janus keeps PyTorch's layers
+        else:
             tune(layer)
     return generator
 

@@ -8,7 +8,6 @@ GENERATORS: dict[str, Kind[GeneratorConfig, Generator]] = {
     "rear": Kind(rear.ReARConfig, rear.ReARGenerator),
     "llamagen": Kind(llamagen.LlamaGenConfig, llamagen.LlamaGenGenerator),
     "alitok-ar": Kind(alitok.AliTokARConfig, alitok.AliTokARGenerator),
-    # Needs transformers, which is imported when one is built.
     "janus": Kind(janus.JanusConfig, janus.JanusGenerator),
 }
 """The kinds, by what files call them."""

@@ -1,8 +1,8 @@
 """Image generation of Janus (arXiv 2410.13848) and Janus-Pro (arXiv 2501.17811): a Llama that reads a prompt, then
 image tokens.
 
-The network is transformers' own (extra `text`): the blocks of its `LlamaModel`, Janus' aligner and generation head;
-keys are those of its `JanusModel`. Facts kept from the released code: image tokens enter as aligner(embedding of the
+Keys are those of transformers' `JanusModel`. Facts kept from the released code: blocks are Llama's (RMSNorm, rotary
+positions, SwiGLU, no biases); image tokens enter as aligner(embedding of the
 code), a table of its own, not the tokenizer's codebook; the head is Linear, exact GELU, Linear; the first image token
 is predicted where the start-of-image token, the last of the prompt, is read; the null prompt has every token between
 its first (begin of sentence) and its last (start of image) replaced by the padding token, which is then attended to
@@ -21,17 +21,17 @@ Letters: `B` batch, `L` prompt positions of a batch, `P` of the longest prompt a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consonar.attention import KVCache, attention_mask
-from consonar.errors import UserError, needs
+from consonar.attention import CausalAttention, KVCache, attention_mask
+from consonar.errors import UserError
 from consonar.float32 import product_in_float32
 from consonar.generators.base import CausalGenerator, GeneratorConfig
-from consonar.generators.rotary import rotary_angles
+from consonar.generators.rotary import RMSNorm, rotary_angles
 from consonar.options import SMALLEST, Count, CountOrZero, Depth, Divides, Positive, Range
 from consonar.types import PromptCondition
 
@@ -98,42 +98,99 @@ def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tenso
     return angles.cos(), angles.sin()
 
 
-def build_parts(config: JanusConfig) -> dict[str, nn.Module]:
-    """transformers' modules under the names that they have in its `JanusModel`, on the meta device."""
-    with needs("model.kind: 'janus'", "text"):
-        from transformers import JanusVQVAEConfig, LlamaConfig, LlamaModel
-        from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
-    language = LlamaConfig(
-        vocab_size=config.text_vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_key_heads,
-        rms_norm_eps=config.norm_eps,
-        # With a padding index the embedding that fills the null prompt would get no gradient.
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
-    aligner = JanusVQVAEConfig(embed_dim=config.code_dim, projection_dim=config.width, num_hidden_layers=2)
-    head = JanusVQVAEConfig(
-        image_token_embed_dim=config.width,
-        projection_dim=config.head_width or config.width,
-        num_embeddings=config.vocab_size,
-    )
-    # On the meta device, because transformers draws weights of its own from the global random state.
-    with torch.device("meta"):
-        language_model = LlamaModel(language)
-        # Holds a table as a buffer, which `assign=True` would leave on the meta device; `rotary` makes it instead.
-        del language_model.rotary_emb
-        return {
-            "language_model": language_model,
-            "generation_embeddings": nn.Embedding(config.vocab_size, config.code_dim),
-            "generation_aligner": JanusVQVAEAlignerMLP(aligner),
-            "generation_head": JanusVQVAEHead(head),
-        }
+def turned(x: Tensor, table: Tensor) -> Tensor:
+    """Turns pairs of x (B, H, n, E), a number of the first half and one of the second, by the cosines and sines `table`
+    (2, B, n, E); in float32, returned as it came."""
+    cosine, sine = table[:, :, None]
+    first, second = x.float().chunk(2, -1)
+    return (x * cosine + torch.cat([-second, first], -1) * sine).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        self.head_dim = config.width // config.num_heads
+        of_keys = config.num_key_heads * self.head_dim
+        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.k_proj = nn.Linear(config.width, of_keys, bias=False)
+        self.v_proj = nn.Linear(config.width, of_keys, bias=False)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+        self.attend = CausalAttention()
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = (
+            projected(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, n, E)
+            for projected in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = turned(q, table), turned(k, table)
+        return self.o_proj(self.attend(q, k, v, mask=mask, cache=cache, layer=layer, dropout=0.0))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate x) * up x), no biases (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + MLP(norm x)."""
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = GatedMLP(config.width, config.mlp_width)
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, n, D) -> (B, n, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), table, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    """The parts of a Llama; `JanusGenerator` runs them."""
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        # Without a padding index: the embedding that fills the null prompt would get no gradient.
+        self.embed_tokens = nn.Embedding(config.text_vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+
+class Aligner(nn.Module):
+    """From the embedding of a code to the width of the language model: Linear, GELU, Linear."""
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.code_dim, config.width)
+        self.hidden_layers = nn.ModuleList([nn.Linear(config.width, config.width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden_layers[0](F.gelu(self.fc1(x)))
+
+
+class Head(nn.Module):
+    """Logits of the codes: Linear, GELU, Linear."""
+
+    def __init__(self, config: JanusConfig):
+        super().__init__()
+        hidden = config.head_width or config.width
+        self.proj_out = nn.Linear(config.width, hidden)
+        self.vision_head = nn.Linear(hidden, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product_in_float32(self.vision_head, F.gelu(self.proj_out(x)))
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_token: int = PAD_TOKEN) -> PromptCondition:
@@ -147,30 +204,22 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_token: int = PAD_TOKEN) ->
 
 
 class JanusGenerator(CausalGenerator[PromptCondition]):
-    """Needs transformers.
-
-    `prefix_length` is `config.max_prompt_tokens`, whatever the length of the prompts given: hidden states are padded on
-    the left with zeros to that many.
-    """
+    """`prefix_length` is `config.max_prompt_tokens`, however long prompts are: taps are padded on the left with zeros
+    to that many."""
 
     config: JanusConfig
-    language_model: Any  # transformers' `LlamaModel`; the package is optional
-    generation_embeddings: nn.Module
-    generation_aligner: nn.Module
-    generation_head: Any  # transformers' `JanusVQVAEHead`
 
     def __init__(self, config: JanusConfig):
         super().__init__(config, num_classes=0)
-        for name, part in build_parts(config).items():
-            self.add_module(name, part)
-        device = torch.get_default_device()
-        if device.type != "meta":
-            self.to_empty(device=device)
-            self.reset_parameters()
+        self.language_model = LanguageModel(config)
+        self.generation_embeddings = nn.Embedding(config.vocab_size, config.code_dim)
+        self.generation_aligner = Aligner(config)
+        self.generation_head = Head(config)
+        self.reset_parameters()
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
-        """The name of the list in transformers' files is `language_model.layers`."""
+        """In files the list is `language_model.layers`."""
         return self.language_model.layers
 
     @torch.no_grad()
@@ -190,8 +239,7 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
         return replace(condition, tokens=tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        head = self.generation_head
-        return product_in_float32(head.vision_head, head.activation_fn(head.proj_out(self.language_model.norm(hidden))))
+        return self.generation_head(self.language_model.norm(hidden))
 
     def hidden_states(
         self,
@@ -224,9 +272,9 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
                 cache.advance(spare)  # positions of the longest prompt that this one leaves unused; masked
             positions, *turns = cache.tables
             positions = positions[:, cache.places(count)]
-        turns = [F.embedding(positions, turn).to(x.dtype) for turn in turns]
+        table = torch.stack([F.embedding(positions, turn) for turn in turns])  # (2, B, n, E)
         mask = attention_mask(count, kept, cache, x.device)
-        x, taps = self.run_blocks(x, tuple(turns), mask, cache, tap_layers)
+        x, taps = self.run_blocks(x, table, mask, cache, tap_layers)
         if reads_prompt:
             taps = {layer: F.pad(tap, (0, 0, spare, 0)) for layer, tap in taps.items()}
         return x, taps
@@ -237,11 +285,6 @@ class JanusGenerator(CausalGenerator[PromptCondition]):
         positions = (F.pad(kept, (0, self.num_tokens), value=True).cumsum(1) - 1).clamp_min(0)
         every = torch.arange(positions.shape[1], device=kept.device)
         return positions, *rotary(every, self.width // self.config.num_heads, self.config.rope_base)
-
-    def run_block(
-        self, block: nn.Module, x: Tensor, needed: object, mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        return block(x, attention_mask=mask, past_key_values=cache, position_embeddings=needed)
 
     def _check(self, condition: PromptCondition) -> None:
         if not isinstance(condition, PromptCondition):
