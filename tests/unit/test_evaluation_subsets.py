@@ -67,9 +67,12 @@ def test_no_metric_depends_on_the_order_of_files_or_classes():
 def test_the_inception_score_of_samples_that_are_sorted_by_class_is_that_of_shuffled_ones(monkeypatch):
     monkeypatch.setattr("consonar.metrics.distribution.InceptionScore.drawn.__func__.__defaults__", (50,))
     samples = two_classes(400, 0)
-    values, _ = measure(samples, two_classes(40, 1), two_classes(40, 2))
+    values, results = measure(samples, two_classes(40, 1), two_classes(40, 2))
     # Certain predictions of two equally frequent classes score 2; splits of a single class would score 1.
-    assert values["IS(colours)"] == pytest.approx(2, abs=0.05)
+    assert values["IS(colours)"] == pytest.approx(2, abs=0.05) and not any("IS(" in line for line in results.remarks)
+    values, results = measure(samples[:351], two_classes(40, 1), two_classes(40, 2))
+    assert values["IS(colours)"] < 1.95  # one of 8 parts has one picture, and scores 1
+    assert any("IS(colours): its last part has 1 samples" in line for line in results.remarks)
 
 
 def test_the_drawn_rows_are_named_by_their_place_in_the_set():

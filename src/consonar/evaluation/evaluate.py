@@ -211,6 +211,9 @@ def remarks(
         )
     if found.scores and count < ENOUGH * (num_classes := found.scores.num_classes):
         yield f"IS({network.name}) is biased downwards: {count:,} samples for {num_classes:,} classes"
+    if found.scores and len(sizes := found.scores.sizes) > 1 and min(sizes) < max(sizes):
+        few = f"its last part has {min(sizes):,} samples, is biased downwards, and counts as one of {max(sizes):,}"
+        yield f"IS({network.name}): {few} does, as in ADM's code; draw a multiple of {max(sizes):,}"
 
 
 def remarks_on_few(name: str, target: Target, count: int, reference: PreparedReference) -> Iterator[str]:

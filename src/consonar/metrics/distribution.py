@@ -223,6 +223,11 @@ class InceptionScore:
             self.splits[split] = count + len(part), total + part.sum(0), negative_entropy
 
     @property
+    def sizes(self) -> list[int]:
+        """Rows of every split."""
+        return [count for count, _, _ in self.splits.values()]
+
+    @property
     def num_classes(self) -> int:
         """Classes that the probabilities are of; 0 before there were rows."""
         return max((len(total) for _, total, _ in self.splits.values()), default=0)

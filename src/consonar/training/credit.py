@@ -22,7 +22,7 @@ from consonar.seeding import integers, permutation
 from consonar.types import Grid, Tokenizer
 
 FOLLOWS = 0.7
-"""Correlation from which effects follow places; it is 0.94 or more of the trained tokenizers of the package."""
+"""Correlation from which effects follow places; 0.94 or more of the package's tokenizers, on pictures of their kind."""
 AT_ONCE = 32
 """Images decoded at once."""
 
@@ -68,8 +68,8 @@ class Influence:
         """A line where effects do not follow places."""
         told = (
             "objective.credit 'token': what tokens change does not follow their places (correlation "
-            f"{self.follows:.2f}, of trained tokenizers 0.9 and more); they are not in raster order, or their decoder "
-            "is not trained, and get the credit of others"
+            f"{self.follows:.2f}), so they get the credit of others: they are not in raster order, or their decoder is "
+            "not trained, or lets a token change the whole picture, as some do on blank grounds"
         )
         return () if self.follows >= FOLLOWS else (told,)
 
