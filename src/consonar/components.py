@@ -12,7 +12,7 @@ from consonar.cpu.kernels import tune
 from consonar.errors import UserError
 from consonar.files.lock import hold
 from consonar.files.readers import plain_name, read_json
-from consonar.files.weights import component_config, load_module, save_component
+from consonar.files.weights import component_config, load_module, of_package, save_component
 from consonar.files.writers import file_sha256
 from consonar.generators import GENERATORS
 from consonar.generators.checked import checked_generator
@@ -39,7 +39,9 @@ def save_tokenizer(tokenizer: CodebookTokenizer, folder: str | Path, *, dtype: s
 
 
 def stored(model: Weights, dtype: str) -> dict[str, torch.Tensor]:
-    return {key: value.to(getattr(torch, dtype)) for key, value in model.state_dict().items()}
+    """Its weights in this type; whole numbers and complex ones as they are."""
+    own, to = model.state_dict(), getattr(torch, dtype)
+    return {key: value.to(to) if value.is_floating_point() else value for key, value in own.items()}
 
 
 def model_folder(name: str | Path, what: str = "generator", key: str | None = None) -> Path:
@@ -76,7 +78,8 @@ def load_generator(path: str | Path) -> Generator:
     """
     folder = model_folder(path)
     _, origin, settings, generator_class = read_settings(folder, "generator", GENERATORS)
-    generator = checked_generator(tune(load_module(lambda: generator_class(settings), folder)), str(folder))
+    loaded = load_module(lambda: generator_class(settings), folder, lean=of_package(generator_class))
+    generator = checked_generator(tune(loaded), str(folder))
     generator.origin = origin
     names, where = origin.class_names or (), str(folder / "config.json")
     if len(names) > generator.num_classes:

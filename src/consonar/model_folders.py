@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from consonar.config_io import from_dict
 from consonar.errors import UserError, no_folder, unknown
-from consonar.files.weights import component_config, load_module, released
+from consonar.files.weights import component_config, load_module, of_package, released
 from consonar.networks import prompts
 from consonar.origin import Origin
 from consonar.tokenizers import TOKENIZERS, resized
@@ -72,4 +72,5 @@ def read_tokenizer(folder: Path, num_tokens: int | None = None) -> CodebookToken
     name, _, settings, tokenizer_class = read_settings(folder, "tokenizer", TOKENIZERS)
     if num_tokens is not None:
         settings = resized(settings, num_tokens)
-    return checked_tokenizer(load_module(lambda: tokenizer_class(settings, name=name), folder), str(folder))
+    lean = of_package(tokenizer_class)
+    return checked_tokenizer(load_module(lambda: tokenizer_class(settings, name=name), folder, lean=lean), str(folder))

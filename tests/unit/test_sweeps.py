@@ -142,18 +142,26 @@ def test_a_sweep_is_done_once_and_goes_on_where_it_was_killed(table, write, tmp_
     assert "(n\u00a02)" in text and page.count('<svg class="chart"') == 3 and "<script" not in page
 
 
-def test_a_start_is_trained_again_where_only_its_result_is_known(table, write, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_start_is_trained_again_where_only_its_result_is_known(table, write, tmp_path, killed):
+    """`killed`: a process was, while it did that; another post-training of the start has its result."""
     table["rows"] = {name: table["rows"][name] for name in ("plain", "ce")}
+    if killed:
+        table["rows"]["another"] = table["rows"]["ce"]
     table["rows"]["plain"] |= {"match": []}
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     first = run_sweep(read_sweep(write(table), out, 1), out, lambda text: None)
     elsewhere.mkdir()
     (out / "results").rename(elsewhere / "results")
     (elsewhere / "results" / "ce-0.json").unlink()
+    if killed:
+        without = shutil.ignore_patterns("model")
+        shutil.copytree(out / "runs" / "plain-0", elsewhere / "runs" / "plain-0", ignore=without)
     said: list[str] = []
     sweep = read_sweep(write(table), elsewhere, 1)
     results = run_sweep(sweep, elsewhere, said.append)
-    assert "plain-0: trains for 2 steps" in said and not any("plain-0: 12 samples" in line for line in said)
+    told = "goes on to step 2" if killed else "trains for 2 steps"
+    assert f"plain-0: {told}" in said and not any("plain-0: 12 samples" in line for line in said)
     assert scores(results) == scores(first) and not any(
         "trained again" in note for note in summarise(sweep, results).notes
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from consonar.errors import UserError, reading
+from consonar.errors import NotHere, UserError, reading
 from consonar.files.readers import read_json
 from consonar.files.writers import write_atomically
 from consonar.json_types import Json
@@ -81,14 +81,21 @@ def component_fingerprint(config: Mapping[str, object], state: Mapping[str, Tens
     """SHA-256 of a configuration and weights, the same whatever file or dtype they were stored in."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for key in sorted(state):
-        tensor = state[key].detach().float().cpu().contiguous()
+        tensor = state[key].detach()
+        tensor = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().cpu().contiguous()
         digest.update(f"{key}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
 def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file, all of it or nothing."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    """Writes a .safetensors file, all of it or nothing; weights that go by two names (ties) are in it twice."""
+    tensors, seen = {}, set()
+    for key, value in state.items():
+        tensors[key] = value.detach().cpu().contiguous()
+        place = tensors[key].untyped_storage().data_ptr()
+        if place in seen:  # the format has no memory that two share
+            tensors[key] = tensors[key].clone()
+        seen.add(place)
 
     def save(partial: Path) -> None:
         # safetensors makes its file for the owner alone; give it the mode of any new file here (umask, inherited ACL).
@@ -207,12 +214,12 @@ def is_component(folder: Path) -> bool:
 
 
 def released(path: Path, what: str) -> Path:
-    """The component folder that `path` means: `model` inside a run folder, or itself. `UserError`, which begins with
+    """The component folder that `path` means: `model` inside a run folder, or itself. `NotHere`, which begins with
     `what`, for a run that has no model yet."""
     if (path / "model" / "config.json").is_file():  # written last
         return path / "model"
     if (path / "metrics.jsonl").exists():
-        raise UserError(
+        raise NotHere(
             f"{what}: the run in {path} has not finished (no model folder); go on with: consonar train ... --resume"
         )
     return path
@@ -237,22 +244,29 @@ def component_config(folder: Path) -> Json:
     return config
 
 
-def load_module(build: Callable[[], Module], folder: Path) -> Module:
+def of_package(kind: object) -> bool:
+    """Whether a class, or what makes a model, is of this package, and not a user's own (docs/own-models.md)."""
+    return str(getattr(kind, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
+
+
+def load_module(build: Callable[[], Module], folder: Path, *, lean: bool = True) -> Module:
     """The module that `build` makes, with the weights of a component folder, in evaluation mode and frozen.
 
-    The module is built without memory and is given each tensor as it is read, so that the peak is one copy of the
-    weights. They are read, not mapped: a file that is replaced meanwhile changes nothing.
+    A `lean` one is built without memory and is given each tensor as it is read, so that the peak is one copy of the
+    weights; models of others may hold numbers besides and ties, which need the memory. Weights are read, not mapped: a
+    file that is replaced meanwhile changes nothing.
     """
     path = folder / "model.safetensors"
     mapped = map_tensors(path)
-    with torch.device("meta"), at_most(10 * len(mapped) + 1000, f"{folder / 'config.json'}: more layers than weights"):
+    few = at_most(10 * len(mapped) + 1000, f"{folder / 'config.json'}: more layers than weights")
+    with torch.device("meta" if lean else "cpu"), few, torch.random.fork_rng(devices=[]):
         try:
             module = build()
         except RuntimeError as error:  # without memory, sizes that no memory has are all that can go wrong
             raise UserError(f"{folder / 'config.json'}: no model has these sizes ({error})") from error
     own = module.state_dict()
     check_weights(own, mapped, str(folder))
-    module.load_state_dict(read_tensors(path, mapped, own), assign=True)
+    module.load_state_dict(read_tensors(path, mapped, own), assign=lean)
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     assert not left, f"{type(module).__name__}: not in its state dict, so without a value: {left}"
     return module.eval().requires_grad_(False)

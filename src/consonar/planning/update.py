@@ -198,10 +198,11 @@ def update(config: TrainConfig, shapes: Shapes, batch_size: int, *, low: bool, c
 
 
 def parts_of(tokenizer: CodebookTokenizer) -> dict[str, list[nn.Module]]:
-    """What of a frozen tokenizer encodes, and all else of it."""
-    own = {id(weight) for weight in tokenizer.encoder.parameters()}
+    """What of a frozen tokenizer encodes, and all else of it: all where no part is called `encoder`."""
+    encoder = getattr(tokenizer, "encoder", None)
+    own = {id(weight) for weight in encoder.parameters()} if encoder is not None else set()
     rest = [weight for weight in tokenizer.parameters() if id(weight) not in own]
-    return {ENCODER: [tokenizer.encoder], DECODER: [nn.ParameterList(rest)]}
+    return {ENCODER: [] if encoder is None else [encoder], DECODER: [nn.ParameterList(rest)]}
 
 
 def decoding(shapes: Shapes) -> int:

@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from consonar.errors import UserError
+from consonar.files.weights import of_package
+from consonar.options import is_whole
 from consonar.seeding import generator, uniform
 from consonar.tokenizers.base import OVERSHOOT, described
 from consonar.types import Tokenizer
 
 Own = TypeVar("Own", bound=Tokenizer)
-CLOSE = 0.01
-"""How far two decoded pixels may be apart that are to be the same."""
+CLOSE, DARK = 0.01, 0.5
+"""How far two pixels may be apart that are to be the same; what the mean of a black picture in [0, 1] is below."""
+ALIKE = 0.9
+"""Share of the tokens of an image that are the same in other batches, where kernels round otherwise."""
 
 
 def checked_tokenizer(tokenizer: Own, name: str) -> Own:
     """The tokenizer itself; `UserError` as `check_tokenizer` for one from outside of the package."""
-    if type(tokenizer).__module__.partition(".")[0] != __name__.partition(".")[0]:
+    if not of_package(type(tokenizer)):
         check_tokenizer(tokenizer, name)
     return tokenizer
 
@@ -35,6 +39,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
             raise UserError(f"tokenizer: {name}: {rule} (docs/own-models.md)")
 
     count, vocabulary, side, grid = tokenizer.num_tokens, tokenizer.vocab_size, tokenizer.image_size, tokenizer.grid
+    must(is_whole(side), f"image_size {side!r}, not the side of a square picture")
     must(vocabulary > 1, f"vocab_size {vocabulary}: a generator has nothing to choose from")
     must(grid is None or grid.num_tokens == count, f"{grid} is not of num_tokens {count}")
     images = torch.cat([uniform(generator(0, "checked"), 3 * side**2) * 2 - 1, -torch.ones(3 * side**2)])
@@ -45,9 +50,11 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
     least, most = int(tokens.min()), int(tokens.max())
     must(least >= 0 and most < vocabulary, f"encode gives tokens {least}..{most} with vocab_size {vocabulary}")
     must(torch.equal(tokens, again), "encode gives other tokens for the same images")
+    alone = (tokenizer.encode(images[:1]) == tokens[:1]).float().mean()
+    must(alone >= ALIKE, "the tokens of an image depend on the others of its batch")
     try:
         tokenizer.embed(torch.full((1, count), vocabulary - 1))
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
         raise UserError(f"tokenizer: {name}: embed has no token {vocabulary - 1}: vocab_size {vocabulary}") from error
     codes = tokenizer.embed(tokens)
     check_numbers(must, "embed", codes, (2, count, tokenizer.code_dim))
@@ -56,9 +63,18 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
         check_numbers(must, method, pictures, tuple(images.shape))
         low, high = (float(end) for end in pictures.aminmax())
         must(max(-low, high) <= 2 * OVERSHOOT, f"{method} gives pixels from {low:g} to {high:g}, not in [-1, 1]")
-        must(low < 0, f"{method} gives no pixel below 0, of a black picture either: it is to be in [-1, 1], not [0, 1]")
-    apart = float((decoded["decode"] - decoded["decode_embeddings"]).abs().max())
-    must(apart <= CLOSE, f"decode(tokens) and decode_embeddings(embed(tokens)) are {apart:.2g} apart")
+        is_dark = low >= 0 and high > low and float(pictures[1].mean()) < DARK
+        must(not is_dark, f"{method} gives no pixel below 0, of a black picture either: [-1, 1] is meant, not [0, 1]")
+
+    def apart(these: Tensor, those: Tensor) -> float:
+        """How far they are apart at most, as pictures: who clamps and who does not are alike."""
+        return float((these.clamp(-1, 1) - those.clamp(-1, 1)).abs().max())
+
+    whole = decoded["decode"]
+    must(apart(tokenizer.decode(tokens), whole) <= CLOSE, "decode gives other pictures for the same tokens")
+    must(apart(tokenizer.decode(tokens[:1]), whole[:1]) <= CLOSE, "a picture depends on the others of its batch")
+    both = apart(whole, decoded["decode_embeddings"])
+    must(both <= CLOSE, f"decode(tokens) and decode_embeddings(embed(tokens)) are {both:.2g} apart")
 
 
 def check_numbers(must: Callable[[object, str], None], method: str, given: object, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from consonar.config_io import from_dict
 from consonar.data.sources import find_source
 from consonar.errors import UserError
 from consonar.files.readers import read_json
-from consonar.files.weights import load_weights
+from consonar.files.weights import load_weights, of_package
 from consonar.generators import GENERATORS, build_generator
 from consonar.generators.base import GeneratorConfig
 from consonar.generators.checked import checked_generator
@@ -87,7 +87,7 @@ def load_start(init: str, shape: GeneratorConfig, tokenizer: Tokenizer) -> Gener
     stored = load_generator(init)
     check_same_shape(init, stored.config, shape)
     model = build_generator(shape)
-    model.load_state_dict(stored.state_dict(), assign=True)
+    model.load_state_dict(stored.state_dict(), assign=of_package(type(model)))  # not where weights may be tied
     return model.requires_grad_(True)
 
 
