@@ -47,6 +47,7 @@ class Description(pickle.Unpickler):
     """Reads the file `METADATA` without executing anything in it."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = module.removesuffix("._local")  # where Python 3.13 has the classes of pathlib
         if name not in NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)

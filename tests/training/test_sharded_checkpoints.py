@@ -1,12 +1,14 @@
 """Checkpoints of a run whose weights lie in shards: on as many processes, on others, on one; damaged; without room."""
 
 import errno
+import io
 import os
 import pickle
 import re
 import signal
 import sys
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 import pytest
 import torch
@@ -65,6 +67,15 @@ def train_part(config, place):
             assert how != "full"
         except UserError as error:
             assert how == "full" and "step_00000004: the disk is full" in str(error), error
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # the second is Python 3.13's
+def test_a_description_is_read_whatever_python_wrote_it(module):
+    path = f"c{module}\nPurePosixPath\n(S'a'\ntR."
+    assert shards.Description(io.BytesIO(path.encode())).load() == PurePosixPath("a")
+    for other in ("posix\nsystem", "pathlib\nos", "os._local\nsystem"):
+        with pytest.raises(pickle.UnpicklingError, match="it names"):
+            shards.Description(io.BytesIO(f"c{other}\n(S'a'\ntR.".encode())).load()
 
 
 def test_shards_are_gone_on_with_on_two_processes_and_on_one(config, tmp_path):
