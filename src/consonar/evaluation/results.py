@@ -86,6 +86,9 @@ def source_hash(package: Path = Path(__file__).parents[1]) -> str:
     return digest.hexdigest()[:12]
 
 
+source_hash()  # that of what was imported: files may change under a job of hours
+
+
 def check_place(path: Path, *, overwrite: bool, key: str, keys: Set[str] = RESULT_KEYS) -> None:
     """Makes the folder of results; `UserError` where they cannot be written, or would replace anything but results,
     which have these `keys`."""
