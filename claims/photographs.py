@@ -218,7 +218,7 @@ def group_lines(
     forced = {named(row, grid[0]): loss_cells(summary, row, results) for row in kept.values}
     frontier = {
         named(row, grid[0]): [" / ".join(value_cells(setting, row, columns[:2])) for setting in grid]
-        + value_cells(grid[0], row, [ENTROPY])
+        + value_cells(next((one for one in grid if ENTROPY in one.values.get(row, {})), grid[0]), row, [ENTROPY])
         for row in kept.values
     }
     at = [setting.title.removeprefix("at temperature ") for setting in grid]

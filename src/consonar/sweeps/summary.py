@@ -241,11 +241,12 @@ def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
     if any(len(found) > 1 for found in tokens.values()):
         notes.append("The cells' tokens are of the same pictures and not all equal: processors round otherwise.")
     for what, values in (
-        ("machines", [one["results"]["machine"] for one in scored.values()]),
-        ("versions of torch", [one["versions"]["torch"] for one in scored.values()]),
+        ("measured on different machines", {one["results"]["machine"] for one in scored.values()}),
+        ("measured with different versions of torch", {one["versions"]["torch"] for one in scored.values()}),
+        ("trained in different precisions", {each["precision"] for one in scored.values() for each in one["sessions"]}),
     ):
-        if len(set(values)) > 1:
-            notes.append(f"The cells were run with different {what}: {', '.join(sorted(set(values)))}.")
+        if len(values) > 1:
+            notes.append(f"The cells were {what}: {', '.join(sorted(values))}.")
     return notes + [
         f"{line}." for line in told_once(line for one in scored.values() for line in one["results"]["remarks"])
     ]
