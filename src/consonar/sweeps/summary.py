@@ -240,10 +240,11 @@ def notes_of(sweep: Sweep, results: Mapping[str, JsonMap]) -> list[str]:
                 tokens.setdefault(held[key + MADE_OF], set()).add(held[key])
     if any(len(found) > 1 for found in tokens.values()):
         notes.append("The cells' tokens are of the same pictures and not all equal: processors round otherwise.")
+    sessions = [each for one in scored.values() for each in one.get("sessions", ())]  # older results have none
     for what, values in (
         ("measured on different machines", {one["results"]["machine"] for one in scored.values()}),
         ("measured with different versions of torch", {one["versions"]["torch"] for one in scored.values()}),
-        ("trained in different precisions", {each["precision"] for one in scored.values() for each in one["sessions"]}),
+        ("trained in different precisions", {each["precision"] for each in sessions}),
     ):
         if len(values) > 1:
             notes.append(f"The cells were {what}: {', '.join(sorted(values))}.")
