@@ -229,6 +229,24 @@ def test_what_others_are_writing_inside_is_content_and_stays(tmp_path):
     assert not others.exists() and (tmp_path / "results.json").exists()
 
 
+def test_a_folder_that_is_gone_or_not_ours_to_read_is_passed_over(tmp_path, monkeypatch):
+    """`lost+found`, or OUT.parts of a job that ends at this moment."""
+    for name in ("gone", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".config.json.17.partial").touch()
+    every = Path.iterdir
+
+    def listed(path):
+        if path.name == "gone":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return every(path)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    lock.remove_partials(tmp_path)
+    monkeypatch.undo()
+    assert [path.parent.name for path in tmp_path.rglob("*.partial")] == ["gone"]
+
+
 def test_a_waiting_process_leaves_no_folder_either(tmp_path):
     folder = tmp_path / "work"
 

@@ -1,9 +1,11 @@
 """Component folders and resume files: round trip, damage, full disk."""
 
 import errno
+import io
 import json
 import os
 import signal
+import tempfile
 
 import pytest
 import safetensors.torch
@@ -15,7 +17,7 @@ from consonar.components import load_generator, load_tokenizer, read_origin, sav
 from consonar.errors import UserError
 from consonar.files.lock import HALF
 from consonar.files.weights import component_fingerprint, finish_save, is_component, load_weights, save_tensors
-from consonar.files.writers import halves, write_atomically
+from consonar.files.writers import check_writable, halves, write_atomically
 from consonar.origin import Origin
 from consonar.report import check_page
 from consonar.training.checkpoints import State, list_resume, load_resume, save_resume
@@ -330,6 +332,16 @@ def test_a_link_stays_a_link_and_permissions_stay(tmp_path):
     write_atomically(link, lambda partial: partial.write_text("new"))
     assert link.is_symlink() and page.read_text() == "new" and page.stat().st_mode & 0o777 == 0o640
     assert {path.name for path in (*tmp_path.iterdir(), *page.parent.iterdir())} == {"public", page.name, link.name}
+
+
+def test_a_link_is_tried_where_it_points_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "public").mkdir()
+    (tmp_path / "r.json").symlink_to(tmp_path / "public" / "r.json")
+    tried = []
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: tried.append(dir) or io.BytesIO())
+    check_writable(tmp_path / "r.json", "--out")
+    check_writable(tmp_path / "new" / "r.json", "--out")
+    assert tried == [tmp_path / "public", tmp_path]
 
 
 @pytest.mark.parametrize("letter", ["n", "é"])

@@ -276,7 +276,8 @@ def remove_partials(folder: Path) -> None:
             else:
                 path.unlink(missing_ok=True)
         elif path.is_dir() and not path.is_symlink() and not is_held(path):
-            remove_partials(path)
+            with suppress(OSError):  # its holder removed it meanwhile, or it is not ours to read (lost+found)
+                remove_partials(path)
 
 
 def remove_unheld(folder: Path) -> None:

@@ -13,8 +13,8 @@ from consonar.files.readers import read_json
 from consonar.files.writers import write_json
 from consonar.json_types import Json
 
-RECORD, FINISHING = "job.json", "finishing"
-"""What a job is, and that `out` is being made of its shards: what lies there from then on is its own."""
+RECORD, MADE = "job.json", "made"
+"""What a job is, by the names of its settings and, once it is made of the shards, by this that `out` is its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +93,23 @@ class SharedWork:
                             beat()
                     except Held as error:
                         return error
-                (self.folder / FINISHING).touch()
                 finish(beat)
+                write_json(self.folder / RECORD, {**self.settings, MADE: True})
                 remove(self.folder)
         return None
 
     def is_done(self) -> bool:
         """Whether `out` is there. `UserError` where it is not made of the shards, which still lie there."""
-        if is_taken(self.out) and (self.folder / RECORD).exists() and not (self.folder / FINISHING).exists():
+        if is_taken(self.out) and (self.folder / RECORD).exists() and not self.has_made():
             where = f"{self.what} are being made in {self.folder}"
             raise UserError(f"--out: {self.out} came meanwhile; {where}: move it away, and the same command goes on")
         return is_taken(self.out)
+
+    def has_made(self) -> bool:
+        """Whether the folder's record says that `out` was made of its shards."""
+        with suppress(UserError):
+            return read_json(self.folder / RECORD).get(MADE) is True
+        return False
 
     def claim(self, restart: bool) -> None:
         """Makes the folder this job's; `UserError` when it is another's, unless `restart`."""
@@ -112,15 +118,15 @@ class SharedWork:
             what = f"where unfinished {self.what} would be, holds something else"
             raise UserError(f"--out: {self.folder}, {what}; choose another name")
         change = self.change() if record.exists() else ""
+        was_made = record.exists() and self.has_made()  # by a process that was killed while it tidied; it was removed
         if change and not restart:
             what = f"holds unfinished {self.what} of another job ({change})"
             raise UserError(f"--out: {self.folder} {what}; remove it or choose another name")
         if change:
             for path in self.folder.glob("shard_*.*"):  # of the job that is given up
                 path.unlink()
-        if change or not record.exists():
+        if change or was_made or not record.exists():
             write_json(record, self.settings)
-        (self.folder / FINISHING).unlink(missing_ok=True)  # of a process that was killed before `out` was there
 
     def change(self) -> str:
         """What is another than in the record of the folder, in words; empty where it is this job's."""
@@ -128,6 +134,7 @@ class SharedWork:
             before = dict(self.old) | read_json(self.folder / RECORD)
         except UserError:
             return f"its {RECORD} is damaged"
+        before.pop(MADE, None)
         now = json.loads(json.dumps(self.settings))  # tuples are lists in JSON
         differ = [key for key in {**now, **before} if now.get(key) != before.get(key)]
         changed = [key for key in differ if key not in self.unread]
@@ -136,7 +143,7 @@ class SharedWork:
 
     def tidy(self) -> None:
         """Removes this job's shards beside a finished `out`: its last process was ended while it did."""
-        if is_taken(self.out) and (self.folder / FINISHING).exists() and not self.change():
+        if is_taken(self.out) and self.has_made() and not self.change():
             remove_shards(self.out)
 
     def remove_unused(self) -> None:
@@ -160,7 +167,6 @@ def remove_shards(out: Path) -> None:
 def remove(folder: Path) -> None:
     """The shards, then the record: what a removal that fails leaves is this job's."""
     for path in folder.iterdir():
-        if path.name not in (LOCK_FILE, RECORD, FINISHING):
+        if path.name not in (LOCK_FILE, RECORD):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / RECORD).unlink(missing_ok=True)
     shutil.rmtree(folder)

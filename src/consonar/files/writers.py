@@ -114,7 +114,8 @@ def check_replaced(
 
 def check_writable(out: Path, key: str) -> None:
     """Raises `UserError` where nothing can be written at `out`, before there is work to lose: it is tried."""
-    place = out if out.is_dir() else next(parent for parent in out.absolute().parents if parent.exists())
+    there = Path(os.path.realpath(out))  # a link stays one: what it points to is written
+    place = there if there.is_dir() else next(parent for parent in there.parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
