@@ -34,6 +34,7 @@ from consonar.training.trainee import Trainee
 REAR = AutoregressiveConfig(embedding_weight=1.0, head_width=16, noise=NoiseConfig(schedule="truncated_linear"))
 PLAIN = AutoregressiveConfig(class_dropout=0)
 CURVE = Path(__file__).with_name("curve.json")
+DRAWN = [-0.0155165531, 0.0074911951]
 # Attention does not change when every key moves by the same vector: this gradient is rounding noise, and Adam
 # amplifies it.
 NO_GRADIENT = "k_norm.bias"
@@ -314,6 +315,9 @@ def train_poisoned(config, folder: Path) -> None:
 
 def test_loss_curve(make_config, tmp_path):
     """20 steps of reAR against the stored curve: silent changes of the numerics show here."""
+    drawn = torch.nn.init.trunc_normal_(torch.empty(2), std=0.02, generator=seeded(1, "curve"))
+    if drawn.tolist() != pytest.approx(DRAWN, abs=1e-6):
+        pytest.skip(f"torch {torch.__version__} draws other first weights by a seed than 2.13")
     run = train(make_config(objective=REAR, loop={"steps": 20}), tmp_path / "run", quiet=True)
     stored = json.loads(CURVE.read_text())
     for key, values in stored.items():
