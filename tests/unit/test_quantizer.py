@@ -85,7 +85,7 @@ def test_reconstruction_gradient_reaches_the_encoder(tokenizer, rng):
         ({"image_size": 18}, r"model\.image_size: 18 is not a multiple of 8"),
         ({"base_channels": 12}, r"model\.num_groups: 32 does not divide 12 channels"),
         ({"channel_multipliers": ()}, r"model\.channel_multipliers: empty"),
-        ({"vocab_size": 0}, r"model\.vocab_size: 0 is not positive"),
+        ({"vocab_size": 0}, r"model\.vocab_size: 0 is too small; at least 2"),
     ],
 )
 def test_wrong_shapes(changes, message):
