@@ -22,7 +22,8 @@ COMMANDS = ("evaluate", "sample", "tokenize", "train")
 SERVER.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.fsdp", "datasets", "pytest", *(f"consonar.cli.{name}" for name in COMMANDS)]
 )
-SECONDS = 300
+SECONDS, GLOO = 300, "[Gloo]"
+"""How long one may take; what lines begin with that PyTorch 2.10 itself prints."""
 
 
 class Ended(NamedTuple):
@@ -48,7 +49,9 @@ class Child:
         self.process.kill()
         self.process.join()
         with self.said as folder:
-            return Ended(self.process.exitcode, *((Path(folder) / name).read_text() for name in ("out", "err")))
+            said = ((Path(folder) / name).read_text().splitlines(keepends=True) for name in ("out", "err"))
+            ours = ("".join(line for line in lines if not line.startswith(GLOO)) for lines in said)
+            return Ended(self.process.exitcode, *ours)
 
 
 def begin(folder: str, environment: dict[str, str], run: Callable[..., object], arguments: tuple[object, ...]) -> None:
