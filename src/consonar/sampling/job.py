@@ -30,7 +30,7 @@ from consonar.files.lock import Beat
 from consonar.files.readers import read_npz
 from consonar.files.shared_work import SharedWork
 from consonar.files.weights import component_fingerprint
-from consonar.files.writers import write_atomically
+from consonar.files.writers import write_atomically, write_json
 from consonar.json_types import Json
 from consonar.origin import Origin, check, of_tokenizer
 from consonar.precision import pick_precision, with_weights
@@ -272,7 +272,7 @@ def assemble(shards: Sequence[tuple[Path, slice]], job: Job, out: Path, arrange:
                 Image.fromarray(picture).save(unfinished / f"{index:06d}_{what}{int(job.labels[index])}.png")
         else:
             arrange(unfinished, out, pictures_of(shards, beat))
-        (unfinished / "settings.json").write_text(json.dumps(job.settings, indent=1))
+        write_json(unfinished / "settings.json", job.settings)
         unfinished.rename(out)
 
 
