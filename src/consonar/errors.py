@@ -117,6 +117,12 @@ def begins(start: str, instead_of: str = "") -> Iterator[None]:
         raise UserError(f"{start}{str(error).removeprefix(instead_of)}") from error
 
 
+def must(where: str, holds: object, rule: str) -> None:
+    """`UserError` with the rule that a model of the user's own breaks, unless it holds."""
+    if not holds:
+        raise UserError(f"{where}: {rule} (docs/own-models.md)")
+
+
 @contextmanager
 def needs(key: object, extra: str) -> Iterator[None]:
     """Around the import of packages of an extra; `UserError`, about `key`, where one is missing."""

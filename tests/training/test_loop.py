@@ -2,8 +2,8 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -314,7 +314,7 @@ def train_poisoned(config, folder: Path) -> None:
 
 
 def even(tensor, std, generator):
-    """First weights that are the same in every PyTorch: what `trunc_normal_` draws by a seed differs in 2.10 and 2.13."""
+    """First weights that are the same in every PyTorch; `trunc_normal_` of 2.10 draws others by a seed than 2.13's."""
     return tensor.copy_((uniform(generator or seeded(0), *tensor.shape) - 0.5) * std * 12**0.5)
 
 

@@ -3,10 +3,12 @@
 Each of these mistakes trains, samples and measures without a word, and gives wrong numbers.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from consonar.errors import UserError
+from consonar import errors
 from consonar.files.weights import of_package
 from consonar.generators.base import GeneratorConfig
 from consonar.seeding import generator as seeded
@@ -30,11 +32,7 @@ def checked_generator(generator: Generator, name: str) -> Generator:
 def check_generator(generator: Generator, name: str) -> None:
     """`UserError` where it does not do what `types.Generator` says, seen on two sequences of tokens drawn by seed. It
     is in evaluation mode then."""
-
-    def must(holds: object, rule: str) -> None:
-        if not holds:
-            raise UserError(f"generator: {name}: {rule} (docs/own-models.md)")
-
+    must = partial(errors.must, f"generator: {name}")
     count, vocabulary, device = generator.num_tokens, generator.vocab_size, next(generator.parameters()).device
     generator.eval()
     tokens = integers(seeded(0, "checked"), 0, vocabulary, 2, count).to(device)

@@ -52,7 +52,7 @@ def kernel_distance(
     reference: Tensor, samples: Tensor, *, reference_mean: float | None = None, samples_mean: float | None = None
 ) -> float:
     """Unbiased squared MMD of (R, F) and (S, F) (Eq. 4): 0 on average for sets of one distribution, so below 0 as well;
-    0 for the same set, which the biased one (Eq. 3, of all pairs) tells: that is 0 where no other distribution is.
+    0 for sets of the same vectors in the same shares, which the biased one (Eq. 3, of all pairs) tells.
 
     `reference_mean`, `samples_mean` are the `kernel_mean` of either set where the caller has it. Raises UserError
     for a set of one.

@@ -4,11 +4,13 @@ Each of these mistakes trains, samples and measures without a word, and writes w
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from consonar import errors
 from consonar.errors import UserError
 from consonar.files.weights import of_package
 from consonar.options import is_whole
@@ -33,11 +35,7 @@ def checked_tokenizer(tokenizer: Own, name: str) -> Own:
 @torch.no_grad()
 def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
     """`UserError` where it does not do what `types.Tokenizer` says, seen on two pictures, of noise and all black."""
-
-    def must(holds: object, rule: str) -> None:
-        if not holds:
-            raise UserError(f"tokenizer: {name}: {rule} (docs/own-models.md)")
-
+    must = partial(errors.must, f"tokenizer: {name}")
     count, vocabulary, side, grid = tokenizer.num_tokens, tokenizer.vocab_size, tokenizer.image_size, tokenizer.grid
     must(is_whole(side), f"image_size {side!r}, not the side of a square picture")
     must(vocabulary > 1, f"vocab_size {vocabulary}: a generator has nothing to choose from")
